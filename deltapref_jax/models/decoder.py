@@ -1,0 +1,158 @@
+"""One decoder for the Llama family: stacked, scanned layers; a packed forward pass and a cached one.
+
+Steps are pure functions: `graphdef, state = nnx.split(model)` outside, `nnx.merge(graphdef, state)` inside `jax.jit`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from deltapref_jax.models.attention import attend, packed_mask, rotate, rotation
+from deltapref_jax.models.spec import ModelSpec
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [layers, B, S, K, H]; index on axis 2 is the position."""
+
+    k: Array
+    v: Array
+
+
+def empty_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """A cache for `slots` rows of at most `length` positions."""
+    shape = (spec.layers, slots, length, spec.kv_heads, spec.head_width)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
+    """x / rms(x) · weight (arXiv 1910.07467), in float32, returned in the dtype of `x`."""
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
+    return (h * weight).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and gated MLP. Parameters are float32; `dtype` is that of the computation."""
+
+    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.spec, self.dtype = spec, dtype
+        D, N, K, H, F = spec.width, spec.heads, spec.kv_heads, spec.head_width, spec.mlp
+
+        def normal(shape: tuple[int, ...], std: float) -> nnx.Param:
+            return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+        inner = 0.02 / (2 * spec.layers) ** 0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        self.attention_norm = nnx.Param(jnp.ones(D))
+        self.q = normal((D, N, H), 0.02)
+        self.k = normal((D, K, H), 0.02)
+        self.v = normal((D, K, H), 0.02)
+        self.o = normal((N, H, D), inner)
+        self.mlp_norm = nnx.Param(jnp.ones(D))
+        self.gate = normal((D, F), 0.02)
+        self.up = normal((D, F), 0.02)
+        self.down = normal((F, D), inner)
+
+    def _cast(self, parameter: nnx.Param) -> Array:
+        return parameter[...].astype(self.dtype)
+
+    def project(self, x: Float[Array, "B T D"], rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
+        h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
+        q, k, v = (jnp.einsum("btd,dnh->btnh", h, self._cast(w)) for w in (self.q, self.k, self.v))
+        return rotate(q, rotations), rotate(k, rotations), v
+
+    def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Adds the attention's output and the MLP's to the residual stream."""
+        x = x + jnp.einsum("btnh,nhd->btd", attended, self._cast(self.o))
+        h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
+        h = jax.nn.silu(h @ self._cast(self.gate)) * (h @ self._cast(self.up))
+        return x + h @ self._cast(self.down)
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states; the projection to the vocabulary is the caller's (`unembedding`)."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.spec, self.dtype = spec, dtype
+        self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32))
+
+        @nnx.split_rngs(splits=spec.layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(spec, dtype, rngs=rngs)
+
+        self.blocks = stack(rngs)  # every parameter has a leading axis of length `layers`
+        self.final_norm = nnx.Param(jnp.ones(spec.width))
+        if not spec.tied:
+            self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32))
+
+    def unembedding(self) -> Float[Array, "V D"]:
+        """Rows of the output projection in the computation's dtype."""
+        return (self.embed if self.spec.tied else self.head)[...].astype(self.dtype)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"],
+        segments: Int[Array, "B L"],
+        branches: Int[Array, "B L"] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the final norm of packed rows (see `attention` for the layout).
+
+        Args:
+          tokens: ids.
+          positions: of each token in its own sequence; a branch continues from its trunk.
+          segments: 1 upward, one number per sequence; 0 is padding.
+          branches: 0 for the trunk, 1 upward for branches; None where there are none.
+          remat: recompute each block in the backward pass instead of keeping its activations.
+        """
+        mask = packed_mask(segments, branches)
+        rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.project(x, rotations)
+            return block.finish(x, attend(q, k, v, mask)), None
+
+        x = self.embed[...].astype(self.dtype)[tokens]
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, stacked)
+        return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, live: int | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Writes `tokens` into the cache at `positions` and returns their hidden states after the final norm.
+
+        A token sees every cache index up to its own position, so what stands beyond a row's end is never read before
+        it is overwritten: prompts are padded on the right and rows are reused without clearing.
+
+        Args:
+          tokens: ids; T is 1 when decoding and the padded prompt length when prefilling.
+          positions: of each token in its own sequence.
+          cache: of B rows; donate it.
+          live: static; only the first `live` cache positions are read. None: all.
+        """
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        live = live or cache.k.shape[2]
+        mask = jnp.arange(live) <= positions[:, :, None]
+        rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(carry: tuple[Array, Cache], inputs: tuple[nnx.State, Array]) -> tuple[tuple[Array, Cache], None]:
+            x, cache = carry
+            state, i = inputs
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.project(x, rotations)
+            cache = Cache(cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
+                          cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)))
+            attended = attend(q, cache.k[i, :, :live].astype(q.dtype), cache.v[i, :, :live].astype(q.dtype), mask)
+            return (block.finish(x, attended), cache), None
+
+        x = self.embed[...].astype(self.dtype)[tokens]
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (stacked, jnp.arange(self.spec.layers)))
+        return rms_norm(x, self.final_norm[...], self.spec.norm_eps), cache
