@@ -206,6 +206,43 @@ class Experiment:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
+@dataclasses.dataclass
+class Pupil:
+    """A small decoder that the nursery raises."""
+
+    name: str = ""
+    base: str = ""  # pupil whose weights it starts from; "": its own random ones
+    lesson: str = "solve"  # "solve": worked solutions; "judge": the five ratings of flawed solutions
+    layers: int = 3  # sizes: taken from `base` where there is one
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 352
+    tasks: tuple[str, ...] = ()  # synthetic families, drawn evenly; a family named twice is drawn twice as often
+    difficulties: tuple[int, ...] = (2,)  # drawn evenly
+    error_rate: float = 0.0  # careless steps per step in the solutions it learns from
+    steps: int = 1000
+    rows: int = 32  # packed rows of one step
+    row_length: int = 256
+    learning_rate: float = 2e-3  # peak; 5% warm-up, then cosine to a tenth
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Nursery:
+    """The models that ship with the project, and how they came about."""
+
+    name: str = "nursery"
+    workspace: str = "workspace"
+    output: str = NURSERY  # folder that receives one Hugging Face folder per released pupil
+    vocab: int = 512  # tokens of the tokenizer that all pupils share
+    pupils: tuple[Pupil, ...] = ()
+    release: tuple[str, ...] = ()  # names of the pupils to ship
+    suites: tuple[Suite, ...] = ()  # measured for every released solver
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+
+
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's."""
     return dataclasses.replace(model, path=model.path or experiment.student.path)
@@ -237,6 +274,32 @@ def _prompts(field: str, prompts: Prompts) -> None:
             raise ConfigError(f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} tasks.")
     elif not prompts.path:
         raise ConfigError(f"{field}.path is empty; kind {prompts.kind!r} needs a file, folder or data set name.")
+
+
+def validate_nursery(nursery: Nursery) -> Nursery:
+    """Checks every name and size of `nursery` and returns it.
+
+    Raises:
+      ConfigError: one sentence that names the field, its value and the remedy.
+    """
+    _unique("pupil", [p.name for p in nursery.pupils])
+    known: list[str] = []
+    for p in nursery.pupils:
+        where = f"of pupil {p.name!r}"
+        if p.base:
+            choose(f"base {where} (a pupil listed before it)", p.base, known)
+        choose(f"lesson {where}", p.lesson, ("solve", "judge"))
+        if not p.tasks or not p.difficulties:
+            raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
+        _number(f"error_rate {where}", p.error_rate, 0, 1)
+        for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
+            _number(f"{field} {where}", getattr(p, field), 1)
+        known.append(p.name)
+    for name in nursery.release:
+        choose("config.release", name, known)
+    for s, suite in enumerate(nursery.suites):
+        _prompts(f"config.suites[{s}].prompts", suite.prompts)
+    return nursery
 
 
 def validate(experiment: Experiment) -> Experiment:
