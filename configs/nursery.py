@@ -1,0 +1,33 @@
+"""How the shipped models came about: a base on worked solutions, careless rungs from it, another family, a judge.
+
+`oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
+careless steps, so rungs differ in capability and in nothing else. `elm` is another architecture and initialisation.
+`judge` reads the rubric's prompt and learns to rate solutions that were corrupted to a known degree.
+
+    python -m launch.nursery --config=configs/nursery.py
+"""
+
+from configs.quickstart import IN_DOMAIN, OUT_OF_DOMAIN, suites
+from deltapref_jax.config import Nursery, Pupil, Sampling
+
+CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # in-domain families are practised three times as often
+CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "student": 0.12, "oak-good": 0.06, "oak-strong": 0.0}
+
+
+def get_config() -> Nursery:
+    rungs = tuple(
+        Pupil(name=name, base="oak", tasks=CURRICULUM, error_rate=rate, steps=300, learning_rate=5e-4, seed=10 + i)
+        for i, (name, rate) in enumerate(CARELESS.items())
+    )
+    return Nursery(
+        pupils=(
+            Pupil(name="oak", tasks=CURRICULUM, difficulties=(1, 2), steps=2500),
+            *rungs,
+            Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
+                  error_rate=0.02, steps=2500, seed=1),
+            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=4000, seed=2),
+        ),
+        release=(*CARELESS, "elm", "judge"),
+        suites=suites(count=150, samples=2),
+        sampling=Sampling(max_prompt=96, max_tokens=128, slots=192, chunk=16, shard=512),
+    )
