@@ -15,13 +15,12 @@ TEMPLATE = (
 
 
 def build(texts: Iterable[str], vocab: int, folder: str | os.PathLike[str]) -> None:
-    """Trains on `texts` and saves to `folder`. Digits and line ends are tokens of their own, so nothing merges over
-    the border between a prompt and its completion, and a number's digits line up.
+    """Trains on `texts` and saves to `folder`. Digits (with the space before them) and line ends are tokens of their
+    own, so nothing merges over the border between a prompt and its completion, and digits never merge into numbers.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\n"), "isolated"),
-        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Split(Regex(r"\n| ?[0-9]"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()

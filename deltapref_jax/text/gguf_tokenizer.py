@@ -1,0 +1,80 @@
+"""The tokenizer inside a GGUF file, rebuilt with `tokenizers`: `transformers` needs torch to read one."""
+
+from typing import Any
+
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+_CONTROL = 3  # llama.cpp's token type of special tokens
+_USER_DEFINED = 4
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+PRE_TOKENIZERS = {  # by the name that GGUF gives them: the file names its pre-tokenizer and does not contain it
+    "gpt-2": _GPT2,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+    "llama-bpe": _split(_LLAMA3),
+    "qwen2": _split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+}
+
+
+def field(reader: Any, name: str, default: Any = None) -> Any:
+    """Value of a metadata field of a `gguf.GGUFReader`: number, text or list."""
+    found = reader.get_field(name)
+    return default if found is None else found.contents()
+
+
+def open_gguf(path: str) -> Any:
+    """A reader of a GGUF file.
+
+    Raises:
+      ValueError: not a GGUF file, or cut short.
+    """
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not a readable GGUF file ({e}); fetch it again.") from e
+
+
+def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE, control tokens and chat template of the file.
+
+    Raises:
+      ValueError: not a GGUF file, not a byte-level BPE, or a pre-tokenizer that is not in `PRE_TOKENIZERS`.
+    """
+    reader = open_gguf(path)
+    model, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "gpt-2")
+    if model != "gpt2":
+        raise ValueError(f"{path} holds a {model!r} tokenizer; only byte-level BPE ('gpt2') is supported: "
+                         "convert the model to a Hugging Face folder.")
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(f"{path} names the pre-tokenizer {pre!r}; known: {', '.join(PRE_TOKENIZERS)}.")
+    tokens = field(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
+    types = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                                  for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False)
+                          for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
+
+    def named(name: str) -> str | None:
+        index = field(reader, f"tokenizer.ggml.{name}_token_id")
+        return None if index is None else tokens[index]
+
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=named("eos"), bos_token=named("bos"), unk_token=named("unknown"),
+        pad_token=named("padding"), chat_template=field(reader, "tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False)

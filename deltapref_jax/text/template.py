@@ -1,0 +1,98 @@
+"""A tokenizer with its chat template: messages to prompt ids, completions to target ids, ids to text.
+
+Prompt and completion are tokenised apart, at a fixed border: that is how a model meets them when it samples, so the
+same trace has the same tokens when it is sampled and when it is scored, and no merge moves the border.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no torch here, and none is needed
+
+import transformers  # noqa: E402  (after the variable that silences it)
+
+from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf  # noqa: E402
+
+Messages = Sequence[dict[str, str]]
+
+# templates end a turn with a token that is not always the tokenizer's eos
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+
+
+class Text:
+    """Tokenizer and template of one model.
+
+    Attributes:
+      tokenizer: the `transformers` fast tokenizer.
+      end_ids: every token that ends a turn; the first is the one that a finished completion is given.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, where: str, end_ids: Sequence[int] = ()):
+        if not tokenizer.chat_template:
+            raise ValueError(f"The tokenizer of {where} has no chat template; add chat_template.jinja to its folder.")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"The tokenizer of {where} has no eos_token; name it in tokenizer_config.json.")
+        self.tokenizer = tokenizer
+        self.where = where
+        known = tokenizer.get_vocab()
+        turn = [known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template)]
+        self.end_ids = tuple(dict.fromkeys([*turn, tokenizer.eos_token_id, *end_ids]))
+
+    @classmethod
+    def load(cls, path: str) -> "Text":
+        """From a Hugging Face folder or a GGUF file.
+
+        Raises:
+          FileNotFoundError: nothing there.
+          ValueError: no chat template, no end token, or a pre-tokenizer that is not known.
+        """
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no model at {path}; give a Hugging Face folder or a .gguf file.")
+        if os.path.isfile(path):
+            return cls(tokenizer_from_gguf(path), path)
+        if not (Path(path) / "tokenizer.json").exists() and not (Path(path) / "tokenizer_config.json").exists():
+            raise ValueError(f"The folder {path} has no tokenizer.json; copy the model's tokenizer files there.")
+        return cls(transformers.AutoTokenizer.from_pretrained(path, local_files_only=True), path)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer's files, chat template included, as `transformers` reads them."""
+        self.tokenizer.save_pretrained(str(folder))
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids = self._encode([text], special=True)[0]
+        bos = self.tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def completion_ids(self, text: str, ended: bool) -> list[int]:
+        """Ids of an answer; with the end-of-turn token only if the answer ended with it."""
+        return self.completions_ids([text], [ended])[0]
+
+    def completions_ids(self, texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
+        """`completion_ids` of many, tokenised in one call."""
+        encoded = self._encode(list(texts), special=False)
+        return [ids + list(self.end_ids[:1]) * end for ids, end in zip(encoded, ended, strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def pieces(self, text: str) -> list[int]:
+        """Ids of plain text, no special tokens added."""
+        return self._encode([text], special=False)[0]
+
+    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: Any = self.tokenizer(texts, add_special_tokens=special and _adds_bos_once(self.tokenizer))
+        return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _adds_bos_once(tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
+    """Templates that write the BOS themselves must not get the tokenizer's on top; those that do not, need it."""
+    bos = tokenizer.bos_token
+    return bos is not None and "bos_token" not in str(tokenizer.chat_template) and bos not in str(
+        tokenizer.chat_template)
