@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no torch here, and none is needed
+import transformers
 
-import transformers  # noqa: E402  (after the variable that silences it)
-
-from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf  # noqa: E402
+from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf
 
 Messages = Sequence[dict[str, str]]
 
