@@ -45,3 +45,18 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, the portable path: softmax in float32, memory B·N·T·S."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def attend_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """`attend` over a cache whose keys and values already lie as the two products read them: nothing is transposed."""
+    B, T, N, H = q.shape
+    grouped = q.reshape(B, T, k.shape[1], -1, H)
+    scores = jnp.einsum("btkgh,bkhs->bktgs", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(mask[:, None, :, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bktgs,bksh->btkgh", weights, v).reshape(q.shape)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from deltapref_jax.models.attention import attend, packed_mask, rotate, rotation
+from deltapref_jax.models.attention import attend, attend_cache, packed_mask, rotate, rotation
 from deltapref_jax.models.spec import ModelSpec
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, [layers, B, S, K, H]; index on axis 2 is the position."""
+    """Keys [layers, B, K, H, S] and values [layers, B, K, S, H] of every layer; the index on S is the position."""
 
     k: Array
     v: Array
@@ -23,8 +23,8 @@ class Cache(NamedTuple):
 
 def empty_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """A cache for `slots` rows of at most `length` positions."""
-    shape = (spec.layers, slots, length, spec.kv_heads, spec.head_width)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (spec.layers, slots, spec.kv_heads)
+    return Cache(jnp.zeros((*shape, spec.head_width, length), dtype), jnp.zeros((*shape, length, spec.head_width), dtype))
 
 
 def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
@@ -124,7 +124,8 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
 
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, live: int | None = None
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, live: int | None = None,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Writes `tokens` into the cache at `positions` and returns their hidden states after the final norm.
 
@@ -136,9 +137,11 @@ class Decoder(nnx.Module):
           positions: of each token in its own sequence.
           cache: of B rows; donate it.
           live: static; only the first `live` cache positions are read. None: all.
+          unroll: static; lays the layers out one after another, so that inside a loop over steps no layer's weights and
+            cache are copied out of the stack at every step. Compile time then grows with depth.
         """
         rows = jnp.arange(tokens.shape[0])[:, None]
-        live = live or cache.k.shape[2]
+        live = live or cache.v.shape[3]
         mask = jnp.arange(live) <= positions[:, :, None]
         rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
@@ -148,11 +151,12 @@ class Decoder(nnx.Module):
             state, i = inputs
             block = nnx.merge(graphdef, state)
             q, k, v = block.project(x, rotations)
-            cache = Cache(cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
-                          cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)))
-            attended = attend(q, cache.k[i, :, :live].astype(q.dtype), cache.v[i, :, :live].astype(q.dtype), mask)
+            cache = Cache(cache.k.at[i, rows, :, :, positions].set(k.astype(cache.k.dtype)),
+                          cache.v.at[i, rows, :, positions].set(v.astype(cache.v.dtype)))
+            keys, values = cache.k[i, ..., :live].astype(q.dtype), cache.v[i, :, :, :live].astype(q.dtype)
+            attended = attend_cache(q, keys, values, mask)
             return (block.finish(x, attended), cache), None
 
         x = self.embed[...].astype(self.dtype)[tokens]
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), (stacked, jnp.arange(self.spec.layers)))
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (stacked, jnp.arange(self.spec.layers)), unroll=unroll)
         return rms_norm(x, self.final_norm[...], self.spec.norm_eps), cache

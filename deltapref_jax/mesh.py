@@ -1,0 +1,48 @@
+"""Devices as a mesh with the axes data, fsdp and tensor; several processes as one job."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deltapref_jax.config import ConfigError, MeshShape
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def start_processes() -> None:
+    """Joins the multi-process job if the environment names a coordinator; otherwise does nothing."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize()
+
+
+def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (all by default) with Auto axes; one size may be -1 and takes what is left.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = devices or jax.devices()
+    sizes = [shape.data, shape.fsdp, shape.tensor]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if int(np.prod(sizes)) != len(devices):
+        raise ConfigError(f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} (data, fsdp, tensor) and there "
+                          f"are {len(devices)} devices; the sizes must multiply to that, one of them may be -1.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Host arrays, the same on every process, as global arrays laid out by `spec`; None leaves stay None."""
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def is_first() -> bool:
+    """Whether this process plans, writes and prints for the job."""
+    return jax.process_index() == 0

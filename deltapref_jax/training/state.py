@@ -1,0 +1,69 @@
+"""What a training step changes, and the optimizer that changes it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from deltapref_jax.models.sharding import path_name, shardings
+
+
+class TrainState(NamedTuple):
+    """Parameters and moments, float32, sharded alike."""
+
+    params: nnx.State
+    moments: Any  # optax state
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW (arXiv 1711.05101) on gradients clipped by their global norm; the learning rate comes with each step."""
+
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def transform(self) -> optax.GradientTransformation:
+        """The optax chain up to the learning rate. Decay is on matrices, not on norm weights."""
+
+        def decayed(params: nnx.State) -> Any:
+            return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith("norm"), params)
+
+        return optax.chain(optax.clip_by_global_norm(self.clip),
+                           optax.scale_by_adam(self.b1, self.b2, self.eps),
+                           optax.add_decayed_weights(self.weight_decay, mask=decayed))
+
+
+def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """A state at step 0 on `mesh`; `params` are copied, not consumed."""
+    transform = optimizer.transform()
+    place = shardings(params, mesh)
+    params = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x, jnp.float32, copy=True), s), params, place)
+    moments = jax.jit(transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh))(params)
+    return TrainState(params, moments)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str, floor: float = 0.0) -> float:
+    """Rate of step `step` (0 first): linear warm-up over ceil(warmup · steps) steps from 0, then the schedule.
+
+    Args:
+      step: 0 to steps - 1.
+      steps: of the whole run.
+      peak: rate after warm-up.
+      warmup: share of the steps.
+      schedule: "linear" (to `floor` after the last step), "cosine" or "constant".
+      floor: share of the peak that the decay ends at.
+    """
+    ramp = -int(-warmup * steps // 1)
+    decay = {"linear": optax.linear_schedule(peak, floor * peak, max(steps - ramp, 1)),
+             "cosine": optax.cosine_decay_schedule(peak, max(steps - ramp, 1), floor),
+             "constant": optax.constant_schedule(peak)}[schedule]
+    if step < ramp:
+        return peak * step / ramp
+    return float(decay(step - ramp))
