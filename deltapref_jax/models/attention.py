@@ -55,8 +55,10 @@ def attend_cache(
 ) -> Float[Array, "B T N H"]:
     """`attend` over a cache whose keys and values already lie as the two products read them: nothing is transposed."""
     B, T, N, H = q.shape
-    grouped = q.reshape(B, T, k.shape[1], -1, H)
-    scores = jnp.einsum("btkgh,bkhs->bktgs", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, :, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bktgs,bksh->btkgh", weights, v).reshape(q.shape)
+    K = k.shape[1]
+    q = jnp.moveaxis(q.reshape(B, T, K, -1, H), 1, 2).reshape(B, K, -1, H)  # m = T · N/K
+    scores = jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    mask = jnp.repeat(mask, N // K, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(q.dtype)
+    attended = jnp.einsum("bkms,bksh->bkmh", weights, v).reshape(B, K, T, -1, H)
+    return jnp.moveaxis(attended, 2, 1).reshape(B, T, N, H)

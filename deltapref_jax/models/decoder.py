@@ -3,6 +3,7 @@
 Steps are pure functions: `graphdef, state = nnx.split(model)` outside, `nnx.merge(graphdef, state)` inside `jax.jit`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,16 +16,17 @@ from deltapref_jax.models.spec import ModelSpec
 
 
 class Cache(NamedTuple):
-    """Keys [layers, B, K, H, S] and values [layers, B, K, S, H] of every layer; the index on S is the position."""
+    """Keys [B, K, H, S] and values [B, K, S, H], one array per layer; the index on S is the position."""
 
-    k: Array
-    v: Array
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
 
 
 def empty_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """A cache for `slots` rows of at most `length` positions."""
-    shape = (spec.layers, slots, spec.kv_heads)
-    return Cache(jnp.zeros((*shape, spec.head_width, length), dtype), jnp.zeros((*shape, length, spec.head_width), dtype))
+    k, v = (slots, spec.kv_heads, spec.head_width, length), (slots, spec.kv_heads, length, spec.head_width)
+    return Cache(tuple(jnp.zeros(k, dtype) for _ in range(spec.layers)),
+                 tuple(jnp.zeros(v, dtype) for _ in range(spec.layers)))
 
 
 def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
@@ -124,39 +126,44 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
 
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, live: int | None = None,
-        unroll: bool = False,
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, live: int | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Writes `tokens` into the cache at `positions` and returns their hidden states after the final norm.
 
         A token sees every cache index up to its own position, so what stands beyond a row's end is never read before
-        it is overwritten: prompts are padded on the right and rows are reused without clearing.
+        it is overwritten: prompts are padded on the right and rows are reused without clearing. The layers are laid
+        out one after another, not scanned: a scan inside the loop over steps would copy every layer's weights and
+        cache out of their stacks at every step. Call it on an `unstacked` model where it runs often.
 
         Args:
           tokens: ids; T is 1 when decoding and the padded prompt length when prefilling.
           positions: of each token in its own sequence.
           cache: of B rows; donate it.
           live: static; only the first `live` cache positions are read. None: all.
-          unroll: static; lays the layers out one after another, so that inside a loop over steps no layer's weights and
-            cache are copied out of the stack at every step. Compile time then grows with depth.
         """
         rows = jnp.arange(tokens.shape[0])[:, None]
-        live = live or cache.v.shape[3]
+        live = live or cache.v[0].shape[2]
         mask = jnp.arange(live) <= positions[:, :, None]
         rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def layer(carry: tuple[Array, Cache], inputs: tuple[nnx.State, Array]) -> tuple[tuple[Array, Cache], None]:
-            x, cache = carry
-            state, i = inputs
-            block = nnx.merge(graphdef, state)
-            q, k, v = block.project(x, rotations)
-            cache = Cache(cache.k.at[i, rows, :, :, positions].set(k.astype(cache.k.dtype)),
-                          cache.v.at[i, rows, :, positions].set(v.astype(cache.v.dtype)))
-            keys, values = cache.k[i, ..., :live].astype(q.dtype), cache.v[i, :, :, :live].astype(q.dtype)
-            attended = attend_cache(q, keys, values, mask)
-            return (block.finish(x, attended), cache), None
-
+        keys, values = list(cache.k), list(cache.v)
         x = self.embed[...].astype(self.dtype)[tokens]
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), (stacked, jnp.arange(self.spec.layers)), unroll=unroll)
-        return rms_norm(x, self.final_norm[...], self.spec.norm_eps), cache
+        for i, block in enumerate(self._layers()):
+            q, k, v = block.project(x, rotations)
+            keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))
+            values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
+            live_keys, live_values = keys[i][..., :live].astype(q.dtype), values[i][:, :, :live].astype(q.dtype)
+            x = block.finish(x, attend_cache(q, live_keys, live_values, mask))
+        return rms_norm(x, self.final_norm[...], self.spec.norm_eps), Cache(tuple(keys), tuple(values))
+
+    def _layers(self) -> Sequence[Block]:
+        if isinstance(self.blocks, nnx.List):
+            return self.blocks
+        graphdef, stacked = nnx.split(self.blocks)
+        return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(self.spec.layers)]
+
+
+def unstacked(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
+    """The same decoder with every layer's parameters in arrays of their own, for `decode`; it has no `hidden`."""
+    model = nnx.merge(graphdef, state)
+    model.blocks = nnx.List(model._layers())
+    return nnx.split(model)

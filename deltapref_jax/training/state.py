@@ -1,6 +1,7 @@
 """What a training step changes, and the optimizer that changes it."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,27 @@ class TrainState(NamedTuple):
 
     params: nnx.State
     moments: Any  # optax state
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam's direction m̂ / (√v̂ + eps) (arXiv 1412.6980), with bias corrections that are right in float32.
+
+    `optax.scale_by_adam` computes 1 - b2ᵗ as written, which has five right digits less than float32 in the first steps
+    (b2 = 0.999): enough to miss a reference run by ten times the noise. -expm1(t log b2) has them all.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params),
+                                      optax.tree.zeros_like(params))
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
+        return jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Optimizer:
             return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith("norm"), params)
 
         return optax.chain(optax.clip_by_global_norm(self.clip),
-                           optax.scale_by_adam(self.b1, self.b2, self.eps),
+                           scale_by_adam(self.b1, self.b2, self.eps),
                            optax.add_decayed_weights(self.weight_decay, mask=decayed))
 
 

@@ -130,7 +130,7 @@ def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segme
         gradient=jax.jit(gradient, in_shardings=(params_place, rows, everywhere, everywhere),
                          out_shardings=(params_place, everywhere)),
         add=jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place),
-        apply=jax.jit(apply, donate_argnums=(0, 1), in_shardings=(place, params_place, everywhere),
+        apply=jax.jit(apply, donate_argnums=0, in_shardings=(place, params_place, everywhere),
                       out_shardings=(place, everywhere)),
         logprobs=jax.jit(logprobs, in_shardings=(params_place, rows), out_shardings=everywhere),
         place=place,
