@@ -25,7 +25,7 @@ def get_config() -> Nursery:
             *rungs,
             Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
                   error_rate=0.02, steps=2500, seed=1),
-            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=4000, seed=2),
+            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=4000, rows=24, row_length=384, seed=2),
         ),
         release=(*CARELESS, "elm", "judge"),
         suites=suites(count=150, samples=2),

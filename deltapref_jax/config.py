@@ -235,7 +235,7 @@ class Nursery:
     name: str = "nursery"
     workspace: str = "workspace"
     output: str = NURSERY  # folder that receives one Hugging Face folder per released pupil
-    vocab: int = 512  # tokens of the tokenizer that all pupils share
+    vocab: int = 640  # tokens of the tokenizer that all pupils share
     pupils: tuple[Pupil, ...] = ()
     release: tuple[str, ...] = ()  # names of the pupils to ship
     suites: tuple[Suite, ...] = ()  # measured for every released solver

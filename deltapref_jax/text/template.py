@@ -60,10 +60,20 @@ class Text:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids = self._encode([text], special=True)[0]
-        bos = self.tokenizer.bos_token_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+        return self.beginning(self.render(messages))
+
+    def render(self, messages: Messages) -> str:
+        """The conversation as the template writes it, up to where the assistant's answer begins."""
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    def beginning(self, text: str) -> list[int]:
+        """Ids of rendered text that starts a sequence; one BOS at most."""
+        return self._encode([text], special=True)[0]
+
+    @property
+    def special(self) -> list[str]:
+        """The control tokens, as text."""
+        return [str(token) for token in self.tokenizer.all_special_tokens]
 
     def completion_ids(self, text: str, ended: bool) -> list[int]:
         """Ids of an answer; with the end-of-turn token only if the answer ended with it."""

@@ -1,0 +1,127 @@
+"""The three compiled programs of the sampler: prefill prompts, insert them into slots, advance all slots by a chunk.
+
+Weights are an argument and everything static is hashable, so models of one shape share the compilation, also across
+engines.
+
+    prefill:  G prompts, padded to one of a few lengths  ──▶  their keys and values
+    insert:   those of one prompt into each slot that takes one of its n traces (the last prompt token is fed again
+              by the first decoding step, which draws the trace's first token)
+    advance:  up to `chunk` tokens in every slot, cache donated; returns early when too many slots stand idle
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from deltapref_jax.models.decoder import Cache, empty_cache
+from deltapref_jax.sampling.draw import draw, uniforms
+
+
+class Slots(NamedTuple):
+    """What the device must know of every slot; the host keeps it and sends it with each chunk."""
+
+    token: Int[np.ndarray, " B"]  # fed next
+    position: Int[np.ndarray, " B"]  # of that token in its sequence
+    produced: Int[np.ndarray, " B"]  # tokens of the trace so far
+    alive: Bool[np.ndarray, " B"]
+    keys: UInt32[np.ndarray, "B 2"]
+    temperature: Float[np.ndarray, " B"]
+    top_p: Float[np.ndarray, " B"]
+    top_k: Int[np.ndarray, " B"]
+
+
+class Chunk(NamedTuple):
+    """What one `advance` did; entries of `tokens` and `logprobs` count up to a slot's newly produced."""
+
+    steps: Int[Array, ""]
+    tokens: Int[Array, "chunk B"]
+    logprobs: Float[Array, "chunk B"]
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    alive: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sharding"))
+def prefill(graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"], sharding: NamedSharding) -> Cache:
+    """Keys and values of G prompts, padded on the right to T tokens."""
+    model = nnx.merge(graphdef, weights)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    _, cache = model.decode(tokens, positions, empty_cache(model.spec, *tokens.shape, dtype=model.dtype))
+    return jax.lax.with_sharding_constraint(cache, sharding)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def insert(cache: Cache, prompts: Cache, slots: Int[Array, " B"], rows: Int[Array, " B"], count: Int[Array, ""]) -> Cache:
+    """Copies prompt rows[i] into slot slots[i] for i < count."""
+
+    def one(i: Array, cache: Cache) -> Cache:
+        def copy(into: Array, source: Array) -> Array:
+            row = jax.lax.dynamic_slice_in_dim(source, rows[i], 1)
+            return jax.lax.dynamic_update_slice(into, row, (slots[i], 0, 0, 0))
+
+        return jax.tree.map(copy, cache, prompts)
+
+    return jax.lax.fori_loop(0, count, one, cache)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "live", "filtered"), donate_argnames=("cache",))
+def advance(
+    graphdef: nnx.GraphDef,
+    weights: nnx.State,
+    cache: Cache,
+    slots: Slots,
+    end_ids: Int[Array, " E"],
+    budget: Int[Array, ""],
+    patience: Int[Array, ""],
+    *,
+    chunk: int,
+    live: int,
+    filtered: bool,
+) -> tuple[Cache, Chunk]:
+    """Samples up to `chunk` tokens in every living slot.
+
+    Args:
+      graphdef: of an unstacked decoder.
+      weights: its parameters.
+      cache: of all slots; donated.
+      slots: their state.
+      end_ids: tokens that end a trace.
+      budget: tokens after which a trace ends anyway.
+      patience: idle slots tolerated; with more of them the chunk ends early, so that they can be refilled.
+      chunk: static; steps at most.
+      live: static; leading cache positions that are read, beyond every position reached.
+      filtered: static; whether any slot uses top-p or top-k.
+    """
+    model = nnx.merge(graphdef, weights)
+    unembedding = model.unembedding()
+    uniform = jax.vmap(lambda t: uniforms(slots.keys, slots.produced + t))(jnp.arange(chunk))
+
+    def going(state: tuple) -> Array:
+        out = state[1]
+        return (out.steps < chunk) & (jnp.sum(~out.alive) <= patience)
+
+    def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
+        cache, out = state
+        hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache, live)
+        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32)
+        token, logprob = draw(logits, uniform[out.steps], slots.temperature, slots.top_p, slots.top_k, filtered)
+        ended = jnp.any(token[:, None] == end_ids, axis=-1) | (slots.produced + out.steps + 1 >= budget)
+        return cache, Chunk(
+            steps=out.steps + 1,
+            tokens=out.tokens.at[out.steps].set(token),
+            logprobs=out.logprobs.at[out.steps].set(logprob),
+            token=jnp.where(out.alive, token, out.token),
+            position=out.position + out.alive,
+            alive=out.alive & ~ended,
+        )
+
+    rows = (chunk, slots.token.shape[0])
+    start = Chunk(jnp.int32(0), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.asarray(slots.token),
+                  jnp.asarray(slots.position), jnp.asarray(slots.alive))
+    return jax.lax.while_loop(going, step, (cache, start))
