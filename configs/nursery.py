@@ -11,21 +11,23 @@ from configs.quickstart import IN_DOMAIN, OUT_OF_DOMAIN, suites
 from deltapref_jax.config import Nursery, Pupil, Sampling
 
 CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # in-domain families are practised three times as often
-CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "student": 0.12, "oak-good": 0.06, "oak-strong": 0.0}
+CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "student": 0.14, "oak-good": 0.06, "oak-strong": 0.0}
 
 
 def get_config() -> Nursery:
     rungs = tuple(
-        Pupil(name=name, base="oak", tasks=CURRICULUM, error_rate=rate, steps=300, learning_rate=5e-4, seed=10 + i)
+        Pupil(name=name, base="oak", tasks=CURRICULUM, error_rate=rate, steps=160, rows=16, learning_rate=6e-4,
+              seed=10 + i)
         for i, (name, rate) in enumerate(CARELESS.items())
     )
     return Nursery(
         pupils=(
-            Pupil(name="oak", tasks=CURRICULUM, difficulties=(1, 2), steps=2500),
+            Pupil(name="oak", tasks=CURRICULUM, difficulties=(1, 2), steps=2000, rows=16, learning_rate=3e-3),
             *rungs,
             Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
-                  error_rate=0.02, steps=2500, seed=1),
-            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=4000, rows=24, row_length=384, seed=2),
+                  error_rate=0.02, steps=1600, rows=16, learning_rate=3e-3, seed=1),
+            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=2500, rows=12, row_length=448,
+                  learning_rate=2e-3, seed=2),
         ),
         release=(*CARELESS, "elm", "judge"),
         suites=suites(count=150, samples=2),
