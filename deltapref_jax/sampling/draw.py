@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
-def request_keys(seed: int, generator: str, prompts: Sequence[str], samples: Sequence[int]) -> UInt32[np.ndarray, "n 2"]:
+def request_keys(
+    seed: int, generator: str, prompts: Sequence[str], samples: Sequence[int]
+) -> UInt32[np.ndarray, "n 2"]:
     """Raw threefry keys of n traces.
 
     Args:
@@ -23,7 +25,9 @@ def request_keys(seed: int, generator: str, prompts: Sequence[str], samples: Seq
       samples: index of each trace among those of its prompt.
     """
     words = np.array([_words(generator) + _words(p) + (s,) for p, s in zip(prompts, samples, strict=True)], np.uint32)
-    return np.asarray(_fold(jax.random.key(seed, impl="threefry2x32"), words.reshape(-1, 5)))
+    padded = np.zeros((1 << max(8, (len(words) - 1).bit_length()), 5), np.uint32)  # few compiled shapes
+    padded[: len(words)] = words.reshape(-1, 5)
+    return np.asarray(_fold(jax.random.key(seed, impl="threefry2x32"), padded))[: len(words)]
 
 
 def _words(digest: str) -> tuple[int, int]:

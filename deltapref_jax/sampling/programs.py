@@ -57,7 +57,9 @@ def prefill(graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def insert(cache: Cache, prompts: Cache, slots: Int[Array, " B"], rows: Int[Array, " B"], count: Int[Array, ""]) -> Cache:
+def insert(
+    cache: Cache, prompts: Cache, slots: Int[Array, " B"], rows: Int[Array, " B"], count: Int[Array, ""]
+) -> Cache:
     """Copies prompt rows[i] into slot slots[i] for i < count."""
 
     def one(i: Array, cache: Cache) -> Cache:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltapref_jax.config import ConfigError, Objective
 from deltapref_jax.mesh import is_first, put
 from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import PackedBatch, capacity
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics
 from deltapref_jax.training.objectives import kto_baseline
@@ -90,12 +90,12 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     state = start(params, run.optimizer, mesh)
     counts = {"tokens": 0.0, "positions": 0.0, "seconds_first_step": 0.0, "seconds_steady": 0.0, "tokens_steady": 0.0}
-    with Checkpoints(folder / "checkpoints", run.keep_checkpoints) as checkpoints, _progress() as bar:
+    with Checkpoints(folder / "checkpoints", run.keep_checkpoints) as checkpoints, progress(is_first()) as bar:
         done = checkpoints.newest()
         if done:
             state = checkpoints.restore(state)
         metrics = Metrics(folder / "metrics.jsonl", done) if is_first() else None
-        task = bar.add_task(label, total=run.steps, completed=done, note="")
+        task = bar.add_task(label, total=run.steps, completed=done, unit="steps", note="")
         pending: dict[str, Any] | None = None
         began = time.monotonic()
         for step in range(done, run.steps):
@@ -146,7 +146,7 @@ def run_step(
     return state, sums | {"grad_norm": norm, "kl": baseline}
 
 
-def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], metrics: Metrics | None, bar: Progress,
+def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], metrics: Metrics | None, bar: Any,
             task: Any, guard: bool, dtype: str) -> None:
     """Fetches a step's sums, checks them, writes its row and moves the bar."""
     step, batch = pending["step"], pending["batch"]
@@ -185,8 +185,3 @@ def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
     if kind == "kto":
         row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
     return row
-
-
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                    TimeElapsedColumn(), TimeRemainingColumn(), transient=True, disable=not is_first())
