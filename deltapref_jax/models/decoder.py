@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
 
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, live: int | None = None
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Writes `tokens` into the cache at `positions` and returns their hidden states after the final norm.
 
@@ -139,11 +139,9 @@ class Decoder(nnx.Module):
           tokens: ids; T is 1 when decoding and the padded prompt length when prefilling.
           positions: of each token in its own sequence.
           cache: of B rows; donate it.
-          live: static; only the first `live` cache positions are read. None: all.
         """
         rows = jnp.arange(tokens.shape[0])[:, None]
-        live = live or cache.v[0].shape[2]
-        mask = jnp.arange(live) <= positions[:, :, None]
+        mask = jnp.arange(cache.v[0].shape[2]) <= positions[:, :, None]
         rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
         keys, values = list(cache.k), list(cache.v)
         x = self.embed[...].astype(self.dtype)[tokens]
@@ -151,8 +149,7 @@ class Decoder(nnx.Module):
             q, k, v = block.project(x, rotations)
             keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))
             values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
-            live_keys, live_values = keys[i][..., :live].astype(q.dtype), values[i][:, :, :live].astype(q.dtype)
-            x = block.finish(x, attend_cache(q, live_keys, live_values, mask))
+            x = block.finish(x, attend_cache(q, keys[i].astype(q.dtype), values[i].astype(q.dtype), mask))
         return rms_norm(x, self.final_norm[...], self.spec.norm_eps), Cache(tuple(keys), tuple(values))
 
     def _layers(self) -> Sequence[Block]:

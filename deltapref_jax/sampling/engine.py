@@ -9,6 +9,7 @@ device works. Prompts are taken longest first, which is also what is expected to
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -24,9 +26,10 @@ from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
 from deltapref_jax.models.sharding import BATCH, shardings
+from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded
 from deltapref_jax.sampling.draw import request_keys
-from deltapref_jax.sampling.programs import Chunk, Slots, advance, insert, prefill
+from deltapref_jax.sampling.programs import Chunk, Slots, advance, grow, insert, prefill
 from deltapref_jax.sampling.stopping import before_stop, stopped_length
 
 
@@ -93,6 +96,11 @@ def _batched(items: Iterator[int], size: int) -> Iterator[list[int]]:
         yield batch
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _new_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype, sharding: NamedSharding) -> Cache:
+    return jax.lax.with_sharding_constraint(empty_cache(spec, slots, length, dtype), sharding)
+
+
 class Engine:
     """Samples traces of one model. The result of a request depends on no other request, and not on their order.
 
@@ -130,11 +138,8 @@ class Engine:
         self.group = across * max(1, min(16, sampling.slots // 8) // across)  # prompts of one prefill
         state = jax.device_put(model.state, shardings(model.state, self.mesh))
         self.graphdef, self.weights = unstacked(model.graphdef, state)
-        self.stride = max(64, -(-self.length // 256) * 64)  # `live` is a multiple: at most four compiled variants
-        heads = "tensor" if model.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
-        self.cache = jax.jit(
-            lambda: empty_cache(model.spec, sampling.slots, self.length, nnx.merge(model.graphdef, model.state).dtype),
-            out_shardings=self._sharding(PartitionSpec(*BATCH, heads)))()
+        self.dtype = nnx.merge(model.graphdef, model.state).dtype
+        self.cache: Cache | None = None
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
         self.stats = dict.fromkeys(("tokens", "truncated", "steps", "slot_steps", "prompt_tokens",
                                     "padded_prompt_tokens", "seconds"), 0)
@@ -161,6 +166,7 @@ class Engine:
 
     def _run(self, requests: Sequence[Request]) -> Iterator[_Trace]:
         """Traces as they end; while the caller handles one, the device works on the next chunk."""
+        self._reserve(0)
         table, groups = _Table.empty(self.sampling.slots), self._groups(requests)
         filtered = any(0 < r.top_k < self.spec.vocab or r.top_p < 1 for r in requests)
         remaining = sum(request.samples for request in requests)
@@ -214,16 +220,29 @@ class Engine:
             trace.prompts = None
         return len(taken)
 
+    def _reserve(self, reach: int) -> None:
+        """Makes room for `reach` positions, doubling the length; 0 starts again with the shortest cache.
+
+        Every step reads the whole cache, so it is as long as what has been reached, not as what may be.
+        """
+        shortest = min(self.length, max(256, 1 << (self.sampling.max_prompt - 1).bit_length()))
+        if self.cache is None or (reach == 0 and self.cache.v[0].shape[2] > shortest):
+            self.cache = None  # frees the longer one first
+            heads = "tensor" if self.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
+            self.cache = _new_cache(self.spec, self.sampling.slots, shortest, self.dtype,
+                                    self._sharding(PartitionSpec(*BATCH, heads)))
+        while (length := self.cache.v[0].shape[2]) < min(reach, self.length):
+            self.cache = grow(self.cache, min(self.length, 2 * length))
+
     def _advance(self, slots: Slots, filtered: bool, more: bool) -> Chunk:
         """Dispatches one chunk; the returned arrays are not there yet."""
         B, chunk = self.sampling.slots, self.sampling.chunk
-        reach = int(slots.position[slots.alive].max()) + chunk
-        live = min(-(-reach // self.stride) * self.stride, self.length)
+        self._reserve(int(slots.position[slots.alive].max()) + chunk)
         patience = min(B // 16, B - 1) if more else B - 1
         sent = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(BATCH))  # a copy: the host goes on writing
         self.cache, out = advance(
             self.graphdef, self.weights, self.cache, sent, self.end_ids, np.int32(self.sampling.max_tokens),
-            np.int32(patience), chunk=chunk, live=live, filtered=filtered)
+            np.int32(patience), chunk=chunk, filtered=filtered)
         return out
 
     def _collect(self, chunk: Chunk, table: "_Table") -> list[_Trace]:

@@ -72,7 +72,15 @@ def insert(
     return jax.lax.fori_loop(0, count, one, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "live", "filtered"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("length",))
+def grow(cache: Cache, length: int) -> Cache:
+    """The same cache with room for `length` positions."""
+    more = length - cache.v[0].shape[2]
+    return Cache(tuple(jnp.pad(k, ((0, 0),) * 3 + ((0, more),)) for k in cache.k),
+                 tuple(jnp.pad(v, ((0, 0),) * 2 + ((0, more), (0, 0))) for v in cache.v))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "filtered"), donate_argnames=("cache",))
 def advance(
     graphdef: nnx.GraphDef,
     weights: nnx.State,
@@ -83,7 +91,6 @@ def advance(
     patience: Int[Array, ""],
     *,
     chunk: int,
-    live: int,
     filtered: bool,
 ) -> tuple[Cache, Chunk]:
     """Samples up to `chunk` tokens in every living slot.
@@ -91,13 +98,12 @@ def advance(
     Args:
       graphdef: of an unstacked decoder.
       weights: its parameters.
-      cache: of all slots; donated.
+      cache: of all slots, with room for every position that the chunk can reach; donated.
       slots: their state.
       end_ids: tokens that end a trace.
       budget: tokens after which a trace ends anyway.
       patience: idle slots tolerated; with more of them the chunk ends early, so that they can be refilled.
       chunk: static; steps at most.
-      live: static; leading cache positions that are read, beyond every position reached.
       filtered: static; whether any slot uses top-p or top-k.
     """
     model = nnx.merge(graphdef, weights)
@@ -110,7 +116,7 @@ def advance(
 
     def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
         cache, out = state
-        hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache, live)
+        hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache)
         logits = jnp.einsum("bd,vd->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32)
         token, logprob = draw(logits, uniform[out.steps], slots.temperature, slots.top_p, slots.top_k, filtered)
         ended = jnp.any(token[:, None] == end_ids, axis=-1) | (slots.produced + out.steps + 1 >= budget)
