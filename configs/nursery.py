@@ -26,7 +26,7 @@ def get_config() -> Nursery:
             *rungs,
             Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
                   error_rate=0.02, steps=1600, rows=16, learning_rate=3e-3, seed=1),
-            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=2500, rows=12, row_length=448,
+            Pupil(name="judge", lesson="judge", tasks=CURRICULUM, layers=5, steps=1600, rows=12, row_length=448,
                   learning_rate=2e-3, seed=2),
         ),
         release=(*CARELESS, "elm", "judge"),
