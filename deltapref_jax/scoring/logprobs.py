@@ -5,12 +5,19 @@ at the fullest row. Extra memory is one chunk of [B, C, V] float32, forward and 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.sharding import BATCH, shardings
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.packing import PackedBatch
 
 _CHUNK_NUMBERS = 1 << 23  # of one chunk of logits: 32 MiB in float32
@@ -114,3 +121,15 @@ def sequence_logprobs(
     sums = jax.ops.segment_sum(logprobs.reshape(-1), owner, segments + 1)[1:]
     counts = jax.ops.segment_sum(mask.reshape(-1).astype(jnp.float32), owner, segments + 1)[1:]
     return sums, counts
+
+
+@functools.cache
+def scorer(spec: ModelSpec, dtype: str, segments: int, mesh: Mesh) -> Callable[..., Any]:
+    """The compiled (params, batch) -> (sums [S], counts [S]); one per model and row shape in the process."""
+    graphdef, shapes = abstract(spec, jnp.dtype(dtype))
+
+    def run(params: nnx.State, batch: PackedBatch) -> tuple[Array, Array]:
+        return sequence_logprobs(nnx.merge(graphdef, params), batch, segments)
+
+    return jax.jit(run, in_shardings=(shardings(shapes, mesh), NamedSharding(mesh, BATCH)),
+                   out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -131,7 +131,7 @@ def run_step(
     baseline = jnp.zeros(())
     if batch.baseline:
         weight = sum(float(w.sum()) for _, _, w in batch.baseline)
-        shifts = [jnp.vdot(steps.logprobs(state.params, put(rows, mesh, BATCH)) - ref, w)
+        shifts = [jnp.vdot(steps.logprobs(state.params, put(rows, mesh, BATCH))[0] - ref, w)
                   for rows, ref, w in batch.baseline]
         baseline = kto_baseline(sum(shifts[1:], shifts[0]) / weight)
     hyper = Hyper(np.float32(objective.beta), np.float32(objective.desirable_weight),

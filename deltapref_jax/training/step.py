@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.logprobs import sequence_logprobs
+from deltapref_jax.scoring.logprobs import scorer, sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training import objectives
 from deltapref_jax.training.state import Optimizer, TrainState
@@ -96,7 +96,7 @@ class Programs(NamedTuple):
     gradient: Callable[..., Any]  # (params, batch, examples, hyper) -> (grads, sums)
     add: Callable[..., Any]  # (grads, more grads) -> grads
     apply: Callable[..., Any]  # (state, grads, learning rate) -> (state, gradient norm before clipping)
-    logprobs: Callable[..., Any]  # (params, batch) -> [S] sums
+    logprobs: Callable[..., Any]  # (params, batch) -> ([S] sums, [S] counts)
     place: Any  # shardings of the whole TrainState
 
 
@@ -123,15 +123,12 @@ def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segme
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         return TrainState(params, moments), optax.tree.norm(grads)
 
-    def logprobs(params: nnx.State, batch: PackedBatch) -> Array:
-        return sequence_logprobs(nnx.merge(graphdef, params), batch, segments)[0]
-
     return Programs(
         gradient=jax.jit(gradient, in_shardings=(params_place, rows, everywhere, everywhere),
                          out_shardings=(params_place, everywhere)),
         add=jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place),
         apply=jax.jit(apply, donate_argnums=0, in_shardings=(place, params_place, everywhere),
                       out_shardings=(place, everywhere)),
-        logprobs=jax.jit(logprobs, in_shardings=(params_place, rows), out_shardings=everywhere),
+        logprobs=scorer(spec, dtype, segments, mesh),
         place=place,
     )
