@@ -1,0 +1,156 @@
+"""Questions from wherever they are, as rows of `records.PROMPT`: one function per kind of source."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from deltapref_jax.config import ConfigError, Prompts, choose
+from deltapref_jax.records import digest
+from deltapref_jax.synthetic import world
+
+Row = dict[str, Any]
+
+
+def read_prompts(source: Prompts) -> tuple[list[Row], dict[str, int]]:
+    """Rows of one source, and counts: `read`, `empty` (questions without text, dropped), `duplicate` (dropped).
+
+    Raises:
+      ConfigError: the source is missing, damaged, or lacks a column; the sentence names file, line or column.
+    """
+    rows = list(SOURCES[choose("prompts.kind", source.kind, SOURCES)](source))
+    kept: dict[str, Row] = {}
+    empty = 0
+    for row in rows:
+        if not str(json.loads(row["messages"])[-1]["content"]).strip():
+            empty += 1
+            continue
+        kept.setdefault(row["prompt_id"], row)
+    unique = list(kept.values())
+    if source.count and source.count < len(unique):
+        order = np.random.default_rng(source.seed).permutation(len(unique))[: source.count]
+        unique = [unique[i] for i in sorted(order)]
+    if not unique:
+        raise ConfigError(f"The source {source.path or source.tasks} holds no question with text; give it some.")
+    return unique, {"read": len(rows), "empty": empty, "duplicate": len(rows) - empty - len(kept)}
+
+
+def _row(task: str, messages: list[dict[str, str]], answer: str, checker: str, meta: dict[str, Any]) -> Row:
+    text = json.dumps(messages, ensure_ascii=False)
+    return {"prompt_id": digest(task, text), "task": task, "messages": text, "answer": answer, "checker": checker,
+            "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False)}
+
+
+def _synthetic(source: Prompts) -> list[Row]:
+    return world.prompts(source.tasks, source.count, source.difficulty, source.seed)
+
+
+def _reasoning_gym(source: Prompts) -> Iterable[Row]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    for place, task in enumerate(source.tasks):
+        choose("reasoning-gym task", task, sorted(DATASETS))
+        share = source.count // len(source.tasks) + (place < source.count % len(source.tasks))
+        for entry in reasoning_gym.create_dataset(task, size=share, seed=source.seed):
+            kept = json.loads(json.dumps(entry, default=str))
+            yield _row(task, [{"role": "user", "content": entry["question"]}], str(entry["answer"]), "reasoning_gym",
+                       {"task": task, "entry": kept})
+
+
+def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Row]:
+    """Rows of a table by `prompt_field` and `answer_field`; `where` of each goes into the sentence of an error."""
+    for where, row in rows:
+        if source.prompt_field not in row:
+            raise ConfigError(f"{where} has no column {source.prompt_field!r}; it has {sorted(row)}: "
+                              "set prompt_field.")
+        prompt, answer = row[source.prompt_field], row.get(source.answer_field)
+        if answer is None and source.checker:
+            raise ConfigError(f"{where} has no {source.answer_field!r} and the checker {source.checker!r} needs one; "
+                              "set answer_field, or checker to ''.")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        try:
+            messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        except (TypeError, KeyError) as e:
+            raise ConfigError(f"{where} has a prompt that is neither text nor a list of chat messages; "
+                              "each message needs 'role' and 'content'.") from e
+        if not messages or messages[-1]["role"] != "user":
+            raise ConfigError(f"{where} has a prompt whose last message is not the user's; cut the answer off.")
+        yield _row(task, messages, "" if answer is None else str(answer), source.checker, {})
+
+
+def _existing(source: Prompts) -> Path:
+    path = Path(source.path)
+    if not path.exists():
+        raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
+    return path
+
+
+def _jsonl(source: Prompts) -> Iterable[Row]:
+    path = _existing(source)
+
+    def lines() -> Iterable[tuple[str, Row]]:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise ConfigError(f"Line {number} of {path} is not JSON ({e}); mend or remove it.") from e
+                if not isinstance(row, dict):
+                    raise ConfigError(f"Line {number} of {path} is not a JSON object; mend or remove it.")
+                yield f"Line {number} of {path}", row
+
+    return _from_columns(source, lines(), path.stem)
+
+
+def _parquet(source: Prompts) -> Iterable[Row]:
+    path = _existing(source)
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except Exception as e:  # pyarrow raises many kinds for a damaged file
+        raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
+    return _from_columns(source, ((f"Row {i} of {path}", row) for i, row in enumerate(rows)), path.stem)
+
+
+def _hub(source: Prompts) -> Iterable[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source.path, split=source.split)
+    except Exception as e:  # the library and the hub raise dozens of kinds
+        raise ConfigError(f"The data set {source.path!r} (split {source.split!r}) cannot be loaded "
+                          f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split and "
+                          "connection, or give a local folder.") from e
+    return _from_columns(source, ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(data)),
+                         Path(source.path).name)
+
+
+def _tfds(source: Prompts) -> Iterable[Row]:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(str(_existing(source)))
+        data = builder.as_data_source(split=source.split)
+    except ConfigError:
+        raise
+    except Exception as e:  # tfds raises many kinds
+        raise ConfigError(f"The TFDS data set in {source.path} (split {source.split!r}) cannot be read "
+                          f"({type(e).__name__}: {e}); give the builder's version directory, in array_record "
+                          "format.") from e
+
+    def plain(value: Any) -> Any:
+        return value.decode() if isinstance(value, bytes) else value
+
+    return _from_columns(source, ((f"Row {i} of {source.path}", {k: plain(v) for k, v in row.items()})
+                                  for i, row in enumerate(data)), builder.info.name)
+
+
+SOURCES: dict[str, Callable[[Prompts], Iterable[Row]]] = {
+    "synthetic": _synthetic, "reasoning_gym": _reasoning_gym, "jsonl": _jsonl, "parquet": _parquet, "hub": _hub,
+    "tfds": _tfds}
