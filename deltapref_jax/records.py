@@ -87,6 +87,16 @@ RESULT = pa.schema([  # evaluation: one row per question and sample
 ])
 
 
+AUDIT = pa.schema([  # a judge's ratings of solutions corrupted on purpose
+    ("prompt_id", pa.string()),
+    ("judge", pa.string()),
+    ("target", pa.string()),  # dimension that was corrupted; "" for the clean solution
+    ("degree", pa.int32()),  # 0 (clean) to 4
+    ("dimension", pa.string()),  # dimension that was rated
+    ("rating", pa.float32()),
+])
+
+
 def table(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
     """Rows as a table of `schema`; a missing or additional key is an error."""
     for row in rows:

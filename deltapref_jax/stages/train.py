@@ -147,14 +147,15 @@ def train_arm(job: Job) -> None:
         needed = {p[side] for p in pairs for side in ("chosen_id", "rejected_id")}
         traces = [t for table in job.tables("sample").values() for t in table.to_pylist() if t["trace_id"] in needed]
         matched, mismatched = references(job, c["reference"])
-        scored = [p for p in pairs if all(p[s] in matched and (c["objective"]["kind"] != "kto" or p[s] in mismatched)
-                                          for s in ("chosen_id", "rejected_id"))]
+        kind = c["objective"]["kind"]
+        scored = [p for p in pairs if kind == "sft" or all(
+            p[side] in matched and (kind != "kto" or p[side] in mismatched) for side in ("chosen_id", "rejected_id"))]
         arm = Arm(job, Sequences(model.text, job.table("prompts").to_pylist(), traces), scored, matched, mismatched)
         t = arm.training
         run = Run(Objective(**c["objective"]), arm.steps, t.rows, t.row_length, t.warmup, t.schedule,
                   optimizer=Optimizer(t.clip, t.weight_decay), checkpoint_every=t.checkpoint_every,
                   keep_checkpoints=t.keep_checkpoints)
-        guard = c["reference"] == c["student"] and c["objective"]["kind"] != "sft"
+        guard = c["reference"] == c["student"] and kind != "sft"
         params, counts = train(model.spec, model.state, arm, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
                                job.node.label, c["dtype"], guard)
         if is_first():

@@ -1,0 +1,167 @@
+"""Experiment to artifacts: the graph of everything a study needs, each thing once.
+
+Labels: prompts · suite/S · sample/G · verify/G · judge/J/G · score/G · capability/G · audit/J · pair/A · train/A/seed ·
+evaluate/A/seed · evaluate/student · report.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltapref_jax.config import Arm, ConfigError, Experiment, Generator, Judge, Model, Prompts, model_of
+from deltapref_jax.models.weights import weights_hash
+from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
+from deltapref_jax.workspace import Node
+
+Describe = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+_AUDIT_COUNT = 60  # problems a judge is audited on
+
+
+def _source(source: Prompts) -> dict[str, Any]:
+    """A source's fields with its path replaced by what lies there: a moved file is the same source."""
+    fields = dataclasses.asdict(source)
+    path = Path(source.path)
+    if source.kind in ("jsonl", "parquet"):
+        if not path.is_file():
+            raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
+        fields["path"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    elif source.kind == "tfds" and not path.is_dir():
+        raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
+    return fields
+
+
+def _prompts(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, Node]) -> Node:
+    return Node("prompts", label, {"sources": [_source(s) for s in sources]}, suites,
+                {"paths": [s.path for s in sources]}, prompts.VERSION)
+
+
+def ladder_of(e: Experiment, arm: Arm) -> dict[str, int]:
+    """Generators that share the arm's prompts, and how many usable traces of each a prompt must have.
+
+    All arms with one rejected generator are rungs of one ladder; a zero rung needs two traces of it.
+    """
+    need: dict[str, int] = {}
+    for other in e.arms:
+        if other.rejected == arm.rejected:
+            need[other.chosen] = max(need.get(other.chosen, 1), 2 if other.chosen == other.rejected else 1)
+            need.setdefault(other.rejected, 1)
+    return dict(sorted(need.items()))
+
+
+def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
+    """Every artifact of the study by label, inputs before what needs them.
+
+    Args:
+      e: validated.
+      describe_evaluation: `evals.evaluate.describe` (the package does not import evals).
+
+    Raises:
+      FileNotFoundError: a model that the study names is not there.
+      ConfigError: a prompt file is not there.
+    """
+    nodes: dict[str, Node] = {}
+    mesh = dataclasses.asdict(e.mesh)
+    student, reference = e.student, e.reference if e.reference.path else e.student
+    for s in e.suites:
+        nodes[f"suite/{s.name}"] = _prompts(f"suite/{s.name}", (s.prompts,), {})
+    suites = {label: node for label, node in nodes.items() if label.startswith("suite/")}
+    nodes["prompts"] = _prompts("prompts", e.prompts, suites)
+    used = [g for g in e.generators if any(g.name in (a.chosen, a.rejected) for a in e.arms) or not e.arms]
+    for g in used:
+        _generator(nodes, e, dataclasses.replace(g, model=model_of(e, g.model)), reference, mesh)
+
+    def evaluation(label: str, model: Model, policy: Node | None) -> None:
+        config, local = describe_evaluation(e.suites, e.sampling, e.seed, e.mesh, model, policy is not None)
+        inputs = suites | ({} if policy is None else {"policy": policy})
+        nodes[label] = Node("evaluate", label, config, inputs, local)
+
+    if e.suites:
+        evaluation("evaluate/student", student, None)
+        for g in used:
+            evaluation(f"capability/{g.name}", model_of(e, g.model), None)
+    if any(p.kind == "synthetic" for p in e.prompts):
+        for j in e.judges:
+            config, local = _judge(e, j, mesh)
+            nodes[f"audit/{j.name}"] = Node("audit", f"audit/{j.name}", config | {
+                "count": _AUDIT_COUNT, "seed": e.seed}, {"prompts": nodes["prompts"]}, local, audit.VERSION)
+    for a in e.arms:
+        node = nodes[f"pair/{a.name}"] = _pair(nodes, e, a)
+        for seed in a.seeds:
+            label = f"train/{a.name}/{seed}"
+            nodes[label] = _train(nodes, e, a, seed, node, student, reference, label)
+            if e.suites:
+                evaluation(f"evaluate/{a.name}/{seed}", student, nodes[label])
+    described = dataclasses.asdict(e)
+    described.pop("workspace")
+    nodes["report"] = Node("report", "report", {"experiment": described}, dict(nodes), {}, report.VERSION)
+    return nodes
+
+
+def _generator(nodes: dict[str, Node], e: Experiment, g: Generator, reference: Model, mesh: dict[str, int]) -> None:
+    """Nodes of one generator: its traces, and what is known of every trace."""
+    config, local = sample.describe(g, e.sampling, e.seed, e.mesh)
+    traces = nodes[f"sample/{g.name}"] = Node("sample", f"sample/{g.name}", config, {"prompts": nodes["prompts"]}, local,
+                                              sample.VERSION)
+    inputs = {"sample": traces, "prompts": nodes["prompts"]}
+    nodes[f"verify/{g.name}"] = Node("verify", f"verify/{g.name}", {}, inputs, {}, verify.VERSION)
+    for j in e.judges:
+        config, local = _judge(e, j, mesh)
+        label = f"judge/{j.name}/{g.name}"
+        nodes[label] = Node("judge", label, config, inputs, local, judge.VERSION)
+    kinds = {o.name: o.kind for o in e.objectives}
+    if any(kinds[a.objective] != "sft" for a in e.arms):
+        nodes[f"score/{g.name}"] = Node(
+            "score", f"score/{g.name}",
+            {"weights": weights_hash(reference.path), "dtype": reference.dtype, "seed": e.seed,
+             "scoring": dataclasses.asdict(e.scoring)},
+            inputs, {"model": dataclasses.asdict(reference), "mesh": mesh}, score.VERSION)
+
+
+def _judge(e: Experiment, j: Judge, mesh: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    fields = dataclasses.asdict(j)
+    fields.pop("model")
+    config: dict[str, Any] = {"judge": fields, "scoring": dataclasses.asdict(e.scoring)}
+    if j.kind == "exact":
+        return config, {"mesh": mesh}
+    model = model_of(e, j.model)
+    return config | {"weights": weights_hash(model.path), "dtype": model.dtype}, {
+        "model": dataclasses.asdict(model), "mesh": mesh}
+
+
+def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
+    """Arms that differ only in objective or seeds share this node."""
+    ladder = ladder_of(e, a)
+    by_judge = a.direction != "generator"
+    who = next((j for j in e.judges if j.name == (a.direction if by_judge else a.judge)), None)
+    who = who or (e.judges[0] if e.judges else None)
+    config = {
+        "chosen": a.chosen, "rejected": a.rejected, "ladder": ladder, "direction": "judge" if by_judge else "generator",
+        "keep": a.keep, "by": a.by, "fraction": 1.0 if a.keep == "all" else a.fraction, "stratum": a.stratum,
+        "finishes": list(e.training.finishes), "seed": e.seed, "dimensions": list(who.dimensions) if who else [],
+    }
+    inputs = {"prompts": nodes["prompts"]}
+    for name in ladder:
+        inputs[f"sample/{name}"] = nodes[f"sample/{name}"]
+    for name in dict.fromkeys((a.chosen, a.rejected)):
+        inputs[f"verify/{name}"] = nodes[f"verify/{name}"]
+        if who:
+            inputs[f"judge/{name}"] = nodes[f"judge/{who.name}/{name}"]
+    return Node("pair", f"pair/{a.name}", config, inputs, {}, pair.VERSION)
+
+
+def _train(nodes: dict[str, Node], e: Experiment, a: Arm, seed: int, pairs: Node, student: Model, reference: Model,
+           label: str) -> Node:
+    objective = next(o for o in e.objectives if o.name == a.objective)
+    config = {
+        "objective": dataclasses.asdict(objective), "training": dataclasses.asdict(e.training), "seed": seed,
+        "student": weights_hash(student.path), "reference": weights_hash(reference.path), "dtype": student.dtype,
+    }
+    inputs = {"pairs": pairs, "prompts": nodes["prompts"]}
+    for name in dict.fromkeys((a.chosen, a.rejected)):
+        inputs[f"sample/{name}"] = nodes[f"sample/{name}"]
+        if f"score/{name}" in nodes and objective.kind != "sft":
+            inputs[f"score/{name}"] = nodes[f"score/{name}"]
+    return Node("train", label, config, inputs,
+                {"student": dataclasses.asdict(student), "mesh": dataclasses.asdict(e.mesh)}, train.VERSION)
