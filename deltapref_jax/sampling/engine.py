@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -29,7 +29,7 @@ from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded
 from deltapref_jax.sampling.draw import request_keys
-from deltapref_jax.sampling.programs import Chunk, Slots, advance, grow, insert, prefill
+from deltapref_jax.sampling.programs import Chunk, Slots, advance, compile_seconds, grow, insert, prefill
 from deltapref_jax.sampling.stopping import before_stop, stopped_length
 
 
@@ -74,13 +74,14 @@ class _Table:
     """The host's view of the slots."""
 
     slots: Slots
-    occupants: list[_Trace | None]
+    occupants: dict[int, _Trace]
 
     @classmethod
     def empty(cls, count: int) -> "_Table":
-        counters = (np.zeros(count, np.int32) for _ in range(3))
-        filters = (np.ones(count, np.float32), np.ones(count, np.float32), np.zeros(count, np.int32))
-        return cls(Slots(*counters, np.zeros(count, bool), np.zeros((count, 2), np.uint32), *filters), [None] * count)
+        return cls(Slots(
+            token=np.zeros(count, np.int32), position=np.zeros(count, np.int32), produced=np.zeros(count, np.int32),
+            alive=np.zeros(count, bool), keys=np.zeros((count, 2), np.uint32), temperature=np.ones(count, np.float32),
+            top_p=np.ones(count, np.float32), top_k=np.zeros(count, np.int32)), {})
 
     def place(self, slot: int, trace: _Trace, request: Request) -> None:
         """Starts a trace: the last prompt token is fed first."""
@@ -107,8 +108,9 @@ class Engine:
     Engines of models of one shape share their compiled programs.
 
     Attributes:
-      stats: sums over all calls: `tokens` kept, `truncated` traces, decoding `steps`, `slot_steps` (steps × slots: what
-        the tokens cost), `prompt_tokens`, `padded_prompt_tokens`, `seconds` (compilation included).
+      stats: sums over all calls since it was last cleared: `tokens` kept, `truncated` traces, decoding `steps`,
+        `slot_steps` (steps × slots: what the tokens cost), `prompt_tokens`, `padded_prompt_tokens`, `seconds` and, of
+        these, `compile_seconds`.
     """
 
     def __init__(self, model: Loaded, sampling: Sampling, seed: int, generator: str, mesh: Mesh | None = None):
@@ -141,8 +143,7 @@ class Engine:
         self.dtype = nnx.merge(model.graphdef, model.state).dtype
         self.cache: Cache | None = None
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
-        self.stats = dict.fromkeys(("tokens", "truncated", "steps", "slot_steps", "prompt_tokens",
-                                    "padded_prompt_tokens", "seconds"), 0)
+        self.stats: dict[str, float] = defaultdict(float)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """The traces of every request, in the order of the requests and their samples.
@@ -150,15 +151,17 @@ class Engine:
         Raises:
           ValueError: a prompt is empty or longer than `max_prompt`; a log-probability is not finite.
         """
-        started = time.perf_counter()
-        self._check(requests)
+        started, compiled = time.perf_counter(), compile_seconds()
+        self.check(requests)
         done: list[list[Completion | None]] = [[None] * request.samples for request in requests]
         for trace in self._run(requests):
             done[trace.request][trace.sample] = self._complete(trace)
         self.stats["seconds"] += time.perf_counter() - started
+        self.stats["compile_seconds"] += compile_seconds() - compiled
         return [[completion for completion in row if completion is not None] for row in done]
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises `ValueError`, naming the first prompt that is empty or longer than `max_prompt`."""
         for request in requests:
             if not 0 < len(request.tokens) <= self.sampling.max_prompt:
                 raise ValueError(f"Prompt {request.prompt_id} has {len(request.tokens)} tokens; "
@@ -254,7 +257,7 @@ class Engine:
         alive = chunk.alive.copy()
         ended = []
         for b in np.flatnonzero(slots.alive):
-            trace, n = table.occupants[b], counts[b]
+            trace, n = table.occupants[int(b)], counts[b]
             if not np.isfinite(chunk.logprobs[:n, b]).all():
                 raise ValueError(f"The model gives a log-probability that is not finite after {len(trace.tokens)} "
                                  "tokens; check its weights, or use float32.")

@@ -10,11 +10,10 @@ engines.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -22,29 +21,44 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from deltapref_jax.models.decoder import Cache, empty_cache
 from deltapref_jax.sampling.draw import draw, uniforms
 
+_COMPILED = [0.0]
+
+
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED[0] += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in compilation so far, of whatever."""
+    return _COMPILED[0]
+
 
 class Slots(NamedTuple):
     """What the device must know of every slot; the host keeps it and sends it with each chunk."""
 
-    token: Int[np.ndarray, " B"]  # fed next
-    position: Int[np.ndarray, " B"]  # of that token in its sequence
-    produced: Int[np.ndarray, " B"]  # tokens of the trace so far
-    alive: Bool[np.ndarray, " B"]
-    keys: UInt32[np.ndarray, "B 2"]
-    temperature: Float[np.ndarray, " B"]
-    top_p: Float[np.ndarray, " B"]
-    top_k: Int[np.ndarray, " B"]
+    token: Int[Any, " B"]  # fed next
+    position: Int[Any, " B"]  # of that token in its sequence
+    produced: Int[Any, " B"]  # tokens of the trace so far
+    alive: Bool[Any, " B"]
+    keys: UInt32[Any, "B 2"]
+    temperature: Float[Any, " B"]
+    top_p: Float[Any, " B"]
+    top_k: Int[Any, " B"]
 
 
 class Chunk(NamedTuple):
     """What one `advance` did; entries of `tokens` and `logprobs` count up to a slot's newly produced."""
 
-    steps: Int[Array, ""]
-    tokens: Int[Array, "chunk B"]
-    logprobs: Float[Array, "chunk B"]
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    alive: Bool[Array, " B"]
+    steps: Int[Any, ""]
+    tokens: Int[Any, "chunk B"]
+    logprobs: Float[Any, "chunk B"]
+    token: Int[Any, " B"]
+    position: Int[Any, " B"]
+    alive: Bool[Any, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sharding"))
@@ -52,7 +66,7 @@ def prefill(graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"
     """Keys and values of G prompts, padded on the right to T tokens."""
     model = nnx.merge(graphdef, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    _, cache = model.decode(tokens, positions, empty_cache(model.spec, *tokens.shape, dtype=model.dtype))
+    _, cache = model.decode(tokens, positions, empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype))
     return jax.lax.with_sharding_constraint(cache, sharding)
 
 
@@ -110,7 +124,7 @@ def advance(
     unembedding = model.unembedding()
     uniform = jax.vmap(lambda t: uniforms(slots.keys, slots.produced + t))(jnp.arange(chunk))
 
-    def going(state: tuple) -> Array:
+    def going(state: tuple[Cache, Chunk]) -> Array:
         out = state[1]
         return (out.steps < chunk) & (jnp.sum(~out.alive) <= patience)
 

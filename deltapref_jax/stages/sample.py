@@ -30,7 +30,7 @@ def describe(
     model = asked.pop("model")
     config = {"generator": asked, "weights": weights_hash(model["path"]), "dtype": model["dtype"],
               "sampling": dataclasses.asdict(sampling), "seed": seed}
-    return config, {"path": model["path"], "mesh": dataclasses.asdict(mesh)}
+    return config, {"model": {"path": model["path"]}, "mesh": dataclasses.asdict(mesh)}
 
 
 def sample(job: Job) -> None:
@@ -50,8 +50,8 @@ def sample(job: Job) -> None:
 
     @functools.cache
     def engine() -> tuple[Engine, list[Request]]:
-        model = load(job.local["path"], dtype=config["dtype"], params=config["dtype"])
-        mesh = make_mesh(MeshShape(**job.local.get("mesh", {})), jax.local_devices())
+        model = load(job.local["model"]["path"], dtype=config["dtype"], params=config["dtype"])
+        mesh = make_mesh(MeshShape(**job.local["mesh"]), jax.local_devices())
         engine = Engine(model, sampling, config["seed"], identity, mesh)
         requests = [Request(prompt["prompt_id"], model.text.prompt_ids(messages(prompt, generator)),
                             generator["samples"], generator["temperature"], generator["top_p"], generator["top_k"])

@@ -24,7 +24,8 @@ def verify(job: Job) -> None:
     traces = job.table("sample").select(["trace_id", "prompt_id", "text", "finish"])
 
     def make(shard: int) -> tuple[pa.Table, Stats]:
-        rows = [verdict(prompts[trace["prompt_id"]], trace) for trace in traces.slice(shard * _SHARD, _SHARD).to_pylist()]
+        mine = traces.slice(shard * _SHARD, _SHARD).to_pylist()
+        rows = [verdict(prompts[trace["prompt_id"]], trace) for trace in mine]
         counts = {"correct": sum(row["correct"] is True for row in rows),
                   "checked": sum(row["correct"] is not None for row in rows),
                   "unfinished": sum(row["note"] == "unfinished" for row in rows)}
