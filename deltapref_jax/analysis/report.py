@@ -1,6 +1,5 @@
 """The page: one self-contained HTML file that someone who sees nothing else can understand."""
 
-import html
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -149,7 +148,7 @@ def render(study: Study, summary: Mapping[str, Any]) -> str:
     return environment.from_string(template).render(
         s=summary, findings=findings(summary), figures=_figures(study, summary), pairs=embedded,
         judge_sentences=[judge_sentence(j, exact) for j in summary["judges"]], versions=manifest["versions"],
-        domain_words=DOMAIN_WORDS, config=html.unescape(json.dumps(study.experiment, indent=1)))
+        domain_words=DOMAIN_WORDS, config=json.dumps(study.experiment, indent=1))
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:
