@@ -64,7 +64,7 @@ def test_a_token_of_weight_zero_is_never_drawn():
         assert INVERT(weights, jnp.asarray([uniform])).tolist() == [40]
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.8, 0), (1.3, 0.9, 9)])
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.9, 9)])
 def test_frequencies_match_probabilities(temperature, top_p, top_k):
     logits = np.random.default_rng(0).normal(size=24)
     keys = request_keys(3, "ab" * 8, ["cd" * 8] * 20_000, range(20_000))

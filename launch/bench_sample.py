@@ -1,0 +1,142 @@
+"""How fast the sampler is, as a share of what this machine could do at most; prints a table and writes JSON.
+
+    python -m launch.bench_sample --slots=192
+    python -m launch.bench_sample --model=path/to/folder --slots=32 --prompts=32 --max_tokens=64
+
+The ceiling counts, for one decoding step with every slot busy, the arithmetic and the bytes of weights and cache, and
+divides them by the matrix-product rate and the reading rate measured in the same run: the slower of the two bounds a
+step. Without --model a random one is sampled, whose traces end with probability 1/64 at every token.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from deltapref_jax.config import Sampling
+from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import Loaded, load
+from deltapref_jax.records import digest
+from deltapref_jax.sampling.engine import Engine, Request
+
+_MODEL = flags.DEFINE_string("model", "", "Model to sample; a random small one if empty.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the computation.")
+_SLOTS = flags.DEFINE_multi_integer("slots", [128, 192], "Rows decoded at once; repeat for several measurements.")
+_CHUNK = flags.DEFINE_integer("chunk", 16, "Decode steps per dispatch.")
+_PROMPTS = flags.DEFINE_integer("prompts", 512, "Random prompts.")
+_SAMPLES = flags.DEFINE_integer("samples", 2, "Traces per prompt.")
+_MAX_PROMPT = flags.DEFINE_integer("max_prompt", 96, "Prompts have a quarter of this to all of it.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens of one trace.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Below 1: measures the filters too.")
+_LAYERS = flags.DEFINE_integer("layers", 3, "Of the random model.")
+_WIDTH = flags.DEFINE_integer("width", 128, "Of the random model.")
+_VOCAB = flags.DEFINE_integer("vocab", 512, "Of the random model.")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
+
+
+class _Ids:
+    """Stands in for a tokenizer: any of the first 1/64 of the vocabulary ends a trace."""
+
+    def __init__(self, vocab: int):
+        self.end_ids = tuple(range(max(1, vocab // 64)))
+
+    def decode(self, ids: list[int]) -> str:
+        """The ids as text."""
+        return " ".join(map(str, ids))
+
+
+def random_model() -> Loaded:
+    """A small decoder with random weights, so nearly uniform draws."""
+    spec = ModelSpec(_VOCAB.value, _WIDTH.value, _LAYERS.value, 4, 2, _WIDTH.value // 4, _WIDTH.value * 11 // 4)
+    graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0), dtype=jnp.dtype(_DTYPE.value)))
+    state = jax.tree.map(lambda x: x.astype(_DTYPE.value), state)
+    text: Any = _Ids(spec.vocab)
+    return Loaded(graphdef, state, spec, text, digest("random"))
+
+
+def best_seconds(function: Callable[..., jax.Array], *args: jax.Array) -> float:
+    """The fastest of seven calls, after one that compiles."""
+    jitted = jax.jit(function)
+    jax.block_until_ready(jitted(*args))
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        jax.block_until_ready(jitted(*args))
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def machine(dtype: jnp.dtype) -> tuple[float, float]:
+    """Floating-point operations per second of a square product, bytes per second of a large sum."""
+    n, size = 1536, 1 << 26
+    square = jnp.ones((n, n), dtype)
+    return 2 * n**3 / best_seconds(jnp.matmul, square, square), size * dtype.itemsize / best_seconds(
+        jnp.sum, jnp.ones(size, dtype))
+
+
+def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple[float, float]:
+    """Operations and bytes of one decoding step with `slots` rows over a cache of `length` positions."""
+    unembedding = spec.vocab * spec.width
+    matrices = spec.parameters - unembedding * (1 if spec.tied else 2) + unembedding
+    attention = 4 * spec.layers * spec.heads * spec.head_width * length
+    cache = 2 * spec.layers * spec.kv_heads * spec.head_width * length
+    return slots * (2 * matrices + attention), itemsize * (matrices + slots * cache)
+
+
+def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, float]:
+    """One line of the table: a first pass compiles, a second is timed."""
+    sampling = Sampling(max_prompt=_MAX_PROMPT.value, max_tokens=_MAX_TOKENS.value, slots=slots, chunk=_CHUNK.value)
+    engine = Engine(model, sampling, 0, digest("bench"))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(max(1, _MAX_PROMPT.value // 4), _MAX_PROMPT.value + 1, _PROMPTS.value)
+    requests = [Request(digest(i), rng.integers(0, model.spec.vocab, n).tolist(), _SAMPLES.value, top_p=_TOP_P.value)
+                for i, n in enumerate(lengths)]
+    engine.generate(requests)
+    compiled = engine.stats["compile_seconds"]
+    engine.stats.clear()
+    engine.generate(requests)
+    stats, dtype = engine.stats, jnp.dtype(_DTYPE.value)
+    assert engine.cache is not None
+    flops, size = step_costs(model.spec, slots, engine.cache.v[0].shape[2], dtype.itemsize)
+    bound = max(flops / rates[0], size / rates[1])
+    return {
+        "slots": slots, "tokens": stats["tokens"], "seconds": stats["seconds"],
+        "tokens_per_second": stats["tokens"] / stats["seconds"],
+        "utilisation": stats["tokens"] / stats["slot_steps"],
+        "step_ms": 1e3 * stats["seconds"] / stats["steps"],
+        "bound_ms": 1e3 * bound, "ratio": bound * stats["steps"] / stats["seconds"],
+        "prompt_padding": 1 - stats["prompt_tokens"] / stats["padded_prompt_tokens"],
+        "compile_seconds": compiled,
+    }
+
+
+def main(_: list[str]) -> None:
+    """Measures every --slots."""
+    model = load(_MODEL.value, dtype=_DTYPE.value, params=_DTYPE.value) if _MODEL.value else random_model()
+    rates = machine(jnp.dtype(_DTYPE.value))
+    rows = [measure(model, slots, rates) for slots in _SLOTS.value]
+    table = Table(title=f"{model.spec.parameters:,} parameters; products {rates[0] / 1e9:.0f} GFLOP/s, "
+                        f"reading {rates[1] / 1e9:.1f} GB/s")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values()))
+    Console().print(table)
+    if _OUTPUT.value:
+        with open(_OUTPUT.value, "w") as file:
+            json.dump({"spec": dataclasses.asdict(model.spec), "flops_per_second": rates[0],
+                       "bytes_per_second": rates[1], "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    app.run(main)

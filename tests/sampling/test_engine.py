@@ -1,0 +1,227 @@
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltapref_jax.config import MeshShape, Sampling
+from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import Loaded
+from deltapref_jax.records import digest
+from deltapref_jax.sampling import programs
+from deltapref_jax.sampling.engine import Engine, Request
+
+SPEC = ModelSpec(vocab=40, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48)
+END = (3, 11)
+GENERATOR = "ab" * 8
+
+
+class Letters:
+    """A tokenizer of 40 characters, without `transformers`."""
+
+    end_ids = END
+
+    def decode(self, ids):
+        return "".join(chr(ord("A") + i) for i in ids)
+
+
+def model(peaky: float = 1.0, seed: int = 0) -> Loaded:
+    """A random decoder; `peaky` scales its logits."""
+    graphdef, state = nnx.split(Decoder(SPEC, rngs=nnx.Rngs(seed)))
+    state = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, state)  # attention and MLP that say something
+    state["embed"][...] = state["embed"][...] * peaky * 8
+    return Loaded(graphdef, state, SPEC, Letters(), "cd" * 8)
+
+
+def requests(count: int = 14, **options) -> list[Request]:
+    rng = np.random.default_rng(5)
+    return [Request(digest(i), rng.integers(0, 40, rng.integers(1, 21)).tolist(), samples=1 + i % 3, **options)
+            for i in range(count)]
+
+
+def sampling(**options) -> Sampling:
+    return Sampling(**{"max_prompt": 20, "max_tokens": 24, "slots": 8, "chunk": 5} | options)
+
+
+def engine(loaded=None, mesh=None, seed=0, **options) -> Engine:
+    return Engine(loaded or model(), sampling(**options), seed, GENERATOR, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(graphdef, state, tokens):
+    decoder = nnx.merge(graphdef, state)
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden = decoder.hidden(tokens, positions, (tokens >= 0).astype(jnp.int32))
+    return jax.nn.log_softmax(hidden @ decoder.unembedding().T, axis=-1)
+
+
+def full_forward(loaded: Loaded, prompt, completion) -> np.ndarray:
+    """Log-probabilities [completion, V] by one uncached forward pass, padded so that it compiles once."""
+    tokens = np.full((1, 48), -1)
+    tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
+    return np.asarray(_log_probs(loaded.graphdef, loaded.state, tokens))[0, len(prompt) - 1 :][: len(completion)]
+
+
+def traces(results):
+    return [(c.tokens, c.finish, c.text) for row in results for c in row]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return engine().generate(requests())
+
+
+def test_greedy_decoding_takes_the_argmax_of_the_full_forward_pass():
+    loaded = model()
+    asked = [dataclasses.replace(request, samples=1) for request in requests(5, temperature=0.0)]
+    for request, (trace,) in zip(asked, engine(loaded).generate(asked), strict=True):
+        assert trace.tokens == full_forward(loaded, request.tokens, trace.tokens).argmax(-1).tolist()
+
+
+def test_log_probability_equals_that_of_the_full_forward_pass(plain):
+    loaded = model()
+    for request, row in zip(requests(), plain, strict=True):
+        for trace in row:
+            table = full_forward(loaded, request.tokens, trace.tokens)
+            assert trace.logprob == pytest.approx(table[np.arange(len(trace.tokens)), trace.tokens].sum(), abs=1e-4)
+
+
+def test_finish_reasons_and_lengths(plain):
+    seen = set()
+    for tokens, finish, text in traces(plain):
+        seen.add(finish)
+        ended = tokens[-1] in END
+        assert finish == ("eos" if ended else "length") and not set(END) & set(tokens[:-1])
+        assert len(tokens) == 24 or (ended and len(tokens) < 24)
+        assert text == Letters().decode(tokens[:-1] if ended else tokens)
+    assert seen == {"eos", "length"}
+
+
+@pytest.mark.parametrize("peaky", [0.05, 1.0, 4.0])
+def test_order_slots_chunk_and_shard_do_not_matter(peaky):
+    loaded, asked = model(peaky), requests()
+    results = engine(loaded).generate(asked)
+    order = np.random.default_rng(1).permutation(len(asked))
+    shuffled = engine(loaded).generate([asked[i] for i in order])
+    assert traces(shuffled[i] for i in np.argsort(order)) == traces(results)
+    other = engine(loaded, slots=3, chunk=7)
+    assert traces(row for i in range(0, len(asked), 5) for row in other.generate(asked[i : i + 5])) == traces(results)
+
+
+def test_the_same_call_gives_the_same_bits(plain):
+    assert engine().generate(requests()) == plain
+
+
+def test_samples_seeds_and_generators_differ(plain):
+    one = Request(digest(0), [1, 2, 3], samples=4)
+    assert len({tuple(c.tokens) for c in engine().generate([one])[0]}) == 4
+    assert traces(engine(seed=1).generate(requests())) != traces(plain)
+    assert traces(Engine(model(), sampling(), 0, "ef" * 8).generate(requests())) != traces(plain)
+
+
+def test_stop_strings_cut_text_tokens_and_log_probability():
+    loaded, asked = model(), requests()
+    free = engine(loaded).generate(asked)
+    stop = free[0][0].text[2:4]
+    stopped = engine(loaded, stop=(stop, "not there")).generate(asked)
+    hits = 0
+    for request, before, after in zip(asked, free, stopped, strict=True):
+        for a, b in zip(before, after, strict=True):
+            if stop not in a.text:
+                assert a == b
+                continue
+            hits += 1
+            kept = a.text.index(stop) + len(stop)  # a character is a token
+            assert (b.text, b.tokens, b.finish) == (a.text[: kept - len(stop)], a.tokens[:kept], "stop")
+            table = full_forward(loaded, request.tokens, b.tokens)
+            assert b.logprob == pytest.approx(table[np.arange(kept), b.tokens].sum(), abs=1e-4)
+    assert hits
+
+
+def test_the_cache_grows_with_what_is_reached():
+    endless = Letters()
+    endless.end_ids = ()
+    loaded = dataclasses.replace(model(), text=endless)
+    short, long = engine(loaded), engine(loaded, max_tokens=300)
+    wanted = short.generate(requests(6))
+    assert short.cache.v[0].shape[2] == 44  # max_prompt + max_tokens
+    for _ in range(2):
+        assert [c.tokens[:24] for row in long.generate(requests(6)) for c in row] == [t for t, _, _ in traces(wanted)]
+        assert long.cache.v[0].shape[2] == 320  # doubled from 256, up to max_prompt + max_tokens
+
+
+def test_filters_per_request():
+    asked = [Request(r.prompt_id, r.tokens, 2, top_k=1) if i % 2 else r for i, r in enumerate(requests(6))]
+    results = engine().generate(asked)
+    greedy = engine().generate([Request(r.prompt_id, r.tokens, 2, temperature=0.0) for r in asked])
+    free = engine().generate(requests(6))
+    for i, row in enumerate(results):
+        assert traces([row]) == traces([greedy[i] if i % 2 else free[i]])
+
+
+def test_models_of_one_shape_share_the_compiled_programs():
+    engine().generate(requests())
+    sizes = [f._cache_size() for f in (programs.advance, programs.prefill, programs.insert)]
+    engine(model(seed=1)).generate(requests())
+    assert [f._cache_size() for f in (programs.advance, programs.prefill, programs.insert)] == sizes
+
+
+def test_counts(plain):
+    sampler = engine()
+    sampler.generate(requests())
+    tokens = sum(len(tokens) for tokens, _, _ in traces(plain))
+    assert sampler.stats["tokens"] == tokens
+    assert sampler.stats["truncated"] == sum(finish == "length" for _, finish, _ in traces(plain))
+    assert sampler.stats["slot_steps"] == 8 * sampler.stats["steps"] >= tokens
+    assert sampler.stats["prompt_tokens"] == sum(len(r.tokens) for r in requests())
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="Prompt abc0 has 21 tokens; config.sampling.max_prompt allows 1 to 20"):
+        engine().generate([Request("abc0", [1] * 21)])
+    with pytest.raises(ValueError, match="Prompt abc1 has 0 tokens"):
+        engine().generate([Request("abc1", [])])
+    with pytest.raises(ValueError, match="max_prompt [+] max_tokens is 5020 and the model has 2048 positions"):
+        engine(max_tokens=5000)
+    broken = model()
+    broken.state["embed"][...] = broken.state["embed"][...] * jnp.nan
+    with pytest.raises(ValueError, match="log-probability that is not finite"):
+        engine(broken).generate(requests(1))
+
+
+EIGHT = """
+import runpy, sys
+t = runpy.run_path(sys.argv[1])
+import jax
+from deltapref_jax.config import MeshShape
+from deltapref_jax.mesh import make_mesh
+assert jax.device_count() == 8
+one = t["engine"]().generate(t["requests"]())
+many = t["engine"](mesh=make_mesh(MeshShape(data=4, tensor=2))).generate(t["requests"]())
+assert t["traces"](many) == t["traces"](one)
+assert max(abs(a.logprob - b.logprob) for x, y in zip(one, many) for a, b in zip(x, y)) < 1e-4
+try:
+    t["engine"](mesh=make_mesh(MeshShape(data=8)), slots=12)
+except ValueError as e:
+    print(e)
+"""
+
+
+def test_eight_devices_equal_one():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", EIGHT, __file__], capture_output=True, text=True,
+                          env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                               "JAX_PLATFORMS": "cpu"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "slots is 12; it must be a multiple of the 8 devices" in done.stdout
+
+
+def test_a_mesh_of_one_device_is_the_default(plain):
+    assert engine(mesh=make_mesh(MeshShape(), jax.devices()[:1])).generate(requests()) == plain
