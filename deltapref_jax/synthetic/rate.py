@@ -54,7 +54,7 @@ def parse(text: str) -> tuple[str, list[Equation], str, int, int]:
 def _equation(found: re.Match[str]) -> Equation | None:
     words = found[2].split()
     number = int(found[1] or 0)
-    if words[0] == "min" and len(words) > 1:
+    if words[:1] == ["min"] and len(words) > 1:
         return Equation(number, "min", tuple(words[1:]), found[3])
     if len(words) == 3:
         return Equation(number, words[1], (words[0], words[2]), found[3])
