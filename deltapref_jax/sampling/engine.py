@@ -124,7 +124,7 @@ class Engine:
           mesh: slots lie along data and fsdp, weights as the sharding table says. None: the first device.
 
         Raises:
-          ValueError: slots do not divide over the mesh, or the model has too few positions.
+          ValueError: slots do not divide over the mesh, the model has too few positions, or a stop string is empty.
         """
         self.spec, self.text, self.sampling = model.spec, model.text, sampling
         self.seed, self.generator = seed, generator
@@ -132,6 +132,8 @@ class Engine:
         if self.length > model.spec.max_positions:
             raise ValueError(f"config.sampling.max_prompt + max_tokens is {self.length} and the model has "
                              f"{model.spec.max_positions} positions; lower one of the two.")
+        if "" in sampling.stop:
+            raise ValueError("config.sampling.stop holds an empty string, which every text contains; remove it.")
         self.mesh = mesh or make_mesh(MeshShape(), jax.local_devices()[:1])
         across = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if sampling.slots % across:
