@@ -213,7 +213,7 @@ class Pupil:
     name: str = ""
     base: str = ""  # pupil whose weights it starts from; "": its own random ones
     lesson: str = "solve"  # "solve": worked solutions; "judge": the five ratings of flawed solutions
-    layers: int = 3  # sizes: taken from `base` where there is one
+    layers: int = 3  # sizes are the base's where there is one; more layers than it has are grown on top
     width: int = 128
     heads: int = 4
     kv_heads: int = 2

@@ -61,12 +61,11 @@ def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
     """A rubric prompt and its five labels, each in a branch of its own.
 
     Half of the solutions are careless, half are corrupted in one dimension. The label is the exact rating rounded at
-    random to a neighbour, so that the expectation a judge learns is the rating. In every fourth sample the solution's
-    own tokens are targets too: predicting values is what checking them rests on.
+    random to a neighbour, so that the expectation a judge learns is the rating.
     """
     p = draw(pupil, rng)
     if rng.random() < 0.5:
-        worked = solution(p, rng, rng.random() * 0.5)
+        worked = solution(p, rng, rng.random() * 0.8)
     else:
         worked = corrupt(p, rng.choice(DIMENSIONS), rng.randint(1, DEGREES), rng)
     exact = rate(p, worked)
@@ -74,9 +73,6 @@ def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
     labels = label_ids(text)
     tokens, positions, branches = list(trunk), list(range(len(trunk))), [0] * len(trunk)
     targets = [False] * len(trunk)
-    if rng.random() < 0.25:
-        written = len(text.pieces(worked + f"\n{RUBRIC.closing}\n"))
-        targets[-written:] = [True] * written
     for b, (dimension, suffix) in enumerate(zip(DIMENSIONS, suffixes, strict=True)):
         label = int(exact[dimension] + rng.random())
         branch = [*suffix, labels[min(label, 5) - 1]]
@@ -113,12 +109,29 @@ def lesson(pupil: Pupil, text: Text, step: int) -> StepData:
     return StepData([(batch, examples)], [], float(batch.targets.sum()), int((batch.segments > 0).sum()), 0.0)
 
 
+def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[ModelSpec, nnx.State]:
+    """The same function with more layers: new blocks on top whose outputs start at 0, so that they pass everything on.
+
+    A judge grown from a solver has layers left to compare what it would have written with what stands there.
+    """
+    deeper = dataclasses.replace(spec, layers=layers)
+    fresh = nnx.state(Decoder(deeper, rngs=nnx.Rngs(seed), dtype=jnp.float32))
+    old, new = nnx.to_pure_dict(params), nnx.to_pure_dict(fresh)
+    for name, array in new["blocks"].items():
+        top = jnp.zeros_like(array[spec.layers :]) if name in ("o", "down") else array[spec.layers :]
+        old["blocks"][name] = jnp.concatenate([old["blocks"][name], top])
+    nnx.replace_by_pure_dict(fresh, old)
+    return deeper, fresh
+
+
 def raise_pupil(pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape) -> dict[str, float]:
     """Trains one pupil and exports it, in bfloat16, to `folder/model`; returns counts."""
     text = Text.load(str(tokenizer))
     if base is not None:
         loaded = load(str(base))
         spec, params = loaded.spec, loaded.state
+        if pupil.layers > spec.layers:
+            spec, params = grow(spec, params, pupil.layers, pupil.seed)
     else:
         spec = ModelSpec(len(text.tokenizer), pupil.width, pupil.layers, pupil.heads, pupil.kv_heads,
                          pupil.width // pupil.heads, pupil.mlp, max_positions=1024)
