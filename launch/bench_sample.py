@@ -3,9 +3,10 @@
     python -m launch.bench_sample --slots=192
     python -m launch.bench_sample --model=path/to/folder --slots=32 --prompts=32 --max_tokens=64
 
-The ceiling counts, for one decoding step with every slot busy, the arithmetic and the bytes of weights and cache, and
-divides them by the matrix-product rate and the reading rate measured in the same run: the slower of the two bounds a
-step. Without --model a random one is sampled, whose traces end with probability 1/64 at every token.
+The bound of a decoding step counts the arithmetic and the bytes of weights and cache with every slot busy, and divides
+them by the matrix-product rate and the reading rate measured in the same run; the slower of the two counts. The
+arithmetic of the prompts is added. `ratio` is that bound for the whole run over the seconds that it took. Without --model
+a random one is sampled, whose traces end with probability 1/64 at every token.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ _SLOTS = flags.DEFINE_multi_integer("slots", [128, 192], "Rows decoded at once; 
 _CHUNK = flags.DEFINE_integer("chunk", 16, "Decode steps per dispatch.")
 _PROMPTS = flags.DEFINE_integer("prompts", 512, "Random prompts.")
 _SAMPLES = flags.DEFINE_integer("samples", 2, "Traces per prompt.")
-_MAX_PROMPT = flags.DEFINE_integer("max_prompt", 96, "Prompts have a quarter of this to all of it.")
+_MAX_PROMPT = flags.DEFINE_integer("max_prompt", 96, "Tokens; prompts have a quarter of this to all of it.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens of one trace.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Below 1: measures the filters too.")
 _LAYERS = flags.DEFINE_integer("layers", 3, "Of the random model.")
@@ -108,13 +109,15 @@ def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, 
     stats, dtype = engine.stats, jnp.dtype(_DTYPE.value)
     assert engine.cache is not None
     flops, size = step_costs(model.spec, slots, engine.cache.v[0].shape[2], dtype.itemsize)
-    bound = max(flops / rates[0], size / rates[1])
+    step = max(flops / rates[0], size / rates[1])
+    prompt = stats["prompt_tokens"] * step_costs(model.spec, 1, _MAX_PROMPT.value // 2, dtype.itemsize)[0] / rates[0]
     return {
         "slots": slots, "tokens": stats["tokens"], "seconds": stats["seconds"],
         "tokens_per_second": stats["tokens"] / stats["seconds"],
         "utilisation": stats["tokens"] / stats["slot_steps"],
         "step_ms": 1e3 * stats["seconds"] / stats["steps"],
-        "bound_ms": 1e3 * bound, "ratio": bound * stats["steps"] / stats["seconds"],
+        "bound_ms": 1e3 * (step + prompt / stats["steps"]),
+        "ratio": (step * stats["steps"] + prompt) / stats["seconds"],
         "prompt_padding": 1 - stats["prompt_tokens"] / stats["padded_prompt_tokens"],
         "compile_seconds": compiled,
     }
@@ -128,7 +131,7 @@ def main(_: list[str]) -> None:
     table = Table(title=f"{model.spec.parameters:,} parameters; products {rates[0] / 1e9:.0f} GFLOP/s, "
                         f"reading {rates[1] / 1e9:.1f} GB/s")
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right")
     for row in rows:
         table.add_row(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values()))
     Console().print(table)

@@ -68,7 +68,8 @@ class Block(nnx.Module):
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Adds the attention's output and the MLP's to the residual stream."""
-        x = x + jnp.einsum("btnh,nhd->btd", attended, self._cast(self.o))
+        o = self._cast(self.o).reshape(-1, x.shape[-1])  # an einsum over n and h would transpose it at every call
+        x = x + attended.reshape(*x.shape[:-1], -1) @ o
         h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
         h = jax.nn.silu(h @ self._cast(self.gate)) * (h @ self._cast(self.up))
         return x + h @ self._cast(self.down)
