@@ -5,8 +5,8 @@
 
 The bound of a decoding step counts the arithmetic and the bytes of weights and cache with every slot busy, and divides
 them by the matrix-product rate and the reading rate measured in the same run; the slower of the two counts. The
-arithmetic of the prompts is added. `ratio` is that bound for the whole run over the seconds that it took. Without --model
-a random one is sampled, whose traces end with probability 1/64 at every token.
+arithmetic of the prompts is added. `ratio` is that bound for the whole run over the seconds that it took. Without
+--model a random one is sampled, whose traces end with probability 1/64 at every token.
 """
 
 import dataclasses
