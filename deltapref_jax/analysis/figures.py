@@ -36,9 +36,10 @@ def _svg(figure: Figure) -> str:
 
 def _points(axes: Axes, series: Mapping[str, Sequence[Point]], names: bool) -> None:
     axes.axhline(0, color="#666666", linewidth=1)
+    widest = max((abs(p[0]) for points in series.values() for p in points), default=0)
     for i, (name, points) in enumerate(series.items()):
         ordered = sorted(points, key=lambda p: p[0])
-        shift = (i - (len(series) - 1) / 2) * 0.006 * (max((abs(p[0]) for s in series.values() for p in s), default=1) or 1)
+        shift = (i - (len(series) - 1) / 2) * 0.006 * widest  # series at one x stand side by side
         x = [p[0] + shift for p in ordered]
         y = [p[1].value for p in ordered]
         bars = [[p[1].value - p[1].low for p in ordered], [p[1].high - p[1].value for p in ordered]]

@@ -87,7 +87,7 @@ def _figures(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
             {d: {o.upper(): [(a["generator_delta"], Estimate(*a[d]["change"]), a["chosen"]) for a in rungs
                              if a["objective"] == o] for o in dict.fromkeys(a["objective"] for a in rungs)}
              for d in s["domains"]},
-            "generator delta: in-domain accuracy of the chosen's author minus the rejected's (points)")
+            "generator delta, points of in-domain accuracy")
     chosen = [a for a in s["arms"] if a["group"] == "selection"]
     if chosen:
         base = [a for a in s["arms"] if a["keep"] == "all" and a["group"] == "ladder" and any(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltapref_jax.config import DIMENSIONS, MeshShape, Objective, Pupil
+from deltapref_jax.config import DIMENSIONS, MeshShape, Nursery, Objective, Pupil
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
@@ -26,6 +26,7 @@ from deltapref_jax.text.template import Text
 from deltapref_jax.training.loop import Run, StepData, train
 from deltapref_jax.training.state import Optimizer
 from deltapref_jax.training.step import Examples
+from deltapref_jax.workspace import Job, Node
 
 VERSION = 1
 _TOKENIZER_TEXTS = 20_000
@@ -144,3 +145,34 @@ def raise_pupil(pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, 
     export(params, spec, text, folder / "model", "bfloat16")
     (folder / "model" / "pupil.json").write_text(json.dumps(dataclasses.asdict(pupil), indent=2) + "\n")
     return counts
+
+
+def tokenizer(job: Job) -> None:
+    """The pupils' tokenizer, as a folder."""
+    make_tokenizer(job.config["vocab"], Path(job.dir / "model"))
+    job.files += _files(job)
+
+
+def pupil(job: Job) -> None:
+    """One pupil, as a Hugging Face folder `model/`; inputs: the tokenizer, and the base if it has one."""
+    fields = dict(job.config["pupil"])
+    who = Pupil(**fields | {"tasks": tuple(fields["tasks"]), "difficulties": tuple(fields["difficulties"])})
+    base = Path(job.path("base") / "model") if "base" in job.node.inputs else None
+    with job.alone():
+        job.stats |= raise_pupil(who, Path(job.path("tokenizer") / "model"), base, Path(job.dir),
+                                 MeshShape(**job.local["mesh"]))
+    job.files += _files(job)
+
+
+def _files(job: Job) -> list[str]:
+    return sorted(f"model/{file.name}" for file in (job.dir / "model").iterdir())
+
+
+def plan(nursery: Nursery) -> dict[str, Node]:
+    """Nodes by label: `tokenizer`, and `pupil/<name>` in the order of the config."""
+    nodes = {"tokenizer": Node("tokenizer", "tokenizer", {"vocab": nursery.vocab}, version=VERSION)}
+    for p in nursery.pupils:
+        inputs = {"tokenizer": nodes["tokenizer"]} | ({"base": nodes[f"pupil/{p.base}"]} if p.base else {})
+        nodes[f"pupil/{p.name}"] = Node("pupil", f"pupil/{p.name}", {"pupil": dataclasses.asdict(p)}, inputs,
+                                        {"mesh": dataclasses.asdict(nursery.mesh)}, VERSION)
+    return nodes

@@ -32,7 +32,12 @@ def _source(source: Prompts) -> dict[str, Any]:
     return fields
 
 
-def _prompts(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, Node]) -> Node:
+def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, Node]) -> Node:
+    """Node of a table of questions; `suites` are what they must not overlap.
+
+    Raises:
+      ConfigError: a file or builder directory is not there.
+    """
     return Node("prompts", label, {"sources": [_source(s) for s in sources]}, suites,
                 {"paths": [s.path for s in sources]}, prompts.VERSION)
 
@@ -65,9 +70,9 @@ def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
     mesh = dataclasses.asdict(e.mesh)
     student, reference = e.student, e.reference if e.reference.path else e.student
     for s in e.suites:
-        nodes[f"suite/{s.name}"] = _prompts(f"suite/{s.name}", (s.prompts,), {})
+        nodes[f"suite/{s.name}"] = prompts_node(f"suite/{s.name}", (s.prompts,), {})
     suites = {label: node for label, node in nodes.items() if label.startswith("suite/")}
-    nodes["prompts"] = _prompts("prompts", e.prompts, suites)
+    nodes["prompts"] = prompts_node("prompts", e.prompts, suites)
     used = [g for g in e.generators if any(g.name in (a.chosen, a.rejected) for a in e.arms) or not e.arms]
     for g in used:
         _generator(nodes, e, dataclasses.replace(g, model=model_of(e, g.model)), reference, mesh)

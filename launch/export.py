@@ -1,0 +1,40 @@
+"""Writes the pairs of one arm of a study in TRL's columns.
+
+    python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pairs.parquet
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from deltapref_jax.config import Experiment, choose, validate
+from deltapref_jax.workspace import Workspace
+from launch.flags import run_main
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
+_ARM = flags.DEFINE_string("arm", None, "Name of the arm.")
+_OUT = flags.DEFINE_string("out", None, "File to write; .parquet or .jsonl.")
+
+
+def main(_: list[str]) -> None:
+    """Find the arm's tables in the workspace and write them."""
+    experiment: Experiment = validate(_CONFIG.value)
+    from deltapref_jax.data.export import trl_rows, write_rows
+    from deltapref_jax.stages.study import plan
+    from evals.evaluate import describe
+
+    choose("--arm", _ARM.value, [a.name for a in experiment.arms])
+    workspace = Workspace(experiment.workspace)
+    node = plan(experiment, describe)[f"pair/{_ARM.value}"]
+    if not workspace.complete(node):
+        raise FileNotFoundError(f"The pairs of arm {_ARM.value!r} are not in {experiment.workspace}; run launch.ablate "
+                                "with this config first.")
+    traces = [t for name, source in node.inputs.items() if name.startswith("sample/")
+              for t in workspace.table(source).to_pylist()]
+    rows = trl_rows(workspace.table(node).to_pylist(), workspace.table(node.inputs["prompts"]).to_pylist(), traces)
+    write_rows(rows, _OUT.value)
+    print(f"{len(rows)} pairs: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "arm", "out"])
+    run_main(main)
