@@ -3,24 +3,22 @@
     workspace/<stage>/<key>/
       shard-00000-of-00004.parquet    written under a temporary name, put in place whole
       shard-00000-of-00004.json       its checksum, rows and counts; the shard counts as done when this stands
-      claims/…                        leases of running work; they expire
+      claims/…                        leases of running work; they expire (`lease`)
       manifest.json                   written last: the artifact is complete when it stands
 
 The key is a hash of the stage, its version, its config and the keys of its inputs. Tables hold no times, hosts or
-paths, so a shard made twice is the same bytes: work is done at least once, results stand exactly once. On a POSIX file
-system claims are exclusive; on an object store two hosts may rarely do the same shard, which costs time and nothing else.
+paths, so a shard made twice is the same bytes: work is done at least once, results stand exactly once.
+
+In a JAX job of several processes all of them run every stage; process 0 decides what is missing, holds the leases of
+whole artifacts and writes manifests. Shards are shared out among the processes, unless their stage makes them together.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import functools
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -30,17 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from deltapref_jax.files import NO_ROOM, ArtifactError, file_sha256, sha256, unwritable, write_whole
+from deltapref_jax.host import agreed, process, versions
+from deltapref_jax.lease import LEASE_SECONDS, Lease
 from deltapref_jax.progress import progress
 from deltapref_jax.records import digest
 
-LEASE_SECONDS = 60.0
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pyarrow", "deltapref-jax")
-
 Stats = dict[str, float]
-
-
-class ArtifactError(RuntimeError):
-    """An artifact is damaged or cannot be written; the message names the file and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,27 +57,6 @@ class Node:
 Stage = Callable[["Job"], None]
 
 
-def _write(path: epath.Path, data: bytes) -> None:
-    """Puts `data` at `path` whole or not at all."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if hasattr(file, "fileno"):
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"{path} cannot be written ({e.strerror or e}); make room or choose another workspace and "
-                            "run the same command: finished work is kept.") from e
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 class Workspace:
     """A directory or bucket of artifacts."""
 
@@ -94,26 +67,44 @@ class Workspace:
         """Directory of the artifact."""
         return self.root / node.stage / node.key
 
-    def complete(self, node: Node) -> bool:
+    def complete(self, node: Node, verify: bool = False) -> bool:
         """Whether the manifest stands and every file it names has its size.
 
+        Files that are younger than the manifest, and with `verify` all files, must have their checksum too.
+
         Raises:
-          ArtifactError: a file is missing or cut.
+          ArtifactError: a file is missing or was changed; it is named.
         """
-        if not (self.path(node) / "manifest.json").exists():
+        stands = self.path(node) / "manifest.json"
+        if not stands.exists():
             return False
-        for name, (size, _) in self.manifest(node)["files"].items():
+        files = self.manifest(node)["files"]
+        written = stands.stat().mtime
+        for name, (size, sha) in files.items():
             file = self.path(node) / name
-            if not file.exists() or file.stat().length != size:
-                raise self._damaged(node, name, "missing" if not file.exists() else "of another size than written")
+            if not file.exists():
+                raise self._damaged(node, name, "missing")
+            stat = file.stat()
+            if stat.length != size:
+                raise self._damaged(node, name, f"{stat.length} bytes long and not {size} as written")
+            if (verify or stat.mtime >= written) and file_sha256(file) != sha:
+                raise self._damaged(node, name, "not what was written (checksum)")
         return True
 
     def manifest(self, node: Node) -> dict[str, Any]:
-        """The manifest of a complete artifact."""
+        """The manifest of a complete artifact.
+
+        Raises:
+          ArtifactError: it is missing, cut, or another artifact's.
+        """
         try:
-            return json.loads((self.path(node) / "manifest.json").read_text())
-        except (OSError, ValueError) as e:
-            raise self._damaged(node, "manifest.json", f"unreadable ({e})") from e
+            found = json.loads((self.path(node) / "manifest.json").read_text())
+            matches = found["key"] == node.key
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise self._damaged(node, "manifest.json", "missing or unreadable") from e
+        if not matches:
+            raise self._damaged(node, "manifest.json", "another artifact's")
+        return found
 
     def table(self, node: Node) -> pa.Table:
         """All shards in order, checksums verified.
@@ -129,7 +120,7 @@ class Workspace:
                 data = (self.path(node) / name).read_bytes()
             except OSError as e:
                 raise self._damaged(node, name, "missing") from e
-            if _sha(data) != sha:
+            if sha256(data) != sha:
                 raise self._damaged(node, name, "not what was written (checksum)")
             tables.append(pq.read_table(pa.BufferReader(data)))
         return pa.concat_tables(tables)
@@ -139,67 +130,8 @@ class Workspace:
                              f"{self.path(node)} and run again: only that artifact is made anew.")
 
 
-class Claim:
-    """A lease on a piece of work, kept alive by a thread until released; use as a context manager."""
-
-    def __init__(self, path: epath.Path, seconds: float = LEASE_SECONDS):
-        self._path, self._seconds = path, seconds
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-        self._stop = threading.Event()
-
-    def take(self) -> bool:
-        """Whether the lease is ours now; a lease that expired, or whose process is gone, is taken over."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            if not self._stale():
-                return False
-            with contextlib.suppress(OSError):  # another process may be taking it over at the same moment
-                self._path.replace(self._path.parent / f".{self._owner['id']}")
-                (self._path.parent / f".{self._owner['id']}").unlink()
-        try:
-            with self._path.open("x") as file:
-                file.write(self._text())
-        except (FileExistsError, FileNotFoundError):
-            return False
-        threading.Thread(target=self._renew, daemon=True).start()
-        return True
-
-    def release(self) -> None:
-        """Gives the lease back."""
-        self._stop.set()
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
-
-    def _text(self) -> str:
-        return json.dumps(self._owner | {"expires": time.time() + self._seconds})
-
-    def _stale(self) -> bool:
-        try:
-            held = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            return True
-        except (OSError, ValueError):  # being written this moment, or cut by a crash
-            with contextlib.suppress(OSError):
-                return time.time() - self._path.stat().mtime > self._seconds
-            return True
-        if held["host"] == self._owner["host"]:
-            try:
-                os.kill(held["pid"], 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
-        return held["expires"] < time.time()
-
-    def _renew(self) -> None:
-        while not self._stop.wait(self._seconds / 4):
-            with contextlib.suppress(OSError):
-                temporary = self._path.parent / f".{self._owner['id']}.renew"
-                temporary.write_text(self._text())
-                if self._stop.is_set():
-                    temporary.unlink(missing_ok=True)
-                    return
-                temporary.replace(self._path)
+class _Finished(Exception):
+    """Another runner finished the artifact while this one waited for its lease."""
 
 
 class Job:
@@ -210,14 +142,19 @@ class Job:
       local: the part that is not hashed: paths, mesh.
       dir: the artifact's directory; it may hold the work of a killed run.
       stats: counts for the manifest; those of shards are added up.
+      files: what the artifact consists of, relative to `dir`, beside its shards; patterns like `policy/*` are allowed.
     """
 
     def __init__(self, node: Node, workspace: Workspace, show: bool = True):
-        self.node, self.workspace, self._show = node, workspace, show
+        self.node, self.workspace = node, workspace
         self.config, self.local = node.config, node.local
         self.dir = workspace.path(node)
         self.stats: Stats = {}
         self.files: list[str] = []
+        self._first = process()[0] == 0
+        self._show = show and self._first
+        self._began, self._elsewhere = time.time(), 0.0
+        self._lease: Lease | None = None
 
     def table(self, name: str) -> pa.Table:
         """An input's table."""
@@ -229,23 +166,32 @@ class Job:
                 if name.startswith(prefix + "/")}
 
     def path(self, name: str) -> epath.Path:
-        """An input's directory."""
+        """An input's directory, checksums verified."""
+        self.workspace.complete(self.node.inputs[name], verify=True)
         return self.workspace.path(self.node.inputs[name])
+
+    def put(self, name: str, data: bytes) -> None:
+        """A file of the artifact, whole."""
+        if self._first:
+            write_whole(self.dir / name, data)
+        self.files.append(name)
 
     def write(self, table: pa.Table) -> None:
         """The whole table as one shard."""
         self.shards(1, lambda _: (table, {}), unit="rows")
 
     def shards(self, count: int, make: Callable[[int], tuple[pa.Table, Stats]], unit: str = "traces",
-               total: int | None = None) -> None:
+               total: int | None = None, together: bool = False) -> None:
         """Makes every shard that is not there; several processes share the work by claiming shards.
 
         Args:
-          count: of shards.
-          make: shard index to its table and counts; a pure function, so that whoever makes a shard makes the same bytes.
+          count: of shards; 0 is taken for 1, so that an empty table has its columns.
+          make: shard index to its table and counts; a pure function: whoever makes a shard makes the same bytes.
           unit: of the rows, for the progress bar.
           total: rows in all; None hides the time left.
+          together: the processes of a JAX job make every shard as one, as a global mesh needs it.
         """
+        count = max(count, 1)
         names = [f"shard-{i:05d}-of-{count:05d}" for i in range(count)]
         with progress(self._show) as bar:
             task = bar.add_task(self.node.label, total=total, unit=unit, note="")
@@ -253,83 +199,123 @@ class Job:
             while len(done) < count:
                 before = len(done)
                 for i, name in enumerate(names):
-                    if name not in done and self._shard(i, name, make):
+                    if name not in done and self._shard(i, name, make, together):
                         done.add(name)
                         bar.advance(task, self._sidecar(name)["rows"])
-                if len(done) == before:
-                    time.sleep(0.2)  # others hold what is left
+                if len(done) == before:  # others hold what is left
+                    time.sleep(0.2)
+                    self._elsewhere -= 0.2
         for name in names:
             side = self._sidecar(name)
             self.files.append(f"{name}.parquet")
             for key, value in side["stats"].items():
                 self.stats[key] = self.stats.get(key, 0) + value
             self.stats["rows"] = self.stats.get("rows", 0) + side["rows"]
+            self._elsewhere += 0 if side["maker"] == self._maker else side["seconds"]
+
+    @functools.cached_property
+    def _maker(self) -> str:
+        return uuid.uuid4().hex
 
     def _sidecar(self, name: str) -> dict[str, Any]:
-        return json.loads((self.dir / f"{name}.json").read_text())
+        path = self.dir / f"{name}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise self._bad_shard(name, f"{path} is unreadable") from e
 
-    def _shard(self, index: int, name: str, make: Callable[[int], tuple[pa.Table, Stats]]) -> bool:
+    def _bad_shard(self, name: str, what: str) -> ArtifactError:
+        return ArtifactError(f"{what} ({self.node.label}); delete {self.dir / name}.json and run again: only that "
+                             "shard is made anew.")
+
+    def _shard(self, index: int, name: str, make: Callable[[int], tuple[pa.Table, Stats]], together: bool) -> bool:
         """Whether the shard stands; makes it if nobody else is at it."""
-        if (self.dir / f"{name}.json").exists():
+        done = self.dir / f"{name}.json"
+        decide = agreed if together else bool
+        if decide(done.exists()):
             return True
-        claim = Claim(self.dir / "claims" / name)
-        if not claim.take():
+        lease = Lease(self.dir / "claims" / name)
+        writes = self._first or not together
+        if not decide(writes and lease.take()):
             return False
         try:
-            if (self.dir / f"{name}.json").exists():
+            if decide(done.exists()):
                 return True
+            began = time.time()
             table, stats = make(index)
-            sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, compression="zstd", version="2.6", data_page_version="1.0")
-            data = sink.getvalue().to_pybytes()
-            _write(self.dir / f"{name}.parquet", data)
-            _write(self.dir / f"{name}.json",
-                   json.dumps({"rows": table.num_rows, "stats": stats, "sha256": _sha(data)}).encode())
-            return True
+            if writes:
+                sink = pa.BufferOutputStream()
+                pq.write_table(table, sink, compression="zstd", version="2.6", data_page_version="1.0")
+                data = sink.getvalue().to_pybytes()
+                write_whole(self.dir / f"{name}.parquet", data)
+                write_whole(done, json.dumps({"rows": table.num_rows, "stats": stats, "sha256": sha256(data),
+                                         "seconds": time.time() - began, "maker": self._maker}).encode())
+            return decide(True)
         finally:
-            claim.release()
+            lease.release()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds the lease of the whole artifact, for stages that write a directory; waits while another holds it."""
-        claim = Claim(self.dir / "claims" / "all")
-        while not claim.take():
-            time.sleep(0.5)
-        try:
-            yield
-        finally:
-            claim.release()
+        """For stages that write a directory: holds the whole artifact's lease until the manifest stands.
 
-    def finish(self, seconds: float) -> None:
-        """Writes the manifest."""
-        files = {}
-        for name in self.files:
-            data = (self.dir / name).read_bytes()
-            files[name] = (len(data), _sha(data))
-        for side in self.dir.glob("shard-*.json"):  # a shard that changed since it was made is not blessed
-            stated, name = json.loads(side.read_text())["sha256"], side.name.removesuffix(".json") + ".parquet"
-            if name in files and files[name][1] != stated:
-                raise ArtifactError(f"{self.dir / name} ({self.node.label}) is not what was written (checksum); delete "
-                                    f"{side} and run again: only that shard is made anew.")
+        Waits while another runner holds it; if that one finished the artifact, the stage is left.
+        """
+        lease = Lease(self.dir / "claims" / "all")
+        while not agreed(self._first and lease.take()):
+            time.sleep(0.5)
+        self._lease = lease
+        if agreed(self.workspace.complete(self.node)):
+            raise _Finished
+        self._began = time.time()
+        yield
+
+    def close(self) -> None:
+        """Gives back the lease of `alone`."""
+        if self._lease and self._first:
+            self._lease.release()
+
+    def finish(self) -> None:
+        """Writes the manifest.
+
+        Raises:
+          ArtifactError: a file changed since it was made, or another runner took the artifact over.
+        """
+        if self._lease and self._lease.lost:
+            raise ArtifactError(f"Another process took over {self.dir} ({self.node.label}) because this one was silent "
+                                "for a minute; run the same command to continue.")
+        names = [f for pattern in self.files
+                 for f in ([pattern] if "*" not in pattern else sorted(
+                     os.path.relpath(found, self.dir) for found in self.dir.glob(pattern)))]
+        files = {name: self._checked(name) for name in names}
+        ended = time.time()
         manifest = {
             "stage": self.node.stage, "label": self.node.label, "version": self.node.version, "key": self.node.key,
             "config": self.node.config, "local": self.node.local,
             "inputs": {name: node.key for name, node in self.node.inputs.items()},
-            "files": files, "stats": self.stats, "seconds": round(seconds, 3), "versions": versions(),
+            "files": files, "stats": self.stats, "versions": versions(),
+            "seconds": round(ended - self._began + self._elsewhere, 3),  # of work, whoever did it, without waiting
+            "started": _stamp(self._began), "ended": _stamp(ended),
         }
-        _write(self.dir / "manifest.json", json.dumps(manifest, indent=1, default=str).encode())
+        write_whole(self.dir / "manifest.json", json.dumps(manifest, indent=1, default=str).encode())
+        for left in self.dir.glob(".*.*"):  # by killed processes
+            with contextlib.suppress(OSError):
+                if left.stat().mtime < ended - LEASE_SECONDS:
+                    left.unlink()
+
+    def _checked(self, name: str) -> tuple[int, str]:
+        """Size and checksum of a file; a shard must still be what its maker wrote."""
+        file, shard = self.dir / name, name.removesuffix(".parquet")
+        made = self._sidecar(shard)["sha256"] if (self.dir / f"{shard}.json").exists() and shard != name else None
+        if not file.exists():
+            raise self._bad_shard(shard, f"{file} is missing")
+        sha = file_sha256(file)
+        if made and sha != made:
+            raise self._bad_shard(shard, f"{file} is not what was written (checksum)")
+        return file.stat().length, sha
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Python, platform, device and library versions of this process."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    import jax  # late: planning and tests of the workspace do not need it
-
-    return found | {"device": jax.devices()[0].device_kind, "devices": str(jax.device_count())}
+def _stamp(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 def in_order(wanted: Mapping[str, Node]) -> list[Node]:
@@ -347,14 +333,22 @@ def in_order(wanted: Mapping[str, Node]) -> list[Node]:
     return list(ordered.values())
 
 
-def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Workspace, show: bool = True) -> None:
+def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Workspace, show: bool = True,
+        verify: bool = False) -> None:
     """Makes what is missing of `wanted`, in order; what stands is left alone.
+
+    Args:
+      wanted: nodes by label.
+      stages: functions by stage name.
+      workspace: where artifacts are looked for and put.
+      show: progress bars.
+      verify: checksums of everything that stands, not only of what is read.
 
     Raises:
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
     """
     for node in in_order(wanted):
-        if workspace.complete(node):
+        if agreed(workspace.complete(node, verify)):
             continue
         try:
             workspace.path(node).mkdir(parents=True, exist_ok=True)
@@ -362,6 +356,16 @@ def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Work
             raise ArtifactError(f"The workspace {workspace.root} cannot be written ({e.strerror or e}); "
                                 "choose another with --config.workspace=…") from e
         job = Job(node, workspace, show)
-        began = time.monotonic()
-        stages[node.stage](job)
-        job.finish(time.monotonic() - began)
+        try:
+            stages[node.stage](job)
+            if process()[0] == 0:
+                job.finish()
+        except _Finished:
+            pass
+        except OSError as e:
+            if e.errno in NO_ROOM:
+                raise unwritable(e.filename or job.dir, e) from e
+            raise
+        finally:
+            job.close()
+    agreed(True)  # nobody reads before process 0 has written
