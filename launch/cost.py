@@ -4,48 +4,76 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from deltapref_jax.config import Experiment
+from deltapref_jax.config import DIMENSIONS, Arm, Experiment
+from deltapref_jax.data.sources import read_prompts
+from deltapref_jax.synthetic.corrupt import DEGREES
 from deltapref_jax.workspace import Node, Workspace, in_order
 
 
-def plan_table(e: Experiment, nodes: Mapping[str, Node], workspace: Workspace) -> Table:
-    """A row per artifact with traces and tokens (upper bounds: every trace at its longest)."""
-    questions = sum(p.count for p in e.prompts)
-    generators = {g.name: g for g in e.generators}
-    asked = sum(s.prompts.count * s.samples for s in e.suites)
-    longest = e.sampling.max_prompt + e.sampling.max_tokens
+class Cost:
+    """Upper bounds by artifact: every source full, every prompt and trace at its longest."""
 
-    def cost(label: str) -> tuple[int, int]:
+    def __init__(self, e: Experiment, nodes: Mapping[str, Node], workspace: Workspace):
+        self._e, self._nodes = e, nodes
+        self._longest = e.sampling.max_prompt + e.sampling.max_tokens
+
+        def rows(label: str, sources: tuple) -> int:
+            if workspace.complete(nodes[label]):
+                return int(workspace.manifest(nodes[label])["stats"]["rows"])
+            return sum(p.count or len(read_prompts(p)[0]) for p in sources)  # 0 means all that a file holds
+
+        self._questions = rows("prompts", e.prompts)
+        self._asked = sum(rows(f"suite/{s.name}", (s.prompts,)) * s.samples for s in e.suites)
+        self._traces = {g.name: self._questions * g.samples for g in e.generators}
+        self._judges = {j.name: j for j in e.judges}
+        self._kinds = {o.name: o.kind for o in e.objectives}
+
+    def __call__(self, label: str) -> tuple[int, int]:
+        """Traces and tokens that the artifact called `label` takes: sampled, read, or trained on."""
         kind, _, rest = label.partition("/")
         if kind == "sample":
-            traces = questions * generators[rest].samples
-            return traces, traces * longest
-        if kind in ("judge", "score"):
-            name = rest.split("/")[-1]
-            traces = questions * generators[name].samples
-            judge = next((j for j in e.judges if kind == "judge" and j.name == rest.split("/")[0]), None)
-            passes = 0 if judge and judge.kind == "exact" else 1 if judge else 2
-            return traces, passes * traces * longest
+            return self._traces[rest], self._traces[rest] * self._longest
+        if kind == "score":  # with its own prompt, and with another one
+            return 2 * self._traces[rest], 2 * self._traces[rest] * self._longest
+        if kind == "judge":
+            judge, name = rest.split("/", 1)
+            return self._judged(judge, self._traces[name])
+        if kind == "audit":
+            problems = min(self._nodes[label].config["count"], self._questions)
+            return self._judged(rest, problems * (1 + len(DIMENSIONS) * DEGREES))
         if kind in ("evaluate", "capability"):
-            return asked, asked * longest
+            return self._asked, self._asked * self._longest
         if kind == "train":
-            t = e.training
-            traces = 2 * t.pairs_per_step * t.steps
-            return traces, traces * longest
+            return self._trained(next(a for a in self._e.arms if a.name == rest.rsplit("/", 1)[0]))
         return 0, 0
 
+    def _judged(self, judge: str, traces: int) -> tuple[int, int]:
+        return traces, 0 if self._judges[judge].kind == "exact" else traces * self._e.scoring.row_length
+
+    def _trained(self, arm: Arm) -> tuple[int, int]:
+        t, kind = self._e.training, self._kinds[arm.objective]
+        pool = max(1, int(self._questions * arm.fraction))
+        pairs = t.pairs_per_step * t.steps if t.budget == "steps" else int(pool * t.epochs) + t.pairs_per_step
+        traces = pairs * {"sft": 1, "kto": 4}.get(kind, 2)  # KTO reads every trace with another prompt too
+        return traces, traces * min(self._longest, t.row_length)
+
+
+def plan_table(e: Experiment, nodes: Mapping[str, Node], workspace: Workspace) -> Table:
+    """A row per artifact: label, key, whether it is there, and what making it takes."""
+    cost = Cost(e, nodes, workspace)
     table = Table(title=f"{e.name}: {e.question}", title_justify="left")
-    for column, justify in (("artifact", "left"), ("key", "left"), ("there", "left"), ("traces ≤", "right"),
-                            ("tokens ≤", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    wanted = {node.key: node for node in nodes.values()}
-    total = [0, 0, 0]
-    for node in in_order({node.label: node for node in wanted.values()}):
-        there = workspace.complete(node)
-        traces, tokens = (0, 0) if there else cost(node.label)
-        total = [total[0] + there, total[1] + traces, total[2] + tokens]
-        table.add_row(node.label, node.key, "yes" if there else "no", f"{traces:,}" if traces else "",
-                      f"{tokens:,}" if tokens else "")
+    table.add_column("artifact", overflow="fold")
+    table.add_column("key", no_wrap=True)
+    table.add_column("there")
+    table.add_column("traces ≤", justify="right", no_wrap=True)
+    table.add_column("tokens ≤", justify="right", no_wrap=True)
+    there = traces = tokens = 0
+    wanted = in_order(nodes)
+    for node in wanted:
+        made = workspace.complete(node)
+        needs = (0, 0) if made else cost(node.label)
+        there, traces, tokens = there + made, traces + needs[0], tokens + needs[1]
+        table.add_row(node.label, node.key, "yes" if made else "no", *(f"{n:,}" if n else "" for n in needs))
     table.add_section()
-    table.add_row(f"{len(wanted)} artifacts", "", f"{total[0]} there", f"{total[1]:,}", f"{total[2]:,}")
+    table.add_row(f"{len(wanted)} artifacts", "", f"{there} there", f"{traces:,}", f"{tokens:,}")
     return table

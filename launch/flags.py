@@ -1,35 +1,24 @@
 """Entry points share one way to start: an error that a user can mend is one sentence on stderr and exit code 2."""
 
+import dataclasses
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from absl import app, logging
+from absl import app, flags, logging
 
-from deltapref_jax.config import ConfigError
+from deltapref_jax import config
 from deltapref_jax.workspace import ArtifactError
+
+_PROJECT = str(Path(__file__).resolve().parent.parent)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Parses flags and runs `main`; sentences of the project's errors go to stderr without a traceback."""
+    """Parses flags and runs `main`; the project's own errors end as their sentence, others with their traceback."""
     logging.set_verbosity(logging.ERROR)
-    try:
-        app.run(_sentences(main), flags_parser=_parse)
-    except SystemExit:
-        raise
-
-
-def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    def wrapped(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except (ConfigError, ArtifactError, FileNotFoundError, ValueError, FloatingPointError) as e:
-            if logging.level_debug():
-                raise
-            sys.exit(_fail(str(e)))
-        except KeyboardInterrupt:
-            sys.exit(_fail("Stopped. Run the same command to continue; finished shards are kept.", 130))
-
-    return wrapped
+    app.run(_sentences(main), flags_parser=_parse)
 
 
 def _fail(sentence: str, code: int = 2) -> int:
@@ -37,16 +26,49 @@ def _fail(sentence: str, code: int = 2) -> int:
     return code
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with the config library's tracebacks for unknown fields and missing files turned to sentences."""
-    from absl import flags
+def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    def wrapped(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ArtifactError, FileNotFoundError, ValueError, FloatingPointError) as e:
+            raised = traceback.extract_tb(e.__traceback__)[-1].filename
+            if logging.level_debug() or "site-packages" in raised or not raised.startswith(_PROJECT):
+                raise  # a library's complaint about us is ours to mend, and needs its traceback
+            sys.exit(_fail(str(e)))
+        except KeyboardInterrupt:
+            sys.exit(_fail("Stopped. Run the same command to continue; finished shards are kept.", 130))
 
+    return wrapped
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser; what it and the config library raise is turned to one sentence."""
+    given = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
+    path = given.split(":")[0]
+    if path and not (path.endswith(".py") and Path(path).is_file()):
+        sys.exit(_fail(f"There is no config file {path!r}; name a Python file with get_config(), such as "
+                       "--config=configs/quickstart.py."))
     try:
         return flags.FLAGS(argv)
-    except flags.Error as e:
-        sys.exit(_fail(f"{e} Run with --help for the flags."))
-    except (AttributeError, KeyError) as e:
-        sys.exit(_fail(f"An override names a field that the config does not have: {e}. The fields stand in "
-                       "deltapref_jax/config.py."))
-    except (FileNotFoundError, IndexError, TypeError, ValueError) as e:
-        sys.exit(_fail(f"The config cannot be read: {e}"))
+    except Exception as e:  # the config file may raise anything
+        sys.exit(_fail(_sentence(e, given, argv)))
+
+
+def _sentence(e: Exception, given: str, argv: list[str]) -> str:
+    text = str(e).strip("\"'")
+    if found := re.match(r"Field (\w+) not found on dataclass <class '[\w.]+\.(\w+)'>", text):
+        name, kind = found.groups()
+        known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
+        at = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
+        return f"{at}: {kind} has no field {name!r}; it has {known}."
+    if isinstance(e, IndexError):
+        at = ", ".join(a for a in argv if re.match(r"--?config\.[^=]*\[", a))
+        return f"{at}: the config has no item of that number; items count from 0."
+    if isinstance(e, flags.Error) and "Traceback" not in text:
+        if "must have a value other than None" in text:
+            return f"{text.split(':')[0].split('=')[0].replace('flag ', '')} is missing; give it a value (--help)."
+        return f"{' '.join(text.split()).rstrip('.')}; mend the flag (--help lists them)."
+    places = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(given.split(":")[0])]
+    line = getattr(e, "lineno", None) or (places[-1].lineno if places else None)
+    said = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"
+    return f"The config {given}{f', line {line},' if line else ''} cannot be loaded ({said}); mend it."
