@@ -22,16 +22,16 @@ def main(_: list[str]) -> None:
     from deltapref_jax.stages.study import plan
     from evals.evaluate import describe
 
-    choose("--arm", _ARM.value, [a.name for a in experiment.arms])
+    arm = choose("--arm", str(_ARM.value), [a.name for a in experiment.arms])
     workspace = Workspace(experiment.workspace)
-    node = plan(experiment, describe)[f"pair/{_ARM.value}"]
+    node = plan(experiment, describe)[f"pair/{arm}"]
     if not workspace.complete(node):
-        raise FileNotFoundError(f"The pairs of arm {_ARM.value!r} are not in {experiment.workspace}; run launch.ablate "
+        raise FileNotFoundError(f"The pairs of arm {arm!r} are not in {experiment.workspace}; run launch.ablate "
                                 "with this config first.")
     traces = [t for name, source in node.inputs.items() if name.startswith("sample/")
               for t in workspace.table(source).to_pylist()]
     rows = trl_rows(workspace.table(node).to_pylist(), workspace.table(node.inputs["prompts"]).to_pylist(), traces)
-    write_rows(rows, _OUT.value)
+    write_rows(rows, str(_OUT.value))
     print(f"{len(rows)} pairs: {_OUT.value}")
 
 

@@ -55,8 +55,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _sentence(e: Exception, given: str, argv: list[str]) -> str:
-    text = str(e).strip("\"'")
-    if found := re.match(r"Field (\w+) not found on dataclass <class '[\w.]+\.(\w+)'>", text):
+    text = str(e.args[0] if isinstance(e, KeyError) else e).replace("module 'config_config'", "the file")
+    if found := re.search(r"Field (\w+) not found on dataclass <class '[\w.]+\.(\w+)'>", text):
         name, kind = found.groups()
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
         at = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
@@ -67,7 +67,7 @@ def _sentence(e: Exception, given: str, argv: list[str]) -> str:
     if isinstance(e, flags.Error) and "Traceback" not in text:
         if "must have a value other than None" in text:
             return f"{text.split(':')[0].split('=')[0].replace('flag ', '')} is missing; give it a value (--help)."
-        return f"{' '.join(text.split()).rstrip('.')}; mend the flag (--help lists them)."
+        return f"{' '.join(text.split()).removeprefix('flag ').rstrip('.')}; mend the flag (--help lists them)."
     places = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(given.split(":")[0])]
     line = getattr(e, "lineno", None) or (places[-1].lineno if places else None)
     said = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"

@@ -105,9 +105,9 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         panel.set_axis_off()
     for panel, (name, metrics) in zip(axes.flat, runs.items(), strict=False):
         for side in ("chosen", "rejected"):
-            values = [row.get(f"logps/{side}") for row in metrics]
-            if values and values[0] is not None:
-                panel.plot([row["step"] for row in metrics], [v - values[0] for v in values], label=side,
+            values = [(row["step"], row[f"logps/{side}"]) for row in metrics if f"logps/{side}" in row]
+            if values:
+                panel.plot([step for step, _ in values], [v - values[0][1] for _, v in values], label=side,
                            color=COLOURS[side], linewidth=1.3)
         panel.axhline(0, color="#999999", linewidth=0.8)
         panel.set_title(name, fontsize=9, loc="left")

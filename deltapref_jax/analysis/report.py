@@ -40,8 +40,8 @@ def findings(s: Mapping[str, Any]) -> list[str]:
             found.append(f"{where}: every 10 points of generator delta changed the student's accuracy by "
                          f"{points(per, 2)} points ({t['rungs']} rungs).")
         else:
-            found.append(f"{where}: no trend with generator delta was detected ({points(per, 2)} points per 10 points of "
-                         f"delta, {t['rungs']} rungs).")
+            found.append(f"{where}: no trend with generator delta was detected ({points(per, 2)} points per 10 points "
+                         f"of delta, {t['rungs']} rungs).")
     arms = {a["name"]: a for a in s["arms"]}
     for c in s["contrasts"]:
         a, b = arms[c["a"]], arms[c["b"]]
@@ -60,7 +60,8 @@ def findings(s: Mapping[str, Any]) -> list[str]:
                              f"{_verdict(a[d]['change'], s['detectable'].get(d))}.")
     falling = [a["name"] for a in s["arms"] if a["falling"]]
     if falling:
-        found.append(f"In {len(falling)} of {len(s['arms'])} arms both log-probabilities fell together: {', '.join(falling)}.")
+        found.append(f"In {len(falling)} of {len(s['arms'])} arms both log-probabilities fell together: "
+                     f"{', '.join(falling)}.")
     return found
 
 
@@ -90,8 +91,9 @@ def _figures(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
             "generator delta, points of in-domain accuracy")
     chosen = [a for a in s["arms"] if a["group"] == "selection"]
     if chosen:
-        base = [a for a in s["arms"] if a["keep"] == "all" and a["group"] == "ladder" and any(
-            (a["chosen"], a["rejected"], a["objective"]) == (b["chosen"], b["rejected"], b["objective"]) for b in chosen)]
+        pools = {(b["chosen"], b["rejected"], b["objective"]) for b in chosen}
+        base = [a for a in s["arms"] if a["keep"] == "all" and a["group"] == "ladder"
+                and (a["chosen"], a["rejected"], a["objective"]) in pools]
         lines: dict[str, list[dict]] = {}
         for a in chosen:
             judge = f", judge {a['judge']}" if a["judge"] else ""
@@ -142,12 +144,12 @@ def render(study: Study, summary: Mapping[str, Any]) -> str:
                                      lstrip_blocks=True)
     environment.filters |= {"points": points, "words": lambda name: str(name).replace("_", " ")}
     exact = any(j["kind"] == "exact" for j in summary["judges"])
-    manifest = next(iter(study.manifests.values()), {"versions": {}})
+    versions: dict[str, str] = next((m["versions"] for m in study.manifests.values()), {})
     # inside <script>, JSON must not be able to end the element
     embedded = json.dumps(_browser(study)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return environment.from_string(template).render(
         s=summary, findings=findings(summary), figures=_figures(study, summary), pairs=embedded,
-        judge_sentences=[judge_sentence(j, exact) for j in summary["judges"]], versions=manifest["versions"],
+        judge_sentences=[judge_sentence(j, exact) for j in summary["judges"]], versions=versions,
         domain_words=DOMAIN_WORDS, config=json.dumps(study.experiment, indent=1))
 
 

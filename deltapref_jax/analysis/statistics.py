@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
 DRAWS = 2000
 _NORMAL = NormalDist()
@@ -88,7 +89,7 @@ def changes(
     picks = _resample({suite: len(q) for suite, q in base.items()}, draws, seed)
     found = {}
     for place, (arm, tables) in enumerate(after.items()):
-        gaps = {suite: [] for suite in base}
+        gaps: dict[str, list[list[float]]] = {suite: [] for suite in base}
         for results in tables:
             suites = by_question(results, domain)
             for suite, questions in base.items():
@@ -149,7 +150,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def slope(x: Sequence[float], y: Sequence[Change]) -> Estimate | None:
-    """Least-squares slope of changes on x (points per unit), interval from the arms' joint bootstrap; None below 3 arms.
+    """Least-squares slope of changes on x (points per unit), interval from the joint bootstrap; None below 3 arms.
 
     The test for "a larger delta helps more".
     """
@@ -165,15 +166,14 @@ def contrast(a: Change, b: Change) -> Estimate:
     return _estimate(a.estimate.value - b.estimate.value, a.draws - b.draws)
 
 
-def ranks(x: Sequence[float]) -> np.ndarray:
+def ranks(x: ArrayLike) -> np.ndarray:
     """Ranks from 1, ties share their mean."""
-    x = np.asarray(x, float)
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(np.asarray(x, float), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation; NaN where one side is constant."""
     x, y = ranks(a), ranks(b)
     if len(x) < 2 or x.std() == 0 or y.std() == 0:

@@ -48,7 +48,8 @@ def summarise(study: Study) -> dict[str, Any]:
                                "domains": _domains(study)}
     summary["generators"] = [_generator(study, name) for name in study.traces]
     if study.student is not None:
-        summary["student"] = {d: list(st.accuracy(study.student, d)) for d in summary["domains"]} | _shape(study.student)
+        before = {d: list(st.accuracy(study.student, d)) for d in summary["domains"]}
+        summary["student"] = before | _shape(study.student)
         summary["suites"] = _suites(study)
         summary["detectable"] = st.minimum_detectable(study.student)
         changes = _changes(study, summary["domains"])

@@ -37,7 +37,8 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """
     found = [axes for pattern, axes in RULES if re.search(pattern, name)]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} sharding rules match the parameter {name!r} of shape {shape}; exactly one must.")
+        raise ValueError(f"{len(found)} sharding rules match the parameter {name!r} of shape {shape}; "
+                         "exactly one must: see models.sharding.RULES.")
     axes = found[0]
     return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None
                            for axis, size in zip(axes, shape, strict=False)))

@@ -210,7 +210,9 @@ def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) ->
     return array.reshape(shape)
 
 
-def export(state: nnx.State, spec: ModelSpec, text: Text, folder: str | os.PathLike[str], dtype: str = "float32") -> str:
+def export(
+    state: nnx.State, spec: ModelSpec, text: Text, folder: str | os.PathLike[str], dtype: str = "float32"
+) -> str:
     """Writes config.json, safetensors (with an index above 4 GiB) and the tokenizer; returns its `weights_hash`.
 
     `transformers` and vLLM load the folder as a `LlamaForCausalLM`.
@@ -253,7 +255,7 @@ def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], root / "model.safetensors", metadata={"format": "pt"})
         return
-    index = {}
+    index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, root / file, metadata={"format": "pt"})

@@ -64,8 +64,8 @@ def build(
       traces: generator to its TRACE rows; all of the ladder.
       correct: trace id to verdict.
       ratings: trace id to ratings by the arm's judge, in its order of dimensions; empty where nobody judged.
-      rules: see `Rules`. With direction "judge" the higher sum of ratings is chosen, equal sums are dropped. Two samples
-        of one generator are directed by a coin seeded per prompt where the direction is "generator".
+      rules: see `Rules`. With direction "judge" the higher sum of ratings is chosen, equal sums are dropped. Two
+        samples of one generator are directed by a coin seeded per prompt where the direction is "generator".
 
     Returns:
       rows, and {"prompts", "dropped_unfinished", "dropped_identical", "dropped_tie", "dropped_stratum", "pool"}; the

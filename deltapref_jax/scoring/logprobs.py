@@ -115,9 +115,10 @@ def sequence_logprobs(
     """
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, batch.branches, remat=remat)
     # position i - 1 scores token i; a branch's first token is scored by its own suffix only, see `judging`
-    mask = jnp.asarray(batch.targets)[:, 1:] & (jnp.asarray(batch.segments)[:, 1:] == jnp.asarray(batch.segments)[:, :-1])
-    logprobs = token_logprobs(hidden[:, :-1], model.unembedding(), jnp.asarray(batch.tokens)[:, 1:], mask)
-    owner = jnp.asarray(batch.segments)[:, 1:].reshape(-1)
+    tokens, owners, targets = (jnp.asarray(x) for x in (batch.tokens, batch.segments, batch.targets))
+    mask = targets[:, 1:] & (owners[:, 1:] == owners[:, :-1])
+    logprobs = token_logprobs(hidden[:, :-1], model.unembedding(), tokens[:, 1:], mask)
+    owner = owners[:, 1:].reshape(-1)
     sums = jax.ops.segment_sum(logprobs.reshape(-1), owner, segments + 1)[1:]
     counts = jax.ops.segment_sum(mask.reshape(-1).astype(jnp.float32), owner, segments + 1)[1:]
     return sums, counts

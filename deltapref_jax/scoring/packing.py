@@ -5,9 +5,8 @@ A step is a set of groups (a pair is a group of two sequences). It runs as howev
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 
@@ -21,13 +20,13 @@ class Sample(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """Packed rows, each array [B, L]; see `models.attention` for segments and branches."""
+    """Packed rows, each array [B, L], on the host or on devices; see `models.attention` for segments and branches."""
 
-    tokens: jax.Array | np.ndarray
-    positions: jax.Array | np.ndarray
-    segments: jax.Array | np.ndarray  # 1 upward within the batch; 0 is padding
-    targets: jax.Array | np.ndarray
-    branches: jax.Array | np.ndarray | None = None
+    tokens: Any  # int32
+    positions: Any  # int32
+    segments: Any  # int32, 1 upward within the batch; 0 is padding
+    targets: Any  # bool
+    branches: Any = None  # int32, or None where no sequence has branches
 
 
 class Micro(NamedTuple):

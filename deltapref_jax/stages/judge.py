@@ -33,8 +33,8 @@ def judge(job: Job) -> None:
         if not loaded:
             loaded.append(load(who.model.path, who.model.dtype))
         questions = [json.loads(p["messages"])[-1]["content"] for p in asked]
-        return rate_traces(loaded[0], questions, texts, who.dimensions, shape, make_mesh(MeshShape(**job.local["mesh"])),
-                           who.model.dtype)
+        mesh = make_mesh(MeshShape(**job.local["mesh"]))
+        return rate_traces(loaded[0], questions, texts, who.dimensions, shape, mesh, who.model.dtype)
 
     def make(shard: int) -> tuple[pa.Table, Stats]:
         rows = traces.slice(shard * shape.shard, shape.shard).to_pylist()

@@ -21,11 +21,12 @@ def pair(job: Job) -> None:
         for row in rated.to_pylist():
             ratings.setdefault(row["trace_id"], [0.0] * len(dimensions))[
                 dimensions.index(row["dimension"])] = row["rating"]
-    rules = Rules(c["chosen"], c["rejected"], c["ladder"], tuple(c["finishes"]), c["direction"], c["stratum"], c["seed"])
+    rules = Rules(c["chosen"], c["rejected"], c["ladder"], tuple(c["finishes"]), c["direction"], c["stratum"],
+                  c["seed"])
     pool, counts = build(job.table("prompts")["prompt_id"].to_pylist(), traces, correct, ratings, rules)
     if not pool:
-        raise ValueError(f"No pair is left for {c['chosen']} against {c['rejected']}: {counts}. Use more prompts, longer "
-                         "traces (config.sampling.max_tokens) or another stratum.")
+        raise ValueError(f"No pair is left for {c['chosen']} against {c['rejected']}: {counts}. Use more prompts, "
+                         "longer traces (config.sampling.max_tokens) or another stratum.")
     tokens = {row["trace_id"]: row["tokens"] for rows in traces.values() for row in rows}
     by = None if c["by"] == "sum" else dimensions.index(c["by"])
     kept = select(pool, c["keep"], c["fraction"], c["seed"], by, tokens)

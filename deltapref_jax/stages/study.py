@@ -107,8 +107,8 @@ def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
 def _generator(nodes: dict[str, Node], e: Experiment, g: Generator, reference: Model, mesh: dict[str, int]) -> None:
     """Nodes of one generator: its traces, and what is known of every trace."""
     config, local = sample.describe(g, e.sampling, e.seed, e.mesh)
-    traces = nodes[f"sample/{g.name}"] = Node("sample", f"sample/{g.name}", config, {"prompts": nodes["prompts"]}, local,
-                                              sample.VERSION)
+    traces = nodes[f"sample/{g.name}"] = Node("sample", f"sample/{g.name}", config, {"prompts": nodes["prompts"]},
+                                              local, sample.VERSION)
     inputs = {"sample": traces, "prompts": nodes["prompts"]}
     nodes[f"verify/{g.name}"] = Node("verify", f"verify/{g.name}", {}, inputs, {}, verify.VERSION)
     for j in e.judges:

@@ -20,7 +20,7 @@ VERSION = 1
 
 
 class Arm:
-    """An arm's training data: groups of sequences with their references; a step's data is a pure function of its number.
+    """An arm's training data: groups of sequences with their references; step number to a step's data.
 
     A group is a pair (DPO), one example (KTO: both halves of every pair, labels mixed; SFT: the chosen traces).
     """
@@ -81,7 +81,8 @@ class Arm:
         starts = np.cumsum([0] + [len(group) for group in groups])
         indices = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
         t = self.training
-        micros = [(m.batch, self._examples(m.order, indices, flat)) for m in pack(samples, indices, t.rows, t.row_length)]
+        micros = [(m.batch, self._examples(m.order, indices, flat))
+                  for m in pack(samples, indices, t.rows, t.row_length)]
         baseline, extra = self._baseline(flat) if self.kind == "kto" else ([], 0)
         total = sum(int(s.targets.sum()) for s in samples) if self.kind == "sft" else len(groups)
         tokens = sum(len(s.tokens) for s in samples) + extra
@@ -125,8 +126,9 @@ def references(job: Job, wanted: str) -> tuple[dict[str, float], dict[str, tuple
             continue
         made = node.config["weights"]
         if made != wanted:
-            raise ConfigError(f"The log-probabilities of {name.removeprefix('score/')!r} were made by the weights {made} "
-                              f"and this arm's reference has the weights {wanted}; score the traces with the reference.")
+            raise ConfigError(f"The log-probabilities of {name.removeprefix('score/')!r} were made by the weights "
+                              f"{made} and this arm's reference has the weights {wanted}; score the traces with the "
+                              "reference.")
         for row in job.table(name).to_pylist():
             if row["logprob"] is None:
                 continue

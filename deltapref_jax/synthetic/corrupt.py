@@ -1,4 +1,4 @@
-"""Corruptions of a known dimension and a known degree: what an audit holds a judge against, and what one learns from."""
+"""Corruptions of a known dimension and degree: what an audit holds a judge against, and what a judge learns from."""
 
 import random
 

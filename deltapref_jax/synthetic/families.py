@@ -114,11 +114,12 @@ def _draw_shop(rng: random.Random, difficulty: int) -> dict[str, Any]:
     kinds = min(difficulty, 4)
     goods = rng.sample(GOODS, kinds)
     while True:
-        lines = [[rng.randint(2, 9), good, rng.randint(2, 9)] for good in goods]
-        if sum(n * price for n, _, price in lines) <= 95:
+        lines = [(rng.randint(2, 9), good, rng.randint(2, 9)) for good in goods]
+        total = sum(n * price for n, _, price in lines)
+        if total <= 95:
             break
-    total = sum(n * price for n, _, price in lines)
-    return {"name": rng.choice(NAMES), "lines": lines, "paid": rng.randint(total // 10 + 1, 10) * 10}
+    return {"name": rng.choice(NAMES), "lines": [list(line) for line in lines],
+            "paid": rng.randint(total // 10 + 1, 10) * 10}
 
 
 def _ask_shop(spec: dict[str, Any]) -> str:

@@ -91,7 +91,8 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
 
     factuality: given numbers and words copied as the question has them. strategy_coherence: the family's plan, and its
     operations. step_coherence: numbered in order, each step on what earlier ones produced, none missing, the answer
-    drawn from them. numerical_precision: values that follow from their operands. signal_to_noise: lines that are needed.
+    drawn from them. numerical_precision: values that follow from their operands. signal_to_noise: lines that are
+    needed.
     """
     plan, equations, answer, useful, lines = parse(text)
     tally = {dimension: _Tally() for dimension in DIMENSIONS}
@@ -106,8 +107,8 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
         steps.add(line.number == place + 1)
         content = (line.op, line.operands, line.value)
         want = expected(problem, values)
-        done = isinstance(want, str) or len(values) > MAX_STEPS
-        if done or (content in seen and (line.op, line.operands) != (want.op, want.operands)):
+        if isinstance(want, str) or len(values) > MAX_STEPS or (
+                content in seen and (line.op, line.operands) != (want.op, want.operands)):
             steps.add(False)  # beyond the end, or a repetition: not needed
             signal.good -= 1
             continue

@@ -64,7 +64,7 @@ class Text:
 
     def render(self, messages: Messages) -> str:
         """The conversation as the template writes it, up to where the assistant's answer begins."""
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
     def beginning(self, text: str) -> list[int]:
         """Ids of rendered text that starts a sequence; one BOS at most."""
@@ -86,7 +86,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def pieces(self, text: str) -> list[int]:
         """Ids of plain text, no special tokens added."""

@@ -86,7 +86,8 @@ def train(
     if run.rows % ways:
         raise ConfigError(f"rows is {run.rows} and the mesh spreads rows over {ways} devices (data x fsdp); "
                           "make rows a multiple of that.")
-    steps = programs(spec, dtype, run.objective.kind, run.optimizer, capacity(run.rows, run.row_length), mesh, run.remat)
+    segments = capacity(run.rows, run.row_length)
+    steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat)
     folder.mkdir(parents=True, exist_ok=True)
     state = start(params, run.optimizer, mesh)
     counts = {"tokens": 0.0, "positions": 0.0, "seconds_first_step": 0.0, "seconds_steady": 0.0, "tokens_steady": 0.0}
