@@ -26,7 +26,7 @@ def get_config() -> Nursery:
             Pupil(name="oak", tasks=CURRICULUM, difficulties=(1, 2), steps=2000, rows=16, learning_rate=3e-3),
             *rungs,
             Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
-                  error_rate=0.02, steps=1600, rows=16, learning_rate=3e-3, seed=1),
+                  error_rate=0.02, steps=700, rows=16, learning_rate=3e-3, seed=1),
             Pupil(name="judge", base="oak", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
                   row_length=288, learning_rate=1e-3, seed=2),
         ),
