@@ -71,8 +71,10 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
         if answer is None and source.checker:
             raise ConfigError(f"{where} has no {source.answer_field!r} and the checker {source.checker!r} needs one; "
                               "set answer_field, or checker to ''.")
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
+        if prompt is None or isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt or ""}]
+        elif isinstance(prompt, dict) and {"role", "content"} <= prompt.keys():  # a list of messages, column-wise
+            prompt = [{"role": r, "content": c} for r, c in zip(prompt["role"], prompt["content"], strict=True)]
         try:
             messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
         except (TypeError, KeyError) as e:
@@ -94,7 +96,7 @@ def _jsonl(source: Prompts) -> Iterable[Row]:
     path = _existing(source)
 
     def lines() -> Iterable[tuple[str, Row]]:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:  # bytes, so that a wrong encoding is found in its line
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -145,10 +147,15 @@ def _tfds(source: Prompts) -> Iterable[Row]:
                           "format.") from e
 
     def plain(value: Any) -> Any:
-        return value.decode() if isinstance(value, bytes) else value
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, np.ndarray | np.generic):
+            value = value.tolist()
+        return [plain(v) for v in value] if isinstance(value, list) else (
+            value.decode() if isinstance(value, bytes) else value)
 
-    return _from_columns(source, ((f"Row {i} of {source.path}", {k: plain(v) for k, v in row.items()})
-                                  for i, row in enumerate(data)), builder.info.name)
+    return _from_columns(source, ((f"Row {i} of {source.path}", plain(row)) for i, row in enumerate(data)),
+                         builder.info.name)
 
 
 SOURCES: dict[str, Callable[[Prompts], Iterable[Row]]] = {
