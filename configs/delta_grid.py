@@ -1,4 +1,4 @@
-"""The full grid: every rung × objective × fraction, three seeds each. The quickstart's world, with room for small effects.
+"""The full grid: every rung × objective × fraction, three seeds each; the quickstart's world, more questions.
 
 Cost: 96 policies; about six hours on two CPU cores, minutes on an accelerator. Sampling, judging and reference scoring
 are shared with the quickstart's design and done once.

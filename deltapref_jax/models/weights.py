@@ -178,7 +178,14 @@ def load(path: str, dtype: str = "float32", params: str = "float32") -> Loaded:
     _files(local)
     gguf = os.path.isfile(local)
     spec, read, names = (_read_gguf if gguf else _read_folder)(Path(local))
-    graphdef, shapes = abstract(spec, jnp.dtype(dtype))
+    state = assemble(spec, read, gguf, path, names, params)
+    return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(local), weights_hash(local))
+
+
+def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, path: str, names: set[str],
+             params: str = "float32") -> nnx.State:
+    """Parameters of a decoder from a reader of stored tensors; see `load` for what is raised."""
+    shapes = abstract(spec)[1]
     flat: dict[str, Any] = {}
     wanted = set()
     for name, leaf in _flat(nnx.to_pure_dict(shapes)).items():
@@ -199,7 +206,7 @@ def load(path: str, dtype: str = "float32", params: str = "float32") -> Loaded:
     blocks = {name.removeprefix("blocks."): array for name, array in flat.items() if name.startswith("blocks.")}
     tree = {name: array for name, array in flat.items() if not name.startswith("blocks.")} | {"blocks": blocks}
     nnx.replace_by_pure_dict(shapes, tree)
-    return Loaded(graphdef, shapes, spec, Text.load(local), weights_hash(local))
+    return shapes
 
 
 def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:

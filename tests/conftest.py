@@ -1,0 +1,52 @@
+import os
+
+# eight devices on the CPU, set before JAX starts, so that sharded runs can be held against one device
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from deltapref_jax.config import MeshShape  # noqa: E402
+from deltapref_jax.mesh import make_mesh  # noqa: E402
+from deltapref_jax.models.decoder import Decoder  # noqa: E402
+from deltapref_jax.models.spec import ModelSpec  # noqa: E402
+from deltapref_jax.models.weights import export, load  # noqa: E402
+from deltapref_jax.synthetic.families import FAMILIES  # noqa: E402
+from deltapref_jax.synthetic.tokenizer import build  # noqa: E402
+from deltapref_jax.synthetic.world import problem, solution  # noqa: E402
+from deltapref_jax.text.template import Text  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    problems = [problem(name, 2, 7, i) for name in FAMILIES for i in range(40)]
+    build([f"user\n{p.question}\nassistant\n{solution(p)}\n" for p in problems], 400, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tokenizer_folder):
+    return Text.load(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(text, tmp_path_factory):
+    """A random decoder as a Hugging Face folder, untied."""
+    spec = ModelSpec(len(text.tokenizer), 32, 2, 4, 2, 8, 64, tied=False, max_positions=512)
+    folder = tmp_path_factory.mktemp("tiny")
+    export(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, text, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return load(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    return make_mesh(MeshShape(), jax.devices()[:1])
