@@ -1,6 +1,6 @@
 """Runs a delta study: every artifact that the config calls for and that is not there yet, then the page.
 
-    python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--config.training.steps=60 …]
+    python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify] [--config.training.steps=60 …]
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from launch.flags import run_main
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
 
 
 def stage_table() -> dict:
@@ -46,9 +47,9 @@ def main(_: list[str]) -> None:
     before = {name: node for name, node in nodes.items() if not name.startswith(("train/", "evaluate/", "report"))}
     if "evaluate/student" in nodes:
         before["evaluate/student"] = nodes["evaluate/student"]
-    run(before, stage_table(), workspace)
+    run(before, stage_table(), workspace, verify=_VERIFY.value)
     _say_detectable(console, workspace, nodes)
-    run(nodes, stage_table(), workspace)
+    run(nodes, stage_table(), workspace, verify=_VERIFY.value)
     _show(console, workspace, nodes)
 
 

@@ -41,7 +41,8 @@ def judge(job: Job) -> None:
         ratings, stats = rate(rows)
         return rating_table(who, [row["trace_id"] for row in rows], ratings), stats | {"traces": len(rows)}
 
-    job.shards(-(-traces.num_rows // shape.shard), make, "ratings", traces.num_rows * len(who.dimensions))
+    job.shards(-(-traces.num_rows // shape.shard), make, "ratings", traces.num_rows * len(who.dimensions),
+               together=True)
 
 
 def rating_table(who: Judge, trace_ids: list[str], ratings: Ratings) -> pa.Table:

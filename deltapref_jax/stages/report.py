@@ -36,6 +36,5 @@ def report(job: Job) -> None:
         metrics={name: list(read_metrics(job.path(f"train/{name}") / "metrics.jsonl")) for name in trained},
         manifests={name: job.workspace.manifest(node) for name, node in job.node.inputs.items()})
     summary = summarise(study)
-    (job.dir / "report.html").write_text(render(study, summary))
-    (job.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    job.files += ["report.html", "summary.json"]
+    job.put("report.html", render(study, summary).encode())
+    job.put("summary.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -77,7 +77,7 @@ def score(job: Job) -> None:
         rows += [(traces[partner[i]]["prompt_id"], traces[i]["trace_id"], False) for i in which]
         return _score(loaded[0], Sequences(loaded[0].text, prompts, [traces[i] for i in which]), rows, shape, job)
 
-    job.shards(-(-len(traces) // shape.shard), make, "rows", 2 * len(traces))
+    job.shards(-(-len(traces) // shape.shard), make, "rows", 2 * len(traces), together=True)
 
 
 def _score(model: Loaded, sequences: Sequences, rows: list[tuple[str, str, bool]], shape: Scoring, job: Job) -> tuple[

@@ -5,13 +5,16 @@ evaluate/A/seed · evaluate/student · report.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from deltapref_jax.config import Arm, ConfigError, Experiment, Generator, Judge, Model, Prompts, model_of
+from deltapref_jax.files import file_sha256
 from deltapref_jax.models.weights import weights_hash
+from deltapref_jax.records import digest
 from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
 from deltapref_jax.workspace import Node
 
@@ -20,15 +23,17 @@ _AUDIT_COUNT = 60  # problems a judge is audited on
 
 
 def _source(source: Prompts) -> dict[str, Any]:
-    """A source's fields with its path replaced by what lies there: a moved file is the same source."""
+    """A source's fields with its path replaced by name and content: moved files are the same source."""
     fields = dataclasses.asdict(source)
     path = Path(source.path)
-    if source.kind in ("jsonl", "parquet"):
-        if not path.is_file():
-            raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
-        fields["path"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    elif source.kind == "tfds" and not path.is_dir():
+    if source.kind in ("jsonl", "parquet") and not path.is_file():
+        raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
+    if source.kind == "tfds" and not path.is_dir():
         raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
+    if source.path and path.exists():  # what is not here is a name on the hub
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        contents = [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
+        fields["path"] = digest(path.name, contents)
     return fields
 
 

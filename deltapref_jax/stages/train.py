@@ -164,4 +164,4 @@ def train_arm(job: Job) -> None:
             export(jax.device_get(params), model.spec, model.text, folder / "policy")
     job.stats |= counts | {"pairs": float(len(pairs)), "groups": float(len(arm.groups)), "steps": float(arm.steps),
                            "dropped_long": float(arm.dropped + (len(pairs) - len(scored)))}
-    job.files += ["metrics.jsonl", *sorted(str(f.relative_to(folder)) for f in (folder / "policy").iterdir())]
+    job.files += ["metrics.jsonl", "policy/*"]
