@@ -58,18 +58,14 @@ class Metrics:
 
     def __init__(self, path: str | os.PathLike[str], resumed: int):
         kept = [row for row in read_metrics(path) if row["step"] <= resumed] if resumed else []
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
-        for row in kept:
-            self.write(row)
+        self._path = path
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row and flushes it."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Appends a row."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

@@ -118,8 +118,6 @@ def train(
         if pending is not None:
             _finish(pending, run, counts, metrics, bar, task, guard, dtype)
         counts["seconds_steady"] = time.monotonic() - began
-        if metrics:
-            metrics.close()
         if run.steps > done:
             checkpoints.save(run.steps, state)
     return state.params, counts
