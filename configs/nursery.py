@@ -8,10 +8,11 @@ careless, or corrupted to a known degree.
     python -m launch.nursery --config=configs/nursery.py
 """
 
-from configs.quickstart import IN_DOMAIN, OUT_OF_DOMAIN, suites
+from configs.quickstart import IN_DOMAIN, suites
 from deltapref_jax.config import Nursery, Pupil, Sampling
 
-CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # in-domain families are practised three times as often
+OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
+CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # an in-domain family is practised three times as often as another
 CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "student": 0.14, "oak-good": 0.06, "oak-strong": 0.0}
 
 
