@@ -2,8 +2,8 @@
 
 `oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
 careless steps, so rungs differ in capability and in nothing else. `elm` is another architecture and initialisation.
-`judge` is `oak` with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that are
-careless, or corrupted to a known degree.
+`judge` is `oak-strong` with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that
+are careless, or corrupted to a known degree.
 
     python -m launch.nursery --config=configs/nursery.py
 """
@@ -28,7 +28,7 @@ def get_config() -> Nursery:
             *rungs,
             Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
                   error_rate=0.02, steps=700, rows=16, learning_rate=3e-3, seed=1),
-            Pupil(name="judge", base="oak", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
+            Pupil(name="judge", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
                   row_length=288, learning_rate=1e-3, seed=2),
         ),
         release=(*CARELESS, "elm", "judge"),

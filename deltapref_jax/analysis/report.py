@@ -9,130 +9,100 @@ import jinja2
 from rich.table import Table
 
 from deltapref_jax.analysis import figures
-from deltapref_jax.analysis.statistics import Estimate
-from deltapref_jax.analysis.study import USELESS_AUC, WANTED_AUC, Study
+from deltapref_jax.analysis.figures import Line, Point
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, points, words
+from deltapref_jax.analysis.judges import USELESS_AUC
+from deltapref_jax.analysis.study import Study
 
-_PAIRS_SHOWN = 60
-DOMAIN_WORDS = {"in": "in domain", "out": "out of domain"}
-
-
-def points(values: list[float] | Estimate, digits: int = 1) -> str:
-    """`+3.2 [+1.0, +5.4]`."""
-    value, low, high = values
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+_PAIRS_SHOWN = 120
+_CURVES_SHOWN = 32
 
 
-def _verdict(values: list[float], detectable: float | None) -> str:
-    """A sentence's end for an effect in points."""
-    if values[1] > 0 or values[2] < 0:
-        return f"{points(values)} points"
-    would = f"; an effect of {detectable:.1f} points would have been" if detectable else ""
-    return f"no effect detected ({points(values)} points{would})"
+def _ladder(s: Mapping[str, Any]) -> str | None:
+    """Change against measured generator delta; a line per objective, SFT as single points."""
+    rungs = [a for a in s["arms"] if a["generator_delta"] and "in" in a["generator_delta"] and a["keep"] == "all"
+             and a["stratum"] == "any" and a["direction"] == "generator"]
+    if not rungs:
+        return None
+    trend = {(t["objective"], t["domain"]): (*t["centre"], t["per_10"][0] / 10) for t in s["trends"]}
+    return figures.panels({"": {d: [
+        Line(objective.upper(), kind, [Point(a["generator_delta"]["in"][0], a[d]["change"], a["chosen"])
+                                       for a in rungs if a["objective"] == objective], trend.get((objective, d)))
+        for objective, kind in dict.fromkeys((a["objective"], a["kind"]) for a in rungs)]
+        for d in s["domains"]}}, "generator delta: chosen minus rejected author, points of in-domain accuracy")
 
 
-def findings(s: Mapping[str, Any]) -> list[str]:
-    """The page's headline, made from the numbers alone: direction, size, interval, whatever they are."""
-    found = []
-    for t in s["trends"]:
-        per = t["per_10"]
-        where = f"Under {t['objective'].upper()}, {DOMAIN_WORDS[t['domain']]}"
-        if per[1] > 0 or per[2] < 0:
-            found.append(f"{where}: every 10 points of generator delta changed the student's accuracy by "
-                         f"{points(per, 2)} points ({t['rungs']} rungs).")
-        else:
-            found.append(f"{where}: no trend with generator delta was detected ({points(per, 2)} points per 10 points "
-                         f"of delta, {t['rungs']} rungs).")
-    arms = {a["name"]: a for a in s["arms"]}
-    for c in s["contrasts"]:
-        a, b = arms[c["a"]], arms[c["b"]]
-        other = {"random": "as many pairs at random", "matched": "as many pairs of matched length",
-                 "all": f"all {b['pairs']} pairs"}[c["kind"]]
-        judge = f" by judge {a['judge']}" if a["judge"] else ""
-        effect = c["difference"]
-        outcome = f"{points(effect)} points" if effect[1] > 0 or effect[2] < 0 else (
-            f"no difference detected ({points(effect)} points)")
-        found.append(f"{a['objective'].upper()} on the {a['pairs']} pairs of largest {a['by'].replace('_', ' ')} delta"
-                     f"{judge} against {other}, {DOMAIN_WORDS[c['domain']]}: {outcome}.")
-    for a in s["arms"]:
-        if a["kind"] == "sft":
-            for d in s["domains"]:
-                found.append(f"Control: SFT on the chosen traces of {a['chosen']} alone, {DOMAIN_WORDS[d]}: "
-                             f"{_verdict(a[d]['change'], s['detectable'].get(d))}.")
-    falling = [a["name"] for a in s["arms"] if a["falling"]]
-    if falling:
-        found.append(f"In {len(falling)} of {len(s['arms'])} arms both log-probabilities fell together: "
-                     f"{', '.join(falling)}.")
-    return found
+def _selection(s: Mapping[str, Any]) -> str | None:
+    """Change against the fraction kept; a row per objective, a line per way of keeping, all pairs at 100%."""
+    chosen = [a for a in s["arms"] if a["group"] == "selection"]
+    if not chosen:
+        return None
+    rows: dict[str, dict[str, list[Line]]] = {}
+    judges = [j["name"] for j in s["judges"]]
+    for objective in dict.fromkeys(a["objective"] for a in chosen):
+        here = [a for a in chosen if a["objective"] == objective]
+        everything = [a for a in s["arms"] if a["keep"] == "all" and a["group"] == "ladder"
+                      and any(all(a[k] == b[k] for k in ("chosen", "rejected", "objective")) for b in here)]
+        ways = dict.fromkeys((a["keep"], a["rater"]) for a in here)
+        rows[objective.upper()] = {d: [
+            Line(f"{keep}, judge {rater}" if rater and len(judges) > 1 else keep, keep,
+                 [Point(100 * a["fraction"], a[d]["change"]) for a in here if (a["keep"], a["rater"]) == (keep, rater)]
+                 + [Point(100, a[d]["change"]) for a in everything], dashed=bool(rater) and rater != judges[0])
+            for keep, rater in ways] for d in s["domains"]}
+    return figures.panels(rows, "pairs kept, percent of the pool")
 
 
-def judge_sentence(j: Mapping[str, Any], exact: bool) -> str:
-    """What this judge may be used for."""
-    if "auc" not in j:
-        return f"Judge {j['name']} was not audited: there is no known truth for these questions."
-    if j["useless"]:
-        which = ", ".join(d.replace("_", " ") for d in j["useless"])
-        carried = " The exact judge carries it." if exact and j["kind"] != "exact" else ""
-        return (f"Judge {j['name']} cannot carry a conclusion on {which}: its AUC against known corruption is below "
-                f"{USELESS_AUC}.{carried}")
-    low = [d.replace("_", " ") for d, a in j["auc"].items() if a < WANTED_AUC]
-    if low:
-        return f"Judge {j['name']} is usable but weak (AUC below {WANTED_AUC}) on {', '.join(low)}."
-    return f"Judge {j['name']} tells corrupted from clean on every dimension (AUC of at least {WANTED_AUC})."
+def _curves(study: Study, s: Mapping[str, Any]) -> str | None:
+    """First seeds: log-probabilities minus the reference's; SFT has none, its curve is since the first step."""
+    runs: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    betas = {o["name"]: o["beta"] for o in study.experiment["objectives"]}
+    for a in s["arms"][:_CURVES_SHOWN]:
+        metrics = next((rows for label, rows in study.metrics.items() if label.rsplit("/", 1)[0] == a["name"]), [])
+        sides: dict[str, list[tuple[int, float]]] = {}
+        for side in ("chosen", "rejected"):
+            values = [(row["step"], row[f"rewards/{side}"] / betas[a["objective"]]) for row in metrics
+                      if row.get(f"rewards/{side}") is not None]
+            raw = [(row["step"], row[f"logps/{side}"]) for row in metrics if row.get(f"logps/{side}") is not None]
+            if values := values or [(step, v - raw[0][1]) for step, v in raw]:
+                sides[side] = values
+        if sides:
+            runs[a["name"]] = sides
+    return figures.training_curves(runs) if runs else None
 
 
 def _figures(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
-    drawn: dict[str, str] = {}
-    rungs = [a for a in s["arms"] if a["group"] in ("ladder", "control") and a["generator_delta"] is not None]
-    if rungs:
-        drawn["ladder"] = figures.by_domain(
-            {d: {o.upper(): [(a["generator_delta"], Estimate(*a[d]["change"]), a["chosen"]) for a in rungs
-                             if a["objective"] == o] for o in dict.fromkeys(a["objective"] for a in rungs)}
-             for d in s["domains"]},
-            "generator delta, points of in-domain accuracy")
-    chosen = [a for a in s["arms"] if a["group"] == "selection"]
-    if chosen:
-        pools = {(b["chosen"], b["rejected"], b["objective"]) for b in chosen}
-        base = [a for a in s["arms"] if a["keep"] == "all" and a["group"] == "ladder"
-                and (a["chosen"], a["rejected"], a["objective"]) in pools]
-        lines: dict[str, list[dict]] = {}
-        for a in chosen:
-            judge = f", judge {a['judge']}" if a["judge"] else ""
-            lines.setdefault(f"{a['keep']} ({a['objective'].upper()}{judge})", []).append(a)
-        for a in base:
-            lines.setdefault(f"all ({a['objective'].upper()})", []).append(a)
-        drawn["selection"] = figures.by_domain(
-            {d: {name: [(100 * a["fraction"] if a["keep"] != "all" else 100.0, Estimate(*a[d]["change"]), "")
-                        for a in members] for name, members in lines.items()} for d in s["domains"]},
-            "pairs kept (percent of the pool)", names=False)
     curves = {j["name"]: j["curves"] for j in s["judges"] if "curves" in j}
-    if curves:
-        drawn["audit"] = figures.degree_curves(curves)
-    if s["agreement"] and s["agreement"]["bins"]:
-        a = s["agreement"]
-        drawn["agreement"] = figures.agreement([tuple(b) for b in a["bins"]], a["first"], a["second"])
-    if study.metrics:
-        drawn["training"] = figures.training_curves(study.metrics)
-    return drawn
+    drawn = {"ladder": _ladder(s), "selection": _selection(s), "training": _curves(study, s),
+             "audit": figures.degree_curves(curves) if curves else None}
+    drawn |= {f"agreement/{a['second']}": figures.agreement(a["bins"], a["first"], a["second"])
+              for a in s["agreement"] if a["bins"]}
+    return {name: svg for name, svg in drawn.items() if svg}
 
 
 def _browser(study: Study) -> list[dict[str, Any]]:
     """Pairs for the page, spread over the arms; plain data, escaped where it is shown."""
-    question = {p["prompt_id"]: json.loads(p["messages"])[-1]["content"] for p in study.prompts}
-    answer = {p["prompt_id"]: p["answer"] for p in study.prompts}
-    text = {t["trace_id"]: t["text"] for rows in study.traces.values() for t in rows}
-    rated: dict[str, dict[str, dict[str, float]]] = {}
-    for judge, tables in study.ratings.items():
-        for rows in tables.values():
-            for row in rows:
-                rated.setdefault(row["trace_id"], {}).setdefault(judge, {})[row["dimension"]] = round(row["rating"], 2)
+    asked = {p["prompt_id"]: (json.loads(p["messages"])[-1]["content"], p["answer"])
+             for p in study.prompts.select(["prompt_id", "messages", "answer"]).to_pylist()}
+    text = study.column("text")
+
+    def side(trace_id: str, model: str) -> dict[str, Any]:
+        row = study.place[trace_id]
+        correct = study.correct[row]
+        rated = {judge: {d: None if r != r else round(float(r), 2)
+                         for d, r in zip(of.dimensions, of.matrix[row], strict=True)}
+                 for judge, of in study.rated.items()}
+        return {"text": text[row], "model": model, "correct": None if correct != correct else bool(correct),
+                "ratings": rated}
+
     shown: dict[str, dict[str, Any]] = {}
-    each = max(1, _PAIRS_SHOWN // max(1, len(study.pairs)))
+    each = max(2, _PAIRS_SHOWN // max(1, len(study.pairs)))
     for arm, pairs in study.pairs.items():
-        for p in pairs[:: max(1, len(pairs) // each)][:each]:
+        for p in pairs.to_pylist()[:: max(1, pairs.num_rows // each)][:each]:
+            question, answer = asked[p["prompt_id"]]
             entry = shown.setdefault(p["pair_id"], {
-                "arms": [], "question": question[p["prompt_id"]], "answer": answer[p["prompt_id"]],
-                **{side: {"text": text[p[f"{side}_id"]], "model": p[f"{side}_model"], "correct": p[f"{side}_correct"],
-                          "ratings": rated.get(p[f"{side}_id"], {})} for side in ("chosen", "rejected")}})
+                "arms": [], "question": question, "answer": answer,
+                "chosen": side(p["chosen_id"], p["chosen_model"]),
+                "rejected": side(p["rejected_id"], p["rejected_model"])})
             entry["arms"].append(arm)
     return list(shown.values())
 
@@ -142,26 +112,29 @@ def render(study: Study, summary: Mapping[str, Any]) -> str:
     template = resources.files("deltapref_jax.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters |= {"points": points, "words": lambda name: str(name).replace("_", " ")}
-    exact = any(j["kind"] == "exact" for j in summary["judges"])
-    versions: dict[str, str] = next((m["versions"] for m in study.manifests.values()), {})
+    environment.filters |= {"points": points, "words": words}
+    versions: dict[str, str] = {}
+    for manifest in study.manifests.values():
+        versions |= manifest["versions"]
     # inside <script>, JSON must not be able to end the element
     embedded = json.dumps(_browser(study)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return environment.from_string(template).render(
-        s=summary, findings=findings(summary), figures=_figures(study, summary), pairs=embedded,
-        judge_sentences=[judge_sentence(j, exact) for j in summary["judges"]], versions=versions,
-        domain_words=DOMAIN_WORDS, config=json.dumps(study.experiment, indent=1))
+        s=summary, figures=_figures(study, summary), pairs=embedded, versions=versions, domain_words=DOMAIN_WORDS,
+        useless=USELESS_AUC, hidden_curves=max(0, len(summary["arms"]) - _CURVES_SHOWN), experiment=study.experiment,
+        config=json.dumps(study.experiment, indent=1))
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:
     """The short table that a run ends with."""
-    table = Table(title=summary["question"], title_justify="left")
-    table.add_column("arm")
+    table = Table(title=summary["question"], title_justify="left",
+                  caption="points of accuracy against the student before training, 95% intervals",
+                  caption_justify="left")
+    table.add_column("arm", overflow="fold")
     table.add_column("pairs", justify="right")
     for d in summary["domains"]:
-        table.add_column(f"{DOMAIN_WORDS[d]}, points", justify="right")
-    if "student" in summary:
-        table.add_row("student before", "", *(f"{summary['student'][d][0]:.1f} %" for d in summary["domains"]))
+        table.add_column(DOMAIN_WORDS[d], justify="right", no_wrap=True)
+    if summary["student"]:
+        table.add_row("student before", "", *(f"{summary['student'][d][0]:.1f}%" for d in summary["domains"]))
         table.add_section()
     for a in summary["arms"]:
         table.add_row(a["name"], str(a["pairs"]), *(points(a[d]["change"]) for d in summary["domains"]))

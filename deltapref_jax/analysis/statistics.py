@@ -1,8 +1,8 @@
 """Statistics of a study: questions are clusters, differences are paired, everything is seeded.
 
-Accuracy of a domain is the mean over its suites of the mean over questions of the mean over samples (avg@k); the k
-samples of one question are not independent, so intervals come from resampling questions within suites, and seeds of an
-arm above them (arXiv 2411.00640 on clustered and paired errors of evaluations).
+Accuracy of a domain is the mean over its suites of the mean over questions of the mean over samples (avg@k). The k
+samples of one question are not independent, so intervals come from resampling questions within suites, and the seeds of
+an arm above them (arXiv 2411.00640 on clustered and paired errors of evaluations). NumPy only.
 """
 
 import math
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 DRAWS = 2000
 _NORMAL = NormalDist()
+_Z95 = _NORMAL.inv_cdf(0.975)
 
 
 class Estimate(NamedTuple):
@@ -25,55 +26,85 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
 
-Suites = dict[str, dict[str, np.ndarray]]
+
+class Answers(NamedTuple):
+    """One suite's answers, by question."""
+
+    questions: np.ndarray  # [n] prompt ids, sorted
+    mean: np.ndarray  # [n] share of right samples
+    samples: np.ndarray  # [n] k
 
 
-def by_question(results: pa.Table, domain: str) -> Suites:
-    """suite → question → correctness [k] of a RESULT table's rows in `domain`."""
-    suites: Suites = {}
-    lists: dict[str, dict[str, list[bool]]] = {}
-    for row in results.to_pylist():
-        if row["domain"] == domain:
-            lists.setdefault(row["suite"], {}).setdefault(row["prompt_id"], []).append(row["correct"])
-    for suite, questions in lists.items():
-        suites[suite] = {q: np.asarray(v, float) for q, v in questions.items()}
+def by_question(results: pa.Table, domain: str) -> dict[str, Answers]:
+    """suite → answers of a RESULT table's rows in `domain`; empty where it has none."""
+    column = {name: results[name].to_numpy(zero_copy_only=False)
+              for name in ("suite", "domain", "prompt_id", "correct")}
+    suites = {}
+    for suite in sorted(set(column["suite"][column["domain"] == domain])):
+        rows = (column["suite"] == suite) & (column["domain"] == domain)
+        questions, index, k = np.unique(column["prompt_id"][rows].astype(str), return_inverse=True, return_counts=True)
+        right = np.bincount(index, weights=column["correct"][rows].astype(float))
+        suites[suite] = Answers(questions, right / k, k)
     return suites
 
 
-def _resample(sizes: Mapping[str, int], draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Question indices [draws, n] per suite; the same for every arm, so that contrasts of arms are paired too."""
+def _weights(suites: Mapping[str, Answers], draws: int, seed: int) -> dict[str, np.ndarray]:
+    """Bootstrap weight of every question, [draws, n] per suite; one set for all arms, so that contrasts are paired."""
     rng = np.random.default_rng(seed)
-    return {suite: rng.integers(0, n, (draws, n)) for suite, n in sorted(sizes.items())}
+    return {suite: rng.multinomial(len(a.questions), [1 / len(a.questions)] * len(a.questions), draws)
+            / len(a.questions) for suite, a in suites.items()}
+
+
+def _estimate(value: float, drawn: np.ndarray, questions: int) -> Estimate:
+    """Percentile interval of bootstrap draws in points.
+
+    Where no draw differs from another (no question changed, say), the rule of three stands in: with 95% confidence at
+    most 3/n of all questions are other than the n seen (Hanley & Lippman-Hand, JAMA 1983).
+    """
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    if high - low < 1e-9:
+        low, high = value - 300 / questions, value + 300 / questions
+    return Estimate(float(value), float(low), float(high))
 
 
 def accuracy(results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Accuracy in percent with a bootstrap interval over questions."""
+    """Accuracy in percent with a cluster-bootstrap interval over questions.
+
+    Raises:
+      ValueError: the table has no question in `domain`.
+    """
     suites = by_question(results, domain)
-    means = {suite: np.array([v.mean() for v in questions.values()]) for suite, questions in suites.items()}
-    picks = _resample({suite: len(m) for suite, m in means.items()}, draws, seed)
-    drawn = np.mean([means[suite][picks[suite]].mean(axis=1) for suite in means], axis=0)
-    value = float(np.mean([m.mean() for m in means.values()]))
-    return _estimate(100 * value, 100 * drawn)
-
-
-def _estimate(value: float, draws: np.ndarray) -> Estimate:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    if not suites:
+        raise ValueError(f"No answer is of domain {domain!r}; add a suite of it.")
+    weights = _weights(suites, draws, seed)
+    drawn = np.mean([weights[suite] @ a.mean for suite, a in suites.items()], axis=0)
+    value = float(np.mean([a.mean.mean() for a in suites.values()]))
+    found = _estimate(100 * value, 100 * drawn, sum(len(a.questions) for a in suites.values()))
+    return Estimate(found.value, max(found.low, 0.0), min(found.high, 100.0))
 
 
 class Change(NamedTuple):
     """Difference of an arm to the student before training, in points."""
 
     estimate: Estimate
-    draws: np.ndarray  # [draws], bootstrap; draws of all arms share their questions
+    draws: np.ndarray  # [draws], bootstrap; those of all arms share their questions
     p: float  # two-sided, normal approximation with the bootstrap's standard error
+    questions: int
 
 
 def changes(
     before: pa.Table, after: Mapping[str, Sequence[pa.Table]], domain: str, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Change]:
-    """Paired change of every arm; of several seeds, seeds are resampled above questions (hierarchical bootstrap).
+    """Paired change of every arm; where an arm has several seeds they are resampled above the questions.
+
+    Of S seeds S - 1 are drawn, which makes the bootstrap's variance over seeds unbiased (Rao & Wu, JASA 1988); drawing
+    S would understate it by a half where S = 2. Seeds and questions are crossed, and resampling both is slightly
+    conservative (Owen, Annals of Applied Statistics 2007).
 
     Args:
       before: RESULT of the student before training.
@@ -86,26 +117,30 @@ def changes(
       ValueError: an arm was evaluated on other questions than the student.
     """
     base = by_question(before, domain)
-    picks = _resample({suite: len(q) for suite, q in base.items()}, draws, seed)
+    weights = _weights(base, draws, seed)
+    count = sum(len(a.questions) for a in base.values())
     found = {}
     for place, (arm, tables) in enumerate(after.items()):
-        gaps: dict[str, list[list[float]]] = {suite: [] for suite in base}
-        for results in tables:
-            suites = by_question(results, domain)
-            for suite, questions in base.items():
-                if suites.get(suite, {}).keys() != questions.keys():
-                    raise ValueError(f"Arm {arm!r} and the student answered different questions of suite {suite!r}; "
-                                     "evaluate both with the same config.")
-                gaps[suite].append([suites[suite][q].mean() - v.mean() for q, v in questions.items()])
-        arrays = {suite: np.asarray(g) for suite, g in gaps.items()}  # [seeds, n]
-        count = len(tables)
-        runs = np.random.default_rng([seed, place]).integers(0, count, (draws, count)) if count > 1 else np.zeros(
-            (draws, 1), int)
-        drawn = np.mean([a[runs[:, :, None], picks[suite][:, None, :]].mean(axis=(1, 2))
-                         for suite, a in arrays.items()], axis=0) * 100
-        value = float(np.mean([a.mean() for a in arrays.values()])) * 100
-        found[arm] = Change(_estimate(value, drawn), drawn, two_sided(value, float(drawn.std(ddof=1))))
+        gaps = _gaps(arm, base, [by_question(results, domain) for results in tables])
+        runs = len(tables)
+        picked = max(runs - 1, 1)
+        share = np.random.default_rng([seed, place]).multinomial(picked, [1 / runs] * runs, draws) / picked
+        drawn = 100 * np.mean([np.sum((share @ g) * weights[suite], axis=1) for suite, g in gaps.items()], axis=0)
+        value = 100 * float(np.mean([g.mean() for g in gaps.values()]))
+        estimate = _estimate(value, drawn, count)
+        error = float(drawn.std(ddof=1)) or (estimate.high - estimate.low) / (2 * _Z95)
+        found[arm] = Change(estimate, drawn, two_sided(value, error), count)
     return found
+
+
+def _gaps(arm: str, base: Mapping[str, Answers], runs: Sequence[Mapping[str, Answers]]) -> dict[str, np.ndarray]:
+    """After minus before, [seeds, n] per suite."""
+    for suite, a in base.items():
+        for run in runs:
+            if suite not in run or not np.array_equal(run[suite].questions, a.questions):
+                raise ValueError(f"Arm {arm!r} and the student answered different questions of suite {suite!r}; "
+                                 "evaluate both with the same config.")
+    return {suite: np.stack([run[suite].mean - a.mean for run in runs]) for suite, a in base.items()}
 
 
 def two_sided(value: float, error: float) -> float:
@@ -115,32 +150,40 @@ def two_sided(value: float, error: float) -> float:
     return 2 * (1 - _NORMAL.cdf(abs(value) / error))
 
 
-def minimum_detectable(before: pa.Table, power: float = 0.8, level: float = 0.05) -> dict[str, float]:
-    """Smallest true change, in points, that one arm and seed would show with `power` at a two-sided `level`, by domain.
+def minimum_detectable(before: pa.Table, seeds: int = 1, power: float = 0.8, level: float = 0.05) -> dict[str, float]:
+    """Smallest true change, in points, that one arm would show with `power` at a two-sided `level`, by domain.
 
-    Assumes that training shifts every question alike, so that the error of a paired difference is sampling alone: twice
-    the within-question variance over k, estimated from the student's own k samples (with k = 1: p(1 - p), its largest
-    value). Questions that react differently make the true number larger.
+    Assumes that training shifts every question alike and every seed alike, so that the error of a paired difference is
+    sampling alone: the within-question variance over k of the student and again of the arm, the latter shrinking with
+    the seeds. It is estimated from the student's own k samples; where k = 1, or where no question has both right and
+    wrong samples (greedy decoding), p(1 - p) stands in, its largest value, with p pulled off 0 and 1 by two right and
+    two wrong answers (Agresti & Coull 1998). Questions or seeds that react differently make the true number larger.
+
+    Args:
+      before: RESULT of the student; an arm is taken to be evaluated on as many questions and samples.
+      seeds: of the arm.
+      power: chance of finding a change of the returned size.
+      level: chance of finding one where there is none.
     """
     factor = _NORMAL.inv_cdf(1 - level / 2) + _NORMAL.inv_cdf(power)
     found = {}
     for domain in ("in", "out"):
         suites = by_question(before, domain)
-        if not suites:
-            continue
         variance = 0.0
-        for questions in suites.values():
-            within = [v.var(ddof=1) / len(v) if len(v) > 1 else v.mean() * (1 - v.mean()) for v in questions.values()]
-            if all(len(v) == 1 for v in questions.values()):
-                p = float(np.mean([v.mean() for v in questions.values()]))
-                within = [p * (1 - p)]
-            variance += 2 * float(np.mean(within)) / len(questions)
-        found[domain] = 100 * factor * math.sqrt(variance) / len(suites)
+        for a in suites.values():
+            n = len(a.questions)
+            within = float(np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1)))  # of the mean
+            if a.samples.min() == 1 or within == 0:
+                p = (float(a.mean.sum()) + 2) / (n + 4)
+                within = p * (1 - p)
+            variance += (1 + 1 / seeds) * within / n
+        if suites:
+            found[domain] = 100 * factor * math.sqrt(variance) / len(suites)
     return found
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: p values that hold for the whole family of tests."""
+    """Holm's step-down adjustment: p values that hold for the whole family of tests (Holm 1979)."""
     ordered = sorted(p, key=lambda name: p[name])
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(ordered):
@@ -149,21 +192,33 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p}
 
 
+def benjamini_hochberg(p: Mapping[str, float]) -> dict[str, float]:
+    """Adjusted p values that bound the share of false discoveries (Benjamini & Hochberg 1995)."""
+    ordered = sorted(p, key=lambda name: p[name], reverse=True)
+    adjusted, smallest = {}, 1.0
+    for place, name in enumerate(ordered):
+        smallest = min(smallest, p[name] * len(ordered) / (len(ordered) - place))
+        adjusted[name] = smallest
+    return {name: adjusted[name] for name in p}
+
+
 def slope(x: Sequence[float], y: Sequence[Change]) -> Estimate | None:
     """Least-squares slope of changes on x (points per unit), interval from the joint bootstrap; None below 3 arms.
 
-    The test for "a larger delta helps more".
+    The test for "a larger delta helps more". The arms' errors are correlated (same questions, same student), which the
+    joint draws carry; the error of x is not in the interval.
     """
-    centred = np.asarray(x, float) - np.mean(x)
+    centred = np.asarray(x, float) - np.mean(x) if len(x) else np.zeros(0)
     if len(x) < 3 or not centred.any():
         return None
     weights = centred / (centred @ centred)
-    return _estimate(float(weights @ [c.estimate.value for c in y]), weights @ np.stack([c.draws for c in y]))
+    low, high = np.percentile(weights @ np.stack([c.draws for c in y]), [2.5, 97.5])
+    return Estimate(float(weights @ [c.estimate.value for c in y]), float(low), float(high))
 
 
 def contrast(a: Change, b: Change) -> Estimate:
     """a minus b, in points; paired by the shared questions."""
-    return _estimate(a.estimate.value - b.estimate.value, a.draws - b.draws)
+    return _estimate(a.estimate.value - b.estimate.value, a.draws - b.draws, a.questions)
 
 
 def ranks(x: ArrayLike) -> np.ndarray:
@@ -177,19 +232,53 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation; NaN where one side is constant."""
     x, y = ranks(a), ranks(b)
     if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return float("nan")
+        return math.nan
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """Probability that a draw of `higher` exceeds one of `lower`, ties half (Mann–Whitney); NaN if one is empty."""
-    if not len(higher) or not len(lower):
-        return float("nan")
-    r = ranks(np.concatenate([np.asarray(higher, float), np.asarray(lower, float)]))[: len(higher)]
-    return float((r.sum() - len(higher) * (len(higher) + 1) / 2) / (len(higher) * len(lower)))
+def kendall(a: ArrayLike, b: ArrayLike) -> float:
+    """Kendall's tau-b, for few items: it compares all pairs of them; NaN where one side is constant."""
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    upper = np.triu_indices(len(x), 1)
+    s, t = (np.sign(v[:, None] - v[None, :])[upper] for v in (x, y))
+    scale = math.sqrt(np.count_nonzero(s) * np.count_nonzero(t))
+    return float(s @ t) / scale if scale else math.nan
 
 
-def agreement_by_gap(a: Sequence[float], b: Sequence[float], bins: int = 4) -> list[tuple[float, float, int]]:
+def auc(higher: ArrayLike, lower: ArrayLike) -> Estimate:
+    """Probability that a draw of `higher` exceeds one of `lower`, ties half (Mann–Whitney); NaN if one is empty.
+
+    The interval is DeLong's (Biometrics 1988), by midranks; the two samples are taken as independent.
+    """
+    x, y = np.asarray(higher, float), np.asarray(lower, float)
+    m, n = len(x), len(y)
+    if not m or not n:
+        return Estimate(math.nan, math.nan, math.nan)
+    r = ranks(np.concatenate([x, y]))
+    above = (r[:m] - ranks(x)) / n  # share of `lower` below each of `higher`
+    below = 1 - (r[m:] - ranks(y)) / m
+    value = float(above.mean())
+    error = math.sqrt((above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0))
+    return Estimate(value, max(0.0, value - _Z95 * error), min(1.0, value + _Z95 * error))
+
+
+def halo(ratings: np.ndarray) -> float:
+    """Mean rank correlation between the dimensions of ratings [traces, dimensions]; NaN if none is defined.
+
+    Near 1, a judge has one opinion and not several.
+    """
+    pairs = [spearman(ratings[:, i], ratings[:, j]) for i in range(ratings.shape[1]) for j in range(i)]
+    defined = [v for v in pairs if not math.isnan(v)]
+    return float(np.mean(defined)) if defined else math.nan
+
+
+def top_overlap(a: ArrayLike, b: ArrayLike, k: int) -> float:
+    """Share of the k largest of `a` that are among the k largest of `b`; ties go to the earlier place."""
+    tops = [set(np.argsort(-np.asarray(v, float), kind="stable")[:k].tolist()) for v in (a, b)]
+    return len(tops[0] & tops[1]) / k
+
+
+def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[tuple[float, float, int]]:
     """Share of pairs that judge b orders as judge a does, by quantile of |gap of a|: (mean |gap|, share, pairs).
 
     Pairs that a rates equal are left out; a tie of b counts half.

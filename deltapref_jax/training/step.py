@@ -1,8 +1,8 @@
 """The compiled step: gradients of micro-batches are summed, then applied once.
 
 Everything that differs between arms of one objective and shape (learning rate, beta, weights, KTO's z0, the step's
-size) is an argument, so all of them share one compilation. Every loss is a sum over the micro-batch divided by the *step's*
-pairs, examples or tokens: micro-batches, packing and devices do not change it.
+size) is an argument, so all of them share one compilation. Every loss is a sum over the micro-batch divided by the
+*step's* pairs, examples or tokens: micro-batches, packing and devices do not change it.
 """
 
 import functools
