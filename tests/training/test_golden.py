@@ -117,8 +117,8 @@ def step_data(model, mesh, kind, batch):
         ref, weight = np.zeros((2, capacity(ROWS, LENGTH)), np.float32)
         ref[: len(m.order)], weight[: len(m.order)] = partner[m.order], 1.0
         baseline.append((m.batch, ref, weight))
-    return StepData([(micro.batch, Examples(place, 0 * place, reference, 0 * reference, label, ones))], baseline, 8.0, 0,
-                    0.0)
+    examples = Examples(place, 0 * place, reference, 0 * reference, label, ones)
+    return StepData([(micro.batch, examples)], baseline, 8.0, 0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["dpo_sigmoid_tied", "kto_tied"])

@@ -1,0 +1,182 @@
+import copy
+import dataclasses
+import shutil
+
+import pytest
+
+from deltapref_jax.config import (
+    Arm,
+    ConfigError,
+    Experiment,
+    Generator,
+    Judge,
+    Model,
+    Objective,
+    Prompts,
+    Suite,
+    validate,
+)
+from deltapref_jax.stages.study import ladder_of, plan
+from evals.evaluate import describe
+
+
+@pytest.fixture
+def experiment(tiny_folder, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "What is 1+1?"}\n')
+    return validate(Experiment(
+        name="tiny", question="Does it count?", workspace="nowhere",
+        prompts=(Prompts(tasks=("chain",), count=10), Prompts(kind="jsonl", path=str(tmp_path / "asked.jsonl"))),
+        generators=(Generator(name="weak", samples=2), Generator(name="mid", temperature=0.7),
+                    Generator(name="strong", temperature=0.5), Generator(name="unused", temperature=0.1)),
+        judges=(Judge(name="m", kind="model", model=Model(path=str(tiny_folder))),),
+        student=Model(path=str(tiny_folder)),
+        objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto"), Objective(name="sft", kind="sft")),
+        arms=(Arm(name="zero", chosen="weak", rejected="weak"), Arm(name="mid", chosen="mid", rejected="weak"),
+              Arm(name="strong", chosen="strong", rejected="weak", seeds=(0, 1)),
+              Arm(name="strong-kto", chosen="strong", rejected="weak", objective="kto"),
+              Arm(name="strong-top", chosen="strong", rejected="weak", keep="top", fraction=0.5, group="selection"),
+              Arm(name="sft", chosen="strong", rejected="weak", objective="sft", group="control")),
+        suites=(Suite(name="s", prompts=Prompts(tasks=("shop",), count=5)),
+                Suite(name="t", domain="out", prompts=Prompts(tasks=("euclid",), count=5))),
+    ))
+
+
+def keys(e):
+    return {label: node.key for label, node in plan(e, describe).items()}
+
+
+def changed(e, **fields):
+    """Labels whose key differs once `e` has other fields; `a__b` is `e.a.b`, `a__0__b` is `e.a[0].b`."""
+    other = copy.deepcopy(e)
+    for name, value in fields.items():
+        *way, last = name.split("__")
+        at = other
+        for step in way:
+            at = at[int(step)] if step.isdigit() else getattr(at, step)
+        setattr(at, last, value)
+    before, after = keys(e), keys(other)
+    return {label for label in before if after.get(label) != before[label]}
+
+
+def labels_of(*arms, seeds=(0,), pair=True):
+    found = {f"{stage}/{a}/{s}" for stage in ("train", "evaluate") for a in arms for s in seeds}
+    return found | {"report"} | ({f"pair/{a}" for a in arms} if pair else set())
+
+
+def test_labels_name_everything_that_is_wanted_and_nothing_else(experiment):
+    generators = ("weak", "mid", "strong")
+    runs = [("zero", 0), ("mid", 0), ("strong", 0), ("strong", 1), ("strong-kto", 0), ("strong-top", 0), ("sft", 0)]
+    wanted = {"prompts", "suite/s", "suite/t", "evaluate/student", "audit/m", "report"}
+    for kind in ("sample", "verify", "judge/m", "score", "capability"):
+        wanted |= {f"{kind}/{g}" for g in generators}
+    wanted |= {f"pair/{a.name}" for a in experiment.arms}
+    wanted |= {f"{kind}/{a}/{s}" for kind in ("train", "evaluate") for a, s in runs}
+    nodes = plan(experiment, describe)
+    assert set(nodes) == wanted
+    assert set(nodes["report"].inputs) == wanted - {"report"}
+
+
+def test_each_thing_is_made_once(experiment):
+    found = keys(experiment)
+    assert found["pair/strong"] == found["pair/strong-kto"] == found["pair/sft"]
+    assert len({found[f"pair/{a}"] for a in ("zero", "mid", "strong", "strong-top")}) == 4
+    assert len({found[f"train/{a}"] for a in ("strong/0", "strong/1", "strong-kto/0", "sft/0")}) == 4
+    twin = dataclasses.replace(experiment.arms[2], name="twin")
+    same = dataclasses.replace(experiment, arms=(*experiment.arms, twin))
+    assert keys(same)["train/twin/1"] == found["train/strong/1"]
+
+
+def test_changing_one_arm_changes_that_arm_only(experiment):
+    assert changed(experiment, arms__4__fraction=0.25) == labels_of("strong-top")
+    assert changed(experiment, arms__5__objective="dpo") == labels_of("sft", pair=False)
+    assert changed(experiment, arms__1__name="middle") == labels_of("mid")
+
+
+@pytest.mark.parametrize(("fields", "label", "same"), [
+    ({"objectives__1__beta": 0.3}, "train/strong-kto/0", {"train/strong/0", "pair/strong-kto", "score/strong"}),
+    ({"training__steps": 7}, "train/zero/0", {"pair/zero", "score/weak", "evaluate/student"}),
+    ({"generators__2__temperature": 0.6}, "sample/strong", {"sample/weak", "prompts", "evaluate/student"}),
+    ({"judges__0__dimensions": ("factuality",)}, "judge/m/weak", {"score/weak", "sample/weak", "suite/s"}),
+    ({"suites__1__samples": 4}, "evaluate/student", {"prompts", "train/sft/0", "pair/mid"}),
+    ({"suites__1__prompts__seed": 4}, "prompts", {"suite/s"}),
+    ({"sampling__max_tokens": 50}, "sample/weak", {"prompts", "suite/s"}),
+    ({"scoring__rows": 3}, "score/weak", {"sample/weak", "evaluate/student"}),
+    ({"seed": 5}, "sample/weak", {"prompts", "suite/s"}),
+])
+def test_what_a_change_reaches(experiment, fields, label, same):
+    found = changed(experiment, **fields)
+    assert {label, "report"} <= found
+    assert not found & same
+
+
+def test_workspace_mesh_and_places_change_no_table(experiment, tiny_folder, tmp_path):
+    tables = {label for label in keys(experiment) if label != "report"}
+    moved = shutil.copytree(tiny_folder, tmp_path / "elsewhere")
+    (tmp_path / "there").mkdir()
+    file = str(shutil.copy(experiment.prompts[1].path, tmp_path / "there" / "asked.jsonl"))
+    assert changed(experiment, workspace="other") == set()
+    assert not tables & changed(experiment, mesh__data=2, student__path=str(moved), prompts__1__path=file)
+
+
+def test_edited_prompts_and_weights_are_noticed(experiment, tiny_folder, tmp_path):
+    before = keys(experiment)
+    with open(experiment.prompts[1].path, "a") as file:
+        file.write('{"prompt": "What is 2+2?"}\n')
+    assert keys(experiment)["prompts"] != before["prompts"]
+    other = shutil.copytree(tiny_folder, tmp_path / "edited")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace("0.00001", "0.00002").replace("1e-05", "2e-05"))
+    assert config != (other / "config.json").read_text()
+    wanted = {"evaluate/student", "score/weak", "sample/mid", "train/zero/0"}
+    assert wanted <= changed(experiment, student__path=str(other))
+
+
+def test_prompt_folders_are_hashed_by_content(experiment, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "a"}\n')
+    hub = dataclasses.replace(experiment, prompts=(Prompts(kind="hub", path=str(folder)),))
+    before = keys(hub)["prompts"]
+    (folder / "train.jsonl").write_text('{"prompt": "b"}\n')
+    assert keys(hub)["prompts"] != before
+    named = dataclasses.replace(experiment, prompts=(Prompts(kind="hub", path="someone/questions"),))
+    assert plan(named, describe)["prompts"].config["sources"][0]["path"] == "someone/questions"
+
+
+@pytest.mark.parametrize(("source", "sentence"), [
+    (Prompts(kind="parquet", path="/nowhere.parquet"),
+     r"^There is no prompt file /nowhere\.parquet; check prompts\.path\.$"),
+    (Prompts(kind="tfds", path="/nowhere"), r"^There is no TFDS builder directory /nowhere; check prompts\.path\.$"),
+])
+def test_missing_prompts_are_found_before_anything_runs(experiment, source, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        plan(dataclasses.replace(experiment, prompts=(source,)), describe)
+
+
+def test_missing_model_is_found_before_anything_runs(experiment):
+    generators = (dataclasses.replace(experiment.generators[0], model=Model(path="/nowhere")),)
+    with pytest.raises(FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder"):
+        plan(dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]), describe)
+
+
+def test_ladder_shares_prompts_over_all_that_share_the_rejected_generator(experiment):
+    assert ladder_of(experiment, experiment.arms[1]) == {"mid": 1, "strong": 1, "weak": 2}
+    without_zero = dataclasses.replace(experiment, arms=experiment.arms[1:])
+    assert ladder_of(without_zero, experiment.arms[1]) == {"mid": 1, "strong": 1, "weak": 1}
+    inputs = set(plan(experiment, describe)["pair/mid"].inputs)
+    assert inputs == {"prompts", "sample/weak", "sample/mid", "sample/strong", "verify/weak", "verify/mid",
+                      "judge/weak", "judge/mid"}
+
+
+def test_sft_alone_is_not_scored(experiment):
+    only = dataclasses.replace(experiment, arms=experiment.arms[-1:])
+    assert not [label for label in keys(only) if label.startswith("score/")]
+
+
+def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "reference")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace("1e-05", "2e-05").replace("0.00001", "0.00002"))
+    nodes = plan(dataclasses.replace(experiment, reference=Model(path=str(other))), describe)
+    train = nodes["train/mid/0"].config
+    assert nodes["score/mid"].config["weights"] == train["reference"] != train["student"]
