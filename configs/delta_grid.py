@@ -26,13 +26,14 @@ def get_config() -> Experiment:
         for chosen in RUNGS
     ]
     arms += [
-        Arm(name=f"dpo-strong-{keep}-{round(100 * f)}", chosen="strong", rejected="weak", keep=keep, by="step_coherence",
-            fraction=f, seeds=SEEDS, group="selection")
+        Arm(name=f"dpo-strong-{keep}-{round(100 * f)}", chosen="strong", rejected="weak", keep=keep,
+            by="step_coherence", fraction=f, seeds=SEEDS, group="selection")
         for keep in ("top", "random", "matched")
         for f in FRACTIONS
     ]
     arms += [
-        Arm(name=f"dpo-strong-{stratum}", chosen="strong", rejected="weak", stratum=stratum, seeds=SEEDS, group="control")
+        Arm(name=f"dpo-strong-{stratum}", chosen="strong", rejected="weak", stratum=stratum, seeds=SEEDS,
+            group="control")
         for stratum in ("both_right", "both_wrong", "right_wrong")
     ]
     arms += [
