@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SUPPORTED = ("llama",)
+_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     kind = config.get("model_type", "")
     if kind not in SUPPORTED:
         raise ValueError(f"model_type is {kind!r} in config.json; supported: {', '.join(SUPPORTED)}.")
+    if lacking := [name for name in _NEEDED if name not in config]:
+        raise ValueError(f"config.json has no {', '.join(lacking)}; give the config of a whole {kind} model.")
     for option in ("attention_bias", "mlp_bias"):
         if config.get(option):
             raise ValueError(f"{option} is true in config.json; a {kind} decoder with biases is not supported.")

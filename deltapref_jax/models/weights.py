@@ -84,7 +84,12 @@ def _files(path: str) -> list[Path]:
     if not (root / "config.json").exists() or not weights:
         raise FileNotFoundError(f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
                                 "give a complete Hugging Face folder.")
-    extra = [root / name for name in ("config.json", "tokenizer.json", "chat_template.jinja")]
+    index = root / "model.safetensors.index.json"
+    if index.exists():
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in weights}):
+            raise FileNotFoundError(f"The folder {path} has no {name}, which {index.name} names; "
+                                    "give a complete Hugging Face folder.")
+    extra = [root / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     return weights + [file for file in extra if file.exists()]
 
 
@@ -130,13 +135,16 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[
         return field(reader, f"{kind}.{name}", default)
 
     heads, width = size("attention.head_count"), size("embedding_length")
+    epsilon = size("attention.layer_norm_rms_epsilon", 1e-5)
+    scaling = "llama3" if "rope_freqs.weight" in tensors else size("rope.scaling.type", "none")
     spec = spec_from_hf({
         "model_type": kind, "vocab_size": len(field(reader, "tokenizer.ggml.tokens")), "hidden_size": width,
         "num_hidden_layers": size("block_count"), "num_attention_heads": heads,
         "num_key_value_heads": size("attention.head_count_kv", heads), "head_dim": size("attention.key_length"),
         "intermediate_size": size("feed_forward_length"), "rope_theta": size("rope.freq_base", 1e4),
-        "rms_norm_eps": size("attention.layer_norm_rms_epsilon", 1e-5),
+        "rms_norm_eps": float(str(np.float32(epsilon))),  # stored in float32: 1e-5 and not 9.99…e-6
         "tie_word_embeddings": "output.weight" not in tensors, "max_position_embeddings": size("context_length"),
+        "rope_parameters": {"rope_type": "default" if scaling == "none" else scaling},
     })
 
     def read(name: str) -> np.ndarray:
@@ -198,7 +206,7 @@ def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, pat
         shape = leaf.shape[1:] if "{}" in source else leaf.shape
         tensors = [_shaped(read(s), name, shape, f"{s} of {path}") for s in layers]
         flat[name] = jnp.asarray(np.stack(tensors) if "{}" in source else tensors[0], params)
-    unexpected = sorted(n for n in names - wanted if not n.endswith(("rope_freqs.weight", "rotary_emb.inv_freq"))
+    unexpected = sorted(n for n in names - wanted if not n.endswith("rotary_emb.inv_freq")
                         and not (spec.tied and n in _NAMES["head"]))
     if unexpected:
         raise ValueError(f"{path} holds {len(unexpected)} tensors that its config.json does not call for, "
@@ -210,10 +218,15 @@ def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, pat
 
 
 def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
-    if name.split(".")[-1] in _TRANSPOSED:
+    last = name.split(".")[-1]
+    if last in _TRANSPOSED:
         array = array.T
-    if array.size != np.prod(shape):
-        raise ValueError(f"Tensor {where} has {array.size} numbers; config.json calls for {int(np.prod(shape))}.")
+        flat = (int(np.prod(shape[:-1])), shape[-1]) if last == "o" else (shape[0], int(np.prod(shape[1:])))
+    else:
+        flat = tuple(shape)
+    if array.shape != flat:
+        stored, wanted = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
+        raise ValueError(f"Tensor {where} has the shape {stored}; its config.json calls for {wanted}.")
     return array.reshape(shape)
 
 

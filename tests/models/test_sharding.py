@@ -1,0 +1,80 @@
+"""The table places every parameter and every moment by exactly one rule."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from deltapref_jax.config import ConfigError, MeshShape
+from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.sharding import RULES, path_name, shardings, spec_for
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import abstract
+from deltapref_jax.training.state import Optimizer
+
+BIG = ModelSpec(128_256, 4096, 32, 32, 8, 128, 14_336, tied=False)
+
+
+def named(tree):
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exactly_one_rule_matches_every_parameter_and_every_moment(tied):
+    params = abstract(dataclasses.replace(BIG, tied=tied))[1]
+    moments = jax.eval_shape(Optimizer().transform().init, params)
+    names = {*named(params)} | {*named(moments)}
+    assert len(names) == 3 * len(named(params)) + 1  # two moments each, and the count
+    assert ("head" in names) == (not tied)
+    for name in names:
+        assert sum(bool(re.search(p, name)) for p, _ in RULES) == 1, name
+
+
+def test_every_rule_matches_something():
+    params = abstract(BIG)[1]
+    names = {*named(params)} | {*named(jax.eval_shape(Optimizer().transform().init, params))}
+    for pattern, _ in RULES:
+        assert any(re.search(pattern, name) for name in names), pattern
+
+
+def test_moments_lie_where_their_parameters_lie():
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    params = abstract(BIG)[1]
+    moments = jax.eval_shape(Optimizer().transform().init, params)
+    places = named(shardings(params, mesh))
+    for name, place in named(shardings(moments, mesh)).items():
+        if not name.endswith("count"):
+            assert place == places[re.sub(r"^.*\b(?:mu|nu)\.", "", name)], name
+
+
+def test_big_parameters_are_spread_over_all_of_fsdp_and_tensor():
+    mesh = make_mesh(MeshShape(1, 4, 2))
+    for name, leaf in named(abstract(BIG)[1]).items():
+        share = np.prod(named(shardings({name: leaf}, mesh))[name].shard_shape(leaf.shape)) / np.prod(leaf.shape)
+        assert share == (1 if name.endswith("norm") else 1 / 8), name
+
+
+def test_an_axis_that_does_not_divide_is_replicated():
+    mesh = make_mesh(MeshShape(1, 4, 2))
+    assert spec_for("blocks.k", (3, 16, 2, 8), mesh) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert spec_for("blocks.k", (3, 18, 1, 8), mesh) == PartitionSpec(None, None, None, None)
+    assert spec_for("1.mu.final_norm", (16,), mesh) == PartitionSpec()
+
+
+def test_an_unknown_parameter_is_refused_with_its_name_and_shape():
+    mesh = make_mesh(MeshShape())
+    with pytest.raises(ValueError, match=r"^0 sharding rules match the parameter 'blocks\.router' of shape \(2, 8\); "
+                                         r"exactly one must: see models\.sharding\.RULES\.$"):
+        shardings({"blocks": {"router": np.zeros((2, 8))}}, mesh)
+
+
+def test_mesh_sizes_must_multiply_to_the_devices():
+    assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshShape(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    for shape in (MeshShape(3, 1, 1), MeshShape(-1, 3, 1), MeshShape(2, 2, 1)):
+        with pytest.raises(ConfigError, match=r"^config\.mesh is -?\d x \d x 1 \(data, fsdp, tensor\) and there are 8 "
+                                              r"devices; the sizes must multiply to that, one of them may be -1\.$"):
+            make_mesh(shape)
