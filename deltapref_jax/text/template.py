@@ -36,6 +36,7 @@ class Text:
         self.where = where
         known = tokenizer.get_vocab()
         turn = [known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template)]
+        self._bos = _bos(tokenizer)
         self.end_ids = tuple(dict.fromkeys([*turn, tokenizer.eos_token_id, *end_ids]))
 
     @classmethod
@@ -68,7 +69,7 @@ class Text:
 
     def beginning(self, text: str) -> list[int]:
         """Ids of rendered text that starts a sequence; one BOS at most."""
-        return self._encode([text], special=True)[0]
+        return [*self._bos, *self.pieces(text)]
 
     @property
     def special(self) -> list[str]:
@@ -81,7 +82,7 @@ class Text:
 
     def completions_ids(self, texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
         """`completion_ids` of many, tokenised in one call."""
-        encoded = self._encode(list(texts), special=False)
+        encoded = self._encode(list(texts))
         return [ids + list(self.end_ids[:1]) * end for ids, end in zip(encoded, ended, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -90,17 +91,19 @@ class Text:
 
     def pieces(self, text: str) -> list[int]:
         """Ids of plain text, no special tokens added."""
-        return self._encode([text], special=False)[0]
+        return self._encode([text])[0]
 
-    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded: Any = self.tokenizer(texts, add_special_tokens=special and _adds_bos_once(self.tokenizer))
+        encoded: Any = self.tokenizer(texts, add_special_tokens=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _adds_bos_once(tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
-    """Templates that write the BOS themselves must not get the tokenizer's on top; those that do not, need it."""
-    bos = tokenizer.bos_token
-    return bos is not None and "bos_token" not in str(tokenizer.chat_template) and bos not in str(
-        tokenizer.chat_template)
+def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """The BOS where the tokenizer adds one and the template does not write it; never the EOS that some add too."""
+    bos, template = tokenizer.bos_token, str(tokenizer.chat_template)
+    if bos is None or "bos_token" in template or bos in template:
+        return []
+    adds: Any = tokenizer("", add_special_tokens=True)
+    return [i for i in adds["input_ids"][:1] if i == tokenizer.bos_token_id]

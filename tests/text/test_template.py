@@ -1,0 +1,114 @@
+"""Prompts and completions: one BOS, the template's end token, and a border that no merge moves."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from deltapref_jax.scoring.packing import sample
+from deltapref_jax.text.template import Text
+
+TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
+THINKS = TURNS + "{% if add_generation_prompt %}[assistant] <think>\n{% endif %}"
+WRITES_BOS = "{{ bos_token }}" + PLAIN
+SPELLS_BOS = "<s>" + PLAIN
+IM = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+      "<|im_start|>assistant\n")
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+def tokenizer(template, adds=None, **options):
+    """A byte-level BPE whose merges love to cross a border; `adds` is what its post-processor puts around text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(["assistant] Answer: 4", "[user] What is 2 + 2?", "<think>\n so </think> 4"] * 9,
+                            trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, show_progress=False,
+                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if adds:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=adds, special_tokens=[(t, bpe.token_to_id(t)) for t in ("<s>", "</s>") if t in adds])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **({"bos_token": "<s>", "eos_token": "</s>",
+                                                             "chat_template": template} | options))
+
+
+def made(*args, **options):
+    return Text(tokenizer(*args, **options), "here")
+
+
+@pytest.mark.parametrize("adds", [None, "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("template", [PLAIN, WRITES_BOS, SPELLS_BOS])
+def test_one_bos_at_most_and_no_eos_in_a_prompt(template, adds):
+    text = made(template, adds)
+    ids = text.prompt_ids(CHAT)
+    bos, eos = (text.tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "</s>"))
+    writes = template is not PLAIN or adds is not None
+    assert ids.count(bos) == writes
+    assert ids[0] == bos or not writes
+    assert eos not in ids
+    assert text.tokenizer.decode(ids[writes:]) == "[user] What is 2 + 2?\n[assistant] "
+
+
+@pytest.mark.parametrize("adds", [None, "<s> $A", "<s> $A </s>"])
+def test_a_completion_has_no_bos_and_its_end_token_only_if_it_ended(adds):
+    text = made(PLAIN, adds)
+    end = text.tokenizer.convert_tokens_to_ids("</s>")
+    whole = text.completion_ids("Answer: 4", ended=True)
+    assert whole == [*text.completion_ids("Answer: 4", ended=False), end]
+    assert text.tokenizer.decode(whole) == "Answer: 4</s>"
+    assert text.completions_ids(["Answer: 4", "", "4"], [True, True, False]) == [
+        whole, [end], text.completion_ids("4", ended=False)]
+    assert text.completions_ids([], []) == []
+
+
+def test_the_end_is_the_templates_and_the_tokenizers_ends_a_trace_too():
+    text = made(IM)
+    ends = [text.tokenizer.convert_ids_to_tokens(i) for i in text.end_ids]
+    assert ends == ["<|im_end|>", "</s>"]
+    assert text.tokenizer.decode(text.completion_ids("4", ended=True)) == "4<|im_end|>"
+    assert [made(PLAIN).tokenizer.convert_ids_to_tokens(i) for i in made(PLAIN).end_ids] == ["</s>"]
+    assert Text(tokenizer(IM), "here", end_ids=[7, text.end_ids[0]]).end_ids == (*text.end_ids, 7)
+
+
+@pytest.mark.parametrize("template", [PLAIN, THINKS, IM, WRITES_BOS])
+@pytest.mark.parametrize("answer", ["Answer: 4", " so </think> 4", "", "]x", "\n\nthen 4 "])
+def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
+    text = made(template, "<s> $A")
+    prompt, completion = text.prompt_ids(CHAT), text.completion_ids(answer, ended=True)
+    s = sample(prompt, completion)
+    assert s.tokens[: len(prompt)].tolist() == prompt
+    assert s.tokens[s.targets].tolist() == completion
+    assert text.decode(completion) == answer
+    assert text.tokenizer.decode(s.tokens[:-1]).removeprefix("<s>") == (text.render(CHAT) + answer).removeprefix("<s>")
+
+
+def test_decode_leaves_special_tokens_out_and_words_as_they_are():
+    text = made(IM)
+    assert text.decode(text.pieces("<|im_start|>a , b .<|im_end|>")) == "a , b ."
+    assert set(text.special) == {"<s>", "</s>"}
+
+
+def test_saved_is_loaded(tmp_path):
+    text = made(IM, "<s> $A")
+    text.save(tmp_path)
+    again = Text.load(str(tmp_path))
+    assert again.prompt_ids(CHAT) == text.prompt_ids(CHAT)
+    assert again.end_ids == text.end_ids
+    assert again.completion_ids("Answer: 4", ended=True) == text.completion_ids("Answer: 4", ended=True)
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"chat_template": None}, "The tokenizer of here has no chat template; add chat_template.jinja to its folder."),
+    ({"eos_token": None}, "The tokenizer of here has no eos_token; name it in tokenizer_config.json."),
+])
+def test_a_tokenizer_that_cannot_serve_is_one_sentence(options, sentence):
+    with pytest.raises(ValueError) as error:
+        made(PLAIN, **options)
+    assert str(error.value) == sentence
+
+
+def test_no_tokenizer_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder or a "):
+        Text.load("/nowhere")
+    with pytest.raises(ValueError, match=rf"^The folder {tmp_path} has no tokenizer\.json; copy the model's "):
+        Text.load(str(tmp_path))
