@@ -16,7 +16,7 @@ from deltapref_jax.stages.sample import messages
 from deltapref_jax.stages.verify import verdict
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 1
+VERSION = 2
 _IDENTITY = digest("evaluation")  # for the draws: every policy meets the same uniforms, so that differences pair
 _PLAIN = {"system": "", "prefix": ""}
 
@@ -35,7 +35,8 @@ def describe(
       trained: the policy is `policy` in the directory of the input `policy`; otherwise it is at `model.path`.
     """
     asked = [{"name": s.name, "domain": s.domain, "samples": s.samples, "temperature": s.temperature} for s in suites]
-    config = {"suites": asked, "sampling": dataclasses.asdict(sampling), "seed": seed, "dtype": model.dtype}
+    config = {"suites": asked, "sampling": dataclasses.asdict(sampling), "seed": seed, "dtype": model.dtype,
+              "version": VERSION}
     if not trained:
         config["weights"] = weights_hash(model.path)
     return config, {"model": {"path": "" if trained else model.path}, "mesh": dataclasses.asdict(mesh)}

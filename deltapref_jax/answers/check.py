@@ -58,9 +58,9 @@ def _reasoning_gym(meta: Mapping[str, Any], answer: str) -> Verdict:
 
     try:
         score = reasoning_gym.get_score_answer_fn(meta["task"])(answer=answer, entry=meta["entry"])
+        return Verdict(bool(score >= 1.0), answer, "")
     except Exception as e:  # a task's scorer may trip over anything a model writes
         return Verdict(False, answer, f"{type(e).__name__}: {e}")
-    return Verdict(score >= 1.0, answer, "")
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
@@ -78,23 +78,30 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
 _worker: tuple[Any, multiprocessing.connection.Connection] | None = None
 
 
+def _start() -> tuple[Any, multiprocessing.connection.Connection]:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX's runtime half-way
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    ours.send(("1", "1"))  # the first answer takes the import's time with it
+    ours.recv()
+    return process, ours
+
+
 def _math(gold: str, answer: str, seconds: float = MATH_SECONDS) -> Verdict:
     global _worker
-    if _worker is None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX's runtime half-way
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        _worker = process, ours
-        ours.send(("1", "1"))  # the first answer takes the import's time with it
-        ours.recv()
+    if _worker is None or not _worker[0].is_alive():
+        _worker = _start()
     process, pipe = _worker
-    pipe.send((gold, answer))
-    if not pipe.poll(seconds):
+    try:
+        pipe.send((gold, answer))
+        got = pipe.recv() if pipe.poll(seconds) else "timeout"
+    except (EOFError, OSError):  # killed by the system, such as for the memory that an answer made it take
+        got = "the checker died"
+    if got in ("timeout", "the checker died"):
         process.kill()
         process.join()
+        pipe.close()
         _worker = None
-        return Verdict(False, answer, "timeout")
-    got = pipe.recv()
     return Verdict(got, answer, "") if isinstance(got, bool) else Verdict(False, answer, got)

@@ -2,7 +2,7 @@
 
 import re
 
-_LINE = re.compile(r"answer\s*(?:is)?\s*[:=]?\s*(.+)", re.IGNORECASE)
+_LINE = re.compile(r"\banswer\s*(?:is\b\s*[:=]?|[:=])\s*(.+)", re.IGNORECASE)
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -23,7 +23,8 @@ def _boxed(text: str) -> str:
 def final_answer(text: str) -> str:
     r"""The last `<answer>…</answer>`, else the last `\boxed{…}`, else the last "Answer: …", else the last number.
 
-    A sentence's full stop and markdown's asterisks around the answer are taken off; "" if there is nothing.
+    "The answer is …" and "answer = …" count as "Answer: …". A sentence's full stop and markdown's asterisks around the
+    answer are taken off; "" if there is nothing.
     """
     if tags := _TAG.findall(text):
         return tags[-1].strip()

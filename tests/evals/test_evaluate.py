@@ -18,7 +18,7 @@ from evals.evaluate import describe, evaluate
 from evals.suites import reasoning_gym, synthetic
 
 SUITES = (Suite(name="chain", samples=3), Suite(name="logic", domain="out", temperature=0.0))
-SAMPLING = Sampling(max_prompt=300, max_tokens=12, slots=4, chunk=4)
+SAMPLING = Sampling(max_prompt=300, max_tokens=12, slots=8, chunk=4)
 
 
 @pytest.fixture(scope="module")
