@@ -54,7 +54,9 @@ def evaluate(op: str, operands: tuple[str, ...]) -> str | None:
             return f"{x // y} r {x % y}"
         if op == "/":
             return str(x // y) if x % y == 0 else None
-        return str({"+": x + y, "-": x - y, "*": x * y, "%": x % y if y else None}[op])
+        if op == "%":
+            return str(x % y)
+        return str({"+": x + y, "-": x - y, "*": x * y}[op])
     except (ValueError, ZeroDivisionError, KeyError, TypeError):
         return None
 
