@@ -23,7 +23,8 @@ from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import Problem, problem, solution
 from deltapref_jax.text.template import Text
-from deltapref_jax.training.loop import Run, StepData, train
+from deltapref_jax.training.data import StepData
+from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer
 from deltapref_jax.training.step import Examples
 from deltapref_jax.workspace import Job, Node

@@ -16,8 +16,9 @@ from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.weights import Loaded, load
 from deltapref_jax.records import LOGPROB
 from deltapref_jax.scoring.logprobs import scorer
-from deltapref_jax.scoring.packing import capacity, pack, sample
+from deltapref_jax.scoring.packing import capacity, pack
 from deltapref_jax.text.template import Text
+from deltapref_jax.training.data import Row
 from deltapref_jax.workspace import Job, Stats
 
 VERSION = 1
@@ -56,9 +57,9 @@ class Sequences:
         done = text.completions_ids([t["text"] for t in traces], [t["finish"] == "eos" for t in traces])
         self._completions = {t["trace_id"]: ids for t, ids in zip(traces, done, strict=True)}
 
-    def sample(self, prompt_id: str, trace_id: str):
-        """The packed form's input; the completion's tokens are targets, the end token only where the trace ended."""
-        return sample(self._prompts[prompt_id], self._completions[trace_id])
+    def row(self, prompt_id: str, trace_id: str, reference: float = 0.0) -> Row:
+        """A prompt with a trace; the end token is a target only where the trace ended with it."""
+        return Row(self._prompts[prompt_id], self._completions[trace_id], reference)
 
 
 def score(job: Job) -> None:
@@ -85,7 +86,7 @@ def _score(model: Loaded, sequences: Sequences, rows: list[tuple[str, str, bool]
     mesh = make_mesh(MeshShape(**job.local["mesh"]))
     run = scorer(model.spec, job.config["dtype"], capacity(shape.rows, shape.row_length), mesh)
     params = jax.device_put(model.state, shardings(model.state, mesh))
-    samples = [sequences.sample(prompt, trace) for prompt, trace, _ in rows]
+    samples = [sequences.row(prompt, trace).sample() for prompt, trace, _ in rows]
     fits = [i for i, s in enumerate(samples) if len(s.tokens) <= shape.row_length]
     sums: list[float | None] = [None] * len(rows)
     micros = pack([samples[i] for i in fits], [[j] for j in range(len(fits))], shape.rows, shape.row_length)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,15 @@ from deltapref_jax.mesh import is_first, put
 from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
-from deltapref_jax.scoring.packing import PackedBatch, capacity
+from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics
+from deltapref_jax.training.data import StepData
 from deltapref_jax.training.objectives import kto_baseline
 from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, start
-from deltapref_jax.training.step import Examples, Hyper, Programs, programs
+from deltapref_jax.training.step import Hyper, Programs, programs
 
 NOISE = {"float32": 1e-2, "bfloat16": 0.5}
 """Nats by which a completion's policy and reference log-probabilities may differ before training, per dtype."""
-
-
-class StepData(NamedTuple):
-    """One step, packed."""
-
-    micros: Sequence[tuple[PackedBatch, Examples]]
-    baseline: Sequence[tuple[PackedBatch, np.ndarray, np.ndarray]]  # KTO: mismatched rows, reference [S], weight [S]
-    total: float  # pairs, examples or target tokens
-    tokens: int  # real tokens, baseline rows included
-    epoch: float  # passes over the data after this step
 
 
 @dataclasses.dataclass(frozen=True)

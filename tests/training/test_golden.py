@@ -13,12 +13,12 @@ from deltapref_jax.config import Objective
 from deltapref_jax.models import weights
 from deltapref_jax.models.spec import spec_from_hf
 from deltapref_jax.scoring.logprobs import scorer
-from deltapref_jax.scoring.packing import Sample, capacity, pack
+from deltapref_jax.scoring.packing import capacity, pack
 from deltapref_jax.training import objectives
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.loop import Run, StepData, train
+from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer
-from deltapref_jax.training.step import Examples
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 LOSSES = json.loads((GOLDEN / "losses.json").read_text())
@@ -82,43 +82,27 @@ def model():
     return spec, weights.assemble(spec, read, False, str(folder), names)
 
 
-def samples(ids, attention, completion):
-    found = []
+def rows_of(model, mesh, ids, attention, completion):
+    """Rows with the initial model's log-probabilities as reference."""
+    rows = []
     for row, seen, target in zip(ids, attention, completion, strict=True):
-        n = sum(seen)
-        found.append(Sample(np.array(row[:n], np.int32), np.array(target[:n], bool), np.arange(n, dtype=np.int32),
-                            np.zeros(n, np.int32)))
-    return found
-
-
-def logprobs(model, mesh, rows):
+        n, start = sum(seen), target.index(1)
+        assert target[start:n] == [1] * (n - start)
+        rows.append(Row(row[:start], row[start:n]))
     run = scorer(model[0], "float32", capacity(ROWS, LENGTH), mesh)
     sums = np.zeros(len(rows), np.float32)
-    for micro in pack(rows, [[i] for i in range(len(rows))], ROWS, LENGTH):
+    for micro in pack([row.sample() for row in rows], [[i] for i in range(len(rows))], ROWS, LENGTH):
         sums[micro.order] = np.asarray(run(model[1], micro.batch)[0])[: len(micro.order)]
-    return sums
+    return [row._replace(reference=s) for row, s in zip(rows, sums, strict=True)]
 
 
 def step_data(model, mesh, kind, batch):
-    rows = samples(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    reference = logprobs(model, mesh, rows)
-    groups = [[i, i + 8] for i in range(8)] if kind == "dpo" else [[i] for i in range(8)]
-    (micro,) = pack(rows, groups, ROWS, LENGTH)
-    place = np.argsort(micro.order).astype(np.int32)
-    ones = np.ones(8, np.float32)
+    rows = rows_of(model, mesh, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     if kind == "dpo":
-        return StepData([(micro.batch, Examples(place[:8], place[8:], reference[:8], reference[8:], ones, ones))], [],
-                        8.0, 0, 0.0)
-    label = np.array(batch["label"], np.float32)
-    mismatched = samples(batch["KL_input_ids"], batch["KL_attention_mask"], batch["KL_completion_mask"])
-    partner = logprobs(model, mesh, mismatched)
-    baseline = []
-    for m in pack(mismatched, [[i] for i in range(8)], ROWS, LENGTH):
-        ref, weight = np.zeros((2, capacity(ROWS, LENGTH)), np.float32)
-        ref[: len(m.order)], weight[: len(m.order)] = partner[m.order], 1.0
-        baseline.append((m.batch, ref, weight))
-    examples = Examples(place, 0 * place, reference, 0 * reference, label, ones)
-    return StepData([(micro.batch, examples)], baseline, 8.0, 0, 0.0)
+        return pack_step([Group(pair) for pair in zip(rows[:8], rows[8:], strict=True)], kind, ROWS, LENGTH)
+    partners = rows_of(model, mesh, batch["KL_input_ids"], batch["KL_attention_mask"], batch["KL_completion_mask"])
+    return pack_step([Group((row,), label, partner) for row, label, partner
+                      in zip(rows, map(float, batch["label"]), partners, strict=True)], kind, ROWS, LENGTH)
 
 
 @pytest.mark.parametrize("name", ["dpo_sigmoid_tied", "kto_tied"])
@@ -146,7 +130,7 @@ def test_training_replays(name, model, one_device, tmp_path):
 def test_initial_token_logprobs(model, one_device):
     golden = json.loads((GOLDEN / "train" / "dpo_sigmoid_tied.json").read_text())
     batch = golden["unique_batches"][0]
-    rows = samples(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    rows = rows_of(model, one_device, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     want = [sum(row) for row in golden["initial_token_logps_first_microbatch"]]
-    np.testing.assert_allclose(logprobs(model, one_device, rows), want, rtol=5e-7)
+    np.testing.assert_allclose([row.reference for row in rows], want, rtol=5e-7)
     assert isinstance(model[1], nnx.State)

@@ -8,12 +8,12 @@ import pytest
 
 from deltapref_jax.config import ConfigError, MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.scoring.packing import capacity, pack, sample
+from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training import step as steps
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.loop import Run, StepData, train
+from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer, learning_rate
-from deltapref_jax.training.step import Examples
 
 PAIRS = 8
 
@@ -22,28 +22,14 @@ def data(kind, vocab, rows, length=64, reference=-40.0):
     """A pure step function: PAIRS pairs (or twice as many KTO examples) packed into micro-batches of `rows` rows."""
     def at(step):
         r = np.random.default_rng(step)
-        flat = [sample(r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24))) for _ in range(2 * PAIRS)]
-        paired = kind == "dpo"
-        groups = [[i, i + PAIRS] for i in range(PAIRS)] if paired else [[i] for i in range(2 * PAIRS)]
-        micros = []
-        for m in pack(flat, groups, rows, length):
-            segment = {int(i): s for s, i in enumerate(m.order)}
-            here = [g for g in groups if g[0] in segment]
-            size = capacity(rows, length)
-            places, columns = np.zeros((2, size), np.int32), np.zeros((4, size), np.float32)
-            for k, g in enumerate(here):
-                for side, i in enumerate(g):
-                    places[side, k], columns[side, k] = segment[i], reference + i
-                columns[2, k], columns[3, k] = g[0] % 2, 1.0
-            micros.append((m.batch, Examples(places[0], places[1], *columns)))
-        baseline = []
-        if kind == "kto":
-            for m in pack(flat[::-1], groups, rows, length):
-                ref, weight = np.zeros((2, capacity(rows, length)), np.float32)
-                ref[: len(m.order)], weight[: len(m.order)] = reference * 1.5, 1.0
-                baseline.append((m.batch, ref, weight))
-        total = sum(s.targets.sum() for s in flat) if kind == "sft" else len(groups)
-        return StepData(micros, baseline, float(total), sum(len(s.tokens) for s in flat), 0.0)
+        flat = [Row(r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24)), reference + i)
+                for i in range(2 * PAIRS)]
+        if kind == "dpo":
+            groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
+        else:
+            other = [row._replace(prompt=flat[i - 1].prompt, reference=reference * 1.5) for i, row in enumerate(flat)]
+            groups = [Group((row,), i % 2, other[i]) for i, row in enumerate(flat)]
+        return pack_step(groups, kind, rows, length)
 
     return at
 
