@@ -1,0 +1,90 @@
+"""Log-probabilities once per trace, matched and mismatched; a trace never meets its own prompt by derangement."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltapref_jax.config import ConfigError
+from deltapref_jax.records import LOGPROB
+from deltapref_jax.stages.score import derange
+
+PROMPTS = st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40).filter(
+    lambda ids: 2 * max(map(ids.count, ids)) <= len(ids))
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(PROMPTS, st.integers(0, 3))
+def test_a_derangement_uses_each_trace_once_and_never_its_own_prompt(ids, seed):
+    partner = derange(ids, seed)
+    assert sorted(partner) == list(range(len(ids)))
+    assert all(ids[i] != ids[j] for i, j in enumerate(partner))
+    assert partner == derange(ids, seed)
+
+
+def test_the_seed_deranges_otherwise():
+    ids = [str(i) for i in range(50)]
+    assert derange(ids, 0) != derange(ids, 1)
+
+
+def test_no_derangement_is_one_sentence():
+    with pytest.raises(ConfigError) as error:
+        derange(["a", "a", "b"], 0)
+    assert str(error.value) == ("2 of 3 traces belong to one prompt, so KTO's baseline cannot pair every trace with "
+                                "another prompt; use more prompts.")
+
+
+def naive(model, prompt, completion):
+    """Sum of log-softmax over the completion, one unpacked sequence, logits in full."""
+    tokens = np.zeros((1, 160), np.int32)
+    tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
+    decoder = nnx.merge(model.graphdef, model.state)
+    hidden = decoder.hidden(jnp.asarray(tokens), jnp.arange(160)[None], jnp.ones((1, 160), int))
+    rows = jax.nn.log_softmax(hidden[0] @ decoder.unembedding().T)
+    return sum(float(rows[len(prompt) + i - 1, token]) for i, token in enumerate(completion))
+
+
+def test_rows_are_the_models_log_probabilities(bench, tiny, worked):
+    finish = ["eos", "length", "eos", "stop", "eos", "eos"]
+    made = bench.score(bench.traces("g", worked[1], finish))
+    rows = bench.rows(made)
+    assert bench.workspace.table(made).schema == LOGPROB
+    prompts = {q["prompt_id"]: tiny.text.prompt_ids(json.loads(q["messages"])) for q in bench.questions}
+    traces = {t["trace_id"]: t for t in made.inputs["sample"].local["rows"]}
+    assert {(r["trace_id"], r["matched"]) for r in rows} == {(t, m) for t in traces for m in (True, False)}
+    assert len(rows) == 12
+    for r in rows:
+        trace = traces[r["trace_id"]]
+        assert (r["prompt_id"] == trace["prompt_id"]) == r["matched"]
+        ended = trace["finish"] == "eos"
+        completion = tiny.text.completion_ids(trace["text"], ended)
+        assert r["tokens"] == len(tiny.text.pieces(trace["text"])) + ended  # the end token only where it ended
+        if r["trace_id"] in list(traces)[:2]:
+            assert r["logprob"] == pytest.approx(naive(tiny, prompts[r["prompt_id"]], completion), rel=1e-5)
+    assert sorted(r["prompt_id"] for r in rows if not r["matched"]) == sorted(prompts)
+
+
+def test_shards_and_shapes_do_not_matter(bench, worked):
+    traces = bench.traces("g", worked[0])
+    some, others = bench.rows(bench.score(traces)), bench.rows(bench.score(traces, rows=16, row_length=256, shard=100))
+
+    def by_row(rows):
+        return {(r["prompt_id"], r["trace_id"]): r["logprob"] for r in rows}
+
+    assert by_row(some) == pytest.approx(by_row(others), rel=1e-5)
+    assert bench.stats(bench.score(traces))["too_long"] == 0
+
+
+def test_rows_that_do_not_fit_are_null_and_counted(bench, worked):
+    texts = [*worked[0][:5], "so " * 200]
+    made = bench.score(bench.traces("g", texts))
+    rows = bench.rows(made)
+    long = bench.traces("g", texts).local["rows"][5]["trace_id"]
+    assert {(r["logprob"], r["tokens"]) for r in rows if r["trace_id"] == long} == {(None, 0)}
+    assert all(r["logprob"] < 0 < r["tokens"] for r in rows if r["trace_id"] != long)
+    assert bench.stats(made)["too_long"] == 2
