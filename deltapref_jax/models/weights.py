@@ -266,6 +266,11 @@ def _stored(array: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(array.T if last in _TRANSPOSED else array)
 
 
+def _write(shard: dict[str, np.ndarray], path: Path) -> None:
+    save_file(shard, path, metadata={"format": "pt"})
+    os.chmod(path, (path.parent / "config.json").stat().st_mode)  # safetensors makes it the owner's alone
+
+
 def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, array in tensors.items():
@@ -273,12 +278,12 @@ def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
             shards.append({})
         shards[-1][name] = array
     if len(shards) == 1:
-        save_file(shards[0], root / "model.safetensors", metadata={"format": "pt"})
+        _write(shards[0], root / "model.safetensors")
         return
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, root / file, metadata={"format": "pt"})
+        _write(shard, root / file)
         index |= dict.fromkeys(shard, file)
     total = sum(a.nbytes for a in tensors.values())
     (root / "model.safetensors.index.json").write_text(

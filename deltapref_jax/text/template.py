@@ -58,6 +58,9 @@ class Text:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer's files, chat template included, as `transformers` reads them."""
         self.tokenizer.save_pretrained(str(folder))
+        config = Path(folder) / "tokenizer_config.json"
+        # transformers 5 writes a class that transformers 4, and vLLM on it, does not know; both know this one
+        config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""
