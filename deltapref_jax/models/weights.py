@@ -219,11 +219,12 @@ def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, pat
 
 def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
     last = name.split(".")[-1]
+    flat: tuple[int, ...]
     if last in _TRANSPOSED:
         array = array.T
         flat = (int(np.prod(shape[:-1])), shape[-1]) if last == "o" else (shape[0], int(np.prod(shape[1:])))
     else:
-        flat = tuple(shape)
+        flat = shape
     if array.shape != flat:
         stored, wanted = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
         raise ValueError(f"Tensor {where} has the shape {stored}; its config.json calls for {wanted}.")
