@@ -69,21 +69,22 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
             centre, height, slope = line.trend
             ends = (min(xs), max(xs))
             axes.plot(ends, [height + slope * (end - centre) for end in ends], color=colour, linewidth=1.2, alpha=0.5)
-        for px, point in zip(x, points, strict=True):
-            axes.annotate(point.label, (px, point.y[2]), textcoords="offset points", xytext=(0, 4), ha="center",
-                          fontsize=8, color="#555555")
+    for label in dict.fromkeys(p.label for line in lines for p in line.points):
+        named = [p for line in lines for p in line.points if p.label == label]
+        axes.annotate(label, (named[0].x, max(p.y[2] for p in named)), textcoords="offset points", xytext=(0, 4),
+                      ha="center", fontsize=8, color="#555555")
 
 
 def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str:
     """Changes against x: one row of panels per key of `rows`, one panel per domain."""
     columns = max(map(len, rows.values()))
     figure, grid = plt.subplots(len(rows), columns, figsize=(5.4 * columns, 3.5 * len(rows)), squeeze=False)
-    for cells, (name, domains) in zip(grid, rows.items(), strict=True):
+    for at, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
         for axes, (domain, lines) in zip(cells, domains.items(), strict=True):
             _lines(axes, lines)
             axes.set_title(f"{name}, {DOMAINS[domain]}" if name else DOMAINS[domain], loc="left", fontweight="bold")
             axes.margins(x=0.08, y=0.15)
-            if cells is grid[-1]:
+            if at == len(rows) - 1:
                 axes.set_xlabel(xlabel)
         cells[0].set_ylabel("change in accuracy (points)")
     grid[0][-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -29,7 +29,7 @@ def _ladder(s: Mapping[str, Any]) -> str | None:
         Line(objective.upper(), kind, [Point(a["generator_delta"]["in"][0], a[d]["change"], a["chosen"])
                                        for a in rungs if a["objective"] == objective], trend.get((objective, d)))
         for objective, kind in dict.fromkeys((a["objective"], a["kind"]) for a in rungs)]
-        for d in s["domains"]}}, "generator delta: chosen minus rejected author, points of in-domain accuracy")
+        for d in s["domains"]}}, "generator delta, points of in-domain accuracy")
 
 
 def _selection(s: Mapping[str, Any]) -> str | None:
@@ -70,11 +70,12 @@ def _curves(study: Study, s: Mapping[str, Any]) -> str | None:
     return figures.training_curves(runs) if runs else None
 
 
-def _figures(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
+def draw(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
+    """The page's figures as SVG, by name; those that the study has data for."""
     curves = {j["name"]: j["curves"] for j in s["judges"] if "curves" in j}
     drawn = {"ladder": _ladder(s), "selection": _selection(s), "training": _curves(study, s),
              "audit": figures.degree_curves(curves) if curves else None}
-    drawn |= {f"agreement/{a['second']}": figures.agreement(a["bins"], a["first"], a["second"])
+    drawn |= {f"agreement-{a['second']}": figures.agreement(a["bins"], a["first"], a["second"])
               for a in s["agreement"] if a["bins"]}
     return {name: svg for name, svg in drawn.items() if svg}
 
@@ -107,8 +108,8 @@ def _browser(study: Study) -> list[dict[str, Any]]:
     return list(shown.values())
 
 
-def render(study: Study, summary: Mapping[str, Any]) -> str:
-    """The page as text. Everything from traces and configs is escaped; nothing is fetched from anywhere."""
+def render(study: Study, summary: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
+    """The page as text, with the figures of `draw`. Everything from traces and configs is escaped; nothing is fetched from anywhere."""
     template = resources.files("deltapref_jax.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
@@ -119,7 +120,7 @@ def render(study: Study, summary: Mapping[str, Any]) -> str:
     # inside <script>, JSON must not be able to end the element
     embedded = json.dumps(_browser(study)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return environment.from_string(template).render(
-        s=summary, figures=_figures(study, summary), pairs=embedded, versions=versions, domain_words=DOMAIN_WORDS,
+        s=summary, figures=drawn, pairs=embedded, versions=versions, domain_words=DOMAIN_WORDS,
         useless=USELESS_AUC, hidden_curves=max(0, len(summary["arms"]) - _CURVES_SHOWN), experiment=study.experiment,
         config=json.dumps(study.experiment, indent=1))
 

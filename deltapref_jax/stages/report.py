@@ -4,13 +4,13 @@ import json
 
 import pyarrow as pa
 
-from deltapref_jax.analysis.report import render
+from deltapref_jax.analysis.report import draw, render
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.analysis.summary import summarise
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.workspace import Job
 
-VERSION = 2
+VERSION = 3
 
 
 def _by_first(tables: dict[str, pa.Table]) -> dict[str, dict[str, pa.Table]]:
@@ -23,7 +23,7 @@ def _by_first(tables: dict[str, pa.Table]) -> dict[str, dict[str, pa.Table]]:
 
 
 def report(job: Job) -> None:
-    """Every artifact of the study to report.html and summary.json."""
+    """Every artifact of the study to report.html, summary.json, and each figure as an SVG file."""
     results = job.tables("evaluate")
     student = results.pop("student", None)
     trained = [name.removeprefix("train/") for name in job.node.inputs if name.startswith("train/")]
@@ -35,5 +35,8 @@ def report(job: Job) -> None:
         metrics={name: list(read_metrics(job.path(f"train/{name}") / "metrics.jsonl")) for name in trained},
         manifests={name: job.workspace.manifest(node) for name, node in job.node.inputs.items()})
     summary = summarise(study)
-    job.put("report.html", render(study, summary).encode())
+    figures = draw(study, summary)
+    for name, svg in figures.items():
+        job.put(f"{name}.svg", svg.encode())
+    job.put("report.html", render(study, summary, figures).encode())
     job.put("summary.json", (json.dumps(summary, indent=1) + "\n").encode())
