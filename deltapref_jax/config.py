@@ -294,6 +294,9 @@ def validate_nursery(nursery: Nursery) -> Nursery:
         _number(f"error_rate {where}", p.error_rate, 0, 1)
         for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
             _number(f"{field} {where}", getattr(p, field), 1)
+        if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):
+            raise ConfigError(f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads must be a "
+                              "multiple of kv_heads and divide width into even parts.")
         known.append(p.name)
     for name in nursery.release:
         choose("config.release", name, known)

@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
             config, local = describe(nursery.suites, nursery.sampling, 0, nursery.mesh, model, False)
             node = Node("evaluate", f"evaluate/{p.name}", config, suites, local)
             run({node.label: node}, stages, workspace)
-            for domain in ("in", "out"):
+            for domain in dict.fromkeys(s.domain for s in nursery.suites):
                 measured[p.name][domain] = [round(x, 1) for x in accuracy(workspace.table(node), domain)]
     (Path(nursery.output) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     console = Console()

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from deltapref_jax.config import ConfigError, Prompts, choose
 from deltapref_jax.records import digest
 from deltapref_jax.synthetic import world
+from deltapref_jax.synthetic.families import FAMILIES
 
 Row = dict[str, Any]
 
@@ -44,16 +45,24 @@ def _row(task: str, messages: list[dict[str, str]], answer: str, checker: str, m
             "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False)}
 
 
+def task_names(kind: str) -> tuple[str, ...]:
+    """What `tasks` may name: the families of the synthetic world, or reasoning-gym's data sets."""
+    if kind == "synthetic":
+        return tuple(FAMILIES)
+    from reasoning_gym.factory import DATASETS
+
+    return tuple(sorted(DATASETS))
+
+
 def _synthetic(source: Prompts) -> list[Row]:
     return world.prompts(source.tasks, source.count, source.difficulty, source.seed)
 
 
 def _reasoning_gym(source: Prompts) -> Iterable[Row]:
     import reasoning_gym
-    from reasoning_gym.factory import DATASETS
 
     for place, task in enumerate(source.tasks):
-        choose("reasoning-gym task", task, sorted(DATASETS))
+        choose("reasoning_gym task", task, task_names("reasoning_gym"))
         share = source.count // len(source.tasks) + (place < source.count % len(source.tasks))
         for entry in reasoning_gym.create_dataset(task, size=share, seed=source.seed):
             kept = json.loads(json.dumps(entry, default=str))

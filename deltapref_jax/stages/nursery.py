@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltapref_jax.config import DIMENSIONS, MeshShape, Nursery, Objective, Pupil
+from deltapref_jax.config import DIMENSIONS, ConfigError, MeshShape, Nursery, Objective, Pupil, choose
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
@@ -101,6 +101,9 @@ def lesson(pupil: Pupil, text: Text, step: int) -> StepData:
             break
         if len(s.tokens) <= pupil.row_length:
             samples.append(s)
+    if not samples:
+        raise ConfigError(f"No sample of pupil {pupil.name!r} fits its row_length of {pupil.row_length} tokens; raise "
+                          "it.")
     micros = pack(samples, [[i] for i in range(len(samples))], pupil.rows, pupil.row_length)[:1]
     batch, order = micros[0]
     blank = np.zeros(len(order), np.float32)
@@ -170,9 +173,15 @@ def _files(job: Job) -> list[str]:
 
 
 def plan(nursery: Nursery) -> dict[str, Node]:
-    """Nodes by label: `tokenizer`, and `pupil/<name>` in the order of the config."""
+    """Nodes by label: `tokenizer`, and `pupil/<name>` in the order of the config.
+
+    Raises:
+      ConfigError: a pupil's task is no family of the synthetic world.
+    """
     nodes = {"tokenizer": Node("tokenizer", "tokenizer", {"vocab": nursery.vocab}, version=VERSION)}
     for p in nursery.pupils:
+        for task in p.tasks:
+            choose(f"tasks of pupil {p.name!r}", task, FAMILIES)
         inputs = {"tokenizer": nodes["tokenizer"]} | ({"base": nodes[f"pupil/{p.base}"]} if p.base else {})
         nodes[f"pupil/{p.name}"] = Node("pupil", f"pupil/{p.name}", {"pupil": dataclasses.asdict(p)}, inputs,
                                         {"mesh": dataclasses.asdict(nursery.mesh)}, VERSION)

@@ -11,7 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from deltapref_jax.config import Arm, ConfigError, Experiment, Generator, Judge, Model, Prompts, model_of
+from deltapref_jax.config import Arm, ConfigError, Experiment, Generator, Judge, Model, Prompts, choose, model_of
+from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import file_sha256
 from deltapref_jax.models.weights import weights_hash
 from deltapref_jax.records import digest
@@ -26,6 +27,10 @@ def _source(source: Prompts) -> dict[str, Any]:
     """A source's fields with its path replaced by name and content: moved files are the same source."""
     fields = dataclasses.asdict(source)
     path = Path(source.path)
+    if source.kind in ("synthetic", "reasoning_gym"):
+        known = task_names(source.kind)
+        for task in source.tasks:
+            choose(f"{source.kind} task", task, known)
     if source.kind in ("jsonl", "parquet") and not path.is_file():
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     if source.kind == "tfds" and not path.is_dir():
@@ -41,7 +46,7 @@ def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, 
     """Node of a table of questions; `suites` are what they must not overlap.
 
     Raises:
-      ConfigError: a file or builder directory is not there.
+      ConfigError: a file or builder directory is not there, or a task is not known.
     """
     return Node("prompts", label, {"sources": [_source(s) for s in sources]}, suites,
                 {"paths": [s.path for s in sources]}, prompts.VERSION)

@@ -179,7 +179,7 @@ def test_broken_jsonl_names_the_line(tmp_path, case):
     (Prompts(kind="tfds", path="/nowhere"), r"^There is no prompt file /nowhere; check prompts\.path\.$"),
     (Prompts(kind="csv"), r"^prompts\.kind is 'csv'; choose one of 'synthetic', .*'tfds'\.$"),
     (Prompts(tasks=("nope",), count=1), r"^synthetic task is 'nope'; choose one of .*'chain'"),
-    (Prompts(kind="reasoning_gym", tasks=("nope",), count=1), r"^reasoning-gym task is 'nope'; choose one of .*'gcd'"),
+    (Prompts(kind="reasoning_gym", tasks=("nope",), count=1), r"^reasoning_gym task is 'nope'; choose one of .*'gcd'"),
 ])
 def test_unknown_names_are_listed(source, sentence):
     with pytest.raises(ConfigError, match=sentence):
