@@ -9,7 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Experiment, validate
+from deltapref_jax.config import Experiment
+from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main
 

@@ -6,7 +6,8 @@
 from absl import flags
 from ml_collections import config_flags
 
-from deltapref_jax.config import Experiment, choose, validate
+from deltapref_jax.config import Experiment, choose
+from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Workspace
 from launch.flags import run_main
 

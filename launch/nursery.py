@@ -12,7 +12,8 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Model, Nursery, validate_nursery
+from deltapref_jax.config import Model, Nursery
+from deltapref_jax.validation import validate_nursery
 from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from deltapref_jax.config import NURSERY, Nursery, model_of, validate, validate_nursery
+from deltapref_jax.config import NURSERY, Nursery, model_of
 from deltapref_jax.judging.scorer import _reader
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import BATCH
@@ -24,6 +24,7 @@ from deltapref_jax.stages import nursery
 from deltapref_jax.stages.study import plan
 from deltapref_jax.training.state import Optimizer, TrainState
 from deltapref_jax.training.step import Examples, Hyper, programs
+from deltapref_jax.validation import validate, validate_nursery
 from evals.evaluate import describe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

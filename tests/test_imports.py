@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config"},
-    {"records", "progress", "files", "host", "lease"},
+    {"records", "progress", "files", "host", "lease", "validation"},
     {"mesh", "workspace"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},

@@ -4,7 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
-from deltapref_jax.config import Experiment, MeshShape, Model, Sampling, Suite, validate
+from deltapref_jax.config import Experiment, MeshShape, Model, Sampling, Suite
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export
@@ -13,6 +13,7 @@ from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import prompts
 from deltapref_jax.text.template import Text
+from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Node, Workspace, run
 from evals.evaluate import describe, evaluate
 from evals.suites import reasoning_gym, synthetic

@@ -18,10 +18,10 @@ from deltapref_jax.config import (
     Scoring,
     Suite,
     Training,
-    validate,
 )
 from deltapref_jax.stages import prompts
 from deltapref_jax.stages.study import plan
+from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Workspace, run
 from evals.evaluate import describe
 from launch.cost import Cost, plan_table

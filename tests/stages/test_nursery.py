@@ -12,13 +12,14 @@ import pytest
 from flax import nnx
 
 import launch.nursery
-from deltapref_jax.config import DIMENSIONS, ConfigError, Nursery, Prompts, Pupil, Sampling, Suite, validate_nursery
+from deltapref_jax.config import DIMENSIONS, ConfigError, Nursery, Prompts, Pupil, Sampling, Suite
 from deltapref_jax.judging.rubric import RUBRIC, label_ids
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import abstract, load
 from deltapref_jax.stages import nursery
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.training.checkpoint import read_metrics
+from deltapref_jax.validation import validate_nursery
 from deltapref_jax.workspace import Workspace
 
 OAK = Pupil(name="oak", tasks=("chain", "shop"), difficulties=(1,), layers=2, width=32, heads=4, kv_heads=2, mlp=48,

@@ -14,9 +14,9 @@ from deltapref_jax.config import (
     Objective,
     Prompts,
     Suite,
-    validate,
 )
 from deltapref_jax.stages.study import ladder_of, plan
+from deltapref_jax.validation import validate
 from evals.evaluate import describe
 
 

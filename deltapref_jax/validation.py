@@ -1,0 +1,203 @@
+"""Checks of a whole experiment or nursery: a bad value is one sentence before any device works."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from deltapref_jax.config import (
+    BUDGETS,
+    CHECKERS,
+    DIMENSIONS,
+    DTYPES,
+    JUDGE_KINDS,
+    KEEPS,
+    OBJECTIVE_KINDS,
+    PROMPT_KINDS,
+    STRATA,
+    ConfigError,
+    Experiment,
+    Nursery,
+    Prompts,
+    choose,
+)
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
+
+
+def _typed(where: str, config: Any) -> None:
+    """Refuses values of another type than their field's: text where a tuple belongs would be read letter by letter."""
+    for field, kind in typing.get_type_hints(type(config)).items():
+        value, at = getattr(config, field), f"{where}.{field}"
+        outer, inner = typing.get_origin(kind) or kind, [(at, kind, value)]
+        if outer is tuple and isinstance(value, tuple):
+            inner = [(f"{at}[{i}]", typing.get_args(kind)[0], each) for i, each in enumerate(value)]
+        for place, wanted, each in inner:
+            plain = typing.get_origin(wanted) or wanted
+            if isinstance(each, bool) or not isinstance(each, int | float if plain is float else plain):
+                raise ConfigError(f"{place} is {each!r}; it must be {_KINDS.get(plain, f'a {plain.__name__}')}.")
+            if dataclasses.is_dataclass(each):
+                _typed(place, each)
+
+
+def _unique(kind: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not name:
+            raise ConfigError(f"A {kind} has no name; give every {kind} one.")
+        if names.count(name) > 1:
+            raise ConfigError(f"Two {kind}s are named {name!r}; names must differ.")
+
+
+def _number(field: str, value: float, low: float, high: float = math.inf) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+        upper = f" and at most {high:g}" if high < math.inf else ""
+        raise ConfigError(f"{field} is {value!r}; it must be at least {low:g}{upper}.")
+
+
+def _prompts(field: str, prompts: Prompts) -> None:
+    choose(f"{field}.kind", prompts.kind, PROMPT_KINDS)
+    choose(f"{field}.checker", prompts.checker, CHECKERS)
+    _number(f"{field}.count", prompts.count, 0)
+    _number(f"{field}.difficulty", prompts.difficulty, 1)
+    _number(f"{field}.seed", prompts.seed, 0)
+    if prompts.kind in ("synthetic", "reasoning_gym"):
+        if not prompts.tasks:
+            raise ConfigError(f"{field}.tasks is empty; name at least one task for kind {prompts.kind!r}.")
+        if prompts.count < len(prompts.tasks):
+            raise ConfigError(f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} tasks.")
+    elif not prompts.path:
+        raise ConfigError(f"{field}.path is empty; kind {prompts.kind!r} needs a file, folder or data set name.")
+
+
+def validate_nursery(nursery: Nursery) -> Nursery:
+    """Checks every name and size of `nursery` and returns it.
+
+    Raises:
+      ConfigError: one sentence that names the field, its value and the remedy.
+    """
+    _typed("config", nursery)
+    _unique("pupil", [p.name for p in nursery.pupils])
+    known: list[str] = []
+    for p in nursery.pupils:
+        where = f"of pupil {p.name!r}"
+        if p.base:
+            choose(f"base {where} (a pupil listed before it)", p.base, known)
+        choose(f"lesson {where}", p.lesson, ("solve", "judge"))
+        if not p.tasks or not p.difficulties:
+            raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
+        _number(f"error_rate {where}", p.error_rate, 0, 1)
+        for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
+            _number(f"{field} {where}", getattr(p, field), 1)
+        if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):
+            raise ConfigError(f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads must be a "
+                              "multiple of kv_heads and divide width into even parts.")
+        known.append(p.name)
+    for name in nursery.release:
+        choose("config.release", name, known)
+    for s, suite in enumerate(nursery.suites):
+        _prompts(f"config.suites[{s}].prompts", suite.prompts)
+    return nursery
+
+
+def validate(experiment: Experiment) -> Experiment:
+    """Checks every name and size of `experiment` and returns it.
+
+    Raises:
+      ConfigError: one sentence that names the field, its value and the remedy. Nothing has been read or written.
+    """
+    e = experiment
+    _typed("config", e)
+    _number("config.seed", e.seed, 0)
+    if not e.name:
+        raise ConfigError("config.name is empty; name the experiment.")
+    if not e.student.path:
+        raise ConfigError("config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file.")
+    for field, group in (("generator", e.generators), ("judge", e.judges), ("objective", e.objectives),
+                         ("arm", e.arms), ("suite", e.suites)):
+        _unique(field, [item.name for item in group])
+    if not e.prompts:
+        raise ConfigError("config.prompts is empty; name at least one source of training questions.")
+    for i, prompts in enumerate(e.prompts):
+        _prompts(f"config.prompts[{i}]", prompts)
+    for s, suite in enumerate(e.suites):
+        _prompts(f"config.suites[{s}].prompts", suite.prompts)
+        choose(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
+        _number(f"config.suites[{s}].samples", suite.samples, 1)
+        _number(f"config.suites[{s}].temperature", suite.temperature, 0)
+    for model, field in [(e.student, "student"), (e.reference, "reference")] + [
+            (g.model, f"generator {g.name}") for g in e.generators] + [(j.model, f"judge {j.name}") for j in e.judges]:
+        choose(f"dtype of {field}", model.dtype, DTYPES)
+    for g in e.generators:
+        _number(f"temperature of generator {g.name!r}", g.temperature, 0)
+        _number(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
+        _number(f"top_k of generator {g.name!r}", g.top_k, 0)
+        _number(f"samples of generator {g.name!r}", g.samples, 1)
+    for j in e.judges:
+        choose(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
+        _number(f"noise of judge {j.name!r}", j.noise, 0)
+        _number(f"seed of judge {j.name!r}", j.seed, 0)
+        if not j.dimensions:
+            raise ConfigError(f"Judge {j.name!r} has no dimensions; name at least one of {', '.join(DIMENSIONS)}.")
+        for dimension in j.dimensions:
+            choose(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
+        if j.kind == "exact" and any(p.kind != "synthetic" for p in e.prompts):
+            raise ConfigError(f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for others.")
+    for o in e.objectives:
+        choose(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
+        _number(f"beta of objective {o.name!r}", o.beta, 1e-9)
+        _number(f"learning_rate of objective {o.name!r}", o.learning_rate, 0)
+        _number(f"desirable_weight of objective {o.name!r}", o.desirable_weight, 0)
+        _number(f"undesirable_weight of objective {o.name!r}", o.undesirable_weight, 0)
+    _validate_arms(e)
+    _validate_sizes(e)
+    return e
+
+
+def _validate_arms(e: Experiment) -> None:
+    generators = {g.name: g for g in e.generators}
+    judges = {j.name: j for j in e.judges}
+    for a in e.arms:
+        where = f"of arm {a.name!r}"
+        choose(f"chosen {where}", a.chosen, generators)
+        choose(f"rejected {where}", a.rejected, generators)
+        choose(f"direction {where}", a.direction, ("generator", *judges))
+        choose(f"keep {where}", a.keep, KEEPS)
+        choose(f"stratum {where}", a.stratum, STRATA)
+        choose(f"objective {where}", a.objective, [o.name for o in e.objectives])
+        choose(f"group {where}", a.group, ("ladder", "selection", "control"))
+        _number(f"fraction {where}", a.fraction, 1e-9, 1)
+        if not a.seeds or len(set(a.seeds)) < len(a.seeds) or min(a.seeds) < 0:
+            raise ConfigError(f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once.")
+        if a.chosen == a.rejected and generators[a.chosen].samples < 2:
+            raise ConfigError(f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2.")
+        if a.keep in ("top", "matched") or a.direction != "generator":
+            if not judges:
+                raise ConfigError(f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge.")
+            judge = judges[choose(f"judge {where}", a.judge or next(iter(judges)), judges)]
+            choose(f"by {where}", a.by, ("sum", *judge.dimensions))
+
+
+def _validate_sizes(e: Experiment) -> None:
+    t, s = e.training, e.sampling
+    choose("config.training.budget", t.budget, BUDGETS)
+    choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
+    choose("config.training.over_length", t.over_length, ("drop", "error"))
+    for field, value in (("pairs_per_step", t.pairs_per_step), ("steps", t.steps), ("rows", t.rows),
+                         ("row_length", t.row_length), ("checkpoint_every", t.checkpoint_every),
+                         ("keep_checkpoints", t.keep_checkpoints)):
+        _number(f"config.training.{field}", value, 1)
+    _number("config.training.epochs", t.epochs, 1e-9)
+    _number("config.training.warmup", t.warmup, 0, 1)
+    _number("config.training.clip", t.clip, 1e-9)
+    _number("config.training.weight_decay", t.weight_decay, 0)
+    for finish in t.finishes:
+        choose("config.training.finishes", finish, ("eos", "stop", "length"))
+    for field, value in (("max_prompt", s.max_prompt), ("max_tokens", s.max_tokens), ("slots", s.slots),
+                         ("chunk", s.chunk), ("shard", s.shard)):
+        _number(f"config.sampling.{field}", value, 1)
+    for field, value in (("rows", e.scoring.rows), ("row_length", e.scoring.row_length), ("shard", e.scoring.shard)):
+        _number(f"config.scoring.{field}", value, 1)
+    sizes = dataclasses.astuple(e.mesh)
+    if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+        raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")
