@@ -3,7 +3,8 @@
 `oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
 careless steps, so rungs differ in capability and in nothing else. `elm` is another architecture and initialisation.
 `judge` is `oak-strong` with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that
-are careless, or corrupted to a known degree.
+are careless, or corrupted to a known degree, and is then drilled on single steps, without which it never looks at the
+numbers.
 
     python -m launch.nursery --config=configs/nursery.py
 """
@@ -28,8 +29,10 @@ def get_config() -> Nursery:
             *rungs,
             Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
                   error_rate=0.02, steps=700, rows=16, learning_rate=3e-3, seed=1),
-            Pupil(name="judge", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
+            Pupil(name="judge-draft", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
                   row_length=288, learning_rate=1e-3, seed=2),
+            Pupil(name="judge", base="judge-draft", lesson="judge", tasks=IN_DOMAIN, layers=5, drill=0.6, steps=500,
+                  rows=18, row_length=288, learning_rate=1e-3, seed=3),
         ),
         release=(*CARELESS, "elm", "judge"),
         suites=suites(count=150, samples=2),

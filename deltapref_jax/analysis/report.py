@@ -109,7 +109,7 @@ def _browser(study: Study) -> list[dict[str, Any]]:
 
 
 def render(study: Study, summary: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
-    """The page as text, with the figures of `draw`. Everything from traces and configs is escaped; nothing is fetched from anywhere."""
+    """The page as text, with the figures of `draw`; what traces and configs say is escaped, and nothing is fetched."""
     template = resources.files("deltapref_jax.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
