@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pyarrow as pa
 
-from deltapref_jax.config import MeshShape, Model, Sampling, Suite
+from deltapref_jax.config import Generator, MeshShape, Model, Sampling, Suite
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import load, weights_hash
 from deltapref_jax.records import RESULT, digest, table
@@ -16,13 +16,14 @@ from deltapref_jax.stages.sample import messages
 from deltapref_jax.stages.verify import verdict
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 2
+VERSION = 3
 _IDENTITY = digest("evaluation")  # for the draws: every policy meets the same uniforms, so that differences pair
 _PLAIN = {"system": "", "prefix": ""}
 
 
 def describe(
-    suites: Sequence[Suite], sampling: Sampling, seed: int, mesh: MeshShape, model: Model, trained: bool
+    suites: Sequence[Suite], sampling: Sampling, seed: int, mesh: MeshShape, model: Model, trained: bool,
+    generator: Generator | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an `evaluate` node hashes, and what it only carries (`Node.config` and `Node.local`).
 
@@ -33,8 +34,15 @@ def describe(
       mesh: of the local devices.
       model: what is evaluated; of a trained policy only the dtype counts.
       trained: the policy is `policy` in the directory of the input `policy`; otherwise it is at `model.path`.
+      generator: whose capability is measured, so that the questions are asked and answered in its manner (system
+        message, prefix, temperature, top-p, top-k); None: a policy, asked plainly at the suites' temperatures.
     """
-    asked = [{"name": s.name, "domain": s.domain, "samples": s.samples, "temperature": s.temperature} for s in suites]
+    asked: list[dict[str, Any]] = [
+        {"name": s.name, "domain": s.domain, "samples": s.samples, "temperature": s.temperature, "top_p": 1.0,
+         "top_k": 0} | _PLAIN for s in suites]
+    if generator:
+        manner = {name: getattr(generator, name) for name in ("temperature", "top_p", "top_k", "system", "prefix")}
+        asked = [suite | manner for suite in asked]
     config = {"suites": asked, "sampling": dataclasses.asdict(sampling), "seed": seed, "dtype": model.dtype,
               "version": VERSION}
     if not trained:
@@ -60,8 +68,8 @@ def evaluate(job: Job) -> None:
         model = load(path, dtype=config["dtype"], params=config["dtype"])
         mesh = make_mesh(MeshShape(**job.local["mesh"]), jax.local_devices())
         engine = Engine(model, Sampling(**config["sampling"]), config["seed"], _IDENTITY, mesh)
-        requests = [Request(prompt["prompt_id"], model.text.prompt_ids(messages(prompt, _PLAIN)), suite["samples"],
-                            suite["temperature"]) for suite, prompt in asked]
+        requests = [Request(prompt["prompt_id"], model.text.prompt_ids(messages(prompt, suite)), suite["samples"],
+                            suite["temperature"], suite["top_p"], suite["top_k"]) for suite, prompt in asked]
         rows = []
         for (suite, prompt), traces in zip(asked, engine.generate(requests), strict=True):
             for s, trace in enumerate(traces):

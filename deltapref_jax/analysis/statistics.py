@@ -69,7 +69,7 @@ def _estimate(value: float, drawn: np.ndarray, questions: int) -> Estimate:
     low, high = np.percentile(drawn, [2.5, 97.5])
     if high - low < 1e-9:
         low, high = value - 300 / questions, value + 300 / questions
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(float(value), max(float(low), -100.0), min(float(high), 100.0))
 
 
 def accuracy(results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0) -> Estimate:

@@ -87,15 +87,15 @@ def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
     for g in used:
         _generator(nodes, e, dataclasses.replace(g, model=model_of(e, g.model)), reference, mesh)
 
-    def evaluation(label: str, model: Model, policy: Node | None) -> None:
-        config, local = describe_evaluation(e.suites, e.sampling, e.seed, e.mesh, model, policy is not None)
+    def evaluation(label: str, model: Model, policy: Node | None, generator: Generator | None = None) -> None:
+        config, local = describe_evaluation(e.suites, e.sampling, e.seed, e.mesh, model, policy is not None, generator)
         inputs = suites | ({} if policy is None else {"policy": policy})
         nodes[label] = Node("evaluate", label, config, inputs, local)
 
     if e.suites:
         evaluation("evaluate/student", student, None)
         for g in used:
-            evaluation(f"capability/{g.name}", model_of(e, g.model), None)
+            evaluation(f"capability/{g.name}", model_of(e, g.model), None, g)
     if any(p.kind == "synthetic" for p in e.prompts):
         for j in e.judges:
             config, local = _judge(e, j, mesh)

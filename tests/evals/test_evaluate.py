@@ -1,10 +1,11 @@
+import dataclasses
 import shutil
 
 import jax
 import pytest
 from flax import nnx
 
-from deltapref_jax.config import Experiment, MeshShape, Model, Sampling, Suite
+from deltapref_jax.config import Experiment, Generator, MeshShape, Model, Sampling, Suite
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export
@@ -33,14 +34,14 @@ def folder(tmp_path_factory):
     return str(path)
 
 
-def results(tmp_path, folder, trained=False, checker="world"):
+def results(tmp_path, folder, trained=False, checker="world", suites=SUITES, generator=None):
     stages = {
         "prompts": lambda job: job.write(table(PROMPT, [
             {**row, "checker": checker} for row in prompts((job.config["task"],), 4, 1, 5)])),
         "train": lambda job: shutil.copytree(folder, job.dir / "policy"),
         "evaluate": evaluate,
     }
-    config, local = describe(SUITES, SAMPLING, 0, MeshShape(), Model(folder), trained)
+    config, local = describe(suites, SAMPLING, 0, MeshShape(), Model(folder), trained, generator)
     inputs = {f"suite/{suite.name}": Node("prompts", suite.name, {"task": suite.name, "checker": checker})
               for suite in SUITES} | ({"policy": Node("train", "policy", {})} if trained else {})
     wanted, workspace = Node("evaluate", "evaluate", config, inputs, local), Workspace(tmp_path)
@@ -57,6 +58,16 @@ def test_results(folder, tmp_path):
 
 def test_a_trained_policy_meets_the_same_draws(folder, tmp_path):
     assert results(tmp_path, folder, trained=True) == results(tmp_path, folder)
+
+
+def test_a_generator_is_measured_in_its_manner(folder, tmp_path):
+    greedy = tuple(dataclasses.replace(suite, temperature=0.0) for suite in SUITES)
+    plain = results(tmp_path, folder)
+    assert results(tmp_path, folder, generator=Generator(name="g", temperature=0.0)) == results(
+        tmp_path, folder, suites=greedy) != plain
+    assert results(tmp_path, folder, generator=Generator(name="g", prefix="Well, ")) != plain
+    assert results(tmp_path, folder, generator=Generator(name="g")) == results(
+        tmp_path, folder, suites=tuple(dataclasses.replace(suite, temperature=1.0) for suite in SUITES))
 
 
 def test_questions_need_a_checker(folder, tmp_path):

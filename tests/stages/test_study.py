@@ -96,6 +96,7 @@ def test_changing_one_arm_changes_that_arm_only(experiment):
     ({"objectives__1__beta": 0.3}, "train/strong-kto/0", {"train/strong/0", "pair/strong-kto", "score/strong"}),
     ({"training__steps": 7}, "train/zero/0", {"pair/zero", "score/weak", "evaluate/student"}),
     ({"generators__2__temperature": 0.6}, "sample/strong", {"sample/weak", "prompts", "evaluate/student"}),
+    ({"generators__2__prefix": "Think."}, "capability/strong", {"capability/mid", "evaluate/student"}),
     ({"judges__0__dimensions": ("factuality",)}, "judge/m/weak", {"score/weak", "sample/weak", "suite/s"}),
     ({"suites__1__samples": 4}, "evaluate/student", {"prompts", "train/sft/0", "pair/mid"}),
     ({"suites__1__prompts__seed": 4}, "prompts", {"suite/s"}),
