@@ -60,14 +60,16 @@ def test_a_trained_policy_meets_the_same_draws(folder, tmp_path):
     assert results(tmp_path, folder, trained=True) == results(tmp_path, folder)
 
 
-def test_a_generator_is_measured_in_its_manner(folder, tmp_path):
+def test_a_generator_is_measured_in_its_manner(folder):
+    def asked(generator=None, suites=SUITES):
+        return describe(suites, SAMPLING, 0, MeshShape(), Model(folder), False, generator)[0]
+
     greedy = tuple(dataclasses.replace(suite, temperature=0.0) for suite in SUITES)
-    plain = results(tmp_path, folder)
-    assert results(tmp_path, folder, generator=Generator(name="g", temperature=0.0)) == results(
-        tmp_path, folder, suites=greedy) != plain
-    assert results(tmp_path, folder, generator=Generator(name="g", prefix="Well, ")) != plain
-    assert results(tmp_path, folder, generator=Generator(name="g")) == results(
-        tmp_path, folder, suites=tuple(dataclasses.replace(suite, temperature=1.0) for suite in SUITES))
+    assert asked(Generator(name="g", temperature=0.0)) == asked(suites=greedy) != asked()
+    manner = Generator(name="g", system="Think.", prefix="Well, ", top_k=3, top_p=0.5, temperature=0.2)
+    for suite in asked(manner)["suites"]:
+        assert {name: suite[name] for name in ("system", "prefix", "top_k", "top_p", "temperature")} == {
+            "system": "Think.", "prefix": "Well, ", "top_k": 3, "top_p": 0.5, "temperature": 0.2}
 
 
 def test_questions_need_a_checker(folder, tmp_path):
