@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
     return str(path)
 
 
-def results(tmp_path, folder, trained=False, checker="world", suites=SUITES, generator=None):
+def results(tmp_path, folder, trained=False, checker="world"):
     stages = {
         "prompts": lambda job: job.write(table(PROMPT, [
             {**row, "checker": checker} for row in prompts((job.config["task"],), 4, 1, 5)])),
         "train": lambda job: shutil.copytree(folder, job.dir / "policy"),
         "evaluate": evaluate,
     }
-    config, local = describe(suites, SAMPLING, 0, MeshShape(), Model(folder), trained, generator)
+    config, local = describe(SUITES, SAMPLING, 0, MeshShape(), Model(folder), trained)
     inputs = {f"suite/{suite.name}": Node("prompts", suite.name, {"task": suite.name, "checker": checker})
               for suite in SUITES} | ({"policy": Node("train", "policy", {})} if trained else {})
     wanted, workspace = Node("evaluate", "evaluate", config, inputs, local), Workspace(tmp_path)
