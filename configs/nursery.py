@@ -1,40 +1,42 @@
 """How the shipped models came about: a base on worked solutions, careless rungs from it, another family, a judge.
 
 `oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
-careless steps, so rungs differ in capability and in nothing else. `elm` is another architecture and initialisation.
-`judge` is `oak-strong` with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that
-are careless, or corrupted to a known degree, and is then drilled on single steps, without which it never looks at the
-numbers.
+careless steps, so rungs differ in capability and in nothing else. The student is made in the same way. `elm` is
+another architecture and initialisation. `judge` is `oak-strong` with two more layers; it reads the rubric's prompt and
+learns to rate in-domain solutions that are careless, or corrupted to a known degree.
 
     python -m launch.nursery --config=configs/nursery.py
 """
+
+import dataclasses
 
 from configs.quickstart import IN_DOMAIN, suites
 from deltapref_jax.config import Nursery, Pupil, Sampling
 
 OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
 CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # an in-domain family is practised three times as often as another
-CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "student": 0.14, "oak-good": 0.06, "oak-strong": 0.0}
+CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "oak-good": 0.06, "oak-strong": 0.0}
+SEEDS = {"oak-weak": 10, "oak-fair": 11, "oak-good": 13, "oak-strong": 14, "student": 15}
 
 
 def get_config() -> Nursery:
-    rungs = tuple(
-        Pupil(name=name, base="oak", tasks=CURRICULUM, error_rate=rate, steps=160, rows=16, learning_rate=6e-4,
-              seed=10 + i)
-        for i, (name, rate) in enumerate(CARELESS.items())
-    )
+    def careless(name: str, base: str, rate: float) -> Pupil:
+        return Pupil(name=name, base=base, tasks=CURRICULUM, error_rate=rate, steps=160, rows=16, learning_rate=6e-4,
+                     seed=SEEDS[name])
+
+    elm = Pupil(name="elm-sapling", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3,
+                mlp=256, error_rate=0.02, steps=700, rows=16, learning_rate=3e-3, seed=1)
     return Nursery(
         pupils=(
             Pupil(name="oak", tasks=CURRICULUM, difficulties=(1, 2), steps=2000, rows=16, learning_rate=3e-3),
-            *rungs,
-            Pupil(name="elm", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3, mlp=256,
-                  error_rate=0.02, steps=700, rows=16, learning_rate=3e-3, seed=1),
-            Pupil(name="judge-draft", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
+            *(careless(name, "oak", rate) for name, rate in CARELESS.items()),
+            careless("student", "oak-strong", 0.11),
+            elm,
+            dataclasses.replace(elm, name="elm", base=elm.name, steps=600, learning_rate=2e-3, seed=4),
+            Pupil(name="judge", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
                   row_length=288, learning_rate=1e-3, seed=2),
-            Pupil(name="judge", base="judge-draft", lesson="judge", tasks=IN_DOMAIN, layers=5, drill=0.6, steps=500,
-                  rows=18, row_length=288, learning_rate=1e-3, seed=3),
         ),
-        release=(*CARELESS, "elm", "judge"),
+        release=(*CARELESS, "student", "elm", "judge"),
         suites=suites(count=150, samples=2),
         sampling=Sampling(max_prompt=96, max_tokens=128, slots=192, chunk=16, shard=512),
     )

@@ -220,7 +220,6 @@ class Pupil:
     tasks: tuple[str, ...] = ()  # synthetic families, drawn evenly; a family named twice is drawn twice as often
     difficulties: tuple[int, ...] = (2,)  # drawn evenly
     error_rate: float = 0.0  # careless steps per step in the solutions it learns from
-    drill: float = 0.0  # "judge": share of solutions that stop after a step or two, where one number decides the rating
     steps: int = 1000
     rows: int = 32  # packed rows of one step
     row_length: int = 256

@@ -89,7 +89,6 @@ def validate_nursery(nursery: Nursery) -> Nursery:
         if not p.tasks or not p.difficulties:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
         _number(f"error_rate {where}", p.error_rate, 0, 1)
-        _number(f"drill {where}", p.drill, 0, 1)
         for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
             _number(f"{field} {where}", getattr(p, field), 1)
         if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):

@@ -62,15 +62,11 @@ def solving(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
 def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
     """A rubric prompt and its five labels, each in a branch of its own.
 
-    A share `drill` of the solutions are a plan and a step or two with numbers that may be wrong; of the others half are
-    careless, half are corrupted in one dimension. The label is the exact rating rounded at
+    Half of the solutions are careless, half are corrupted in one dimension. The label is the exact rating rounded at
     random to a neighbour, so that the expectation a judge learns is the rating.
     """
     p = draw(pupil, rng)
-    if rng.random() < pupil.drill:
-        spoilt = corrupt(p, "numerical_precision", rng.randint(0, DEGREES), rng)
-        worked = "\n".join(spoilt.splitlines()[: 1 + rng.randint(1, 2)])
-    elif rng.random() < 0.5:
+    if rng.random() < 0.5:
         worked = solution(p, rng, rng.random() * 0.8)
     else:
         worked = corrupt(p, rng.choice(DIMENSIONS), rng.randint(1, DEGREES), rng)
