@@ -76,7 +76,7 @@ def get_config() -> Experiment:
                     Objective(name="sft", kind="sft", learning_rate=3e-4)),
         arms=tuple(arms),
         suites=suites(count=90, samples=2),
-        training=Training(pairs_per_step=24, steps=24, rows=24, row_length=256),
+        training=Training(pairs_per_step=24, steps=24, rows=14, row_length=384),
         sampling=Sampling(max_prompt=96, max_tokens=128, slots=192, chunk=16, shard=512),
         scoring=Scoring(rows=24, row_length=448),
     )
