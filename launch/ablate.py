@@ -49,20 +49,23 @@ def main(_: list[str]) -> None:
     if "evaluate/student" in nodes:
         before["evaluate/student"] = nodes["evaluate/student"]
     run(before, stage_table(), workspace, verify=_VERIFY.value)
-    _say_detectable(console, workspace, nodes)
+    _say_detectable(console, workspace, nodes, experiment)
     run(nodes, stage_table(), workspace, verify=_VERIFY.value)
     _show(console, workspace, nodes)
 
 
-def _say_detectable(console: Console, workspace: Workspace, nodes: Mapping[str, Node]) -> None:
+def _say_detectable(console: Console, workspace: Workspace, nodes: Mapping[str, Node], e: Experiment) -> None:
     """Before the arms train: the smallest difference to the student that this set-up would find."""
+    from deltapref_jax.analysis.findings import DOMAIN_WORDS
     from deltapref_jax.analysis.statistics import minimum_detectable
 
     if "evaluate/student" not in nodes:
         return
-    for domain, points in minimum_detectable(workspace.table(nodes["evaluate/student"])).items():
-        console.print(f"Smallest detectable change, {domain}-domain: {points:.1f} points "
-                      "(one seed, 80% power, 5% level, two-sided).")
+    seeds = min((len(a.seeds) for a in e.arms), default=1)
+    found = minimum_detectable(workspace.table(nodes["evaluate/student"]), seeds)
+    changes = ", ".join(f"{points:.1f} points {DOMAIN_WORDS[domain]}" for domain, points in found.items())
+    console.print(f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% power, "
+                  "two-sided 5% level, sampling error alone).", soft_wrap=True)
 
 
 def _show(console: Console, workspace: Workspace, nodes: Mapping[str, Node]) -> None:
