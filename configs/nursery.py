@@ -2,8 +2,9 @@
 
 `oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
 careless steps, so rungs differ in capability and in nothing else. The student is made in the same way. `elm` is
-another architecture and initialisation. `judge` is `oak-strong` with two more layers; it reads the rubric's prompt and
-learns to rate in-domain solutions that are careless, or corrupted to a known degree.
+another architecture and initialisation, raised in three lessons to stand between two rungs. `judge` is `oak-strong`
+with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that are careless, or
+corrupted to a known degree.
 
     python -m launch.nursery --config=configs/nursery.py
 """
@@ -16,7 +17,7 @@ from deltapref_jax.config import Nursery, Pupil, Sampling
 OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
 CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # an in-domain family is practised three times as often as another
 CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "oak-good": 0.06, "oak-strong": 0.0}
-SEEDS = {"oak-weak": 10, "oak-fair": 11, "oak-good": 13, "oak-strong": 14, "student": 15}
+SEEDS = {"oak-weak": 10, "oak-fair": 11, "oak-good": 13, "oak-strong": 14, "student": 15, "elm": 16}
 
 
 def get_config() -> Nursery:
@@ -32,7 +33,8 @@ def get_config() -> Nursery:
             *(careless(name, "oak", rate) for name, rate in CARELESS.items()),
             careless("student", "oak-strong", 0.11),
             elm,
-            dataclasses.replace(elm, name="elm", base=elm.name, steps=600, learning_rate=2e-3, seed=4),
+            dataclasses.replace(elm, name="elm-tree", base=elm.name, steps=600, learning_rate=2e-3, seed=4),
+            careless("elm", "elm-tree", 0.09),
             Pupil(name="judge", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
                   row_length=288, learning_rate=1e-3, seed=2),
         ),
