@@ -143,7 +143,7 @@ def _arms(s: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _instruments(s: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = [("Judge", text) for text in s["judge_sentences"] if "cannot carry" in text]
+    found = [("Judges", text) for text in s["judge_sentences"] if "cannot carry" in text]
     falling = [a["name"] for a in s["arms"] if a["training"]["falling"]]
     if falling:
         found.append(("Training", f"in {len(falling)} of {len(s['arms'])} arms the log-probabilities of chosen and "
@@ -161,10 +161,11 @@ def judge_sentence(j: Mapping[str, Any], exact: bool) -> str:
     if j["auc_mean"] < USELESS_AUC:
         return (f"Judge {name} cannot carry a conclusion: its AUC against known corruption is {j['auc_mean']:.2f} on "
                 f"average, below {USELESS_AUC}.{carried}")
+    low = [f"{words(d)} ({a[0]:.2f})" for d, a in j["auc"].items() if USELESS_AUC <= a[0] < WANTED_AUC]
     if j["useless"]:
+        weak = f" It is weak, below {WANTED_AUC}, on {_listed(low)}." if low else ""
         return (f"Judge {name} cannot carry a conclusion on {_listed([words(d) for d in j['useless']])}: its AUC "
-                f"against known corruption is below {USELESS_AUC} there.{carried}")
-    low = [f"{words(d)} ({a[0]:.2f})" for d, a in j["auc"].items() if a[0] < WANTED_AUC]
+                f"against known corruption is below {USELESS_AUC} there.{carried}{weak}")
     if low:
         return f"Judge {name} is usable but weak, with an AUC below {WANTED_AUC}, on {_listed(low)}."
     lowest = float(np.min([a[0] for a in j["auc"].values()]))

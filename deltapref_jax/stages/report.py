@@ -10,7 +10,7 @@ from deltapref_jax.analysis.summary import summarise
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.workspace import Job
 
-VERSION = 3
+VERSION = 4
 
 
 def _by_first(tables: dict[str, pa.Table]) -> dict[str, dict[str, pa.Table]]:
