@@ -44,6 +44,7 @@ def raised(tmp_path_factory):
         patch.setattr(nursery, "_TOKENIZER_TEXTS", 120)
         patch.setattr(nursery, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
         patch.setattr(launch.nursery, "_CONFIG", types.SimpleNamespace(value=small(root)))
+        patch.setattr(launch.nursery, "_MEASURE_ONLY", types.SimpleNamespace(value=False))
         launch.nursery.main([])
     return root
 
@@ -55,7 +56,8 @@ def test_pupils_are_folders_that_load(raised):
     assert oak.spec.vocab == len(oak.text.tokenizer) == 500
     assert json.loads((raised / "out" / "judge" / "pupil.json").read_text())["base"] == "oak"
     measured = json.loads((raised / "out" / "measured.json").read_text())
-    assert {name: set(found) for name, found in measured.items()} == {"oak": {"pupil", "in"}, "judge": {"pupil"}}
+    assert {name: set(found) for name, found in measured.items()} == {
+        "oak": {"pupil", "in"}, "judge": {"pupil", *DIMENSIONS}}
 
 
 def test_they_learnt(raised):
