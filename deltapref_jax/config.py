@@ -7,6 +7,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 DIMENSIONS = (
     "factuality",
@@ -23,11 +24,36 @@ NURSERY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "synthetic", 
 PROMPT_KINDS = ("synthetic", "reasoning_gym", "jsonl", "parquet", "hub", "tfds")
 CHECKERS = ("", "world", "reasoning_gym", "math", "exact")
 JUDGE_KINDS = ("exact", "model")
-OBJECTIVE_KINDS = ("dpo", "dpo_norm", "kto", "sft")
 KEEPS = ("all", "top", "random", "matched")
 STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong")
 BUDGETS = ("steps", "epochs")
 DTYPES = ("float32", "bfloat16")
+
+
+class ObjectiveKind(NamedTuple):
+    """What an objective trains on; its loss has the same name in `training.objectives.LOSSES`."""
+
+    unit: str  # one term of the loss: a "pair", an "example" (either half of a pair, labelled), a "token" of the chosen
+    reference: bool  # needs reference log-probabilities
+    baseline: bool = False  # needs mismatched rows: KTO's z0
+    smoothed: bool = False  # has `label_smoothing`
+
+
+OBJECTIVE_KINDS = {
+    "dpo": ObjectiveKind("pair", True),
+    "dpo_norm": ObjectiveKind("pair", True),  # length-normalised
+    "hinge": ObjectiveKind("pair", True),
+    "ipo": ObjectiveKind("pair", True),
+    "robust": ObjectiveKind("pair", True, smoothed=True),
+    "cdpo": ObjectiveKind("pair", True, smoothed=True),  # conservative
+    "apo_zero": ObjectiveKind("pair", True),
+    "apo_down": ObjectiveKind("pair", True),
+    "simpo": ObjectiveKind("pair", False),
+    "kto": ObjectiveKind("example", True, baseline=True),
+    "apo_zero_unpaired": ObjectiveKind("example", True),
+    "sft": ObjectiveKind("token", False),
+}
+"""Every objective by name; equations and papers are in `training.objectives`."""
 
 
 class ConfigError(ValueError):
@@ -98,10 +124,14 @@ class Objective:
 
     name: str = ""
     kind: str = "dpo"  # one of OBJECTIVE_KINDS
-    beta: float = 0.1  # dpo, kto: 0.01 to 0.5; dpo_norm (length-normalised): 5 to 10
+    beta: float = 0.1  # per nat: 0.01 to 0.5; per nat a token in dpo_norm: 5 to 10, and simpo: 2 to 10; not in sft
     learning_rate: float = 1e-4
-    desirable_weight: float = 1.0  # KTO w_D
-    undesirable_weight: float = 1.0  # KTO w_U
+    label_smoothing: float = 0.0  # robust, cdpo: share of pairs whose label is assumed to be flipped, 0 to below 0.5
+    gamma: float = 0.5  # simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6)
+    nll_weight: float = 0.0  # pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token
+    desirable_weight: float = 1.0  # kto, apo_zero_unpaired: w_D, 0 upward
+    undesirable_weight: float = 1.0  # kto, apo_zero_unpaired: w_U, 0 upward
+    baseline_fraction: float = 1.0  # kto: share of a step's rows that z0 is measured on, above 0 to 1
 
 
 @dataclasses.dataclass

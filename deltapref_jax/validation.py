@@ -19,6 +19,7 @@ from deltapref_jax.config import (
     ConfigError,
     Experiment,
     Nursery,
+    Objective,
     Prompts,
     choose,
 )
@@ -147,13 +148,26 @@ def validate(experiment: Experiment) -> Experiment:
             raise ConfigError(f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for others.")
     for o in e.objectives:
         choose(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
-        _number(f"beta of objective {o.name!r}", o.beta, 1e-9)
-        _number(f"learning_rate of objective {o.name!r}", o.learning_rate, 0)
-        _number(f"desirable_weight of objective {o.name!r}", o.desirable_weight, 0)
-        _number(f"undesirable_weight of objective {o.name!r}", o.undesirable_weight, 0)
+        _objective(o, f"of objective {o.name!r}")
     _validate_arms(e)
     _validate_sizes(e)
     return e
+
+
+def _objective(o: Objective, where: str) -> None:
+    """Numbers in range, and none set that the kind does not read: the arm would not be what its config says."""
+    _number(f"beta {where}", o.beta, 1e-9)
+    for field in ("learning_rate", "gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
+        _number(f"{field} {where}", getattr(o, field), 0)
+    _number(f"label_smoothing {where}", o.label_smoothing, 0, 0.4999)
+    _number(f"baseline_fraction {where}", o.baseline_fraction, 1e-9, 1)
+    for field, unset, reads in (
+            ("label_smoothing", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.smoothed]),
+            ("nll_weight", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "pair"]),
+            ("baseline_fraction", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.baseline])):
+        if getattr(o, field) != unset and o.kind not in reads:
+            raise ConfigError(f"{field} {where} is {getattr(o, field)!r} and its kind {o.kind!r} has none; leave it at "
+                              f"{unset} or choose one of {', '.join(map(repr, reads))}.")
 
 
 def _validate_arms(e: Experiment) -> None:

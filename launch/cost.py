@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from deltapref_jax.config import DIMENSIONS, Arm, Experiment
+from deltapref_jax.config import DIMENSIONS, OBJECTIVE_KINDS, Arm, Experiment
 from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.synthetic.corrupt import DEGREES
 from deltapref_jax.workspace import Node, Workspace, in_order
@@ -51,10 +51,10 @@ class Cost:
         return traces, 0 if self._judges[judge].kind == "exact" else traces * self._e.scoring.row_length
 
     def _trained(self, arm: Arm) -> tuple[int, int]:
-        t, kind = self._e.training, self._kinds[arm.objective]
+        t, kind = self._e.training, OBJECTIVE_KINDS[self._kinds[arm.objective]]
         pool = max(1, int(self._questions * arm.fraction))
         pairs = t.pairs_per_step * t.steps if t.budget == "steps" else int(pool * t.epochs) + t.pairs_per_step
-        traces = pairs * {"sft": 1, "kto": 4}.get(kind, 2)  # KTO reads every trace with another prompt too
+        traces = pairs * (1 if kind.unit == "token" else 2) * (1 + kind.baseline)  # KTO: with another prompt too
         return traces, traces * min(self._longest, t.row_length)
 
 

@@ -102,10 +102,11 @@ def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=Fa
     params = abstract(spec)[1]
     number, index = array(jnp.float32, segments), array(jnp.int32, segments)
     examples = Examples(index, index, number, number, number, number)
-    grads, sums = jax.eval_shape(steps.gradient, params, packed(rows, length, branched), examples,
-                                 Hyper(*[array(jnp.float32)] * len(Hyper._fields)))
+    grads, sums, s = jax.eval_shape(steps.gradient, params, packed(rows, length, branched), examples,
+                                    Hyper(*[array(jnp.float32)] * len(Hyper._fields)))
     assert shapes(grads) == shapes(params)
     assert {x.shape for x in sums.values()} == {()}
+    assert s.shape == (segments,)
     state = TrainState(params, jax.eval_shape(optimizer.transform().init, params))
     after, norm = jax.eval_shape(steps.apply, state, grads, array(jnp.float32))
     assert shapes(after) == shapes(state)

@@ -13,6 +13,7 @@ from deltapref_jax.analysis.figures import Line, Point
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, points, words
 from deltapref_jax.analysis.judges import USELESS_AUC
 from deltapref_jax.analysis.study import Study
+from deltapref_jax.config import OBJECTIVE_KINDS
 
 _PAIRS_SHOWN = 120
 _CURVES_SHOWN = 32
@@ -53,15 +54,15 @@ def _selection(s: Mapping[str, Any]) -> str | None:
 
 
 def _curves(study: Study, s: Mapping[str, Any]) -> str | None:
-    """First seeds: log-probabilities minus the reference's; SFT has none, its curve is since the first step."""
+    """First seeds: log-probabilities minus the reference's; where there is none, since the first step (SFT, SimPO)."""
     runs: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    betas = {o["name"]: o["beta"] for o in study.experiment["objectives"]}
+    betas = {o["name"]: o["beta"] for o in study.experiment["objectives"] if OBJECTIVE_KINDS[o["kind"]].reference}
     for a in s["arms"][:_CURVES_SHOWN]:
         metrics = next((rows for label, rows in study.metrics.items() if label.rsplit("/", 1)[0] == a["name"]), [])
         sides: dict[str, list[tuple[int, float]]] = {}
         for side in ("chosen", "rejected"):
             values = [(row["step"], row[f"rewards/{side}"] / betas[a["objective"]]) for row in metrics
-                      if row.get(f"rewards/{side}") is not None]
+                      if a["objective"] in betas and row.get(f"rewards/{side}") is not None]
             raw = [(row["step"], row[f"logps/{side}"]) for row in metrics if row.get(f"logps/{side}") is not None]
             if values := values or [(step, v - raw[0][1]) for step, v in raw]:
                 sides[side] = values

@@ -12,6 +12,7 @@ from deltapref_jax.analysis import judges
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.findings import findings, judge_sentence
 from deltapref_jax.analysis.study import Study
+from deltapref_jax.config import OBJECTIVE_KINDS
 
 _ARM_FIELDS = ("name", "chosen", "rejected", "direction", "keep", "by", "judge", "fraction", "stratum", "objective",
                "group")
@@ -107,7 +108,8 @@ def _arm(study: Study, changes: Changes, arm: dict) -> dict[str, Any]:
         "chosen_tokens": stats.get("chosen_tokens"), "rejected_tokens": stats.get("rejected_tokens"),
         "truncated": float(np.mean([s["truncated"] for s in shapes])),
         "tokens": float(np.mean([s["tokens"] for s in shapes])),
-        "training": _training(study, name, objective["beta"]),
+        "training": _training(
+            study, name, objective["beta"] if OBJECTIVE_KINDS[objective["kind"]].reference else 0.0),
     }
     for d, of_arms in changes.items():
         p = {a: c.p for a, c in of_arms.items()}

@@ -59,7 +59,7 @@ class Sequences:
 
     def row(self, prompt_id: str, trace_id: str, reference: float = 0.0) -> Row:
         """A prompt with a trace; the end token is a target only where the trace ended with it."""
-        return Row(self._prompts[prompt_id], self._completions[trace_id], reference)
+        return Row(self._prompts[prompt_id], self._completions[trace_id], reference, trace_id)
 
 
 def score(job: Job) -> None:

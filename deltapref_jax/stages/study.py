@@ -11,7 +11,18 @@ from typing import Any
 
 from etils import epath
 
-from deltapref_jax.config import Arm, ConfigError, Experiment, Generator, Judge, Model, Prompts, choose, model_of
+from deltapref_jax.config import (
+    OBJECTIVE_KINDS,
+    Arm,
+    ConfigError,
+    Experiment,
+    Generator,
+    Judge,
+    Model,
+    Prompts,
+    choose,
+    model_of,
+)
 from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import file_sha256
 from deltapref_jax.models.weights import weights_hash
@@ -126,7 +137,7 @@ def _generator(nodes: dict[str, Node], e: Experiment, g: Generator, reference: M
         label = f"judge/{j.name}/{g.name}"
         nodes[label] = Node("judge", label, config, inputs, local, judge.VERSION)
     kinds = {o.name: o.kind for o in e.objectives}
-    if any(kinds[a.objective] != "sft" for a in e.arms):
+    if any(OBJECTIVE_KINDS[kinds[a.objective]].reference for a in e.arms):
         nodes[f"score/{g.name}"] = Node(
             "score", f"score/{g.name}",
             {"weights": weights_hash(reference.path), "dtype": reference.dtype, "seed": e.seed,
@@ -176,7 +187,7 @@ def _train(nodes: dict[str, Node], e: Experiment, a: Arm, seed: int, pairs: Node
     inputs = {"pairs": pairs, "prompts": nodes["prompts"]}
     for name in dict.fromkeys((a.chosen, a.rejected)):
         inputs[f"sample/{name}"] = nodes[f"sample/{name}"]
-        if f"score/{name}" in nodes and objective.kind != "sft":
+        if f"score/{name}" in nodes and OBJECTIVE_KINDS[objective.kind].reference:
             inputs[f"score/{name}"] = nodes[f"score/{name}"]
     return Node("train", label, config, inputs,
                 {"student": dataclasses.asdict(student), "mesh": dataclasses.asdict(e.mesh)}, train.VERSION)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from deltapref_jax.config import ConfigError, MeshShape, Objective, Training
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Objective, Training
 from deltapref_jax.mesh import is_first, make_mesh
 from deltapref_jax.models.weights import export, load
 from deltapref_jax.stages.score import Sequences
@@ -20,22 +20,26 @@ def groups_of(kind: str, pairs: list[dict], sequences: Sequences, matched: dict[
               mismatched: dict[str, tuple[str, float]]) -> list[Group]:
     """Pairs as the objective reads them: DPO takes pairs, KTO both halves of each, SFT the chosen ones.
 
-    A pair without a reference (its row was too long to be scored) is left out; SFT needs none.
+    A pair without a reference that the objective needs (its row was too long to be scored) is left out; an example whose
+    mismatched row was too long to be scored stays, without it.
     """
+    unit, reference, baseline, _ = OBJECTIVE_KINDS[kind]
+
     def row(prompt: str, trace: str) -> Row:
         return sequences.row(prompt, trace, matched.get(trace, 0.0))
 
     groups: list[Group] = []
     for p in pairs:
         prompt, sides = p["prompt_id"], (p["chosen_id"], p["rejected_id"])
-        if kind == "sft":
+        if unit == "token":
             groups.append(Group((row(prompt, sides[0]),)))
-        elif not all(trace in matched and (kind != "kto" or trace in mismatched) for trace in sides):
+        elif reference and not all(trace in matched for trace in sides):
             continue
-        elif kind == "kto":
+        elif unit == "example":
             for trace, label in zip(sides, (1.0, 0.0), strict=True):
-                other, reference = mismatched[trace]
-                groups.append(Group((row(prompt, trace),), label, sequences.row(other, trace, reference)))
+                other = sequences.row(mismatched[trace][0], trace, mismatched[trace][1]) if (
+                    baseline and trace in mismatched) else None
+                groups.append(Group((row(prompt, trace),), label, other))
         else:
             groups.append(Group((row(prompt, sides[0]), row(prompt, sides[1]))))
     return groups
@@ -83,16 +87,18 @@ def train_arm(job: Job) -> None:
         if not groups:
             raise ConfigError(f"None of the {len(pairs)} pairs has reference log-probabilities: their rows are longer "
                               "than config.scoring.row_length; raise it.")
-        data = Data(groups, kind, training, c["seed"])
-        run = Run(Objective(**c["objective"]), data.steps, training.rows, training.row_length, training.warmup,
+        objective = Objective(**c["objective"])
+        data = Data(groups, kind, training, c["seed"], objective.baseline_fraction)
+        run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
                   training.schedule, optimizer=Optimizer(training.clip, training.weight_decay),
                   checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints)
-        guard = c["reference"] == c["student"] and kind != "sft"
+        guard = c["reference"] == c["student"] and OBJECTIVE_KINDS[kind].reference
         params, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
                                job.node.label, c["dtype"], guard)
         if is_first():
             export(jax.device_get(params), model.spec, model.text, folder / "policy")
-    unscored = len(pairs) * (2 if kind == "kto" else 1) - len(groups)
+    unscored = len(pairs) * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1) - len(groups)
     job.stats |= counts | {"pairs": float(len(pairs)), "groups": float(len(data.groups)), "steps": float(data.steps),
-                           "dropped_long": float(data.dropped + unscored)}
+                           "dropped_long": float(data.dropped + unscored),
+                           "dropped_mismatched": float(data.dropped_mismatched)}
     job.files += ["metrics.jsonl", "policy/*"]

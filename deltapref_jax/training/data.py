@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltapref_jax.config import ConfigError, Training
-from deltapref_jax.scoring.packing import PackedBatch, Sample, capacity, pack, sample
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Training
+from deltapref_jax.scoring.packing import Micro, PackedBatch, Sample, capacity, pack, sample
 from deltapref_jax.training.step import Examples
 
 
@@ -21,6 +21,7 @@ class Row(NamedTuple):
     prompt: Sequence[int]  # token ids
     completion: Sequence[int]  # token ids; the targets
     reference: float = 0.0  # log-probability of the completion under the reference, nats
+    trace: str = ""  # trace_id of the completion, for messages
 
     @property
     def tokens(self) -> int:
@@ -37,7 +38,7 @@ class Group(NamedTuple):
 
     rows: tuple[Row, ...]
     desirable: float = 1.0  # KTO's label, 1 or 0
-    mismatched: Row | None = None  # KTO: the completion of `rows[0]` behind another prompt
+    mismatched: Row | None = None  # KTO: a row for the baseline, such as the completion behind another prompt
 
 
 class StepData(NamedTuple):
@@ -48,6 +49,8 @@ class StepData(NamedTuple):
     total: float  # pairs, examples or target tokens
     tokens: int  # real tokens, baseline rows included
     epoch: float  # passes over the data after this step
+    chosen_tokens: float = 1.0  # target tokens of the first rows of all groups
+    traces: Sequence[Sequence[str]] = ()  # trace_id by segment, of `micros`, then of `baseline`
 
 
 class Data:
@@ -55,10 +58,13 @@ class Data:
 
     Attributes:
       dropped: groups left out because one of their rows is longer than a packed row.
+      dropped_mismatched: KTO examples that are trained on and whose mismatched row is not there, being longer than a
+        packed row or than what was scored: the baseline is measured on the others.
       steps: of the run that `training` asks for.
     """
 
-    def __init__(self, groups: Sequence[Group], kind: str, training: Training, seed: int):
+    def __init__(self, groups: Sequence[Group], kind: str, training: Training, seed: int,
+                 baseline_fraction: float = 1.0):
         """Drops what is too long.
 
         Args:
@@ -66,26 +72,63 @@ class Data:
           kind: of the objective, one of `config.OBJECTIVE_KINDS`.
           training: shapes and budget; `pairs_per_step` pairs are twice as many examples of KTO.
           seed: of the order.
+          baseline_fraction: share of a step's rows that KTO's baseline is measured on.
 
         Raises:
-          ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are.
+          ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are; a step of KTO holds
+            one example, or one prompt only.
         """
-        self.kind, self._training, self._seed = kind, training, seed
-        self.groups = [group for group in groups if self._fits(group)]
+        self.kind, self._training, self._seed, self._fraction = kind, training, seed, baseline_fraction
+        fits = [group for group in groups if all(map(self._fits, group.rows))]
+        self.groups = [group if group.mismatched is None or self._fits(group.mismatched)
+                       else group._replace(mismatched=None) for group in fits]
         self.dropped = len(groups) - len(self.groups)
         if self.dropped and training.over_length == "error":
             raise ConfigError(f"{self.dropped} of {len(groups)} groups are longer than config.training.row_length "
                               f"({training.row_length} tokens); raise it, or set over_length to 'drop'.")
-        self.batch = min(training.pairs_per_step * (2 if kind == "kto" else 1), len(self.groups))
+        self.batch = min(training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
+                         len(self.groups))
         if not self.batch:
             raise ConfigError(f"All {self.dropped} groups are longer than config.training.row_length "
                               f"({training.row_length} tokens); raise it.")
         epochs = -(-int(training.epochs * len(self.groups)) // self.batch)
         self.steps = training.steps if training.budget == "steps" else max(1, epochs)
+        self.dropped_mismatched = 0
+        if OBJECTIVE_KINDS[kind].baseline:
+            self._check_baseline(fits)
 
-    def _fits(self, group: Group) -> bool:
-        rows = group.rows + ((group.mismatched,) if group.mismatched else ())
-        return all(row.tokens <= self._training.row_length for row in rows)
+    def _fits(self, row: Row) -> bool:
+        return row.tokens <= self._training.row_length
+
+    def _check_baseline(self, fits: Sequence[Group]) -> None:
+        """Refuses what z0 cannot be measured on; counts the rows it does without."""
+        self._mismatched = [group.mismatched for group in self.groups if group.mismatched]
+        self.dropped_mismatched = len(self.groups) - len(self._mismatched)
+        long = sum(group.mismatched is not None for group in fits) - len(self._mismatched)
+        if long and self._training.over_length == "error":
+            raise ConfigError(f"{long} of {len(fits)} mismatched rows (a completion behind another prompt, for KTO's "
+                              f"baseline) are longer than config.training.row_length ({self._training.row_length} "
+                              "tokens); raise it, or set over_length to 'drop'.")
+        if not self._mismatched:
+            raise ConfigError(f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; raise "
+                              "config.training.row_length and config.scoring.row_length, or give the rows.")
+        if self.batch < 2:
+            raise ConfigError("A step of KTO would hold one example, and its baseline would be that example's own "
+                              "log-ratio, so that the loss compares it with itself; give at least two examples.")
+        ids: dict[tuple[int, ...], int] = {}
+        prompts = np.array([ids.setdefault(tuple(map(int, g.rows[0].prompt)), len(ids)) for g in self.groups])
+        epochs = -(-self.steps * self.batch // len(self.groups))
+        order = np.concatenate([self._order(epoch) for epoch in range(epochs)])[: self.steps * self.batch]
+        drawn = prompts[order].reshape(self.steps, self.batch)
+        alone = np.flatnonzero((drawn == drawn[:, :1]).all(axis=1))
+        if len(alone):
+            raise ConfigError(f"Step {alone[0] + 1} of KTO ({len(alone)} of {self.steps} steps) would hold "
+                              f"{self.batch} examples of one prompt; its baseline would follow these very completions "
+                              "instead of the policy's drift elsewhere: raise config.training.pairs_per_step, or use "
+                              "more prompts.")
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self.groups))
 
     def members(self, step: int) -> list[int]:
         """Groups of a step: epochs are seeded permutations laid end to end."""
@@ -94,7 +137,7 @@ class Data:
         for place in range(step * self.batch, (step + 1) * self.batch):
             epoch, at = divmod(place, n)
             if epoch not in orders:
-                orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(n)
+                orders[epoch] = self._order(epoch)
             found.append(int(orders[epoch][at]))
         return found
 
@@ -102,20 +145,49 @@ class Data:
         """The step's micro-batches, and KTO's baseline rows."""
         groups = [self.groups[i] for i in self.members(step)]
         return pack_step(groups, self.kind, self._training.rows, self._training.row_length,
-                         (step + 1) * self.batch / len(self.groups))
+                         (step + 1) * self.batch / len(self.groups),
+                         self._baseline_rows(step, groups) if OBJECTIVE_KINDS[self.kind].baseline else None)
+
+    def _baseline_rows(self, step: int, groups: Sequence[Group]) -> list[Row]:
+        """The mismatched rows that z0 of a step is measured on: a share of its own, drawn by (seed, step).
+
+        A step none of whose mismatched rows fits takes others of the data: each is as good a sample of the drift.
+        """
+        rows = [group.mismatched for group in groups if group.mismatched] or self._mismatched
+        count = min(len(rows), -int(-self._fraction * len(groups) // 1))
+        drawn = np.random.default_rng([self._seed, step, 1]).choice(len(rows), count, replace=False)
+        return [rows[i] for i in np.sort(drawn)]
 
 
-def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch: float = 0.0) -> StepData:
-    """A step's groups in micro-batches of [rows, length], every group whole in one of them."""
+def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch: float = 0.0,
+              mismatched: Sequence[Row] | None = None) -> StepData:
+    """A step's groups in micro-batches of [rows, length], every group whole in one of them.
+
+    Args:
+      groups: of the step.
+      kind: of the objective.
+      rows: B.
+      length: L.
+      epoch: passes over the data after this step.
+      mismatched: rows that KTO's baseline is measured on; None: those of all groups.
+    """
     samples = [row.sample() for group in groups for row in group.rows]
     starts = np.cumsum([0] + [len(group.rows) for group in groups])
     indices = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    micros = [(m.batch, _examples(m.order, indices, groups, capacity(rows, length)))
-              for m in pack(samples, indices, rows, length)]
-    mismatched = [group.mismatched for group in groups if group.mismatched] if kind == "kto" else []
-    total = sum(int(s.targets.sum()) for s in samples) if kind == "sft" else len(groups)
+    packed = pack(samples, indices, rows, length)
+    micros = [(m.batch, _examples(m.order, indices, groups, capacity(rows, length))) for m in packed]
+    if mismatched is None:
+        mismatched = [group.mismatched for group in groups if group.mismatched]
+    if not OBJECTIVE_KINDS[kind].baseline:
+        mismatched = []
+    others = pack([row.sample() for row in mismatched], [[i] for i in range(len(mismatched))], rows, length)
+    chosen = float(max(1, sum(int(samples[at[0]].targets.sum()) for at in indices)))
+    total = chosen if OBJECTIVE_KINDS[kind].unit == "token" else float(len(groups))
     tokens = sum(len(s.tokens) for s in samples) + sum(row.tokens for row in mismatched)
-    return StepData(micros, _baseline(mismatched, rows, length), float(total), tokens, epoch)
+    flat = [row for group in groups for row in group.rows]
+    traces = [[each[i].trace for i in m.order] for each, ms in ((flat, packed), (mismatched, others)) for m in ms]
+    return StepData(micros, [_baseline(m, mismatched, capacity(rows, length)) for m in others], total, tokens, epoch,
+                    chosen, traces)
 
 
 def _examples(order: np.ndarray, indices: list[list[int]], groups: Sequence[Group], size: int) -> Examples:
@@ -130,11 +202,8 @@ def _examples(order: np.ndarray, indices: list[list[int]], groups: Sequence[Grou
     return Examples(places[0], places[1], *columns)
 
 
-def _baseline(mismatched: list[Row], rows: int, length: int) -> list[tuple[PackedBatch, np.ndarray, np.ndarray]]:
-    size, found = capacity(rows, length), []
-    for m in pack([row.sample() for row in mismatched], [[i] for i in range(len(mismatched))], rows, length):
-        reference, weight = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        reference[: len(m.order)] = [mismatched[i].reference for i in m.order]
-        weight[: len(m.order)] = 1.0
-        found.append((m.batch, reference, weight))
-    return found
+def _baseline(micro: Micro, mismatched: Sequence[Row], size: int) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
+    reference, weight = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    reference[: len(micro.order)] = [mismatched[i].reference for i in micro.order]
+    weight[: len(micro.order)] = 1.0
+    return micro.batch, reference, weight

@@ -12,20 +12,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from deltapref_jax.config import ConfigError, Objective
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective
 from deltapref_jax.mesh import is_first, put
 from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import capacity
-from deltapref_jax.training.checkpoint import Checkpoints, Metrics
+from deltapref_jax.training.checkpoint import Checkpoints, Metrics, read_metrics
 from deltapref_jax.training.data import StepData
-from deltapref_jax.training.objectives import kto_baseline
+from deltapref_jax.training.guards import Fall, check_finite, check_reference
+from deltapref_jax.training.objectives import Hyper, kto_baseline
 from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, start
-from deltapref_jax.training.step import Hyper, Programs, programs
-
-NOISE = {"float32": 1e-2, "bfloat16": 0.5}
-"""Nats by which a completion's policy and reference log-probabilities may differ before training, per dtype."""
+from deltapref_jax.training.step import Programs, programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +65,12 @@ def train(
       folder: receives `checkpoints/` and `metrics.jsonl` (TRL's metric names, one row a step).
       label: of the progress bar.
       dtype: of the computation; parameters and moments are float32.
-      guard: refuse to train if the policy differs from its reference before the first step.
+      guard: refuse to train if the policy differs from its reference before the first step (`guards`).
 
     Raises:
       ConfigError: rows do not divide over the mesh, or the guard's refusal with the likely reasons.
-      FloatingPointError: the loss or gradient is not finite; the sentence names the step.
+      FloatingPointError: the loss or gradient is not finite; the sentence names the step and its traces, and no
+        checkpoint holds it.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.rows % ways:
@@ -87,74 +86,84 @@ def train(
         if done:
             state = checkpoints.restore(state)
         metrics = Metrics(folder / "metrics.jsonl", done) if is_first() else None
+        fall = Fall(run.objective.beta)
+        for row in read_metrics(folder / "metrics.jsonl") if metrics else ():
+            fall(row)
         task = bar.add_task(label, total=run.steps, completed=done, unit="steps", note="")
         pending: dict[str, Any] | None = None
         began = time.monotonic()
         for step in range(done, run.steps):
             batch = data(step)
             rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
-            state, sums = run_step(steps, state, batch, run.objective, rate, mesh)
-            now = {"step": step + 1, "learning_rate": rate, "epoch": batch.epoch, "sums": sums, "batch": batch}
+            state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh)
+            now = {"step": step + 1, "learning_rate": rate, "epoch": batch.epoch, "sums": sums, "s": s, "batch": batch}
             if pending is not None:  # the host reads step n while the device works on step n + 1
-                _finish(pending, run, counts, metrics, bar, task, guard, dtype)
+                _finish(pending, run, counts, metrics, bar, task, fall)
             pending = now
             if step == done:
                 jax.block_until_ready(sums)
+                if guard and not done:
+                    check_reference(run.objective.kind, batch, jax.device_get(s), dtype)
                 counts["seconds_first_step"] = time.monotonic() - began
                 began = time.monotonic()
             else:
                 counts["tokens_steady"] += batch.tokens
             if (step + 1) % run.checkpoint_every == 0 and step + 1 < run.steps:
+                _finish(now, run, counts, metrics, bar, task, fall)  # what is saved has been checked
+                pending = None
                 checkpoints.save(step + 1, state)
         if pending is not None:
-            _finish(pending, run, counts, metrics, bar, task, guard, dtype)
+            _finish(pending, run, counts, metrics, bar, task, fall)
         counts["seconds_steady"] = time.monotonic() - began
         if run.steps > done:
             checkpoints.save(run.steps, state)
+    counts["both_fell_at"] = float(fall.at)  # step at which the warning came; 0: never
     return state.params, counts
 
 
 def run_step(
     steps: Programs, state: TrainState, batch: StepData, objective: Objective, rate: float, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step over however many micro-batches; returns the new state and sums of metrics, on the device."""
-    baseline = jnp.zeros(())
-    if batch.baseline:
+) -> tuple[TrainState, dict[str, jax.Array], list[jax.Array]]:
+    """One optimizer step over however many micro-batches; all that is returned is on the device.
+
+    Returns:
+      The new state; sums of metrics; log-probabilities [S] before the update, of micro-batches and of KTO's baseline.
+    """
+    baseline, drifts = jnp.zeros(()), [steps.logprobs(state.params, put(rows, mesh, BATCH))[0]
+                                       for rows, _, _ in batch.baseline]
+    if drifts:
         weight = sum(float(w.sum()) for _, _, w in batch.baseline)
-        shifts = [jnp.vdot(steps.logprobs(state.params, put(rows, mesh, BATCH))[0] - ref, w)
-                  for rows, ref, w in batch.baseline]
+        shifts = [jnp.vdot(s - ref, w) for s, (_, ref, w) in zip(drifts, batch.baseline, strict=True)]
         baseline = kto_baseline(sum(shifts[1:], shifts[0]) / weight)
-    hyper = Hyper(np.float32(objective.beta), np.float32(objective.desirable_weight),
-                  np.float32(objective.undesirable_weight), baseline, np.float32(batch.total))
+    o = objective
+    hyper = Hyper(*map(np.float32, (o.beta, o.label_smoothing, o.gamma, o.nll_weight, o.desirable_weight,
+                                    o.undesirable_weight, 0, batch.total, batch.chosen_tokens)))._replace(z0=baseline)
     grads: Any = None
     sums: dict[str, jax.Array] = {}
+    scored: list[jax.Array] = []
     for rows, examples in batch.micros:
-        g, s = steps.gradient(state.params, put(rows, mesh, BATCH), put(examples, mesh, PartitionSpec()), hyper)
+        g, more, s = steps.gradient(state.params, put(rows, mesh, BATCH), put(examples, mesh, PartitionSpec()), hyper)
         grads = g if grads is None else steps.add(grads, g)
-        sums = {name: sums[name] + value if name in sums else value for name, value in s.items()}
+        sums = {name: sums[name] + value if name in sums else value for name, value in more.items()}
+        scored.append(s)
     state, norm = steps.apply(state, grads, np.float32(rate))
-    return state, sums | {"grad_norm": norm, "kl": baseline}
+    return state, sums | {"grad_norm": norm, "kl": baseline}, scored + drifts
 
 
 def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], metrics: Metrics | None, bar: Any,
-            task: Any, guard: bool, dtype: str) -> None:
+            task: Any, fall: Fall) -> None:
     """Fetches a step's sums, checks them, writes its row and moves the bar."""
     step, batch = pending["step"], pending["batch"]
     row = summarise(run.objective.kind, {k: float(v) for k, v in jax.device_get(pending["sums"]).items()})
-    deviation = row.pop("deviation", 0.0)
-    if guard and step == 1 and deviation > NOISE[dtype]:
-        raise ConfigError(
-            f"Before training the policy's log-probabilities differ from its reference's by {deviation:.3g} nats a "
-            f"completion (noise allowed: {NOISE[dtype]}); likely reasons: the table was made by other weights, another "
-            "chat template, another truncation or another dtype. Score again with this student as the reference.")
-    if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
-        raise FloatingPointError(f"At step {step} the loss is {row['loss']} and the gradient norm {row['grad_norm']}; "
-                                 "lower the learning rate, or look at that step's traces.")
+    check_finite(run.objective.kind, step, row, batch, pending["s"])
     counts["tokens"] += batch.tokens
     counts["positions"] += (len(batch.micros) + len(batch.baseline)) * run.rows * run.row_length
+    row |= {"step": step, "epoch": round(pending["epoch"], 6), "learning_rate": pending["learning_rate"],
+            "num_tokens": batch.tokens}
     if metrics:
-        metrics.write(row | {"step": step, "epoch": round(pending["epoch"], 6),
-                             "learning_rate": pending["learning_rate"], "num_tokens": batch.tokens})
+        metrics.write(row)
+    if warning := fall(row):
+        bar.console.print(f"Warning: {warning}", markup=False, highlight=False)
     note = f"loss {row['loss']:.4f}"
     if "rewards/margins" in row:
         note += f"  margin {row['rewards/margins']:+.3f}"
@@ -162,16 +171,21 @@ def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], metrics
 
 
 def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
-    """A step's metrics under TRL's names, from the sums over its micro-batches."""
+    """A step's metrics under TRL's names, from the sums over its micro-batches.
+
+    A step of examples may be one-sided: its loss and gradient are right as they are (`objectives.kto`); the means of
+    the side that is not there would be 0/0, so they and the margin are left out of its row.
+    """
     row = {name: value for name, value in sums.items() if not name.startswith("count/")}
-    if kind != "kto":
+    if not OBJECTIVE_KINDS[kind].baseline:
         row.pop("kl")
     for side in ("chosen", "rejected"):
-        if f"count/{side}" in sums:
-            for name in (f"rewards/{side}", f"logps/{side}"):
-                if name in row:
-                    count = sums[f"count/{side}"]
-                    row[name] = row[name] / count if count else float("nan")
-    if kind == "kto":
+        count = sums.get(f"count/{side}")
+        if count is not None:
+            for name in {f"rewards/{side}", f"logps/{side}"} & row.keys():
+                total = row.pop(name)
+                if count:
+                    row[name] = total / count
+    if OBJECTIVE_KINDS[kind].unit == "example" and {"rewards/chosen", "rewards/rejected"} <= row.keys():
         row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
     return row

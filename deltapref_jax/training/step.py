@@ -15,12 +15,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deltapref_jax.config import OBJECTIVE_KINDS
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.logprobs import scorer, sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
-from deltapref_jax.training import objectives
+from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, TrainState
 
 Array = jax.Array
@@ -42,20 +43,13 @@ class Examples(NamedTuple):
     weight: Any
 
 
-class Hyper(NamedTuple):
-    """Scalars of one step."""
-
-    beta: Any
-    desirable_weight: Any
-    undesirable_weight: Any
-    z0: Any
-    total: Any  # pairs, examples (KTO) or target tokens (SFT) of the whole step
-
-
 def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
-    c, r = s[e.first] - e.first_ref, s[e.second] - e.second_ref
-    losses = (objectives.dpo(c, r, h.beta) if kind == "dpo"
-              else objectives.dpo_norm(c, r, n[e.first], n[e.second], h.beta))
+    """The pair's loss, plus `nll_weight` times the token mean of -log p over the step's chosen (arXiv 2404.19733)."""
+    given = OBJECTIVE_KINDS[kind].reference
+    c, r = (s[e.first] - e.first_ref, s[e.second] - e.second_ref) if given else (s[e.first], s[e.second])
+    losses = LOSSES[kind](Terms(c, r, n[e.first], n[e.second], e.desirable), h)
+    if not given:  # SimPO's reward is a mean over tokens (arXiv 2405.14734, eq. 4)
+        c, r = c / jnp.maximum(n[e.first], 1), r / jnp.maximum(n[e.second], 1)
     values = {
         "loss": losses,
         "rewards/chosen": h.beta * c,
@@ -64,36 +58,37 @@ def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Ar
         "rewards/accuracies": c > r,
         "logps/chosen": s[e.first],
         "logps/rejected": s[e.second],
-        "deviation": (jnp.abs(c) + jnp.abs(r)) / 2,
     }
     sums = {name: jnp.sum(value * e.weight) / h.total for name, value in values.items()}
+    sums["nll_loss"] = -jnp.sum(s[e.first] * e.weight) / h.chosen_tokens
+    sums["loss"] += h.nll_weight * sums["nll_loss"]
     return sums["loss"], sums
 
 
-def _kto_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
+def _example_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
     x = s[e.first] - e.first_ref
-    losses = objectives.kto(x, e.desirable, h.z0, h.beta, h.desirable_weight, h.undesirable_weight)
-    sums = {"loss": jnp.sum(losses * e.weight) / h.total,
-            "deviation": jnp.sum(jnp.abs(x) * e.weight) / h.total}
+    losses = LOSSES[kind](Terms(x, x, n[e.first], n[e.first], e.desirable), h)
+    sums = {"loss": jnp.sum(losses * e.weight) / h.total}
     for side, member in (("chosen", e.desirable * e.weight), ("rejected", (1 - e.desirable) * e.weight)):
         sums |= {f"count/{side}": jnp.sum(member), f"rewards/{side}": jnp.sum(h.beta * x * member),
                  f"logps/{side}": jnp.sum(s[e.first] * member)}
     return sums["loss"], sums
 
 
-def _sft_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
-    loss = jnp.sum(objectives.sft(s[e.first]) * e.weight) / h.total
+def _token_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
+    losses = LOSSES[kind](Terms(s[e.first], s[e.first], n[e.first], n[e.first], e.desirable), h)
+    loss = jnp.sum(losses * e.weight) / h.total
     return loss, {"loss": loss, "logps/chosen": jnp.sum(s[e.first] * e.weight), "count/chosen": jnp.sum(e.weight)}
 
 
-LOSSES: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Sums]]] = {
-    "dpo": _pair_loss, "dpo_norm": _pair_loss, "kto": _kto_loss, "sft": _sft_loss}
+_UNITS: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Sums]]] = {
+    "pair": _pair_loss, "example": _example_loss, "token": _token_loss}
 
 
 class Programs(NamedTuple):
     """The compiled functions of one objective and shape."""
 
-    gradient: Callable[..., Any]  # (params, batch, examples, hyper) -> (grads, sums)
+    gradient: Callable[..., Any]  # (params, batch, examples, hyper) -> (grads, sums, [S] log-probabilities)
     add: Callable[..., Any]  # (grads, more grads) -> grads
     apply: Callable[..., Any]  # (state, grads, learning rate) -> (state, gradient norm before clipping)
     logprobs: Callable[..., Any]  # (params, batch) -> ([S] sums, [S] counts)
@@ -110,13 +105,15 @@ def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segme
     place = TrainState(params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh))
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def gradient(params: nnx.State, batch: PackedBatch, examples: Examples, hyper: Hyper) -> tuple[nnx.State, Sums]:
-        def loss(params: nnx.State) -> tuple[Array, Sums]:
+    def gradient(params: nnx.State, batch: PackedBatch, examples: Examples,
+                 hyper: Hyper) -> tuple[nnx.State, Sums, Array]:
+        def loss(params: nnx.State) -> tuple[Array, tuple[Sums, Array]]:
             s, n = sequence_logprobs(nnx.merge(graphdef, params), batch, segments, remat)
-            return LOSSES[kind](kind, s, n, examples, hyper)
+            total, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
+            return total, (sums, s)
 
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, sums
+        (_, (sums, s)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, sums, s
 
     def apply(state: TrainState, grads: nnx.State, rate: Array) -> tuple[TrainState, Array]:
         updates, moments = transform.update(grads, state.moments, state.params)
@@ -125,7 +122,7 @@ def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segme
 
     return Programs(
         gradient=jax.jit(gradient, in_shardings=(params_place, rows, everywhere, everywhere),
-                         out_shardings=(params_place, everywhere)),
+                         out_shardings=(params_place, everywhere, everywhere)),
         add=jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place),
         apply=jax.jit(apply, donate_argnums=0, in_shardings=(place, params_place, everywhere),
                       out_shardings=(place, everywhere)),
