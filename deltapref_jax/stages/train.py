@@ -20,8 +20,8 @@ def groups_of(kind: str, pairs: list[dict], sequences: Sequences, matched: dict[
               mismatched: dict[str, tuple[str, float]]) -> list[Group]:
     """Pairs as the objective reads them: DPO takes pairs, KTO both halves of each, SFT the chosen ones.
 
-    A pair without a reference that the objective needs (its row was too long to be scored) is left out; an example whose
-    mismatched row was too long to be scored stays, without it.
+    A pair without a reference that the objective needs (its row was too long to be scored) is left out; an example
+    whose mismatched row was too long to be scored stays, without it.
     """
     unit, reference, baseline, _ = OBJECTIVE_KINDS[kind]
 

@@ -162,8 +162,9 @@ def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], metrics
             "num_tokens": batch.tokens}
     if metrics:
         metrics.write(row)
-    if warning := fall(row):
-        bar.console.print(f"Warning: {warning}", markup=False, highlight=False)
+    warning = fall(row)
+    if warning and metrics:
+        bar.console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     note = f"loss {row['loss']:.4f}"
     if "rewards/margins" in row:
         note += f"  margin {row['rewards/margins']:+.3f}"

@@ -18,60 +18,103 @@ from deltapref_jax.training import objectives
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import Run, train
+from deltapref_jax.training.objectives import LOSSES as LOSS
+from deltapref_jax.training.objectives import Hyper, Terms
 from deltapref_jax.training.state import Optimizer
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 LOSSES = json.loads((GOLDEN / "losses.json").read_text())
 ROWS, LENGTH = 16, 32
+BLANK = Hyper(beta=0.1, label_smoothing=0.0, gamma=0.0, nll_weight=0.0, desirable_weight=1.0, undesirable_weight=1.0,
+              z0=0.0, total=8.0, chosen_tokens=1.0)
 
 
-def ratios():
-    found = {}
+KINDS = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm"}  # TRL's names where ours differ
+
+
+def sides():
+    """Per side: token log-ratios [8, 32], the mask of scored positions, lengths."""
+    start = np.array(LOSSES["inputs"]["prompt_len"]) - 1
     for side in ("chosen", "rejected"):
-        values = LOSSES["inputs"][side]
-        found[side] = np.array(values["policy_logps"], np.float64) - np.array(values["ref_logps"], np.float64)
-    return found["chosen"], found["rejected"]
+        v = LOSSES["inputs"][side]
+        n, at = np.array(v["length"]), np.arange(LENGTH)
+        mask = (at >= start[:, None]) & (at < (start + n)[:, None])
+        yield np.array(v["policy_token_logps"], np.float64) - np.array(v["ref_token_logps"], np.float64), mask, n
 
 
-@pytest.mark.parametrize("name", ["sigmoid|beta=0.1", "sigmoid_norm|beta=5"])
-def test_dpo_losses_and_gradients(name):
-    case = LOSSES["dpo"][name]
-    c, r = ratios()
-    n = [np.array(LOSSES["inputs"][side]["length"], np.float64) for side in ("chosen", "rejected")]
-    beta = case["params"]["beta"]
+def loss_of(kind, ratios, other, hyper, desirable=1.0):
+    """Loss per pair of token log-ratios, as the training step sums them."""
+    (x, mask, n), (_, other_mask, m) = ratios, other
+    return LOSS[kind](Terms((x * mask).sum(-1), (other[0] * other_mask).sum(-1), n, m, desirable), hyper)
+
+
+def check_pairs(kind, case, hyper, suffix):
+    chosen, rejected = sides()
     with jax.enable_x64(True):
         def loss(c, r):
-            return objectives.dpo(c, r, beta) if name.startswith("sigmoid|") else objectives.dpo_norm(c, r, *n, beta)
+            return loss_of(kind, (c, *chosen[1:]), (r, *rejected[1:]), hyper)
 
-        got = loss(jnp.asarray(c), jnp.asarray(r))
-        gradient = jax.grad(lambda c, r: loss(c, r).mean(), argnums=(0, 1))(jnp.asarray(c), jnp.asarray(r))
-        np.testing.assert_allclose(got.mean(), case["loss_mean_f64"], rtol=1e-6)
-        if "losses_f64" in case:
-            np.testing.assert_allclose(got, case["losses_f64"], rtol=1e-6, atol=1e-12)
-        for side, g in zip(("chosen", "rejected"), gradient, strict=True):
-            np.testing.assert_allclose(g, case[f"grad_{side}_first_f64"], rtol=1e-6, atol=1e-12)
+        tokens = jnp.asarray(chosen[0]), jnp.asarray(rejected[0])
+        losses = loss(*tokens)
+        np.testing.assert_allclose(losses, case["losses" + suffix], rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(losses.mean(), case["loss_mean" + suffix], rtol=1e-6)
+        gradients = jax.grad(lambda c, r: loss(c, r).mean(), argnums=(0, 1))(*tokens)
+    for name, g, (x, mask, n) in zip(("chosen", "rejected"), gradients, (chosen, rejected), strict=True):
+        rewards = hyper.beta * (x * mask).sum(-1)
+        if suffix:
+            np.testing.assert_allclose(rewards, case[f"{name}_rewards{suffix}"], rtol=1e-6, atol=1e-12)
+            first = mask.argmax(1)
+            for place, at in (("first", first), ("last", first + n - 1)):
+                np.testing.assert_allclose(g[np.arange(8), at], case[f"grad_{name}_{place}{suffix}"], rtol=1e-6,
+                                           atol=1e-12)
+        np.testing.assert_array_equal(g * ~mask, 0)
+
+
+@pytest.mark.parametrize("name", list(LOSSES["dpo"]))
+def test_paired_losses_and_gradients(name):
+    case = LOSSES["dpo"][name]
+    parameters, (trl,) = case["params"], case["params"]["loss_types"]
+    hyper = BLANK._replace(beta=parameters["beta"], label_smoothing=parameters.get("label_smoothing", 0.0))
+    check_pairs(KINDS.get(trl, trl), case, hyper, "_f64")
+
+
+@pytest.mark.parametrize(("name", "kind", "tolerance"), [
+    ("cdpo|beta=0.1|eps=0.1|f64", "cdpo", 1e-6), ("cdpo|beta=0.1|eps=0.1|f32", "cdpo", 2e-6),
+    ("open_instruct:dpo_norm|beta=5.0|f32", "dpo_norm", 2e-6)])
+def test_other_losses(name, kind, tolerance):
+    case = LOSSES["other"][name]
+    hyper = BLANK._replace(beta=5.0 if "norm" in name else 0.1, label_smoothing=0.1)
+    chosen, rejected = sides()
+    with jax.enable_x64(True):
+        losses = loss_of(kind, chosen, rejected, hyper)
+    np.testing.assert_allclose(losses, case["losses"], rtol=tolerance, atol=1e-12)
+    np.testing.assert_allclose(losses.mean(), case["loss_mean"], rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", list(LOSSES["kto"]))
-def test_kto_losses(name):
+def test_kto_losses_and_gradients(name):
     case = LOSSES["kto"][name]
-    x = np.concatenate(ratios())
-    parameters = case["params"]
+    tokens, mask, n = (np.concatenate(both) for both in zip(*sides(), strict=True))
+    x, rows, label = (tokens * mask).sum(-1), case["rows"], np.array(case["labels"], np.float64)
+    p = case["params"]
     with jax.enable_x64(True):
         z0 = objectives.kto_baseline(jnp.asarray(x[case["kl_rows"]]).mean())
         np.testing.assert_allclose(z0, case["kl_f64"], rtol=1e-6, atol=1e-12)
-        got = objectives.kto(jnp.asarray(x[case["rows"]]), jnp.asarray(case["labels"], float), z0,
-                             parameters.get("beta", 0.1), parameters.get("dw", 1.0), parameters.get("uw", 1.0))
-        np.testing.assert_allclose(got.mean(), case["loss_mean_f64"], rtol=1e-6)
+        hyper = BLANK._replace(beta=p.get("beta", 0.1), z0=z0, desirable_weight=p.get("dw", 1.0),
+                               undesirable_weight=p.get("uw", 1.0))
 
+        def loss(t):
+            own = t, mask[rows], n[rows]
+            return loss_of("kto", own, own, hyper, label)
 
-def test_losses_are_finite_far_out():
-    far = jnp.array([1000.0, -1000.0, 0.0])
-    for losses in (objectives.dpo(far, -far, 1.0), objectives.dpo_norm(far, -far, 1.0 + 0 * far, 1.0 + 0 * far, 10.0),
-                   objectives.kto(far, jnp.array([1.0, 0.0, 1.0]), 0.0, 1.0)):
-        assert np.isfinite(losses).all()
-    gradient = jax.grad(lambda c: objectives.dpo(c, -c, 1.0).sum())(far)
-    np.testing.assert_allclose(gradient, [0.0, -2.0, -1.0])
+        losses = loss(jnp.asarray(tokens[rows]))
+        gradient = jax.grad(lambda t: loss(t).mean())(jnp.asarray(tokens[rows]))
+    np.testing.assert_allclose(losses, case["losses_weighted_f64"], rtol=1e-6)
+    np.testing.assert_allclose(losses.mean(), case["loss_mean_f64"], rtol=1e-6)
+    np.testing.assert_allclose(hyper.beta * x[rows], case["rewards_f64"], rtol=1e-6, atol=1e-12)
+    first = mask[rows].argmax(1)
+    for at in (first, first + n[rows] - 1):
+        np.testing.assert_allclose(gradient[np.arange(len(rows)), at], case["grad_f64"], rtol=1e-6, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
