@@ -63,7 +63,20 @@ CASES = [  # path of a field, value, sentence
     ("judges.0.noise", -0.1, "noise of judge 'm' is -0.1; it must be at least 0."),
     ("judges.0.seed", -1, "seed of judge 'm' is -1; it must be at least 0."),
     ("judges", (), "Arm 'top' uses ratings, and config.judges is empty; add a judge."),
-    ("objectives.1.kind", "ppo", "kind of objective 'kto' is 'ppo'; choose one of 'dpo', 'dpo_norm', 'kto', 'sft'."),
+    ("objectives.1.kind", "ppo", "kind of objective 'kto' is 'ppo'; choose one of 'dpo', 'dpo_norm', *, 'kto', "
+                                 "'apo_zero_unpaired', 'sft'."),
+    ("objectives.0.label_smoothing", 0.1, "label_smoothing of objective 'dpo' is 0.1 and its kind 'dpo' has none; "
+                                          "leave it at 0.0 or choose one of 'robust', 'cdpo'."),
+    ("objectives.0", Objective(name="r", kind="robust", label_smoothing=0.5),
+     "label_smoothing of objective 'r' is 0.5; it must be at least 0 and at most 0.4999."),
+    ("objectives.0.gamma", -0.5, "gamma of objective 'dpo' is -0.5; it must be at least 0."),
+    ("objectives.0.nll_weight", -1.0, "nll_weight of objective 'dpo' is -1.0; it must be at least 0."),
+    ("objectives.1.nll_weight", 1.0, "nll_weight of objective 'kto' is 1.0 and its kind 'kto' has none; leave it at "
+                                     "0.0 or choose one of 'dpo', *, 'simpo'."),
+    ("objectives.1.baseline_fraction", 0.0, "baseline_fraction of objective 'kto' is 0.0; it must be at least 1e-09 "
+                                            "and at most 1."),
+    ("objectives.0.baseline_fraction", 0.5, "baseline_fraction of objective 'dpo' is 0.5 and its kind 'dpo' has none; "
+                                            "leave it at 1.0 or choose one of 'kto'."),
     ("objectives.0.beta", 0.0, "beta of objective 'dpo' is 0.0; it must be at least 1e-09."),
     ("objectives.0.learning_rate", -1e-4, "learning_rate of objective 'dpo' is -0.0001; it must be at least 0."),
     ("objectives.0.learning_rate", float("inf"), "learning_rate of objective 'dpo' is inf; it must be at least 0."),
@@ -133,6 +146,8 @@ def test_what_is_right_passes_unchanged():
 
 @pytest.mark.parametrize(("path", "value"), [
     ("generators.1.temperature", 0), ("arms.0.fraction", 1), ("objectives.0.learning_rate", 0.0), ("mesh.data", 4),
+    ("objectives.0.nll_weight", 1), ("objectives.1.baseline_fraction", 0.1),
+    ("objectives.0", Objective(name="dpo", kind="cdpo", label_smoothing=0.4)),
     ("arms.2.by", "sum"), ("arms.2.judge", "n"), ("arms.1.direction", "n"), ("training.warmup", 1.0),
 ])
 def test_what_is_just_right(path, value):

@@ -137,7 +137,7 @@ def _generator(nodes: dict[str, Node], e: Experiment, g: Generator, reference: M
         label = f"judge/{j.name}/{g.name}"
         nodes[label] = Node("judge", label, config, inputs, local, judge.VERSION)
     kinds = {o.name: o.kind for o in e.objectives}
-    if any(OBJECTIVE_KINDS[kinds[a.objective]].reference for a in e.arms):
+    if any(OBJECTIVE_KINDS[kinds[a.objective]].reference and g.name in (a.chosen, a.rejected) for a in e.arms):
         nodes[f"score/{g.name}"] = Node(
             "score", f"score/{g.name}",
             {"weights": weights_hash(reference.path), "dtype": reference.dtype, "seed": e.seed,

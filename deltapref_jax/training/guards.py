@@ -25,8 +25,8 @@ def _shifts(kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " S"]]) ->
         real = np.flatnonzero(e.weight)
         sides = [(e.first, e.first_ref), (e.second, e.second_ref)][: 2 if OBJECTIVE_KINDS[kind].unit == "pair" else 1]
         rows.append((packed, [(int(at[i]), float(ref[i])) for at, ref in sides for i in real]))
-    for packed, reference, weight in batch.baseline:
-        rows.append((packed, [(int(i), float(reference[i])) for i in np.flatnonzero(weight)]))
+    for packed, references, weight in batch.baseline:
+        rows.append((packed, [(int(i), float(references[i])) for i in np.flatnonzero(weight)]))
     for k, (packed, scored) in enumerate(rows):
         got = np.asarray(s[k], np.float64)
         tokens = np.bincount(np.asarray(packed.segments)[np.asarray(packed.targets)], minlength=len(got) + 1)

@@ -174,6 +174,15 @@ def test_sft_alone_is_not_scored(experiment):
     assert not [label for label in keys(only) if label.startswith("score/")]
 
 
+def test_an_objective_without_reference_asks_for_no_table(experiment):
+    simpo = Objective(name="simpo", kind="simpo", beta=2.0)
+    arms = (experiment.arms[1], dataclasses.replace(experiment.arms[2], objective="simpo"))
+    found = plan(dataclasses.replace(experiment, objectives=(*experiment.objectives, simpo), arms=arms), describe)
+    assert {label for label in found if label.startswith("score/")} == {"score/weak", "score/mid"}  # what DPO reads
+    assert [name for name in found["train/strong/0"].inputs if name.startswith("score/")] == []
+    assert sum(name.startswith("score/") for name in found["train/mid/0"].inputs) == 2
+
+
 def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_folder, tmp_path):
     other = shutil.copytree(tiny_folder, tmp_path / "reference")
     config = (other / "config.json").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltapref_jax.config import ConfigError, Objective, Training
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective, Training
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import digest
 from deltapref_jax.workspace import Node
@@ -38,7 +38,7 @@ def arm(bench, traces, kind="dpo", seed=0, scores=None, reference=None, **traini
               "training": dataclasses.asdict(Training(**shape | training)), "seed": seed, "student": bench.weights,
               "reference": reference or bench.weights, "dtype": "float32"}
     inputs = {"pairs": pairs(bench), "prompts": bench.prompts} | {f"sample/{g}": t for g, t in traces.items()}
-    if kind != "sft":
+    if OBJECTIVE_KINDS[kind].reference:
         scores = scores or {g: bench.score(t) for g, t in traces.items()}
         inputs |= {f"score/{g}": node for g, node in scores.items()}
     return Node("train", f"train/{kind}/{seed}", config, inputs,
@@ -50,15 +50,16 @@ def metrics(bench, node):
     return [json.loads(line) for line in (bench.workspace.path(node) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("dpo", math.log(2)), ("dpo_norm", math.log(2)), ("kto", 0.5)])
+@pytest.mark.parametrize(("kind", "loss"), [
+    ("dpo", math.log(2)), ("dpo_norm", math.log(2)), ("ipo", 25), ("kto", 0.5), ("apo_zero_unpaired", 0.5)])
 def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kind, loss):
     node = arm(bench, traces, kind)
     rows = metrics(bench, node)
     assert [r["step"] for r in rows] == [1, 2]
-    assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4 if loss < 1 else 1e-2)
     assert rows[1]["loss"] < rows[0]["loss"]
     stats = bench.stats(node)
-    groups = 12 if kind == "kto" else 6
+    groups = 12 if OBJECTIVE_KINDS[kind].unit == "example" else 6
     assert (stats["pairs"], stats["groups"], stats["steps"], stats["dropped_long"]) == (6, groups, 2, 0)
     policy = load(str(bench.workspace.path(node) / "policy"))
     assert policy.spec == tiny.spec
@@ -73,6 +74,17 @@ def test_sft_starts_at_the_token_mean_of_the_chosen(bench, traces):
     rows = metrics(bench, arm(bench, traces, "sft"))
     assert rows[0]["loss"] == pytest.approx(want, rel=1e-5)
     assert rows[0]["num_tokens"] > sum(r["tokens"] for r in scored)
+
+
+def test_simpo_starts_at_its_equation_without_a_table(bench, traces):
+    means = {g: [r["logprob"] / r["tokens"] for r in bench.rows(bench.score(t)) if r["matched"]]
+             for g, t in traces.items()}
+    node = arm(bench, traces, "simpo")
+    assert not [name for name in node.inputs if name.startswith("score/")]
+    first = metrics(bench, node)[0]
+    want = np.logaddexp(0, 0.5 - 0.1 * (np.array(means["strong"]) - np.array(means["weak"]))).mean()
+    assert first["loss"] == pytest.approx(want, rel=1e-5)
+    assert first["rewards/chosen"] == pytest.approx(0.1 * np.mean(means["strong"]), rel=1e-5)
 
 
 def test_first_log_probabilities_are_those_of_the_tables(bench, traces):
@@ -114,9 +126,10 @@ def forged(bench, traces, change):
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_policy_that_differs_from_its_reference_is_refused(bench, traces, kind):
-    scores = forged(bench, traces, lambda r: r | {"logprob": r["logprob"] - 0.05})
+    scores = forged(bench, traces, lambda r: r | {"logprob": r["logprob"] - 0.05 * r["matched"]})
     with pytest.raises(ConfigError, match=r"^Before training the policy's log-probabilities differ from its "
-                                          r"reference's by 0\.05\d* nats a completion \(noise allowed: 0\.01\); likely "
+                                          r"reference's in 12 of \d\d rows, by up to 0\.05\d* nats over \d+ tokens "
+                                          r"\(noise allowed there: 0\.0\d+; traces, worst first: \w+, .*\); likely "
                                           r"reasons: the table was made by other weights, .*\. Score again with this "
                                           r"student as the reference\.$"):
         bench.make(arm(bench, traces, kind, scores=scores))
@@ -141,6 +154,7 @@ def test_what_is_too_long_is_dropped_and_counted(bench, uneven, kind, groups, dr
     scores = {g: bench.score(t, row_length=800) for g, t in uneven.items()}
     stats = bench.stats(arm(bench, uneven, kind, scores=scores, steps=1))
     assert (stats["groups"], stats["dropped_long"]) == (groups, dropped)  # KTO has no pairs: the short half stays
+    assert stats["dropped_mismatched"] == 0  # theirs went with them
 
 
 def test_what_was_too_long_to_be_scored_is_counted_too(bench, uneven):

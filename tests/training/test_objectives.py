@@ -95,7 +95,7 @@ def test_saturated_gradients_in_closed_form():
     far = jnp.array([1000.0, -1000.0, 0.0])
     zero = jnp.zeros(3)
     for loss, want in ((lambda c: objectives.dpo(c, zero, 1.0), [0, -1, -0.5]),
-                       (lambda c: objectives.robust(c, zero, 1.0, 0.1), [0.125, -1.125, -0.5]),
+                       (lambda c: objectives.robust(c, zero, 1.0, 0.1), [-0.125, -1.125, -0.625]),
                        (lambda c: objectives.cdpo(c, zero, 1.0, 0.1), [0.1, -0.9, -0.4]),
                        (lambda c: objectives.hinge(c, zero, 1.0), [0, -1, -1]),
                        (lambda c: objectives.apo_zero(c, zero, 1.0), [0, 0, -0.25])):
