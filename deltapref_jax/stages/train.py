@@ -92,7 +92,7 @@ def train_arm(job: Job) -> None:
         run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
                   training.schedule, optimizer=Optimizer(training.clip, training.weight_decay),
                   checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints)
-        guard = c["reference"] == c["student"] and OBJECTIVE_KINDS[kind].reference
+        guard = c["reference"] == c["student"]
         params, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
                                job.node.label, c["dtype"], guard)
         if is_first():
