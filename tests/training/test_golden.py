@@ -48,34 +48,28 @@ def loss_of(kind, ratios, other, hyper, desirable=1.0):
     return LOSS[kind](Terms((x * mask).sum(-1), (other[0] * other_mask).sum(-1), n, m, desirable), hyper)
 
 
-def check_pairs(kind, case, hyper, suffix):
-    chosen, rejected = sides()
-    with jax.enable_x64(True):
-        def loss(c, r):
-            return loss_of(kind, (c, *chosen[1:]), (r, *rejected[1:]), hyper)
-
-        tokens = jnp.asarray(chosen[0]), jnp.asarray(rejected[0])
-        losses = loss(*tokens)
-        np.testing.assert_allclose(losses, case["losses" + suffix], rtol=1e-6, atol=1e-12)
-        np.testing.assert_allclose(losses.mean(), case["loss_mean" + suffix], rtol=1e-6)
-        gradients = jax.grad(lambda c, r: loss(c, r).mean(), argnums=(0, 1))(*tokens)
-    for name, g, (x, mask, n) in zip(("chosen", "rejected"), gradients, (chosen, rejected), strict=True):
-        rewards = hyper.beta * (x * mask).sum(-1)
-        if suffix:
-            np.testing.assert_allclose(rewards, case[f"{name}_rewards{suffix}"], rtol=1e-6, atol=1e-12)
-            first = mask.argmax(1)
-            for place, at in (("first", first), ("last", first + n - 1)):
-                np.testing.assert_allclose(g[np.arange(8), at], case[f"grad_{name}_{place}{suffix}"], rtol=1e-6,
-                                           atol=1e-12)
-        np.testing.assert_array_equal(g * ~mask, 0)
-
-
 @pytest.mark.parametrize("name", list(LOSSES["dpo"]))
 def test_paired_losses_and_gradients(name):
     case = LOSSES["dpo"][name]
     parameters, (trl,) = case["params"], case["params"]["loss_types"]
     hyper = BLANK._replace(beta=parameters["beta"], label_smoothing=parameters.get("label_smoothing", 0.0))
-    check_pairs(KINDS.get(trl, trl), case, hyper, "_f64")
+    chosen, rejected = sides()
+    with jax.enable_x64(True):
+        def loss(c, r):
+            return loss_of(KINDS.get(trl, trl), (c, *chosen[1:]), (r, *rejected[1:]), hyper)
+
+        tokens = jnp.asarray(chosen[0]), jnp.asarray(rejected[0])
+        losses = np.asarray(loss(*tokens))
+        gradients = [np.asarray(g) for g in jax.grad(lambda c, r: loss(c, r).mean(), argnums=(0, 1))(*tokens)]
+    np.testing.assert_allclose(losses, case["losses_f64"], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(losses.mean(), case["loss_mean_f64"], rtol=1e-6)
+    for side, g, (x, mask, n) in zip(("chosen", "rejected"), gradients, (chosen, rejected), strict=True):
+        rewards = hyper.beta * (x * mask).sum(-1)
+        np.testing.assert_allclose(rewards, case[f"{side}_rewards_f64"], rtol=1e-6, atol=1e-12)
+        first = mask.argmax(1)
+        for place, at in (("first", first), ("last", first + n - 1)):
+            np.testing.assert_allclose(g[np.arange(8), at], case[f"grad_{side}_{place}_f64"], rtol=1e-6, atol=1e-12)
+        np.testing.assert_array_equal(g * ~mask, 0)
 
 
 @pytest.mark.parametrize(("name", "kind", "tolerance"), [
@@ -86,7 +80,7 @@ def test_other_losses(name, kind, tolerance):
     hyper = BLANK._replace(beta=5.0 if "norm" in name else 0.1, label_smoothing=0.1)
     chosen, rejected = sides()
     with jax.enable_x64(True):
-        losses = loss_of(kind, chosen, rejected, hyper)
+        losses = np.asarray(loss_of(kind, chosen, rejected, hyper))
     np.testing.assert_allclose(losses, case["losses"], rtol=tolerance, atol=1e-12)
     np.testing.assert_allclose(losses.mean(), case["loss_mean"], rtol=tolerance)
 
@@ -98,7 +92,7 @@ def test_kto_losses_and_gradients(name):
     x, rows, label = (tokens * mask).sum(-1), case["rows"], np.array(case["labels"], np.float64)
     p = case["params"]
     with jax.enable_x64(True):
-        z0 = objectives.kto_baseline(jnp.asarray(x[case["kl_rows"]]).mean())
+        z0 = float(objectives.kto_baseline(jnp.asarray(x[case["kl_rows"]]).mean()))
         np.testing.assert_allclose(z0, case["kl_f64"], rtol=1e-6, atol=1e-12)
         hyper = BLANK._replace(beta=p.get("beta", 0.1), z0=z0, desirable_weight=p.get("dw", 1.0),
                                undesirable_weight=p.get("uw", 1.0))
@@ -107,8 +101,8 @@ def test_kto_losses_and_gradients(name):
             own = t, mask[rows], n[rows]
             return loss_of("kto", own, own, hyper, label)
 
-        losses = loss(jnp.asarray(tokens[rows]))
-        gradient = jax.grad(lambda t: loss(t).mean())(jnp.asarray(tokens[rows]))
+        losses = np.asarray(loss(jnp.asarray(tokens[rows])))
+        gradient = np.asarray(jax.grad(lambda t: loss(t).mean())(jnp.asarray(tokens[rows])))
     np.testing.assert_allclose(losses, case["losses_weighted_f64"], rtol=1e-6)
     np.testing.assert_allclose(losses.mean(), case["loss_mean_f64"], rtol=1e-6)
     np.testing.assert_allclose(hyper.beta * x[rows], case["rewards_f64"], rtol=1e-6, atol=1e-12)
