@@ -67,7 +67,7 @@ CASES = [  # path of a field, value, sentence
                                  "'apo_zero_unpaired', 'sft'."),
     ("objectives.0.label_smoothing", 0.1, "label_smoothing of objective 'dpo' is 0.1 and its kind 'dpo' has none; "
                                           "leave it at 0.0 or choose one of 'robust', 'cdpo'."),
-    ("objectives.0", Objective(name="r", kind="robust", label_smoothing=0.5),
+    ("objectives", (Objective(name="r", kind="robust", label_smoothing=0.5),),
      "label_smoothing of objective 'r' is 0.5; it must be at least 0 and at most 0.4999."),
     ("objectives.0.gamma", -0.5, "gamma of objective 'dpo' is -0.5; it must be at least 0."),
     ("objectives.0.nll_weight", -1.0, "nll_weight of objective 'dpo' is -1.0; it must be at least 0."),
@@ -147,7 +147,7 @@ def test_what_is_right_passes_unchanged():
 @pytest.mark.parametrize(("path", "value"), [
     ("generators.1.temperature", 0), ("arms.0.fraction", 1), ("objectives.0.learning_rate", 0.0), ("mesh.data", 4),
     ("objectives.0.nll_weight", 1), ("objectives.1.baseline_fraction", 0.1),
-    ("objectives.0", Objective(name="dpo", kind="cdpo", label_smoothing=0.4)),
+    ("objectives", (Objective(name="dpo", kind="cdpo", label_smoothing=0.4), Objective(name="kto", kind="kto"))),
     ("arms.2.by", "sum"), ("arms.2.judge", "n"), ("arms.1.direction", "n"), ("training.warmup", 1.0),
 ])
 def test_what_is_just_right(path, value):
