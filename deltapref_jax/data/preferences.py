@@ -7,7 +7,7 @@
 
 from JSON lines, Parquet, a hub name or a data set folder. A `prompt` of text in front of whole conversations
 (UltraFeedback-binarized) and a list of messages that both conversations repeat are understood too. Blocks of rows are
-read and tokenised by Grain, in worker processes where the file is large; the order is the file's, whatever their number.
+read and tokenised by Grain, in worker processes where the file is large; the order is the file's, with any number.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def read_preferences(source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int
     Args:
       source: where, and with how many processes.
       tokenise: (prompt, completions) to ids, such as `text.preference.tokenise` of a model; it is pickled.
-      unpair: a pair becomes two examples (KTO, SFT), each with a border of its own, as TRL's `unpair_preference_dataset`.
+      unpair: a pair becomes two examples (KTO, SFT), each with a border of its own, as in TRL.
       vocab: token ids given must be below it; 0: not checked.
       workers: overrides `source.workers` and the rule that small files need fewer.
 
@@ -243,7 +243,7 @@ def _shared(chosen: Any, rejected: Any) -> int:
     a space before the border belongs to the completions."""
     most = min(len(chosen), len(rejected)) - 1
     n = next((i for i in range(most) if chosen[i] != rejected[i]), max(most, 0))
-    if 0 < n and isinstance(chosen, str) and chosen[n] != rejected[n] and chosen[n - 1] == " ":
+    if n > 0 and isinstance(chosen, str) and chosen[n] != rejected[n] and chosen[n - 1] == " ":
         n -= 1
     return n
 

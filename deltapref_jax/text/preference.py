@@ -16,7 +16,7 @@ Where peers are wrong, we are not, and tests hold the difference:
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,8 @@ class _Rendered(NamedTuple):
     bos: bool = False  # the tokenizer adds its BOS
 
 
-def tokenise(text: Text, examples: Sequence[tuple[str | Messages, Sequence[str | Messages]]]) -> list[Tokens]:
-    """Ids of (prompt, completions), all text or all messages; many are tokenised in one call.
+def tokenise(text: Text, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
+    """Ids of (prompt, completions), all three `str` or all three `Messages`; many are tokenised in one call.
 
     Raises:
       ValueError: the template cannot render the messages, or an answer of several messages has no place in it.
@@ -89,8 +89,8 @@ def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Ren
     if all(_kept(asked, whole, a) for whole, a in zip(wholes, answers, strict=True)):
         return _Rendered(asked, tuple(_ended(asked, w, a, ends) for w, a in zip(wholes, answers, strict=True)))
     if any(len(a) > 1 for a in answers):
-        raise ValueError(f"the chat template of {text.where} renders the prompt otherwise when an answer follows, so an "
-                         "answer of several messages has no place behind it; give one assistant message")
+        raise ValueError(f"the chat template of {text.where} renders the prompt otherwise when an answer follows, so "
+                         "that an answer of several messages has no place behind it; give one assistant message")
     return _Rendered(asked, tuple(_behind(asked, a[0]["content"]) + ends[0] for a in answers), apart=True)
 
 
