@@ -12,19 +12,16 @@ read and tokenised by Grain, in worker processes where the file is large; the or
 
 import dataclasses
 import functools
-import json
-import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-import pyarrow.parquet as pq
+from absl import flags
 
 from deltapref_jax.config import ConfigError, Pairs
+from deltapref_jax.data.blocks import BLOCK, json_row, open_blocks
 from deltapref_jax.records import digest
 
 FORMATS = {  # columns that decide, first match wins; then the columns that are read
@@ -33,8 +30,6 @@ FORMATS = {  # columns that decide, first match wins; then the columns that are 
     "paired": (("chosen", "rejected"), ("prompt",)),
     "unpaired": (("prompt", "completion", "label"), ()),
 }
-BLOCK = 256  # rows that are read and tokenised together
-
 Row = dict[str, Any]
 Example = tuple[Any, tuple[Any, ...], bool | None]  # prompt, completions, label; text, messages or ids
 Tokenise = Callable[[list[tuple[Any, tuple[Any, ...]]]], Sequence[Any]]  # to .prompt, .completions, .apart
@@ -70,15 +65,17 @@ def read_preferences(source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int
     Raises:
       ConfigError: the source is missing, damaged or of no known format, or a row is broken; file, line and remedy.
     """
-    blocks, columns = _open(source)
+    blocks, columns = open_blocks(source, lambda columns: _read(_format(source.path, columns)))
     name = _format(source.path, columns)
-    needed = {*FORMATS[name][0], *FORMATS[name][1]}
+    needed = _read(name)
     if workers < 0:
         workers = min(source.workers, len(blocks) * BLOCK // 1000)
     prepare = functools.partial(_prepare, name=name, needed=needed, tokenise=tokenise, unpair=unpair, vocab=vocab)
     read = grain.MapDataset.source(blocks).map(prepare).to_iter_dataset(grain.ReadOptions(0, 0))
     groups: list[list[Row]] = []
     ignored, counts = set(columns) - needed, Counter[str](read=0, apart=0)
+    if workers and not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which a notebook or test never parses
+        flags.FLAGS.mark_as_parsed()
     for done in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
         if done.broken:
             raise ConfigError(done.broken)
@@ -107,7 +104,7 @@ def _prepare(block: list[tuple[str, Any]], name: str, needed: set[str], tokenise
     where = ""
     try:
         for where, raw in block:
-            row = _json(raw) if isinstance(raw, bytes) else raw
+            row = json_row(raw) if isinstance(raw, bytes) else raw
             columns |= row.keys()
             found = _ids(row, name, vocab) if "ids" in name else _paired(row) if name == "paired" else _unpaired(row)
             prompt, completions, label = found
@@ -145,6 +142,11 @@ def _tokenised(tokenise: Tokenise, asked: list[tuple[Any, tuple[Any, ...]]], exa
         raise
 
 
+def _read(name: str) -> set[str]:
+    """Columns of a format that are read."""
+    return {*FORMATS[name][0], *FORMATS[name][1]}
+
+
 def _format(path: str, columns: Sequence[str]) -> str:
     for name, (deciding, _) in FORMATS.items():
         if set(deciding) <= set(columns):
@@ -152,16 +154,6 @@ def _format(path: str, columns: Sequence[str]) -> str:
     known = "; ".join(", ".join(deciding) for deciding, _ in FORMATS.values())
     raise ConfigError(f"{path} has the columns {', '.join(sorted(columns)) or '(none)'}, which are no preference data; "
                       f"rename them to one of: {known}.")
-
-
-def _json(line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as e:
-        raise ValueError(f"not JSON ({e})") from e
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    return row
 
 
 def _label(value: Any) -> bool:
@@ -312,118 +304,3 @@ def cut(prompt: np.ndarray, completion: np.ndarray, length: int, mode: str) -> t
     else:
         prompt, completion = prompt[:length], completion[:max(0, len(completion) - over)]
     return None if _unscored(prompt, completion) else (prompt, completion)
-
-
-class _Blocks:
-    """Random access to blocks of (where, row) for Grain; subclasses read rows start to stop."""
-
-    def __init__(self, path: str, rows: int):
-        self.path, self.rows = path, rows
-
-    def __len__(self) -> int:
-        return math.ceil(self.rows / BLOCK)
-
-    def __getitem__(self, block: int) -> list[tuple[str, Any]]:
-        start, stop = block * BLOCK, min((block + 1) * BLOCK, self.rows)
-        return list(self._read(start, stop))
-
-    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
-        raise NotImplementedError
-
-
-class _Jsonl(_Blocks):
-    def __init__(self, path: str):
-        found, at = [], 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    found.append((at, number))
-                at += len(line)
-        self._lines = np.asarray(found, np.int64).reshape(-1, 2)
-        super().__init__(path, len(found))
-
-    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
-        with open(self.path, "rb") as file:
-            for at, number in self._lines[start:stop].tolist():
-                file.seek(at)
-                yield f"Line {number} of {self.path}", file.readline()
-
-
-class _Parquet(_Blocks):
-    """Row numbers count from 0."""
-
-    def __init__(self, path: str, columns: Sequence[str]):
-        meta = pq.read_metadata(path)
-        self._columns = columns
-        sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-        self._starts = np.cumsum([0, *sizes])
-        super().__init__(path, meta.num_rows)
-
-    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
-        first = int(np.searchsorted(self._starts, start, "right")) - 1
-        last = int(np.searchsorted(self._starts, stop - 1, "right")) - 1
-        table = _row_groups(self.path, first, last, tuple(self._columns)).slice(start - self._starts[first],
-                                                                                stop - start)
-        for i, row in enumerate(table.to_pylist(), start):
-            yield f"Row {i} of {self.path}", row
-
-
-@functools.lru_cache(maxsize=2)  # blocks are read in order, many of them from one row group
-def _row_groups(path: str, first: int, last: int, columns: tuple[str, ...]) -> Any:
-    with pq.ParquetFile(path) as file:
-        return file.read_row_groups(range(first, last + 1), columns=list(columns))
-
-
-class _Arrow(_Blocks):
-    """A data set of the `datasets` library; row numbers count from 0."""
-
-    def __init__(self, path: str, data: Any):
-        self._data = data
-        super().__init__(path, len(data))
-
-    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
-        for i, row in enumerate(self._data.select(range(start, stop)).to_list(), start):
-            yield f"Row {i} of {self.path}", row
-
-
-def _open(source: Pairs) -> tuple[_Blocks, list[str]]:
-    path = source.path
-    if not os.path.isfile(path):
-        data = _dataset(path, source.split)
-        name = _format(path, data.column_names)
-        wanted = [c for c in data.column_names if c in {*FORMATS[name][0], *FORMATS[name][1]}]
-        return _Arrow(path, data.select_columns(wanted)), list(data.column_names)
-    try:
-        names = pq.read_schema(path).names if path.endswith(".parquet") else None
-    except Exception as e:  # pyarrow raises many kinds for a damaged file
-        raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
-    if names is not None:
-        name = _format(path, names)
-        return _Parquet(path, [c for c in names if c in {*FORMATS[name][0], *FORMATS[name][1]}]), names
-    if not path.endswith((".jsonl", ".json")):
-        raise ConfigError(f"The data file {path} ends in neither .jsonl nor .parquet; convert it to one of the two.")
-    lines = _Jsonl(path)
-    if not lines.rows:
-        raise ConfigError(f"{path} holds no row; give it some.")
-    where, first = lines[0][0]
-    try:
-        return lines, list(_json(first))
-    except ValueError as e:
-        raise ConfigError(f"{where}: {e}; mend or remove the row.") from e
-
-
-def _dataset(path: str, split: str) -> Any:
-    """A local folder (saved by `datasets`, or of data files) or a hub name."""
-    import datasets
-
-    folder = Path(path)
-    if not folder.exists() and (path.count("/") > 1 or path.startswith((".", "/")) or folder.suffix):
-        raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
-    try:
-        saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-        data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-        return data[split] if isinstance(data, dict) else data
-    except Exception as e:  # the library and the hub raise dozens of kinds
-        raise ConfigError(f"The data set {path!r} (split {split!r}) cannot be loaded "
-                          f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split and "
-                          "connection, or give a local folder.") from e
