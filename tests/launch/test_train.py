@@ -28,7 +28,7 @@ from deltapref_jax.workspace import Workspace, run
 from launch.trained import show
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-QUESTIONS = [json.loads(q["messages"])[0]["content"] for q in world.prompts(("chain", "shop"), 8, 1, 3)]
+QUESTIONS = [json.loads(q["messages"])[0]["content"] for q in world.prompts(("chain", "shop"), 16, 1, 3)]
 PAIRS = [{"prompt": q, "chosen": f" Answer: {i}.", "rejected": f" Answer: {i + 3}!"} for i, q in enumerate(QUESTIONS)]
 
 
@@ -206,7 +206,7 @@ def test_mismatched_rows_follow_the_length_rule(single):
         assert (stats[dropped], stats["groups"]) == (1, 8)
     with pytest.raises(ConfigError, match=r"^Line [234] of \S+ has a completion that is \d+ tokens long behind the "
                                           r"prompt of Line 1 of \S+ \(KTO's baseline\), and config\.training\."
-                                          r"row_length is 200; raise it, or set config\.training\.over_length to 'drop' or "):
+                                          r"row_length is 200; raise it, or set config\.training\.over_length to "):
         made(single("text", "kto", rows=rows, over_length="error", row_length=200))
 
 
