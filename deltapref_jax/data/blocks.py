@@ -127,7 +127,8 @@ def _dataset(path: str, split: str) -> Any:
     import datasets
 
     folder = Path(path)
-    if not folder.exists() and (path.count("/") > 1 or path.startswith((".", "/")) or folder.suffix):
+    file = path.endswith((".jsonl", ".json", ".parquet"))
+    if not folder.exists() and (file or path.count("/") > 1 or path.startswith((".", "/"))):
         raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
     try:
         saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
