@@ -122,14 +122,23 @@ def open_blocks(source: Pairs, read: Callable[[Sequence[str]], set[str]]) -> tup
         raise ConfigError(f"{where}: {e}; mend or remove the row.") from e
 
 
+def check_place(path: str) -> None:
+    """Refuses a path that is not there and cannot be a hub name.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    local = path.endswith((".jsonl", ".json", ".parquet")) or path.count("/") > 1 or path.startswith((".", "/"))
+    if local and not os.path.exists(path):
+        raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
+
+
 def _dataset(path: str, split: str) -> Any:
     """A local folder (saved by `datasets`, or of data files) or a hub name."""
     import datasets
 
     folder = Path(path)
-    file = path.endswith((".jsonl", ".json", ".parquet"))
-    if not folder.exists() and (file or path.count("/") > 1 or path.startswith((".", "/"))):
-        raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
+    check_place(path)
     try:
         saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)

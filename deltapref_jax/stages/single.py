@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, MeshShape, Pairs, Single
+from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import Loaded, load, resolve, weights_hash
@@ -69,6 +70,7 @@ def plan(single: Single) -> dict[str, Node]:
       ConfigError: the data file or the table is not there, or the table is of other weights than the reference.
       FileNotFoundError: a model is not there.
     """
+    check_place(single.data.path)
     kind, student = single.objective.kind, single.student
     teacher = dataclasses.replace(single.reference, path=single.reference.path or student.path)
     weights = {"student": weights_hash(student.path), "reference": weights_hash(teacher.path)}
