@@ -177,7 +177,7 @@ def test_workers_do_not_change_the_order(sources, workers):
 
 
 BROKEN = {  # a second row, and what is said of it
-    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 28 (char 27))",
+    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25))",
     "[1]": "not a JSON object",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
     '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
