@@ -27,6 +27,8 @@ JUDGE_KINDS = ("exact", "model")
 KEEPS = ("all", "top", "random", "matched")
 STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong")
 BUDGETS = ("steps", "epochs")
+OVER_LENGTHS = ("error", "drop", "truncate")
+TRUNCATION_MODES = ("keep_start", "keep_end")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -166,7 +168,7 @@ class Training:
     clip: float = 1.0  # global gradient norm
     rows: int = 16  # rows of one micro-batch, over all devices
     row_length: int = 512  # tokens in one packed row
-    over_length: str = "drop"  # a sequence longer than a row: "drop" (counted) or "error"
+    over_length: str = "drop"  # a sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too
     checkpoint_every: int = 10  # steps
     keep_checkpoints: int = 1
     finishes: tuple[str, ...] = ("eos", "stop")  # traces that ended otherwise are not trained on
@@ -232,6 +234,32 @@ class Experiment:
     training: Training = dataclasses.field(default_factory=Training)
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+
+
+@dataclasses.dataclass
+class Pairs:
+    """A file of preference data that somebody brings; `data.preferences` lists the formats."""
+
+    path: str = ""  # .jsonl or .parquet file, hub data set name, or local data set folder
+    split: str = "train"  # split of a hub data set or folder
+    workers: int = 4  # processes that tokenise; a file of less than a thousand rows each needs fewer
+    truncation_mode: str = "keep_start"  # of over_length "truncate": the end of a sequence that stays; TRL's names
+
+
+@dataclasses.dataclass
+class Single:
+    """One arm trained from a file of pairs, without the rest of a study."""
+
+    name: str = "train"
+    workspace: str = "workspace"  # directory or bucket of tokens, reference table and policy
+    seed: int = 0  # of the order of the data
+    data: Pairs = dataclasses.field(default_factory=Pairs)
+    student: Model = dataclasses.field(default_factory=Model)
+    reference: Model = dataclasses.field(default_factory=Model)  # "" path: the student before training
+    table: str = ""  # Parquet file or folder of the reference's log-probabilities; "": computed once and kept
+    objective: Objective = dataclasses.field(default_factory=lambda: Objective(name="dpo"))
+    training: Training = dataclasses.field(default_factory=Training)  # row_length is the longest sequence too
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 

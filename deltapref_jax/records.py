@@ -75,6 +75,15 @@ PAIR = pa.schema([
     ("rejected_correct", pa.bool_()),
 ])
 
+SEQUENCE = pa.schema([  # preference data from a file: one row per prompt with one completion, after the length rule
+    ("group", pa.int32()),  # the two rows of a pair have one number, chosen first
+    ("prompt_id", pa.string()),  # digest of the prompt as it was given
+    ("prompt_ids", pa.list_(pa.int32())),
+    ("completion_ids", pa.list_(pa.int32())),  # all of it is scored
+    ("desirable", pa.bool_()),  # chosen, or labelled true
+    ("where", pa.string()),  # file and line
+])
+
 RESULT = pa.schema([  # evaluation: one row per question and sample
     ("suite", pa.string()),
     ("domain", pa.string()),

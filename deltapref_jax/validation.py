@@ -14,13 +14,16 @@ from deltapref_jax.config import (
     JUDGE_KINDS,
     KEEPS,
     OBJECTIVE_KINDS,
+    OVER_LENGTHS,
     PROMPT_KINDS,
     STRATA,
+    TRUNCATION_MODES,
     ConfigError,
     Experiment,
     Nursery,
     Objective,
     Prompts,
+    Single,
     choose,
 )
 
@@ -101,6 +104,25 @@ def validate_nursery(nursery: Nursery) -> Nursery:
     for s, suite in enumerate(nursery.suites):
         _prompts(f"config.suites[{s}].prompts", suite.prompts)
     return nursery
+
+
+def validate_single(single: Single) -> Single:
+    """Checks every name and size of `single` and returns it.
+
+    Raises:
+      ConfigError: one sentence that names the field, its value and the remedy.
+    """
+    _typed("config", single)
+    if not single.data.path:
+        raise ConfigError("config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder.")
+    _number("config.data.workers", single.data.workers, 0)
+    choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
+    choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
+    # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
+    validate(Experiment(name=single.name, seed=single.seed, prompts=(Prompts(kind="jsonl", path=single.data.path),),
+                        student=single.student, reference=single.reference, objectives=(single.objective,),
+                        training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
+    return single
 
 
 def validate(experiment: Experiment) -> Experiment:
@@ -198,7 +220,7 @@ def _validate_sizes(e: Experiment) -> None:
     t, s = e.training, e.sampling
     choose("config.training.budget", t.budget, BUDGETS)
     choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
-    choose("config.training.over_length", t.over_length, ("drop", "error"))
+    choose("config.training.over_length", t.over_length, ("drop", "error"))  # traces are scored whole: none is cut
     for field, value in (("pairs_per_step", t.pairs_per_step), ("steps", t.steps), ("rows", t.rows),
                          ("row_length", t.row_length), ("checkpoint_every", t.checkpoint_every),
                          ("keep_checkpoints", t.keep_checkpoints)):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from deltapref_jax.config import NURSERY, Nursery, model_of
+from deltapref_jax.config import NURSERY, ConfigError, Nursery, model_of
 from deltapref_jax.judging.scorer import _reader
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import BATCH
@@ -24,12 +24,12 @@ from deltapref_jax.stages import nursery
 from deltapref_jax.stages.study import plan
 from deltapref_jax.training.state import Optimizer, TrainState
 from deltapref_jax.training.step import Examples, Hyper, programs
-from deltapref_jax.validation import validate, validate_nursery
+from deltapref_jax.validation import validate, validate_nursery, validate_single
 from evals.evaluate import describe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
-STUDIES = [name for name in NAMES if name != "nursery"]
+STUDIES = [name for name in NAMES if name not in ("nursery", "train")]
 HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": ModelSpec(49_152, 576, 30, 9, 3, 64, 1536, 1e5, 1e-5, True, 8192)}
 
 
@@ -203,6 +203,17 @@ def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
                        branched=p.lesson == "judge")
         if p.name in found.release and p.lesson == "solve":
             trace_sampling(spec, "float32", s.slots, s.chunk, s.max_prompt, s.max_tokens, one_device)
+
+
+def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_device):
+    single = config("train")
+    with pytest.raises(ConfigError, match=r"^config\.data\.path is empty; give a "):
+        validate_single(single)
+    single.data.path, (single.student.path, spec) = "pairs.jsonl", next(iter(HUB.items()))
+    t = validate_single(single).training
+    trace_training(spec, single.student.dtype, single.objective.kind, Optimizer(t.clip, t.weight_decay), t.rows,
+                   t.row_length, one_device)
+    trace_scoring(spec, single.student.dtype, t.rows, t.row_length, one_device)
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -5,20 +5,22 @@ at the fullest row. Extra memory is one chunk of [B, C, V] float32, forward and 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from deltapref_jax.mesh import put
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.packing import PackedBatch
+from deltapref_jax.scoring.packing import PackedBatch, Sample, capacity, pack
 
 _CHUNK_NUMBERS = 1 << 23  # of one chunk of logits: 32 MiB in float32
 
@@ -134,3 +136,28 @@ def scorer(spec: ModelSpec, dtype: str, segments: int, mesh: Mesh) -> Callable[.
 
     return jax.jit(run, in_shardings=(shardings(shapes, mesh), NamedSharding(mesh, BATCH)),
                    out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def score_samples(spec: ModelSpec, params: nnx.State, samples: Sequence[Sample], rows: int, length: int, mesh: Mesh,
+                  dtype: str) -> tuple[list[float | None], int]:
+    """Summed log-probability of every sequence's targets (nats), in packed rows; and how many positions that took.
+
+    Args:
+      spec: of the model.
+      params: of the model.
+      samples: sequences; one that is longer than a row gets None.
+      rows: B.
+      length: L.
+      mesh: rows are spread over data and fsdp.
+      dtype: of the computation.
+    """
+    run = scorer(spec, dtype, capacity(rows, length), mesh)
+    params = jax.device_put(params, shardings(params, mesh))
+    fits = [i for i, s in enumerate(samples) if len(s.tokens) <= length]
+    sums: list[float | None] = [None] * len(samples)
+    micros = pack([samples[i] for i in fits], [[j] for j in range(len(fits))], rows, length)
+    for micro in micros:
+        got = np.asarray(run(params, put(micro.batch, mesh, BATCH))[0], np.float64)
+        for segment, j in enumerate(micro.order):
+            sums[fits[j]] = float(got[segment])
+    return sums, len(micros) * rows * length

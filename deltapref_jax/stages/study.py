@@ -47,10 +47,14 @@ def _source(source: Prompts) -> dict[str, Any]:
     if source.kind == "tfds" and not path.is_dir():
         raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
     if source.path and path.exists():  # what is not here is a name on the hub
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-        contents = [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
-        fields["path"] = digest(path.name, contents)
+        fields["path"] = content(path)
     return fields
+
+
+def content(path: Path) -> str:
+    """16 hex digits of a file's or folder's name and content: a moved one is the same."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return digest(path.name, [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files])
 
 
 def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, Node]) -> Node:

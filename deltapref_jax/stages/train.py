@@ -1,17 +1,18 @@
 """train: one arm and seed. Pairs join traces and reference log-probabilities; a policy folder comes out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Objective, Training
 from deltapref_jax.mesh import is_first, make_mesh
-from deltapref_jax.models.weights import export, load
+from deltapref_jax.models.weights import Loaded, export, load
 from deltapref_jax.stages.score import Sequences
 from deltapref_jax.training.data import Data, Group, Row
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer
-from deltapref_jax.workspace import Job
+from deltapref_jax.workspace import Job, Stats
 
 VERSION = 1
 
@@ -71,22 +72,30 @@ def references(job: Job, wanted: str) -> tuple[dict[str, float], dict[str, tuple
     return matched, mismatched
 
 
-def train_arm(job: Job) -> None:
-    """PAIR, TRACE, LOGPROB and PROMPT to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder)."""
+def arm_groups(job: Job, model: Loaded) -> tuple[list[Group], Stats]:
+    """PAIR, TRACE, LOGPROB and PROMPT of an arm as the objective reads them, and counts for the manifest."""
+    c = job.config
+    kind, pairs = c["objective"]["kind"], job.table("pairs").to_pylist()
+    needed = {p[side] for p in pairs for side in ("chosen_id", "rejected_id")}
+    traces = [t for table in job.tables("sample").values() for t in table.to_pylist() if t["trace_id"] in needed]
+    matched, mismatched = references(job, c["reference"])
+    sequences = Sequences(model.text, job.table("prompts").to_pylist(), traces)
+    groups = groups_of(kind, pairs, sequences, matched, mismatched)
+    if not groups:
+        raise ConfigError(f"None of the {len(pairs)} pairs has reference log-probabilities: their rows are longer "
+                          "than config.scoring.row_length; raise it.")
+    unscored = len(pairs) * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1) - len(groups)
+    return groups, {"pairs": float(len(pairs)), "dropped_long": float(unscored)}
+
+
+def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]] = arm_groups) -> None:
+    """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder)."""
     c = job.config
     folder = Path(job.dir)
     with job.alone():
         model = load(job.local["student"]["path"], c["dtype"])
-        pairs = job.table("pairs").to_pylist()
-        needed = {p[side] for p in pairs for side in ("chosen_id", "rejected_id")}
-        traces = [t for table in job.tables("sample").values() for t in table.to_pylist() if t["trace_id"] in needed]
-        matched, mismatched = references(job, c["reference"])
+        groups, stats = read(job, model)
         kind, training = c["objective"]["kind"], Training(**c["training"])
-        sequences = Sequences(model.text, job.table("prompts").to_pylist(), traces)
-        groups = groups_of(kind, pairs, sequences, matched, mismatched)
-        if not groups:
-            raise ConfigError(f"None of the {len(pairs)} pairs has reference log-probabilities: their rows are longer "
-                              "than config.scoring.row_length; raise it.")
         objective = Objective(**c["objective"])
         data = Data(groups, kind, training, c["seed"], objective.baseline_fraction)
         run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
@@ -97,8 +106,7 @@ def train_arm(job: Job) -> None:
                                job.node.label, c["dtype"], guard)
         if is_first():
             export(jax.device_get(params), model.spec, model.text, folder / "policy")
-    unscored = len(pairs) * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1) - len(groups)
-    job.stats |= counts | {"pairs": float(len(pairs)), "groups": float(len(data.groups)), "steps": float(data.steps),
-                           "dropped_long": float(data.dropped + unscored),
-                           "dropped_mismatched": float(data.dropped_mismatched)}
+    dropped = data.dropped + stats.pop("dropped_long", 0.0)
+    job.stats |= counts | stats | {"groups": float(len(data.groups)), "steps": float(data.steps),
+                                   "dropped_long": dropped, "dropped_mismatched": float(data.dropped_mismatched)}
     job.files += ["metrics.jsonl", "policy/*"]

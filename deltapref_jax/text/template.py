@@ -85,7 +85,7 @@ class Text:
 
     def completions_ids(self, texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
         """`completion_ids` of many, tokenised in one call."""
-        encoded = self._encode(list(texts))
+        encoded = self.encode(list(texts))
         return [ids + list(self.end_ids[:1]) * end for ids, end in zip(encoded, ended, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -94,9 +94,10 @@ class Text:
 
     def pieces(self, text: str) -> list[int]:
         """Ids of plain text, no special tokens added."""
-        return self._encode([text])[0]
+        return self.encode([text])[0]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """`pieces` of many, tokenised in one call."""
         if not texts:
             return []
         encoded: Any = self.tokenizer(texts, add_special_tokens=False)
@@ -106,7 +107,10 @@ class Text:
 def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """The BOS where the tokenizer adds one and the template does not write it; never the EOS that some add too."""
     bos, template = tokenizer.bos_token, str(tokenizer.chat_template)
-    if bos is None or "bos_token" in template or bos in template:
-        return []
+    return [] if bos is None or "bos_token" in template or bos in template else added_bos(tokenizer)
+
+
+def added_bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """The BOS that the tokenizer puts before plain text, or nothing."""
     adds: Any = tokenizer("", add_special_tokens=True)
     return [i for i in adds["input_ids"][:1] if i == tokenizer.bos_token_id]

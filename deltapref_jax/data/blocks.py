@@ -1,0 +1,164 @@
+"""Rows of a file, folder or hub data set in blocks that Grain draws at random places, with the place of each row."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from deltapref_jax.config import ConfigError, Pairs
+
+BLOCK = 256  # rows that are read and tokenised together
+
+
+class Blocks:
+    """Random access to blocks of (where, row) for Grain; subclasses read rows start to stop."""
+
+    def __init__(self, path: str, rows: int):
+        self.path, self.rows = path, rows
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / BLOCK)
+
+    def __getitem__(self, block: int) -> list[tuple[str, Any]]:
+        start, stop = block * BLOCK, min((block + 1) * BLOCK, self.rows)
+        return list(self._read(start, stop))
+
+    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
+        raise NotImplementedError
+
+
+class _Jsonl(Blocks):
+    def __init__(self, path: str):
+        found, at = [], 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    found.append((at, number))
+                at += len(line)
+        self._lines = np.asarray(found, np.int64).reshape(-1, 2)
+        super().__init__(path, len(found))
+
+    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
+        with open(self.path, "rb") as file:
+            for at, number in self._lines[start:stop].tolist():
+                file.seek(at)
+                yield f"Line {number} of {self.path}", file.readline()
+
+
+class _Parquet(Blocks):
+    """Row numbers count from 0."""
+
+    def __init__(self, path: str, columns: Sequence[str]):
+        meta = pq.read_metadata(path)
+        self._columns = columns
+        sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+        super().__init__(path, meta.num_rows)
+
+    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        last = int(np.searchsorted(self._starts, stop - 1, "right")) - 1
+        table = _row_groups(self.path, first, last, tuple(self._columns)).slice(start - self._starts[first],
+                                                                                stop - start)
+        for i, row in enumerate(table.to_pylist(), start):
+            yield f"Row {i} of {self.path}", row
+
+
+@functools.lru_cache(maxsize=2)  # blocks are read in order, many of them from one row group
+def _row_groups(path: str, first: int, last: int, columns: tuple[str, ...]) -> Any:
+    with pq.ParquetFile(path) as file:
+        return file.read_row_groups(range(first, last + 1), columns=list(columns))
+
+
+class _Arrow(Blocks):
+    """A data set of the `datasets` library; row numbers count from 0."""
+
+    def __init__(self, path: str, data: Any):
+        self._data = data
+        super().__init__(path, len(data))
+
+    def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
+        for i, row in enumerate(self._data.select(range(start, stop)).to_list(), start):
+            yield f"Row {i} of {self.path}", row
+
+
+def open_blocks(source: Pairs, read: Callable[[Sequence[str]], set[str]]) -> tuple[Blocks, list[str]]:
+    """The rows of a source, and its columns.
+
+    Args:
+      source: file, folder or hub name.
+      read: all columns to those that are read.
+
+    Raises:
+      ConfigError: the source is missing or damaged.
+    """
+    path = source.path
+    if not os.path.isfile(path):
+        data = _dataset(path, source.split)
+        wanted = read(data.column_names)
+        return _Arrow(path, data.select_columns([c for c in data.column_names if c in wanted])), data.column_names
+    try:
+        names = pq.read_schema(path).names if path.endswith(".parquet") else None
+    except Exception as e:  # pyarrow raises many kinds for a damaged file
+        raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
+    if names is not None:
+        wanted = read(names)
+        return _Parquet(path, [c for c in names if c in wanted]), names
+    if not path.endswith((".jsonl", ".json")):
+        raise ConfigError(f"The data file {path} ends in neither .jsonl nor .parquet; convert it to one of the two.")
+    lines = _Jsonl(path)
+    if not lines.rows:
+        raise ConfigError(f"{path} holds no row; give it some.")
+    where, first = lines[0][0]
+    try:
+        return lines, list(json_row(first))
+    except ValueError as e:
+        raise ConfigError(f"{where}: {e}; mend or remove the row.") from e
+
+
+def check_place(path: str) -> None:
+    """Refuses a path that is not there and cannot be a hub name.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    local = path.endswith((".jsonl", ".json", ".parquet")) or path.count("/") > 1 or path.startswith((".", "/"))
+    if local and not os.path.exists(path):
+        raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
+
+
+def _dataset(path: str, split: str) -> Any:
+    """A local folder (saved by `datasets`, or of data files) or a hub name."""
+    import datasets
+
+    folder = Path(path)
+    check_place(path)
+    try:
+        saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+        data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
+        return data[split] if isinstance(data, dict) else data
+    except Exception as e:  # the library and the hub raise dozens of kinds
+        raise ConfigError(f"The data set {path!r} (split {split!r}) cannot be loaded "
+                          f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split and "
+                          "connection, or give a local folder.") from e
+
+
+def json_row(line: bytes) -> dict[str, Any]:
+    """A line of a JSON lines file.
+
+    Raises:
+      ValueError: it is not a JSON object.
+    """
+    try:
+        row = json.loads(line.strip())
+    except ValueError as e:
+        raise ValueError(f"not JSON ({e})") from e
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row

@@ -1,0 +1,45 @@
+"""What a run of launch.train did, for the terminal."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deltapref_jax.workspace import Node, Workspace
+
+_WORDS = {  # counts of a manifest, in words; those that are zero are not shown
+    "read": "rows read", "groups": "trained on", "too_long": "longer than row_length, dropped",
+    "cut": "sequences cut to row_length", "cut_away": "no answer within row_length, dropped",
+    "unscored": "nothing to score, dropped", "undesirable": "not desirable, left out (SFT)",
+    "apart": "template no prefix, tokenised apart", "mismatched_dropped": "mismatched rows too long, left out",
+    "mismatched_cut": "mismatched rows cut to row_length"}
+
+
+def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None:
+    """What was read, left out and cut; the first and the last step; where everything is."""
+    import pyarrow.parquet as pq
+
+    tokens, folder = nodes["tokens"], workspace.path(nodes["policy"])
+    counts = workspace.manifest(tokens)["stats"]
+    stats = workspace.manifest(nodes["policy"])["stats"]
+    about = pq.read_schema(next(workspace.path(tokens).glob("*.parquet"))).metadata
+    console.print(f"Data: {tokens.local['data']['path']} ({about[b'format'].decode()})", soft_wrap=True)
+    if ignored := json.loads(about[b"ignored"]):
+        console.print(f"  {len(ignored)} columns ignored: {', '.join(ignored)}", soft_wrap=True)
+    found = counts | {name: stats[name] for name in _WORDS if name.startswith("mismatched") and name in stats}
+    for name, words in _WORDS.items():
+        if found.get(name):
+            console.print(f"  {found[name]:,.0f} {words}")
+    console.print(_metrics([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]))
+    if "reference" in nodes:
+        console.print(f"Reference table: {workspace.path(nodes['reference'])}", soft_wrap=True)
+    console.print(f"Metrics: {folder / 'metrics.jsonl'}\nPolicy: {folder / 'policy'}", soft_wrap=True)
+
+
+def _metrics(rows: list[dict[str, Any]]) -> Table:
+    table = Table("", f"step {rows[0]['step']}", f"step {rows[-1]['step']}")
+    for name in rows[0]:
+        if name == "loss" or name.startswith(("rewards/", "logps/")):
+            table.add_row(name, *(f"{row[name]:.4f}" for row in (rows[0], rows[-1])))
+    return table

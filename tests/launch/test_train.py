@@ -1,0 +1,279 @@
+"""One arm from a file of pairs: every format trains, a second run makes nothing, a killed one ends the same,
+and a reference table is used where it fits and refused where it does not."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from deltapref_jax.config import ConfigError, Model, Objective, Pairs, Single, Training
+from deltapref_jax.models.weights import export, load, weights_hash
+from deltapref_jax.scoring.logprobs import score_samples
+from deltapref_jax.scoring.packing import sample
+from deltapref_jax.stages.single import STAGES, plan, sequences
+from deltapref_jax.synthetic import world
+from deltapref_jax.validation import validate_single
+from deltapref_jax.workspace import Workspace, run
+from launch.trained import show
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+QUESTIONS = [json.loads(q["messages"])[0]["content"] for q in world.prompts(("chain", "shop"), 16, 1, 3)]
+PAIRS = [{"prompt": q, "chosen": f" Answer: {i}.", "rejected": f" Answer: {i + 3}!"} for i, q in enumerate(QUESTIONS)]
+
+
+def answer(content):
+    return [{"role": "assistant", "content": content}]
+
+
+def asked(content):
+    return [{"role": "user", "content": content}]
+
+
+def rows_of(name, text):
+    """The same questions in one of the formats."""
+    if name == "text":
+        return [row | {"source": "here"} for row in PAIRS]
+    if name == "messages":
+        return [{"prompt": asked(r["prompt"])} | {k: answer(r[k]) for k in ("chosen", "rejected")} for r in PAIRS]
+    if name == "conversations":
+        return [{k: asked(r["prompt"]) + answer(r[k]) for k in ("chosen", "rejected")} for r in PAIRS]
+    if name == "unpaired":
+        return [{"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"} for r in PAIRS
+                for k in ("chosen", "rejected")]
+    ids = [{"prompt_ids": text.pieces(r["prompt"])} | {
+        f"{k}_ids": text.completion_ids(r[k], True) for k in ("chosen", "rejected")} for r in PAIRS]
+    if name == "ids":
+        return ids
+    return [{"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{k}_ids"], "label": k == "chosen"} for r in ids
+            for k in ("chosen", "rejected")]
+
+
+@pytest.fixture
+def single(tiny_folder, text, tmp_path):
+    """A run of a format; what is given overrides fields of the training."""
+    def make(format="text", kind="dpo", ending="jsonl", rows=None, **training):
+        path = tmp_path / f"{format}.{ending}"
+        rows = rows or rows_of(format, text)
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        shape = {"pairs_per_step": 4, "steps": 3, "rows": 8, "row_length": 128, "warmup": 0.0, "checkpoint_every": 1}
+        return validate_single(Single(
+            workspace=str(tmp_path / "workspace"), data=Pairs(str(path)), student=Model(str(tiny_folder)),
+            objective=Objective(name=kind, kind=kind, learning_rate=1e-3), training=Training(**shape | training)))
+
+    return make
+
+
+def made(single):
+    """Runs it; the workspace and the nodes."""
+    workspace, nodes = Workspace(single.workspace), plan(single)
+    run(nodes, STAGES, workspace, show=False)
+    return workspace, nodes
+
+
+def metrics(workspace, nodes):
+    return [json.loads(line) for line in (workspace.path(nodes["policy"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(workspace, nodes):
+    return (workspace.path(nodes["policy"]) / "policy" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("format", "kind", "ending", "loss"), [
+    ("text", "dpo", "jsonl", np.log(2)), ("messages", "dpo_norm", "parquet", np.log(2)),
+    ("conversations", "kto", "jsonl", 0.5), ("unpaired", "kto", "parquet", 0.5), ("ids", "dpo", "parquet", np.log(2)),
+    ("unpaired ids", "kto", "jsonl", 0.5)])
+def test_every_format_trains_from_the_references_own_loss(single, format, kind, ending, loss):
+    workspace, nodes = made(single(format, kind, ending))
+    rows = metrics(workspace, nodes)
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert rows[2]["loss"] < rows[0]["loss"]
+    assert load(str(workspace.path(nodes["policy"]) / "policy")).weights != nodes["policy"].config["student"]
+    stats = workspace.manifest(nodes["policy"])["stats"]
+    assert (stats["groups"], stats["dropped_long"]) == (32 if kind == "kto" else 16, 0)
+
+
+def test_sft_takes_the_desirable_ones(single):
+    one, two = made(single("text", "sft")), made(single("unpaired", "sft"))
+    assert "reference" not in one[1]
+    assert metrics(*one) == metrics(*two)
+    for (workspace, nodes), undesirable in ((one, 16), (two, 16)):
+        stats = workspace.manifest(nodes["tokens"])["stats"]
+        assert (stats["groups"], stats["undesirable"]) == (16, undesirable)
+
+
+def test_the_table_holds_the_references_log_probabilities_and_its_weights(single, tiny, one_device):
+    workspace, nodes = made(single("text", "kto"))
+    (file,) = workspace.path(nodes["reference"]).glob("*.parquet")
+    assert pq.read_schema(file).metadata[b"weights"].decode() == tiny.weights
+    rows, table = sequences(workspace.table(nodes["tokens"])), pq.read_table(file).to_pylist()
+    assert len(table) == 2 * len(rows) == 64  # each once behind its own prompt and once behind another
+    want, _ = score_samples(tiny.spec, tiny.state, [sample(r.prompt, r.completion) for r in rows], 8, 128, one_device,
+                            "float32")
+    assert [t["trace_id"] for t in table[:32]] == [r.row_id for r in rows]
+    np.testing.assert_allclose([t["logprob"] for t in table[:32]], want, rtol=1e-5)
+    own = {r.prompt_id for r in rows}
+    assert {t["prompt_id"] for t in table[32:]} == own
+    assert all(t["prompt_id"] != r.prompt_id for t, r in zip(table[32:], rows, strict=True))
+
+
+def test_a_second_run_and_another_seed_do_not_score_again(single, monkeypatch):
+    first = single("text", "kto")
+    workspace, nodes = made(first)
+    before = weights(workspace, nodes)
+    monkeypatch.setattr("deltapref_jax.stages.single.score_samples", lambda *_: pytest.fail("scored again"))
+    assert weights(*made(first)) == before
+    other = made(dataclasses.replace(first, seed=1))
+    assert other[1]["reference"].key == nodes["reference"].key
+    assert weights(*other) != before
+
+
+def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(single, tiny, tmp_path, text):
+    workspace, nodes = made(single())
+    table = workspace.path(nodes["reference"])
+    given = dataclasses.replace(single(), table=str(table), seed=0)
+    assert "reference" not in plan(given)
+    assert weights(*made(given)) == weights(workspace, nodes)
+
+    other = tmp_path / "other"
+    export(jax.tree.map(lambda x: x * 1.01, tiny.state), tiny.spec, text, other)
+    with pytest.raises(ConfigError) as error:
+        plan(dataclasses.replace(given, student=Model(str(other))))
+    file = next(iter(table.glob("*.parquet")))
+    assert str(error.value) == (
+        f"The table {file} was made by the weights {tiny.weights} and the reference has the weights "
+        f"{weights_hash(str(other))}; name the model that made it in config.reference.path, or leave config.table "
+        "empty to have it computed.")
+
+    with pytest.raises(ConfigError, match=r"^The table \S+ has no log-probability for 32 of 32 sequences, such as that "
+                                          r"of Line 1 of \S+messages\.jsonl; it was made of other tokens .*: leave "
+                                          r"config\.table empty to have them computed\.$"):
+        made(dataclasses.replace(single("messages"), table=str(table)))
+    with pytest.raises(ConfigError, match=r"^There is no Parquet file at nowhere; check config\.table, or leave it "):
+        plan(dataclasses.replace(given, table="nowhere"))
+
+
+def test_another_reference_is_scored_and_not_guarded(single, tiny, tmp_path, text):
+    other = tmp_path / "other"
+    export(jax.tree.map(lambda x: x * 1.05, tiny.state), tiny.spec, text, other)
+    workspace, nodes = made(dataclasses.replace(single(), reference=Model(str(other))))
+    assert nodes["reference"].config["weights"] == weights_hash(str(other))
+    assert metrics(workspace, nodes)[0]["rewards/chosen"] != pytest.approx(0, abs=1e-4)
+
+
+LONG = [PAIRS[0] | {"chosen": " so" * 200}, *PAIRS[1:]]
+
+
+@pytest.mark.parametrize(("kind", "rule", "groups", "counts"), [
+    ("dpo", "drop", 15, {"too_long": 1, "cut": 0}), ("dpo", "truncate", 16, {"too_long": 0, "cut": 1}),
+    ("kto", "drop", 31, {"too_long": 1, "cut": 0}), ("kto", "truncate", 32, {"too_long": 0, "cut": 1})])
+def test_too_long_is_dropped_or_cut_and_said(single, kind, rule, groups, counts, capsys):
+    workspace, nodes = made(single(kind=kind, rows=[r | {"note": 1, "id": 2} for r in LONG], over_length=rule))
+    stats = workspace.manifest(nodes["tokens"])["stats"]
+    assert {k: stats[k] for k in counts} == counts
+    assert workspace.manifest(nodes["policy"])["stats"]["groups"] == groups
+    show(Console(width=200), workspace, nodes)
+    out = capsys.readouterr().out
+    assert "text.jsonl (paired)" in out
+    assert "2 columns ignored: id, note" in out
+    assert f"  {groups} trained on" in out
+    assert ("1 longer than row_length, dropped" in out) == (rule == "drop")
+    assert ("1 sequences cut to row_length" in out) == (rule == "truncate")
+    assert str(workspace.path(nodes["policy"]) / "policy") in out
+
+
+def test_mismatched_rows_follow_the_length_rule(single):
+    """Each sequence fits its row; a long answer behind the long question does not."""
+    rows = [{"prompt": "why " * 60, "chosen": " so.", "rejected": " no."},
+            *({"prompt": q, "chosen": " so" * 40, "rejected": " no."} for q in QUESTIONS[:3])]
+    for rule, dropped in (("drop", "mismatched_dropped"), ("truncate", "mismatched_cut")):
+        workspace, nodes = made(single("text", "kto", rows=rows, over_length=rule, row_length=200))
+        stats = workspace.manifest(nodes["policy"])["stats"]
+        assert (stats[dropped], stats["groups"]) == (1, 8)
+    with pytest.raises(ConfigError, match=r"^Line [234] of \S+ has a completion that is \d+ tokens long behind the "
+                                          r"prompt of Line 1 of \S+ \(KTO's baseline\), and config\.training\."
+                                          r"row_length is 200; raise it, or set config\.training\.over_length to "):
+        made(single("text", "kto", rows=rows, over_length="error", row_length=200))
+
+
+def test_examples_are_no_pairs(single):
+    with pytest.raises(ConfigError, match=r"^\S+unpaired\.jsonl holds labelled examples and no pairs, which the "
+                                          r"objective 'dpo' needs; set config\.objective\.kind to 'kto' or 'sft', or "):
+        made(single("unpaired"))
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"data": Pairs()}, "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder."),
+    ({"data": Pairs("x", workers=-1)}, "config.data.workers is -1; it must be at least 0."),
+    ({"data": Pairs("x", truncation_mode="middle")},
+     "config.data.truncation_mode is 'middle'; choose one of 'keep_start', 'keep_end'."),
+    ({"training": Training(over_length="cut")},
+     "config.training.over_length is 'cut'; choose one of 'error', 'drop', 'truncate'."),
+    ({"training": Training(rows=0)}, "config.training.rows is 0; it must be at least 1."),
+    ({"student": Model()}, "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."),
+    ({"name": ""}, "config.name is empty; name the experiment."),
+])
+def test_a_bad_value_is_one_sentence(change, sentence):
+    with pytest.raises(ConfigError) as error:
+        validate_single(dataclasses.replace(Single(data=Pairs("x"), student=Model("y")), **change))
+    assert str(error.value) == sentence
+
+
+def command(single, *more):
+    fields = {"data.path": single.data.path, "student.path": single.student.path, "workspace": single.workspace,
+              "training.row_length": 128, "training.pairs_per_step": 4, "training.rows": 8, "training.budget": "steps",
+              "training.steps": 12, "training.checkpoint_every": 1, "objective.learning_rate": 1e-3}
+    return [sys.executable, "-m", "launch.train", *(f"--config.{k}={v}" for k, v in fields.items()), *more]
+
+
+def program(single, *more):
+    return subprocess.Popen(command(single, *more), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
+    one = single()
+    whole = program(dataclasses.replace(one, workspace=str(tmp_path / "whole")))
+    killed = program(one)
+    policies = pathlib.Path(one.workspace) / "policy"
+    while killed.poll() is None and not list(policies.glob("*/checkpoints/step_[2-9]*")):
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not list(policies.glob("*/manifest.json"))
+    killed.communicate()
+    again = program(one)
+    out, error = again.communicate()
+    assert (again.returncode, error.strip()) == (0, "")  # a bar that is gone leaves its line
+    assert "  16 trained on" in out
+    assert whole.communicate()[0].replace(str(tmp_path / "whole"), "") == out.replace(one.workspace, "")
+    (a,), (b,) = ([*root.glob("policy/*/policy/model.safetensors")]
+                  for root in (tmp_path / "whole", pathlib.Path(one.workspace)))
+    assert a.read_bytes() == b.read_bytes()
+    lines = [(f.parent.parent / "metrics.jsonl").read_text() for f in (a, b)]
+    assert lines[0] == lines[1]
+    assert [json.loads(line)["step"] for line in lines[0].splitlines()] == list(range(1, 13))
+
+
+def test_help_and_a_missing_file(single):
+    helped = subprocess.run([sys.executable, "-m", "launch.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert helped.stdout.startswith("Trains one arm from any file of preference pairs")
+    for field in ("data.path", "student.path", "objective.kind", "training.over_length", "table", "seed"):
+        assert f"--config.{field}" in helped.stdout
+    lost = program(dataclasses.replace(single(), data=Pairs("none.parquet")))
+    assert lost.communicate()[1] == "There is no data file or folder none.parquet; check config.data.path.\n"
+    assert lost.returncode == 2
