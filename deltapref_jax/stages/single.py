@@ -90,7 +90,8 @@ def plan(single: Single) -> dict[str, Node]:
     elif OBJECTIVE_KINDS[kind].reference:
         inputs["reference"] = nodes["reference"] = Node("reference", "reference", {
             "weights": weights["reference"], "dtype": teacher.dtype, "mismatched": OBJECTIVE_KINDS[kind].baseline,
-            "limit": length, "rows": single.training.rows}, {"tokens": tokens}, {"model": teacher.path, "mesh": mesh}, VERSION)
+            "limit": length, "rows": single.training.rows}, {"tokens": tokens},
+            {"model": teacher.path, "mesh": mesh}, VERSION)
     nodes["policy"] = Node("policy", single.name, config | weights | {
         "objective": dataclasses.asdict(single.objective), "training": dataclasses.asdict(single.training),
         "seed": single.seed, "dtype": student.dtype, "limit": length,
