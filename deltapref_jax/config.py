@@ -28,6 +28,7 @@ KEEPS = ("all", "top", "random", "matched")
 STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong")
 BUDGETS = ("steps", "epochs")
 DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "projections", "attention", "block")
 
 
 class ObjectiveKind(NamedTuple):
@@ -167,6 +168,7 @@ class Training:
     rows: int = 16  # rows of one micro-batch, over all devices
     row_length: int = 512  # tokens in one packed row
     over_length: str = "drop"  # a sequence longer than a row: "drop" (counted) or "error"
+    remat: str = "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES
     checkpoint_every: int = 10  # steps
     keep_checkpoints: int = 1
     finishes: tuple[str, ...] = ("eos", "stop")  # traces that ended otherwise are not trained on
@@ -211,6 +213,7 @@ class MeshShape:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1  # devices that share one row's columns: for rows too long for one; training and scoring only
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from deltapref_jax.config import (
     KEEPS,
     OBJECTIVE_KINDS,
     PROMPT_KINDS,
+    REMATS,
     STRATA,
     ConfigError,
     Experiment,
@@ -198,6 +199,7 @@ def _validate_sizes(e: Experiment) -> None:
     t, s = e.training, e.sampling
     choose("config.training.budget", t.budget, BUDGETS)
     choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
+    choose("config.training.remat", t.remat, REMATS)
     choose("config.training.over_length", t.over_length, ("drop", "error"))
     for field, value in (("pairs_per_step", t.pairs_per_step), ("steps", t.steps), ("rows", t.rows),
                          ("row_length", t.row_length), ("checkpoint_every", t.checkpoint_every),

@@ -80,7 +80,7 @@ def plan(
 
 
 def _seen(q: Tokens, k: Tokens) -> Bool[Array, "C C"]:
-    """What queries of one block see of the keys of another; the rule of `attention.packed_mask`, padding sees nothing."""
+    """What queries of one block see of another's keys: `attention.packed_mask`, but padding sees nothing."""
     mask = (q.segments[:, None] == k.segments) & (q.columns[:, None] >= k.columns) & (q.segments[:, None] > 0)
     if q.branches is not None:
         mask &= (k.branches == 0) | (q.branches[:, None] == k.branches)

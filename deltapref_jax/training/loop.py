@@ -40,7 +40,7 @@ class Run:
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
-    remat: bool = False
+    remat: str = "none"
 
 
 def train(

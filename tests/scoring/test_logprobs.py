@@ -50,7 +50,7 @@ def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, columns):
                  our_gradient, gradient)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)])
 def test_eight_devices_equal_one(tiny, one_device, shape):
     rows = sequences(tiny.spec.vocab, 30)
     (micro,) = pack(rows, [[i] for i in range(len(rows))], 16, 64)
