@@ -20,8 +20,7 @@ from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
-LAYOUTS = {"short": [[5, 30, 17, 9], [1, 2, 60], [70]], "one": [[96]] * 3, "empty row": [[40, 40], [], [33, 50]],
-           "whole blocks": [[32, 32, 32], [64, 32], [16, 80]]}
+LAYOUT = [[5, 30, 17, 9], [1, 2, 60], [96], [40, 40], [], [32, 32, 32], [64, 32], [16, 80]]
 
 
 def rows(layout, length=96):
@@ -64,11 +63,9 @@ def same(got, want, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("branched", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block", [32, 40])
-def test_blockwise_is_plain(layout, branched, block):
-    segments = rows(LAYOUTS[layout])
+@pytest.mark.parametrize(("block", "branched"), [(32, False), (40, True)])
+def test_blockwise_is_plain(block, branched):
+    segments = rows(LAYOUT)
     branches = jnp.broadcast_to(jnp.arange(96) // 7 % 3, segments.shape) if branched else None
     got = results(lambda q, k, v: blockwise(q, k, v, plan(segments, branches, block), block), segments,
                   *arrays(segments))
@@ -76,7 +73,7 @@ def test_blockwise_is_plain(layout, branched, block):
 
 
 def test_blockwise_in_bfloat16_is_float32_within_its_rounding():
-    segments = rows(LAYOUTS["short"])
+    segments = rows(LAYOUT)
     exact = results(plain(segments), segments, *[x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays(segments)])
     got = results(lambda q, k, v: blockwise(q, k, v, plan(segments, None, 32), 32), segments,
                   *arrays(segments, jnp.bfloat16))
@@ -85,7 +82,7 @@ def test_blockwise_in_bfloat16_is_float32_within_its_rounding():
 
 
 def test_padding_gives_zeros_and_no_gradient():
-    segments = rows(LAYOUTS["empty row"])
+    segments = rows(LAYOUT)
     q, k, v, _ = arrays(segments)
     out, back = jax.vjp(lambda *x: blockwise(*x, plan(segments, None, 32), 32), q, k, v)
     for x in (out, *back(jnp.ones_like(out))):
@@ -114,11 +111,11 @@ def test_work_grows_with_the_sum_of_squared_lengths():
         assert tiles([size] * (4096 // size), 4096) <= bound
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (8, 2), (3, 1)])
-@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 1, 4, 2), (1, 2, 1, 4), (1, 1, 1, 8)])
+@pytest.mark.parametrize(("shape", "heads"), [((2, 2, 2, 1), (4, 2)), ((1, 1, 4, 2), (8, 2)), ((1, 2, 1, 4), (4, 2)),
+                                              ((1, 1, 8, 1), (3, 1))])
 def test_a_mesh_is_one_device(shape, heads):
     """Rows over data and fsdp, heads over tensor (groups fewer than devices among them), columns over context."""
-    mesh, segments = make_mesh(MeshShape(*shape)), rows([*LAYOUTS["short"], [96]])
+    mesh, segments = make_mesh(MeshShape(*shape)), rows(LAYOUT[:4])
     given = arrays(segments, heads=heads[0], groups=heads[1])
     attention = packed_attention(put(segments, mesh, BATCH), None, mesh, "blockwise")
     same(results(attention, segments, *put(given, mesh, BATCH)), results(plain(segments), segments, *given), 1e-5)

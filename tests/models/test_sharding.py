@@ -76,6 +76,6 @@ def test_mesh_sizes_must_multiply_to_the_devices():
     assert dict(make_mesh(MeshShape(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     for shape in (MeshShape(3, 1, 1), MeshShape(-1, 3, 1), MeshShape(2, 2, 1)):
         with pytest.raises(ConfigError, match=r"^config\.mesh is -?\d x \d x 1 x 1 \(data, fsdp, tensor, context\) and "
-                                              r"there are 8 devices; the sizes must multiply to that, one of them may be "
-                                              r"-1\.$"):
+                                              r"there are 8 devices; the sizes must multiply to that, one of them may "
+                                              r"be -1\.$"):
             make_mesh(shape)
