@@ -219,3 +219,7 @@ def _validate_sizes(e: Experiment) -> None:
     sizes = dataclasses.astuple(e.mesh)
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")
+    for field, length in (("training", t.row_length), ("scoring", e.scoring.row_length)):
+        if e.mesh.context > 1 and length % e.mesh.context:
+            raise ConfigError(f"config.{field}.row_length is {length} and config.mesh.context splits each row over "
+                              f"{e.mesh.context} devices; make row_length a multiple of that.")

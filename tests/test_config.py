@@ -118,6 +118,10 @@ CASES = [  # path of a field, value, sentence
                       "most one is -1."),
     ("mesh.tensor", 0, "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and at "
                        "most one is -1."),
+    ("training.remat", "all", "config.training.remat is 'all'; choose one of 'none', 'projections', 'attention', "
+                              "'block'."),
+    ("mesh.context", 7, "config.training.row_length is 512 and config.mesh.context splits each row over 7 devices; "
+                        "make row_length a multiple of that."),
 ]
 
 
