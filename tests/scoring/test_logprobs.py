@@ -113,7 +113,7 @@ def test_layout_holds_every_sequence_once_and_keeps_groups_together():
 
 @pytest.mark.parametrize(("groups", "paired", "least"), [(64, True, 0.95), (16, False, 0.85)])
 def test_padding_of_lognormal_lengths_is_small_in_narrow_micro_batches(groups, paired, least):
-    """64 pairs a step, and 16 single examples (8 pairs' worth), sigma 0.8, cap 1024: a row as long as the longest group.
+    """64 pairs a step, and 16 single examples, sigma 0.8, cap 1024: a row is as long as the longest group.
 
     A step wastes half a micro-batch on average, so a micro-batch is one row; attention does not pay for its length.
     """
