@@ -1,7 +1,8 @@
 """Log-probabilities without a logits tensor: a chunked projection with its own backward pass.
 
 Only target positions are projected: each row's targets are moved to its front, and the loop over chunks of columns ends
-at the fullest row. Extra memory is one chunk of [B, C, V] float32 per device, forward and backward.
+at the fullest row. Extra memory is that of one chunk [B, C, V] per device, however many targets there are: up to three
+float32 buffers (logits, their exponentials, their gradient).
 """
 
 import functools

@@ -85,8 +85,8 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix))
 
 
-def test_logits_take_the_memory_of_one_chunk():
-    """Values and gradients of 8 x 1024 targets on 4096 words: a chunk of logits, never the 128 MiB of them all."""
+def test_logits_take_the_memory_of_three_buffers_of_one_chunk():
+    """Values and gradients of 8 and of 32 rows of 1024 targets on 4096 words (128 and 512 MiB of logits)."""
     def extra(rows):
         shapes = (jax.ShapeDtypeStruct((rows, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32),
                   jax.ShapeDtypeStruct((rows, 1024), jnp.int32), jax.ShapeDtypeStruct((rows, 1024), bool))
@@ -94,8 +94,9 @@ def test_logits_take_the_memory_of_one_chunk():
         return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     chunk = 4 * logprobs._CHUNK_NUMBERS
-    assert extra(8) < 2.5 * chunk
-    assert extra(32) - extra(8) < 0.5 * chunk
+    few, many = extra(8), extra(32)
+    assert few < 3.1 * chunk
+    assert many - few < 0.2 * chunk
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():
