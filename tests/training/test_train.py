@@ -90,7 +90,7 @@ def test_arms_of_one_shape_compile_once(tiny, one_device, tmp_path):
     for i, (beta, rate) in enumerate([(0.1, 1e-3), (0.5, 1e-4), (0.01, 3e-4)]):
         config = Run(Objective(name=f"arm{i}", beta=beta, learning_rate=rate), 2, 4, 64, warmup=0.0)
         train(tiny.spec, tiny.state, data("dpo", tiny.spec.vocab, 4), config, one_device, tmp_path / str(i))
-    compiled = steps.programs(tiny.spec, "float32", "dpo", Optimizer(), capacity(4, 64), one_device, False)
+    compiled = steps.programs(tiny.spec, "float32", "dpo", Optimizer(), capacity(4, 64), one_device, "none")
     assert steps.programs.cache_info().currsize == 1
     assert compiled.gradient._cache_size() == 1
     assert compiled.apply._cache_size() == 1
