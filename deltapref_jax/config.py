@@ -30,6 +30,7 @@ BUDGETS = ("steps", "epochs")
 OVER_LENGTHS = ("error", "drop", "truncate")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "projections", "attention", "block")
 
 
 class ObjectiveKind(NamedTuple):
@@ -169,6 +170,7 @@ class Training:
     rows: int = 16  # rows of one micro-batch, over all devices
     row_length: int = 512  # tokens in one packed row
     over_length: str = "drop"  # a sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too
+    remat: str = "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES
     checkpoint_every: int = 10  # steps
     keep_checkpoints: int = 1
     finishes: tuple[str, ...] = ("eos", "stop")  # traces that ended otherwise are not trained on
@@ -213,6 +215,7 @@ class MeshShape:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1  # devices that share one row's columns: for rows too long for one; training and scoring only
 
 
 @dataclasses.dataclass

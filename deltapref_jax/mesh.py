@@ -1,4 +1,4 @@
-"""Devices as a mesh with the axes data, fsdp and tensor; several processes as one job."""
+"""Devices as a mesh with the axes data, fsdp, tensor and context; several processes as one job."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 
 def start_processes() -> None:
@@ -25,14 +25,15 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = devices or jax.devices()
-    sizes = [shape.data, shape.fsdp, shape.tensor]
+    sizes = [shape.data, shape.fsdp, shape.tensor, shape.context]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if int(np.prod(sizes)) != len(devices):
-        raise ConfigError(f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} (data, fsdp, tensor) and there "
-                          f"are {len(devices)} devices; the sizes must multiply to that, one of them may be -1.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise ConfigError(f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} x {shape.context} (data, fsdp, "
+                          f"tensor, context) and there are {len(devices)} devices; the sizes must multiply to that, "
+                          "one of them may be -1.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -41,6 +42,11 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """"cpu", "gpu" or "tpu": of the mesh's devices (which a program may be compiled for without having them)."""
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
 def is_first() -> bool:

@@ -16,6 +16,7 @@ from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     OVER_LENGTHS,
     PROMPT_KINDS,
+    REMATS,
     STRATA,
     TRUNCATION_MODES,
     ConfigError,
@@ -220,6 +221,7 @@ def _validate_sizes(e: Experiment) -> None:
     t, s = e.training, e.sampling
     choose("config.training.budget", t.budget, BUDGETS)
     choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
+    choose("config.training.remat", t.remat, REMATS)
     choose("config.training.over_length", t.over_length, ("drop", "error"))  # traces are scored whole: none is cut
     for field, value in (("pairs_per_step", t.pairs_per_step), ("steps", t.steps), ("rows", t.rows),
                          ("row_length", t.row_length), ("checkpoint_every", t.checkpoint_every),
@@ -239,3 +241,7 @@ def _validate_sizes(e: Experiment) -> None:
     sizes = dataclasses.astuple(e.mesh)
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")
+    for field, length in (("training", t.row_length), ("scoring", e.scoring.row_length)):
+        if e.mesh.context > 1 and length % e.mesh.context:
+            raise ConfigError(f"config.{field}.row_length is {length} and config.mesh.context splits each row over "
+                              f"{e.mesh.context} devices; make row_length a multiple of that.")

@@ -114,10 +114,14 @@ CASES = [  # path of a field, value, sentence
     ("sampling.chunk", 0, "config.sampling.chunk is 0; it must be at least 1."),
     ("sampling.stop", "\n\n", r"config.sampling.stop is '\n\n'; it must be a tuple, such as (value,)."),
     ("scoring.shard", 0, "config.scoring.shard is 0; it must be at least 1."),
-    ("mesh.fsdp", -1, "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1); sizes are positive, and at most one "
-                      "is -1."),
-    ("mesh.tensor", 0, "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0); sizes are positive, and at most one "
-                       "is -1."),
+    ("mesh.fsdp", -1, "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1, context=1); sizes are positive, and at "
+                      "most one is -1."),
+    ("mesh.tensor", 0, "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and at "
+                       "most one is -1."),
+    ("training.remat", "all", "config.training.remat is 'all'; choose one of 'none', 'projections', 'attention', "
+                              "'block'."),
+    ("mesh.context", 7, "config.training.row_length is 512 and config.mesh.context splits each row over 7 devices; "
+                        "make row_length a multiple of that."),
 ]
 
 

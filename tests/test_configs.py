@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from deltapref_jax.config import NURSERY, ConfigError, Nursery, model_of
 from deltapref_jax.judging.scorer import _reader
 from deltapref_jax.models.decoder import empty_cache, unstacked
-from deltapref_jax.models.sharding import BATCH
+from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, spec_to_hf
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.sampling.programs import Slots, advance, grow, insert, prefill
@@ -140,7 +140,7 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
 
     weights = jax.eval_shape(split, params)
     cache = jax.eval_shape(lambda: empty_cache(spec, slots, 64, dtype))
-    place = jax.sharding.NamedSharding(mesh, BATCH)
+    place = jax.sharding.NamedSharding(mesh, ROWS)
     prompts = jax.eval_shape(lambda w: prefill(kept["graphdef"], w, jnp.zeros((4, prompt), int), place), weights)
     longest = jax.eval_shape(lambda c: grow(c, prompt + tokens), cache)
     assert shapes(longest) == shapes(jax.eval_shape(lambda: empty_cache(spec, slots, prompt + tokens, dtype)))

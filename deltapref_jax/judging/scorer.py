@@ -62,7 +62,7 @@ def _reader(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[..., Any]:
 
     def read(params: nnx.State, batch: PackedBatch, at: Any, labels: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, batch.branches)[at[0], at[1]]
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, batch.branches, mesh=mesh)[at[0], at[1]]
         logits = jnp.einsum("nd,vd->nv", hidden, model.unembedding(), preferred_element_type=jnp.float32)
         return jnp.exp(logits[:, labels] - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 

@@ -9,10 +9,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from deltapref_jax.models.attention import attend, attend_cache, packed_mask, rotate, rotation
+from deltapref_jax.models.attention import attend_cache, rotate, rotation
+from deltapref_jax.models.kernels import packed_attention
 from deltapref_jax.models.spec import ModelSpec
+
+POLICIES = {
+    "projections": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+"""What is kept of a block besides its input: every product (norms, silu and masks are recomputed); attention's output
+and its log-sum-exp alone (products are recomputed, attention is not); nothing. "none" keeps everything."""
 
 
 class Cache(NamedTuple):
@@ -64,14 +75,16 @@ class Block(nnx.Module):
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
         q, k, v = (jnp.einsum("btd,dnh->btnh", h, self._cast(w)) for w in (self.q, self.k, self.v))
-        return rotate(q, rotations), rotate(k, rotations), v
+        q, k, v = (checkpoint_name(y, "projection") for y in (rotate(q, rotations), rotate(k, rotations), v))
+        return q, k, v
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Adds the attention's output and the MLP's to the residual stream."""
         o = self._cast(self.o).reshape(-1, x.shape[-1])  # an einsum over n and h would transpose it at every call
-        x = x + attended.reshape(*x.shape[:-1], -1) @ o
+        x = x + checkpoint_name(attended.reshape(*x.shape[:-1], -1) @ o, "projection")
         h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
-        h = jax.nn.silu(h @ self._cast(self.gate)) * (h @ self._cast(self.up))
+        gate, up = (checkpoint_name(h @ self._cast(w), "projection") for w in (self.gate, self.up))
+        h = jax.nn.silu(gate) * up
         return x + h @ self._cast(self.down)
 
 
@@ -102,7 +115,8 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B L"],
         segments: Int[Array, "B L"],
         branches: Int[Array, "B L"] | None = None,
-        remat: bool = False,
+        remat: str = "none",
+        mesh: Mesh | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the final norm of packed rows (see `attention` for the layout).
 
@@ -111,19 +125,22 @@ class Decoder(nnx.Module):
           positions: of each token in its own sequence; a branch continues from its trunk.
           segments: 1 upward, one number per sequence; 0 is padding.
           branches: 0 for the trunk, 1 upward for branches; None where there are none.
-          remat: recompute each block in the backward pass instead of keeping its activations.
+          remat: what the backward pass recomputes of each block: "none", or a name of `POLICIES`.
+          mesh: over which the rows lie (see `kernels.packed_attention`); None: one device.
         """
-        mask = packed_mask(segments, branches)
+        attention = packed_attention(segments, branches, mesh)
         rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
             q, k, v = block.project(x, rotations)
-            return block.finish(x, attend(q, k, v, mask)), None
+            return block.finish(x, attention(q, k, v)), None
 
         x = self.embed[...].astype(self.dtype)[tokens]
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, stacked)
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=POLICIES[remat])
+        x, _ = jax.lax.scan(layer, x, stacked)
         return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
 
     def decode(

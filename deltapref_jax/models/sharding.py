@@ -19,8 +19,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(count|step)$", ()),  # scalars of the optimizer
 )
 
-BATCH = PartitionSpec(("data", "fsdp"))
-"""Rows of a packed batch, and slots of the sampler."""
+BATCH = PartitionSpec(("data", "fsdp"), "context")
+"""Rows and columns of a packed batch."""
+
+ROWS = PartitionSpec(("data", "fsdp"))
+"""Rows alone: slots of the sampler."""
 
 
 def path_name(path: tuple[Any, ...]) -> str:

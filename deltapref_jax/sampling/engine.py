@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
-from deltapref_jax.models.sharding import BATCH, shardings
+from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded
 from deltapref_jax.sampling.draw import request_keys
@@ -235,7 +235,7 @@ class Engine:
             self.cache = None  # frees the longer one first
             heads = "tensor" if self.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
             self.cache = _new_cache(self.spec, self.sampling.slots, shortest, self.dtype,
-                                    self._sharding(PartitionSpec(*BATCH, heads)))
+                                    self._sharding(PartitionSpec(*ROWS, heads)))
         while (length := self.cache.v[0].shape[2]) < min(reach, self.length):
             self.cache = grow(self.cache, min(self.length, 2 * length))
 
@@ -244,7 +244,7 @@ class Engine:
         B, chunk = self.sampling.slots, self.sampling.chunk
         self._reserve(int(slots.position[slots.alive].max()) + chunk)
         patience = min(B // 16, B - 1) if more else B - 1
-        sent = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(BATCH))  # a copy: the host goes on writing
+        sent = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(ROWS))  # a copy: the host goes on writing
         self.cache, out = advance(
             self.graphdef, self.weights, self.cache, sent, self.end_ids, np.int32(self.sampling.max_tokens),
             np.int32(patience), chunk=chunk, filtered=filtered)

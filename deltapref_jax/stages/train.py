@@ -100,7 +100,8 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
         data = Data(groups, kind, training, c["seed"], objective.baseline_fraction)
         run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
                   training.schedule, optimizer=Optimizer(training.clip, training.weight_decay),
-                  checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints)
+                  checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints,
+                  remat=training.remat)
         guard = c["reference"] == c["student"]
         params, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
                                job.node.label, c["dtype"], guard)

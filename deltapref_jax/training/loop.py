@@ -40,7 +40,7 @@ class Run:
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
-    remat: bool = False
+    remat: str = "none"
 
 
 def train(
@@ -76,6 +76,9 @@ def train(
     if run.rows % ways:
         raise ConfigError(f"rows is {run.rows} and the mesh spreads rows over {ways} devices (data x fsdp); "
                           "make rows a multiple of that.")
+    if run.row_length % mesh.shape["context"]:
+        raise ConfigError(f"row_length is {run.row_length} and the mesh splits each row over {mesh.shape['context']} "
+                          "devices (context); make row_length a multiple of that.")
     segments = capacity(run.rows, run.row_length)
     steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat)
     folder.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ class Programs(NamedTuple):
 
 @functools.cache
 def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segments: int, mesh: Mesh,
-             remat: bool = False) -> Programs:
+             remat: str = "none") -> Programs:
     """Compiles once per model shape, objective, optimizer, row shape and mesh, for the life of the process."""
     transform = optimizer.transform()
     graphdef, params_shape = abstract(spec, jnp.dtype(dtype))
@@ -108,7 +108,7 @@ def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segme
     def gradient(params: nnx.State, batch: PackedBatch, examples: Examples,
                  hyper: Hyper) -> tuple[nnx.State, Sums, Array]:
         def loss(params: nnx.State) -> tuple[Array, tuple[Sums, Array]]:
-            s, n = sequence_logprobs(nnx.merge(graphdef, params), batch, segments, remat)
+            s, n = sequence_logprobs(nnx.merge(graphdef, params), batch, segments, remat, mesh)
             total, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
             return total, (sums, s)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltapref_jax.config import MeshShape
+from deltapref_jax.config import REMATS, MeshShape
 from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.attention import attend, attend_cache, packed_mask, rotate, rotation
-from deltapref_jax.models.decoder import Decoder, empty_cache, rms_norm, unstacked
+from deltapref_jax.models.decoder import POLICIES, Decoder, empty_cache, rms_norm, unstacked
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
@@ -28,8 +28,8 @@ def split():
     return graphdef, jax.tree.map(lambda x: 10 * x if x.size > SPEC.layers * SPEC.width else x, state)
 
 
-def hidden(split, *batch):
-    return jax.jit(lambda state, *batch: nnx.merge(split[0], state).hidden(*batch))(split[1], *batch)
+def hidden(split, *batch, mesh=None):
+    return jax.jit(lambda state, *batch: nnx.merge(split[0], state).hidden(*batch, mesh=mesh))(split[1], *batch)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,7 @@ def test_cached_decoding_is_the_full_forward_pass(split, alone):
 
 
 def test_recomputed_is_kept(split):
+    """Every policy gives the gradients of keeping everything, and each recomputes more products than the one before."""
     arrays = [jnp.asarray(x) for x in packed().batch[:3]]
     weight = jnp.asarray(np.random.default_rng(2).normal(size=SPEC.width), jnp.float32)
 
@@ -133,17 +134,21 @@ def test_recomputed_is_kept(split):
         def loss(state):
             return (nnx.merge(split[0], state).hidden(*arrays, remat=remat) @ weight).mean()
 
-        assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(split[1]))) == remat
-        return jax.jit(jax.value_and_grad(loss))(split[1])
+        products = str(jax.make_jaxpr(jax.grad(loss))(split[1])).count("dot_general")
+        return jax.jit(jax.value_and_grad(loss))(split[1]), products
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(True), run(False))
+    assert set(REMATS) == {"none", *POLICIES}
+    (want, least), *others = [run(remat) for remat in REMATS]
+    for got, _ in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    assert least == others[0][1] < others[1][1] < others[2][1]
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2), (1, 2, 1, 4), (2, 1, 2, 2)])
 def test_eight_devices_are_one(split, shape):
     mesh, micro = make_mesh(MeshShape(*shape)), packed(8, 12)
     state = jax.device_put(split[1], shardings(split[1], mesh))
-    np.testing.assert_allclose(hidden((split[0], state), *put(micro.batch[:3], mesh, BATCH)),
+    np.testing.assert_allclose(hidden((split[0], state), *put(micro.batch[:3], mesh, BATCH), mesh=mesh),
                                hidden(split, *micro.batch[:3]), atol=3e-4)
 
 

@@ -72,9 +72,10 @@ def test_an_unknown_parameter_is_refused_with_its_name_and_shape():
 
 
 def test_mesh_sizes_must_multiply_to_the_devices():
-    assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(MeshShape(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert dict(make_mesh(MeshShape(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     for shape in (MeshShape(3, 1, 1), MeshShape(-1, 3, 1), MeshShape(2, 2, 1)):
-        with pytest.raises(ConfigError, match=r"^config\.mesh is -?\d x \d x 1 \(data, fsdp, tensor\) and there are 8 "
-                                              r"devices; the sizes must multiply to that, one of them may be -1\.$"):
+        with pytest.raises(ConfigError, match=r"^config\.mesh is -?\d x \d x 1 x 1 \(data, fsdp, tensor, context\) and "
+                                              r"there are 8 devices; the sizes must multiply to that, one of them may "
+                                              r"be -1\.$"):
             make_mesh(shape)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, put
@@ -19,13 +20,16 @@ def sequences(vocab, count=11, seed=0):
             for _ in range(count)]
 
 
-def naive(model, params, s):
-    """Sum of log-softmax over the targets of one unpacked sequence, with the logits in full."""
+def naive(model, params, rows):
+    """Sums of log-softmax over the targets of unpacked sequences, one a row, with the logits in full."""
     decoder = nnx.merge(model.graphdef, params)
-    tokens = jnp.asarray(s.tokens)[None]
-    hidden = decoder.hidden(tokens, jnp.asarray(s.positions)[None], jnp.ones_like(tokens))
-    rows = jax.nn.log_softmax(hidden @ decoder.unembedding().T)[0]
-    return sum(rows[i - 1, s.tokens[i]] for i in range(1, len(s.tokens)) if s.targets[i])
+    tokens, targets = (np.zeros((len(rows), 32), int) for _ in range(2))
+    for i, s in enumerate(rows):
+        tokens[i, : len(s.tokens)], targets[i, : len(s.tokens)] = s.tokens, s.targets
+    segments = jnp.asarray(np.arange(32) < [[len(s.tokens)] for s in rows]).astype(int)
+    hidden = decoder.hidden(jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(32), tokens.shape), segments)
+    found = jax.nn.log_softmax(hidden @ decoder.unembedding().T)[:, :-1]
+    return (jnp.take_along_axis(found, tokens[:, 1:, None], axis=2)[..., 0] * targets[:, 1:]).sum(axis=1)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 4096])
@@ -42,15 +46,14 @@ def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, columns):
             total += (sums[: len(m.order)] * weight[m.order]).sum()
         return total
 
-    ours, our_gradient = jax.value_and_grad(packed)(tiny.state)
-    plain, gradient = jax.value_and_grad(
-        lambda params: sum(weight[i] * naive(tiny, params, s) for i, s in enumerate(rows)))(tiny.state)
+    ours, our_gradient = jax.jit(jax.value_and_grad(packed))(tiny.state)
+    plain, gradient = jax.jit(jax.value_and_grad(lambda params: naive(tiny, params, rows) @ weight))(tiny.state)
     np.testing.assert_allclose(ours, plain, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())),
                  our_gradient, gradient)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)])
 def test_eight_devices_equal_one(tiny, one_device, shape):
     rows = sequences(tiny.spec.vocab, 30)
     (micro,) = pack(rows, [[i] for i in range(len(rows))], 16, 64)
@@ -60,6 +63,40 @@ def test_eight_devices_equal_one(tiny, one_device, shape):
     got, _ = logprobs.scorer(tiny.spec, "float32", 128, mesh)(params, put(micro.batch, mesh, BATCH))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(counts[: len(rows)], [rows[i].targets.sum() for i in micro.order])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 1), (1, 2, 2, 2)])
+def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape, monkeypatch):
+    r, mesh = np.random.default_rng(0), make_mesh(MeshShape(*shape))
+    monkeypatch.setattr(logprobs, "_CHUNK_NUMBERS", 12 * 4 * 3)  # several chunks on every device
+    hidden, matrix = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((4, 24, 8), (48, 8)))
+    labels, mask = jnp.asarray(r.integers(0, 48, (4, 24))), jnp.asarray(r.random((4, 24)) < 0.6)
+    g = jnp.asarray(r.normal(size=(4, 24)), jnp.float32)
+
+    def plain(h, w):
+        found = jax.nn.log_softmax(h @ w.T)
+        return jnp.where(mask, jnp.take_along_axis(found, labels[..., None], axis=2)[..., 0], 0)
+
+    def run(f, h, w):
+        return jax.jit(lambda h, w: (f(h, w), jax.vjp(f, h, w)[1](g)))(h, w)
+
+    got = run(lambda h, w: logprobs.token_logprobs(h, w, labels, mask, mesh), put(hidden, mesh, BATCH),
+              put(matrix, mesh, PartitionSpec("tensor", "fsdp")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix))
+
+
+def test_logits_take_the_memory_of_three_buffers_of_one_chunk():
+    """Values and gradients of 8 and of 32 rows of 1024 targets on 4096 words (128 and 512 MiB of logits)."""
+    def extra(rows):
+        shapes = (jax.ShapeDtypeStruct((rows, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32),
+                  jax.ShapeDtypeStruct((rows, 1024), jnp.int32), jax.ShapeDtypeStruct((rows, 1024), bool))
+        gradient = jax.grad(lambda h, w, y, m: logprobs.token_logprobs(h, w, y, m).sum(), argnums=(0, 1))
+        return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    chunk = 4 * logprobs._CHUNK_NUMBERS
+    few, many = extra(8), extra(32)
+    assert few < 3.1 * chunk
+    assert many - few < 0.2 * chunk
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():
@@ -75,6 +112,23 @@ def test_layout_holds_every_sequence_once_and_keeps_groups_together():
     assert sum(lengths) / (len(micros) * 8 * 256) > 0.85
 
 
+@pytest.mark.parametrize(("groups", "paired", "least"), [(64, True, 0.95), (16, False, 0.85)])
+def test_padding_of_lognormal_lengths_is_small_in_narrow_micro_batches(groups, paired, least):
+    """64 pairs a step, and 16 single examples, sigma 0.8, cap 1024: a row is as long as the longest group.
+
+    A step wastes half a micro-batch on average, so a micro-batch is one row; attention does not pay for its length.
+    """
+    real = positions = 0
+    for seed in range(8 if paired else 40):
+        r = np.random.default_rng(seed)
+        lengths = np.clip(r.lognormal(np.log(160), 0.8, groups * (1 + paired)).astype(int), 8, 1024).tolist()
+        members = [[2 * i, 2 * i + 1] if paired else [i] for i in range(groups)]
+        length = 1408 if paired else 1024
+        real += sum(lengths)
+        positions += len(layout(lengths, members, 1, length)) * length
+    assert real / positions >= least
+
+
 def test_a_sequence_longer_than_a_row_is_named():
     with pytest.raises(ValueError, match=r"Sequences of \[41\] tokens .* do not fit 4 rows of 40"):
         layout([41], [[0]], 4, 40)
@@ -84,16 +138,16 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
     """A trunk with three branches in one sequence = three sequences, each trunk + its branch."""
     r = np.random.default_rng(3)
     trunk, tails = r.integers(0, tiny.spec.vocab, 9), [r.integers(0, tiny.spec.vocab, n) for n in (4, 2, 6)]
-    decoder = nnx.merge(tiny.graphdef, tiny.state)
+    run = jax.jit(lambda state, *batch: nnx.merge(tiny.graphdef, state).hidden(*batch))
     branched = Sample(np.concatenate([trunk, *tails]).astype(np.int32), np.zeros(21, bool),
                       np.concatenate([np.arange(9), *(9 + np.arange(len(t)) for t in tails)]).astype(np.int32),
                       np.repeat([0, 1, 2, 3], [9, 4, 2, 6]).astype(np.int32))
     (micro,) = pack([branched, sample([1, 2], [3])], [[0], [1]], 1, 32)
-    hidden = decoder.hidden(*(jnp.asarray(x) for x in (
+    hidden = run(tiny.state, *(jnp.asarray(x) for x in (
         micro.batch.tokens, micro.batch.positions, micro.batch.segments, micro.batch.branches)))[0]
     start = 9
     for tail in tails:
         alone = np.concatenate([trunk, tail])[None]
-        want = decoder.hidden(jnp.asarray(alone), jnp.arange(alone.shape[1])[None], jnp.ones_like(alone))[0, 9:]
+        want = run(tiny.state, jnp.asarray(alone), jnp.arange(alone.shape[1])[None], jnp.ones_like(alone))[0, 9:]
         np.testing.assert_allclose(hidden[start : start + len(tail)], want, atol=2e-5)
         start += len(tail)

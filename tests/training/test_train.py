@@ -49,7 +49,8 @@ def same(a, b, tolerance):
 def test_micro_batches_and_devices_do_not_matter(tiny, one_device, tmp_path, kind):
     params, _, metrics = run(tiny, kind, 16, one_device, tmp_path / "one")
     assert len(data(kind, tiny.spec.vocab, 16)(0).micros) < len(data(kind, tiny.spec.vocab, 2)(0).micros)
-    for name, rows, mesh in (("small", 2, one_device), ("eight", 16, make_mesh(MeshShape(2, 2, 2)))):
+    for name, rows, mesh in (("small", 2, one_device), ("eight", 16, make_mesh(MeshShape(2, 2, 2))),
+                             ("context", 16, make_mesh(MeshShape(1, 2, 1, 4)))):
         other, _, others = run(tiny, kind, rows, mesh, tmp_path / name)
         same(params, other, 1e-5)
         for row, again in zip(metrics, others, strict=True):
@@ -89,7 +90,7 @@ def test_arms_of_one_shape_compile_once(tiny, one_device, tmp_path):
     for i, (beta, rate) in enumerate([(0.1, 1e-3), (0.5, 1e-4), (0.01, 3e-4)]):
         config = Run(Objective(name=f"arm{i}", beta=beta, learning_rate=rate), 2, 4, 64, warmup=0.0)
         train(tiny.spec, tiny.state, data("dpo", tiny.spec.vocab, 4), config, one_device, tmp_path / str(i))
-    compiled = steps.programs(tiny.spec, "float32", "dpo", Optimizer(), capacity(4, 64), one_device, False)
+    compiled = steps.programs(tiny.spec, "float32", "dpo", Optimizer(), capacity(4, 64), one_device, "none")
     assert steps.programs.cache_info().currsize == 1
     assert compiled.gradient._cache_size() == 1
     assert compiled.apply._cache_size() == 1
@@ -103,6 +104,18 @@ def test_guard_refuses_a_reference_of_other_weights(tiny, one_device, tmp_path):
 def test_rows_must_divide_over_the_mesh(tiny, tmp_path):
     with pytest.raises(ConfigError, match="rows is 4 and the mesh spreads rows over 8 devices"):
         run(tiny, "dpo", 4, make_mesh(MeshShape(8)), tmp_path)
+
+
+def test_rows_must_split_over_context(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"row_length is 64 and the mesh splits each row over 3 devices \(context\)"):
+        run(tiny, "dpo", 4, make_mesh(MeshShape(context=3), jax.devices()[:3]), tmp_path)
+
+
+@pytest.mark.parametrize("remat", ["projections", "attention", "block"])
+def test_a_remat_policy_learns_the_same(tiny, one_device, tmp_path, remat):
+    want, _, _ = run(tiny, "dpo", 16, one_device, tmp_path / "kept")
+    got, _, _ = run(tiny, "dpo", 16, one_device, tmp_path / remat, remat=remat)
+    same(got, want, 1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tiny, one_device, tmp_path):

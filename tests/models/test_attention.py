@@ -1,0 +1,183 @@
+"""Every path = the plain one: values, gradients, branches, padding, meshes; and the work that is skipped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltapref_jax.config import MeshShape
+from deltapref_jax.mesh import make_mesh, put
+from deltapref_jax.models.attention import attend, packed_mask
+from deltapref_jax.models.blockwise import blockwise, plan
+from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.kernels import choose, gpu_mha, packed_attention, splash
+from deltapref_jax.models.sharding import BATCH, shardings
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.scoring.logprobs import sequence_logprobs
+from deltapref_jax.scoring.packing import PackedBatch
+
+HEADS, GROUPS, WIDTH = 4, 2, 8
+LAYOUT = [[5, 30, 17, 9], [1, 2, 60], [96], [40, 40], [], [32, 32, 32], [64, 32], [16, 80]]
+
+
+def rows(layout, length=96):
+    """Segments [B, L] with sequences of the given lengths, then padding."""
+    found, n = np.zeros((len(layout), length), np.int32), 0
+    for row, lengths in zip(found, layout, strict=True):
+        at = 0
+        for size in lengths:
+            n += 1
+            row[at : at + size] = n
+            at += size
+    return jnp.asarray(found)
+
+
+def arrays(segments, dtype=jnp.float32, heads=HEADS, groups=GROUPS, width=WIDTH):
+    r = np.random.default_rng(0)
+    return [jnp.asarray(r.normal(size=(*segments.shape, n, width)), dtype) for n in (heads, groups, groups, heads)]
+
+
+def results(attention, segments, q, k, v, g):
+    """Output and gradients; the cotangent is 0 and the output left out where the query is padding."""
+    real = (segments > 0)[..., None, None]
+
+    @jax.jit
+    def run(q, k, v, g):
+        out, back = jax.vjp(lambda *x: jnp.where(real, attention(*x), 0), q, k, v)
+        return out, *back(g)
+
+    return run(q, k, v, g)
+
+
+def plain(segments, branches=None):
+    return lambda q, k, v: attend(q, k, v, packed_mask(segments, branches))
+
+
+def same(got, want, tolerance):
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(("block", "branched"), [(32, False), (40, True)])
+def test_blockwise_is_plain(block, branched):
+    segments = rows(LAYOUT)
+    branches = jnp.broadcast_to(jnp.arange(96) // 7 % 3, segments.shape) if branched else None
+    got = results(lambda q, k, v: blockwise(q, k, v, plan(segments, branches, block), block), segments,
+                  *arrays(segments))
+    same(got, results(plain(segments, branches), segments, *arrays(segments)), 1e-5)
+
+
+def test_blockwise_in_bfloat16_is_float32_within_its_rounding():
+    segments = rows(LAYOUT)
+    exact = results(plain(segments), segments, *[x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays(segments)])
+    got = results(lambda q, k, v: blockwise(q, k, v, plan(segments, None, 32), 32), segments,
+                  *arrays(segments, jnp.bfloat16))
+    assert {x.dtype for x in got} == {jnp.dtype("bfloat16")}
+    same([x.astype(jnp.float32) for x in got], exact, 2e-2)
+
+
+def test_padding_gives_zeros_and_no_gradient():
+    segments = rows(LAYOUT)
+    q, k, v, _ = arrays(segments)
+    out, back = jax.vjp(lambda *x: blockwise(*x, plan(segments, None, 32), 32), q, k, v)
+    for x in (out, *back(jnp.ones_like(out))):
+        assert not np.asarray(x)[np.asarray(segments) == 0].any()
+        assert np.isfinite(x).all()
+
+
+def test_visited_tiles_are_those_that_a_segment_reaches():
+    segments = rows([[5, 30, 17, 9], [96], []])
+    p = plan(segments, None, 32)
+    mask = np.asarray(packed_mask(segments)) & (np.asarray(segments) > 0)[:, :, None]
+    for b, i in np.ndindex(3, 3):
+        tiles = mask[b, 32 * i : 32 * i + 32].reshape(32, 3, 32).any(axis=(0, 2))
+        assert [int(p.first[b, i]) <= j < int(p.end[b, i]) for j in range(3)] == tiles.tolist()
+
+
+def test_work_grows_with_the_sum_of_squared_lengths():
+    def tiles(layout, length):
+        p = plan(rows([layout], length), None, 64)
+        return int(jnp.maximum(p.end - p.first, 0).sum())
+
+    assert tiles([64] * 64, 4096) == 64
+    assert tiles([4096], 4096) == 64 * 65 / 2
+    for size in (96, 256, 1024):
+        bound = (4096 // size) * ((size / 64 + 1) * (size / 64 + 2) / 2 + 1)
+        assert tiles([size] * (4096 // size), 4096) <= bound
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 2, 2, 1), (4, 2)), ((1, 1, 4, 2), (8, 2)), ((1, 2, 1, 4), (4, 2)),
+                                              ((1, 1, 8, 1), (3, 1))])
+def test_a_mesh_is_one_device(shape, heads):
+    """Rows over data and fsdp, heads over tensor (groups fewer than devices among them), columns over context."""
+    mesh, segments = make_mesh(MeshShape(*shape)), rows(LAYOUT[:4])
+    given = arrays(segments, heads=heads[0], groups=heads[1])
+    attention = packed_attention(put(segments, mesh, BATCH), None, mesh, "blockwise")
+    same(results(attention, segments, *put(given, mesh, BATCH)), results(plain(segments), segments, *given), 1e-5)
+
+
+def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one():
+    spec = ModelSpec(40, 16, 2, 4, 2, 8, 24, tied=True)
+    graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda x: 5 * x, state)
+    segments = rows([[50, 40], [9, 80]])
+    ids = np.random.default_rng(1).integers(0, 40, segments.shape).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in (50, 40, 6, 9, 80, 7)]).reshape(2, 96).astype(np.int32)
+    batch = PackedBatch(ids, positions, np.asarray(segments), np.asarray(segments) > 0)
+    weight = jnp.asarray([1.0, -2.0, 0.5, 3.0])
+
+    def run(mesh, state, batch):
+        def loss(state):
+            return sequence_logprobs(nnx.merge(graphdef, state), batch, 4, "block", mesh)[0] @ weight
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    want = run(None, state, batch)
+    for shape in ((1, 1, 1, 8), (1, 2, 2, 2)):
+        mesh = make_mesh(MeshShape(*shape))
+        got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())),
+                     got, want)
+
+
+def test_splash_interpreted_is_plain():
+    segments = rows([[100, 60, 40]], 256)
+    given = arrays(segments, width=128)
+    got = results(functools.partial(splash, segments=segments, interpret=True), segments, *given)
+    same(got, results(plain(segments), segments, *given), 1e-5)
+
+
+def test_gpu_kernel_interpreted_is_plain():
+    segments = rows([[100, 60, 40]], 256)
+    given = arrays(segments, width=16)
+    got = results(functools.partial(gpu_mha, segments=segments, interpret=True), segments, *given)
+    same(got, results(plain(segments), segments, *given), 1e-5)
+
+
+def test_platform_and_shape_decide():
+    assert choose("cpu", 256, False, False) == "blockwise"
+    assert choose("tpu", 200, False, False) == "splash"
+    assert choose("gpu", 4096, False, False) == "mha"
+    assert choose("gpu", 4000, False, False) == "blockwise"
+    for platform in ("cpu", "gpu", "tpu"):
+        assert choose(platform, 4096, True, False) == choose(platform, 4096, False, True) == "blockwise"
+
+
+def test_rows_of_32k_tokens_need_no_square_of_their_length():
+    """A training step's gradient: what it keeps beside its arguments grows like the length, 32 times less than L²."""
+    spec = ModelSpec(64, 16, 2, 2, 1, 8, 32)
+    graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
+
+    def extra(length):
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        batch = PackedBatch(ids, ids, ids, jax.ShapeDtypeStruct((1, length), bool))
+        gradient = jax.grad(lambda s, b: sequence_logprobs(nnx.merge(graphdef, s), b, 8, "block")[0].sum())
+        return jax.jit(gradient).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = extra(4096), extra(32_768)
+    assert long < 9 * short
+    assert long < 32_768**2 / 8
