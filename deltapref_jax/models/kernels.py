@@ -31,9 +31,11 @@ Attention = Callable[[Any, Any, Any], Any]
 def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     """The path for rows of `length` tokens on `platform` ("cpu", "gpu", "tpu"); `split`: rows lie over several devices.
 
-    On CPU blockwise beats plain at every length measured (256 to 1024, rows of one segment included), so there is no
-    threshold; on a GPU a row that is not whole tiles runs blockwise.
+    A row of one tile has nothing to skip and runs plain. On CPU blockwise beats plain at every length measured (256 to
+    1024, rows of one segment included); on a GPU a row that is not whole tiles runs blockwise.
     """
+    if length <= BLOCK and not split:
+        return "plain"
     if branched or split:
         return "blockwise"
     if platform == "tpu":

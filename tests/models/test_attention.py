@@ -159,6 +159,7 @@ def test_gpu_kernel_interpreted_is_plain():
 
 
 def test_platform_and_shape_decide():
+    assert choose("cpu", 128, False, False) == "plain"
     assert choose("cpu", 256, False, False) == "blockwise"
     assert choose("tpu", 200, False, False) == "splash"
     assert choose("gpu", 4096, False, False) == "mha"
