@@ -144,7 +144,7 @@ class Arm:
     name: str = ""
     chosen: str = ""  # generator that writes the chosen traces
     rejected: str = ""  # generator that writes the rejected traces; the same one: two samples, see `direction`
-    direction: str = "generator"  # "generator" (as named; by seed where both are one generator) or a judge's name
+    direction: str = "generator"  # "generator" (as named; two samples of one: the second is chosen) or a judge's name
     keep: str = "all"  # one of KEEPS
     by: str = "sum"  # what `top` and `matched` rank by: a dimension, or "sum" of them all, as judged by `judge`
     judge: str = ""  # whose ratings the selection uses; "": the first judge

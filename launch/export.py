@@ -1,4 +1,4 @@
-"""Writes the pairs of one arm of a study in TRL's columns.
+"""Writes the pairs of one arm of a study in TRL's columns; ratings are summed over the arm's judge's dimensions.
 
     python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pairs.parquet
 """
@@ -24,14 +24,23 @@ def main(_: list[str]) -> None:
     from evals.evaluate import describe
 
     arm = choose("--arm", str(_ARM.value), [a.name for a in experiment.arms])
+    of = next(a for a in experiment.arms if a.name == arm)
+    judge = of.judge or next((j.name for j in experiment.judges), "")
     workspace = Workspace(experiment.workspace)
-    node = plan(experiment, describe)[f"pair/{arm}"]
+    nodes = plan(experiment, describe)
+    node = nodes[f"pair/{arm}"]
     if not workspace.complete(node):
         raise FileNotFoundError(f"The pairs of arm {arm!r} are not in {experiment.workspace}; run launch.ablate "
                                 "with this config first.")
     traces = [t for name, source in node.inputs.items() if name.startswith("sample/")
               for t in workspace.table(source).to_pylist()]
-    rows = trl_rows(workspace.table(node).to_pylist(), workspace.table(node.inputs["prompts"]).to_pylist(), traces)
+    ratings: dict[str, float] = {}
+    for name in dict.fromkeys((of.chosen, of.rejected)):
+        rated = nodes.get(f"judge/{judge}/{name}")
+        for row in workspace.table(rated).to_pylist() if rated and workspace.complete(rated) else []:
+            ratings[row["trace_id"]] = ratings.get(row["trace_id"], 0.0) + row["rating"]
+    rows = trl_rows(workspace.table(node).to_pylist(), workspace.table(node.inputs["prompts"]).to_pylist(), traces,
+                    ratings)
     write_rows(rows, str(_OUT.value))
     print(f"{len(rows)} pairs: {_OUT.value}")
 

@@ -1,7 +1,7 @@
 """Pairs in the columns that TRL and its kin read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,16 @@ from deltapref_jax.config import ConfigError
 Row = dict[str, Any]
 
 
-def trl_rows(pairs: Sequence[Row], prompts: Sequence[Row], traces: Sequence[Row]) -> list[Row]:
-    """{prompt, chosen, rejected} as message lists (explicit prompt), with models, summed ratings and correctness."""
+def trl_rows(pairs: Sequence[Row], prompts: Sequence[Row], traces: Sequence[Row],
+             ratings: Mapping[str, float]) -> list[Row]:
+    """{prompt, chosen, rejected} as message lists (explicit prompt), with models, ratings and correctness.
+
+    Args:
+      pairs: of PAIR.
+      prompts: of PROMPT.
+      traces: of TRACE.
+      ratings: trace id to rating points; null in the rows of other traces.
+    """
     asked = {row["prompt_id"]: json.loads(row["messages"]) for row in prompts}
     text = {row["trace_id"]: row["text"] for row in traces}
 
@@ -28,8 +36,8 @@ def trl_rows(pairs: Sequence[Row], prompts: Sequence[Row], traces: Sequence[Row]
             "rejected": answer(p["rejected_id"]),
             "chosen_model": p["chosen_model"],
             "rejected_model": p["rejected_model"],
-            "chosen_rating": None if p["chosen_rating"] is None else float(sum(p["chosen_rating"])),
-            "rejected_rating": None if p["rejected_rating"] is None else float(sum(p["rejected_rating"])),
+            "chosen_rating": ratings.get(p["chosen_id"]),
+            "rejected_rating": ratings.get(p["rejected_id"]),
             "chosen_correct": p["chosen_correct"],
             "rejected_correct": p["rejected_correct"],
         }
@@ -41,11 +49,16 @@ def write_rows(rows: Sequence[Row], path: str) -> None:
     """Writes Parquet or JSON lines, by the file's ending.
 
     Raises:
-      ConfigError: another ending.
+      ConfigError: another ending, or the file cannot be written.
     """
-    if path.endswith(".parquet"):
-        pq.write_table(pa.Table.from_pylist(list(rows)), path)
-    elif path.endswith(".jsonl"):
-        Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    else:
+    if not path.endswith((".parquet", ".jsonl")):
         raise ConfigError(f"The output {path!r} ends in neither .parquet nor .jsonl; name one of the two.")
+    try:
+        if path.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        else:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            Path(path).write_text(lines, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"The output {path} cannot be written ({e.strerror or e}); name a file in a folder that is "
+                          "there.") from e

@@ -1,11 +1,11 @@
 """Traces to pairs: which trace of which generator, which of the two is chosen, and what was dropped on the way.
 
 The rungs of a ladder share prompts and rejected traces: a prompt counts only if *every* generator of the ladder has
-enough usable traces for it, so rungs differ in the author of the chosen trace and in nothing else.
+enough usable traces for it, and none of them wrote the rejected trace once more, so rungs differ in the author of the
+chosen trace and in nothing else.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +25,6 @@ class Rules:
     finishes: tuple[str, ...]
     direction: str  # "generator" or "judge"
     stratum: str
-    seed: int
 
 
 def _usable(traces: Sequence[Row], finishes: Sequence[str]) -> dict[str, list[Row]]:
@@ -35,10 +34,6 @@ def _usable(traces: Sequence[Row], finishes: Sequence[str]) -> dict[str, list[Ro
         if trace["finish"] in finishes and trace["text"].strip():
             by_prompt.setdefault(trace["prompt_id"], []).append(trace)
     return by_prompt
-
-
-def _coin(seed: int, prompt_id: str) -> bool:
-    return hashlib.sha256(f"{seed}|{prompt_id}".encode()).digest()[0] % 2 == 1
 
 
 STRATA = {  # verified correctness of (chosen, rejected)
@@ -64,8 +59,9 @@ def build(
       traces: generator to its TRACE rows; all of the ladder.
       correct: trace id to verdict.
       ratings: trace id to ratings by the arm's judge, in its order of dimensions; empty where nobody judged.
-      rules: see `Rules`. With direction "judge" the higher sum of ratings is chosen, equal sums are dropped. Two
-        samples of one generator are directed by a coin seeded per prompt where the direction is "generator".
+      rules: see `Rules`. With direction "judge" the higher sum of ratings is chosen, equal sums are dropped. Of two
+        samples of one generator the first is rejected where the direction is "generator": they are draws of one
+        distribution, so the sampling seed directs them, and the rejected trace is that of the other rungs.
 
     Returns:
       rows, and {"prompts", "dropped_unfinished", "dropped_identical", "dropped_tie", "dropped_stratum", "pool"}; the
@@ -74,26 +70,24 @@ def build(
     usable = {name: _usable(rows, rules.finishes) for name, rows in traces.items()}
     counts = dict.fromkeys(("dropped_unfinished", "dropped_identical", "dropped_tie", "dropped_stratum"), 0)
     pairs: list[Row] = []
-    zero = rules.chosen == rules.rejected
     for prompt in prompt_ids:
         if any(len(usable[name].get(prompt, ())) < need for name, need in rules.ladder.items()):
             counts["dropped_unfinished"] += 1
             continue
         rejected = usable[rules.rejected][prompt][0]
-        chosen = usable[rules.chosen][prompt][1 if zero else 0]
-        if chosen["text"].strip() == rejected["text"].strip():
+        rungs = {name: usable[name][prompt][int(name == rules.rejected)] for name, need in rules.ladder.items()
+                 if name != rules.rejected or need > 1}
+        if any(trace["text"].strip() == rejected["text"].strip() for trace in rungs.values()):
             counts["dropped_identical"] += 1
             continue
+        chosen = rungs[rules.chosen]
         if rules.direction == "judge":
             gap = sum(ratings[chosen["trace_id"]]) - sum(ratings[rejected["trace_id"]])
             if gap == 0:
                 counts["dropped_tie"] += 1
                 continue
-            swap = gap < 0
-        else:
-            swap = zero and _coin(rules.seed, prompt)
-        if swap:
-            chosen, rejected = rejected, chosen
+            if gap < 0:
+                chosen, rejected = rejected, chosen
         if not STRATA[rules.stratum](correct.get(chosen["trace_id"]), correct.get(rejected["trace_id"])):
             counts["dropped_stratum"] += 1
             continue

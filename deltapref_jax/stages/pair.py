@@ -7,7 +7,7 @@ from deltapref_jax.pairs.select import sample_delta, select
 from deltapref_jax.records import PAIR, table
 from deltapref_jax.workspace import Job
 
-VERSION = 1
+VERSION = 2
 
 
 def pair(job: Job) -> None:
@@ -21,8 +21,7 @@ def pair(job: Job) -> None:
         for row in rated.to_pylist():
             ratings.setdefault(row["trace_id"], [0.0] * len(dimensions))[
                 dimensions.index(row["dimension"])] = row["rating"]
-    rules = Rules(c["chosen"], c["rejected"], c["ladder"], tuple(c["finishes"]), c["direction"], c["stratum"],
-                  c["seed"])
+    rules = Rules(c["chosen"], c["rejected"], c["ladder"], tuple(c["finishes"]), c["direction"], c["stratum"])
     pool, counts = build(job.table("prompts")["prompt_id"].to_pylist(), traces, correct, ratings, rules)
     if not pool:
         raise ValueError(f"No pair is left for {c['chosen']} against {c['rejected']}: {counts}. Use more prompts, "

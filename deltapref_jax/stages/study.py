@@ -67,17 +67,13 @@ def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, 
                 {"paths": [s.path for s in sources]}, prompts.VERSION)
 
 
-def ladder_of(e: Experiment, arm: Arm) -> dict[str, int]:
-    """Generators that share the arm's prompts, and how many usable traces of each a prompt must have.
+def ladder_of(e: Experiment) -> dict[str, int]:
+    """Usable traces that a prompt must have of every generator, so that all arms share their prompts.
 
-    All arms with one rejected generator are rungs of one ladder; a zero rung needs two traces of it.
+    A generator that an arm pairs with itself must have two.
     """
-    need: dict[str, int] = {}
-    for other in e.arms:
-        if other.rejected == arm.rejected:
-            need[other.chosen] = max(need.get(other.chosen, 1), 2 if other.chosen == other.rejected else 1)
-            need.setdefault(other.rejected, 1)
-    return dict(sorted(need.items()))
+    zero = {a.chosen for a in e.arms if a.chosen == a.rejected}
+    return {g.name: 1 + (g.name in zero) for g in e.generators}
 
 
 def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
@@ -98,8 +94,7 @@ def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
         nodes[f"suite/{s.name}"] = prompts_node(f"suite/{s.name}", (s.prompts,), {})
     suites = {label: node for label, node in nodes.items() if label.startswith("suite/")}
     nodes["prompts"] = prompts_node("prompts", e.prompts, suites)
-    used = [g for g in e.generators if any(g.name in (a.chosen, a.rejected) for a in e.arms) or not e.arms]
-    for g in used:
+    for g in e.generators:
         _generator(nodes, e, dataclasses.replace(g, model=model_of(e, g.model)), reference, mesh)
 
     def evaluation(label: str, model: Model, policy: Node | None, generator: Generator | None = None) -> None:
@@ -109,7 +104,7 @@ def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
 
     if e.suites:
         evaluation("evaluate/student", student, None)
-        for g in used:
+        for g in e.generators:
             evaluation(f"capability/{g.name}", model_of(e, g.model), None, g)
     if any(p.kind == "synthetic" for p in e.prompts):
         for j in e.judges:
@@ -161,11 +156,12 @@ def _judge(e: Experiment, j: Judge, mesh: dict[str, int]) -> tuple[dict[str, Any
 
 
 def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
-    """Arms that differ only in objective or seeds share this node."""
-    ladder = ladder_of(e, a)
+    """Arms that differ only in objective or seeds share this node; ratings are an input where they shape the pairs."""
+    ladder = ladder_of(e)
     by_judge = a.direction != "generator"
-    who = next((j for j in e.judges if j.name == (a.direction if by_judge else a.judge)), None)
-    who = who or (e.judges[0] if e.judges else None)
+    judge = a.direction if by_judge else a.judge or (e.judges[0].name if e.judges else "")
+    rated = by_judge or a.keep in ("top", "matched")
+    who = next((j for j in e.judges if rated and j.name == judge), None)
     config = {
         "chosen": a.chosen, "rejected": a.rejected, "ladder": ladder, "direction": "judge" if by_judge else "generator",
         "keep": a.keep, "by": a.by, "fraction": 1.0 if a.keep == "all" else a.fraction, "stratum": a.stratum,

@@ -13,11 +13,9 @@ PROMPTS = [{"prompt_id": "p", "messages": json.dumps(CHAT)}]
 TRACES = [{"trace_id": t, "text": text} for t, text in (("a", "Answer: 2"), ("b", "Answer: 3"), ("c", "é"))]
 PAIRS = [
     {"pair_id": "1", "prompt_id": "p", "chosen_id": "a", "rejected_id": "b", "chosen_model": "big",
-     "rejected_model": "small", "chosen_rating": [4.5, 3.0], "rejected_rating": [1.5, 1.0], "chosen_correct": True,
-     "rejected_correct": False},
+     "rejected_model": "small", "chosen_correct": True, "rejected_correct": False},
     {"pair_id": "2", "prompt_id": "p", "chosen_id": "c", "rejected_id": "b", "chosen_model": "big",
-     "rejected_model": "small", "chosen_rating": None, "rejected_rating": None, "chosen_correct": None,
-     "rejected_correct": False},
+     "rejected_model": "small", "chosen_correct": None, "rejected_correct": False},
 ]
 EXPECTED = [
     {"prompt": CHAT, "chosen": [{"role": "assistant", "content": "Answer: 2"}],
@@ -25,12 +23,12 @@ EXPECTED = [
      "chosen_rating": 7.5, "rejected_rating": 2.5, "chosen_correct": True, "rejected_correct": False},
     {"prompt": CHAT, "chosen": [{"role": "assistant", "content": "é"}],
      "rejected": [{"role": "assistant", "content": "Answer: 3"}], "chosen_model": "big", "rejected_model": "small",
-     "chosen_rating": None, "rejected_rating": None, "chosen_correct": None, "rejected_correct": False},
+     "chosen_rating": None, "rejected_rating": 2.5, "chosen_correct": None, "rejected_correct": False},
 ]
 
 
 def test_pairs_become_trl_columns():
-    assert trl_rows(PAIRS, PROMPTS, TRACES) == EXPECTED
+    assert trl_rows(PAIRS, PROMPTS, TRACES, {"a": 7.5, "b": 2.5}) == EXPECTED
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
@@ -49,3 +47,10 @@ def test_other_ending_is_one_sentence():
     with pytest.raises(ConfigError, match=r"^The output 'pairs\.csv' ends in neither \.parquet nor \.jsonl; name one "
                                           r"of the two\.$"):
         write_rows(EXPECTED, "pairs.csv")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_folder_that_is_not_there_is_one_sentence(tmp_path, ending):
+    with pytest.raises(ConfigError, match=r"^The output \S+ cannot be written \(.*No such file or directory.*\); name "
+                                          r"a file in a folder that is there\.$"):
+        write_rows(EXPECTED, str(tmp_path / "nowhere" / f"pairs.{ending}"))

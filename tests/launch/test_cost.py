@@ -35,7 +35,7 @@ def experiment(tiny_folder, tmp_path):
     return validate(Experiment(
         name="tiny", question="Does it count?", workspace=str(tmp_path / "workspace"),
         prompts=(Prompts(tasks=("chain",), count=10), Prompts(kind="jsonl", path=str(tmp_path / "asked.jsonl"))),
-        generators=(Generator(name="a", samples=2), Generator(name="b"), Generator(name="unused")),
+        generators=(Generator(name="a", samples=2), Generator(name="b")),
         judges=(Judge(name="m", kind="model"),),
         student=Model(path=str(tiny_folder)),
         objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto"), Objective(name="sft", kind="sft")),

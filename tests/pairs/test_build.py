@@ -10,7 +10,7 @@ from deltapref_jax.pairs.build import Rules, build
 from deltapref_jax.records import PAIR, digest, table
 
 PROMPTS = [digest("prompt", i) for i in range(40)]
-RULES = Rules("strong", "weak", {"strong": 1, "mid": 1, "weak": 2}, ("eos", "stop"), "generator", "any", 0)
+RULES = Rules("strong", "weak", {"strong": 1, "mid": 1, "weak": 2}, ("eos", "stop"), "generator", "any")
 
 
 def trace(prompt, generator, sample=0, text=None, finish="eos"):
@@ -59,21 +59,18 @@ def test_rungs_share_prompts_and_rejected_traces():
         assert counts["dropped_unfinished"] == 2
     assert ids(rungs["mid"][0], "rejected") == ids(rungs["strong"][0], "rejected")
     assert ids(rungs["strong"][0], "chosen")[kept.index(PROMPTS[7])] == digest(PROMPTS[7], "strong", 1)
-    zero = rungs["weak"][0]
-    assert all(first in (row["chosen_id"], row["rejected_id"])
-               for row, first in zip(zero, ids(rungs["mid"][0], "rejected"), strict=True))
+    assert ids(rungs["weak"][0], "rejected") == ids(rungs["mid"][0], "rejected")
+    assert ids(rungs["weak"][0], "chosen") == [digest(p, "weak", 1) for p in kept]
 
 
-def test_the_zero_rung_is_directed_by_a_fair_coin_that_the_seed_throws():
-    zero = dataclasses.replace(RULES, chosen="weak")
-    prompts = [digest("many", i) for i in range(400)]
-    first = [row["chosen_id"] for row in made(world(prompts), zero, prompts=prompts)[0]]
-    heads = sum(c == digest(p, "weak", 0) for c, p in zip(first, prompts, strict=True))
-    assert abs(heads - 200) < 4 * 10  # standard deviation 10
-    assert first == [row["chosen_id"] for row in made(world(prompts), zero, prompts=prompts)[0]]
-    other = [row["chosen_id"] for row in made(world(prompts), dataclasses.replace(zero, seed=1), prompts=prompts)[0]]
-    assert 100 < sum(a != b for a, b in zip(first, other, strict=True)) < 300
-    assert [row["chosen_id"] for row in made(world(prompts[7:]), zero, prompts=prompts[7:])[0]] == first[7:]
+def test_a_rung_that_repeats_the_rejected_trace_drops_its_prompt_from_all_rungs():
+    traces = world()
+    traces["mid"][9]["text"] = traces["weak"][9]["text"] + "\n"  # the first samples of prompt 4
+    traces["weak"][12]["text"] = traces["weak"][13]["text"]  # both samples of prompt 6
+    for c in ("weak", "mid", "strong"):
+        rows, counts = made(traces, dataclasses.replace(RULES, chosen=c))
+        assert counts["dropped_identical"] == 2
+        assert [row["prompt_id"] for row in rows] == [p for i, p in enumerate(PROMPTS) if i not in (4, 6)]
 
 
 def test_a_judge_directs_by_the_sum_and_drops_ties():
@@ -132,7 +129,7 @@ def test_the_waterfall_always_adds_up_and_row_order_does_not_matter(cells, chose
         for (g, s), (finish, words, score, right) in zip((("weak", 0), ("weak", 1), ("strong", 0)), row, strict=True):
             traces[g].append(trace(p, g, s, words, finish))
             correct[digest(p, g, s)], ratings[digest(p, g, s)] = right, [float(score)]
-    rules = Rules(chosen, "weak", {"weak": 2, "strong": 1}, ("eos", "stop"), direction, stratum, 3)
+    rules = Rules(chosen, "weak", {"weak": 2, "strong": 1}, ("eos", "stop"), direction, stratum)
     rows, counts = made(traces, rules, correct, ratings, PROMPTS[: len(cells)])
     for rows_of in traces.values():
         random.shuffle(rows_of)

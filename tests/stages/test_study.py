@@ -27,7 +27,7 @@ def experiment(tiny_folder, tmp_path):
         name="tiny", question="Does it count?", workspace="nowhere",
         prompts=(Prompts(tasks=("chain",), count=10), Prompts(kind="jsonl", path=str(tmp_path / "asked.jsonl"))),
         generators=(Generator(name="weak", samples=2), Generator(name="mid", temperature=0.7),
-                    Generator(name="strong", temperature=0.5), Generator(name="unused", temperature=0.1)),
+                    Generator(name="strong", temperature=0.5)),
         judges=(Judge(name="m", kind="model", model=Model(path=str(tiny_folder))),),
         student=Model(path=str(tiny_folder)),
         objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto"), Objective(name="sft", kind="sft")),
@@ -160,13 +160,20 @@ def test_missing_model_is_found_before_anything_runs(experiment):
         plan(dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]), describe)
 
 
-def test_ladder_shares_prompts_over_all_that_share_the_rejected_generator(experiment):
-    assert ladder_of(experiment, experiment.arms[1]) == {"mid": 1, "strong": 1, "weak": 2}
-    without_zero = dataclasses.replace(experiment, arms=experiment.arms[1:])
-    assert ladder_of(without_zero, experiment.arms[1]) == {"mid": 1, "strong": 1, "weak": 1}
-    inputs = set(plan(experiment, describe)["pair/mid"].inputs)
-    assert inputs == {"prompts", "sample/weak", "sample/mid", "sample/strong", "verify/weak", "verify/mid",
-                      "judge/weak", "judge/mid"}
+def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):
+    assert ladder_of(experiment) == {"mid": 1, "strong": 1, "weak": 2}
+    assert ladder_of(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {"mid": 1, "strong": 1, "weak": 1}
+    nodes = plan(experiment, describe)
+    assert set(nodes["pair/mid"].inputs) == {"prompts", "sample/weak", "sample/mid", "sample/strong", "verify/weak",
+                                             "verify/mid"}
+    assert set(nodes["pair/strong-top"].inputs) == {"prompts", "sample/weak", "sample/mid", "sample/strong",
+                                                    "verify/weak", "verify/strong", "judge/weak", "judge/strong"}
+
+
+def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(experiment):
+    assert changed(experiment, arms__3__chosen="mid") == labels_of("strong-kto")
+    shaped = labels_of("strong-top") | {f"judge/m/{g}" for g in ("weak", "mid", "strong")} | {"audit/m"}
+    assert changed(experiment, judges__0__dimensions=("factuality", "step_coherence")) == shaped
 
 
 def test_sft_alone_is_not_scored(experiment):
