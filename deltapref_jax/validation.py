@@ -1,6 +1,7 @@
 """Checks of a whole experiment or nursery: a bad value is one sentence before any device works."""
 
 import dataclasses
+import importlib.util
 import math
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from deltapref_jax.config import (
     PROMPT_KINDS,
     REMATS,
     STRATA,
+    TRACKERS,
     TRUNCATION_MODES,
     ConfigError,
     Experiment,
@@ -135,6 +137,10 @@ def validate(experiment: Experiment) -> Experiment:
     e = experiment
     _typed("config", e)
     _number("config.seed", e.seed, 0)
+    for tracker in e.trackers:
+        package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}.")
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
     if not e.student.path:
