@@ -258,6 +258,7 @@ class Single:
 
     name: str = "train"
     workspace: str = "workspace"  # directory or bucket of tokens, reference table and policy
+    trackers: tuple[str, ...] = ()  # of TRACKERS: who is shown its metrics besides metrics.jsonl, while it trains
     seed: int = 0  # of the order of the data
     data: Pairs = dataclasses.field(default_factory=Pairs)
     student: Model = dataclasses.field(default_factory=Model)

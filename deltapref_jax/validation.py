@@ -122,8 +122,9 @@ def validate_single(single: Single) -> Single:
     choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
-    validate(Experiment(name=single.name, seed=single.seed, prompts=(Prompts(kind="jsonl", path=single.data.path),),
-                        student=single.student, reference=single.reference, objectives=(single.objective,),
+    validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
+                        prompts=(Prompts(kind="jsonl", path=single.data.path),), student=single.student,
+                        reference=single.reference, objectives=(single.objective,),
                         training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
     return single
 

@@ -5,33 +5,21 @@
 Arms can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
 """
 
-import re
 from collections.abc import Mapping
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import ConfigError, Experiment
+from deltapref_jax.config import Experiment
 from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Node, Workspace, run
-from launch.flags import run_main
+from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
-_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST, training steps from 1 that JAX's profiler traces into "
-                               "the folder of every arm that is still to be trained (profile/, for XProf or Perfetto).")
-
-
-def _window(steps: str) -> tuple[int, int] | None:
-    """`10:12` as numbers."""
-    if not steps:
-        return None
-    found = re.fullmatch(r"(\d+):(\d+)", steps)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ConfigError(f"--profile_steps is {steps!r}; give the first and the last step, from 1, such as 10:12.")
-    return int(found[1]), int(found[2])
+_PROFILE = define_profile_steps()
 
 
 def stage_table() -> dict:
@@ -47,7 +35,7 @@ def stage_table() -> dict:
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     experiment: Experiment = validate(_CONFIG.value)
-    profile = _window(_PROFILE.value)
+    profile = window(_PROFILE.value)
     from deltapref_jax.mesh import start_processes
     from deltapref_jax.stages.study import plan
     from evals.evaluate import describe

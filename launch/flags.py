@@ -25,6 +25,27 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     app.run(_sentences(main), flags_parser=_parse)
 
 
+def define_profile_steps() -> flags.FlagHolder[str]:
+    """The flag `--profile_steps`; `window` reads its value."""
+    return flags.DEFINE_string("profile_steps", "", "FIRST:LAST, training steps from 1 that JAX's profiler traces into "
+                               "the folder of every arm that is still to be trained (profile/, for XProf or Perfetto).")
+
+
+def window(steps: str) -> tuple[int, int] | None:
+    """`10:12` as numbers; None for the empty text.
+
+    Raises:
+      ConfigError: it is not two steps in order.
+    """
+    if not steps:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", steps)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise config.ConfigError(f"--profile_steps is {steps!r}; give the first and the last step, from 1, such as "
+                                 "10:12.")
+    return int(found[1]), int(found[2])
+
+
 def _fail(sentence: str, code: int = 2) -> int:
     print(sentence, file=sys.stderr)
     return code
