@@ -30,6 +30,7 @@ BUDGETS = ("steps", "epochs")
 OVER_LENGTHS = ("error", "drop", "truncate")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 DTYPES = ("float32", "bfloat16")
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name to the package that must be installed
 REMATS = ("none", "projections", "attention", "block")
 
 
@@ -225,6 +226,7 @@ class Experiment:
     name: str = ""
     question: str = ""  # one sentence, shown on top of the page
     workspace: str = "workspace"  # directory or bucket of the artifacts
+    trackers: tuple[str, ...] = ()  # of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains
     seed: int = 0
     prompts: tuple[Prompts, ...] = ()  # training questions
     generators: tuple[Generator, ...] = ()
@@ -256,6 +258,7 @@ class Single:
 
     name: str = "train"
     workspace: str = "workspace"  # directory or bucket of tokens, reference table and policy
+    trackers: tuple[str, ...] = ()  # of TRACKERS: who is shown its metrics besides metrics.jsonl, while it trains
     seed: int = 0  # of the order of the data
     data: Pairs = dataclasses.field(default_factory=Pairs)
     student: Model = dataclasses.field(default_factory=Model)

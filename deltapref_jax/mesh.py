@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
@@ -47,6 +48,13 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 def platform_of(mesh: Mesh | None) -> str:
     """"cpu", "gpu" or "tpu": of the mesh's devices (which a program may be compiled for without having them)."""
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays as whole host arrays, on every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
 def is_first() -> bool:

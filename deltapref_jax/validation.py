@@ -1,6 +1,7 @@
 """Checks of a whole experiment or nursery: a bad value is one sentence before any device works."""
 
 import dataclasses
+import importlib.util
 import math
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from deltapref_jax.config import (
     PROMPT_KINDS,
     REMATS,
     STRATA,
+    TRACKERS,
     TRUNCATION_MODES,
     ConfigError,
     Experiment,
@@ -120,8 +122,9 @@ def validate_single(single: Single) -> Single:
     choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
-    validate(Experiment(name=single.name, seed=single.seed, prompts=(Prompts(kind="jsonl", path=single.data.path),),
-                        student=single.student, reference=single.reference, objectives=(single.objective,),
+    validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
+                        prompts=(Prompts(kind="jsonl", path=single.data.path),), student=single.student,
+                        reference=single.reference, objectives=(single.objective,),
                         training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
     return single
 
@@ -135,6 +138,10 @@ def validate(experiment: Experiment) -> Experiment:
     e = experiment
     _typed("config", e)
     _number("config.seed", e.seed, 0)
+    for tracker in e.trackers:
+        package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}.")
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
     if not e.student.path:

@@ -1,6 +1,8 @@
 """Runs a delta study: every artifact that the config calls for and that is not there yet, then the page.
 
     python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify] [--config.training.steps=60 …]
+
+Arms can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
 """
 
 from collections.abc import Mapping
@@ -12,11 +14,12 @@ from rich.console import Console
 from deltapref_jax.config import Experiment
 from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Node, Workspace, run
-from launch.flags import run_main
+from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
+_PROFILE = define_profile_steps()
 
 
 def stage_table() -> dict:
@@ -32,13 +35,14 @@ def stage_table() -> dict:
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     experiment: Experiment = validate(_CONFIG.value)
+    profile = window(_PROFILE.value)
     from deltapref_jax.mesh import start_processes
     from deltapref_jax.stages.study import plan
     from evals.evaluate import describe
 
     start_processes()
     workspace = Workspace(experiment.workspace)
-    nodes = plan(experiment, describe)
+    nodes = plan(experiment, describe, profile)
     console = Console()
     if _DRY_RUN.value:
         from launch.cost import plan_table

@@ -1,4 +1,7 @@
-"""Entry points share one way to start: an error that a user can mend is one sentence on stderr and exit code 2."""
+"""Entry points share one way to start: an error that a user can mend is one sentence on stderr and exit code 2.
+
+Ctrl-C ends with 130; SIGTERM, by which machines are taken back, with `Preempted.code` once the work at hand is safe.
+"""
 
 import dataclasses
 import re
@@ -10,6 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
+from deltapref_jax.host import Preempted, leave_on_sigterm
 from deltapref_jax.workspace import ArtifactError
 
 _PROJECT = str(Path(__file__).resolve().parent.parent)
@@ -17,8 +21,29 @@ _PROJECT = str(Path(__file__).resolve().parent.parent)
 
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Parses flags and runs `main`; the project's own errors end as their sentence, others with their traceback."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a failed save's traceback; what matters of it is in the sentence
     app.run(_sentences(main), flags_parser=_parse)
+
+
+def define_profile_steps() -> flags.FlagHolder[str]:
+    """The flag `--profile_steps`; `window` reads its value."""
+    return flags.DEFINE_string("profile_steps", "", "FIRST:LAST, training steps from 1 that JAX's profiler traces into "
+                               "the folder of every arm that is still to be trained (profile/, for XProf or Perfetto).")
+
+
+def window(steps: str) -> tuple[int, int] | None:
+    """`10:12` as numbers; None for the empty text.
+
+    Raises:
+      ConfigError: it is not two steps in order.
+    """
+    if not steps:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", steps)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise config.ConfigError(f"--profile_steps is {steps!r}; give the first and the last step, from 1, such as "
+                                 "10:12.")
+    return int(found[1]), int(found[2])
 
 
 def _fail(sentence: str, code: int = 2) -> int:
@@ -28,6 +53,7 @@ def _fail(sentence: str, code: int = 2) -> int:
 
 def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
+        leave_on_sigterm()
         try:
             main(argv)
         except (ArtifactError, FileNotFoundError, ValueError, FloatingPointError) as e:
@@ -37,6 +63,8 @@ def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
             sys.exit(_fail(str(e)))
         except KeyboardInterrupt:
             sys.exit(_fail("Stopped. Run the same command to continue; finished shards are kept.", 130))
+        except Preempted as e:
+            sys.exit(_fail(str(e), Preempted.code))
 
     return wrapped
 

@@ -17,6 +17,7 @@ hub name or a data set folder. The reference's log-probabilities are computed on
     --config.reference.path       another reference than the student before training; --config.table, its table
     --config.workspace            directory of everything that is made
     --config.seed                 order of the data
+    --config.trackers="('tensorboard',)"    or 'wandb': metrics while it trains; --profile_steps=10:12
 
 Every field, with unit and reason: `Single` in deltapref_jax/config.py. A file like configs/train.py holds a whole run.
 """
@@ -30,21 +31,23 @@ from rich.console import Console
 from deltapref_jax.config import Single
 from deltapref_jax.validation import validate_single
 from deltapref_jax.workspace import Workspace, run
-from launch.flags import run_main
+from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Single: a file with get_config().")
+_PROFILE = define_profile_steps()
 
 
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     single: Single = validate_single(_CONFIG.value)
+    profile = window(_PROFILE.value)
     from deltapref_jax.mesh import is_first, start_processes
     from deltapref_jax.stages.single import STAGES, plan
     from launch.trained import show
 
     start_processes()
     workspace = Workspace(single.workspace)
-    nodes = plan(single)
+    nodes = plan(single, profile)
     run(nodes, STAGES, workspace)
     if is_first():
         show(Console(), workspace, nodes)

@@ -1,11 +1,13 @@
 """Every bad value is one sentence with field, value and remedy; what is right passes unchanged."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
 
 from deltapref_jax.config import (
+    TRACKERS,
     Arm,
     ConfigError,
     Experiment,
@@ -36,6 +38,8 @@ CASES = [  # path of a field, value, sentence
     ("name", "", "config.name is empty; name the experiment."),
     ("name", 3, "config.name is 3; it must be text."),
     ("seed", -1, "config.seed is -1; it must be at least 0."),
+    ("trackers", ("mlflow",), "config.trackers is 'mlflow'; choose one of 'tensorboard', 'wandb'."),
+    ("trackers", "wandb", "config.trackers is 'wandb'; it must be a tuple, such as (value,)."),
     ("student", "here", "config.student is 'here'; it must be a Model."),
     ("prompts", (), "config.prompts is empty; name at least one source of training questions."),
     ("prompts", Prompts(), "config.prompts is Prompts(*; it must be a tuple, such as (value,)."),
@@ -166,3 +170,11 @@ def test_an_empty_path_is_the_students():
 def test_a_nursery_is_typed_too():
     with pytest.raises(ConfigError, match=r"^config\.pupils\[0\]\.tasks is 'chain'; it must be a tuple, such as "):
         validate_nursery(Nursery(pupils=(Pupil(name="oak", tasks="chain"),)))
+
+
+def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(TRACKERS, "wandb", "no_such_package")
+    with pytest.raises(ConfigError) as error:
+        validate(dataclasses.replace(GOOD, trackers=("wandb",)))
+    assert str(error.value) == ("config.trackers has 'wandb' and no_such_package is not installed; pip install "
+                                "no_such_package.")

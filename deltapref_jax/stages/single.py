@@ -61,10 +61,14 @@ def row_id(prompt: np.ndarray, completion: np.ndarray) -> str:
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
-def plan(single: Single) -> dict[str, Node]:
+def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, Node]:
     """The nodes of a run: tokens, reference (where it is needed and no table is given), policy.
 
     A hub name stands for what the data set held when it was first read.
+
+    Args:
+      single: validated.
+      profile: first and last training step, from 1, that JAX's profiler traces.
 
     Raises:
       ConfigError: the data file or the table is not there, or the table is of other weights than the reference.
@@ -95,7 +99,8 @@ def plan(single: Single) -> dict[str, Node]:
     nodes["policy"] = Node("policy", single.name, config | weights | {
         "objective": dataclasses.asdict(single.objective), "training": dataclasses.asdict(single.training),
         "seed": single.seed, "dtype": student.dtype, "limit": length,
-    }, inputs, {"student": dataclasses.asdict(student), "mesh": mesh, "table": single.table}, VERSION)
+    }, inputs, {"student": dataclasses.asdict(student), "mesh": mesh, "table": single.table,
+                "watch": {"trackers": single.trackers, "profile": profile}}, VERSION)
     return nodes
 
 

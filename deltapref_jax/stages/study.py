@@ -76,12 +76,13 @@ def ladder_of(e: Experiment) -> dict[str, int]:
     return {g.name: 1 + (g.name in zero) for g in e.generators}
 
 
-def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
+def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None) -> dict[str, Node]:
     """Every artifact of the study by label, inputs before what needs them.
 
     Args:
       e: validated.
       describe_evaluation: `evals.evaluate.describe` (the package does not import evals).
+      profile: first and last training step, from 1, that JAX's profiler traces in every arm.
 
     Raises:
       FileNotFoundError: a model that the study names is not there.
@@ -115,11 +116,12 @@ def plan(e: Experiment, describe_evaluation: Describe) -> dict[str, Node]:
         node = nodes[f"pair/{a.name}"] = _pair(nodes, e, a)
         for seed in a.seeds:
             label = f"train/{a.name}/{seed}"
-            nodes[label] = _train(nodes, e, a, seed, node, student, reference, label)
+            nodes[label] = _train(nodes, e, a, seed, node, student, reference, label, profile)
             if e.suites:
                 evaluation(f"evaluate/{a.name}/{seed}", student, nodes[label])
     described = dataclasses.asdict(e)
     described.pop("workspace")
+    described.pop("trackers")
     nodes["report"] = Node("report", "report", {"experiment": described}, dict(nodes), {}, report.VERSION)
     return nodes
 
@@ -178,7 +180,7 @@ def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
 
 
 def _train(nodes: dict[str, Node], e: Experiment, a: Arm, seed: int, pairs: Node, student: Model, reference: Model,
-           label: str) -> Node:
+           label: str, profile: tuple[int, int] | None) -> Node:
     objective = next(o for o in e.objectives if o.name == a.objective)
     config = {
         "objective": dataclasses.asdict(objective), "training": dataclasses.asdict(e.training), "seed": seed,
@@ -190,4 +192,5 @@ def _train(nodes: dict[str, Node], e: Experiment, a: Arm, seed: int, pairs: Node
         if f"score/{name}" in nodes and OBJECTIVE_KINDS[objective.kind].reference:
             inputs[f"score/{name}"] = nodes[f"score/{name}"]
     return Node("train", label, config, inputs,
-                {"student": dataclasses.asdict(student), "mesh": dataclasses.asdict(e.mesh)}, train.VERSION)
+                {"student": dataclasses.asdict(student), "mesh": dataclasses.asdict(e.mesh),
+                 "watch": {"trackers": e.trackers, "profile": profile}}, train.VERSION)

@@ -1,20 +1,18 @@
 """train: one arm and seed. Pairs join traces and reference log-probabilities; a policy folder comes out."""
 
 from collections.abc import Callable
-from pathlib import Path
-
-import jax
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Objective, Training
-from deltapref_jax.mesh import is_first, make_mesh
+from deltapref_jax.mesh import fetch, is_first, make_mesh
 from deltapref_jax.models.weights import Loaded, export, load
 from deltapref_jax.stages.score import Sequences
 from deltapref_jax.training.data import Data, Group, Row
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer
+from deltapref_jax.training.watch import Watch
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 1
+VERSION = 2
 
 
 def groups_of(kind: str, pairs: list[dict], sequences: Sequences, matched: dict[str, float],
@@ -91,7 +89,7 @@ def arm_groups(job: Job, model: Loaded) -> tuple[list[Group], Stats]:
 def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]] = arm_groups) -> None:
     """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder)."""
     c = job.config
-    folder = Path(job.dir)
+    folder = job.dir
     with job.alone():
         model = load(job.local["student"]["path"], c["dtype"])
         groups, stats = read(job, model)
@@ -104,9 +102,10 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
                   remat=training.remat)
         guard = c["reference"] == c["student"]
         params, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
-                               job.node.label, c["dtype"], guard)
+                               job.node.label, c["dtype"], guard, Watch(**job.local.get("watch", {})))
+        params = fetch(params)
         if is_first():
-            export(jax.device_get(params), model.spec, model.text, folder / "policy")
+            export(params, model.spec, model.text, folder / "policy")
     dropped = data.dropped + stats.pop("dropped_long", 0.0)
     job.stats |= counts | stats | {"groups": float(len(data.groups)), "steps": float(data.steps),
                                    "dropped_long": dropped, "dropped_mismatched": float(data.dropped_mismatched)}

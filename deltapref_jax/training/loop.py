@@ -1,29 +1,33 @@
 """The loop: fetch a step's data, run the compiled step, write metrics and checkpoints. Side effects live here."""
 
 import dataclasses
+import functools
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective
+from deltapref_jax.host import Notice, Preempted
 from deltapref_jax.mesh import is_first, put
 from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import capacity
-from deltapref_jax.training.checkpoint import Checkpoints, Metrics, read_metrics
+from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
 from deltapref_jax.training.data import StepData
 from deltapref_jax.training.guards import Fall, check_finite, check_reference
 from deltapref_jax.training.objectives import Hyper, kto_baseline
 from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, start
 from deltapref_jax.training.step import Programs, programs
+from deltapref_jax.training.watch import Live, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,15 @@ def train(
     data: Callable[[int], StepData],
     run: Run,
     mesh: Mesh,
-    folder: Path,
+    folder: str | os.PathLike[str],
     label: str = "train",
     dtype: str = "float32",
     guard: bool = False,
+    watch: Watch | None = None,
 ) -> tuple[nnx.State, dict[str, float]]:
     """Trains from `params`, or from the newest checkpoint in `folder`; returns the parameters and counts.
+
+    A SIGTERM, or the notice of another process of the job, is answered by a checkpoint after the step at hand.
 
     Args:
       spec: of the model.
@@ -66,11 +73,14 @@ def train(
       label: of the progress bar.
       dtype: of the computation; parameters and moments are float32.
       guard: refuse to train if the policy differs from its reference before the first step (`guards`).
+      watch: trackers and profiler window.
 
     Raises:
       ConfigError: rows do not divide over the mesh, or the guard's refusal with the likely reasons.
       FloatingPointError: the loss or gradient is not finite; the sentence names the step and its traces, and no
         checkpoint holds it.
+      ArtifactError: a checkpoint cannot be read or written.
+      Preempted: the machine is wanted back; what was done is saved.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.rows % ways:
@@ -81,47 +91,60 @@ def train(
                           "devices (context); make row_length a multiple of that.")
     segments = capacity(run.rows, run.row_length)
     steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat)
-    folder.mkdir(parents=True, exist_ok=True)
+    place = epath.Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
     state = start(params, run.optimizer, mesh)
     counts = {"tokens": 0.0, "positions": 0.0, "seconds_first_step": 0.0, "seconds_steady": 0.0, "tokens_steady": 0.0}
-    with Checkpoints(folder / "checkpoints", run.keep_checkpoints) as checkpoints, progress(is_first()) as bar:
+    with Notice() as notice, Checkpoints(place / "checkpoints", run.keep_checkpoints) as checkpoints, \
+            progress(is_first()) as bar:
         done = checkpoints.newest()
         if done:
-            state = checkpoints.restore(state)
-        metrics = Metrics(folder / "metrics.jsonl", done) if is_first() else None
-        fall = Fall(run.objective.beta)
-        for row in read_metrics(folder / "metrics.jsonl") if metrics else ():
-            fall(row)
-        task = bar.add_task(label, total=run.steps, completed=done, unit="steps", note="")
-        pending: dict[str, Any] | None = None
+            state, counts = checkpoints.restore(state)
+        with Live(spec, run.objective.kind, mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
+            fall = Fall(run.objective.beta)
+            for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
+                fall(row)
+            check = functools.partial(check_reference, run.objective.kind, dtype=dtype) if (
+                guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference) else None
+            state = _loop(steps, state, data, run, mesh, done, counts, checkpoints, live, notice, fall, check)
+    # both_fell_at: step at which the warning came; 0: never
+    return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.at)}
+
+
+def _loop(steps: Programs, state: TrainState, data: Callable[[int], StepData], run: Run, mesh: Mesh, done: int,
+          counts: dict[str, float], checkpoints: Checkpoints, live: Live, notice: Notice, fall: Fall,
+          check: Callable[[StepData, Any], None] | None) -> TrainState:
+    pending: dict[str, Any] | None = None
+    for step in range(done, run.steps):
         began = time.monotonic()
-        for step in range(done, run.steps):
-            batch = data(step)
-            rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
-            state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh)
-            now = {"step": step + 1, "learning_rate": rate, "epoch": batch.epoch, "sums": sums, "s": s, "batch": batch}
-            if pending is not None:  # the host reads step n while the device works on step n + 1
-                _finish(pending, run, counts, metrics, bar, task, fall)
-            pending = now
-            if step == done:
-                jax.block_until_ready(sums)
-                if guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference:
-                    check_reference(run.objective.kind, batch, jax.device_get(s), dtype)
-                counts["seconds_first_step"] = time.monotonic() - began
-                began = time.monotonic()
-            else:
-                counts["tokens_steady"] += batch.tokens
-            if (step + 1) % run.checkpoint_every == 0 and step + 1 < run.steps:
-                _finish(now, run, counts, metrics, bar, task, fall)  # what is saved has been checked
-                pending = None
-                checkpoints.save(step + 1, state)
-        if pending is not None:
-            _finish(pending, run, counts, metrics, bar, task, fall)
-        counts["seconds_steady"] = time.monotonic() - began
-        if run.steps > done:
-            checkpoints.save(run.steps, state)
-    counts["both_fell_at"] = float(fall.at)  # step at which the warning came; 0: never
-    return state.params, counts
+        live.before(step + 1)
+        batch = data(step)
+        rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
+        state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh)
+        live.after(step + 1, sums)
+        if pending is not None:  # the host reads step n while the device works on step n + 1
+            _finish(pending, run, counts, live, fall)
+        pending = {"step": step + 1, "learning_rate": rate, "epoch": batch.epoch, "sums": sums, "s": s, "batch": batch}
+        if step == done:
+            jax.block_until_ready(sums)
+            if check:
+                check(batch, jax.device_get(s))
+        leave = notice.reached(step + 1)
+        save = leave or step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0
+        if save:  # copying the state waits for the device anyway
+            _finish(pending, run, counts, live, fall)
+            pending = None
+        counts["seconds_first_step" if step == done else "seconds_steady"] += time.monotonic() - began
+        counts["tokens_steady"] += batch.tokens if step > done else 0
+        if save:
+            live.flush()
+            checkpoints.save(step + 1, state, counts)
+        if leave:
+            checkpoints.wait()
+            raise Preempted(f"Stopped by SIGTERM after step {step + 1} of {run.steps}, which is saved in "
+                            f"{live.folder}. Run the same command to continue.")
+    checkpoints.wait()
+    return state
 
 
 def run_step(
@@ -153,25 +176,19 @@ def run_step(
     return state, sums | {"grad_norm": norm, "kl": baseline}, scored + drifts
 
 
-def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], metrics: Metrics | None, bar: Any,
-            task: Any, fall: Fall) -> None:
-    """Fetches a step's sums, checks them, writes its row and moves the bar."""
+def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], live: Live, fall: Fall) -> None:
+    """Fetches a step's sums, checks them and shows its row."""
     step, batch = pending["step"], pending["batch"]
     row = summarise(run.objective.kind, {k: float(v) for k, v in jax.device_get(pending["sums"]).items()})
     check_finite(run.objective.kind, step, row, batch, pending["s"])
     counts["tokens"] += batch.tokens
-    counts["positions"] += (len(batch.micros) + len(batch.baseline)) * run.rows * run.row_length
+    positions = (len(batch.micros) + len(batch.baseline)) * run.rows * run.row_length
+    counts["positions"] += positions
     row |= {"step": step, "epoch": round(pending["epoch"], 6), "learning_rate": pending["learning_rate"],
-            "num_tokens": batch.tokens}
-    if metrics:
-        metrics.write(row)
-    warning = fall(row)
-    if warning and metrics:
-        bar.console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    note = f"loss {row['loss']:.4f}"
-    if "rewards/margins" in row:
-        note += f"  margin {row['rewards/margins']:+.3f}"
-    bar.update(task, completed=step, note=note)
+            "num_tokens": int(counts["tokens"])}
+    live.show(row, batch, positions)
+    if warning := fall(row):
+        live.warn(warning)
 
 
 def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:

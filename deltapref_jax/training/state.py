@@ -1,11 +1,13 @@
 """What a training step changes, and the optimizer that changes it."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -84,9 +86,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
       floor: share of the peak that the decay ends at.
     """
     ramp = -int(-warmup * steps // 1)
-    decay = {"linear": optax.linear_schedule(peak, floor * peak, max(steps - ramp, 1)),
-             "cosine": optax.cosine_decay_schedule(peak, max(steps - ramp, 1), floor),
-             "constant": optax.constant_schedule(peak)}[schedule]
     if step < ramp:
         return peak * step / ramp
-    return float(decay(step - ramp))
+    if schedule == "constant":
+        return peak
+    return float(_decay(max(steps - ramp, 1), peak, schedule, floor)[step - ramp])
+
+
+@functools.lru_cache(maxsize=8)
+def _decay(steps: int, peak: float, schedule: str, floor: float) -> np.ndarray:
+    """Rates of all steps after warm-up: one by one the host would wait for the device at every step."""
+    decay = {"linear": optax.linear_schedule(peak, floor * peak, steps),
+             "cosine": optax.cosine_decay_schedule(peak, steps, floor)}[schedule]
+    return np.asarray(decay(jnp.arange(steps + 1)), np.float32)

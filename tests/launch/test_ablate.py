@@ -66,6 +66,8 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
                                                     r"'temprature'; it has name, model, temperature, .*",
     (QUICK, "--config.generators[9].top_k=1"): r"--config\.generators\[9\]\.top_k=1: the config has no item of that "
                                                r"number; items count from 0\.",
+    (QUICK, "--profile_steps=5:2"): r"--profile_steps is '5:2'; give the first and the last step, from 1, such as "
+                                    r"10:12\.",
     (QUICK, "--config.training.steps=abc"): r"--config\.training\.steps=abc: invalid literal for int\(\) with base 10: "
                                             r"'abc'; mend the flag \(--help lists them\)\.",
     (QUICK, "--config.training.steps=0"): r"config\.training\.steps is 0; it must be at least 1\.",

@@ -8,8 +8,6 @@ import pytest
 
 from deltapref_jax.config import ConfigError, MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.scoring.packing import capacity
-from deltapref_jax.training import step as steps
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import Run, train
@@ -83,17 +81,6 @@ def test_resumed_is_uninterrupted_bit_for_bit(tiny, one_device, tmp_path):
     assert seen == [4, 5]  # the step number is the position in the data
     same(params, jax.device_get(resumed), 0)
     assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-
-
-def test_arms_of_one_shape_compile_once(tiny, one_device, tmp_path):
-    steps.programs.cache_clear()
-    for i, (beta, rate) in enumerate([(0.1, 1e-3), (0.5, 1e-4), (0.01, 3e-4)]):
-        config = Run(Objective(name=f"arm{i}", beta=beta, learning_rate=rate), 2, 4, 64, warmup=0.0)
-        train(tiny.spec, tiny.state, data("dpo", tiny.spec.vocab, 4), config, one_device, tmp_path / str(i))
-    compiled = steps.programs(tiny.spec, "float32", "dpo", Optimizer(), capacity(4, 64), one_device, "none")
-    assert steps.programs.cache_info().currsize == 1
-    assert compiled.gradient._cache_size() == 1
-    assert compiled.apply._cache_size() == 1
 
 
 def test_guard_refuses_a_reference_of_other_weights(tiny, one_device, tmp_path):

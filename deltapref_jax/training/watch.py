@@ -1,0 +1,172 @@
+"""What is seen of a run while it trains: the bar, `metrics.jsonl`, trackers, a profiler window."""
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from deltapref_jax.mesh import is_first
+from deltapref_jax.models.flops import forward_flops, peak_flops
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.records import digest
+from deltapref_jax.training.checkpoint import Metrics
+from deltapref_jax.training.data import StepData
+
+_WINDOW = 20  # steps that a speed is the mean of
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What is asked for besides the bar and `metrics.jsonl`."""
+
+    trackers: tuple[str, ...] = ()  # of config.TRACKERS
+    profile: tuple[int, int] | None = None  # first and last step (from 1) traced by JAX's profiler
+
+
+class TensorBoard:
+    """Scalars as TensorBoard events in `tensorboard/` (written by tensorboardX, which needs no TensorFlow)."""
+
+    def __init__(self, folder: epath.Path, label: str, resumed: int):
+        from tensorboardX import SummaryWriter
+
+        # events after the step that a run resumes from are taken back: they come again
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1 if resumed else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One step."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def flush(self) -> None:
+        """What was written is safe."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """The last events."""
+        self._writer.close()
+
+
+class WandB:
+    """Scalars to Weights & Biases; a resumed run continues under its id."""
+
+    def __init__(self, folder: epath.Path, label: str, resumed: int):
+        import wandb
+
+        self._run = wandb.init(project="deltapref", name=label, id=digest(str(folder)), resume="allow", dir=str(folder))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One step."""
+        self._run.log({f"train/{name}": value for name, value in values.items()}, step=step)
+
+    def flush(self) -> None:
+        """W&B writes by itself."""
+
+    def close(self) -> None:
+        """The last values."""
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[epath.Path, str, int], Any]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def step_flops(spec: ModelSpec, kind: str, data: StepData) -> float:
+    """FLOPs of a step: forward and backward of its micro-batches, forward only of KTO's baseline rows."""
+
+    def forward(batch: Any) -> float:
+        return forward_flops(spec, np.bincount(batch.segments.reshape(-1))[1:], int(batch.targets.sum()))
+
+    return 3 * sum(forward(batch) for batch, _ in data.micros) + sum(forward(batch) for batch, _, _ in data.baseline)
+
+
+class Live:
+    """Shows each finished step; use as a context manager, so that trackers and the profiler end.
+
+    Args:
+      spec: of the model, for MFU.
+      kind: of the objective.
+      mesh: whose devices' peak MFU is a share of.
+      folder: of the run.
+      label: of the run.
+      watch: what is asked for.
+      bar: a started `rich` progress bar.
+      steps: of the run.
+      resumed: steps done before.
+    """
+
+    def __init__(self, spec: ModelSpec, kind: str, mesh: Mesh, folder: epath.Path, label: str, watch: Watch, bar: Any,
+                 steps: int, resumed: int):
+        self._spec, self._kind, self.folder, self._profile = spec, kind, folder, watch.profile
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = peak * mesh.devices.size if peak else None
+        self._metrics = Metrics(folder / "metrics.jsonl", resumed) if is_first() else None
+        self._trackers = [TRACKERS[name](folder, label, resumed) for name in watch.trackers] if is_first() else []
+        self._bar, self._task = bar, bar.add_task(label, total=steps, completed=resumed, unit="steps", note="")
+        self._recent: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=_WINDOW + 1)
+        self._tracing = False
+
+    def __enter__(self) -> "Live":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop_trace()
+        for tracker in self._trackers:
+            with contextlib.suppress(Exception):  # a tracker's trouble is not the run's
+                tracker.close()
+
+    def before(self, step: int) -> None:
+        """Step `step` (from 1) is about to start."""
+        if self._profile and self._profile[0] == step:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self._tracing = True
+
+    def after(self, step: int, sums: Any) -> None:
+        """Step `step` is on its way to `sums`, for which the host waits at the end of a profiler window."""
+        if self._tracing and self._profile and step >= self._profile[1]:
+            jax.block_until_ready(sums)
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+    def flush(self) -> None:
+        """What was shown so far is safe: to be called before a checkpoint."""
+        for place in (*([self._metrics] if self._metrics else []), *self._trackers):
+            place.flush()
+
+    def show(self, row: dict[str, Any], data: StepData, positions: int) -> None:
+        """A finished step's row of metrics; `positions` it took, real or padding."""
+        if self._metrics:
+            self._metrics.write(row)
+        self._recent.append((time.monotonic(), data.tokens, step_flops(self._spec, self._kind, data)))
+        values = {"padding": 1 - data.tokens / positions} | self._speeds()
+        for tracker in self._trackers:
+            tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)
+        self._bar.update(self._task, completed=row["step"], note=note(row | values))
+
+    def warn(self, sentence: str) -> None:
+        """Above the bar."""
+        if is_first():
+            self._bar.console.print(f"Warning: {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+    def _speeds(self) -> dict[str, float]:
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        if seconds <= 0:
+            return {}
+        tokens, flops = (sum(entry[i] for entry in list(self._recent)[1:]) for i in (1, 2))
+        return {"tokens_per_second": tokens / seconds} | ({"mfu": flops / seconds / self._peak} if self._peak else {})
+
+
+def note(values: dict[str, float]) -> str:
+    """The bar's words for a step: what is known of loss, margin, accuracy, speed, padding and MFU."""
+    forms = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "accuracy {:.0%}",
+             "tokens_per_second": "{:,.0f} tokens/s", "padding": "padding {:.0%}", "mfu": "MFU {:.1%}"}
+    return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)

@@ -1,0 +1,142 @@
+"""A tiny DPO run as a program, for tests that need processes: `python program.py MODE …` (see `main`).
+
+Children are forked before JAX starts its backend, so that importing is paid once; compiled steps come from a cache.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from flax import nnx
+
+from deltapref_jax.config import MeshShape, Objective
+from deltapref_jax.host import Preempted
+from deltapref_jax.mesh import fetch, make_mesh
+from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
+from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.loop import Run, train
+
+SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
+PAIRS, LENGTH = 16, 64
+
+
+def data(kind, rows):
+    """Step to 32 sequences of 40 to 64 tokens, one in a row of 64: as many micro-batches as 32 / rows."""
+    def at(step):
+        r = np.random.default_rng(step)
+        flat = [Row(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)), -150.0) for _ in range(2 * PAIRS)]
+        if kind == "dpo":
+            groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
+        else:
+            groups = [Group((row,), i % 2, row._replace(prompt=flat[i - 1].prompt)) for i, row in enumerate(flat)]
+        return pack_step(groups, kind, rows, LENGTH)
+
+    return at
+
+
+def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None, **more):
+    """Trains; returns all parameters on the host, and counts."""
+    run = Run(Objective(name=kind, kind=kind, learning_rate=1e-3), steps, rows, LENGTH, warmup=0.0,
+              schedule="constant", checkpoint_every=every)
+    params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
+    mesh = mesh or make_mesh(MeshShape(), jax.devices()[:1])
+    params, counts = train(SPEC, params, source or data(kind, rows), run, mesh, folder, **more)
+    return fetch(params), counts
+
+
+def save(params, path):
+    """Parameters as a file whose bytes can be compared."""
+    np.savez(path, *jax.tree.leaves(params))
+
+
+def child(root, folder, delay=None):
+    """Forks a process that trains 12 steps, with a checkpoint every other one; after `delay` s it kills itself."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        steps, began = data("dpo", 32), []
+
+        def source(step):
+            if not began:
+                began.append(time.monotonic())
+                if delay is not None:
+                    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            time.sleep(0.02)
+            return steps(step)
+
+        params, _ = tiny(folder, steps=12, every=2, source=source)
+        save(params, folder / "params.npz")
+        (folder / "seconds").write_text(str(time.monotonic() - began[0]) if began else "0")
+        os._exit(0)
+    except BaseException as e:
+        print(repr(e), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def kill(root, kills, seed):
+    """One uninterrupted run, then runs that are killed after random times and continued, `kills` times in all."""
+    rng, done, runs = random.Random(seed), 0, 0
+    assert child(root, root / "whole") == 0
+    assert child(root, root / "again") == 0  # with the compiled steps from the cache
+    seconds = float((root / "again" / "seconds").read_text())
+    while True:
+        folder = root / f"cut-{runs}"
+        code = child(root, folder, rng.uniform(0, 1.2 * seconds) if done < kills else None)
+        if code == 0:
+            runs += 1
+            if done >= kills:
+                break
+        assert code in (0, -signal.SIGKILL)
+        done += code != 0
+    print(done, runs)
+
+
+def both(root, port, index):
+    """One of two processes with four devices each: dpo and kto, 4 steps, a checkpoint at the last."""
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    for kind in ("dpo", "kto"):
+        params, _ = tiny(root / kind, kind, 16, steps=4, mesh=mesh)
+        if index == 0:
+            save(params, root / kind / "params.npz")
+
+
+def leave(root, port, index):
+    """One of two processes; the second is told to leave at step 3, and both save the same step."""
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    steps = data("dpo", 32)
+
+    def source(step):
+        if step == 3 and index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return steps(step)
+
+    try:
+        tiny(root / "left", steps=200, mesh=make_mesh(MeshShape(2, 2, 2)), source=source)
+    except Preempted as e:
+        print(e, flush=True)
+        os._exit(Preempted.code)  # the other process may be gone before JAX could say good-bye
+
+
+def main(mode, root, *numbers):
+    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX` or `leave ROOT PORT INDEX`."""
+    {"kill": kill, "both": both, "leave": leave}[mode](Path(root), *map(int, numbers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,287 @@
+"""A run that is killed, told to leave, or finds its disk full or its checkpoint damaged."""
+
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+
+from deltapref_jax.config import MeshShape
+from deltapref_jax.files import ArtifactError
+from deltapref_jax.host import Preempted
+from deltapref_jax.mesh import make_mesh
+from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
+from deltapref_jax.training.state import Optimizer, start
+
+# Orbax leaves half-run coroutines of a failed save or restore to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ROOT = pathlib.Path(__file__).parents[2]
+COUNTS = {"tokens": 7.0}
+
+
+def same(a, b, tolerance=0.0):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_points_is_the_uninterrupted_one_bit_for_bit(spawn, tmp_path, kills):
+    process = spawn("kill", tmp_path, kills, kills)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    done, runs = map(int, out.split())
+    assert done == kills
+    for folder in ["again", *(f"cut-{i}" for i in range(runs))]:
+        for file in ("metrics.jsonl", "params.npz"):
+            assert (tmp_path / folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), folder
+    assert len(list(read_metrics(tmp_path / "whole" / "metrics.jsonl"))) == 12
+
+
+def test_resumed_on_another_mesh_is_the_same_within_noise(program, tmp_path, one_device):
+    whole, counts = program.tiny(tmp_path / "whole", steps=4)
+    program.tiny(tmp_path / "moved", steps=2, mesh=make_mesh(MeshShape(2, 2, 2)))
+    moved, resumed = program.tiny(tmp_path / "moved", steps=4, mesh=one_device)
+    same(whole, moved, 1e-5)
+    rows, again = (list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "moved"))
+    for row, other in zip(rows, again, strict=True):
+        assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
+    for name in ("tokens", "positions"):  # counts go on too
+        assert resumed[name] == counts[name]
+    assert rows[-1]["num_tokens"] == counts["tokens"]
+
+
+def test_sigterm_saves_the_step_and_leaves(program, tmp_path):
+    source = program.data("dpo", 32)
+
+    def told(step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return source(step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=rf"^Stopped by SIGTERM after step 2 of 4, which is saved in "
+                                        rf"{tmp_path}/cut\. Run the same command to continue\.$"):
+        program.tiny(tmp_path / "cut", steps=4, source=told)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step_*")] == ["step_2"]
+    params, _ = program.tiny(tmp_path / "cut", steps=4)
+    whole, _ = program.tiny(tmp_path / "whole", steps=4)
+    same(params, whole)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_sigterm_at_the_last_step_is_not_lost(program, tmp_path):
+    source = program.data("dpo", 32)
+
+    def told(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return source(step)
+
+    with pytest.raises(Preempted, match="after step 1 of 1, which is saved"):
+        program.tiny(tmp_path, steps=1, source=told)
+    params, counts = program.tiny(tmp_path, steps=1, source=None)
+    assert counts["tokens"] == source(0).tokens
+    assert params is not None
+
+
+@pytest.fixture
+def state(program, one_device):
+    spec = program.SPEC
+    return start(program.nnx.state(program.Decoder(spec, rngs=program.nnx.Rngs(0))), Optimizer(), one_device)
+
+
+@pytest.fixture
+def limited():
+    """Files may not grow past so many bytes: to Orbax's C++ a full disk. Its logs are off, as in `launch`."""
+    before, verbosity = resource.getrlimit(resource.RLIMIT_FSIZE), logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    logging.set_verbosity(verbosity)
+
+
+def settled(folder):
+    """Waits until writers that Orbax no longer waits for have ended: a later process would not meet them."""
+    def seen():
+        return sorted((path.name, path.stat().st_mtime) for path in folder.rglob("*") if path.exists())
+
+    before, now = None, seen()
+    while before != now:
+        time.sleep(0.5)
+        before, now = now, seen()
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_untouched(tmp_path, state, limited):
+    saved = jax.device_get(state)
+    moved = jax.tree.map(lambda x: x + 1, state)
+    with Checkpoints(tmp_path / "c", 1) as checkpoints:
+        checkpoints.save(1, state, COUNTS)
+        checkpoints.wait()
+        limited(9000)
+        with pytest.raises(ArtifactError) as error:
+            checkpoints.save(2, moved, COUNTS)
+            checkpoints.wait()
+    assert str(error.value) == (f"The checkpoint {tmp_path}/c/step_2 cannot be written (File too large); make room or "
+                                "choose another workspace, and run the same command: the checkpoint of step 1 is "
+                                "untouched.")
+    limited(resource.RLIM_INFINITY)
+    settled(tmp_path)
+    with Checkpoints(tmp_path / "c", 1) as checkpoints:
+        assert checkpoints.newest() == 1
+        restored, counts = checkpoints.restore(moved)
+        checkpoints.save(2, restored, COUNTS)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_2"]  # nothing is left of what failed
+    same(saved, jax.device_get(restored))
+    assert counts["tokens"] == 7.0
+
+
+def test_a_full_disk_ends_training_with_the_sentence(program, tmp_path, limited):
+    source = program.data("dpo", 32)
+
+    def filling(step):
+        if step == 3:
+            while not (tmp_path / "checkpoints" / "step_2").exists():
+                time.sleep(0.01)
+            limited(9000)
+        return source(step)
+
+    with pytest.raises(ArtifactError, match=r"/checkpoints/step_4 cannot be written \(File too large\); .*: the "
+                                            r"checkpoint of step 2 is untouched\.$"):
+        program.tiny(tmp_path, steps=6, every=2, source=filling)
+    limited(resource.RLIM_INFINITY)
+    settled(tmp_path)
+    params, _ = program.tiny(tmp_path, steps=6, every=2)
+    same(params, program.tiny(tmp_path / "whole", steps=6)[0])
+
+
+def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):
+    saved, like = jax.device_get(state), jax.tree.map(lambda x: x * 0, state)
+    with Checkpoints(tmp_path / "c", 1) as checkpoints:
+        checkpoints.save(3, state, COUNTS)
+    sentence = (rf"^The checkpoint {tmp_path}/c/step_3 cannot be read \([^\n]+\); delete that folder and run the same "
+                r"command to train from the start\.$")
+    refused = set()
+    shutil.copytree(tmp_path / "c", tmp_path / "good")
+    for file in [f for f in (tmp_path / "good").rglob("*") if f.is_file()]:
+        for damage in ("gone", "cut", "flipped"):
+            shutil.rmtree(tmp_path / "c")
+            shutil.copytree(tmp_path / "good", tmp_path / "c")
+            place, content = tmp_path / "c" / file.relative_to(tmp_path / "good"), bytearray(file.read_bytes())
+            if damage == "gone":
+                place.unlink()
+            elif damage == "cut":
+                place.write_bytes(content[: len(content) // 2])
+            elif content:
+                content[len(content) // 2] ^= 16
+                place.write_bytes(content)
+            with Checkpoints(tmp_path / "c", 1) as checkpoints:
+                if checkpoints.newest() != 3:
+                    continue
+                try:
+                    found, _ = checkpoints.restore(like)
+                except ArtifactError as e:
+                    assert re.match(sentence, str(e)), e
+                    refused.add((file.stat().st_size > 20_000, damage))
+                else:
+                    same(saved, jax.device_get(found))
+    assert {(True, "gone"), (True, "cut"), (True, "flipped")} <= refused  # the arrays themselves
+
+
+def test_another_model_is_refused_and_an_older_checkpoint_is_named(tmp_path, state):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state, COUNTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2", "step_3"]
+    wider = jax.tree.map(lambda x: jax.device_put(np.zeros((*x.shape, 2), x.dtype), x.sharding), state.moments)
+    with Checkpoints(tmp_path, 2) as checkpoints, \
+            pytest.raises(ArtifactError, match=r"step_3 cannot be read .* to continue from step 2\.$"):
+        checkpoints.restore(state._replace(moments=wider))
+
+
+def test_the_checksum_sees_one_bit_and_no_mesh(state):
+    params = jax.device_get(state.params)
+    spread = start(params, Optimizer(), make_mesh(MeshShape(2, 2, 2)))
+    assert int(checksum(spread)) == int(checksum(state)) != 0
+    leaves, tree = jax.tree.flatten(jax.device_get(state))
+    bits = leaves[0].view(np.uint32).copy()
+    bits.flat[5] ^= 1
+    assert int(checksum(jax.tree.unflatten(tree, [bits.view(np.float32), *leaves[1:]]))) != int(checksum(state))
+
+
+def test_seconds_of_saves_are_counted(tmp_path, state):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state, COUNTS)
+        checkpoints.wait()
+        first = dict(checkpoints.seconds)
+    assert first["seconds_checkpoint_blocked"] > 0
+    assert first["seconds_checkpoint_background"] > 0
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.restore(state)
+        assert checkpoints.seconds.keys() == first.keys()
+        checkpoints.save(2, state, COUNTS)
+        checkpoints.wait()
+        assert all(checkpoints.seconds[name] > 0 for name in first)
+
+
+def test_metrics_that_lost_rows_are_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n')
+    with pytest.raises(ArtifactError) as error:
+        Metrics(path, 3)
+    assert str(error.value) == (f"{path} has lost rows of the first 3 steps; delete the directory {tmp_path} and run "
+                                "again: only that run is made anew.")
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_metrics_in_a_bucket_are_written_whole_before_each_checkpoint(monkeypatch):
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = "s3"
+        store, pseudo_dirs = {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("s3://").strip("/")
+
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: Bucket())
+    path = "s3://bucket/run/metrics.jsonl"
+    metrics = Metrics(path, 0)
+    metrics.write({"step": 1})
+    assert list(read_metrics(path)) == []
+    metrics.flush()
+    metrics.write({"step": 2})
+    again = Metrics(path, 1)
+    again.write({"step": 2, "again": True})
+    again.flush()
+    assert list(read_metrics(path)) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+LAUNCHER = """
+import os, signal, sys
+from launch.flags import run_main
+def main(_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        print("released")
+run_main(main)
+"""
+
+
+def test_sigterm_elsewhere_unwinds_and_exits_with_its_code():
+    done = subprocess.run([sys.executable, "-c", LAUNCHER], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert (done.returncode, done.stdout) == (75, "released\n")
+    assert done.stderr == "Stopped by SIGTERM. Run the same command to continue; finished work is kept.\n"
