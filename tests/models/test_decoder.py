@@ -12,6 +12,7 @@ from deltapref_jax.config import REMATS, MeshShape
 from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.attention import attend, attend_cache, packed_mask, rotate, rotation
 from deltapref_jax.models.decoder import POLICIES, Decoder, empty_cache, rms_norm, unstacked
+from deltapref_jax.models.kernels import BLOCK
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
@@ -127,7 +128,7 @@ def test_cached_decoding_is_the_full_forward_pass(split, alone):
 
 def test_recomputed_is_kept(split):
     """Every policy gives the gradients of keeping everything, and each recomputes more products than the one before."""
-    arrays = [jnp.asarray(x) for x in packed().batch[:3]]
+    arrays = [jnp.asarray(x) for x in packed(2, BLOCK + 8).batch[:3]]  # longer than a tile: blockwise
     weight = jnp.asarray(np.random.default_rng(2).normal(size=SPEC.width), jnp.float32)
 
     def run(remat):
@@ -148,8 +149,9 @@ def test_recomputed_is_kept(split):
 def test_eight_devices_are_one(split, shape):
     mesh, micro = make_mesh(MeshShape(*shape)), packed(8, 12)
     state = jax.device_put(split[1], shardings(split[1], mesh))
-    np.testing.assert_allclose(hidden((split[0], state), *put(micro.batch[:3], mesh, BATCH), mesh=mesh),
-                               hidden(split, *micro.batch[:3]), atol=3e-4)
+    real = micro.batch.segments > 0  # what padding computes is nobody's business, and each path has its own
+    np.testing.assert_allclose(hidden((split[0], state), *put(micro.batch[:3], mesh, BATCH), mesh=mesh)[real],
+                               hidden(split, *micro.batch[:3])[real], atol=3e-4)
 
 
 def test_more_layers_are_not_a_longer_program():

@@ -87,7 +87,7 @@ def test_the_last_checkpoint_is_of_finite_steps(tiny, one_device, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         assert checkpoints.newest() == 3
-        state = checkpoints.restore(start(tiny.state, Optimizer(), one_device))
+        state, _ = checkpoints.restore(start(tiny.state, Optimizer(), one_device))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
