@@ -67,9 +67,17 @@ def get_config() -> Experiment:
     return Experiment(
         name="quickstart",
         question="What do generator delta and sample delta do to a student's reasoning, in and out of domain?",
+        about=("The world is synthetic: small problems whose every step has a known truth, solved in numbered steps by "
+               "decoders of about 0.6 million parameters that learnt from worked solutions. Generators differ in how "
+               "many careless steps those solutions had, and one in its architecture. Training questions come from two "
+               "kinds of multi-step arithmetic (chains of operations, shopping bills), which are the domain; Euclid's "
+               "algorithm, equations, sorting, bit logic and calendars are outside of it."),
         prompts=(Prompts(tasks=IN_DOMAIN, count=400, seed=100),),
-        generators=tuple(Generator(name=r, model=pupil(f"oak-{r}"), samples=2 if r == "weak" else 1) for r in rungs)
-        + (Generator(name="elm", model=pupil("elm")),),
+        generators=tuple(
+            Generator(name=r, model=pupil(f"oak-{r}"), samples=2 if r == "weak" else 1,
+                      about=f"learnt from solutions with {careless} careless steps")
+            for r, careless in zip(rungs, ("30%", "18%", "6%", "no"), strict=True))
+        + (Generator(name="elm", model=pupil("elm"), about="another architecture; 9% careless steps"),),
         judges=(Judge(name="exact"), Judge(name="model", kind="model", model=pupil("judge"))),
         student=pupil("student"),
         objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto"),

@@ -108,6 +108,7 @@ class Generator:
     samples: int = 1  # traces per prompt
     system: str = ""  # system message; "" for none
     prefix: str = ""  # put before the question inside the user message, such as a worked example
+    about: str = ""  # what it is, for the page
 
 
 @dataclasses.dataclass
@@ -225,6 +226,7 @@ class Experiment:
 
     name: str = ""
     question: str = ""  # one sentence, shown on top of the page
+    about: str = ""  # what is asked and who answers, for the page
     workspace: str = "workspace"  # directory or bucket of the artifacts
     trackers: tuple[str, ...] = ()  # of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains
     seed: int = 0

@@ -29,6 +29,7 @@ TRACE = pa.schema([
     ("trace_id", pa.string()),  # digest of prompt, generator identity and sample index
     ("prompt_id", pa.string()),
     ("generator", pa.string()),  # name in the config
+    ("weights", pa.string()),  # hash of the generator's weights
     ("sample", pa.int32()),  # index among the traces of this prompt by this generator
     ("text", pa.string()),  # decoded without special tokens and without the stop string
     ("token_ids", pa.list_(pa.int32())),  # as sampled, the end token included where there is one

@@ -144,6 +144,9 @@ def validate(experiment: Experiment) -> Experiment:
             raise ConfigError(f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}.")
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
+    if not e.workspace:
+        raise ConfigError("config.workspace is empty; name a folder or bucket for the artifacts.")
+    _number("config.seed", e.seed, 0, 2**63 - 1)
     if not e.student.path:
         raise ConfigError("config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file.")
     for field, group in (("generator", e.generators), ("judge", e.judges), ("objective", e.objectives),
@@ -245,6 +248,8 @@ def _validate_sizes(e: Experiment) -> None:
         _number(f"config.sampling.{field}", value, 1)
     for field, value in (("rows", e.scoring.rows), ("row_length", e.scoring.row_length), ("shard", e.scoring.shard)):
         _number(f"config.scoring.{field}", value, 1)
+    if "" in s.stop:
+        raise ConfigError("config.sampling.stop holds an empty string, which every text contains; remove it.")
     sizes = dataclasses.astuple(e.mesh)
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")

@@ -37,12 +37,13 @@ def main(_: list[str]) -> None:
     experiment: Experiment = validate(_CONFIG.value)
     profile = window(_PROFILE.value)
     from deltapref_jax.mesh import start_processes
-    from deltapref_jax.stages.study import plan
+    from deltapref_jax.stages.study import check_models, plan
     from evals.evaluate import describe
 
     start_processes()
     workspace = Workspace(experiment.workspace)
     nodes = plan(experiment, describe, profile)
+    check_models(experiment)
     console = Console()
     if _DRY_RUN.value:
         from launch.cost import plan_table

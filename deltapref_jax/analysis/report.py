@@ -109,8 +109,15 @@ def _browser(study: Study) -> list[dict[str, Any]]:
     return list(shown.values())
 
 
-def render(study: Study, summary: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
-    """The page as text, with the figures of `draw`; what traces and configs say is escaped, and nothing is fetched."""
+def render(study: Study, summary: Mapping[str, Any], drawn: Mapping[str, str], rubric: Mapping[str, str]) -> str:
+    """The page as text; what traces and configs say is escaped, and nothing is fetched.
+
+    Args:
+      study: tables.
+      summary: of `summary.summarise`.
+      drawn: figures of `draw`.
+      rubric: dimension to the question that judges answer.
+    """
     template = resources.files("deltapref_jax.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
@@ -122,7 +129,8 @@ def render(study: Study, summary: Mapping[str, Any], drawn: Mapping[str, str]) -
     embedded = json.dumps(_browser(study)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return environment.from_string(template).render(
         s=summary, figures=drawn, pairs=embedded, versions=versions, domain_words=DOMAIN_WORDS,
-        useless=USELESS_AUC, hidden_curves=max(0, len(summary["arms"]) - _CURVES_SHOWN), experiment=study.experiment,
+        useless=USELESS_AUC, rubric=rubric,
+        hidden_curves=max(0, len(summary["arms"]) - _CURVES_SHOWN), experiment=study.experiment,
         config=json.dumps(study.experiment, indent=1))
 
 

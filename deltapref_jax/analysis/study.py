@@ -28,6 +28,7 @@ class Study:
 
     experiment: dict[str, Any]  # the config as plain data
     prompts: pa.Table
+    suites: Mapping[str, pa.Table]  # suite → PROMPT
     traces: Mapping[str, pa.Table]  # generator → TRACE; token ids are not needed
     verdicts: Mapping[str, pa.Table]  # generator → VERDICT
     ratings: Mapping[str, Mapping[str, pa.Table]]  # judge → generator → RATING

@@ -1,5 +1,6 @@
 """A study's tables to its numbers: everything that the page and the terminal show, as one JSON-able summary."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -69,8 +70,9 @@ def _generator(study: Study, name: str) -> dict[str, Any]:
     shape = _shape(study.traces[name])
     verdicts = study.verdicts[name]["correct"].to_pylist() if name in study.verdicts else []
     correct = [c for c in verdicts if c is not None]
+    about = next((g["about"] for g in study.experiment["generators"] if g["name"] == name), "")
     found: dict[str, Any] = {
-        "name": name, "traces": study.traces[name].num_rows, "train_truncated": shape["truncated"],
+        "name": name, "about": about, "traces": study.traces[name].num_rows, "train_truncated": shape["truncated"],
         "train_tokens": shape["tokens"], "train_correct": 100 * float(np.mean(correct)) if correct else None}
     if name in study.capability:
         table = study.capability[name]
@@ -86,7 +88,9 @@ def _suites(study: Study) -> list[dict[str, Any]]:
     for d in study.domains:
         by_model = {name: st.by_question(table, d) for name, table in tables.items()}
         for suite, answers in by_model["student"].items():
-            found.append({"suite": suite, "domain": d, "questions": len(answers.questions),
+            asked = study.suites[suite]["messages"] if suite in study.suites else []
+            example = json.loads(asked[0].as_py())[-1]["content"] if len(asked) else ""
+            found.append({"suite": suite, "domain": d, "questions": len(answers.questions), "example": example,
                           "samples": int(answers.samples.max()),
                           "accuracy": {name: 100 * float(of[suite].mean.mean()) for name, of in by_model.items()
                                        if suite in of}})

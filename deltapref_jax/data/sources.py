@@ -86,9 +86,11 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
             prompt = [{"role": r, "content": c} for r, c in zip(prompt["role"], prompt["content"], strict=True)]
         try:
             messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+            if not all(isinstance(text, str) for m in messages for text in m.values()):
+                raise TypeError
         except (TypeError, KeyError) as e:
             raise ConfigError(f"{where} has a prompt that is neither text nor a list of chat messages; "
-                              "each message needs 'role' and 'content'.") from e
+                              "each message needs 'role' and 'content', both text.") from e
         if not messages or messages[-1]["role"] != "user":
             raise ConfigError(f"{where} has a prompt whose last message is not the user's; cut the answer off.")
         yield _row(task, messages, "" if answer is None else str(answer), source.checker, {})

@@ -190,6 +190,25 @@ def load(path: str, dtype: str = "float32", params: str = "float32") -> Loaded:
     return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(local), weights_hash(local))
 
 
+def look(path: str) -> Text:
+    """The tokenizer of a model that `load` would take, as far as that shows without reading its numbers.
+
+    Raises:
+      FileNotFoundError: nothing there, or an incomplete folder.
+      ValueError: an unsupported architecture, a missing tensor, or a tokenizer that cannot be used.
+    """
+    local = resolve(path)
+    _files(local)
+    gguf = os.path.isfile(local)
+    spec, _, names = (_read_gguf if gguf else _read_folder)(Path(local))
+    for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
+        source = _NAMES[name][gguf]
+        for tensor in [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]:
+            if tensor not in names:
+                raise ValueError(f"{path} has no tensor {tensor!r}; its config.json does not describe its weights.")
+    return Text.load(local)
+
+
 def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, path: str, names: set[str],
              params: str = "float32") -> nnx.State:
     """Parameters of a decoder from a reader of stored tensors; see `load` for what is raised."""

@@ -7,10 +7,12 @@ import pyarrow as pa
 from deltapref_jax.analysis.report import draw, render
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.analysis.summary import summarise
+from deltapref_jax.config import DIMENSIONS
+from deltapref_jax.judging.rubric import RUBRIC
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.workspace import Job
 
-VERSION = 4
+VERSION = 5
 
 
 def _by_first(tables: dict[str, pa.Table]) -> dict[str, dict[str, pa.Table]]:
@@ -29,14 +31,16 @@ def report(job: Job) -> None:
     trained = [name.removeprefix("train/") for name in job.node.inputs if name.startswith("train/")]
     study = Study(
         experiment=json.loads(json.dumps(job.config["experiment"])),
-        prompts=job.table("prompts"), traces=job.tables("sample"), verdicts=job.tables("verify"),
+        prompts=job.table("prompts"), suites=job.tables("suite"), traces=job.tables("sample"),
+        verdicts=job.tables("verify"),
         ratings=_by_first(job.tables("judge")), audits=job.tables("audit"), pairs=job.tables("pair"),
         results=_by_first(results), student=student, capability=job.tables("capability"),
         metrics={name: list(read_metrics(job.path(f"train/{name}") / "metrics.jsonl")) for name in trained},
         manifests={name: job.workspace.manifest(node) for name, node in job.node.inputs.items()})
     summary = summarise(study)
     figures = draw(study, summary)
+    rubric = {d: RUBRIC.question(d) for d in DIMENSIONS}
     for name, svg in figures.items():
         job.put(f"{name}.svg", svg.encode())
-    job.put("report.html", render(study, summary, figures).encode())
+    job.put("report.html", render(study, summary, figures, rubric).encode())
     job.put("summary.json", (json.dumps(summary, indent=1) + "\n").encode())

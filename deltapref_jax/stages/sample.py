@@ -15,7 +15,7 @@ from deltapref_jax.records import TRACE, digest, table
 from deltapref_jax.sampling.engine import Engine, Request
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 1
+VERSION = 2
 
 
 def describe(
@@ -28,6 +28,7 @@ def describe(
     """
     asked = dataclasses.asdict(generator)
     model = asked.pop("model")
+    asked.pop("about")  # words for the page change no trace
     config = {"generator": asked, "weights": weights_hash(model["path"]), "dtype": model["dtype"],
               "sampling": dataclasses.asdict(sampling), "seed": seed}
     return config, {"model": {"path": model["path"]}, "mesh": dataclasses.asdict(mesh)}
@@ -46,7 +47,8 @@ def sample(job: Job) -> None:
     sampling, generator = Sampling(**config["sampling"]), config["generator"]
     prompts = job.table("prompts").to_pylist()
     limits = (sampling.max_prompt, sampling.max_tokens, list(sampling.stop))
-    identity = digest(generator, config["weights"], config["dtype"])
+    manner = {name: value for name, value in generator.items() if name != "samples"}
+    identity = digest(manner, config["weights"], config["dtype"])
 
     @functools.cache
     def engine() -> tuple[Engine, list[Request]]:
@@ -68,6 +70,7 @@ def sample(job: Job) -> None:
                 "trace_id": digest(request.prompt_id, identity, config["seed"], limits, s),
                 "prompt_id": request.prompt_id,
                 "generator": generator["name"],
+                "weights": config["weights"],
                 "sample": s,
                 "text": trace.text,
                 "token_ids": trace.tokens,

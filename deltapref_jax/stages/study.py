@@ -25,9 +25,11 @@ from deltapref_jax.config import (
 )
 from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import file_sha256
-from deltapref_jax.models.weights import weights_hash
+from deltapref_jax.judging.rubric import label_ids
+from deltapref_jax.models.weights import look, weights_hash
 from deltapref_jax.records import digest
 from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
+from deltapref_jax.text.template import Text
 from deltapref_jax.workspace import Node
 
 Describe = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
@@ -74,6 +76,23 @@ def ladder_of(e: Experiment) -> dict[str, int]:
     """
     zero = {a.chosen for a in e.arms if a.chosen == a.rejected}
     return {g.name: 1 + (g.name in zero) for g in e.generators}
+
+
+def check_models(e: Experiment) -> None:
+    """Looks at every model once before anything is made: shapes, tensors, tokenizer, chat template, a judge's labels.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence that names the model and the remedy.
+    """
+    texts: dict[str, Text] = {}
+    for model in (e.student, e.reference, *(g.model for g in e.generators)):
+        path = model_of(e, model).path
+        texts[path] = texts.get(path) or look(path)
+    for j in e.judges:
+        if j.kind == "model":
+            path = model_of(e, j.model).path
+            texts[path] = texts.get(path) or look(path)
+            label_ids(texts[path])
 
 
 def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None) -> dict[str, Node]:

@@ -53,7 +53,12 @@ class Text:
             return cls(tokenizer_from_gguf(path), path)
         if not (Path(path) / "tokenizer.json").exists() and not (Path(path) / "tokenizer_config.json").exists():
             raise ValueError(f"The folder {path} has no tokenizer.json; copy the model's tokenizer files there.")
-        return cls(transformers.AutoTokenizer.from_pretrained(path, local_files_only=True), path)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as e:  # transformers raises many kinds for missing and broken files
+            raise ValueError(f"The tokenizer in {path} cannot be read ({str(e).splitlines()[0]}); copy the model's "
+                             "tokenizer files there again.") from e
+        return cls(tokenizer, path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer's files, chat template included, as `transformers` reads them."""

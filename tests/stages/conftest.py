@@ -39,7 +39,8 @@ class Bench:
         each = [finish] * len(texts) if isinstance(finish, str) else finish
         return self.given("TRACE", [
             {"trace_id": digest(q["prompt_id"], generator), "prompt_id": q["prompt_id"], "generator": generator,
-             "sample": 0, "text": words, "token_ids": [1], "finish": end, "logprob": -1.0, "tokens": len(words)}
+             "weights": "", "sample": 0, "text": words, "token_ids": [1], "finish": end, "logprob": -1.0,
+             "tokens": len(words)}
             for q, words, end in zip(self.questions, texts, each, strict=False)])
 
     def score(self, traces, seed=0, **shape):
