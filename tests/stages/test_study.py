@@ -170,6 +170,12 @@ def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_th
                                                     "verify/weak", "verify/strong", "judge/weak", "judge/strong"}
 
 
+def test_a_random_arm_ranks_by_nothing(experiment):
+    arm = dataclasses.replace(experiment.arms[4], keep="random", by="step_coherence")
+    config = plan(dataclasses.replace(experiment, arms=(arm,)), describe)["pair/strong-top"].config
+    assert (config["by"], config["dimensions"]) == ("sum", [])
+
+
 def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(experiment):
     assert changed(experiment, arms__3__chosen="mid") == labels_of("strong-kto")
     shaped = labels_of("strong-top") | {f"judge/m/{g}" for g in ("weak", "mid", "strong")} | {"audit/m"}
