@@ -185,7 +185,8 @@ def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
     who = next((j for j in e.judges if rated and j.name == judge), None)
     config = {
         "chosen": a.chosen, "rejected": a.rejected, "ladder": ladder, "direction": "judge" if by_judge else "generator",
-        "keep": a.keep, "by": a.by if rated else "sum", "fraction": 1.0 if a.keep == "all" else a.fraction, "stratum": a.stratum,
+        "keep": a.keep,
+        "by": a.by if rated else "sum", "fraction": 1.0 if a.keep == "all" else a.fraction, "stratum": a.stratum,
         "finishes": list(e.training.finishes), "seed": e.seed, "dimensions": list(who.dimensions) if who else [],
     }
     inputs = {"prompts": nodes["prompts"]}
