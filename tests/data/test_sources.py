@@ -155,7 +155,7 @@ BROKEN = {
     "no answer": (b'{"prompt": "a"}\n', r"^Line 1 of \S+ has no 'answer' and the checker 'math' needs one; set "
                                         r"answer_field, or checker to ''\.$"),
     "number": (b'{"prompt": 3, "answer": ""}\n', r"^Line 1 of \S+ has a prompt that is neither text nor a list of chat "
-                                                 r"messages; each message needs 'role' and 'content'\.$"),
+                                                 r"messages; each message needs 'role' and 'content', both text\.$"),
     "no role": (b'{"prompt": [{"text": "a"}], "answer": ""}\n', "neither text nor a list of chat messages"),
     "assistant last": (b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": ""}\n',
                        r"whose last message is not the user's; cut the answer off\.$"),

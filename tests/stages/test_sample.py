@@ -119,7 +119,7 @@ def test_verdicts(tmp_path):
     texts = [(right, f"Answer: {right['answer']}", "eos"), (right, "Answer: no", "eos"), (right, "hm", "stop"),
              (right, f"Answer: {right['answer']}", "length"), (unchecked, "Answer: 1", "length")]
     rows = [{"trace_id": str(i), "prompt_id": p["prompt_id"], "generator": "g", "sample": i, "text": text,
-             "token_ids": [1], "finish": finish, "logprob": -1.0, "tokens": 1}
+             "weights": "w", "token_ids": [1], "finish": finish, "logprob": -1.0, "tokens": 1}
             for i, (p, text, finish) in enumerate(texts)]
     stages = {"verify": verify, "prompts": lambda job: job.write(table(PROMPT, [right, unchecked])),
               "sample": lambda job: job.write(table(TRACE, rows))}
