@@ -99,14 +99,21 @@ def state(program, one_device):
     return start(program.nnx.state(program.Decoder(spec, rngs=program.nnx.Rngs(0))), Optimizer(), one_device)
 
 
+@pytest.fixture(autouse=True)
+def quiet():
+    """As in `launch`; pytest would keep the tracebacks that Orbax logs, and all that they refer to."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    yield
+    logging.set_verbosity(verbosity)
+
+
 @pytest.fixture
 def limited():
-    """Files may not grow past so many bytes: to Orbax's C++ a full disk. Its logs are off, as in `launch`."""
-    before, verbosity = resource.getrlimit(resource.RLIMIT_FSIZE), logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
+    """Files may not grow past so many bytes: to Orbax's C++ a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    logging.set_verbosity(verbosity)
 
 
 def settled(folder):
