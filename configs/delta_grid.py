@@ -1,7 +1,7 @@
 """The full grid: every rung × objective × fraction, three seeds each; the quickstart's world, more questions.
 
-Cost: 96 policies; about six hours on two CPU cores, minutes on an accelerator. Sampling, judging and reference scoring
-are shared with the quickstart's design and done once.
+Cost: 96 policies (`--dry_run` counts its tokens). Sampling, judging and reference scoring are
+shared with the quickstart's design and done once.
 
     python -m launch.ablate --config=configs/delta_grid.py
 """

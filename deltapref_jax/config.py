@@ -271,6 +271,13 @@ class Single:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
+def judge_of(experiment: Experiment, arm: Arm) -> str:
+    """Name of the judge whose ratings count for `arm`: its direction's, its own, or the first; "" if there is none."""
+    if arm.direction != "generator":
+        return arm.direction
+    return arm.judge or next((j.name for j in experiment.judges), "")
+
+
 @dataclasses.dataclass
 class Pupil:
     """A small decoder that the nursery raises."""

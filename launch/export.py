@@ -6,7 +6,7 @@
 from absl import flags
 from ml_collections import config_flags
 
-from deltapref_jax.config import Experiment, choose
+from deltapref_jax.config import Experiment, choose, judge_of
 from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Workspace
 from launch.flags import run_main
@@ -25,7 +25,6 @@ def main(_: list[str]) -> None:
 
     arm = choose("--arm", str(_ARM.value), [a.name for a in experiment.arms])
     of = next(a for a in experiment.arms if a.name == arm)
-    judge = of.judge or next((j.name for j in experiment.judges), "")
     workspace = Workspace(experiment.workspace)
     nodes = plan(experiment, describe)
     node = nodes[f"pair/{arm}"]
@@ -36,7 +35,7 @@ def main(_: list[str]) -> None:
               for t in workspace.table(source).to_pylist()]
     ratings: dict[str, float] = {}
     for name in dict.fromkeys((of.chosen, of.rejected)):
-        rated = nodes.get(f"judge/{judge}/{name}")
+        rated = nodes.get(f"judge/{judge_of(experiment, of)}/{name}")
         for row in workspace.table(rated).to_pylist() if rated and workspace.complete(rated) else []:
             ratings[row["trace_id"]] = ratings.get(row["trace_id"], 0.0) + row["rating"]
     rows = trl_rows(workspace.table(node).to_pylist(), workspace.table(node.inputs["prompts"]).to_pylist(), traces,

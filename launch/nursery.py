@@ -1,6 +1,6 @@
 """Raises the small models that ship with the project, measures them, and puts them where they ship from.
 
-    python -m launch.nursery --config=configs/nursery.py                  # hours on two cores, minutes on a GPU
+    python -m launch.nursery --config=configs/nursery.py                  # more than an hour on two cores
     python -m launch.nursery --config=configs/nursery.py --measure_only   # what is there, again
 
 Beside the models stands `measured.json`: how each was raised, a solver's accuracy in percent and a judge's AUC against

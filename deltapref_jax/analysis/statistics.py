@@ -157,7 +157,8 @@ def minimum_detectable(before: pa.Table, seeds: int = 1, power: float = 0.8, lev
     sampling alone: the within-question variance over k of the student and again of the arm, the latter shrinking with
     the seeds. It is estimated from the student's own k samples; where k = 1, or where no question has both right and
     wrong samples (greedy decoding), p(1 - p) stands in, its largest value, with p pulled off 0 and 1 by two right and
-    two wrong answers (Agresti & Coull 1998). Questions or seeds that react differently make the true number larger.
+    two wrong answers (Agresti & Coull 1998). Questions or seeds that react differently make the true number larger;
+    that policies share their draws makes it smaller.
 
     Args:
       before: RESULT of the student; an arm is taken to be evaluated on as many questions and samples.

@@ -182,10 +182,7 @@ def load(path: str, dtype: str = "float32", params: str = "float32") -> Loaded:
       FileNotFoundError: nothing there, or an incomplete folder.
       ValueError: an unsupported architecture, or a tensor that is missing or has another shape; it is named.
     """
-    local = resolve(path)
-    _files(local)
-    gguf = os.path.isfile(local)
-    spec, read, names = (_read_gguf if gguf else _read_folder)(Path(local))
+    local, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
     return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(local), weights_hash(local))
 
@@ -197,16 +194,28 @@ def look(path: str) -> Text:
       FileNotFoundError: nothing there, or an incomplete folder.
       ValueError: an unsupported architecture, a missing tensor, or a tokenizer that cannot be used.
     """
+    local, gguf, (spec, _, names) = _open(path)
+    for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
+        _stored_names(name, spec, gguf, path, names)
+    return Text.load(local)
+
+
+def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:
+    """Where a model is, whether it is a GGUF file, and its spec, reader and tensor names."""
     local = resolve(path)
     _files(local)
     gguf = os.path.isfile(local)
-    spec, _, names = (_read_gguf if gguf else _read_folder)(Path(local))
-    for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
-        source = _NAMES[name][gguf]
-        for tensor in [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]:
-            if tensor not in names:
-                raise ValueError(f"{path} has no tensor {tensor!r}; its config.json does not describe its weights.")
-    return Text.load(local)
+    return local, gguf, (_read_gguf if gguf else _read_folder)(Path(local))
+
+
+def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[str]) -> list[str]:
+    """Stored tensors of a parameter, one per layer if it is stacked; all are among `names`, or `ValueError`."""
+    source = _NAMES[name][gguf]
+    stored = [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]
+    missing = [s for s in stored if s not in names]
+    if missing:
+        raise ValueError(f"{path} has no tensor {missing[0]!r}; its config.json does not describe its weights.")
+    return stored
 
 
 def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, path: str, names: set[str],
@@ -217,11 +226,8 @@ def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, pat
     wanted = set()
     for name, leaf in _flat(nnx.to_pure_dict(shapes)).items():
         source = _NAMES[name][gguf]
-        layers = [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]
+        layers = _stored_names(name, spec, gguf, path, names)
         wanted |= set(layers)
-        missing = [s for s in layers if s not in names]
-        if missing:
-            raise ValueError(f"{path} has no tensor {missing[0]!r}; its config.json does not describe its weights.")
         shape = leaf.shape[1:] if "{}" in source else leaf.shape
         tensors = [_shaped(read(s), name, shape, f"{s} of {path}") for s in layers]
         flat[name] = jnp.asarray(np.stack(tensors) if "{}" in source else tensors[0], params)

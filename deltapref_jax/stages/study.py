@@ -21,6 +21,7 @@ from deltapref_jax.config import (
     Model,
     Prompts,
     choose,
+    judge_of,
     model_of,
 )
 from deltapref_jax.data.sources import task_names
@@ -79,7 +80,7 @@ def ladder_of(e: Experiment) -> dict[str, int]:
 
 
 def check_models(e: Experiment) -> None:
-    """Looks at every model once before anything is made: shapes, tensors, tokenizer, chat template, a judge's labels.
+    """Looks at every model once before anything is made: architecture, tensors, tokenizer, template, a judge's labels.
 
     Raises:
       FileNotFoundError, ValueError: one sentence that names the model and the remedy.
@@ -180,9 +181,8 @@ def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
     """Arms that differ only in objective or seeds share this node; ratings are an input where they shape the pairs."""
     ladder = ladder_of(e)
     by_judge = a.direction != "generator"
-    judge = a.direction if by_judge else a.judge or (e.judges[0].name if e.judges else "")
     rated = by_judge or a.keep in ("top", "matched")
-    who = next((j for j in e.judges if rated and j.name == judge), None)
+    who = next((j for j in e.judges if rated and j.name == judge_of(e, a)), None)
     config = {
         "chosen": a.chosen, "rejected": a.rejected, "ladder": ladder, "direction": "judge" if by_judge else "generator",
         "keep": a.keep,
