@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.sharding import BATCH, shardings
-from deltapref_jax.scoring import logprobs
+from deltapref_jax.scoring import logprobs, projection
 from deltapref_jax.scoring.packing import Sample, capacity, layout, pack, sample
 
 
@@ -32,11 +32,16 @@ def naive(model, params, rows):
     return (jnp.take_along_axis(found, tokens[:, 1:, None], axis=2)[..., 0] * targets[:, 1:]).sum(axis=1)
 
 
-@pytest.mark.parametrize("columns", [1, 7, 4096])
-def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, columns):
+def tiles(monkeypatch, tokens, entries):
+    monkeypatch.setattr(projection, "_ENTRIES", entries)
+    monkeypatch.setattr(projection, "_NUMBERS", entries * tokens)
+
+
+@pytest.mark.parametrize(("tokens", "shares"), [(1, 1), (7, 4), (4096, 2)])
+def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, tokens, shares):
     rows = sequences(tiny.spec.vocab)
     micros = pack(rows, [[i] for i in range(len(rows))], 4, 40)
-    monkeypatch.setattr(logprobs, "_CHUNK_NUMBERS", tiny.spec.vocab * 4 * columns)
+    tiles(monkeypatch, tokens, tiny.spec.vocab // shares)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=len(rows)))
 
     def packed(params):
@@ -68,7 +73,7 @@ def test_eight_devices_equal_one(tiny, one_device, shape):
 @pytest.mark.parametrize("shape", [(2, 1, 4, 1), (1, 2, 2, 2)])
 def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape, monkeypatch):
     r, mesh = np.random.default_rng(0), make_mesh(MeshShape(*shape))
-    monkeypatch.setattr(logprobs, "_CHUNK_NUMBERS", 12 * 4 * 3)  # several chunks on every device
+    tiles(monkeypatch, 5, 4)  # several on every device
     hidden, matrix = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((4, 24, 8), (48, 8)))
     labels, mask = jnp.asarray(r.integers(0, 48, (4, 24))), jnp.asarray(r.random((4, 24)) < 0.6)
     g = jnp.asarray(r.normal(size=(4, 24)), jnp.float32)
@@ -80,23 +85,31 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
     def run(f, h, w):
         return jax.jit(lambda h, w: (f(h, w), jax.vjp(f, h, w)[1](g)))(h, w)
 
-    got = run(lambda h, w: logprobs.token_logprobs(h, w, labels, mask, mesh), put(hidden, mesh, BATCH),
+    got = run(lambda h, w: projection.token_logprobs(h, w, labels, mask, mesh), put(hidden, mesh, BATCH),
               put(matrix, mesh, PartitionSpec("tensor", "fsdp")))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix))
 
 
-def test_logits_take_the_memory_of_three_buffers_of_one_chunk():
+def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
     """Values and gradients of 8 and of 32 rows of 1024 targets on 4096 words (128 and 512 MiB of logits)."""
+    tiles(monkeypatch, 2048, 1024)
+
     def extra(rows):
         shapes = (jax.ShapeDtypeStruct((rows, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32),
                   jax.ShapeDtypeStruct((rows, 1024), jnp.int32), jax.ShapeDtypeStruct((rows, 1024), bool))
-        gradient = jax.grad(lambda h, w, y, m: logprobs.token_logprobs(h, w, y, m).sum(), argnums=(0, 1))
+        gradient = jax.grad(lambda h, w, y, m: projection.token_logprobs(h, w, y, m).sum(), argnums=(0, 1))
         return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    chunk = 4 * logprobs._CHUNK_NUMBERS
+    tile, hidden = 4 * 2048 * 1024, 4 * 1024 * 8
     few, many = extra(8), extra(32)
-    assert few < 3.1 * chunk
-    assert many - few < 0.2 * chunk
+    assert few < 3.1 * tile + 6 * 8 * hidden
+    assert many - few < 6 * 24 * hidden
+
+
+@pytest.mark.parametrize("vocab", [509, 510])
+def test_a_vocabulary_without_a_fitting_divisor_is_one_share(monkeypatch, vocab):
+    tiles(monkeypatch, 3, 100)
+    assert projection._tile(64, vocab, projection._NUMBERS)[1] == (509 if vocab == 509 else 85)
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():
