@@ -47,11 +47,31 @@ def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) ->
     return (h * weight).astype(x.dtype)
 
 
-class Block(nnx.Module):
-    """Attention and gated MLP. Parameters are float32; `dtype` is that of the computation."""
+@jax.custom_vjp
+def linear(x: Float[Array, "*n D"], weight: Float[Array, "D *out"]) -> Array:
+    """x · weight, [*n, *out], in the dtype of `x`; the weight's gradient is summed in float32 and has its dtype.
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.spec, self.dtype = spec, dtype
+    Written out because what autodiff derives, gᵀx transposed, costs XLA on CPU a copy of g and a slower product.
+    """
+    return jnp.tensordot(x, weight.astype(x.dtype), 1)
+
+
+def _linear_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    tokens, outs = range(x.ndim - 1), range(1, weight.ndim)
+    dx = jax.lax.dot_general(g, weight.astype(g.dtype), ((tuple(range(x.ndim - 1, g.ndim)), tuple(outs)), ((), ())))
+    dw = jax.lax.dot_general(x, g, ((tuple(tokens),) * 2, ((), ())), preferred_element_type=jnp.float32)
+    return dx, dw.astype(weight.dtype)
+
+
+linear.defvjp(lambda x, weight: (linear(x, weight), (x, weight)), _linear_backward)
+
+
+class Block(nnx.Module):
+    """Attention and gated MLP. Parameters are float32; the computation has its input's dtype."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
         D, N, K, H, F = spec.width, spec.heads, spec.kv_heads, spec.head_width, spec.mlp
 
         def normal(shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -68,24 +88,20 @@ class Block(nnx.Module):
         self.up = normal((D, F), 0.02)
         self.down = normal((F, D), inner)
 
-    def _cast(self, parameter: nnx.Param) -> Array:
-        return parameter[...].astype(self.dtype)
-
     def project(self, x: Float[Array, "B T D"], rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
-        q, k, v = (jnp.einsum("btd,dnh->btnh", h, self._cast(w)) for w in (self.q, self.k, self.v))
+        q, k, v = (linear(h, w[...]) for w in (self.q, self.k, self.v))
         q, k, v = (checkpoint_name(y, "projection") for y in (rotate(q, rotations), rotate(k, rotations), v))
         return q, k, v
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Adds the attention's output and the MLP's to the residual stream."""
-        o = self._cast(self.o).reshape(-1, x.shape[-1])  # an einsum over n and h would transpose it at every call
-        x = x + checkpoint_name(attended.reshape(*x.shape[:-1], -1) @ o, "projection")
+        o = self.o[...].reshape(-1, x.shape[-1])  # an einsum over n and h would transpose it at every call
+        x = x + checkpoint_name(linear(attended.reshape(*x.shape[:-1], -1), o), "projection")
         h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
-        gate, up = (checkpoint_name(h @ self._cast(w), "projection") for w in (self.gate, self.up))
-        h = jax.nn.silu(gate) * up
-        return x + h @ self._cast(self.down)
+        gate, up = (checkpoint_name(linear(h, w[...]), "projection") for w in (self.gate, self.up))
+        return x + linear(jax.nn.silu(gate) * up, self.down[...])
 
 
 class Decoder(nnx.Module):
@@ -98,7 +114,7 @@ class Decoder(nnx.Module):
         @nnx.split_rngs(splits=spec.layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(spec, dtype, rngs=rngs)
+            return Block(spec, rngs=rngs)
 
         self.blocks = stack(rngs)  # every parameter has a leading axis of length `layers`
         self.final_norm = nnx.Param(jnp.ones(spec.width))
