@@ -20,7 +20,7 @@ from deltapref_jax.mesh import put
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded, abstract
-from deltapref_jax.scoring.packing import PackedBatch, Sample, pack
+from deltapref_jax.scoring.packing import PackedBatch, Sample, pack, trimmed
 
 
 class Ratings(NamedTuple):
@@ -110,15 +110,18 @@ def rate_traces(
     found = np.zeros((len(samples), len(dimensions), len(labels)), np.float32)
     micros = pack(samples, [[i] for i in range(len(samples))], shape.rows, shape.row_length)
     most = -(-shape.rows * shape.row_length // 64) * len(dimensions)  # labels read per batch: one compiled shape
+    positions = 0.0
     for micro in micros:
-        rows, columns = np.nonzero(micro.batch.targets)
-        owner = micro.order[micro.batch.segments[rows, columns] - 1]
-        branch = micro.batch.branches[rows, columns] - 1
+        batch = trimmed(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])
+        positions += batch.tokens.size
+        rows, columns = np.nonzero(batch.targets)
+        owner = micro.order[batch.segments[rows, columns] - 1]
+        branch = batch.branches[rows, columns] - 1
         for start in range(0, len(rows), most):
             part = slice(start, start + most)
             at = np.zeros((2, most), np.int32)
             at[:, : len(rows[part])] = rows[part], columns[part]
-            p = np.asarray(read(params, put(micro.batch, mesh, BATCH), at, labels))
+            p = np.asarray(read(params, put(batch, mesh, BATCH), at, labels))
             found[owner[part], branch[part]] = p[: len(rows[part])]
     tokens = float(sum(len(s.tokens) for s in samples))
-    return summarise(found), {"tokens": tokens, "positions": float(len(micros) * shape.rows * shape.row_length)}
+    return summarise(found), {"tokens": tokens, "positions": positions}

@@ -16,7 +16,7 @@ from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.packing import PackedBatch, Sample, capacity, pack
+from deltapref_jax.scoring.packing import PackedBatch, Sample, capacity, pack, trimmed
 from deltapref_jax.scoring.projection import token_logprobs
 
 
@@ -74,8 +74,11 @@ def score_samples(spec: ModelSpec, params: nnx.State, samples: Sequence[Sample],
     fits = [i for i, s in enumerate(samples) if len(s.tokens) <= length]
     sums: list[float | None] = [None] * len(samples)
     micros = pack([samples[i] for i in fits], [[j] for j in range(len(fits))], rows, length)
+    positions, ways = 0, mesh.shape["data"] * mesh.shape["fsdp"]
     for micro in micros:
-        got = np.asarray(run(params, put(micro.batch, mesh, BATCH))[0], np.float64)
+        batch = trimmed(micro.batch, ways)
+        positions += batch.tokens.size
+        got = np.asarray(run(params, put(batch, mesh, BATCH))[0], np.float64)
         for segment, j in enumerate(micro.order):
             sums[fits[j]] = float(got[segment])
-    return sums, len(micros) * rows * length
+    return sums, positions

@@ -1,7 +1,8 @@
 """Many sequences in fixed rows: the one layout of every forward pass that does not decode.
 
 A step is a set of groups (a pair is a group of two sequences). It runs as however many micro-batches of the fixed shape
-[rows, length] it needs, all members of a group in the same one. The layout is a pure function of the lengths.
+[rows, length] it needs, all members of a group in the same one; one whose second half is empty runs as half of it. The
+layout is a pure function of the lengths.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def capacity(rows: int, length: int) -> int:
 
 
 def layout(lengths: Sequence[int], groups: Sequence[Sequence[int]], rows: int, length: int) -> list[list[list[int]]]:
-    """First-fit decreasing: micro-batches, each `rows` lists of sequence indices.
+    """First-fit decreasing, by a group's sum and by its longest member, whichever needs fewer rows.
 
     Args:
       lengths: tokens of every sequence.
@@ -57,13 +58,24 @@ def layout(lengths: Sequence[int], groups: Sequence[Sequence[int]], rows: int, l
       rows: B.
       length: L.
 
+    Returns:
+      Micro-batches, each `rows` lists of sequence indices.
+
     Raises:
       ValueError: a sequence is longer than a row, or a group does not fit one micro-batch.
     """
+    by_sum = sorted(groups, key=lambda g: -sum(lengths[i] for i in g))  # stable: ties keep their order
+    by_longest = sorted(by_sum, key=lambda g: -max(lengths[i] for i in g))
+    found = [_first_fit(lengths, order, rows, length) for order in (by_sum, by_longest)]
+    return min(found, key=lambda micros: (len(micros), sum(bool(row) for row in micros[-1]) if micros else 0))
+
+
+def _first_fit(lengths: Sequence[int], groups: Sequence[Sequence[int]], rows: int,
+               length: int) -> list[list[list[int]]]:
     micros: list[list[list[int]]] = []
     free: list[list[int]] = []
     most = capacity(rows, length)
-    for group in sorted(groups, key=lambda g: -sum(lengths[i] for i in g)):  # stable: ties keep their order
+    for group in groups:
         for places, spaces in zip(micros, free, strict=True):
             if sum(map(len, places)) + len(group) <= most and _place(lengths, group, places, spaces):
                 break
@@ -96,6 +108,18 @@ def pack(samples: Sequence[Sample], groups: Sequence[Sequence[int]], rows: int, 
     """Micro-batches of shape [rows, length] that hold every sequence once (see `layout`)."""
     return [_fill(samples, micro, rows, length)
             for micro in layout([len(s.tokens) for s in samples], groups, rows, length)]
+
+
+def trimmed(batch: PackedBatch, ways: int) -> PackedBatch:
+    """The first half of the rows where the second is empty and the half divides over `ways` devices; else all.
+
+    A step's last micro-batch is half full on average, and a pair needs two rows where it fills more than one: half of
+    it is what keeps padding small in small steps, for one more compiled shape.
+    """
+    half, odd = divmod(batch.tokens.shape[0], 2)
+    if odd or half % ways or batch.segments[half:].any():
+        return batch
+    return PackedBatch(*(None if x is None else x[:half] for x in batch))
 
 
 def _fill(samples: Sequence[Sample], micro: list[list[int]], rows: int, length: int) -> Micro:

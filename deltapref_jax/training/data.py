@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Training
-from deltapref_jax.scoring.packing import Micro, PackedBatch, Sample, capacity, pack, sample
+from deltapref_jax.scoring.packing import Micro, PackedBatch, Sample, capacity, pack, sample, trimmed
 from deltapref_jax.training.step import Examples
 
 
@@ -51,6 +51,16 @@ class StepData(NamedTuple):
     epoch: float  # passes over the data after this step
     chosen_tokens: float = 1.0  # target tokens of the first rows of all groups
     traces: Sequence[Sequence[str]] = ()  # trace_id by segment, of `micros`, then of `baseline`
+
+    @property
+    def positions(self) -> int:
+        """Computed, real or padding."""
+        return sum(b.tokens.size for b, _ in self.micros) + sum(b.tokens.size for b, _, _ in self.baseline)
+
+    def trimmed(self, ways: int) -> "StepData":
+        """Without empty halves of micro-batches, on a mesh that spreads rows over `ways` devices."""
+        return self._replace(micros=[(trimmed(batch, ways), examples) for batch, examples in self.micros],
+                             baseline=[(trimmed(batch, ways), ref, w) for batch, ref, w in self.baseline])
 
 
 class Data:

@@ -118,7 +118,7 @@ def _loop(steps: Programs, state: TrainState, data: Callable[[int], StepData], r
     for step in range(done, run.steps):
         began = time.monotonic()
         live.before(step + 1)
-        batch = data(step)
+        batch = data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"])
         rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
         state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh)
         live.after(step + 1, sums)
@@ -182,11 +182,10 @@ def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], live: L
     row = summarise(run.objective.kind, {k: float(v) for k, v in jax.device_get(pending["sums"]).items()})
     check_finite(run.objective.kind, step, row, batch, pending["s"])
     counts["tokens"] += batch.tokens
-    positions = (len(batch.micros) + len(batch.baseline)) * run.rows * run.row_length
-    counts["positions"] += positions
+    counts["positions"] += batch.positions
     row |= {"step": step, "epoch": round(pending["epoch"], 6), "learning_rate": pending["learning_rate"],
             "num_tokens": int(counts["tokens"])}
-    live.show(row, batch, positions)
+    live.show(row, batch)
     if warning := fall(row):
         live.warn(warning)
 

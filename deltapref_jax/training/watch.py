@@ -142,12 +142,12 @@ class Live:
         for place in (*([self._metrics] if self._metrics else []), *self._trackers):
             place.flush()
 
-    def show(self, row: dict[str, Any], data: StepData, positions: int) -> None:
-        """A finished step's row of metrics; `positions` it took, real or padding."""
+    def show(self, row: dict[str, Any], data: StepData) -> None:
+        """A finished step's row of metrics."""
         if self._metrics:
             self._metrics.write(row)
         self._recent.append((time.monotonic(), data.tokens, step_flops(self._spec, self._kind, data)))
-        values = {"padding": 1 - data.tokens / positions} | self._speeds()
+        values = {"padding": 1 - data.tokens / data.positions} | self._speeds()
         for tracker in self._trackers:
             tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)
         self._bar.update(self._task, completed=row["step"], note=note(row | values))

@@ -125,23 +125,6 @@ def test_layout_holds_every_sequence_once_and_keeps_groups_together():
     assert sum(lengths) / (len(micros) * 8 * 256) > 0.85
 
 
-@pytest.mark.parametrize(("groups", "paired", "least"), [(64, True, 0.95), (16, False, 0.85)])
-def test_padding_of_lognormal_lengths_is_small_in_narrow_micro_batches(groups, paired, least):
-    """64 pairs a step, and 16 single examples, sigma 0.8, cap 1024: a row is as long as the longest group.
-
-    A step wastes half a micro-batch on average, so a micro-batch is one row; attention does not pay for its length.
-    """
-    real = positions = 0
-    for seed in range(8 if paired else 40):
-        r = np.random.default_rng(seed)
-        lengths = np.clip(r.lognormal(np.log(160), 0.8, groups * (1 + paired)).astype(int), 8, 1024).tolist()
-        members = [[2 * i, 2 * i + 1] if paired else [i] for i in range(groups)]
-        length = 1408 if paired else 1024
-        real += sum(lengths)
-        positions += len(layout(lengths, members, 1, length)) * length
-    assert real / positions >= least
-
-
 def test_a_sequence_longer_than_a_row_is_named():
     with pytest.raises(ValueError, match=r"Sequences of \[41\] tokens .* do not fit 4 rows of 40"):
         layout([41], [[0]], 4, 40)
