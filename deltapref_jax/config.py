@@ -169,7 +169,7 @@ class Training:
     schedule: str = "linear"  # "linear", "cosine" or "constant", after warm-up
     weight_decay: float = 0.0
     clip: float = 1.0  # global gradient norm
-    rows: int = 16  # rows of one micro-batch, over all devices; two per device pad least, more feed a small model better
+    rows: int = 16  # rows of one micro-batch over all devices; two per device pad least
     row_length: int = 512  # tokens in one packed row
     over_length: str = "drop"  # a sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too
     remat: str = "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES

@@ -30,7 +30,7 @@ def test_padding_of_lognormal_lengths_is_small(pairs, rows, least):
 
 
 def test_empty_rows_left_out_change_nothing(tiny, one_device):
-    data = Data(lognormal(4, 12, 64), "dpo", Training(4, rows=4, row_length=64), 0)
+    data = Data(lognormal(4, 8, 64, seed=1), "dpo", Training(4, rows=4, row_length=64), 0)
     step = data(0)
     short = step.trimmed(1)
     assert short.positions < step.positions
@@ -40,4 +40,5 @@ def test_empty_rows_left_out_change_nothing(tiny, one_device):
             for batch in (step, short)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6),
                  *(nnx.to_pure_dict(state.params) for state, *_ in ends))
-    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5, abs=1e-6)
+    one, other = ({name: float(x) for name, x in sums.items()} for _, sums, _ in ends)
+    assert one == pytest.approx(other, rel=1e-5, abs=1e-6)

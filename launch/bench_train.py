@@ -1,0 +1,211 @@
+"""How fast a training step is beside TRL and Tunix: same weights, same pairs, same machine, in alternation.
+
+    python -m launch.bench_train --trl=TRL_ENVIRONMENT/bin/python --tunix=TUNIX_ENVIRONMENT/bin/python
+    python -m launch.bench_train --layers=2 --width=64 --vocab=512 --steps=2 --rounds=1     (a minute, ours alone)
+
+Each contender is a process of its own that reads a model folder with random weights and a file of pairs, does one step
+that is not counted (it compiles), then `steps - 1` that are; rounds go through all contenders in turn. A prompt is a
+quarter of a pair's mean length. Shapes: `uniform`, all sequences 256 tokens; `lognormal`, median 160, sigma 0.8, cap
+1024; `--scale` multiplies them. Threads: as many as the process may use, for torch (OpenMP) and XLA alike; memory comes
+in huge pages for all (GLIBC_TUNABLES).
+
+`tokens/s` are real tokens of both sequences of the pairs over the median step and the reference pass of its pairs (TRL as
+it comes and Tunix run it inside the step; KTO's mismatched rows are work, not tokens). `peak` is the process's largest
+resident memory. `loss` of the second step shows that all compute the same.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+_TRL = flags.DEFINE_string("trl", "", "Python of an environment with trl and torch; empty: not measured.")
+_TUNIX = flags.DEFINE_string("tunix", "", "Python of an environment with google-tunix; empty: not measured.")
+_KINDS = flags.DEFINE_list("kinds", ["dpo", "kto"], "Objectives (Tunix has no KTO).")
+_SHAPES = flags.DEFINE_list("shapes", ["uniform", "lognormal"], "Lengths of the sequences.")
+_ONLY = flags.DEFINE_list("only", [], "Contenders to run: ours, trl-precomputed, trl, tunix; empty: all that can.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Of one process; the first is not counted.", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Processes per contender.", lower_bound=1)
+_PAIRS = flags.DEFINE_integer("pairs", 8, "Of one step.")
+_SCALE = flags.DEFINE_integer("scale", 1, "Multiplies all lengths.")
+_ROWS = flags.DEFINE_integer("rows", 2, "Of our micro-batch.")
+_REMAT = flags.DEFINE_string("remat", "projections", "Of ours: see models.decoder.POLICIES.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of ours; the peers compute in float32.")
+_CHECKPOINTING = flags.DEFINE_bool("trl_gradient_checkpointing", False, "TRL's default is true; false is faster.")
+_ACCUMULATE = flags.DEFINE_integer("tunix_accumulate", 1, "Micro-batches of Tunix's step.")
+_TUNIX_REMAT = flags.DEFINE_string("tunix_remat", "NONE", "Tunix's RematConfig: NONE, BLOCK or DECODER.")
+_LAYERS = flags.DEFINE_integer("layers", 30, "Of the model; the defaults are SmolLM2-135M's.")
+_WIDTH = flags.DEFINE_integer("width", 576, "Of the model; heads are 64 wide, a third of them for keys where it divides.")
+_MLP = flags.DEFINE_integer("mlp", 1536, "Of the model.")
+_VOCAB = flags.DEFINE_integer("vocab", 49152, "Of the model.")
+_HUGE = flags.DEFINE_bool("huge_pages", True, "GLIBC_TUNABLES=glibc.malloc.hugetlb=1, for all contenders.")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
+
+_HERE = Path(__file__).parent / "contenders"
+_ROPE = 100_000
+
+
+def make_model(folder: Path) -> None:
+    """A Llama folder with random weights, and a tokenizer whose words are ids: `w7` is 7, `</s>` is 0."""
+    import transformers
+    from flax import nnx
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    from deltapref_jax.models.decoder import Decoder
+    from deltapref_jax.models.spec import ModelSpec
+    from deltapref_jax.models.weights import export
+    from deltapref_jax.text.template import Text
+
+    names = {0: "</s>", 1: "<pad>"}
+    tokenizer = Tokenizer(WordLevel({names.get(i, f"w{i}"): i for i in range(_VOCAB.value)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    heads = max(1, _WIDTH.value // 64)
+    spec = ModelSpec(_VOCAB.value, _WIDTH.value, _LAYERS.value, heads, heads // 3 if heads % 3 == 0 else heads,
+                     _WIDTH.value // heads, _MLP.value, _ROPE, max_positions=8192 * _SCALE.value)
+    export(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, Text(fast, "the bench"), folder)
+
+
+def pairs_of(shape: str, count: int) -> list[dict[str, list[int]]]:
+    """Random ids; the last one of a completion ends it."""
+    r = np.random.default_rng(0)
+    lengths = np.full((count, 2), 256)
+    if shape == "lognormal":
+        lengths = np.clip(r.lognormal(np.log(160), 0.8, (count, 2)).astype(int), 8, 1024)
+    found = []
+    for n in lengths * _SCALE.value:
+        prompt = min(int(n.mean()) // 4, int(n.min()) // 2)
+        found.append({"prompt": r.integers(2, _VOCAB.value, prompt).tolist()} | {
+            side: [*r.integers(2, _VOCAB.value, m - prompt - 1).tolist(), 0]
+            for side, m in zip(("chosen", "rejected"), n, strict=True)})
+    return found
+
+
+def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Name to (python, script, configuration)."""
+    length = (512 if shape == "uniform" else 1024) * _SCALE.value
+    base = {"folder": str(folder), "kind": kind, "pairs": _PAIRS.value, "beta": 0.1, "learning_rate": 1e-6}
+    ours = base | {"rows": _ROWS.value, "row_length": length, "remat": _REMAT.value, "dtype": _DTYPE.value}
+    trl = base | {"threads": len(os.sched_getaffinity(0)), "gradient_checkpointing": _CHECKPOINTING.value}
+    found = {"ours": (sys.executable, "ours.py", ours)}
+    if _TRL.value:
+        found |= {"trl-precomputed": (_TRL.value, "with_trl.py", trl | {"precompute": True}),
+                  "trl": (_TRL.value, "with_trl.py", trl | {"precompute": False})}
+    if _TUNIX.value and kind == "dpo":
+        found["tunix"] = (_TUNIX.value, "with_tunix.py", base | {
+            "remat": _TUNIX_REMAT.value, "accumulate": _ACCUMULATE.value, "rope_theta": _ROPE})
+    return {name: found[name] for name in _ONLY.value or found if name in found}
+
+
+def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
+    """One process; its JSON and its peak of resident memory, bytes.
+
+    Raises:
+      RuntimeError: it failed; the end of what it said.
+    """
+    threads = str(len(os.sched_getaffinity(0)))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
+    if _HUGE.value:
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([python, str(_HERE / script), json.dumps(c)], stdout=out, stderr=err,
+                                   env=environment, cwd=Path(__file__).parent.parent)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        lines = out.read().splitlines()
+        if process.returncode or not lines:
+            raise RuntimeError(f"{script} ended with {process.returncode}: " + err.read()[-1500:])
+    return json.loads(lines[-1]) | {"peak_bytes": usage.ru_maxrss * 1024}
+
+
+def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[str, Any]]:
+    """All contenders on one objective and shape, in alternation."""
+    pairs = pairs_of(shape, _PAIRS.value * _STEPS.value)
+    (model.parent / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tokens = [sum(2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in pairs[at: at + _PAIRS.value])
+              for at in range(0, len(pairs), _PAIRS.value)]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    wanted = contenders(kind, shape, model.parent)
+    for turn in range(_ROUNDS.value):
+        for name, contender in wanted.items():
+            try:
+                found = run(*contender)
+            except RuntimeError as e:
+                console.print(f"[red]{name}[/]: {e}")
+                continue
+            runs.setdefault(name, []).append(found)
+            console.print(f"{kind} {shape} round {turn + 1} {name}: "
+                          f"{', '.join(f'{s:.1f}' for s in found['step_seconds'])} s a step, reference "
+                          f"{found['reference_seconds']:.1f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB")
+    return [_row(kind, shape, name, several, tokens) for name, several in runs.items()]
+
+
+def _row(kind: str, shape: str, name: str, several: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
+    speeds, training = [], []
+    for one in several:
+        for count, seconds in list(zip(tokens, one["step_seconds"], strict=True))[1:]:
+            training.append(count / seconds)
+            speeds.append(count / (seconds + one["reference_seconds"] * count / statistics.mean(tokens)))
+    losses = [one["loss"][1] for one in several if len(one["loss"]) > 1]
+    return {"kind": kind, "shape": shape, "contender": name, "tokens_per_second": statistics.median(speeds),
+            "lowest": min(speeds), "highest": max(speeds), "training_only": statistics.median(training),
+            "peak_bytes": max(one["peak_bytes"] for one in several), "loss": losses[0] if losses else None,
+            "real_share": several[0].get("real_share"), "runs": several}
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Ours first; a ratio is ours over the contender (tokens/s: more is better; peak: less is)."""
+    table = Table(title=f"{_PAIRS.value} pairs a step, {_LAYERS.value} layers of {_WIDTH.value}, {_VOCAB.value} words")
+    for name in ("", "tokens/s", "range", "step\nalone", "peak\nGiB", "speed,\nours / it", "peak,\nours / it", "loss"):
+        table.add_column(name, justify="right" if name else "left")
+    ours = {(r["kind"], r["shape"]): r for r in rows if r["contender"] == "ours"}
+    for r in rows:
+        base = ours.get((r["kind"], r["shape"]))
+        if base is r:
+            table.add_section()
+            table.add_row(f"[bold]{r['kind']}, {r['shape']}")
+        elif base:
+            r |= {"speed_ratio": base["tokens_per_second"] / r["tokens_per_second"],
+                  "peak_ratio": base["peak_bytes"] / r["peak_bytes"]}
+        table.add_row(r["contender"], _short(r["tokens_per_second"]), f"{_short(r['lowest'])}–{_short(r['highest'])}",
+                      _short(r["training_only"]), f"{r['peak_bytes'] / 2**30:.2f}",
+                      *(f"{r[name]:.2f}" if name in r else "" for name in ("speed_ratio", "peak_ratio")),
+                      "" if r["loss"] is None else f"{r['loss']:.4f}")
+    console.print(table)
+
+
+def main(_: list[str]) -> None:
+    """Measures every objective and shape, prints the table, writes JSON after each."""
+    console, rows = Console(), []
+    with tempfile.TemporaryDirectory() as root:
+        model = Path(root) / "model"
+        make_model(model)
+        for kind in _KINDS.value:
+            for shape in _SHAPES.value:
+                rows += measure(kind, shape, model, console)
+                if _OUTPUT.value and rows:
+                    Path(_OUTPUT.value).write_text(json.dumps(
+                        {"command": sys.argv, "cores": len(os.sched_getaffinity(0)), "rows": rows}, indent=1) + "\n")
+    show(console, rows)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,74 @@
+"""This project's part of `launch.bench_train`: one process, one measurement, a line of JSON at the end."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deltapref_jax.config import MeshShape, Objective
+from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.weights import load
+from deltapref_jax.scoring.derange import derange
+from deltapref_jax.scoring.logprobs import score_samples
+from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.loop import run_step
+from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.step import programs
+
+
+def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[Group]:
+    """The step's pairs, or its examples with mismatched partners; `score` gives every row its reference."""
+    rows = [Row(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")]
+    if kind == "dpo":
+        flat = score(rows)
+        return [Group(pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
+    partner = derange([str(i // 2) for i in range(len(rows))], 0)
+    flat = score(rows + [row._replace(completion=rows[j].completion) for row, j in zip(rows, partner, strict=True)])
+    own, others = flat[: len(rows)], flat[len(rows):]
+    return [Group((row,), 1.0 - i % 2, None if other.reference is None else other)  # None: longer than a row
+            for i, (row, other) in enumerate(zip(own, others, strict=True))]
+
+
+def main(c: dict[str, Any]) -> dict[str, Any]:
+    """Steps of `c["pairs"]` pairs on the model and the pairs in `c["folder"]`; seconds of each."""
+    folder = Path(c["folder"])
+    model, mesh = load(str(folder / "model"), c["dtype"]), make_mesh(MeshShape())
+    rows, length = c["rows"], c["row_length"]
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
+    steps = programs(model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"])
+    state = start(model.state, optimizer, mesh)
+    reference_seconds = 0.0
+
+    def score(wanted: list[Row]) -> list[Row]:
+        nonlocal reference_seconds
+        began = time.perf_counter()
+        sums, _ = score_samples(model.spec, model.state, [r.sample() for r in wanted], rows, length, mesh, c["dtype"])
+        reference_seconds += time.perf_counter() - began
+        return [row._replace(reference=value) for row, value in zip(wanted, sums, strict=True)]
+
+    data, n = [], c["pairs"]
+    for at in range(0, len(pairs), n):
+        data.append(groups_of(c["kind"], pairs[at: at + n], score))
+        if not at:  # compiles
+            reference_seconds = 0.0
+    seconds, losses, shares = [], [], []
+    for groups in data:
+        began = time.perf_counter()
+        batch = pack_step(groups, c["kind"], rows, length).trimmed(1)
+        state, sums, _ = run_step(steps, state, batch, objective, c["learning_rate"], mesh)
+        jax.block_until_ready(state.params)
+        seconds.append(time.perf_counter() - began)
+        losses.append(float(sums["loss"]))
+        shares.append(batch.tokens / batch.positions)
+    return {"step_seconds": seconds, "loss": losses, "reference_seconds": reference_seconds / max(1, len(data) - 1),
+            "real_share": float(np.mean(shares[1:]))}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

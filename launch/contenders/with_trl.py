@@ -1,0 +1,78 @@
+"""TRL's part of `launch.bench_train`, run by the interpreter of an environment that has `trl` and `torch`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+
+class Clock(TrainerCallback):
+    """Seconds of every step, and of the reference passes before the first."""
+
+    def __init__(self) -> None:
+        self.began, self.seconds, self.losses = 0.0, [], []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Before the data of the first step are collated."""
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Behind the optimizer."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.began)
+        self.began = now
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """One row a step."""
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def words(ids: list[int], end: str = "") -> str:
+    """Ids as the bench's tokenizer spells them."""
+    return " ".join([*(f"w{i}" for i in ids), end]).strip()
+
+
+def main(c: dict[str, Any]) -> dict[str, Any]:
+    """Steps of `c["pairs"]` pairs through DPOTrainer or KTOTrainer; text in, as users have it."""
+    torch.set_num_threads(c["threads"])
+    folder = Path(c["folder"])
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    kto = c["kind"] == "kto"
+    pairs = [{"prompt": words(r["prompt"]) + " ", "chosen": words(r["chosen"][:-1], "</s>"),
+              "rejected": words(r["rejected"][:-1], "</s>")} for r in rows]
+    if kto:
+        pairs = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+                 for p in pairs for side in ("chosen", "rejected")]
+    config, trainer = (KTOConfig, KTOTrainer) if kto else (DPOConfig, DPOTrainer)
+    batch = c["pairs"] * (2 if kto else 1)
+    arguments = config(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=batch, max_steps=len(pairs) // batch,
+        learning_rate=c["learning_rate"], lr_scheduler_type="constant", beta=c["beta"], max_length=None, bf16=False,
+        use_cpu=True, gradient_checkpointing=c["gradient_checkpointing"], precompute_ref_log_probs=c["precompute"],
+        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    clock, spent = Clock(), 0.0
+    precompute = trainer._precompute_ref_logps
+
+    def timed(*args: Any, **more: Any) -> Any:
+        nonlocal spent
+        began = time.perf_counter()
+        found = precompute(*args, **more)
+        spent += time.perf_counter() - began
+        return found
+
+    trainer._precompute_ref_logps = timed
+    trainer(model=model, args=arguments, train_dataset=Dataset.from_list(pairs), callbacks=[clock],
+            processing_class=AutoTokenizer.from_pretrained(folder / "model")).train()
+    return {"step_seconds": clock.seconds, "loss": clock.losses, "reference_seconds": spent / len(clock.seconds)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
