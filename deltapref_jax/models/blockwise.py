@@ -79,6 +79,22 @@ def plan(
     return Plan(q, k, first, end)
 
 
+def reach(segments: Int[Array, "B L"], block: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The tiles of whole rows as the kernels visit them: those of `plan`, and the diagonal where all is padding.
+
+    A kernel divides by the sum of the weights it saw, so every query needs a key: padding sees the padding of its own
+    tiles. Rows are whole tiles (L = T · C).
+
+    Returns:
+      first: key blocks first[b, i] to i belong to query block i; it never decreases with i.
+      last: query blocks j to last[b, j] belong to key block j: the same tiles, column by column.
+    """
+    i = jnp.arange(segments.shape[1] // block)
+    first = jnp.minimum(plan(segments, None, block).first, i)
+    visited = (first[:, :, None] <= i) & (i <= i[:, None])
+    return first, jnp.max(jnp.where(visited, i[:, None], 0), axis=1)
+
+
 def _seen(q: Tokens, k: Tokens) -> Bool[Array, "C C"]:
     """What queries of one block see of another's keys: `attention.packed_mask`, but padding sees nothing."""
     mask = (q.segments[:, None] == k.segments) & (q.columns[:, None] >= k.columns) & (q.segments[:, None] > 0)

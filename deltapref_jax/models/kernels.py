@@ -1,11 +1,11 @@
 """Which attention runs where: one dispatch over the mesh, every path equal to the plain one.
 
-| path      | runs                                  | work                        |
-|-----------|---------------------------------------|-----------------------------|
-| plain     | anywhere; the yardstick of the tests  | L² per row, an L x L mask   |
-| blockwise | anywhere (`models.blockwise`)         | Σ length²                   |
-| splash    | TPU, Pallas, segment ids              | L²/2 per row, no L x L mask |
-| mha       | GPU, Pallas (Triton), segment ids     | L²/2 per row, no L x L mask |
+| path      | runs                                       | work                                                    |
+|-----------|--------------------------------------------|---------------------------------------------------------|
+| plain     | anywhere; the yardstick of the tests       | L² per row, an L x L mask                               |
+| blockwise | anywhere, XLA (`models.blockwise`)         | Σ length²; tiles of 128                                 |
+| splash    | TPU, JAX's Pallas kernel (`models.splash`) | Σ length²; tiles of up to 512, skipped ones cost a step |
+| mha       | GPU, Pallas (Triton), segment ids          | L²/2 per row, no L x L mask                             |
 
 Judging's branches and rows split over `context` are not expressible in the kernels' segment ids: they run blockwise.
 """
@@ -45,25 +45,6 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     return "blockwise"
 
 
-def splash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
-    """The TPU kernel on whole rows (arXiv 2205.14135; `jax.experimental.pallas.ops.tpu.splash_attention`)."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    length, heads = q.shape[1], q.shape[2]
-    fill = -length % BLOCK
-    size = next(size for size in (512, 256, BLOCK) if (length + fill) % size == 0)
-    sizes = kernel.BlockSizes(block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
-                              block_kv_dq=size)
-    mask = masks.MultiHeadMask([masks.CausalMask((length + fill,) * 2)] * heads)
-    run = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
-                                 residual_checkpoint_name="attention")
-    q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))), 2, 1) for x in (q, k, v))
-    ids = jnp.pad(segments, ((0, 0), (0, fill)))
-    out = jax.vmap(run)((q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, kernel.SegmentIds(ids, ids))
-    return jnp.moveaxis(out, 1, 2)[:, :length]
-
-
 def gpu_mha(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
     """The GPU kernel on whole rows of whole tiles; it knows no groups, so key heads are repeated."""
     from jax.experimental.pallas.ops.gpu import attention
@@ -75,6 +56,8 @@ def gpu_mha(q: Array, k: Array, v: Array, segments: Array, interpret: bool = Fal
 def _local(path: str, block: int, q: Array, k: Array, v: Array, segments: Array, branches: Array | None,
            offset: Array | int) -> Array:
     if path == "splash":
+        from deltapref_jax.models.splash import splash
+
         return splash(q, k, v, segments)
     if path == "mha":
         return gpu_mha(q, k, v, segments)
