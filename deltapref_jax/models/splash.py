@@ -2,8 +2,8 @@
 
 Splash attention (FlashAttention-2, arXiv 2307.08691, with a table of tiles in scalar memory) asks the table, at each
 step of its grid, whether a tile is computed (`block_mask`) and which one is loaded next (`data_next`). JAX makes that
-table from a mask that is known at compile time, or from a boolean L x L array. Here it comes from the segments: [B·T, T]
-integers, with T blocks to a row.
+table from a mask that is known at compile time, or from a boolean L x L array. Here it comes from the segments, as
+[B·T, T] integers, with T blocks to a row.
 
     B = 2 rows of T = 3 blocks, one row of six to the kernel; the table lists a row's own key blocks only:
 
@@ -15,11 +15,13 @@ integers, with T blocks to a row.
     4             . 1 .        4 4 4
     5             . 1 1        4 4 5
 
-Rows are laid one after another because the table is prefetched: under `vmap` Pallas would loop over the rows, with a copy
-of each. No tile lies across two rows, so segment numbers may repeat. Causality and segments are compared inside a tile.
+Rows are laid one after another because the table is prefetched: under `vmap` Pallas would loop over the rows, with a
+copy of each. No tile lies across two rows, so segment numbers may repeat. Causality and segments are compared inside a
+tile.
 """
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as table
@@ -41,7 +43,7 @@ def tables(segments: Int[Array, "B L"], tile: int) -> tuple[table.MaskInfo, tabl
     B, T = segments.shape[0], segments.shape[1] // tile
     first, last = reach(segments, tile)
     i, row = jnp.arange(T), jnp.arange(B)[:, None, None] * T
-    order = jnp.arange(segments.size, dtype=jnp.int32)
+    order: Any = jnp.arange(segments.size, dtype=jnp.int32)
 
     def info(low: Array, high: Array) -> tuple[Array, Array]:
         visited = ((low <= i) & (i <= high)).astype(jnp.int32)
@@ -70,8 +72,8 @@ def splash(
     tile = next(tile for tile in TILES if (L + fill) % tile == 0)
     ids = jnp.pad(segments, ((0, 0), (0, fill)))
     forward, backward = tables(ids, tile)
-    sizes = kernel.BlockSizes(**dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq",
-                                               "block_kv_dq"), tile))
+    sizes = kernel.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile,
+                              block_kv_dq=tile)
     run = kernel.SplashAttentionKernel(
         forward, forward, backward, block_sizes=sizes, is_mqa=False, save_residuals=False,
         mask_value=kernel.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, residual_checkpoint_name="attention",
@@ -81,5 +83,6 @@ def splash(
         x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
         return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 1, 0)
 
-    out = run(flat((q * H**-0.5).astype(q.dtype)), flat(k), flat(v), kernel.SegmentIds(ids.ravel(), ids.ravel()))
+    one_row = kernel.SegmentIds(ids.ravel(), ids.ravel())
+    out: Any = run(flat((q * H**-0.5).astype(q.dtype)), flat(k), flat(v), one_row)
     return jnp.moveaxis(out, 0, 1).reshape(B, L + fill, N, H)[:, :L]

@@ -101,8 +101,8 @@ class _Launch:
     def __init__(self, q: Array, k: Array, scale: float, interpret: bool):
         B, L, N, H = q.shape
         self.grid, self.group = (L // TILE, N, B), N // k.shape[2]
-        self.options = {"scale": scale, "step": 64 if q.dtype.itemsize == 2 else 32}  # two stages fit shared memory
-        self.common = {"interpret": interpret,
+        self.options: dict[str, Any] = {"scale": scale, "step": 64 if q.dtype.itemsize == 2 else 32}  # two stages fit shared memory
+        self.common: dict[str, Any] = {"interpret": interpret,
                        "compiler_params": gpu.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2)}
         self.tile = pl.BlockSpec((None, TILE, None, H), lambda i, n, b: (b, i, n, 0))
         self.tile_sums = pl.BlockSpec((None, None, TILE), lambda i, n, b: (b, n, i))
