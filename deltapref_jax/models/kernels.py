@@ -5,7 +5,7 @@
 | plain     | anywhere; the yardstick of the tests       | L² per row, an L x L mask                               |
 | blockwise | anywhere, XLA (`models.blockwise`)         | Σ length²; tiles of 128                                 |
 | splash    | TPU, JAX's Pallas kernel (`models.splash`) | Σ length²; tiles of up to 512, skipped ones cost a step |
-| mha       | GPU, Pallas (Triton), segment ids          | L²/2 per row, no L x L mask                             |
+| triton    | GPU, our Pallas kernels (`models.triton`)  | Σ length²; tiles of 128                                 |
 
 Judging's branches and rows split over `context` are not expressible in the kernels' segment ids: they run blockwise.
 """
@@ -24,7 +24,7 @@ from deltapref_jax.models.attention import attend, packed_mask
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.sharding import BATCH
 
-BLOCK = 128  # measured on CPU against 64 and 256; the tile of both kernels
+BLOCK = 128  # of `blockwise`, measured on CPU against 64 and 256
 Attention = Callable[[Any, Any, Any], Any]
 
 
@@ -32,7 +32,7 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     """The path for rows of `length` tokens on `platform` ("cpu", "gpu", "tpu"); `split`: rows lie over several devices.
 
     A row of one tile has nothing to skip and runs plain. On CPU blockwise beats plain at every length measured (256 to
-    1024, rows of one segment included); on a GPU a row that is not whole tiles runs blockwise.
+    1024, rows of one segment included).
     """
     if length <= BLOCK and not split:
         return "plain"
@@ -40,17 +40,9 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
         return "blockwise"
     if platform == "tpu":
         return "splash"
-    if platform in ("gpu", "cuda") and length % BLOCK == 0:
-        return "mha"
+    if platform in ("gpu", "cuda"):
+        return "triton"
     return "blockwise"
-
-
-def gpu_mha(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
-    """The GPU kernel on whole rows of whole tiles; it knows no groups, so key heads are repeated."""
-    from jax.experimental.pallas.ops.gpu import attention
-
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    return attention.mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret)
 
 
 def _local(path: str, block: int, q: Array, k: Array, v: Array, segments: Array, branches: Array | None,
@@ -59,8 +51,10 @@ def _local(path: str, block: int, q: Array, k: Array, v: Array, segments: Array,
         from deltapref_jax.models.splash import splash
 
         return splash(q, k, v, segments)
-    if path == "mha":
-        return gpu_mha(q, k, v, segments)
+    if path == "triton":
+        from deltapref_jax.models.triton import triton
+
+        return triton(q, k, v, segments)
     return blockwise(q, k, v, plan(segments, branches, block, offset, q.shape[1]), block)
 
 
@@ -77,7 +71,7 @@ def packed_attention(
       branches: 0 for the trunk, 1 upward for branches; None where there are none.
       mesh: over which rows lie (data, fsdp), heads (tensor) and columns (context); None: one device. Each device
         computes its queries' tiles only; keys and values are gathered over `context`.
-      path: "plain", "blockwise", "splash" or "mha"; "": `choose`.
+      path: "plain", "blockwise", "splash" or "triton"; "": `choose`.
     """
     length = segments.shape[1]
     parts = mesh.shape["context"] if mesh is not None else 1

@@ -25,74 +25,79 @@ from jaxtyping import Array, Float, Int
 
 from deltapref_jax.models.blockwise import reach
 
-TILE = 128  # queries of a program of `_forward` and `_queries`, keys of one of `_keys`
 _OUT = -1e30  # score of a key that must not be seen: finite, so that a tile without keys for a query gives no NaN
 _LOG2E = math.log2(math.e)
 
 
-def _scores(q: Array, k: Array, ids: tuple[Array, Array], at: tuple[Array, Array], scale: float) -> Array:
-    """Scores in base 2 of queries (axis 0) and keys (axis 1); `ids` and `at` are their segments and columns."""
-    seen = (ids[0][:, None] == ids[1][None, :]) & (at[0][:, None] >= at[1][None, :])
-    return jnp.where(seen, pl.dot(q, k.T) * (scale * _LOG2E), _OUT)
+def _scores(a: Array, b: Array, ids: tuple[Array, Array], seen: Array, scale: float) -> Array:
+    """Scores in base 2 of `a` (axis 0) and `b` (axis 1) where the order allows it and the segments are one."""
+    return jnp.where(seen & (ids[0][:, None] == ids[1][None, :]), gpu.dot(a, b.T) * (scale * _LOG2E), _OUT)
 
 
 def _forward(q_ref: Any, k_ref: Any, v_ref: Any, ids_ref: Any, first_ref: Any, out_ref: Any, lse_ref: Any, *,
              scale: float, step: int) -> None:
-    i = pl.program_id(0)
-    q, ids, at = q_ref[...], ids_ref[pl.ds(i * TILE, TILE)], i * TILE + jnp.arange(TILE)
+    i, tile = pl.program_id(0), q_ref.shape[0]
+    q, ids, at = q_ref[...], ids_ref[pl.ds(i * tile, tile)], i * tile + jnp.arange(tile)
 
     def visit(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
         here = pl.ds(j * step, step)
         v = v_ref[here, :]
-        s = _scores(q, k_ref[here, :], (ids, ids_ref[here]), (at, j * step + jnp.arange(step)), scale)
+        seen = at[:, None] >= j * step + jnp.arange(step)[None, :]
+        s = _scores(q, k_ref[here, :], (ids, ids_ref[here]), seen, scale)
         new = jnp.maximum(top, jnp.max(s, axis=1))
         e, shrink = jnp.exp2(s - new[:, None]), jnp.exp2(top - new)
-        return new, total * shrink + jnp.sum(e, axis=1), out * shrink[:, None] + pl.dot(e.astype(v.dtype), v)
+        return new, total * shrink + jnp.sum(e, axis=1), out * shrink[:, None] + gpu.dot(e.astype(v.dtype), v)
 
-    start = (jnp.full(TILE, _OUT), jnp.zeros(TILE), jnp.zeros(q.shape, jnp.float32))
-    top, total, out = jax.lax.fori_loop(first_ref[i] * (TILE // step), (i + 1) * (TILE // step), visit, start)
+    start = (jnp.full(tile, _OUT), jnp.zeros(tile), jnp.zeros(q.shape, jnp.float32))
+    top, total, out = jax.lax.fori_loop(first_ref[i] * (tile // step), (i + 1) * (tile // step), visit, start)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     lse_ref[...] = top + jnp.log2(total)
 
 
 def _queries(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, ids_ref: Any, first_ref: Any,
              dq_ref: Any, *, scale: float, step: int) -> None:
-    i = pl.program_id(0)
+    i, tile = pl.program_id(0), q_ref.shape[0]
     q, g, lse, delta = q_ref[...], g_ref[...], lse_ref[...], delta_ref[...]
-    ids, at = ids_ref[pl.ds(i * TILE, TILE)], i * TILE + jnp.arange(TILE)
+    ids, at = ids_ref[pl.ds(i * tile, tile)], i * tile + jnp.arange(tile)
 
     def visit(j: Array, dq: Array) -> Array:
         here = pl.ds(j * step, step)
         k = k_ref[here, :]
-        s = _scores(q, k, (ids, ids_ref[here]), (at, j * step + jnp.arange(step)), scale)
-        ds = jnp.exp2(s - lse[:, None]) * (pl.dot(g, v_ref[here, :].T) - delta[:, None])
-        return dq + pl.dot(ds.astype(k.dtype), k)
+        seen = at[:, None] >= j * step + jnp.arange(step)[None, :]
+        s = _scores(q, k, (ids, ids_ref[here]), seen, scale)
+        ds = jnp.exp2(s - lse[:, None]) * (gpu.dot(g, v_ref[here, :].T) - delta[:, None])
+        return dq + gpu.dot(ds.astype(k.dtype), k)
 
-    dq = jax.lax.fori_loop(first_ref[i] * (TILE // step), (i + 1) * (TILE // step), visit,
+    dq = jax.lax.fori_loop(first_ref[i] * (tile // step), (i + 1) * (tile // step), visit,
                            jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
 
 def _keys(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, ids_ref: Any, last_ref: Any,
           dk_ref: Any, dv_ref: Any, *, scale: float, step: int, group: int) -> None:
-    j = pl.program_id(0)
-    k, v, ids, at = k_ref[...], v_ref[...], ids_ref[pl.ds(j * TILE, TILE)], j * TILE + jnp.arange(TILE)
+    j, tile = pl.program_id(0), k_ref.shape[0]
+    k, v, ids, at = k_ref[...], v_ref[...], ids_ref[pl.ds(j * tile, tile)], j * tile + jnp.arange(tile)
 
     def visit(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         dk, dv = carry
-        i, n = j * (TILE // step) + jax.lax.div(turn, group), jax.lax.rem(turn, group)
+        i, n = j * (tile // step) + jax.lax.div(turn, group), jax.lax.rem(turn, group)
         here = pl.ds(i * step, step)
         q, g = q_ref[here, n, :], g_ref[here, n, :]
-        s = _scores(q, k, (ids_ref[here], ids), (i * step + jnp.arange(step), at), scale)
-        w = jnp.exp2(s - lse_ref[n, here][:, None])
-        ds = w * (pl.dot(g, v.T) - delta_ref[n, here][:, None])
-        return dk + pl.dot(ds.astype(q.dtype).T, q), dv + pl.dot(w.astype(g.dtype).T, g)
+        seen = at[:, None] <= i * step + jnp.arange(step)[None, :]
+        w = jnp.exp2(_scores(k, q, (ids, ids_ref[here]), seen, scale) - lse_ref[n, here][None, :])
+        ds = w * (gpu.dot(v, g.T) - delta_ref[n, here][None, :])
+        return dk + gpu.dot(ds.astype(q.dtype), q), dv + gpu.dot(w.astype(g.dtype), g)
 
-    turns = (last_ref[j] + 1 - j) * (TILE // step) * group
+    turns = (last_ref[j] + 1 - j) * (tile // step) * group
     dk, dv = jax.lax.fori_loop(0, turns, visit, (jnp.zeros(k.shape, jnp.float32),) * 2)
     dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def _tile(head: int) -> int:
+    """Queries of a program of `_forward` and `_queries`, keys of one of `_keys`; shared memory and registers bound it."""
+    return 128 if head <= 128 else 64
 
 
 class _Launch:
@@ -100,17 +105,18 @@ class _Launch:
 
     def __init__(self, q: Array, k: Array, scale: float, interpret: bool):
         B, L, N, H = q.shape
-        self.grid, self.group = (L // TILE, N, B), N // k.shape[2]
-        self.options: dict[str, Any] = {"scale": scale, "step": 64 if q.dtype.itemsize == 2 else 32}  # two stages fit shared memory
+        tile = _tile(H)
+        self.grid, self.group = (L // tile, N, B), N // k.shape[2]
+        self.options: dict[str, Any] = {"scale": scale, "step": tile // 2 if q.dtype.itemsize == 2 else tile // 4}
         self.common: dict[str, Any] = {"interpret": interpret,
-                       "compiler_params": gpu.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2)}
-        self.tile = pl.BlockSpec((None, TILE, None, H), lambda i, n, b: (b, i, n, 0))
-        self.tile_sums = pl.BlockSpec((None, None, TILE), lambda i, n, b: (b, n, i))
+                                       "compiler_params": gpu.CompilerParams(num_warps=8, num_stages=2)}
+        self.tile = pl.BlockSpec((None, tile, None, H), lambda i, n, b: (b, i, n, 0))
+        self.tile_sums = pl.BlockSpec((None, None, tile), lambda i, n, b: (b, n, i))
         self.keys = pl.BlockSpec((None, L, None, H), lambda i, n, b: (b, 0, n // self.group, 0))
         self.heads = pl.BlockSpec((None, L, self.group, H), lambda j, m, b: (b, 0, m, 0))
         self.heads_sums = pl.BlockSpec((None, self.group, L), lambda j, m, b: (b, m, 0))
         self.ids = pl.BlockSpec((None, L), lambda i, n, b: (b, 0))
-        self.bounds = pl.BlockSpec((None, L // TILE), lambda i, n, b: (b, 0))
+        self.bounds = pl.BlockSpec((None, L // tile), lambda i, n, b: (b, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -119,15 +125,21 @@ def _attention(q: Array, k: Array, v: Array, ids: Array, first: Array, last: Arr
     return _run_forward(q, k, v, ids, first, last, scale, interpret)[0]
 
 
-def _run_forward(q: Array, k: Array, v: Array, ids: Array, first: Array, last: Array, scale: float,
-                 interpret: bool) -> tuple[Array, tuple[Array, ...]]:
+@functools.partial(jax.jit, static_argnums=(5, 6))  # remat drops an unused call of this, never a bare `pallas_call`
+def _call_forward(q: Array, k: Array, v: Array, ids: Array, first: Array, scale: float,
+                  interpret: bool) -> tuple[Array, Array]:
     at = _Launch(q, k, scale, interpret)
     sums = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     out, lse = pl.pallas_call(
         functools.partial(_forward, **at.options), out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums],
         grid=at.grid, in_specs=[at.tile, at.keys, at.keys, at.ids, at.bounds], out_specs=[at.tile, at.tile_sums],
         name="packed_attention", **at.common)(q, k, v, ids, first)
-    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
+    return out, lse
+
+
+def _run_forward(q: Array, k: Array, v: Array, ids: Array, first: Array, last: Array, scale: float,
+                 interpret: bool) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = (checkpoint_name(x, "attention") for x in _call_forward(q, k, v, ids, first, scale, interpret))
     return out, (q, k, v, ids, first, last, out, lse)
 
 
@@ -167,7 +179,8 @@ def triton(
       interpret: runs the kernels' programs in XLA, on any device.
     """
     L, H = q.shape[1], q.shape[3]
-    fill = ((0, 0), (0, -L % TILE), (0, 0), (0, max(16, pl.next_power_of_2(H)) - H))
+    width = max(16, pl.next_power_of_2(H))
+    fill = ((0, 0), (0, -L % _tile(width)), (0, 0), (0, width - H))
     q, k, v = (jnp.pad(x, fill) for x in (q, k, v))
     ids = jnp.pad(segments, fill[:2])
-    return _attention(q, k, v, ids, *reach(ids, TILE), H**-0.5, interpret)[:, :L, :, :H]
+    return _attention(q, k, v, ids, *reach(ids, _tile(width)), H**-0.5, interpret)[:, :L, :, :H]

@@ -13,10 +13,11 @@ from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.attention import attend, packed_mask
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.kernels import choose, gpu_mha, packed_attention
+from deltapref_jax.models.kernels import choose, packed_attention
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.splash import splash, tables
+from deltapref_jax.models.triton import triton
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 
@@ -146,24 +147,39 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
                      got, want)
 
 
-@pytest.mark.parametrize(("length", "width", "dtype", "tolerance"), [
-    (256, 64, jnp.float32, 1e-5), (200, 128, jnp.float32, 1e-5), (256, 64, jnp.bfloat16, 2e-2)])
-def test_splash_interpreted_is_plain(length, width, dtype, tolerance):
+@pytest.mark.parametrize(("kernel", "length", "width", "dtype", "tolerance"), [
+    (splash, 256, 64, jnp.float32, 1e-5), (splash, 200, 128, jnp.float32, 1e-5), (splash, 256, 64, jnp.bfloat16, 2e-2),
+    (triton, 256, 128, jnp.float32, 1e-5), (triton, 200, 24, jnp.float32, 1e-5), (triton, 256, 64, jnp.bfloat16, 2e-2),
+    (triton, 256, 128, jnp.bfloat16, 2e-2), (triton, 256, 256, jnp.float32, 1e-5)])
+def test_a_kernel_interpreted_is_plain(kernel, length, width, dtype, tolerance):
     """One segment as long as the row, many short ones, padding, nothing but padding; rows that are not whole tiles."""
     segments = rows(LONG, 256)[:, :length]
     given = arrays(segments, dtype, width=width)
-    got = results(functools.partial(splash, segments=segments, interpret=True), segments, *given)
+    got = results(functools.partial(kernel, segments=segments, interpret=True), segments, *given)
     assert {x.dtype for x in got} == {jnp.dtype(dtype)}
     exact = results(plain(segments), segments, *[x.astype(jnp.float32) for x in given])
     same([x.astype(jnp.float32) for x in got], exact, tolerance)
 
 
-def test_splash_is_finite_at_padding():
+@pytest.mark.parametrize("kernel", [splash, triton])
+def test_a_kernel_is_finite_at_padding(kernel):
     """What stands there enters the next layer's keys and values, where a weight of 0 would not hide a NaN."""
     segments = rows([[], [60], [130]], 256)
     q, k, v, _ = arrays(segments, width=64)
-    out, back = jax.vjp(functools.partial(splash, segments=segments, interpret=True), q, k, v)
+    out, back = jax.vjp(functools.partial(kernel, segments=segments, interpret=True), q, k, v)
     assert all(np.isfinite(x).all() for x in (out, *back(jnp.ones_like(out))))
+
+
+@pytest.mark.parametrize("given", ["q", "k", "v"])
+def test_triton_reads_only_the_tiles_that_a_segment_reaches(given):
+    """A NaN at the last key of a row's first tile: no query of the second tile's segments meets it, in any pass."""
+    segments = rows([[128, 90, 30], [100, 28, 128]], 256)
+    *inputs, g = arrays(segments, width=64)
+    at = "qkv".index(given)
+    inputs[at] = inputs[at].at[:, 127].set(jnp.nan)
+    out, back = jax.vjp(functools.partial(triton, segments=segments, interpret=True), *inputs)
+    assert np.isnan(out[:, :128]).any()
+    assert all(np.isfinite(x[:, 128:]).all() for x in (out, *back(g)))
 
 
 def test_splash_visits_the_tiles_that_a_segment_reaches():
@@ -197,10 +213,11 @@ def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
         assert tiles([size] * (32_768 // size), 32_768) <= bound
 
 
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "@tpu_custom_call"), ("cuda", "@__gpu$xla.gpu.triton")])
 @pytest.mark.parametrize(("length", "rows"), [(4096, 16), (32_768, 4)])
-def test_splash_lowers_for_tpu_in_a_step_on_a_mesh(length, rows, monkeypatch):
-    """The gradient of a decoder, rows over four devices and heads over two: three kernels, no square of the length."""
-    monkeypatch.setattr("deltapref_jax.models.kernels.platform_of", lambda mesh: "tpu")
+def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(platform, call, length, rows, monkeypatch):
+    """A decoder, rows over four devices and heads over two: three kernels, forward once, no square of the length."""
+    monkeypatch.setattr("deltapref_jax.models.kernels.platform_of", lambda mesh: platform)
     spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -212,24 +229,16 @@ def test_splash_lowers_for_tpu_in_a_step_on_a_mesh(length, rows, monkeypatch):
     def gradient(state, batch):
         return sequence_logprobs(nnx.merge(graphdef, state), batch, 8, "attention", mesh)[0].sum()
 
-    text = gradient.trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("@tpu_custom_call") == 3
+    text = gradient.trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(call) == 3
     assert f"{length}x{length}" not in text
-
-
-def test_gpu_kernel_interpreted_is_plain():
-    segments = rows([[100, 60, 40]], 256)
-    given = arrays(segments, width=16)
-    got = results(functools.partial(gpu_mha, segments=segments, interpret=True), segments, *given)
-    same(got, results(plain(segments), segments, *given), 1e-5)
 
 
 def test_platform_and_shape_decide():
     assert choose("cpu", 128, False, False) == "plain"
     assert choose("cpu", 256, False, False) == "blockwise"
     assert choose("tpu", 200, False, False) == "splash"
-    assert choose("gpu", 4096, False, False) == "mha"
-    assert choose("gpu", 4000, False, False) == "blockwise"
+    assert choose("gpu", 4000, False, False) == choose("cuda", 4096, False, False) == "triton"
     for platform in ("cpu", "gpu", "tpu"):
         assert choose(platform, 4096, True, False) == choose(platform, 4096, False, True) == "blockwise"
 
