@@ -96,7 +96,7 @@ def _keys(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_re
 
 
 def _tile(head: int) -> int:
-    """Queries of a program of `_forward` and `_queries`, keys of one of `_keys`; shared memory and registers bound it."""
+    """Queries of a program of `_forward` and `_queries`, keys of one of `_keys`: shared memory bounds it."""
     return 128 if head <= 128 else 64
 
 
