@@ -45,8 +45,43 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     return "blockwise"
 
 
-def _local(path: str, block: int, q: Array, k: Array, v: Array, segments: Array, branches: Array | None,
-           offset: Array | int) -> Array:
+def zigzag(device: Array | int, parts: int, share: int) -> Int[Array, " T"]:
+    """The columns of a row whose queries a device computes, where `parts` devices hold `share` columns of it each.
+
+    A row's later columns see more keys. Cut into 2·parts blocks, device d computes blocks d and 2·parts − 1 − d, the
+    even one first (Llama 3, arXiv 2407.21783, section 3.3.2): one segment as long as the row is equal work for all. An
+    odd share is not cut, and its device computes what it holds.
+    """
+    if share % 2:
+        return device * share + jnp.arange(share)
+    mirror = 2 * parts - 1 - device
+    even, odd = (jnp.where(device % 2 == bit, device, mirror) for bit in (0, 1))
+    half = share // 2
+    return (jnp.stack([even, odd])[:, None] * half + jnp.arange(half)).ravel()
+
+
+def _exchange(x: Array, parts: int, back: bool = False) -> Array:
+    """Sends the columns that a device holds, blocks 2·d and 2·d + 1, to those that compute them (`zigzag`), or back."""
+    if x.shape[1] % 2:
+        return x
+    halves = jnp.split(x, 2, axis=1)
+    for odd in (0, 1):
+        pairs = [(d, min(2 * d + odd, 2 * parts - 1 - (2 * d + odd))) for d in range(parts)]
+        halves[odd] = jax.lax.ppermute(halves[odd], "context", [pair[::-1] for pair in pairs] if back else pairs)
+    return jnp.concatenate(halves, axis=1)
+
+
+def _split(q: Array, k: Array, v: Array, segments: Array, branches: Array | None, parts: int) -> Array:
+    """Attention of rows split over `context`: keys and values are gathered, queries dealt out."""
+    k, v, segments, branches = jax.tree.map(
+        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, segments, branches))
+    columns = zigzag(jax.lax.axis_index("context"), parts, q.shape[1])
+    block = min(BLOCK, max(1, q.shape[1] // 2))
+    out = blockwise(_exchange(q, parts), k, v, plan(segments, branches, block, columns), block)
+    return _exchange(out, parts, back=True)
+
+
+def _local(path: str, q: Array, k: Array, v: Array, segments: Array, branches: Array | None) -> Array:
     if path == "splash":
         from deltapref_jax.models.splash import splash
 
@@ -55,7 +90,8 @@ def _local(path: str, block: int, q: Array, k: Array, v: Array, segments: Array,
         from deltapref_jax.models.triton import triton
 
         return triton(q, k, v, segments)
-    return blockwise(q, k, v, plan(segments, branches, block, offset, q.shape[1]), block)
+    block = min(BLOCK, q.shape[1])
+    return blockwise(q, k, v, plan(segments, branches, block), block)
 
 
 def packed_attention(
@@ -69,8 +105,7 @@ def packed_attention(
     Args:
       segments: 1 upward, one number per sequence, a run each; 0 is padding.
       branches: 0 for the trunk, 1 upward for branches; None where there are none.
-      mesh: over which rows lie (data, fsdp), heads (tensor) and columns (context); None: one device. Each device
-        computes its queries' tiles only; keys and values are gathered over `context`.
+      mesh: over which rows lie (data, fsdp), heads (tensor) and columns (context); None: one device.
       path: "plain", "blockwise", "splash" or "triton"; "": `choose`.
     """
     length = segments.shape[1]
@@ -79,18 +114,14 @@ def packed_attention(
     if path == "plain":
         mask = packed_mask(segments, branches)
         return lambda q, k, v: attend(q, k, v, mask)
-    block = min(BLOCK, length // parts)
 
     def run(q: Array, k: Array, v: Array, segments: Array, branches: Array | None) -> Array:
-        offset: Array | int = 0
         if parts > 1:
-            offset = jax.lax.axis_index("context") * q.shape[1]
-            k, v, segments, branches = jax.tree.map(
-                lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, segments, branches))
-        return _local(path, block, q, k, v, segments, branches, offset)
+            return _split(q, k, v, segments, branches, parts)
+        return _local(path, q, k, v, segments, branches)
 
     if mesh is None or mesh.size == 1:
-        return lambda q, k, v: _local(path, block, q, k, v, segments, branches, 0)
+        return lambda q, k, v: run(q, k, v, segments, branches)
 
     def spread(q: Array, k: Array, v: Array) -> Array:
         heads, ways = None, mesh.shape["tensor"]

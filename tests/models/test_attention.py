@@ -13,7 +13,7 @@ from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.attention import attend, packed_mask
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.kernels import choose, packed_attention
+from deltapref_jax.models.kernels import choose, packed_attention, zigzag
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.splash import splash, tables
@@ -115,10 +115,10 @@ def test_work_grows_with_the_sum_of_squared_lengths():
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((2, 2, 2, 1), (4, 2)), ((1, 1, 4, 2), (8, 2)), ((1, 2, 1, 4), (4, 2)),
-                                              ((1, 1, 8, 1), (3, 1))])
+                                              ((1, 1, 2, 3), (4, 2)), ((1, 1, 8, 1), (3, 1))])
 def test_a_mesh_is_one_device(shape, heads):
     """Rows over data and fsdp, heads over tensor (groups fewer than devices among them), columns over context."""
-    mesh, segments = make_mesh(MeshShape(*shape)), rows(LAYOUT[:4])
+    mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
     given = arrays(segments, heads=heads[0], groups=heads[1])
     attention = packed_attention(put(segments, mesh, BATCH), None, mesh, "blockwise")
     same(results(attention, segments, *put(given, mesh, BATCH)), results(plain(segments), segments, *given), 1e-5)
@@ -145,6 +145,15 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
         got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())),
                      got, want)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_row_of_one_segment_is_equal_work_for_all_its_devices(parts):
+    segments = rows([[96 * parts]], 96 * parts)
+    shares = [zigzag(d, parts, 96) for d in range(parts)]
+    assert sorted(np.concatenate(shares)) == list(range(96 * parts))
+    plans = [plan(segments, None, 16, columns) for columns in shares]
+    assert len({int((p.end - p.first).sum()) for p in plans}) == 1
 
 
 @pytest.mark.parametrize(("kernel", "length", "width", "dtype", "tolerance"), [
