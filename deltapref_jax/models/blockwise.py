@@ -51,8 +51,7 @@ def plan(
     segments: Int[Array, "B L"],
     branches: Int[Array, "B L"] | None,
     block: int,
-    offset: Int[Array, ""] | int = 0,
-    queries: int | None = None,
+    columns: Int[Array, " T"] | None = None,
 ) -> Plan:
     """Reads the reach of every block of queries off the segments.
 
@@ -60,23 +59,38 @@ def plan(
       segments: of the whole rows, one run of equal numbers per sequence; 0 is padding.
       branches: of the whole rows, or None.
       block: C.
-      offset: column of the first query (where a row is split over devices).
-      queries: T, number of columns that are queries; None: all.
+      columns: of the queries, in their order (where a row is split over devices); None: all.
     """
     B, L = segments.shape
-    columns = jnp.broadcast_to(jnp.arange(L), (B, L))
+    places = jnp.broadcast_to(jnp.arange(L), (B, L))
     new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(new, columns, 0), axis=1)  # of the token's segment
+    start = jax.lax.cummax(jnp.where(new, places, 0), axis=1)  # of the token's segment
 
     def mine(x: Array) -> Array:
-        return blocks(jax.lax.dynamic_slice_in_dim(x, offset, queries or L, axis=1), block)
+        return blocks(x if columns is None else x[:, columns], block)
 
-    q = Tokens(*(None if x is None else mine(x) for x in (columns, segments, branches)))
-    k = Tokens(*(None if x is None else blocks(x, block) for x in (columns, segments, branches)))
+    q = Tokens(*(None if x is None else mine(x) for x in (places, segments, branches)))
+    k = Tokens(*(None if x is None else blocks(x, block) for x in (places, segments, branches)))
     real = q.segments > 0
     first = jnp.min(jnp.where(real, mine(start), L), axis=2) // block
     end = jnp.max(jnp.where(real, q.columns, -1), axis=2) // block + 1  # 0 where all is padding
     return Plan(q, k, first, end)
+
+
+def reach(segments: Int[Array, "B L"], block: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The tiles of whole rows as the kernels visit them: those of `plan`, and the diagonal where all is padding.
+
+    A kernel divides by the sum of the weights it saw, so every query needs a key: padding sees the padding of its own
+    tiles. Rows are whole tiles (L = T · C).
+
+    Returns:
+      first: key blocks first[b, i] to i belong to query block i; it never decreases with i.
+      last: query blocks j to last[b, j] belong to key block j: the same tiles, column by column.
+    """
+    i = jnp.arange(segments.shape[1] // block)
+    first = jnp.minimum(plan(segments, None, block).first, i)
+    visited = (first[:, :, None] <= i) & (i <= i[:, None])
+    return first, jnp.max(jnp.where(visited, i[:, None], 0), axis=1)
 
 
 def _seen(q: Tokens, k: Tokens) -> Bool[Array, "C C"]:

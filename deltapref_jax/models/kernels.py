@@ -1,11 +1,11 @@
 """Which attention runs where: one dispatch over the mesh, every path equal to the plain one.
 
-| path      | runs                                  | work                        |
-|-----------|---------------------------------------|-----------------------------|
-| plain     | anywhere; the yardstick of the tests  | L² per row, an L x L mask   |
-| blockwise | anywhere (`models.blockwise`)         | Σ length²                   |
-| splash    | TPU, Pallas, segment ids              | L²/2 per row, no L x L mask |
-| mha       | GPU, Pallas (Triton), segment ids     | L²/2 per row, no L x L mask |
+| path      | runs                                       | work                                                    |
+|-----------|--------------------------------------------|---------------------------------------------------------|
+| plain     | anywhere; the yardstick of the tests       | L² per row, an L x L mask                               |
+| blockwise | anywhere, XLA (`models.blockwise`)         | Σ length²; tiles of 128                                 |
+| splash    | TPU, JAX's Pallas kernel (`models.splash`) | Σ length²; tiles of up to 512, skipped ones cost a step |
+| triton    | GPU, our Pallas kernels (`models.triton`)  | Σ length²; tiles of 128                                 |
 
 Judging's branches and rows split over `context` are not expressible in the kernels' segment ids: they run blockwise.
 """
@@ -24,7 +24,7 @@ from deltapref_jax.models.attention import attend, packed_mask
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.sharding import BATCH
 
-BLOCK = 128  # measured on CPU against 64 and 256; the tile of both kernels
+BLOCK = 128  # of `blockwise`, measured on CPU against 64 and 256
 Attention = Callable[[Any, Any, Any], Any]
 
 
@@ -32,7 +32,7 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     """The path for rows of `length` tokens on `platform` ("cpu", "gpu", "tpu"); `split`: rows lie over several devices.
 
     A row of one tile has nothing to skip and runs plain. On CPU blockwise beats plain at every length measured (256 to
-    1024, rows of one segment included); on a GPU a row that is not whole tiles runs blockwise.
+    1024, rows of one segment included).
     """
     if length <= BLOCK and not split:
         return "plain"
@@ -40,45 +40,58 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
         return "blockwise"
     if platform == "tpu":
         return "splash"
-    if platform in ("gpu", "cuda") and length % BLOCK == 0:
-        return "mha"
+    if platform in ("gpu", "cuda"):
+        return "triton"
     return "blockwise"
 
 
-def splash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
-    """The TPU kernel on whole rows (arXiv 2205.14135; `jax.experimental.pallas.ops.tpu.splash_attention`)."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+def zigzag(device: Array | int, parts: int, share: int) -> Int[Array, " T"]:
+    """The columns of a row whose queries a device computes, where `parts` devices hold `share` columns of it each.
 
-    length, heads = q.shape[1], q.shape[2]
-    fill = -length % BLOCK
-    size = next(size for size in (512, 256, BLOCK) if (length + fill) % size == 0)
-    sizes = kernel.BlockSizes(block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
-                              block_kv_dq=size)
-    mask = masks.MultiHeadMask([masks.CausalMask((length + fill,) * 2)] * heads)
-    run = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
-                                 residual_checkpoint_name="attention")
-    q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))), 2, 1) for x in (q, k, v))
-    ids = jnp.pad(segments, ((0, 0), (0, fill)))
-    out = jax.vmap(run)((q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, kernel.SegmentIds(ids, ids))
-    return jnp.moveaxis(out, 1, 2)[:, :length]
+    A row's later columns see more keys. Cut into 2·parts blocks, device d computes blocks d and 2·parts − 1 − d, the
+    even one first (Llama 3, arXiv 2407.21783, section 3.3.2): one segment as long as the row is equal work for all. An
+    odd share is not cut, and its device computes what it holds.
+    """
+    if share % 2:
+        return device * share + jnp.arange(share)
+    mirror = 2 * parts - 1 - device
+    even, odd = (jnp.where(device % 2 == bit, device, mirror) for bit in (0, 1))
+    half = share // 2
+    return (jnp.stack([even, odd])[:, None] * half + jnp.arange(half)).ravel()
 
 
-def gpu_mha(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
-    """The GPU kernel on whole rows of whole tiles; it knows no groups, so key heads are repeated."""
-    from jax.experimental.pallas.ops.gpu import attention
+def _exchange(x: Array, parts: int, back: bool = False) -> Array:
+    """Sends the columns that a device holds, blocks 2·d and 2·d + 1, to those that compute them (`zigzag`), or back."""
+    if x.shape[1] % 2:
+        return x
+    halves = jnp.split(x, 2, axis=1)
+    for odd in (0, 1):
+        pairs = [(d, min(2 * d + odd, 2 * parts - 1 - (2 * d + odd))) for d in range(parts)]
+        halves[odd] = jax.lax.ppermute(halves[odd], "context", [pair[::-1] for pair in pairs] if back else pairs)
+    return jnp.concatenate(halves, axis=1)
 
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    return attention.mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret)
+
+def _split(q: Array, k: Array, v: Array, segments: Array, branches: Array | None, parts: int) -> Array:
+    """Attention of rows split over `context`: keys and values are gathered, queries dealt out."""
+    k, v, segments, branches = jax.tree.map(
+        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, segments, branches))
+    columns = zigzag(jax.lax.axis_index("context"), parts, q.shape[1])
+    block = min(BLOCK, max(1, q.shape[1] // 2))
+    out = blockwise(_exchange(q, parts), k, v, plan(segments, branches, block, columns), block)
+    return _exchange(out, parts, back=True)
 
 
-def _local(path: str, block: int, q: Array, k: Array, v: Array, segments: Array, branches: Array | None,
-           offset: Array | int) -> Array:
+def _local(path: str, q: Array, k: Array, v: Array, segments: Array, branches: Array | None) -> Array:
     if path == "splash":
+        from deltapref_jax.models.splash import splash
+
         return splash(q, k, v, segments)
-    if path == "mha":
-        return gpu_mha(q, k, v, segments)
-    return blockwise(q, k, v, plan(segments, branches, block, offset, q.shape[1]), block)
+    if path == "triton":
+        from deltapref_jax.models.triton import triton
+
+        return triton(q, k, v, segments)
+    block = min(BLOCK, q.shape[1])
+    return blockwise(q, k, v, plan(segments, branches, block), block)
 
 
 def packed_attention(
@@ -92,9 +105,8 @@ def packed_attention(
     Args:
       segments: 1 upward, one number per sequence, a run each; 0 is padding.
       branches: 0 for the trunk, 1 upward for branches; None where there are none.
-      mesh: over which rows lie (data, fsdp), heads (tensor) and columns (context); None: one device. Each device
-        computes its queries' tiles only; keys and values are gathered over `context`.
-      path: "plain", "blockwise", "splash" or "mha"; "": `choose`.
+      mesh: over which rows lie (data, fsdp), heads (tensor) and columns (context); None: one device.
+      path: "plain", "blockwise", "splash" or "triton"; "": `choose`.
     """
     length = segments.shape[1]
     parts = mesh.shape["context"] if mesh is not None else 1
@@ -102,18 +114,14 @@ def packed_attention(
     if path == "plain":
         mask = packed_mask(segments, branches)
         return lambda q, k, v: attend(q, k, v, mask)
-    block = min(BLOCK, length // parts)
 
     def run(q: Array, k: Array, v: Array, segments: Array, branches: Array | None) -> Array:
-        offset: Array | int = 0
         if parts > 1:
-            offset = jax.lax.axis_index("context") * q.shape[1]
-            k, v, segments, branches = jax.tree.map(
-                lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, segments, branches))
-        return _local(path, block, q, k, v, segments, branches, offset)
+            return _split(q, k, v, segments, branches, parts)
+        return _local(path, q, k, v, segments, branches)
 
     if mesh is None or mesh.size == 1:
-        return lambda q, k, v: _local(path, block, q, k, v, segments, branches, 0)
+        return lambda q, k, v: run(q, k, v, segments, branches)
 
     def spread(q: Array, k: Array, v: Array) -> Array:
         heads, ways = None, mesh.shape["tensor"]

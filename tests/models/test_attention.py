@@ -13,13 +13,16 @@ from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.attention import attend, packed_mask
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.kernels import choose, gpu_mha, packed_attention, splash
+from deltapref_jax.models.kernels import choose, packed_attention, zigzag
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.splash import splash, tables
+from deltapref_jax.models.triton import triton
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
+LONG = [[256], [100, 60, 40], [], [20] * 12, [128, 128], [1, 130, 5]]  # of rows of 256: two tiles of a kernel
 LAYOUT = [[5, 30, 17, 9], [1, 2, 60], [96], [40, 40], [], [32, 32, 32], [64, 32], [16, 80]]
 
 
@@ -112,10 +115,10 @@ def test_work_grows_with_the_sum_of_squared_lengths():
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((2, 2, 2, 1), (4, 2)), ((1, 1, 4, 2), (8, 2)), ((1, 2, 1, 4), (4, 2)),
-                                              ((1, 1, 8, 1), (3, 1))])
+                                              ((1, 1, 2, 3), (4, 2)), ((1, 1, 8, 1), (3, 1))])
 def test_a_mesh_is_one_device(shape, heads):
     """Rows over data and fsdp, heads over tensor (groups fewer than devices among them), columns over context."""
-    mesh, segments = make_mesh(MeshShape(*shape)), rows(LAYOUT[:4])
+    mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
     given = arrays(segments, heads=heads[0], groups=heads[1])
     attention = packed_attention(put(segments, mesh, BATCH), None, mesh, "blockwise")
     same(results(attention, segments, *put(given, mesh, BATCH)), results(plain(segments), segments, *given), 1e-5)
@@ -144,26 +147,107 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
                      got, want)
 
 
-def test_splash_interpreted_is_plain():
-    segments = rows([[100, 60, 40]], 256)
-    given = arrays(segments, width=128)
-    got = results(functools.partial(splash, segments=segments, interpret=True), segments, *given)
-    same(got, results(plain(segments), segments, *given), 1e-5)
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_row_of_one_segment_is_equal_work_for_all_its_devices(parts):
+    segments = rows([[96 * parts]], 96 * parts)
+    shares = [zigzag(d, parts, 96) for d in range(parts)]
+    assert sorted(np.concatenate(shares)) == list(range(96 * parts))
+    plans = [plan(segments, None, 16, columns) for columns in shares]
+    assert len({int((p.end - p.first).sum()) for p in plans}) == 1
 
 
-def test_gpu_kernel_interpreted_is_plain():
-    segments = rows([[100, 60, 40]], 256)
-    given = arrays(segments, width=16)
-    got = results(functools.partial(gpu_mha, segments=segments, interpret=True), segments, *given)
-    same(got, results(plain(segments), segments, *given), 1e-5)
+@pytest.mark.parametrize(("kernel", "length", "width", "dtype", "tolerance"), [
+    (splash, 256, 64, jnp.float32, 1e-5), (splash, 200, 128, jnp.float32, 1e-5), (splash, 256, 64, jnp.bfloat16, 2e-2),
+    (triton, 256, 128, jnp.float32, 1e-5), (triton, 200, 24, jnp.float32, 1e-5), (triton, 256, 64, jnp.bfloat16, 2e-2),
+    (triton, 256, 128, jnp.bfloat16, 2e-2), (triton, 256, 256, jnp.float32, 1e-5)])
+def test_a_kernel_interpreted_is_plain(kernel, length, width, dtype, tolerance):
+    """One segment as long as the row, many short ones, padding, nothing but padding; rows that are not whole tiles."""
+    segments = rows(LONG, 256)[:, :length]
+    given = arrays(segments, dtype, width=width)
+    got = results(functools.partial(kernel, segments=segments, interpret=True), segments, *given)
+    assert {x.dtype for x in got} == {jnp.dtype(dtype)}
+    exact = results(plain(segments), segments, *[x.astype(jnp.float32) for x in given])
+    same([x.astype(jnp.float32) for x in got], exact, tolerance)
+
+
+@pytest.mark.parametrize("kernel", [splash, triton])
+def test_a_kernel_is_finite_at_padding(kernel):
+    """What stands there enters the next layer's keys and values, where a weight of 0 would not hide a NaN."""
+    segments = rows([[], [60], [130]], 256)
+    q, k, v, _ = arrays(segments, width=64)
+    out, back = jax.vjp(functools.partial(kernel, segments=segments, interpret=True), q, k, v)
+    assert all(np.isfinite(x).all() for x in (out, *back(jnp.ones_like(out))))
+
+
+@pytest.mark.parametrize("given", ["q", "k", "v"])
+def test_triton_reads_only_the_tiles_that_a_segment_reaches(given):
+    """A NaN at the last key of a row's first tile: no query of the second tile's segments meets it, in any pass."""
+    segments = rows([[128, 90, 30], [100, 28, 128]], 256)
+    *inputs, g = arrays(segments, width=64)
+    at = "qkv".index(given)
+    inputs[at] = inputs[at].at[:, 127].set(jnp.nan)
+    out, back = jax.vjp(functools.partial(triton, segments=segments, interpret=True), *inputs)
+    assert np.isnan(out[:, :128]).any()
+    assert all(np.isfinite(x[:, 128:]).all() for x in (out, *back(g)))
+
+
+def test_splash_visits_the_tiles_that_a_segment_reaches():
+    """The tables of all three passes list the same tiles; a skipped tile loads what its neighbour loads."""
+    segments = np.asarray(rows([[5, 30, 17, 9], [96], [], [1, 60, 20]], 96))
+    forward, backward = (jax.tree.map(lambda x: np.asarray(x)[0], x) for x in tables(jnp.asarray(segments), 32))
+    mask = np.asarray(packed_mask(segments)) & (segments > 0)[:, :, None]
+    for b, i, j in np.ndindex(4, 3, 3):
+        seen = mask[b, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32].any() or i == j
+        assert forward.block_mask[3 * b + i, j] == backward.block_mask[i, 3 * b + j] == seen
+        if seen:
+            assert (forward.data_next[3 * b + i, j], backward.data_next[i, 3 * b + j]) == (3 * b + j, 3 * b + i)
+    for table, axis in ((forward, 1), (backward, 0)):
+        steps = np.moveaxis(np.stack([table.data_next, table.block_mask]), axis + 1, 2)
+        for loaded, visited in zip(*steps, strict=True):
+            assert set(loaded) == set(loaded[visited > 0])
+            assert np.count_nonzero(np.diff(loaded)) == len(set(loaded)) - 1
+
+
+def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
+    def tiles(layout, length):
+        found = [int(x.block_mask.sum()) for x in tables(rows([layout] * 2, length), 512)]
+        assert found[0] == found[1]
+        return found[0] // 2
+
+    assert tiles([512] * 64, 32_768) == 64
+    assert tiles([32_768], 32_768) == 64 * 65 / 2
+    assert tiles([], 32_768) == 64
+    for size in (200, 700, 5000):
+        bound = (32_768 // size) * ((size / 512 + 1) * (size / 512 + 2) / 2 + 1)
+        assert tiles([size] * (32_768 // size), 32_768) <= bound
+
+
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "@tpu_custom_call"), ("cuda", "@__gpu$xla.gpu.triton")])
+@pytest.mark.parametrize(("length", "rows"), [(4096, 16), (32_768, 4)])
+def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(platform, call, length, rows, monkeypatch):
+    """A decoder, rows over four devices and heads over two: three kernels, forward once, no square of the length."""
+    monkeypatch.setattr("deltapref_jax.models.kernels.platform_of", lambda mesh: platform)
+    spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
+    graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = PackedBatch(ids, ids, ids, jax.ShapeDtypeStruct((rows, length), bool))
+    mesh = make_mesh(MeshShape(1, 4, 2, 1))
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(state, batch):
+        return sequence_logprobs(nnx.merge(graphdef, state), batch, 8, "attention", mesh)[0].sum()
+
+    text = gradient.trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(call) == 3
+    assert f"{length}x{length}" not in text
 
 
 def test_platform_and_shape_decide():
     assert choose("cpu", 128, False, False) == "plain"
     assert choose("cpu", 256, False, False) == "blockwise"
     assert choose("tpu", 200, False, False) == "splash"
-    assert choose("gpu", 4096, False, False) == "mha"
-    assert choose("gpu", 4000, False, False) == "blockwise"
+    assert choose("gpu", 4000, False, False) == choose("cuda", 4096, False, False) == "triton"
     for platform in ("cpu", "gpu", "tpu"):
         assert choose(platform, 4096, True, False) == choose(platform, 4096, False, True) == "blockwise"
 
