@@ -32,6 +32,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 DTYPES = ("float32", "bfloat16")
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name to the package that must be installed
 REMATS = ("none", "projections", "attention", "block")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # Hugging Face's names
 
 
 class ObjectiveKind(NamedTuple):
@@ -158,6 +159,15 @@ class Arm:
 
 
 @dataclasses.dataclass
+class Lora:
+    """Low-rank adapters: W + (alpha / rank) A B, in which only A and B are trained (arXiv 2106.09685)."""
+
+    rank: int = 0  # columns of A and rows of B; 0: all weights are trained, and there are no adapters
+    alpha: float = 16.0  # above 0
+    targets: tuple[str, ...] = LORA_TARGETS  # which matrices of every layer are adapted
+
+
+@dataclasses.dataclass
 class Training:
     """What all arms share."""
 
@@ -173,6 +183,8 @@ class Training:
     row_length: int = 512  # tokens in one packed row
     over_length: str = "drop"  # a sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too
     remat: str = "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    moments: str = "float32"  # of Adam's two moments; "bfloat16" halves their memory, rounded stochastically
     checkpoint_every: int = 10  # steps
     keep_checkpoints: int = 1
     finishes: tuple[str, ...] = ("eos", "stop")  # traces that ended otherwise are not trained on

@@ -14,6 +14,7 @@ from deltapref_jax.config import (
     DTYPES,
     JUDGE_KINDS,
     KEEPS,
+    LORA_TARGETS,
     OBJECTIVE_KINDS,
     OVER_LENGTHS,
     PROMPT_KINDS,
@@ -23,6 +24,7 @@ from deltapref_jax.config import (
     TRUNCATION_MODES,
     ConfigError,
     Experiment,
+    Lora,
     Nursery,
     Objective,
     Prompts,
@@ -227,11 +229,26 @@ def _validate_arms(e: Experiment) -> None:
             choose(f"by {where}", a.by, ("sum", *judge.dimensions))
 
 
+def _lora(lora: Lora) -> None:
+    _number("config.training.lora.rank", lora.rank, 0)
+    _number("config.training.lora.alpha", lora.alpha, 1e-9)
+    for target in lora.targets:
+        choose("config.training.lora.targets", target, LORA_TARGETS)
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise ConfigError(f"config.training.lora.targets is {lora.targets!r}; name at least one of "
+                          f"{', '.join(LORA_TARGETS)}, each once.")
+    if not lora.rank and lora != Lora():
+        raise ConfigError("config.training.lora has alpha or targets and the rank 0, with which all weights are "
+                          "trained; set config.training.lora.rank, or leave the others as they are.")
+
+
 def _validate_sizes(e: Experiment) -> None:
     t, s = e.training, e.sampling
     choose("config.training.budget", t.budget, BUDGETS)
     choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
     choose("config.training.remat", t.remat, REMATS)
+    choose("config.training.moments", t.moments, DTYPES)
+    _lora(t.lora)
     choose("config.training.over_length", t.over_length, ("drop", "error"))  # traces are scored whole: none is cut
     for field, value in (("pairs_per_step", t.pairs_per_step), ("steps", t.steps), ("rows", t.rows),
                          ("row_length", t.row_length), ("checkpoint_every", t.checkpoint_every),

@@ -35,6 +35,8 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
     if "reference" in nodes:
         console.print(f"Reference table: {workspace.path(nodes['reference'])}", soft_wrap=True)
     console.print(f"Metrics: {folder / 'metrics.jsonl'}\nPolicy: {folder / 'policy'}", soft_wrap=True)
+    if (folder / "adapter").exists():
+        console.print(f"Adapter: {folder / 'adapter'}", soft_wrap=True)
 
 
 def _metrics(rows: list[dict[str, Any]]) -> Table:

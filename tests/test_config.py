@@ -13,6 +13,7 @@ from deltapref_jax.config import (
     Experiment,
     Generator,
     Judge,
+    Lora,
     Model,
     Nursery,
     Objective,
@@ -124,6 +125,20 @@ CASES = [  # path of a field, value, sentence
                        "most one is -1."),
     ("training.remat", "all", "config.training.remat is 'all'; choose one of 'none', 'projections', 'attention', "
                               "'block'."),
+    ("training.moments", "int8", "config.training.moments is 'int8'; choose one of 'float32', 'bfloat16'."),
+    ("training.lora.rank", -1, "config.training.lora.rank is -1; it must be at least 0."),
+    ("training.lora.rank", 8.0, "config.training.lora.rank is 8.0; it must be a whole number."),
+    ("training.lora", Lora(8, 0.0), "config.training.lora.alpha is 0.0; it must be at least 1e-09."),
+    ("training.lora", Lora(8, targets=("q_proj", "lm_head")),
+     "config.training.lora.targets is 'lm_head'; choose one of 'q_proj', *, 'down_proj'."),
+    ("training.lora", Lora(8, targets=()), "config.training.lora.targets is (); name at least one of q_proj, k_proj, "
+                                           "v_proj, o_proj, gate_proj, up_proj, down_proj, each once."),
+    ("training.lora", Lora(8, targets=("q_proj", "q_proj")),
+     "config.training.lora.targets is ('q_proj', 'q_proj'); name at least one of q_proj, *, each once."),
+    ("training.lora.targets", "q_proj", "config.training.lora.targets is 'q_proj'; it must be a tuple, such as "
+                                        "(value,)."),
+    ("training.lora.alpha", 32.0, "config.training.lora has alpha or targets and the rank 0, with which all weights "
+                                  "are trained; set config.training.lora.rank, or leave the others as they are."),
     ("mesh.context", 7, "config.training.row_length is 512 and config.mesh.context splits each row over 7 devices; "
                         "make row_length a multiple of that."),
 ]
@@ -156,6 +171,7 @@ def test_what_is_right_passes_unchanged():
     ("generators.1.temperature", 0), ("arms.0.fraction", 1), ("objectives.0.learning_rate", 0.0), ("mesh.data", 4),
     ("objectives.0.nll_weight", 1), ("objectives.1.baseline_fraction", 0.1),
     ("objectives", (Objective(name="dpo", kind="cdpo", label_smoothing=0.4), Objective(name="kto", kind="kto"))),
+    ("training.lora", Lora(8, 32, ("v_proj",))), ("training.moments", "bfloat16"),
     ("arms.2.by", "sum"), ("arms.2.judge", "n"), ("arms.1.direction", "n"), ("training.warmup", 1.0),
 ])
 def test_what_is_just_right(path, value):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from deltapref_jax.config import NURSERY, ConfigError, Nursery, model_of
@@ -102,13 +103,13 @@ def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=Fa
     params = abstract(spec)[1]
     number, index = array(jnp.float32, segments), array(jnp.int32, segments)
     examples = Examples(index, index, number, number, number, number)
-    grads, sums, s = jax.eval_shape(steps.gradient, params, packed(rows, length, branched), examples,
+    grads, sums, s = jax.eval_shape(steps.gradient, params, nnx.State({}), packed(rows, length, branched), examples,
                                     Hyper(*[array(jnp.float32)] * len(Hyper._fields)))
     assert shapes(grads) == shapes(params)
     assert {x.shape for x in sums.values()} == {()}
     assert s.shape == (segments,)
     state = TrainState(params, jax.eval_shape(optimizer.transform().init, params))
-    after, norm = jax.eval_shape(steps.apply, state, grads, array(jnp.float32))
+    after, norm = jax.eval_shape(steps.apply, state, grads, array(jnp.float32), array(jnp.uint32))
     assert shapes(after) == shapes(state)
     assert norm.shape == ()
 

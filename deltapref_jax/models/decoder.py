@@ -4,7 +4,7 @@ Steps are pure functions: `graphdef, state = nnx.split(model)` outside, `nnx.mer
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from deltapref_jax.models.attention import attend_cache, rotate, rotation
 from deltapref_jax.models.kernels import packed_attention
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 
 POLICIES = {
     "projections": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
@@ -51,26 +51,38 @@ def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) ->
 def linear(x: Float[Array, "*n D"], weight: Float[Array, "D *out"]) -> Array:
     """x · weight, [*n, *out], in the dtype of `x`; the weight's gradient is summed in float32 and has its dtype.
 
-    Written out because what autodiff derives, gᵀx transposed, costs XLA on CPU a copy of g and a slower product.
+    Written out because what autodiff derives, gᵀx transposed, costs XLA on CPU a copy of g and a slower product. Of a
+    weight that is not differentiated (the base of adapters) there is no gradient, and `x` is not kept for it.
     """
     return jnp.tensordot(x, weight.astype(x.dtype), 1)
 
 
-def _linear_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _linear_forward(x: Any, weight: Any) -> tuple[Array, tuple[Array | None, Array]]:
+    return linear(x.value, weight.value), (x.value if weight.perturbed else None, weight.value)
+
+
+def _linear_backward(saved: tuple[Array | None, Array], g: Array) -> tuple[Array, Array | None]:
     x, weight = saved
-    tokens, outs = range(x.ndim - 1), range(1, weight.ndim)
-    dx = jax.lax.dot_general(g, weight.astype(g.dtype), ((tuple(range(x.ndim - 1, g.ndim)), tuple(outs)), ((), ())))
-    dw = jax.lax.dot_general(x, g, ((tuple(tokens),) * 2, ((), ())), preferred_element_type=jnp.float32)
+    last = g.ndim - weight.ndim + 1  # x's axes but its last, which are g's first: tokens
+    tokens, outs = tuple(range(last)), tuple(range(1, weight.ndim))
+    dx = jax.lax.dot_general(g, weight.astype(g.dtype), ((tuple(range(last, g.ndim)), outs), ((), ())))
+    if x is None:
+        return dx, None
+    dw = jax.lax.dot_general(x, g, ((tokens,) * 2, ((), ())), preferred_element_type=jnp.float32)
     return dx, dw.astype(weight.dtype)
 
 
-linear.defvjp(lambda x, weight: (linear(x, weight), (x, weight)), _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
 class Block(nnx.Module):
-    """Attention and gated MLP. Parameters are float32; the computation has its input's dtype."""
+    """Attention and gated MLP. Parameters are float32; the computation has its input's dtype.
 
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+    An adapted matrix W [in, out] has two more beside it, A [in, r] and B [r, out], that act on activations:
+    y = xW + scale · (xA)B (LoRA, arXiv 2106.09685, eq. 3), so that nothing of W's shape is ever computed.
+    """
+
+    def __init__(self, spec: ModelSpec, adapters: Adapters = NO_ADAPTERS, *, rngs: nnx.Rngs):
         self.spec = spec
         D, N, K, H, F = spec.width, spec.heads, spec.kv_heads, spec.head_width, spec.mlp
 
@@ -87,34 +99,53 @@ class Block(nnx.Module):
         self.gate = normal((D, F), 0.02)
         self.up = normal((D, F), 0.02)
         self.down = normal((F, D), inner)
+        if adapters.rank:
+            self.scale = nnx.Param(jnp.ones(()))  # alpha / rank: an array, so that alpha is no constant of a program
+        for name in adapters.targets:
+            shape, inputs = getattr(self, name).shape, 2 if name == "o" else 1
+            setattr(self, f"{name}_a", nnx.LoRAParam(jnp.zeros((*shape[:inputs], adapters.rank))))
+            setattr(self, f"{name}_b", nnx.LoRAParam(jnp.zeros((adapters.rank, *shape[inputs:]))))
+
+    def _product(self, x: Float[Array, "B T I"], name: str) -> Array:
+        """[B, T, *out]: `x` times a matrix, adapters included."""
+        def times(x: Array, matrix: nnx.Param, inputs: int) -> Array:
+            w = matrix[...]  # an einsum over o's n and h would transpose it at every call
+            return linear(x, w.reshape(-1, *w.shape[inputs:]))
+
+        inputs = 2 if name == "o" else 1
+        y = times(x, getattr(self, name), inputs)
+        if not hasattr(self, f"{name}_a"):
+            return y
+        low = checkpoint_name(times(x, getattr(self, f"{name}_a"), inputs), "projection")
+        return y + times((low * self.scale[...]).astype(x.dtype), getattr(self, f"{name}_b"), 1)
 
     def project(self, x: Float[Array, "B T D"], rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
-        q, k, v = (linear(h, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = (self._product(h, name) for name in "qkv")
         q, k, v = (checkpoint_name(y, "projection") for y in (rotate(q, rotations), rotate(k, rotations), v))
         return q, k, v
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Adds the attention's output and the MLP's to the residual stream."""
-        o = self.o[...].reshape(-1, x.shape[-1])  # an einsum over n and h would transpose it at every call
-        x = x + checkpoint_name(linear(attended.reshape(*x.shape[:-1], -1), o), "projection")
+        x = x + checkpoint_name(self._product(attended.reshape(*x.shape[:-1], -1), "o"), "projection")
         h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
-        gate, up = (checkpoint_name(linear(h, w[...]), "projection") for w in (self.gate, self.up))
-        return x + linear(jax.nn.silu(gate) * up, self.down[...])
+        gate, up = (checkpoint_name(self._product(h, name), "projection") for name in ("gate", "up"))
+        return x + self._product(jax.nn.silu(gate) * up, "down")
 
 
 class Decoder(nnx.Module):
     """Token ids to final hidden states; the projection to the vocabulary is the caller's (`unembedding`)."""
 
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32,
+                 adapters: Adapters = NO_ADAPTERS):
         self.spec, self.dtype = spec, dtype
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32))
 
         @nnx.split_rngs(splits=spec.layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(spec, rngs=rngs)
+            return Block(spec, adapters, rngs=rngs)
 
         self.blocks = stack(rngs)  # every parameter has a leading axis of length `layers`
         self.final_norm = nnx.Param(jnp.ones(spec.width))
@@ -153,7 +184,7 @@ class Decoder(nnx.Module):
             q, k, v = block.project(x, rotations)
             return block.finish(x, attention(q, k, v)), None
 
-        x = self.embed[...].astype(self.dtype)[tokens]
+        x = self.embed[...][tokens].astype(self.dtype)  # rows are cast, not the table: its gradient adds up in float32
         if remat != "none":
             layer = jax.checkpoint(layer, policy=POLICIES[remat])
         x, _ = jax.lax.scan(layer, x, stacked)
@@ -178,7 +209,7 @@ class Decoder(nnx.Module):
         mask = jnp.arange(cache.v[0].shape[2]) <= positions[:, :, None]
         rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
         keys, values = list(cache.k), list(cache.v)
-        x = self.embed[...].astype(self.dtype)[tokens]
+        x = self.embed[...][tokens].astype(self.dtype)
         for i, block in enumerate(self._layers()):
             q, k, v = block.project(x, rotations)
             keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))

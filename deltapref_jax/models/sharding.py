@@ -15,7 +15,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\bblocks\.o$", (None, "tensor", None, "fsdp")),  # [layers, N, H, D]
     (r"\bblocks\.(gate|up)$", (None, "fsdp", "tensor")),  # [layers, D, F]
     (r"\bblocks\.down$", (None, "tensor", "fsdp")),  # [layers, F, D]
-    (r"norm$", ()),  # replicated
+    (r"\bblocks\.(q|k|v|gate|up)_a$", (None, "fsdp", None)),  # [layers, D, rank]
+    (r"\bblocks\.(q|k|v|gate|up)_b$", (None, None, "tensor")),  # [layers, rank, N or K, H] or [layers, rank, F]
+    (r"\bblocks\.(o|down)_a$", (None, "tensor")),  # [layers, N, H, rank] or [layers, F, rank]
+    (r"\bblocks\.(o|down)_b$", (None, None, "fsdp")),  # [layers, rank, D]
+    (r"(norm|\bblocks\.scale)$", ()),  # replicated
     (r"\b(count|step)$", ()),  # scalars of the optimizer
 )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 SUPPORTED = ("llama",)
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -36,6 +36,17 @@ class ModelSpec:
         attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
         block = attention + 3 * self.width * self.mlp + 2 * self.width
         return self.vocab * self.width * (1 if self.tied else 2) + self.layers * block + self.width
+
+
+class Adapters(NamedTuple):
+    """Shape of a decoder's low-rank adapters; hashable. What they are is in `models.lora`."""
+
+    rank: int = 0  # 0: there are none
+    targets: tuple[str, ...] = ()  # matrices of a block by our names, such as "q"
+
+
+NO_ADAPTERS = Adapters()
+"""All weights are the model's own."""
 
 
 def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
+from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
 from deltapref_jax.text.template import Text
 
@@ -158,9 +158,15 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[
     return spec, read, set(tensors)
 
 
-def abstract(spec: ModelSpec, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(spec: ModelSpec, dtype: Any = jnp.float32, adapters: Adapters = NO_ADAPTERS) -> tuple[
+        nnx.GraphDef, nnx.State]:
     """Structure and shapes of a decoder without its arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), dtype=dtype)))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), dtype=dtype, adapters=adapters)))
+
+
+def stored_name(parameter: str) -> str:
+    """Name in safetensors of one of our parameters, such as "blocks.q"; {} stands for the layer."""
+    return _NAMES[parameter][0]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -170,13 +176,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load(path: str, dtype: str = "float32", params: str = "float32") -> Loaded:
+def load(path: str, dtype: str = "float32", params: str | None = "float32") -> Loaded:
     """A model from a Hugging Face folder, a GGUF file (dequantised) or a hub name.
 
     Args:
       path: see `resolve`.
       dtype: of the computation.
-      params: of the weights kept; training keeps float32.
+      params: of the weights kept: those to be trained are float32; None leaves each tensor as it is stored.
 
     Raises:
       FileNotFoundError: nothing there, or an incomplete folder.
@@ -219,7 +225,7 @@ def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[
 
 
 def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, path: str, names: set[str],
-             params: str = "float32") -> nnx.State:
+             params: str | None = "float32") -> nnx.State:
     """Parameters of a decoder from a reader of stored tensors; see `load` for what is raised."""
     shapes = abstract(spec)[1]
     flat: dict[str, Any] = {}
@@ -292,9 +298,10 @@ def _stored(array: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(array.T if last in _TRANSPOSED else array)
 
 
-def _write(shard: dict[str, np.ndarray], path: Path) -> None:
-    save_file(shard, path, metadata={"format": "pt"})
-    os.chmod(path, (path.parent / "config.json").stat().st_mode)  # safetensors makes it the owner's alone
+def write_tensors(tensors: dict[str, np.ndarray], path: Path, beside: Path) -> None:
+    """A safetensors file that whoever may read the file `beside` may read."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.chmod(path, beside.stat().st_mode)  # safetensors makes it the owner's alone
 
 
 def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
@@ -304,12 +311,12 @@ def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
             shards.append({})
         shards[-1][name] = array
     if len(shards) == 1:
-        _write(shards[0], root / "model.safetensors")
+        write_tensors(shards[0], root / "model.safetensors", root / "config.json")
         return
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write(shard, root / file)
+        write_tensors(shard, root / file, root / "config.json")
         index |= dict.fromkeys(shard, file)
     total = sum(a.nbytes for a in tensors.values())
     (root / "model.safetensors.index.json").write_text(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from deltapref_jax.mesh import put
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.sharding import BATCH, shardings
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.packing import PackedBatch, Sample, capacity, pack, trimmed
 from deltapref_jax.scoring.projection import token_logprobs
@@ -45,9 +45,10 @@ def sequence_logprobs(
 
 
 @functools.cache
-def scorer(spec: ModelSpec, dtype: str, segments: int, mesh: Mesh) -> Callable[..., Any]:
+def scorer(spec: ModelSpec, dtype: str, segments: int, mesh: Mesh,
+           adapters: Adapters = NO_ADAPTERS) -> Callable[..., Any]:
     """The compiled (params, batch) -> (sums [S], counts [S]); one per model and row shape in the process."""
-    graphdef, shapes = abstract(spec, jnp.dtype(dtype))
+    graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
 
     def run(params: nnx.State, batch: PackedBatch) -> tuple[Array, Array]:
         return sequence_logprobs(nnx.merge(graphdef, params), batch, segments, mesh=mesh)
@@ -69,7 +70,7 @@ def score_samples(spec: ModelSpec, params: nnx.State, samples: Sequence[Sample],
       mesh: rows are spread over data and fsdp.
       dtype: of the computation.
     """
-    run = scorer(spec, dtype, capacity(rows, length), mesh)
+    run = scorer(spec, dtype, capacity(rows, length), mesh, NO_ADAPTERS)  # named: training's key of the cache
     params = jax.device_put(params, shardings(params, mesh))
     fits = [i for i, s in enumerate(samples) if len(s.tokens) <= length]
     sums: list[float | None] = [None] * len(samples)

@@ -5,12 +5,13 @@
         |   | x x x x          outer loop, so the gradient of the unembedding is written once; tiles of targets are the
         v   | . . . .          inner one, which ends behind the last target.
 
-Operations: 2·V·D per target forward, 6·V·D backward (the logits are computed again). Extra memory: up to three float32
-buffers of one tile (logits, their exponentials, their gradient), and the hidden states in their new order.
+Operations: 2·V·D per target forward, 6·V·D backward (the logits are computed again; 4·V·D where the unembedding is
+frozen). Extra memory: up to three float32 buffers of one tile (logits, their exponentials, their gradient), and the
+hidden states in their new order.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,38 +105,48 @@ def _forward(hidden: Array, unembedding: Array, labels: Array, mask: Array, axis
     return jnp.where(mask, logprobs.reshape(mask.shape), 0.0), (hidden, unembedding, labels, mask, lse)
 
 
-def _backward(axis: str | None, numbers: int, saved: tuple[Array, ...],
-              g: Float[Array, "B L"]) -> tuple[Array, Array, None, None]:
-    hidden, unembedding, labels, mask, lse = saved
+def _forward_saving(hidden: Any, unembedding: Any, labels: Any, mask: Any, axis: str | None,
+                    numbers: int) -> tuple[Array, tuple[Any, ...]]:
+    """`_forward` of arguments that say whether they are differentiated: a frozen unembedding has no gradient."""
+    out, saved = _forward(hidden.value, unembedding.value, labels.value, mask.value, axis, numbers)
+    return out, (*saved, () if unembedding.perturbed else None)
+
+
+def _backward(axis: str | None, numbers: int, saved: tuple[Any, ...],
+              g: Float[Array, "B L"]) -> tuple[Array, Array | None, None, None]:
+    hidden, unembedding, labels, mask, lse, trained = saved
     vocab, width = unembedding.shape
     size, entries = _tile(mask.size, vocab, numbers)
     t = _targets(hidden, labels, mask, size, axis, vocab)
     # a shard_map hands each of the devices with the same output its share of the gradient, and adds up what they return
     g = _whole(jnp.where(mask, jax.lax.psum(g, axis) if axis else g, 0.0).reshape(-1)[t.order], size)
 
-    def share(d_hidden: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+    def share(d_hidden: Array, x: tuple[Array, Array]) -> tuple[Array, Array | None]:
         first, w = x
 
-        def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def tile(i: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             d_hidden, d_w = carry
             h = _at(t.hidden, i, size)
             p = jnp.exp(_logits(h, w) - _at(lse, i, size)[:, None])
             is_label = jnp.arange(entries) == (_at(t.labels, i, size) - first)[:, None]
             d_logits = (jnp.where(is_label, 1 - p, -p) * _at(g, i, size)[:, None]).astype(hidden.dtype)
             dh = jax.lax.dot(d_logits, w, preferred_element_type=jnp.float32)
-            d_w += jax.lax.dot_general(d_logits, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            if d_w is not None:
+                d_w += jax.lax.dot_general(d_logits, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             return _put(d_hidden, i, _at(d_hidden, i, size) + dh), d_w
 
-        d_hidden, d_w = jax.lax.fori_loop(0, t.tiles, tile, (d_hidden, jnp.zeros(w.shape, jnp.float32)))
-        return d_hidden, d_w.astype(w.dtype)
+        zeros = None if trained is None else jnp.zeros(w.shape, jnp.float32)
+        d_hidden, d_w = jax.lax.fori_loop(0, t.tiles, tile, (d_hidden, zeros))
+        return d_hidden, None if d_w is None else d_w.astype(w.dtype)
 
     d_hidden, d_w = jax.lax.scan(share, jnp.zeros(t.hidden.shape, jnp.float32),
                                  (jnp.arange(0, vocab, entries), unembedding.reshape(-1, entries, width)))
     d_hidden = jnp.zeros((mask.size, width), jnp.float32).at[t.order].set(d_hidden[: mask.size])
-    return d_hidden.astype(hidden.dtype).reshape(hidden.shape), d_w.reshape(unembedding.shape), None, None
+    d_w = None if d_w is None else d_w.reshape(unembedding.shape)
+    return d_hidden.astype(hidden.dtype).reshape(hidden.shape), d_w, None, None
 
 
-_token_logprobs.defvjp(_forward, _backward)
+_token_logprobs.defvjp(_forward_saving, _backward, symbolic_zeros=True)
 
 
 def token_logprobs(

@@ -76,7 +76,7 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
     """
     check_place(single.data.path)
     kind, student = single.objective.kind, single.student
-    teacher = dataclasses.replace(single.reference, path=single.reference.path or student.path)
+    teacher = single.reference if single.reference.path else student
     weights = {"student": weights_hash(student.path), "reference": weights_hash(teacher.path)}
     length = {"length": single.training.row_length, "rule": single.training.over_length,
               "mode": single.data.truncation_mode}

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Objective, Training
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, MeshShape, Objective, Training
 from deltapref_jax.mesh import fetch, is_first, make_mesh
+from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.weights import Loaded, export, load
 from deltapref_jax.stages.score import Sequences
 from deltapref_jax.training.data import Data, Group, Row
@@ -87,26 +88,35 @@ def arm_groups(job: Job, model: Loaded) -> tuple[list[Group], Stats]:
 
 
 def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]] = arm_groups) -> None:
-    """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder)."""
+    """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder).
+
+    Of a run of adapters the policy is base and adapters merged; the adapters alone lie in adapter/, in PEFT's format.
+    """
     c = job.config
     folder = job.dir
+    lora = Lora(**c["training"]["lora"])
     with job.alone():
-        model = load(job.local["student"]["path"], c["dtype"])
+        path = job.local["student"]["path"]
+        model = load(path, c["dtype"], None if lora.rank else "float32")
         groups, stats = read(job, model)
-        kind, training = c["objective"]["kind"], Training(**c["training"])
+        kind, training = c["objective"]["kind"], Training(**c["training"] | {"lora": lora})
         objective = Objective(**c["objective"])
         data = Data(groups, kind, training, c["seed"], objective.baseline_fraction)
         run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
-                  training.schedule, optimizer=Optimizer(training.clip, training.weight_decay),
+                  training.schedule,
+                  optimizer=Optimizer(training.clip, training.weight_decay, moments=training.moments),
                   checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints,
-                  remat=training.remat)
+                  remat=training.remat, lora=lora, seed=c["seed"] % 2**32)
         guard = c["reference"] == c["student"]
-        params, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
-                               job.node.label, c["dtype"], guard, Watch(**job.local.get("watch", {})))
-        params = fetch(params)
+        trained, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
+                                job.node.label, c["dtype"], guard, Watch(**job.local.get("watch", {})),
+                                model.weights if lora.rank else "")
+        trained = fetch(trained)
         if is_first():
-            export(params, model.spec, model.text, folder / "policy")
+            export(merge(model.state, trained, lora), model.spec, model.text, folder / "policy")
+            if lora.rank:
+                export_adapter(trained, lora, path, folder / "adapter")
     dropped = data.dropped + stats.pop("dropped_long", 0.0)
     job.stats |= counts | stats | {"groups": float(len(data.groups)), "steps": float(data.steps),
                                    "dropped_long": dropped, "dropped_mismatched": float(data.dropped_mismatched)}
-    job.files += ["metrics.jsonl", "policy/*"]
+    job.files += ["metrics.jsonl", "policy/*", "adapter/*"]

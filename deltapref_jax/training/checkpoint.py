@@ -46,7 +46,8 @@ class Checkpoints:
         `seconds_checkpoint_background`, in which files were written while it went on; of earlier processes too.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int):
+    def __init__(self, folder: str | os.PathLike[str], keep: int, base: str = ""):
+        self._base = base  # hash of the weights that the states need besides themselves
         self.seconds = {"seconds_checkpoint_blocked": 0.0, "seconds_checkpoint_background": 0.0}
         self._saving, self._returned, self._failed = 0, 0.0, False
         options = ocp.CheckpointManagerOptions(
@@ -90,7 +91,7 @@ class Checkpoints:
         """The newest state and its counts, with the shapes, dtypes and shardings of `like` (another mesh is fine).
 
         Raises:
-          ArtifactError: a file is missing, cut or changed, or the checkpoint is of another model or optimizer.
+          ArtifactError: a file is missing, cut or changed, or the checkpoint is of another model, optimizer or base.
         """
         step = self.newest()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -106,8 +107,13 @@ class Checkpoints:
             remedy = (f"continue from step {max(older)}" if older else "train from the start")
             raise ArtifactError(f"The checkpoint {self._place(step)} cannot be read ({self._why(e)}); delete that "
                                 f"folder and run the same command to {remedy}.") from None
-        self.seconds = {name: found["counts"][name] for name in self.seconds}
-        return found["state"]["state"], found["counts"]
+        counts = found["counts"]
+        if (made := counts.pop("base", "")) != self._base:
+            raise ArtifactError(f"The checkpoint {self._place(step)} holds adapters of the base weights {made!r} and "
+                                f"this run's base has the weights {self._base!r}; train from that base, or delete the "
+                                "folder of checkpoints to train from the start.")
+        self.seconds = {name: counts[name] for name in self.seconds}
+        return found["state"]["state"], counts
 
     def save(self, steps_done: int, state: TrainState, counts: dict[str, float]) -> None:
         """Starts to write `state` and `counts`; returns once the state is copied to the host.
@@ -120,8 +126,8 @@ class Checkpoints:
         self._saving, self._returned = steps_done, 0.0
         try:
             tree = {"state": state, "checksum": checksum(state)}
-            self._manager.save(steps_done, args=Composite(state=StandardSave(tree),
-                                                          counts=JsonSave(counts | self.seconds)))
+            about = counts | self.seconds | {"base": self._base}
+            self._manager.save(steps_done, args=Composite(state=StandardSave(tree), counts=JsonSave(about)))
         except Exception as e:
             raise self._unwritten(e) from None
         self._returned = time.monotonic()

@@ -14,10 +14,11 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, Objective
 from deltapref_jax.host import Notice, Preempted
 from deltapref_jax.mesh import is_first, put
-from deltapref_jax.models.sharding import BATCH
+from deltapref_jax.models.lora import adapters, attach
+from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import capacity
@@ -45,6 +46,8 @@ class Run:
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     remat: str = "none"
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    seed: int = 0  # of adapters and of the rounding of bfloat16 moments, 0 to 2³² - 1
 
 
 def train(
@@ -58,8 +61,11 @@ def train(
     dtype: str = "float32",
     guard: bool = False,
     watch: Watch | None = None,
+    base: str = "",
 ) -> tuple[nnx.State, dict[str, float]]:
-    """Trains from `params`, or from the newest checkpoint in `folder`; returns the parameters and counts.
+    """Trains from `params`, or from the newest checkpoint in `folder`; returns what was trained and counts.
+
+    That is all parameters, or the adapters of `run.lora` (`models.lora.merge` joins them with `params`).
 
     A SIGTERM, or the notice of another process of the job, is answered by a checkpoint after the step at hand.
 
@@ -71,9 +77,10 @@ def train(
       mesh: rows are spread over data and fsdp.
       folder: receives `checkpoints/` and `metrics.jsonl` (TRL's metric names, one row a step).
       label: of the progress bar.
-      dtype: of the computation; parameters and moments are float32.
+      dtype: of the computation; what is trained is float32, the frozen base of adapters keeps its own.
       guard: refuse to train if the policy differs from its reference before the first step (`guards`).
       watch: trackers and profiler window.
+      base: hash of the weights that adapters belong to; checkpoints of another base's are refused.
 
     Raises:
       ConfigError: rows do not divide over the mesh, or the guard's refusal with the likely reasons.
@@ -90,29 +97,31 @@ def train(
         raise ConfigError(f"row_length is {run.row_length} and the mesh splits each row over {mesh.shape['context']} "
                           "devices (context); make row_length a multiple of that.")
     segments = capacity(run.rows, run.row_length)
-    steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat)
+    shape = adapters(run.lora)
+    steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat, shape)
     place = epath.Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    state = start(params, run.optimizer, mesh)
+    trained, frozen = attach(spec, params, run.lora, run.seed)
+    state, frozen = start(trained, run.optimizer, mesh), jax.device_put(frozen, shardings(frozen, mesh))
     counts = {"tokens": 0.0, "positions": 0.0, "seconds_first_step": 0.0, "seconds_steady": 0.0, "tokens_steady": 0.0}
-    with Notice() as notice, Checkpoints(place / "checkpoints", run.keep_checkpoints) as checkpoints, \
+    with Notice() as notice, Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints, \
             progress(is_first()) as bar:
         done = checkpoints.newest()
         if done:
             state, counts = checkpoints.restore(state)
-        with Live(spec, run.objective.kind, mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
+        with Live(spec, shape, mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
             fall = Fall(run.objective.beta)
             for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
                 fall(row)
             check = functools.partial(check_reference, run.objective.kind, dtype=dtype) if (
                 guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference) else None
-            state = _loop(steps, state, data, run, mesh, done, counts, checkpoints, live, notice, fall, check)
+            state = _loop(steps, state, frozen, data, run, mesh, done, counts, checkpoints, live, notice, fall, check)
     # both_fell_at: step at which the warning came; 0: never
     return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.at)}
 
 
-def _loop(steps: Programs, state: TrainState, data: Callable[[int], StepData], run: Run, mesh: Mesh, done: int,
-          counts: dict[str, float], checkpoints: Checkpoints, live: Live, notice: Notice, fall: Fall,
+def _loop(steps: Programs, state: TrainState, frozen: nnx.State, data: Callable[[int], StepData], run: Run, mesh: Mesh,
+          done: int, counts: dict[str, float], checkpoints: Checkpoints, live: Live, notice: Notice, fall: Fall,
           check: Callable[[StepData, Any], None] | None) -> TrainState:
     pending: dict[str, Any] | None = None
     for step in range(done, run.steps):
@@ -120,7 +129,7 @@ def _loop(steps: Programs, state: TrainState, data: Callable[[int], StepData], r
         live.before(step + 1)
         batch = data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"])
         rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
-        state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh)
+        state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh, frozen, run.seed)
         live.after(step + 1, sums)
         if pending is not None:  # the host reads step n while the device works on step n + 1
             _finish(pending, run, counts, live, fall)
@@ -148,14 +157,18 @@ def _loop(steps: Programs, state: TrainState, data: Callable[[int], StepData], r
 
 
 def run_step(
-    steps: Programs, state: TrainState, batch: StepData, objective: Objective, rate: float, mesh: Mesh
+    steps: Programs, state: TrainState, batch: StepData, objective: Objective, rate: float, mesh: Mesh,
+    frozen: nnx.State | None = None, seed: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array], list[jax.Array]]:
     """One optimizer step over however many micro-batches; all that is returned is on the device.
+
+    `frozen` are the parameters that are not trained, if any; `seed` is that of `Run`.
 
     Returns:
       The new state; sums of metrics; log-probabilities [S] before the update, of micro-batches and of KTO's baseline.
     """
-    baseline, drifts = jnp.zeros(()), [steps.logprobs(state.params, put(rows, mesh, BATCH))[0]
+    frozen = nnx.State({}) if frozen is None else frozen
+    baseline, drifts = jnp.zeros(()), [steps.logprobs(nnx.merge_state(state.params, frozen), put(rows, mesh, BATCH))[0]
                                        for rows, _, _ in batch.baseline]
     if drifts:
         weight = sum(float(w.sum()) for _, _, w in batch.baseline)
@@ -168,11 +181,12 @@ def run_step(
     sums: dict[str, jax.Array] = {}
     scored: list[jax.Array] = []
     for rows, examples in batch.micros:
-        g, more, s = steps.gradient(state.params, put(rows, mesh, BATCH), put(examples, mesh, PartitionSpec()), hyper)
+        g, more, s = steps.gradient(state.params, frozen, put(rows, mesh, BATCH),
+                                    put(examples, mesh, PartitionSpec()), hyper)
         grads = g if grads is None else steps.add(grads, g)
         sums = {name: sums[name] + value if name in sums else value for name, value in more.items()}
         scored.append(s)
-    state, norm = steps.apply(state, grads, np.float32(rate))
+    state, norm = steps.apply(state, grads, np.float32(rate), np.uint32(seed))
     return state, sums | {"grad_norm": norm, "kl": baseline}, scored + drifts
 
 

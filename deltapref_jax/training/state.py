@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -11,37 +12,65 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, BFloat16, Float, UInt
 
 from deltapref_jax.models.sharding import path_name, shardings
 
 
 class TrainState(NamedTuple):
-    """Parameters and moments, float32, sharded alike."""
+    """What is trained and its moments, sharded alike; the frozen base of adapters is no part of it."""
 
-    params: nnx.State
+    params: nnx.State  # float32
     moments: Any  # optax state
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def round_randomly(x: Float[Array, "*n"], bits: UInt[Array, "*n"]) -> BFloat16[Array, "*n"]:
+    """float32 to one of its two bfloat16 neighbours, with the probabilities that make the mean `x`.
+
+    Args:
+      x: finite.
+      bits: uint32, uniform on 0 to 2¹⁶ - 1.
+    """
+    whole = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits
+    return jax.lax.bitcast_convert_type((whole >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _rounded(mu: Any, nu: Any, seed: Any, count: Array) -> tuple[Any, Any]:
+    """Both moments in bfloat16; bits from (seed, step, path) alone, 16 each of one draw, whatever the mesh."""
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    bits = jax.tree_util.tree_map_with_path(lambda path, x: jax.random.bits(
+        jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), x.shape), mu)
+    return (jax.tree.map(lambda m, b: round_randomly(m, b & 0xFFFF), mu, bits),
+            jax.tree.map(lambda v, b: round_randomly(v, b >> 16), nu, bits))
+
+
+def scale_by_adam(b1: float, b2: float, eps: float,
+                  moments: str = "float32") -> optax.GradientTransformationExtraArgs:
     """Adam's direction m̂ / (√v̂ + eps) (arXiv 1412.6980), with bias corrections that are right in float32.
 
     `optax.scale_by_adam` computes 1 - b2ᵗ as written, which has five right digits less than float32 in the first steps
     (b2 = 0.999): enough to miss a reference run by ten times the noise. -expm1(t log b2) has them all.
+
+    In bfloat16 the moments are rounded at random: to the nearest, v would never move where a step changes it by less
+    than 2⁻⁹ of itself, which 1 - b2 = 0.001 always does once v is near g². Its update takes `seed`, uint32.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params),
-                                      optax.tree.zeros_like(params))
+        mu, nu = (jax.tree.map(lambda p: jnp.zeros(p.shape, moments), params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, seed: Any = 0,
+               **_: Any) -> tuple[Any, optax.ScaleByAdamState]:
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        mu, nu = (jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (state.mu, state.nu))
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, nu, grads)
         c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
         direction = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu)
-        return direction, optax.ScaleByAdamState(count, mu, nu)
+        kept = (mu, nu) if moments == "float32" else _rounded(mu, nu, seed, count)
+        return direction, optax.ScaleByAdamState(count, *kept)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +82,24 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    moments: str = "float32"  # or "bfloat16"
 
-    def transform(self) -> optax.GradientTransformation:
-        """The optax chain up to the learning rate. Decay is on matrices, not on norm weights."""
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The optax chain up to the learning rate. Decay is on matrices, not on norm weights.
+
+        With bfloat16 moments its update takes a uint32 `seed`.
+        """
 
         def decayed(params: nnx.State) -> Any:
             return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith("norm"), params)
 
         return optax.chain(optax.clip_by_global_norm(self.clip),
-                           scale_by_adam(self.b1, self.b2, self.eps),
+                           scale_by_adam(self.b1, self.b2, self.eps, self.moments),
                            optax.add_decayed_weights(self.weight_decay, mask=decayed))
 
 
 def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """A state at step 0 on `mesh`; `params` are copied, not consumed."""
+    """A state at step 0 on `mesh`; `params`, those that are trained, are copied, not consumed."""
     transform = optimizer.transform()
     place = shardings(params, mesh)
     params = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x, jnp.float32, copy=True), s), params, place)

@@ -16,8 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS
+from deltapref_jax.models.lora import divide
 from deltapref_jax.models.sharding import BATCH, shardings
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.logprobs import scorer, sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
@@ -86,46 +87,51 @@ _UNITS: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Su
 
 
 class Programs(NamedTuple):
-    """The compiled functions of one objective and shape."""
+    """The compiled functions of one objective and shape.
 
-    gradient: Callable[..., Any]  # (params, batch, examples, hyper) -> (grads, sums, [S] log-probabilities)
+    Parameters are in two parts (`lora.divide`): trained and frozen. Gradients and moments are of the first alone;
+    the second is empty in full fine-tuning, and the base of adapters otherwise.
+    """
+
+    gradient: Callable[..., Any]  # (trained, frozen, batch, examples, hyper) -> (grads, sums, [S] log-probabilities)
     add: Callable[..., Any]  # (grads, more grads) -> grads
-    apply: Callable[..., Any]  # (state, grads, learning rate) -> (state, gradient norm before clipping)
-    logprobs: Callable[..., Any]  # (params, batch) -> ([S] sums, [S] counts)
+    apply: Callable[..., Any]  # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
+    logprobs: Callable[..., Any]  # (both in one, batch) -> ([S] sums, [S] counts)
     place: Any  # shardings of the whole TrainState
 
 
 @functools.cache
 def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segments: int, mesh: Mesh,
-             remat: str = "none") -> Programs:
+             remat: str = "none", adapters: Adapters = NO_ADAPTERS) -> Programs:
     """Compiles once per model shape, objective, optimizer, row shape and mesh, for the life of the process."""
     transform = optimizer.transform()
-    graphdef, params_shape = abstract(spec, jnp.dtype(dtype))
-    params_place = shardings(params_shape, mesh)
+    graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
+    params_shape, frozen_shape = divide(shapes, adapters)
+    params_place, frozen_place = shardings(params_shape, mesh), shardings(frozen_shape, mesh)
     place = TrainState(params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh))
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def gradient(params: nnx.State, batch: PackedBatch, examples: Examples,
+    def gradient(params: nnx.State, frozen: nnx.State, batch: PackedBatch, examples: Examples,
                  hyper: Hyper) -> tuple[nnx.State, Sums, Array]:
         def loss(params: nnx.State) -> tuple[Array, tuple[Sums, Array]]:
-            s, n = sequence_logprobs(nnx.merge(graphdef, params), batch, segments, remat, mesh)
+            s, n = sequence_logprobs(nnx.merge(graphdef, params, frozen), batch, segments, remat, mesh)
             total, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
             return total, (sums, s)
 
         (_, (sums, s)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, sums, s
 
-    def apply(state: TrainState, grads: nnx.State, rate: Array) -> tuple[TrainState, Array]:
-        updates, moments = transform.update(grads, state.moments, state.params)
+    def apply(state: TrainState, grads: nnx.State, rate: Array, seed: Array) -> tuple[TrainState, Array]:
+        updates, moments = transform.update(grads, state.moments, state.params, seed=seed)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         return TrainState(params, moments), optax.tree.norm(grads)
 
     return Programs(
-        gradient=jax.jit(gradient, in_shardings=(params_place, rows, everywhere, everywhere),
+        gradient=jax.jit(gradient, in_shardings=(params_place, frozen_place, rows, everywhere, everywhere),
                          out_shardings=(params_place, everywhere, everywhere)),
         add=jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place),
-        apply=jax.jit(apply, donate_argnums=0, in_shardings=(place, params_place, everywhere),
+        apply=jax.jit(apply, donate_argnums=0, in_shardings=(place, params_place, everywhere, everywhere),
                       out_shardings=(place, everywhere)),
-        logprobs=scorer(spec, dtype, segments, mesh),
+        logprobs=scorer(spec, dtype, segments, mesh, adapters),
         place=place,
     )

@@ -13,8 +13,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from deltapref_jax.mesh import is_first
-from deltapref_jax.models.flops import forward_flops, peak_flops
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
+from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.records import digest
 from deltapref_jax.training.checkpoint import Metrics
 from deltapref_jax.training.data import StepData
@@ -76,13 +76,14 @@ class WandB:
 TRACKERS: dict[str, Callable[[epath.Path, str, int], Any]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-def step_flops(spec: ModelSpec, kind: str, data: StepData) -> float:
+def step_flops(spec: ModelSpec, data: StepData, adapters: Adapters = NO_ADAPTERS) -> float:
     """FLOPs of a step: forward and backward of its micro-batches, forward only of KTO's baseline rows."""
 
-    def forward(batch: Any) -> float:
-        return forward_flops(spec, np.bincount(batch.segments.reshape(-1))[1:], int(batch.targets.sum()))
+    def count(flops: Callable[..., float], batch: Any) -> float:
+        return flops(spec, np.bincount(batch.segments.reshape(-1))[1:], int(batch.targets.sum()), adapters)
 
-    return 3 * sum(forward(batch) for batch, _ in data.micros) + sum(forward(batch) for batch, _, _ in data.baseline)
+    return (sum(count(training_flops, batch) for batch, _ in data.micros)
+            + sum(count(forward_flops, batch) for batch, _, _ in data.baseline))
 
 
 class Live:
@@ -90,7 +91,7 @@ class Live:
 
     Args:
       spec: of the model, for MFU.
-      kind: of the objective.
+      adapters: that are trained instead of it, if any.
       mesh: whose devices' peak MFU is a share of.
       folder: of the run.
       label: of the run.
@@ -100,9 +101,9 @@ class Live:
       resumed: steps done before.
     """
 
-    def __init__(self, spec: ModelSpec, kind: str, mesh: Mesh, folder: epath.Path, label: str, watch: Watch, bar: Any,
-                 steps: int, resumed: int):
-        self._spec, self._kind, self.folder, self._profile = spec, kind, folder, watch.profile
+    def __init__(self, spec: ModelSpec, adapters: Adapters, mesh: Mesh, folder: epath.Path, label: str, watch: Watch,
+                 bar: Any, steps: int, resumed: int):
+        self._spec, self._adapters, self.folder, self._profile = spec, adapters, folder, watch.profile
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak * mesh.devices.size if peak else None
         self._metrics = Metrics(folder / "metrics.jsonl", resumed) if is_first() else None
@@ -146,7 +147,7 @@ class Live:
         """A finished step's row of metrics."""
         if self._metrics:
             self._metrics.write(row)
-        self._recent.append((time.monotonic(), data.tokens, step_flops(self._spec, self._kind, data)))
+        self._recent.append((time.monotonic(), data.tokens, step_flops(self._spec, data, self._adapters)))
         values = {"padding": 1 - data.tokens / data.positions} | self._speeds()
         for tracker in self._trackers:
             tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from deltapref_jax.config import ConfigError, Model, Objective, Pairs, Single, Training
+from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, Single, Training
 from deltapref_jax.models.weights import export, load, weights_hash
 from deltapref_jax.scoring.logprobs import score_samples
 from deltapref_jax.scoring.packing import sample
@@ -173,6 +173,21 @@ def test_another_reference_is_scored_and_not_guarded(single, tiny, tmp_path, tex
     workspace, nodes = made(dataclasses.replace(single(), reference=Model(str(other))))
     assert nodes["reference"].config["weights"] == weights_hash(str(other))
     assert metrics(workspace, nodes)[0]["rewards/chosen"] != pytest.approx(0, abs=1e-4)
+
+
+def test_adapters_of_a_bfloat16_base_start_at_the_bases_own_reference(single, tiny, tmp_path, text):
+    base = tmp_path / "base"
+    export(tiny.state, tiny.spec, text, base, "bfloat16")
+    one = dataclasses.replace(single("text", "kto", lora=Lora(4), weight_decay=0.1),
+                              student=Model(str(base), "bfloat16"))
+    workspace, nodes = made(one)
+    assert (nodes["reference"].config["weights"], nodes["reference"].config["dtype"]) == (
+        weights_hash(str(base)), "bfloat16")
+    rows = metrics(workspace, nodes)
+    assert rows[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)  # 0.1 per nat: the same program to the last digits
+    assert rows[2]["loss"] < rows[0]["loss"]
+    config = json.loads((workspace.path(nodes["policy"]) / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (str(base), 4)
 
 
 LONG = [PAIRS[0] | {"chosen": " so" * 200}, *PAIRS[1:]]

@@ -11,20 +11,21 @@ from jax.sharding import PartitionSpec
 from deltapref_jax.config import ConfigError, MeshShape
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.sharding import RULES, path_name, shardings, spec_for
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.training.state import Optimizer
 
 BIG = ModelSpec(128_256, 4096, 32, 32, 8, 128, 14_336, tied=False)
+ADAPTED = Adapters(16, ("q", "k", "v", "o", "gate", "up", "down"))
 
 
 def named(tree):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_exactly_one_rule_matches_every_parameter_and_every_moment(tied):
-    params = abstract(dataclasses.replace(BIG, tied=tied))[1]
+@pytest.mark.parametrize(("tied", "adapters"), [(True, ADAPTED), (False, Adapters())])
+def test_exactly_one_rule_matches_every_parameter_and_every_moment(tied, adapters):
+    params = abstract(dataclasses.replace(BIG, tied=tied), adapters=adapters)[1]
     moments = jax.eval_shape(Optimizer().transform().init, params)
     names = {*named(params)} | {*named(moments)}
     assert len(names) == 3 * len(named(params)) + 1  # two moments each, and the count
@@ -34,7 +35,7 @@ def test_exactly_one_rule_matches_every_parameter_and_every_moment(tied):
 
 
 def test_every_rule_matches_something():
-    params = abstract(BIG)[1]
+    params = abstract(BIG, adapters=ADAPTED)[1]
     names = {*named(params)} | {*named(jax.eval_shape(Optimizer().transform().init, params))}
     for pattern, _ in RULES:
         assert any(re.search(pattern, name) for name in names), pattern
@@ -42,7 +43,7 @@ def test_every_rule_matches_something():
 
 def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(MeshShape(2, 2, 2))
-    params = abstract(BIG)[1]
+    params = abstract(BIG, adapters=ADAPTED)[1]
     moments = jax.eval_shape(Optimizer().transform().init, params)
     places = named(shardings(params, mesh))
     for name, place in named(shardings(moments, mesh)).items():
@@ -55,6 +56,16 @@ def test_big_parameters_are_spread_over_all_of_fsdp_and_tensor():
     for name, leaf in named(abstract(BIG)[1]).items():
         share = np.prod(named(shardings({name: leaf}, mesh))[name].shard_shape(leaf.shape)) / np.prod(leaf.shape)
         assert share == (1 if name.endswith("norm") else 1 / 8), name
+
+
+def test_adapters_lie_where_the_inputs_and_outputs_of_their_matrices_lie():
+    mesh = make_mesh(MeshShape(1, 4, 2))
+    places = {name: place.spec for name, place in named(shardings(abstract(BIG, adapters=ADAPTED)[1], mesh)).items()}
+    for name in ADAPTED.targets:
+        inputs = 3 if name == "o" else 2
+        whole, a, b = ([*places[f"blocks.{name}{part}"], None, None, None, None] for part in ("", "_a", "_b"))
+        assert (a[:inputs], a[inputs]) == (whole[:inputs], None)
+        assert (b[1], b[2:4]) == (None, whole[inputs: inputs + 2])
 
 
 def test_an_axis_that_does_not_divide_is_replicated():

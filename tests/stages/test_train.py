@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
-from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective, Training
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, Objective, Training
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import digest
 from deltapref_jax.workspace import Node
@@ -66,6 +67,23 @@ def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kin
     before, after = (nnx.to_pure_dict(model.state) for model in (tiny, policy))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
     assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("dpo", math.log(2)), ("kto", 0.5)])
+def test_adapters_start_at_their_base_and_are_exported_merged_and_alone(bench, traces, tiny, kind, loss):
+    node = arm(bench, traces, kind, lora=Lora(4, 2.0, ("o_proj", "up_proj")), moments="bfloat16")
+    rows = metrics(bench, node)
+    assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert rows[1]["loss"] < rows[0]["loss"]
+    folder = bench.workspace.path(node)
+    before, after = (nnx.to_pure_dict(model.state)["blocks"] for model in (tiny, load(str(folder / "policy"))))
+    assert {name for name in before if (before[name] != after[name]).any()} == {"o", "up"}
+    alone = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(alone) == 2 * 2 * tiny.spec.layers
+    a, b = (alone[f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"] for side in "AB")
+    np.testing.assert_allclose(after["up"][0], before["up"][0] + 0.5 * (b @ a).T, atol=1e-6)
+    files = bench.workspace.manifest(node)["files"]
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "policy/model.safetensors"} <= {*files}
 
 
 def test_sft_starts_at_the_token_mean_of_the_chosen(bench, traces):

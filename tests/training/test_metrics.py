@@ -29,8 +29,8 @@ def test_a_steps_flops_are_those_of_its_sequences_whatever_the_packing(program):
     for kind in ("dpo", "kto"):
         for rows in (32, 4):
             data = program.data(kind, rows)(0)
-            want.setdefault(kind, step_flops(SPEC, kind, data))
-            assert step_flops(SPEC, kind, data) == pytest.approx(want[kind], rel=1e-12)
+            want.setdefault(kind, step_flops(SPEC, data))
+            assert step_flops(SPEC, data) == pytest.approx(want[kind], rel=1e-12)
     # the same sequences; KTO reads each once more, behind another prompt of the same length, without gradient
     assert want["kto"] == pytest.approx(want["dpo"] * 4 / 3, rel=1e-12)
 
@@ -90,7 +90,7 @@ def test_trackers_see_the_rows_the_padding_and_the_speed(program, tmp_path, seen
     assert "tokens_per_second" not in written[0][1]
     seconds = [values["tokens_per_second"] for _, values in written[1:]]
     assert written[1][1]["mfu"] / seconds[0] == pytest.approx(
-        step_flops(program.SPEC, "dpo", data[1]) / data[1].tokens / 1e12)
+        step_flops(program.SPEC, data[1]) / data[1].tokens / 1e12)
     assert [row["num_tokens"] for row in rows] == list(np.cumsum([batch.tokens for batch in data]))
 
 
