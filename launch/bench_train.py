@@ -9,9 +9,9 @@ quarter of a pair's mean length. Shapes: `uniform`, all sequences 256 tokens; `l
 1024; `--scale` multiplies them. Threads: as many as the process may use, for torch (OpenMP) and XLA alike; memory comes
 in huge pages for all (GLIBC_TUNABLES).
 
-`tokens/s` are real tokens of both sequences of the pairs over the median step and the reference pass of its pairs (TRL as
-it comes and Tunix run it inside the step; KTO's mismatched rows are work, not tokens). `peak` is the process's largest
-resident memory. `loss` of the second step shows that all compute the same.
+`tokens/s` are real tokens of both sequences of the pairs over the seconds of a step and of the reference pass of its
+pairs (TRL as it comes and Tunix run it inside the step; KTO's mismatched rows are work, not tokens). `peak` is the
+process's largest resident memory. `loss` of the second step shows that all compute the same.
 """
 
 import json
@@ -44,7 +44,7 @@ _CHECKPOINTING = flags.DEFINE_bool("trl_gradient_checkpointing", False, "TRL's d
 _ACCUMULATE = flags.DEFINE_integer("tunix_accumulate", 1, "Micro-batches of Tunix's step.")
 _TUNIX_REMAT = flags.DEFINE_string("tunix_remat", "NONE", "Tunix's RematConfig: NONE, BLOCK or DECODER.")
 _LAYERS = flags.DEFINE_integer("layers", 30, "Of the model; the defaults are SmolLM2-135M's.")
-_WIDTH = flags.DEFINE_integer("width", 576, "Of the model; heads are 64 wide, a third of them for keys where it divides.")
+_WIDTH = flags.DEFINE_integer("width", 576, "Of the model; heads are 64 wide, a third of them for keys if it can be.")
 _MLP = flags.DEFINE_integer("mlp", 1536, "Of the model.")
 _VOCAB = flags.DEFINE_integer("vocab", 49152, "Of the model.")
 _HUGE = flags.DEFINE_bool("huge_pages", True, "GLIBC_TUNABLES=glibc.malloc.hugetlb=1, for all contenders.")

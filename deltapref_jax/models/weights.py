@@ -50,7 +50,7 @@ class Loaded:
     """A model ready for pure functions: `nnx.merge(graphdef, state)` inside `jax.jit`."""
 
     graphdef: nnx.GraphDef
-    state: nnx.State
+    state: nnx.State  # of host arrays: whoever computes places them on its devices
     spec: ModelSpec
     text: Text
     weights: str  # `weights_hash` of where it came from
@@ -226,7 +226,7 @@ def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[
 
 def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, path: str, names: set[str],
              params: str | None = "float32") -> nnx.State:
-    """Parameters of a decoder from a reader of stored tensors; see `load` for what is raised."""
+    """Parameters of a decoder, host arrays, from a reader of stored tensors; see `load` for what is raised."""
     shapes = abstract(spec)[1]
     flat: dict[str, Any] = {}
     wanted = set()
@@ -236,7 +236,8 @@ def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, pat
         wanted |= set(layers)
         shape = leaf.shape[1:] if "{}" in source else leaf.shape
         tensors = [_shaped(read(s), name, shape, f"{s} of {path}") for s in layers]
-        flat[name] = jnp.asarray(np.stack(tensors) if "{}" in source else tensors[0], params)
+        array = np.stack(tensors) if "{}" in source else tensors[0]
+        flat[name] = array.astype(jnp.dtype(params or array.dtype), copy=False)
     unexpected = sorted(n for n in names - wanted if not n.endswith("rotary_emb.inv_freq")
                         and not (spec.tied and n in _NAMES["head"]))
     if unexpected:

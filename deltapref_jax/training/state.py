@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, BFloat16, Float, UInt
 
 from deltapref_jax.models.sharding import path_name, shardings
@@ -102,9 +102,14 @@ def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """A state at step 0 on `mesh`; `params`, those that are trained, are copied, not consumed."""
     transform = optimizer.transform()
     place = shardings(params, mesh)
-    params = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x, jnp.float32, copy=True), s), params, place)
+    params = jax.tree.map(lambda x, s: _place(np.asarray(x), s), params, place)
     moments = jax.jit(transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh))(params)
     return TrainState(params, moments)
+
+
+def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Each device gets a copy of its own part, float32: the whole never lies on one of them."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.array(x[part], np.float32))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str, floor: float = 0.0) -> float:

@@ -30,8 +30,7 @@ def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[
     partner = derange([str(i // 2) for i in range(len(rows))], 0)
     flat = score(rows + [row._replace(completion=rows[j].completion) for row, j in zip(rows, partner, strict=True)])
     own, others = flat[: len(rows)], flat[len(rows):]
-    return [Group((row,), 1.0 - i % 2, None if other.reference is None else other)  # None: longer than a row
-            for i, (row, other) in enumerate(zip(own, others, strict=True))]
+    return [Group((row,), 1.0 - i % 2, other) for i, (row, other) in enumerate(zip(own, others, strict=True))]
 
 
 def main(c: dict[str, Any]) -> dict[str, Any]:
@@ -42,21 +41,23 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
     steps = programs(model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"])
-    state = start(model.state, optimizer, mesh)
     reference_seconds = 0.0
 
-    def score(wanted: list[Row]) -> list[Row]:
+    def score(wanted: list[Row]) -> list[Row | None]:
         nonlocal reference_seconds
         began = time.perf_counter()
         sums, _ = score_samples(model.spec, model.state, [r.sample() for r in wanted], rows, length, mesh, c["dtype"])
         reference_seconds += time.perf_counter() - began
-        return [row._replace(reference=value) for row, value in zip(wanted, sums, strict=True)]
+        return [None if value is None else row._replace(reference=value)  # None: longer than a row
+                for row, value in zip(wanted, sums, strict=True)]
 
     data, n = [], c["pairs"]
     for at in range(0, len(pairs), n):
         data.append(groups_of(c["kind"], pairs[at: at + n], score))
         if not at:  # compiles
             reference_seconds = 0.0
+    state = start(model.state, optimizer, mesh)
+    del model
     seconds, losses, shares = [], [], []
     for groups in data:
         began = time.perf_counter()

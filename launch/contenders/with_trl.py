@@ -16,7 +16,9 @@ class Clock(TrainerCallback):
     """Seconds of every step, and of the reference passes before the first."""
 
     def __init__(self) -> None:
-        self.began, self.seconds, self.losses = 0.0, [], []
+        self.began = 0.0
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Before the data of the first step are collated."""
@@ -28,10 +30,10 @@ class Clock(TrainerCallback):
         self.seconds.append(now - self.began)
         self.began = now
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+    def on_log(self, *_: Any, **more: Any) -> None:
         """One row a step."""
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
+        if "loss" in more["logs"]:
+            self.losses.append(more["logs"]["loss"])
 
 
 def words(ids: list[int], end: str = "") -> str:
@@ -45,8 +47,8 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     folder = Path(c["folder"])
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     kto = c["kind"] == "kto"
-    pairs = [{"prompt": words(r["prompt"]) + " ", "chosen": words(r["chosen"][:-1], "</s>"),
-              "rejected": words(r["rejected"][:-1], "</s>")} for r in rows]
+    pairs: list[dict[str, Any]] = [{"prompt": words(r["prompt"]) + " ", "chosen": words(r["chosen"][:-1], "</s>"),
+                                    "rejected": words(r["rejected"][:-1], "</s>")} for r in rows]
     if kto:
         pairs = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
                  for p in pairs for side in ("chosen", "rejected")]
