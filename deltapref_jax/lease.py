@@ -57,7 +57,7 @@ class Lease:
     def release(self) -> None:
         """Gives the lease back."""
         self._stop.set()
-        with contextlib.suppress(OSError), self._locked():
+        with contextlib.suppress(Exception), self._locked():  # a bucket's errors are of many kinds; the lease expires
             if self._read().get("id") == self._owner["id"]:
                 self._path.unlink()
 
@@ -102,7 +102,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / 4):
-            with contextlib.suppress(OSError), self._locked():
+            with contextlib.suppress(Exception), self._locked():
                 if self._stop.is_set():
                     return
                 if self._read().get("id") != self._owner["id"]:
