@@ -101,7 +101,7 @@ def _bucket_errors(path: Any, sentence: Callable[[Any, Exception], Exception]) -
     """What the network and the bucket raise (gcsfs, aiohttp and google-auth have dozens of kinds) as one sentence."""
     try:
         yield
-    except (ArtifactError, ConfigError, FileNotFoundError):
+    except (ArtifactError, ConfigError):
         raise
     except Exception as e:
         raise sentence(path, e) from e
@@ -166,23 +166,20 @@ def local(path: str) -> str:
 
 
 def download(files: Mapping[str, Path]) -> None:
-    """Objects of a bucket to the files named, whose folders are made.
+    """Objects of a bucket, by name, to the files named, whose folders are made.
 
     Raises:
       ArtifactError: one cannot be read, or this machine has no room for it.
     """
-    try:
-        for target in files.values():
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with _bucket_errors(next(iter(files)), _unreadable):
-            try:
-                _bucket().get([name.removeprefix("gs://") for name in files], [str(file) for file in files.values()])
-            except OSError as e:
-                if e.errno in NO_ROOM:
-                    raise unwritable(e.filename or next(iter(files.values())), e) from e
-                raise
-    except FileNotFoundError as e:
-        raise ArtifactError(f"{e.filename or e} is missing; check the path.") from e
+    with _bucket_errors(os.path.commonpath(files), _unreadable):
+        try:
+            for target in files.values():
+                target.parent.mkdir(parents=True, exist_ok=True)
+            _bucket().get([name.removeprefix("gs://") for name in files], [str(file) for file in files.values()])
+        except OSError as e:
+            if e.errno in NO_ROOM:
+                raise unwritable(e.filename or next(iter(files.values())), e) from e
+            raise
 
 
 @contextlib.contextmanager

@@ -21,6 +21,13 @@ from typing import Any
 from etils import epath
 
 LEASE_SECONDS = 60.0
+_held: set["Lease"] = set()
+
+
+def release_all() -> None:
+    """Gives back every lease of this process."""
+    for lease in list(_held):
+        lease.release()
 
 
 def _here() -> str:
@@ -51,12 +58,14 @@ class Lease:
             if self._held_by_another():
                 return False
             self._write()
+        _held.add(self)
         threading.Thread(target=self._renew, daemon=True).start()
         return True
 
     def release(self) -> None:
         """Gives the lease back."""
         self._stop.set()
+        _held.discard(self)
         with contextlib.suppress(Exception), self._locked():  # a bucket's errors are of many kinds; the lease expires
             if self._read().get("id") == self._owner["id"]:
                 self._path.unlink()

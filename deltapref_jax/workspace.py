@@ -14,7 +14,6 @@ whole artifacts and writes manifests. Shards are shared out among the processes,
 """
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import json
@@ -44,27 +43,11 @@ from deltapref_jax.files import (
 )
 from deltapref_jax.host import agreed, process, versions
 from deltapref_jax.lease import LEASE_SECONDS, Lease
+from deltapref_jax.node import Node, in_order
 from deltapref_jax.progress import progress
 from deltapref_jax.records import digest
 
 Stats = dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """An artifact wanted: a stage, its config and its inputs. `label` and `local` (paths, mesh) are not hashed."""
-
-    stage: str
-    label: str
-    config: Mapping[str, Any]
-    inputs: Mapping[str, "Node"] = dataclasses.field(default_factory=dict)
-    local: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    version: int = 1
-
-    @functools.cached_property
-    def key(self) -> str:
-        """16 hex digits."""
-        return digest(self.stage, self.version, self.config, {name: node.key for name, node in self.inputs.items()})
 
 
 Stage = Callable[["Job"], None]
@@ -114,15 +97,18 @@ class Workspace:
         """The manifest of a complete artifact.
 
         Raises:
-          ArtifactError: it is missing, cut, or another artifact's.
+          ArtifactError: it is missing, cut, edited, or another artifact's.
         """
         try:
             found = json.loads((self.path(node) / "manifest.json").read_text())
             matches = found["key"] == node.key
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            seal = found.pop("digest", None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise self.damaged(node, "manifest.json", "missing or unreadable") from e
         if not matches:
             raise self.damaged(node, "manifest.json", "another artifact's")
+        if seal not in (None, digest(found)):  # manifests of earlier versions have none
+            raise self.damaged(node, "manifest.json", "not what was written (digest)")
         return found
 
     def table(self, node: Node) -> pa.Table:
@@ -346,7 +332,8 @@ class Job:
             "seconds": round(ended - self._began + self._elsewhere, 3),  # of work, whoever did it, without waiting
             "started": _stamp(self._began), "ended": _stamp(ended),
         }
-        write_whole(self.dir / "manifest.json", json.dumps(manifest, indent=1, default=str).encode())
+        manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read
+        write_whole(self.dir / "manifest.json", json.dumps(manifest | {"digest": digest(manifest)}, indent=1).encode())
         for left in self.dir.glob(".*.*"):  # by killed processes
             with contextlib.suppress(OSError):
                 if left.stat().mtime < ended - LEASE_SECONDS:
@@ -368,21 +355,6 @@ class Job:
 
 def _stamp(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
-
-
-def in_order(wanted: Mapping[str, Node]) -> list[Node]:
-    """Every node behind `wanted`, inputs before what needs them, each key once."""
-    ordered: dict[str, Node] = {}
-
-    def visit(node: Node) -> None:
-        if node.key not in ordered:
-            for source in node.inputs.values():
-                visit(source)
-            ordered[node.key] = node
-
-    for node in wanted.values():
-        visit(node)
-    return list(ordered.values())
 
 
 def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Workspace, show: bool = True,

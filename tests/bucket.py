@@ -33,7 +33,7 @@ def download(request, response, storage, *_, **__):
 def insert(request, response, storage, *_, **__):
     wanted = request.query.get("ifGenerationMatch")
     if wanted and wanted != [generation(storage, request.params["bucket_name"], request.query["name"][0])]:
-        request.data
+        assert request.data is not None  # read, or the connection hangs
         response.status = HTTPStatus.PRECONDITION_FAILED
         return
     _insert(request, response, storage)

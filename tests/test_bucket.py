@@ -11,13 +11,14 @@ import time
 import urllib.request
 
 import pytest
-from safetensors.numpy import load_file
 
+from deltapref_jax import files
 from deltapref_jax.config import ConfigError
-from deltapref_jax.files import local, reach
+from deltapref_jax.files import ArtifactError, local, reach, remote, written
 from deltapref_jax.host import Preempted
 from deltapref_jax.workspace import Workspace
 
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs asks Google what kind of bucket it is
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAIRS = [{"prompt": f"How many shells are {i} and {i + 2}?", "chosen": f" Answer: {2 * i + 2}.",
           "rejected": f" Answer: {i}!"} for i in range(16)]
@@ -41,7 +42,7 @@ def bucket(tmp_path_factory):
         except OSError:
             time.sleep(0.05)
     yield os.environ | {"STORAGE_EMULATOR_HOST": place, "TENSORSTORE_GCS_HTTP_URL": place, "JAX_PLATFORMS": "cpu",
-                        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT),
+                        "XLA_FLAGS": "", "PYTHONPATH": str(ROOT),
                         "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
                         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -74,6 +75,61 @@ def train(env, workspace, data, student):
          "--config.training.pairs_per_step=4", "--config.training.budget=steps", "--config.training.steps=16",
          "--config.training.rows=8", "--config.training.row_length=128", "--config.training.checkpoint_every=2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+
+
+@pytest.fixture
+def here(bucket, monkeypatch):
+    """The bucket for this process."""
+    for name in ("STORAGE_EMULATOR_HOST", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, bucket[name])
+    return bucket
+
+
+def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    files._bucket.cache_clear()
+    for use in (Workspace, local):
+        with pytest.raises(ConfigError, match=r"^A path begins with gs:// and the package gcsfs is not installed; "
+                                              r"pip install 'deltapref-jax\[gcs\]'\.$"):
+            use("gs://bucket/place")
+    files._bucket.cache_clear()
+
+
+def test_other_stores_and_missing_buckets_are_refused(here):
+    with pytest.raises(ConfigError, match=r"^The workspace s3://bucket/w is in no bucket of Google Cloud Storage; "):
+        reach("s3://bucket/w")
+    with pytest.raises(ConfigError, match=r"^There is no bucket gs://elsewhere, or this machine's credentials "):
+        reach("gs://elsewhere/w")
+    with pytest.raises(FileNotFoundError, match=r"^There is nothing at gs://bucket/no/model; check the path\.$"):
+        local("gs://bucket/no/model")
+    reach("gs://bucket/w")
+    reach("folder")
+    assert (remote("gs://bucket/w"), remote("folder")) == (True, False)
+
+
+def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploaded(here, monkeypatch):
+    from etils import epath
+
+    with written(epath.Path("gs://bucket/made")) as place:
+        (place / "deep").mkdir()
+        (place / "deep" / "a.txt").write_text("one")
+        (place / "b.txt").write_text("two")
+        assert there(here, "made/") == []
+    assert sorted(there(here, "made/")) == ["made/b.txt", "made/deep/a.txt"]
+    copy = pathlib.Path(local("gs://bucket/made"))
+    assert (copy.name, (copy / "deep" / "a.txt").read_text(), (copy / "b.txt").read_text()) == ("made", "one", "two")
+    assert pathlib.Path(local("gs://bucket/made/b.txt")).name == "b.txt"
+    with monkeypatch.context() as m:
+        m.setattr(files, "download", lambda _: pytest.fail("downloaded again"))
+        assert local("gs://bucket/made/") == str(copy)
+    write(here, "made/b.txt", b"2")
+    assert (pathlib.Path(local("gs://bucket/made")) / "b.txt").read_text() == "2"
+    with pytest.raises(RuntimeError, match="stop"), written(epath.Path("gs://bucket/half")) as place:
+        (place / "a").write_text("x")
+        raise RuntimeError("stop")
+    assert there(here, "half") == []
+    with pytest.raises(ArtifactError, match=r"^gs://nowhere/x cannot be written \("):
+        files.write_whole(epath.Path("gs://nowhere/x"), b"x")
 
 
 @pytest.mark.slow
