@@ -171,7 +171,7 @@ def download(files: Mapping[str, Path]) -> None:
     Raises:
       ArtifactError: one cannot be read, or this machine has no room for it.
     """
-    with _bucket_errors(os.path.commonpath(files), _unreadable):
+    with _bucket_errors(next(iter(files)), _unreadable):
         try:
             for target in files.values():
                 target.parent.mkdir(parents=True, exist_ok=True)
