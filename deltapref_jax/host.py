@@ -1,5 +1,6 @@
 """This process: its place in a JAX job, its notice to leave, what it runs on. JAX is not imported here, only asked."""
 
+import atexit
 import contextlib
 import functools
 import importlib.metadata
@@ -78,8 +79,15 @@ class Company:
         self._client, self._index, self._count, self._parting = client, index, count, parting
         self._state, self._last = threading.Lock(), threading.Lock()
         self._noticed = self._answering = False
-        for key, answer in ((self._NOTICE, self._notice), (self._WORD, self._word)):
-            threading.Thread(target=self._listen, args=(key, answer), daemon=True).start()
+        self._listeners = [threading.Thread(target=self._listen, args=how, daemon=True)
+                           for how in ((self._NOTICE, self._notice), (self._WORD, self._word))]
+        for listener in self._listeners:
+            listener.start()
+
+    def close(self) -> None:
+        """After the service has ended: threads that came back to an interpreter that is gone would abort it."""
+        for listener in self._listeners:
+            listener.join(10)
 
     def _listen(self, key: str, answer: Callable[[str], None]) -> None:
         while True:
@@ -134,6 +142,13 @@ class Company:
 
 
 _company: Company | None = None
+
+
+@atexit.register  # before JAX registers its own end of the job, and so after it
+def _end() -> None:
+    if _company:
+        sys.modules["jax"].distributed.shutdown()  # where JAX was imported first
+        _company.close()
 
 
 def keep_company(parting: Callable[[], None]) -> None:

@@ -181,6 +181,11 @@ def view(root, index):
         checkpoints.restore(global_state(make_mesh(MeshShape(2, 2, 2))))
 
 
+def fine(root, index):
+    """Nothing stops anyone."""
+    multihost_utils.sync_global_devices("done")
+
+
 def company(mode, root):
     """One of the processes that the environment describes, ended as `launch` ends them."""
     def job(_):
@@ -193,7 +198,7 @@ def company(mode, root):
 
 MODES = {"kill": kill, "both": both, "leave": leave} | {name: functools.partial(company, mode) for name, mode in {
     "alone": functools.partial(shards, together=False), "together": functools.partial(shards, together=True),
-    "full": full, "view": view}.items()}
+    "full": full, "view": view, "fine": fine}.items()}
 
 
 def main(mode, root, *numbers):

@@ -88,3 +88,7 @@ def test_a_shard_of_a_checkpoint_that_one_process_misses_stops_both(two, state, 
     assert sentence.endswith("; delete that folder and run the same command to train from the start.")
     assert other == f"Process 1 of 2 stopped: {sentence}"
     assert (tmp_path / "0" / "step_1").exists()
+
+
+def test_a_job_that_nothing_stops_ends_with_zero(two, tmp_path):
+    assert [code for code, _ in last(two("fine", tmp_path), 60)] == [0, 0]
