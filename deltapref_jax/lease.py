@@ -21,6 +21,13 @@ from typing import Any
 from etils import epath
 
 LEASE_SECONDS = 60.0
+_held: set["Lease"] = set()
+
+
+def release_all() -> None:
+    """Gives back every lease of this process."""
+    for lease in list(_held):
+        lease.release()
 
 
 def _here() -> str:
@@ -51,13 +58,15 @@ class Lease:
             if self._held_by_another():
                 return False
             self._write()
+        _held.add(self)
         threading.Thread(target=self._renew, daemon=True).start()
         return True
 
     def release(self) -> None:
         """Gives the lease back."""
         self._stop.set()
-        with contextlib.suppress(OSError), self._locked():
+        _held.discard(self)
+        with contextlib.suppress(Exception), self._locked():  # a bucket's errors are of many kinds; the lease expires
             if self._read().get("id") == self._owner["id"]:
                 self._path.unlink()
 
@@ -102,7 +111,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / 4):
-            with contextlib.suppress(OSError), self._locked():
+            with contextlib.suppress(Exception), self._locked():
                 if self._stop.is_set():
                     return
                 if self._read().get("id") != self._owner["id"]:

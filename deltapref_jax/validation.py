@@ -88,6 +88,8 @@ def validate_nursery(nursery: Nursery) -> Nursery:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
     _typed("config", nursery)
+    if "://" in nursery.workspace:
+        raise ConfigError(f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine.")
     _unique("pupil", [p.name for p in nursery.pupils])
     known: list[str] = []
     for p in nursery.pupils:

@@ -14,53 +14,54 @@ whole artifacts and writes manifests. Shards are shared out among the processes,
 """
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from deltapref_jax.files import NO_ROOM, ArtifactError, file_sha256, sha256, unwritable, write_whole
+from deltapref_jax.files import (
+    NO_ROOM,
+    ArtifactError,
+    download,
+    file_sha256,
+    reach,
+    remote,
+    sha256,
+    unwritable,
+    write_whole,
+    written,
+)
 from deltapref_jax.host import agreed, process, versions
 from deltapref_jax.lease import LEASE_SECONDS, Lease
+from deltapref_jax.node import Node, in_order
 from deltapref_jax.progress import progress
 from deltapref_jax.records import digest
 
 Stats = dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """An artifact wanted: a stage, its config and its inputs. `label` and `local` (paths, mesh) are not hashed."""
-
-    stage: str
-    label: str
-    config: Mapping[str, Any]
-    inputs: Mapping[str, "Node"] = dataclasses.field(default_factory=dict)
-    local: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    version: int = 1
-
-    @functools.cached_property
-    def key(self) -> str:
-        """16 hex digits."""
-        return digest(self.stage, self.version, self.config, {name: node.key for name, node in self.inputs.items()})
-
-
 Stage = Callable[["Job"], None]
 
 
 class Workspace:
-    """A directory or bucket of artifacts."""
+    """A directory or bucket of artifacts.
+
+    Raises:
+      ConfigError: the bucket is not there, or the package for it is missing.
+    """
 
     def __init__(self, root: str | os.PathLike[str]):
+        reach(root)
         self.root = epath.Path(root)
 
     def path(self, node: Node) -> epath.Path:
@@ -83,27 +84,31 @@ class Workspace:
         for name, (size, sha) in files.items():
             file = self.path(node) / name
             if not file.exists():
-                raise self._damaged(node, name, "missing")
+                raise self.damaged(node, name, "missing")
             stat = file.stat()
             if stat.length != size:
-                raise self._damaged(node, name, f"{stat.length} bytes long and not {size} as written")
-            if (verify or stat.mtime >= written) and file_sha256(file) != sha:
-                raise self._damaged(node, name, "not what was written (checksum)")
+                raise self.damaged(node, name, f"{stat.length} bytes long and not {size} as written")
+            young = stat.mtime > written - (not remote(file))  # whole seconds; a bucket's files cost a download
+            if (verify or young) and file_sha256(file) != sha:
+                raise self.damaged(node, name, "not what was written (checksum)")
         return True
 
     def manifest(self, node: Node) -> dict[str, Any]:
         """The manifest of a complete artifact.
 
         Raises:
-          ArtifactError: it is missing, cut, or another artifact's.
+          ArtifactError: it is missing, cut, edited, or another artifact's.
         """
         try:
             found = json.loads((self.path(node) / "manifest.json").read_text())
             matches = found["key"] == node.key
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise self._damaged(node, "manifest.json", "missing or unreadable") from e
+            seal = found.pop("digest", None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise self.damaged(node, "manifest.json", "missing or unreadable") from e
         if not matches:
-            raise self._damaged(node, "manifest.json", "another artifact's")
+            raise self.damaged(node, "manifest.json", "another artifact's")
+        if seal not in (None, digest(found)):  # manifests of earlier versions have none
+            raise self.damaged(node, "manifest.json", "not what was written (digest)")
         return found
 
     def table(self, node: Node) -> pa.Table:
@@ -119,13 +124,14 @@ class Workspace:
             try:
                 data = (self.path(node) / name).read_bytes()
             except OSError as e:
-                raise self._damaged(node, name, "missing") from e
+                raise self.damaged(node, name, "missing") from e
             if sha256(data) != sha:
-                raise self._damaged(node, name, "not what was written (checksum)")
+                raise self.damaged(node, name, "not what was written (checksum)")
             tables.append(pq.read_table(pa.BufferReader(data)))
         return pa.concat_tables(tables)
 
-    def _damaged(self, node: Node, name: str, what: str) -> ArtifactError:
+    def damaged(self, node: Node, name: str, what: str) -> ArtifactError:
+        """The sentence for a file that is not as it was written."""
         return ArtifactError(f"{self.path(node) / name} ({node.label}) is {what}; delete the directory "
                              f"{self.path(node)} and run again: only that artifact is made anew.")
 
@@ -155,6 +161,8 @@ class Job:
         self._show = show and self._first
         self._began, self._elsewhere = time.time(), 0.0
         self._lease: Lease | None = None
+        self._sums: dict[str, tuple[int, str]] = {}  # of files that are not to be fetched back from a bucket for that
+        self._open = contextlib.ExitStack()
 
     def table(self, name: str) -> pa.Table:
         """An input's table."""
@@ -169,6 +177,33 @@ class Job:
         """An input's directory, checksums verified."""
         self.workspace.complete(self.node.inputs[name], verify=True)
         return self.workspace.path(self.node.inputs[name])
+
+    def here(self, name: str, part: str) -> Path:
+        """File or folder `part` of an input on this machine, checksums verified; a bucket's is copied until `close`.
+
+        Raises:
+          ArtifactError: a file is missing or was changed; it is named.
+        """
+        node = self.node.inputs[name]
+        if not remote(self.dir):
+            return Path(self.path(name) / part)
+        sums = {file: sha for file, (_, sha) in self.workspace.manifest(node)["files"].items()
+                if f"{file}/".startswith(f"{part}/")}
+        place = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="deltapref-")))
+        download({os.fspath(self.workspace.path(node) / file): place / file for file in sums})
+        for file, sha in sums.items():
+            if file_sha256(epath.Path(place / file)) != sha:
+                raise self.workspace.damaged(node, file, "not what was written (checksum)")
+        return place / part
+
+    @contextlib.contextmanager
+    def making(self, name: str) -> Iterator[Path]:
+        """A folder on this machine to write into; it becomes the artifact's folder `name`."""
+        with written(self.dir / name) as place:
+            yield place
+            if remote(self.dir):
+                self._sums |= {f"{name}/{file.relative_to(place).as_posix()}": (
+                    file.stat().st_size, file_sha256(epath.Path(file))) for file in place.rglob("*") if file.is_file()}
 
     def put(self, name: str, data: bytes) -> None:
         """A file of the artifact, whole."""
@@ -270,7 +305,8 @@ class Job:
         yield
 
     def close(self) -> None:
-        """Gives back the lease of `alone`."""
+        """Gives back the lease of `alone`, and the copies of `here`."""
+        self._open.close()
         if self._lease and self._first:
             self._lease.release()
 
@@ -296,7 +332,8 @@ class Job:
             "seconds": round(ended - self._began + self._elsewhere, 3),  # of work, whoever did it, without waiting
             "started": _stamp(self._began), "ended": _stamp(ended),
         }
-        write_whole(self.dir / "manifest.json", json.dumps(manifest, indent=1, default=str).encode())
+        manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read
+        write_whole(self.dir / "manifest.json", json.dumps(manifest | {"digest": digest(manifest)}, indent=1).encode())
         for left in self.dir.glob(".*.*"):  # by killed processes
             with contextlib.suppress(OSError):
                 if left.stat().mtime < ended - LEASE_SECONDS:
@@ -308,6 +345,8 @@ class Job:
         made = self._sidecar(shard)["sha256"] if (self.dir / f"{shard}.json").exists() and shard != name else None
         if not file.exists():
             raise self._bad_shard(shard, f"{file} is missing")
+        if name in self._sums:
+            return self._sums[name]
         sha = file_sha256(file)
         if made and sha != made:
             raise self._bad_shard(shard, f"{file} is not what was written (checksum)")
@@ -316,21 +355,6 @@ class Job:
 
 def _stamp(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
-
-
-def in_order(wanted: Mapping[str, Node]) -> list[Node]:
-    """Every node behind `wanted`, inputs before what needs them, each key once."""
-    ordered: dict[str, Node] = {}
-
-    def visit(node: Node) -> None:
-        if node.key not in ordered:
-            for source in node.inputs.values():
-                visit(source)
-            ordered[node.key] = node
-
-    for node in wanted.values():
-        visit(node)
-    return list(ordered.values())
 
 
 def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Workspace, show: bool = True,

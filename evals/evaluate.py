@@ -64,7 +64,7 @@ def evaluate(job: Job) -> None:
                              "set the checker of the suite's prompts.")
 
     def make(_: int) -> tuple[pa.Table, Stats]:
-        path = job.local["model"]["path"] or str(job.path("policy") / "policy")
+        path = job.local["model"]["path"] or str(job.here("policy", "policy"))
         model = load(path, dtype=config["dtype"], params=config["dtype"])
         mesh = make_mesh(MeshShape(**job.local["mesh"]), jax.local_devices())
         engine = Engine(model, Sampling(**config["sampling"]), config["seed"], _IDENTITY, mesh)

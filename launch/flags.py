@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
-from deltapref_jax.host import Preempted, leave_on_sigterm
+from deltapref_jax.host import Preempted, crashed, leave, leave_on_sigterm
 from deltapref_jax.workspace import ArtifactError
 
 _PROJECT = str(Path(__file__).resolve().parent.parent)
@@ -56,15 +56,17 @@ def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
         leave_on_sigterm()
         try:
             main(argv)
-        except (ArtifactError, FileNotFoundError, ValueError, FloatingPointError) as e:
+        except Exception as e:
             raised = traceback.extract_tb(e.__traceback__)[-1].filename
-            if logging.level_debug() or "site-packages" in raised or not raised.startswith(_PROJECT):
-                raise  # a library's complaint about us is ours to mend, and needs its traceback
-            sys.exit(_fail(str(e)))
+            if (isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
+                    and not logging.level_debug() and "site-packages" not in raised and raised.startswith(_PROJECT)):
+                leave(2, str(e))
+            crashed(e)
+            raise  # a library's complaint about us is ours to mend, and needs its traceback
         except KeyboardInterrupt:
-            sys.exit(_fail("Stopped. Run the same command to continue; finished shards are kept.", 130))
+            leave(130, "Stopped. Run the same command to continue; finished shards are kept.")
         except Preempted as e:
-            sys.exit(_fail(str(e), Preempted.code))
+            leave(Preempted.code, str(e), tell=False)  # each process saves and leaves by itself
 
     return wrapped
 

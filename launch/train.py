@@ -15,7 +15,7 @@ hub name or a data set folder. The reference's log-probabilities are computed on
     --config.training.over_length     drop (counted), error or truncate a sequence longer than row_length;
                                   --config.data.truncation_mode=keep_start or keep_end
     --config.reference.path       another reference than the student before training; --config.table, its table
-    --config.workspace            directory of everything that is made
+    --config.workspace            directory, or gs://bucket/place, of everything that is made
     --config.seed                 order of the data
     --config.trackers="('tensorboard',)"    or 'wandb': metrics while it trains; --profile_steps=10:12
 

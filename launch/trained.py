@@ -23,7 +23,8 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
     tokens, folder = nodes["tokens"], workspace.path(nodes["policy"])
     counts = workspace.manifest(tokens)["stats"]
     stats = workspace.manifest(nodes["policy"])["stats"]
-    about = pq.read_schema(next(workspace.path(tokens).glob("*.parquet"))).metadata
+    with next(workspace.path(tokens).glob("*.parquet")).open("rb") as file:
+        about = pq.read_schema(file).metadata
     console.print(f"Data: {tokens.local['data']['path']} ({about[b'format'].decode()})", soft_wrap=True)
     if ignored := json.loads(about[b"ignored"]):
         console.print(f"  {len(ignored)} columns ignored: {', '.join(ignored)}", soft_wrap=True)

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config"},
     {"records", "progress", "files", "host", "lease", "validation"},
+    {"node"},
     {"mesh", "workspace"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},

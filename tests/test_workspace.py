@@ -175,6 +175,19 @@ def test_damaged_manifest_is_named(tmp_path, text):
         make(tmp_path, ("a",))
 
 
+def test_edited_counts_are_noticed_and_a_manifest_of_an_earlier_version_is_taken(tmp_path):
+    workspace, wanted = make(tmp_path, ("a",))
+    place = workspace.path(wanted["a"]) / "manifest.json"
+    stated = json.loads(place.read_text())
+    stated["stats"]["tokens"] += 1
+    place.write_text(json.dumps(stated))
+    with pytest.raises(ArtifactError, match=r"manifest\.json \(numbers/a\) is not what was written \(digest\); delete"):
+        workspace.complete(wanted["a"])
+    del stated["digest"]
+    place.write_text(json.dumps(stated))
+    assert workspace.complete(wanted["a"])
+
+
 @pytest.mark.parametrize("damage", [cut, edit, pathlib.Path.unlink])
 def test_shard_damaged_before_the_manifest_is_named_and_only_it_is_made_anew(tmp_path, damage):
     workspace, wanted = make(tmp_path, ("a",))

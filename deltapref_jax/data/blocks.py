@@ -12,15 +12,22 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Pairs
+from deltapref_jax.files import local
 
 BLOCK = 256  # rows that are read and tokenised together
 
 
 class Blocks:
-    """Random access to blocks of (where, row) for Grain; subclasses read rows start to stop."""
+    """Random access to blocks of (where, row) for Grain; subclasses read rows start to stop.
+
+    Attributes:
+      path: as it was given, for words; what is read may be a copy of it on this machine.
+      rows: in all.
+    """
 
     def __init__(self, path: str, rows: int):
         self.path, self.rows = path, rows
+        self._file = local(path)
 
     def __len__(self) -> int:
         return math.ceil(self.rows / BLOCK)
@@ -36,7 +43,7 @@ class Blocks:
 class _Jsonl(Blocks):
     def __init__(self, path: str):
         found, at = [], 0
-        with open(path, "rb") as file:
+        with open(local(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     found.append((at, number))
@@ -45,7 +52,7 @@ class _Jsonl(Blocks):
         super().__init__(path, len(found))
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
-        with open(self.path, "rb") as file:
+        with open(self._file, "rb") as file:
             for at, number in self._lines[start:stop].tolist():
                 file.seek(at)
                 yield f"Line {number} of {self.path}", file.readline()
@@ -55,7 +62,7 @@ class _Parquet(Blocks):
     """Row numbers count from 0."""
 
     def __init__(self, path: str, columns: Sequence[str]):
-        meta = pq.read_metadata(path)
+        meta = pq.read_metadata(local(path))
         self._columns = columns
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
@@ -64,7 +71,7 @@ class _Parquet(Blocks):
     def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
         first = int(np.searchsorted(self._starts, start, "right")) - 1
         last = int(np.searchsorted(self._starts, stop - 1, "right")) - 1
-        table = _row_groups(self.path, first, last, tuple(self._columns)).slice(start - self._starts[first],
+        table = _row_groups(self._file, first, last, tuple(self._columns)).slice(start - self._starts[first],
                                                                                 stop - start)
         for i, row in enumerate(table.to_pylist(), start):
             yield f"Row {i} of {self.path}", row
@@ -99,12 +106,12 @@ def open_blocks(source: Pairs, read: Callable[[Sequence[str]], set[str]]) -> tup
       ConfigError: the source is missing or damaged.
     """
     path = source.path
-    if not os.path.isfile(path):
+    if not os.path.isfile(local(path)):
         data = _dataset(path, source.split)
         wanted = read(data.column_names)
         return _Arrow(path, data.select_columns([c for c in data.column_names if c in wanted])), data.column_names
     try:
-        names = pq.read_schema(path).names if path.endswith(".parquet") else None
+        names = pq.read_schema(local(path)).names if path.endswith(".parquet") else None
     except Exception as e:  # pyarrow raises many kinds for a damaged file
         raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
     if names is not None:
@@ -128,8 +135,8 @@ def check_place(path: str) -> None:
     Raises:
       ConfigError: so it is.
     """
-    local = path.endswith((".jsonl", ".json", ".parquet")) or path.count("/") > 1 or path.startswith((".", "/"))
-    if local and not os.path.exists(path):
+    here = path.endswith((".jsonl", ".json", ".parquet")) or path.count("/") > 1 or path.startswith((".", "/"))
+    if here and not os.path.exists(local(path)):
         raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
 
 
@@ -137,8 +144,9 @@ def _dataset(path: str, split: str) -> Any:
     """A local folder (saved by `datasets`, or of data files) or a hub name."""
     import datasets
 
-    folder = Path(path)
     check_place(path)
+    path = local(path)
+    folder = Path(path)
     try:
         saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)

@@ -20,6 +20,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from deltapref_jax.files import local, remote
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
@@ -57,11 +58,13 @@ class Loaded:
 
 
 def resolve(path: str) -> str:
-    """A local folder or file for `path`; a name like `organisation/model` is fetched from the hub.
+    """A local folder or file for `path`; a name like `organisation/model` is fetched from the hub, `gs://…` copied.
 
     Raises:
-      FileNotFoundError: neither a local path nor a model that the hub gives us.
+      FileNotFoundError: neither a local path nor a model that the hub or the bucket gives us.
     """
+    if remote(path):
+        return local(path)
     if os.path.exists(path):
         return path
     if path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(".gguf"):
@@ -188,9 +191,9 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
       FileNotFoundError: nothing there, or an incomplete folder.
       ValueError: an unsupported architecture, or a tensor that is missing or has another shape; it is named.
     """
-    local, gguf, (spec, read, names) = _open(path)
+    place, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
-    return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(local), weights_hash(local))
+    return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(place), weights_hash(place))
 
 
 def look(path: str) -> Text:
@@ -200,18 +203,18 @@ def look(path: str) -> Text:
       FileNotFoundError: nothing there, or an incomplete folder.
       ValueError: an unsupported architecture, a missing tensor, or a tokenizer that cannot be used.
     """
-    local, gguf, (spec, _, names) = _open(path)
+    place, gguf, (spec, _, names) = _open(path)
     for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
         _stored_names(name, spec, gguf, path, names)
-    return Text.load(local)
+    return Text.load(place)
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:
     """Where a model is, whether it is a GGUF file, and its spec, reader and tensor names."""
-    local = resolve(path)
-    _files(local)
-    gguf = os.path.isfile(local)
-    return local, gguf, (_read_gguf if gguf else _read_folder)(Path(local))
+    place = resolve(path)
+    _files(place)
+    gguf = os.path.isfile(place)
+    return place, gguf, (_read_gguf if gguf else _read_folder)(Path(place))
 
 
 def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[str]) -> list[str]:

@@ -35,7 +35,7 @@ def report(job: Job) -> None:
         verdicts=job.tables("verify"),
         ratings=_by_first(job.tables("judge")), audits=job.tables("audit"), pairs=job.tables("pair"),
         results=_by_first(results), student=student, capability=job.tables("capability"),
-        metrics={name: list(read_metrics(job.path(f"train/{name}") / "metrics.jsonl")) for name in trained},
+        metrics={name: list(read_metrics(job.here(f"train/{name}", "metrics.jsonl"))) for name in trained},
         manifests={name: job.workspace.manifest(node) for name, node in job.node.inputs.items()})
     summary = summarise(study)
     figures = draw(study, summary)

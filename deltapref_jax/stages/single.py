@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Pairs, Single
 from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import cut, limit, read_preferences
+from deltapref_jax.files import local
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import Loaded, load, resolve, weights_hash
 from deltapref_jax.records import LOGPROB, SEQUENCE
@@ -81,7 +82,7 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
     length = {"length": single.training.row_length, "rule": single.training.over_length,
               "mode": single.data.truncation_mode}
     mesh = dataclasses.asdict(single.mesh)
-    path = Path(single.data.path)
+    path = Path(local(single.data.path))
     tokens = Node("tokens", "tokens", {
         "data": content(path) if path.exists() else single.data.path, "split": single.data.split, "kind": kind,
         "tokenizer": weights["student"], "limit": length,
@@ -90,7 +91,7 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
     inputs = {"tokens": tokens}
     if single.table:
         check_table(single.table, weights["reference"])
-        config = {"table": content(Path(single.table))}
+        config = {"table": content(Path(local(single.table)))}
     elif OBJECTIVE_KINDS[kind].reference:
         inputs["reference"] = nodes["reference"] = Node("reference", "reference", {
             "weights": weights["reference"], "dtype": teacher.dtype, "mismatched": OBJECTIVE_KINDS[kind].baseline,
@@ -196,7 +197,8 @@ def reference(job: Job) -> None:
 
 
 def _table_files(path: str) -> list[Path]:
-    found = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.parquet"))
+    place = Path(local(path))
+    found = [place] if place.is_file() else sorted(place.glob("*.parquet"))
     if not found:
         raise ConfigError(f"There is no Parquet file at {path}; check config.table, or leave it empty to have the "
                           "log-probabilities computed.")

@@ -113,9 +113,11 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
                                 model.weights if lora.rank else "")
         trained = fetch(trained)
         if is_first():
-            export(merge(model.state, trained, lora), model.spec, model.text, folder / "policy")
+            with job.making("policy") as place:
+                export(merge(model.state, trained, lora), model.spec, model.text, place)
             if lora.rank:
-                export_adapter(trained, lora, path, folder / "adapter")
+                with job.making("adapter") as place:
+                    export_adapter(trained, lora, path, place)
     dropped = data.dropped + stats.pop("dropped_long", 0.0)
     job.stats |= counts | stats | {"groups": float(len(data.groups)), "steps": float(data.steps),
                                    "dropped_long": dropped, "dropped_mismatched": float(data.dropped_mismatched)}

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,17 @@ def checksum(state: TrainState) -> Array:
     return sum((jnp.sum(b, dtype=jnp.uint32) for b in bits), jnp.uint32(0))
 
 
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Where the processes' writers wait for each other; one whose save failed would wait in vain, and does not.
+
+    Orbax passes its barriers in a `finally`, and only then says that a save failed.
+    """
+    failure = sys.exc_info()[1]
+    if failure and threading.current_thread() is not threading.main_thread():
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 class Checkpoints:
     """The checkpoints of one run in `folder`; use as a context manager so that the last save is finished.
 
@@ -52,7 +64,8 @@ class Checkpoints:
         self._saving, self._returned, self._failed = 0, 0.0, False
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(keep), step_prefix="step", create=True,
-            cleanup_tmp_directories=True, async_options=ocp.AsyncOptions(post_finalization_callback=self._written))
+            cleanup_tmp_directories=True, async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._written, barrier_sync_fn=_barrier))
         path = epath.Path(folder)
         self._manager = ocp.CheckpointManager(path if "://" in os.fspath(path) else path.absolute(), options=options)
 

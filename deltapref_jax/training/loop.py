@@ -216,7 +216,7 @@ def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
     for side in ("chosen", "rejected"):
         count = sums.get(f"count/{side}")
         if count is not None:
-            for name in {f"rewards/{side}", f"logps/{side}"} & row.keys():
+            for name in [n for n in (f"rewards/{side}", f"logps/{side}") if n in row]:  # in this order in the file
                 total = row.pop(name)
                 if count:
                     row[name] = total / count

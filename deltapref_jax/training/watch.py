@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from deltapref_jax.files import remote, written
 from deltapref_jax.mesh import is_first
 from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
@@ -59,7 +60,8 @@ class WandB:
     def __init__(self, folder: epath.Path, label: str, resumed: int):
         import wandb
 
-        self._run = wandb.init(project="deltapref", name=label, id=digest(str(folder)), resume="allow", dir=str(folder))
+        self._run = wandb.init(project="deltapref", name=label, id=digest(str(folder)), resume="allow",
+                               dir=None if remote(folder) else str(folder))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One step."""
@@ -110,7 +112,7 @@ class Live:
         self._trackers = [TRACKERS[name](folder, label, resumed) for name in watch.trackers] if is_first() else []
         self._bar, self._task = bar, bar.add_task(label, total=steps, completed=resumed, unit="steps", note="")
         self._recent: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=_WINDOW + 1)
-        self._tracing = False
+        self._tracing, self._trace = False, contextlib.ExitStack()
 
     def __enter__(self) -> "Live":
         return self
@@ -124,7 +126,7 @@ class Live:
     def before(self, step: int) -> None:
         """Step `step` (from 1) is about to start."""
         if self._profile and self._profile[0] == step:
-            jax.profiler.start_trace(str(self.folder / "profile"))
+            jax.profiler.start_trace(str(self._trace.enter_context(written(self.folder / "profile"))))
             self._tracing = True
 
     def after(self, step: int, sums: Any) -> None:
@@ -137,6 +139,7 @@ class Live:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            self._trace.close()
 
     def flush(self) -> None:
         """What was shown so far is safe: to be called before a checkpoint."""

@@ -3,8 +3,10 @@
 Children are forked before JAX starts its backend, so that importing is paid once; compiled steps come from a cache.
 """
 
+import functools
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -14,17 +16,23 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.host import Preempted
-from deltapref_jax.mesh import fetch, make_mesh
+from deltapref_jax.host import Notice, Preempted
+from deltapref_jax.mesh import fetch, make_mesh, start_processes
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
+from deltapref_jax.training.checkpoint import Checkpoints
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import Run, train
+from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.workspace import Node, Workspace, run
+from launch.flags import run_main
 
 SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
 PAIRS, LENGTH = 16, 64
@@ -46,11 +54,11 @@ def data(kind, rows):
 
 def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None, **more):
     """Trains; returns all parameters on the host, and counts."""
-    run = Run(Objective(name=kind, kind=kind, learning_rate=1e-3), steps, rows, LENGTH, warmup=0.0,
+    how = Run(Objective(name=kind, kind=kind, learning_rate=1e-3), steps, rows, LENGTH, warmup=0.0,
               schedule="constant", checkpoint_every=every)
     params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
     mesh = mesh or make_mesh(MeshShape(), jax.devices()[:1])
-    params, counts = train(SPEC, params, source or data(kind, rows), run, mesh, folder, **more)
+    params, counts = train(SPEC, params, source or data(kind, rows), how, mesh, folder, **more)
     return fetch(params), counts
 
 
@@ -133,9 +141,69 @@ def leave(root, port, index):
         os._exit(Preempted.code)  # the other process may be gone before JAX could say good-bye
 
 
+def shards(root, index, together):
+    """A stage whose shards never end: as one, in collectives, or each by itself, in one compiled program."""
+    endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
+
+    def make(shard):
+        (root / f"at-{index}").touch()
+        if together:
+            while True:
+                multihost_utils.process_allgather(np.ones(3))
+        return jax.block_until_ready(endless(1.0))
+
+    def stage(job):
+        job.shards(4, make, together=together)
+
+    run({"it": Node("stage", "it", {})}, {"stage": stage}, Workspace(root / "w"), show=False)
+
+
+def global_state(mesh):
+    """What training starts from."""
+    return start(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
+
+
+def full(root, index):
+    """A second checkpoint finds the disk of process 1 full; the loop would go on to the third before it looks."""
+    state = global_state(make_mesh(MeshShape(2, 2, 2)))
+    with Notice(), Checkpoints(root, 1) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        if index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+        for step in (2, 3):
+            checkpoints.save(step, state, {})
+
+
+def view(root, index):
+    """Process `index` goes on from the checkpoints that it sees in `root/INDEX`."""
+    with Notice(), Checkpoints(root / str(index), 1) as checkpoints:
+        checkpoints.restore(global_state(make_mesh(MeshShape(2, 2, 2))))
+
+
+def fine(root, index):
+    """Nothing stops anyone."""
+    multihost_utils.sync_global_devices("done")
+
+
+def company(mode, root):
+    """One of the processes that the environment describes, ended as `launch` ends them."""
+    def job(_):
+        start_processes()
+        mode(root, jax.process_index())
+
+    sys.argv = sys.argv[:1]
+    run_main(job)
+
+
+MODES = {"kill": kill, "both": both, "leave": leave} | {name: functools.partial(company, mode) for name, mode in {
+    "alone": functools.partial(shards, together=False), "together": functools.partial(shards, together=True),
+    "full": full, "view": view, "fine": fine}.items()}
+
+
 def main(mode, root, *numbers):
-    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX` or `leave ROOT PORT INDEX`."""
-    {"kill": kill, "both": both, "leave": leave}[mode](Path(root), *map(int, numbers))
+    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX`, `leave ROOT PORT INDEX`, or one of the rest with `ROOT`."""
+    MODES[mode](Path(root), *map(int, numbers))
 
 
 if __name__ == "__main__":
