@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
-from deltapref_jax.host import Preempted, crashed, leave, leave_on_sigterm
+from deltapref_jax.host import Preempted, crashed, finished, leave, leave_on_sigterm
 from deltapref_jax.workspace import ArtifactError
 
 _PROJECT = str(Path(__file__).resolve().parent.parent)
@@ -56,6 +56,7 @@ def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
         leave_on_sigterm()
         try:
             main(argv)
+            finished()
         except Exception as e:
             raised = traceback.extract_tb(e.__traceback__)[-1].filename
             if (isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
