@@ -91,4 +91,4 @@ def test_a_shard_of_a_checkpoint_that_one_process_misses_stops_both(two, state, 
 
 
 def test_a_job_that_nothing_stops_ends_with_zero(two, tmp_path):
-    assert [code for code, _ in last(two("fine", tmp_path), 60)] == [0, 0]
+    assert [code for code, _ in last(two("fine", tmp_path), 120)] == [0, 0]
