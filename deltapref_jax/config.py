@@ -172,7 +172,7 @@ class Training:
     """What all arms share."""
 
     pairs_per_step: int = 32
-    budget: str = "steps"  # "steps": every arm trains `steps` steps; "epochs": every arm sees its pairs `epochs` times
+    budget: str = "steps"  # "steps": `steps` steps; "epochs": an arm's pairs `epochs` times, up to whole steps
     steps: int = 30
     epochs: float = 1.0
     warmup: float = 0.1  # share of the steps

@@ -46,6 +46,21 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
+    """Whether packed batches [rows, row_length] divide over the mesh.
+
+    Raises:
+      ConfigError: they do not; `where` is what the fields belong to.
+    """
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    if rows % ways:
+        raise ConfigError(f"{where}.rows is {rows} and the mesh spreads rows over {ways} devices (data x fsdp); make "
+                          "rows a multiple of that.")
+    if row_length % parts:
+        raise ConfigError(f"{where}.row_length is {row_length} and the mesh splits each row over {parts} devices "
+                          "(context); make row_length a multiple of that.")
+
+
 def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Host arrays, the same on every process, as global arrays laid out by `spec`; None leaves stay None."""
     sharding = NamedSharding(mesh, spec)

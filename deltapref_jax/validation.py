@@ -28,6 +28,7 @@ from deltapref_jax.config import (
     Nursery,
     Objective,
     Prompts,
+    Scoring,
     Single,
     choose,
 )
@@ -127,9 +128,14 @@ def validate_single(single: Single) -> Single:
     choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
     validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
-                        prompts=(Prompts(kind="jsonl", path=single.data.path),), student=single.student,
+                        workspace=single.workspace, prompts=(Prompts(kind="jsonl", path=single.data.path),),
+                        scoring=Scoring(single.training.rows, single.training.row_length), student=single.student,
                         reference=single.reference, objectives=(single.objective,),
                         training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
+    kind = single.objective.kind
+    for field, value in (("reference.path", single.reference.path), ("table", single.table)):
+        if value and not OBJECTIVE_KINDS[kind].reference:
+            raise ConfigError(f"config.{field} is {value!r} and objective {kind!r} has no reference; leave it empty.")
     return single
 
 
@@ -199,6 +205,10 @@ def _objective(o: Objective, where: str) -> None:
     _number(f"label_smoothing {where}", o.label_smoothing, 0, 0.4999)
     _number(f"baseline_fraction {where}", o.baseline_fraction, 1e-9, 1)
     for field, unset, reads in (
+            ("beta", 0.1, [k for k, v in OBJECTIVE_KINDS.items() if v.unit != "token"]),
+            ("gamma", 0.5, ["simpo"]),
+            ("desirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
+            ("undesirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
             ("label_smoothing", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.smoothed]),
             ("nll_weight", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "pair"]),
             ("baseline_fraction", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.baseline])):

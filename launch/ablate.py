@@ -36,7 +36,7 @@ def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     experiment: Experiment = validate(_CONFIG.value)
     profile = window(_PROFILE.value)
-    from deltapref_jax.mesh import make_mesh, start_processes
+    from deltapref_jax.mesh import check_rows, make_mesh, start_processes
     from deltapref_jax.stages.study import check_models, plan
     from evals.evaluate import describe
 
@@ -50,7 +50,10 @@ def main(_: list[str]) -> None:
 
         console.print(plan_table(experiment, nodes, workspace))
         return
-    make_mesh(experiment.mesh)  # sizes that do not fit the devices are refused before anything is made
+    mesh = make_mesh(experiment.mesh)  # sizes that do not fit the devices are refused before anything is made
+    for field in ("training", "scoring"):
+        part = getattr(experiment, field)
+        check_rows(f"config.{field}", part.rows, part.row_length, mesh)
     before = {name: node for name, node in nodes.items() if not name.startswith(("train/", "evaluate/", "report"))}
     if "evaluate/student" in nodes:
         before["evaluate/student"] = nodes["evaluate/student"]

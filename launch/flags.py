@@ -54,6 +54,8 @@ def _fail(sentence: str, code: int = 2) -> int:
 def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
         leave_on_sigterm()
+        if argv[1:]:
+            leave(2, f"{argv[1]!r} is no flag; flags begin with -- and have = before their value (--help lists them).")
         try:
             main(argv)
             finished()

@@ -33,6 +33,11 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
         if found.get(name):
             console.print(f"  {found[name]:,.0f} {words}")
     console.print(_metrics([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]))
+    if stats.get("seconds_steady"):
+        speed, padding = stats["tokens_steady"] / stats["seconds_steady"], 1 - stats["tokens"] / stats["positions"]
+        console.print(f"{speed:,.0f} tokens/s after the first step, which compiles and took "
+                      f"{stats['seconds_first_step']:.1f} s; {padding:.1%} of the positions were padding",
+                      soft_wrap=True)
     if "reference" in nodes:
         console.print(f"Reference table: {workspace.path(nodes['reference'])}", soft_wrap=True)
     console.print(f"Metrics: {folder / 'metrics.jsonl'}\nPolicy: {folder / 'policy'}", soft_wrap=True)
@@ -43,6 +48,6 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
 def _metrics(rows: list[dict[str, Any]]) -> Table:
     table = Table("", f"step {rows[0]['step']}", f"step {rows[-1]['step']}")
     for name in rows[0]:
-        if name == "loss" or name.startswith(("rewards/", "logps/")):
+        if name in ("loss", "nll_loss", "kl", "grad_norm") or name.startswith(("rewards/", "logps/")):
             table.add_row(name, *(f"{row[name]:.4f}" for row in (rows[0], rows[-1])))
     return table

@@ -103,6 +103,7 @@ def export_adapter(trained: nnx.State, lora: Lora, base: str, folder: str | os.P
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
+    base = os.path.abspath(base) if os.path.exists(base) else base
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
               "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha, "lora_dropout": 0.0,
               "target_modules": [t for t in TARGETS if t in lora.targets], "bias": "none", "fan_in_fan_out": False,

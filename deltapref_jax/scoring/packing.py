@@ -38,9 +38,9 @@ class Micro(NamedTuple):
 
 
 def sample(prompt: Sequence[int], completion: Sequence[int]) -> Sample:
-    """A prompt with its completion; the completion's tokens are the targets."""
+    """A prompt with its completion, whose tokens are the targets; a first token is none, having nothing before it."""
     n = len(prompt) + len(completion)
-    return Sample(np.asarray([*prompt, *completion], np.int32), np.arange(n) >= len(prompt),
+    return Sample(np.asarray([*prompt, *completion], np.int32), np.arange(n) >= max(1, len(prompt)),
                   np.arange(n, dtype=np.int32), np.zeros(n, np.int32))
 
 

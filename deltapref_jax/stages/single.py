@@ -189,7 +189,7 @@ def reference(job: Job) -> None:
         table = pa.table({
             "prompt_id": [row.prompt_id for row, _ in part], "trace_id": [row.row_id for row, _ in part],
             "matched": [matched for _, matched in part], "logprob": sums,
-            "tokens": [len(row.completion) for row, _ in part]}).cast(LOGPROB)
+            "tokens": [int(s.targets.sum()) for s in samples]}).cast(LOGPROB)
         return (table.replace_schema_metadata({"weights": c["weights"], "dtype": c["dtype"]}),
                 {"tokens": sum(len(s.tokens) for s in samples), "positions": positions})
 

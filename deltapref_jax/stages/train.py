@@ -102,6 +102,11 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
         kind, training = c["objective"]["kind"], Training(**c["training"] | {"lora": lora})
         objective = Objective(**c["objective"])
         data = Data(groups, kind, training, c["seed"], objective.baseline_fraction)
+        longest = max(row.tokens for group in data.groups for row in group.rows)
+        if longest > model.spec.max_positions:
+            raise ConfigError(f"A sequence of {longest} tokens is longer than the {model.spec.max_positions} positions "
+                              f"that the student {path} was made for; lower config.training.row_length, so that "
+                              "over_length applies.")
         run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
                   training.schedule,
                   optimizer=Optimizer(training.clip, training.weight_decay, moments=training.moments),

@@ -85,7 +85,8 @@ class Data:
           baseline_fraction: share of a step's rows that KTO's baseline is measured on.
 
         Raises:
-          ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are; a step of KTO holds
+          ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are; a pair needs two rows
+          where a micro-batch has one; a step of KTO holds
             one example, or one prompt only.
         """
         self.kind, self._training, self._seed, self._fraction = kind, training, seed, baseline_fraction
@@ -93,6 +94,11 @@ class Data:
         self.groups = [group if group.mismatched is None or self._fits(group.mismatched)
                        else group._replace(mismatched=None) for group in fits]
         self.dropped = len(groups) - len(self.groups)
+        wide = sum(sum(row.tokens for row in group.rows) > training.row_length for group in self.groups)
+        if wide and training.rows == 1:
+            raise ConfigError(f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together than "
+                              f"config.training.row_length ({training.row_length}), and config.training.rows is 1; a "
+                              "pair lies in one micro-batch: make rows 2.")
         if self.dropped and training.over_length == "error":
             raise ConfigError(f"{self.dropped} of {len(groups)} groups are longer than config.training.row_length "
                               f"({training.row_length} tokens); raise it, or set over_length to 'drop'.")

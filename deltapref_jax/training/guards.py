@@ -103,14 +103,15 @@ class Fall:
       at: step at which that was first seen; 0: never.
     """
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float, reference: bool = True) -> None:
+        """`beta`: of the rewards; `reference`: whether they are ratios to one, as otherwise nothing can be said."""
         self.at = 0
-        self._beta = beta
+        self._beta, self._reference = beta, reference
         self._seen: list[tuple[float, float]] = []
 
     def __call__(self, row: Mapping[str, float]) -> str:
         """Takes a step's metrics; returns the warning the first time, "" otherwise. One-sided steps are passed over."""
-        if self.at or not {"rewards/chosen", "rewards/rejected"} <= row.keys():
+        if self.at or not self._reference or not {"rewards/chosen", "rewards/rejected"} <= row.keys():
             return ""
         self._seen = [*self._seen, (row["rewards/chosen"], row["rewards/rejected"])][-2 * WINDOW:]
         if len(self._seen) < 2 * WINDOW:

@@ -14,9 +14,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, Objective
+from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
 from deltapref_jax.host import Notice, Preempted
-from deltapref_jax.mesh import is_first, put
+from deltapref_jax.mesh import check_rows, is_first, put
 from deltapref_jax.models.lora import adapters, attach
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
@@ -89,13 +89,7 @@ def train(
       ArtifactError: a checkpoint cannot be read or written.
       Preempted: the machine is wanted back; what was done is saved.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if run.rows % ways:
-        raise ConfigError(f"rows is {run.rows} and the mesh spreads rows over {ways} devices (data x fsdp); "
-                          "make rows a multiple of that.")
-    if run.row_length % mesh.shape["context"]:
-        raise ConfigError(f"row_length is {run.row_length} and the mesh splits each row over {mesh.shape['context']} "
-                          "devices (context); make row_length a multiple of that.")
+    check_rows("config.training", run.rows, run.row_length, mesh)
     segments = capacity(run.rows, run.row_length)
     shape = adapters(run.lora)
     steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat, shape)
@@ -110,7 +104,7 @@ def train(
         if done:
             state, counts = checkpoints.restore(state)
         with Live(spec, shape, mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
-            fall = Fall(run.objective.beta)
+            fall = Fall(run.objective.beta, OBJECTIVE_KINDS[run.objective.kind].reference)
             for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
                 fall(row)
             check = functools.partial(check_reference, run.objective.kind, dtype=dtype) if (

@@ -21,6 +21,7 @@ from deltapref_jax.training.checkpoint import Metrics
 from deltapref_jax.training.data import StepData
 
 _WINDOW = 20  # steps that a speed is the mean of
+_SILENCE = 30.0  # seconds between lines where a bar cannot be drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,10 @@ class Live:
         self._bar, self._task = bar, bar.add_task(label, total=steps, completed=resumed, unit="steps", note="")
         self._recent: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=_WINDOW + 1)
         self._tracing, self._trace = False, contextlib.ExitStack()
+        self._label, self._steps, self._said = label, steps, -_SILENCE
+        if watch.profile and not (resumed < watch.profile[1] and watch.profile[0] <= steps):
+            first, last = watch.profile
+            self.warn(f"--profile_steps={first}:{last} traces nothing: this run does steps {resumed + 1} to {steps}.")
 
     def __enter__(self) -> "Live":
         return self
@@ -125,7 +130,7 @@ class Live:
 
     def before(self, step: int) -> None:
         """Step `step` (from 1) is about to start."""
-        if self._profile and self._profile[0] == step:
+        if self._profile and not self._tracing and self._profile[0] <= step <= self._profile[1]:
             jax.profiler.start_trace(str(self._trace.enter_context(written(self.folder / "profile"))))
             self._tracing = True
 
@@ -155,6 +160,17 @@ class Live:
         for tracker in self._trackers:
             tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)
         self._bar.update(self._task, completed=row["step"], note=note(row | values))
+        self._line(row["step"], note(row | values))
+
+    def _line(self, step: int, words: str) -> None:
+        """Where a bar cannot be drawn (a scheduler's log), a line at times."""
+        now = time.monotonic()
+        if is_first() and not self._bar.console.is_terminal and (now - self._said >= _SILENCE or step == self._steps):
+            self._said = now
+            left = self._bar.tasks[self._task].time_remaining
+            more = f", {left / 60:.0f} min left" if left else ""
+            self._bar.console.print(f"{self._label}: step {step} of {self._steps}, {words}{more}", markup=False,
+                                    highlight=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """Above the bar."""

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.flops import forward_flops
 from deltapref_jax.models.weights import load
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.scoring.logprobs import score_samples
@@ -19,6 +21,7 @@ from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import run_step
 from deltapref_jax.training.state import Optimizer, start
 from deltapref_jax.training.step import programs
+from deltapref_jax.training.watch import step_flops
 
 
 def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[Group]:
@@ -33,6 +36,17 @@ def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[
     return [Group((row,), 1.0 - i % 2, other) for i, (row, other) in enumerate(zip(own, others, strict=True))]
 
 
+def product_flops(dtype: str) -> float:
+    """FLOP/s of a large matrix product, the best of nine: what no step can exceed."""
+    square = jnp.ones((2048, 2048), dtype)
+    product, best = jax.jit(jnp.matmul), float("inf")
+    for _ in range(10):  # the first compiles
+        began = time.perf_counter()
+        product(square, square).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
 def main(c: dict[str, Any]) -> dict[str, Any]:
     """Steps of `c["pairs"]` pairs on the model and the pairs in `c["folder"]`; seconds of each."""
     folder = Path(c["folder"])
@@ -41,13 +55,16 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
     steps = programs(model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"])
-    reference_seconds = 0.0
+    ceiling = product_flops(c["dtype"])
+    reference_seconds, reference_flops = 0.0, 0.0
 
     def score(wanted: list[Row]) -> list[Row | None]:
-        nonlocal reference_seconds
+        nonlocal reference_seconds, reference_flops
         began = time.perf_counter()
         sums, _ = score_samples(model.spec, model.state, [r.sample() for r in wanted], rows, length, mesh, c["dtype"])
         reference_seconds += time.perf_counter() - began
+        reference_flops += forward_flops(model.spec, np.array([row.tokens for row in wanted]),
+                                         sum(len(row.completion) for row in wanted))
         return [None if value is None else row._replace(reference=value)  # None: longer than a row
                 for row, value in zip(wanted, sums, strict=True)]
 
@@ -55,10 +72,10 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     for at in range(0, len(pairs), n):
         data.append(groups_of(c["kind"], pairs[at: at + n], score))
         if not at:  # compiles
-            reference_seconds = 0.0
-    state = start(model.state, optimizer, mesh)
+            reference_seconds, reference_flops = 0.0, 0.0
+    state, spec = start(model.state, optimizer, mesh), model.spec
     del model
-    seconds, losses, shares = [], [], []
+    seconds, losses, shares, flops = [], [], [], []
     for groups in data:
         began = time.perf_counter()
         batch = pack_step(groups, c["kind"], rows, length).trimmed(1)
@@ -67,8 +84,11 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
         losses.append(float(sums["loss"]))
         shares.append(batch.tokens / batch.positions)
-    return {"step_seconds": seconds, "loss": losses, "reference_seconds": reference_seconds / max(1, len(data) - 1),
-            "real_share": float(np.mean(shares[1:]))}
+        flops.append(step_flops(spec, batch))
+    others = max(1, len(data) - 1)
+    return {"step_seconds": seconds, "loss": losses, "reference_seconds": reference_seconds / others,
+            "real_share": float(np.mean(shares[1:])), "step_flops": flops, "reference_flops": reference_flops / others,
+            "product_flops": ceiling}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""The bench measures what it says, on a model of a few seconds."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_ours_alone(tmp_path):
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "launch.bench_train", "--layers=1", "--width=64", "--mlp=64", "--vocab=128",
+               "--pairs=2", "--steps=3", "--rounds=1", "--shapes=uniform", f"--output={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+    assert done.returncode == 0, done.stderr
+    assert "dpo, uniform" in done.stdout
+    assert "kto, uniform" in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["kind"], row["contender"]) for row in rows] == [("dpo", "ours"), ("kto", "ours")]
+    for row in rows:
+        (one,) = row["runs"]
+        assert len(one["step_seconds"]) == len(one["loss"]) == 3
+        assert one["loss"][0] == pytest.approx(math.log(2) if row["kind"] == "dpo" else 0.5, abs=1e-4)
+        assert row["real_share"] == 1  # two sequences of 256 tokens fill a row of 512
+        tokens = 2 * 2 * 256
+        slowest = tokens / (max(one["step_seconds"][1:]) + one["reference_seconds"])
+        assert row["lowest"] == pytest.approx(slowest)
+        assert row["lowest"] <= row["tokens_per_second"] <= row["training_only"]
+        assert row["peak_bytes"] > 2**27
+        assert 0 < row["of_ceiling"] < 1
+        # 512 · 64 products a token and matrix of 64 x 64 (q, o, k, v, gate, up, down: 7), the vocabulary at targets
+        forward = 2 * tokens * 7 * 64 * 64 + 2 * 64 * 128 * tokens * 3 // 4 + 2 * 64 * 256**2 * 4
+        steps = {"dpo": 3, "kto": 4}[row["kind"]] * forward
+        assert one["step_flops"] == pytest.approx([steps] * 3)
+        assert one["reference_flops"] == pytest.approx({"dpo": 1, "kto": 2}[row["kind"]] * forward)
