@@ -19,9 +19,15 @@ from deltapref_jax.workspace import ArtifactError
 _PROJECT = str(Path(__file__).resolve().parent.parent)
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Parses flags and runs `main`; the project's own errors end as their sentence, others with their traceback."""
+def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
+    """Parses flags and runs `main`; the project's own errors end as their sentence, others with their traceback.
+
+    `config` is the file that --config means where it is not given. It is put before the other flags and is not their
+    default: a default is read, overrides and all, where no error of it can be caught.
+    """
     logging.set_verbosity(logging.FATAL)  # Orbax logs a failed save's traceback; what matters of it is in the sentence
+    if config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={config}")
     app.run(_sentences(main), flags_parser=_parse)
 
 

@@ -39,8 +39,7 @@ from deltapref_jax.validation import validate_single
 from deltapref_jax.workspace import Workspace, run
 from launch.flags import define_profile_steps, run_main, window
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(Path(__file__).resolve().parent.parent / "configs" / "train.py"), "Single: a file with get_config().")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Single: a file with get_config(); configs/train.py if none.")
 _PROFILE = define_profile_steps()
 
 
@@ -62,4 +61,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, str(Path(__file__).resolve().parent.parent / "configs" / "train.py"))

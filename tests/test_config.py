@@ -74,6 +74,10 @@ CASES = [  # path of a field, value, sentence
                                           "leave it at 0.0 or choose one of 'robust', 'cdpo'."),
     ("objectives", (Objective(name="r", kind="robust", label_smoothing=0.5),),
      "label_smoothing of objective 'r' is 0.5; it must be at least 0 and at most 0.4999."),
+    ("objectives.0.gamma", 2.0, "gamma of objective 'dpo' is 2.0 and its kind 'dpo' has none; leave it at 0.5 or "
+                                "choose one of 'simpo'."),
+    ("objectives.0.desirable_weight", 3.0, "desirable_weight of objective 'dpo' is 3.0 and its kind 'dpo' has none; "
+                                           "leave it at 1.0 or choose one of 'kto', 'apo_zero_unpaired'."),
     ("objectives.0.gamma", -0.5, "gamma of objective 'dpo' is -0.5; it must be at least 0."),
     ("objectives.0.nll_weight", -1.0, "nll_weight of objective 'dpo' is -1.0; it must be at least 0."),
     ("objectives.1.nll_weight", 1.0, "nll_weight of objective 'kto' is 1.0 and its kind 'kto' has none; leave it at "

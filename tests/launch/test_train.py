@@ -2,9 +2,11 @@
 and a reference table is used where it fits and refused where it does not."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -273,9 +275,15 @@ def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
     killed.communicate()
     again = program(one)
     out, error = again.communicate()
-    assert (again.returncode, error.strip()) == (0, "")  # a bar that is gone leaves its line
+    assert again.returncode == 0
+    said = [line for line in error.splitlines() if line.strip()]  # a bar that is gone leaves its line
+    assert all(re.match(r"train: step \d+ of 12, loss \d", line) for line in said)
+    assert said[-1].startswith("train: step 12 of 12")
     assert "  16 trained on" in out
-    assert whole.communicate()[0].replace(str(tmp_path / "whole"), "") == out.replace(one.workspace, "")
+    assert re.search(r"^[\d,]+ tokens/s after the first step, .* s; [\d.]+% of the positions were padding$", out, re.M)
+    texts = [re.sub(r"\n.* tokens/s .*\n", "\n", text.replace(root, "")) for text, root in (
+        (whole.communicate()[0], str(tmp_path / "whole")), (out, one.workspace))]
+    assert texts[0] == texts[1]
     (a,), (b,) = ([*root.glob("policy/*/policy/model.safetensors")]
                   for root in (tmp_path / "whole", pathlib.Path(one.workspace)))
     assert a.read_bytes() == b.read_bytes()
@@ -292,3 +300,26 @@ def test_help_and_a_missing_file(single):
     lost = program(dataclasses.replace(single(), data=Pairs("none.parquet")))
     assert lost.communicate()[1] == "There is no data file or folder none.parquet; check config.data.path.\n"
     assert lost.returncode == 2
+
+
+@pytest.mark.parametrize(("flag", "sentence"), [
+    ("--config.objective.nll=1", "--config.objective.nll=1: Objective has no field 'nll'; it has name, kind, beta, *"),
+    ("--config.training.lora.rnk=4", "--config.training.lora.rnk=4: Lora has no field 'rnk'; it has rank, alpha, *"),
+    ("steps=3", "'steps=3' is no flag; flags begin with -- and have = before their value (--help lists them)."),
+    ("--config.workspace=", "config.workspace is empty; name a folder or bucket for the artifacts."),
+    ("--config.training.rows=3", "config.training.rows is 3 and the mesh spreads rows over 2 devices *")])
+def test_a_slip_on_the_command_line_is_one_sentence(flag, sentence, tiny_folder):
+    command = [sys.executable, "-m", "launch.train", "--config.data.path=none.jsonl",
+               f"--config.student.path={tiny_folder}", flag]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    assert done.returncode == 2
+    assert fnmatch.fnmatchcase(done.stderr.strip(), sentence.replace("[", "[[]"))
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), [
+    ("sft", "reference", Model(path="another")), ("simpo", "table", "table.parquet")])
+def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
+    objective = Objective(name=kind, kind=kind)
+    with pytest.raises(ConfigError, match=rf"config.{field}.* is .* and objective '{kind}' has no reference; leave it"):
+        validate_single(dataclasses.replace(single(), objective=objective, **{field: value}))

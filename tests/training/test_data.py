@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltapref_jax.config import Objective, Training
+from deltapref_jax.config import ConfigError, Objective, Training
 from deltapref_jax.scoring.packing import capacity
-from deltapref_jax.training.data import Data, Group, Row
+from deltapref_jax.training.data import Data, Group, Row, pack_step
 from deltapref_jax.training.loop import run_step
 from deltapref_jax.training.state import Optimizer, start
 from deltapref_jax.training.step import programs
@@ -42,3 +42,19 @@ def test_empty_rows_left_out_change_nothing(tiny, one_device):
                  *(nnx.to_pure_dict(state.params) for state, *_ in ends))
     one, other = ({name: float(x) for name, x in sums.items()} for _, sums, _ in ends)
     assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_a_pair_that_one_row_cannot_hold_is_refused_at_once():
+    wide = [Group((Row(range(8), range(40)), Row(range(8), range(40))))] + lognormal(5, 8, 30)
+    with pytest.raises(ConfigError, match=r"1 of 6 pairs have more tokens in both sequences together than config."
+                                          r"training.row_length \(64\), and config.training.rows is 1; .* rows 2"):
+        Data(wide, "dpo", Training(2, rows=1, row_length=64), 0)
+    assert Data(wide, "dpo", Training(2, rows=2, row_length=64), 0)(0).total == 2
+
+
+def test_a_first_token_has_nothing_before_it_and_is_no_target():
+    """Of an empty prompt: the token mean of SFT and of the NLL term is over what is scored."""
+    step = pack_step([Group((Row([], range(5)), Row([], range(3))))], "dpo", 2, 8)
+    assert step.chosen_tokens == 4
+    assert pack_step([Group((Row([], range(5)),))], "sft", 2, 8).total == 4
+    assert pack_step([Group((Row([9], range(5)),))], "sft", 2, 8).total == 5

@@ -138,3 +138,11 @@ def test_a_run_that_falls_is_told_once_and_counted_though_resumed(tiny, one_devi
     assert trained(26)["both_fell_at"] == 20
     assert "Warning" not in capsys.readouterr().err
     assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 26
+
+
+def test_without_a_reference_nothing_falls_from_it():
+    falling = [{"step": i, "rewards/chosen": -0.1 * i, "rewards/rejected": -0.2 * i} for i in range(1, 41)]
+    fall, silent = Fall(0.1), Fall(0.1, reference=False)
+    assert any(fall(row) for row in falling)
+    assert not any(silent(row) for row in falling)
+    assert fall.at > silent.at == 0
