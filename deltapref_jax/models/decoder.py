@@ -184,7 +184,8 @@ class Decoder(nnx.Module):
             q, k, v = block.project(x, rotations)
             return block.finish(x, attention(q, k, v)), None
 
-        x = self.embed[...][tokens].astype(self.dtype)  # rows are cast, not the table: its gradient adds up in float32
+        # rows are cast, not the table: its gradient adds up in float32
+        x = jnp.asarray(self.embed[...])[tokens].astype(self.dtype)
         if remat != "none":
             layer = jax.checkpoint(layer, policy=POLICIES[remat])
         x, _ = jax.lax.scan(layer, x, stacked)
@@ -209,7 +210,7 @@ class Decoder(nnx.Module):
         mask = jnp.arange(cache.v[0].shape[2]) <= positions[:, :, None]
         rotations = rotation(positions, self.spec.head_width, self.spec.rope_theta)
         keys, values = list(cache.k), list(cache.v)
-        x = self.embed[...][tokens].astype(self.dtype)
+        x = jnp.asarray(self.embed[...])[tokens].astype(self.dtype)
         for i, block in enumerate(self._layers()):
             q, k, v = block.project(x, rotations)
             keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))
