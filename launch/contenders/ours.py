@@ -48,9 +48,9 @@ def product_flops(dtype: str) -> float:
 
 
 def main(c: dict[str, Any]) -> dict[str, Any]:
-    """Steps of `c["pairs"]` pairs on the model and the pairs in `c["folder"]`; seconds of each."""
+    """Steps of `c["pairs"]` pairs on the model and the pairs in `c["folder"]`; seconds of each, on one device."""
     folder = Path(c["folder"])
-    model, mesh = load(str(folder / "model"), c["dtype"]), make_mesh(MeshShape())
+    model, mesh = load(str(folder / "model"), c["dtype"]), make_mesh(MeshShape(), jax.devices()[:1])
     rows, length = c["rows"], c["row_length"]
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
