@@ -130,7 +130,8 @@ def validate_single(single: Single) -> Single:
     validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
                         workspace=single.workspace, prompts=(Prompts(kind="jsonl", path=single.data.path),),
                         scoring=Scoring(single.training.rows, single.training.row_length), student=single.student,
-                        reference=single.reference, objectives=(single.objective,),
+                        reference=single.reference,
+                        objectives=(dataclasses.replace(single.objective, name=single.objective.kind),),
                         training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
     kind = single.objective.kind
     for field, value in (("reference.path", single.reference.path), ("table", single.table)):
