@@ -7,7 +7,7 @@
 
 Operations: 2·V·D per target forward, 6·V·D backward (the logits are computed again; 4·V·D where the unembedding is
 frozen). Extra memory: up to three float32 buffers of one tile (logits, their exponentials, their gradient), and the
-hidden states in their new order.
+hidden states in their new order; backward, their gradient in float32 too.
 """
 
 import functools
