@@ -38,8 +38,10 @@ class TensorBoard:
     def __init__(self, folder: epath.Path, label: str, resumed: int):
         from tensorboardX import SummaryWriter
 
-        # events after the step that a run resumes from are taken back: they come again
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1 if resumed else None)
+        # events after the step that a run resumes from are taken back: they come again. The writer names its file by
+        # the second: the step keeps a run that resumes within it from writing over the first one's events
+        self._writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=f".{resumed}",
+                                     purge_step=resumed + 1 if resumed else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One step."""
