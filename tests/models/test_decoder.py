@@ -11,7 +11,7 @@ from flax import nnx
 from deltapref_jax.config import REMATS, MeshShape
 from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.attention import attend, attend_cache, packed_mask, rotate, rotation
-from deltapref_jax.models.decoder import POLICIES, Decoder, empty_cache, rms_norm, unstacked
+from deltapref_jax.models.decoder import POLICIES, Decoder, empty_cache, gated, linear, rms_norm, unstacked
 from deltapref_jax.models.kernels import BLOCK
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
@@ -168,3 +168,28 @@ def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
     ones = jnp.ones((1, 4), int)
     assert decoder.hidden(ones, ones, ones).dtype == decoder.unembedding().dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(decoder))} == {jnp.dtype("float32")}
+
+
+def plain_norm(x, weight):
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5) * weight
+
+
+@pytest.mark.parametrize(("ours", "plain", "shapes"), [
+    (lambda x, w: rms_norm(x, w, 1e-5), plain_norm, ((2, 5, 12), (12,))),
+    (gated, lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, ((2, 5, 12), (2, 5, 12))),
+    (linear, lambda x, w: jnp.einsum("bti,io->bto", x, w), ((2, 5, 12), (12, 20))),
+    (linear, lambda x, w: jnp.einsum("bti,io->bto", x, w), ((2, 5, 20), (20, 12))),
+    (linear, lambda x, w: jnp.einsum("bti,inh->btnh", x, w), ((2, 5, 12), (12, 3, 2))),
+], ids=["norm", "gated", "linear, wider", "linear, narrower", "linear, heads"])
+def test_backward_passes_of_our_own_are_those_that_autodiff_derives(ours, plain, shapes):
+    with jax.enable_x64(True):
+        r = np.random.default_rng(0)
+        arguments = [jnp.asarray(r.normal(size=shape)) for shape in shapes]
+        if ours is gated:
+            arguments[0] = arguments[0].at[0, 0].set(jnp.asarray([-400.0, 400, 0, *range(9)]))  # exp(400) is finite
+        out, back = jax.vjp(ours, *arguments)
+        want, want_back = jax.vjp(plain, *arguments)
+        np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-9)
+        g = jnp.asarray(r.normal(size=out.shape))
+        for got, expected in zip(back(g), want_back(g), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6)
