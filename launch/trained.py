@@ -34,7 +34,7 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
             console.print(f"  {found[name]:,.0f} {words}")
     console.print(_metrics([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]))
     if stats.get("seconds_steady"):
-        speed, padding = stats["tokens_steady"] / stats["seconds_steady"], 1 - stats["tokens"] / stats["positions"]
+        speed, padding = stats["tokens_steady"] / stats["seconds_steady"], 1 - stats["filled"] / stats["positions"]
         console.print(f"{speed:,.0f} tokens/s after the first step, which compiles and took "
                       f"{stats['seconds_first_step']:.1f} s; {padding:.1%} of the positions were padding",
                       soft_wrap=True)

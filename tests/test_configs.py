@@ -89,7 +89,7 @@ def array(dtype, *shape):
 
 def packed(rows, length, branched=False):
     ids = array(jnp.int32, rows, length)
-    return PackedBatch(ids, ids, ids, array(bool, rows, length), ids if branched else None)
+    return PackedBatch(ids, ids, ids, ids, ids if branched else None)
 
 
 def shapes(tree):

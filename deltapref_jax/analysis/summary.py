@@ -261,14 +261,14 @@ def _stages(study: Study) -> list[dict[str, Any]]:
         stage, stats = totals[manifest["stage"]], manifest["stats"]
         stage["artifacts"] += 1
         stage["seconds"] += manifest["seconds"]
-        for name in ("tokens", "positions", "compile_seconds"):
+        for name in ("tokens", "positions", "filled", "compile_seconds"):
             stage[name] += stats.get(name, 0)
     everything = sum(stage["seconds"] for stage in totals.values()) or 1.0
     return [{"stage": name, "artifacts": int(t["artifacts"]), "seconds": t["seconds"],
              "share": 100 * t["seconds"] / everything, "tokens": int(t["tokens"]) or None,
              "compile_seconds": t["compile_seconds"] or None,
              "tokens_per_second": t["tokens"] / t["seconds"] if t["tokens"] and t["seconds"] else None,
-             "padding": 100 * (1 - t["tokens"] / t["positions"]) if t["positions"] else None}
+             "padding": 100 * (1 - t["filled"] / t["positions"]) if t["positions"] else None}
             for name, t in sorted(totals.items(), key=lambda item: -item[1]["seconds"])]
 
 

@@ -100,7 +100,8 @@ def rate_traces(
       ValueError: a label is not a single token, or a trace's prompt is longer than a row (a trace is never cut).
     """
     labels = np.asarray(label_ids(model.text), np.int32)
-    samples = [rating_sample(model, p, t, dimensions, rubric) for p, t in zip(problems, traces, strict=True)]
+    samples = [rating_sample(model, p, t, dimensions, rubric)._replace(members=(i,))
+               for i, (p, t) in enumerate(zip(problems, traces, strict=True))]
     for i, s in enumerate(samples):
         if len(s.tokens) > shape.row_length:
             raise ValueError(f"The rating prompt of trace {i} has {len(s.tokens)} tokens and config.scoring.row_length "
@@ -108,14 +109,14 @@ def rate_traces(
     read = _reader(model.spec, dtype, mesh)
     params = jax.device_put(model.state, shardings(model.state, mesh))
     found = np.zeros((len(samples), len(dimensions), len(labels)), np.float32)
-    micros = pack(samples, [[i] for i in range(len(samples))], shape.rows, shape.row_length)
+    micros = pack([[[s]] for s in samples], shape.rows, shape.row_length)
     most = -(-shape.rows * shape.row_length // 64) * len(dimensions)  # labels read per batch: one compiled shape
     positions = 0.0
     for micro in micros:
         batch = trimmed(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])
         positions += batch.tokens.size
         rows, columns = np.nonzero(batch.targets)
-        owner = micro.order[batch.segments[rows, columns] - 1]
+        owner = micro.order[batch.targets[rows, columns] - 1]
         branch = batch.branches[rows, columns] - 1
         for start in range(0, len(rows), most):
             part = slice(start, start + most)
@@ -124,4 +125,4 @@ def rate_traces(
             p = np.asarray(read(params, put(batch, mesh, BATCH), at, labels))
             found[owner[part], branch[part]] = p[: len(rows[part])]
     tokens = float(sum(len(s.tokens) for s in samples))
-    return summarise(found), {"tokens": tokens, "positions": positions}
+    return summarise(found), {"tokens": tokens, "positions": positions, "filled": tokens}

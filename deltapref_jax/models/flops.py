@@ -24,43 +24,44 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS if device_kind.startswith(name)), None)
 
 
-def forward_flops(spec: ModelSpec, lengths: Int[np.ndarray, " S"], targets: int,
+def forward_flops(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int,
                   adapters: Adapters = NO_ADAPTERS) -> float:
     """FLOPs of the matrix products of one forward pass.
 
-    2 per token and weight; in attention the two products over the causal half, 2 · N · H · length² per layer (a
-    kernel that computes the masked half too does no more useful work); the vocabulary only at target positions.
+    2 per token and weight; in attention the two products over the causal half, 2 · N · H · length² per layer and
+    sequence (a kernel that computes the masked half too does no more useful work); the vocabulary only at target
+    positions.
     Recomputed activations do not count (model FLOPs, arXiv 2204.02311, appendix B).
 
     Args:
       spec: of the model.
-      lengths: real tokens of each sequence.
-      targets: positions that are projected to the vocabulary.
+      positions: of every real token in its own sequence: it sees as many keys, and itself.
+      targets: how many positions are projected to the vocabulary.
       adapters: beside the weights; their products are with activations.
     """
-    return sum(_products(spec, lengths, targets, adapters))
+    return sum(_products(spec, positions, targets, adapters))
 
 
-def training_flops(spec: ModelSpec, lengths: Int[np.ndarray, " S"], targets: int,
+def training_flops(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int,
                    adapters: Adapters = NO_ADAPTERS) -> float:
     """FLOPs of a forward and a backward pass: see `forward_flops` for what counts, and for the arguments.
 
     Backward, every product is taken twice, for the gradients of its two factors; with adapters the weights are frozen,
     and a product with them is taken once.
     """
-    weights, attention, low_rank = _products(spec, lengths, targets, adapters)
+    weights, attention, low_rank = _products(spec, positions, targets, adapters)
     return (2 if adapters.rank else 3) * weights + 3 * (attention + low_rank)
 
 
-def _products(spec: ModelSpec, lengths: Int[np.ndarray, " S"], targets: int,
+def _products(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int,
               adapters: Adapters) -> tuple[float, float, float]:
     """Forward FLOPs of products with weights, of attention, and of products with adapters."""
-    lengths = np.asarray(lengths, np.float64)
     D, inner, F = spec.width, spec.heads * spec.head_width, spec.mlp
     kv = spec.kv_heads * spec.head_width
     sizes = {"q": (D, inner), "k": (D, kv), "v": (D, kv), "o": (inner, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
-    per_token = 2.0 * spec.layers * lengths.sum()
+    per_token = 2.0 * spec.layers * len(positions)
     weights = per_token * sum(a * b for a, b in sizes.values()) + 2.0 * D * spec.vocab * targets
-    attention = 2.0 * spec.layers * inner * np.square(lengths).sum()
+    seen = 2 * np.asarray(positions, np.float64).sum() + len(positions)  # of one sequence: length²
+    attention = 2.0 * spec.layers * inner * seen
     return float(weights), float(attention), float(per_token * adapters.rank * sum(sum(sizes[t]) for t in
                                                                                    adapters.targets))

@@ -45,6 +45,13 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     return "blockwise"
 
 
+def shares_prompts(mesh: Mesh | None, length: int) -> bool:
+    """Whether rows of `length` tokens take the same path with branches as without: then a prompt is read only once."""
+    split = mesh is not None and mesh.shape["context"] > 1
+    plain, branched = (choose(platform_of(mesh), length, branches, split) for branches in (False, True))
+    return plain == branched
+
+
 def zigzag(device: Array | int, parts: int, share: int) -> Int[Array, " T"]:
     """The columns of a row whose queries a device computes, where `parts` devices hold `share` columns of it each.
 

@@ -12,7 +12,7 @@ from deltapref_jax.models.weights import Loaded, load
 from deltapref_jax.records import RATING
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 1
+VERSION = 2
 
 
 def judge(job: Job) -> None:

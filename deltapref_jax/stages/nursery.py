@@ -104,14 +104,15 @@ def lesson(pupil: Pupil, text: Text, step: int) -> StepData:
     if not samples:
         raise ConfigError(f"No sample of pupil {pupil.name!r} fits its row_length of {pupil.row_length} tokens; raise "
                           "it.")
-    micros = pack(samples, [[i] for i in range(len(samples))], pupil.rows, pupil.row_length)[:1]
+    micros = pack([[[s]] for s in samples], pupil.rows, pupil.row_length)[:1]
     batch, order = micros[0]
     blank = np.zeros(len(order), np.float32)
     most = pupil.rows * pupil.row_length // 16  # samples of a step, padded: one shape for all steps
     pad = (0, most - len(order))
     examples = Examples(np.pad(np.arange(len(order), dtype=np.int32), pad), np.zeros(most, np.int32),
                         np.pad(blank, pad), np.pad(blank, pad), np.pad(blank, pad), np.pad(blank + 1, pad))
-    return StepData([(batch, examples)], [], float(batch.targets.sum()), int((batch.segments > 0).sum()), 0.0)
+    return StepData([(batch, examples)], [], float(np.count_nonzero(batch.targets)),
+                    int(np.count_nonzero(batch.segments)), 0.0)
 
 
 def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[ModelSpec, nnx.State]:

@@ -12,7 +12,7 @@ from deltapref_jax.judging.rubric import RUBRIC
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.workspace import Job
 
-VERSION = 7
+VERSION = 8
 
 
 def _by_first(tables: dict[str, pa.Table]) -> dict[str, dict[str, pa.Table]]:

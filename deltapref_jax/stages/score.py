@@ -13,12 +13,12 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import Loaded, load
 from deltapref_jax.records import LOGPROB
 from deltapref_jax.scoring.derange import derange
-from deltapref_jax.scoring.logprobs import score_samples
+from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.text.template import Text
 from deltapref_jax.training.data import Row
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 1
+VERSION = 2
 
 
 class Sequences:
@@ -55,15 +55,16 @@ def score(job: Job) -> None:
 
 def _score(model: Loaded, sequences: Sequences, rows: list[tuple[str, str, bool]], shape: Scoring, job: Job) -> tuple[
         pa.Table, Stats]:
-    samples = [sequences.row(prompt, trace).sample() for prompt, trace, _ in rows]
-    sums, positions = score_samples(model.spec, model.state, samples, shape.rows, shape.row_length,
-                                    make_mesh(MeshShape(**job.local["mesh"])), job.config["dtype"])
+    found = [sequences.row(prompt, trace) for prompt, trace, _ in rows]
+    scores = score_sequences(model.spec, model.state, [row.pieces for row in found], shape.rows, shape.row_length,
+                             make_mesh(MeshShape(**job.local["mesh"])), job.config["dtype"])
     table = pa.table({
         "prompt_id": [prompt for prompt, _, _ in rows],
         "trace_id": [trace for _, trace, _ in rows],
         "matched": [matched for _, _, matched in rows],
-        "logprob": sums,
-        "tokens": [int(s.targets.sum()) if sums[i] is not None else 0 for i, s in enumerate(samples)],
+        "logprob": scores.sums,
+        "tokens": [0 if total is None else row.targets for row, total in zip(found, scores.sums, strict=True)],
     }).cast(LOGPROB)
-    fits = [len(s.tokens) for s, total in zip(samples, sums, strict=True) if total is not None]
-    return table, {"tokens": sum(fits), "positions": positions, "too_long": len(rows) - len(fits)}
+    fits = [row.tokens for row, total in zip(found, scores.sums, strict=True) if total is not None]
+    return table, {"tokens": sum(fits), "positions": scores.positions, "filled": scores.filled,
+                   "too_long": len(rows) - len(fits)}

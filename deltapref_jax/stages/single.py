@@ -26,8 +26,7 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import Loaded, load, resolve, weights_hash
 from deltapref_jax.records import LOGPROB, SEQUENCE
 from deltapref_jax.scoring.derange import derange
-from deltapref_jax.scoring.logprobs import score_samples
-from deltapref_jax.scoring.packing import sample
+from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.study import content
 from deltapref_jax.stages.train import train_arm
 from deltapref_jax.text.preference import tokenise
@@ -35,7 +34,7 @@ from deltapref_jax.text.template import Text
 from deltapref_jax.training.data import Group, Row
 from deltapref_jax.workspace import Job, Node, Stats
 
-VERSION = 1
+VERSION = 2
 SHARD = 1024  # sequences scored between two marks: what a killed run may have to repeat
 _DERANGEMENT = 0  # seed of the mismatched partners: one for all runs, so that they share a table
 
@@ -183,15 +182,15 @@ def reference(job: Job) -> None:
         if not loaded:
             loaded.append(load(job.local["model"], c["dtype"]))
         part = wanted[shard * SHARD: (shard + 1) * SHARD]
-        samples = [sample(row.prompt, row.completion) for row, _ in part]
-        sums, positions = score_samples(loaded[0].spec, loaded[0].state, samples, c["rows"], c["limit"]["length"],
-                                        make_mesh(MeshShape(**job.local["mesh"])), c["dtype"])
+        found = [Row(row.prompt, row.completion) for row, _ in part]
+        scores = score_sequences(loaded[0].spec, loaded[0].state, [row.pieces for row in found], c["rows"],
+                                 c["limit"]["length"], make_mesh(MeshShape(**job.local["mesh"])), c["dtype"])
         table = pa.table({
             "prompt_id": [row.prompt_id for row, _ in part], "trace_id": [row.row_id for row, _ in part],
-            "matched": [matched for _, matched in part], "logprob": sums,
-            "tokens": [int(s.targets.sum()) for s in samples]}).cast(LOGPROB)
+            "matched": [matched for _, matched in part], "logprob": scores.sums,
+            "tokens": [row.targets for row in found]}).cast(LOGPROB)
         return (table.replace_schema_metadata({"weights": c["weights"], "dtype": c["dtype"]}),
-                {"tokens": sum(len(s.tokens) for s in samples), "positions": positions})
+                {"tokens": sum(row.tokens for row in found), "positions": scores.positions, "filled": scores.filled})
 
     job.shards(-(-len(wanted) // SHARD), make, "rows", len(wanted), together=True)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, MeshShape, Objective, Training
 from deltapref_jax.mesh import fetch, is_first, make_mesh
+from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.weights import Loaded, export, load
 from deltapref_jax.stages.score import Sequences
@@ -13,7 +14,7 @@ from deltapref_jax.training.state import Optimizer
 from deltapref_jax.training.watch import Watch
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 2
+VERSION = 3
 
 
 def groups_of(kind: str, pairs: list[dict], sequences: Sequences, matched: dict[str, float],
@@ -101,7 +102,9 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
         groups, stats = read(job, model)
         kind, training = c["objective"]["kind"], Training(**c["training"] | {"lora": lora})
         objective = Objective(**c["objective"])
-        data = Data(groups, kind, training, c["seed"], objective.baseline_fraction)
+        mesh = make_mesh(MeshShape(**job.local["mesh"]))
+        data = Data(groups, kind, training, c["seed"], objective.baseline_fraction,
+                    shares_prompts(mesh, training.row_length))
         longest = max(row.tokens for group in data.groups for row in group.rows)
         if longest > model.spec.max_positions:
             raise ConfigError(f"A sequence of {longest} tokens is longer than the {model.spec.max_positions} positions "
@@ -113,9 +116,8 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
                   checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints,
                   remat=training.remat, lora=lora, seed=c["seed"] % 2**32)
         guard = c["reference"] == c["student"]
-        trained, counts = train(model.spec, model.state, data, run, make_mesh(MeshShape(**job.local["mesh"])), folder,
-                                job.node.label, c["dtype"], guard, Watch(**job.local.get("watch", {})),
-                                model.weights if lora.rank else "")
+        trained, counts = train(model.spec, model.state, data, run, mesh, folder, job.node.label, c["dtype"], guard,
+                                Watch(**job.local.get("watch", {})), model.weights if lora.rank else "")
         trained = fetch(trained)
         if is_first():
             with job.making("policy") as place:

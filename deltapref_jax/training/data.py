@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Training
-from deltapref_jax.scoring.packing import Micro, PackedBatch, Sample, capacity, pack, sample, trimmed
+from deltapref_jax.scoring.packing import Micro, PackedBatch, Pieces, capacity, pack_sequences, trimmed, ways
 from deltapref_jax.training.step import Examples
 
 
@@ -28,9 +28,15 @@ class Row(NamedTuple):
         """Of both."""
         return len(self.prompt) + len(self.completion)
 
-    def sample(self) -> Sample:
+    @property
+    def targets(self) -> int:
+        """Tokens that are scored (see `packing.sample`)."""
+        return self.tokens - max(1, len(self.prompt))
+
+    @property
+    def pieces(self) -> Pieces:
         """The packed form's input."""
-        return sample(self.prompt, self.completion)
+        return self.prompt, self.completion
 
 
 class Group(NamedTuple):
@@ -47,7 +53,7 @@ class StepData(NamedTuple):
     micros: Sequence[tuple[PackedBatch, Examples]]
     baseline: Sequence[tuple[PackedBatch, np.ndarray, np.ndarray]]  # KTO: mismatched rows, reference [S], weight [S]
     total: float  # pairs, examples or target tokens
-    tokens: int  # real tokens, baseline rows included
+    tokens: int  # of its sequences, a prompt as often as it is asked, baseline rows included
     epoch: float  # passes over the data after this step
     chosen_tokens: float = 1.0  # target tokens of the first rows of all groups
     traces: Sequence[Sequence[str]] = ()  # trace_id by segment, of `micros`, then of `baseline`
@@ -55,7 +61,17 @@ class StepData(NamedTuple):
     @property
     def positions(self) -> int:
         """Computed, real or padding."""
-        return sum(b.tokens.size for b, _ in self.micros) + sum(b.tokens.size for b, _, _ in self.baseline)
+        return sum(batch.tokens.size for batch in self.batches)
+
+    @property
+    def filled(self) -> int:
+        """Of them, real: a prompt counts as often as it is read."""
+        return sum(int(np.count_nonzero(batch.segments)) for batch in self.batches)
+
+    @property
+    def batches(self) -> list[PackedBatch]:
+        """Of `micros`, then of `baseline`."""
+        return [*(batch for batch, _ in self.micros), *(batch for batch, _, _ in self.baseline)]
 
     def trimmed(self, ways: int) -> "StepData":
         """Without empty halves of micro-batches, on a mesh that spreads rows over `ways` devices."""
@@ -74,7 +90,7 @@ class Data:
     """
 
     def __init__(self, groups: Sequence[Group], kind: str, training: Training, seed: int,
-                 baseline_fraction: float = 1.0):
+                 baseline_fraction: float = 1.0, share: bool = False):
         """Drops what is too long.
 
         Args:
@@ -83,6 +99,7 @@ class Data:
           training: shapes and budget; `pairs_per_step` pairs are twice as many examples of KTO.
           seed: of the order.
           baseline_fraction: share of a step's rows that KTO's baseline is measured on.
+          share: reads a prompt once for the sequences of a step that have it in common (see `packing`).
 
         Raises:
           ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are; a pair needs two rows
@@ -90,12 +107,13 @@ class Data:
             one example, or one prompt only.
         """
         self.kind, self._training, self._seed, self._fraction = kind, training, seed, baseline_fraction
+        self._share = share
         fits = [group for group in groups if all(map(self._fits, group.rows))]
         self.groups = [group if group.mismatched is None or self._fits(group.mismatched)
                        else group._replace(mismatched=None) for group in fits]
         self.dropped = len(groups) - len(self.groups)
-        wide = sum(sum(row.tokens for row in group.rows) > training.row_length for group in self.groups)
-        if wide and training.rows == 1:
+        wide = sum(map(self._wide, self.groups)) if training.rows == 1 else 0
+        if wide:
             raise ConfigError(f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together than "
                               f"config.training.row_length ({training.row_length}), and config.training.rows is 1; a "
                               "pair lies in one micro-batch: make rows 2.")
@@ -115,6 +133,10 @@ class Data:
 
     def _fits(self, row: Row) -> bool:
         return row.tokens <= self._training.row_length
+
+    def _wide(self, group: Group) -> bool:
+        best = ways(range(len(group.rows)), [row.pieces for row in group.rows], self._training.row_length, self._share)
+        return sum(len(s.tokens) for s in best[0]) > self._training.row_length
 
     def _check_baseline(self, fits: Sequence[Group]) -> None:
         """Refuses what z0 cannot be measured on; counts the rows it does without."""
@@ -162,7 +184,8 @@ class Data:
         groups = [self.groups[i] for i in self.members(step)]
         return pack_step(groups, self.kind, self._training.rows, self._training.row_length,
                          (step + 1) * self.batch / len(self.groups),
-                         self._baseline_rows(step, groups) if OBJECTIVE_KINDS[self.kind].baseline else None)
+                         self._baseline_rows(step, groups) if OBJECTIVE_KINDS[self.kind].baseline else None,
+                         self._share)
 
     def _baseline_rows(self, step: int, groups: Sequence[Group]) -> list[Row]:
         """The mismatched rows that z0 of a step is measured on: a share of its own, drawn by (seed, step).
@@ -176,7 +199,7 @@ class Data:
 
 
 def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch: float = 0.0,
-              mismatched: Sequence[Row] | None = None) -> StepData:
+              mismatched: Sequence[Row] | None = None, share: bool = False) -> StepData:
     """A step's groups in micro-batches of [rows, length], every group whole in one of them.
 
     Args:
@@ -186,21 +209,22 @@ def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch:
       length: L.
       epoch: passes over the data after this step.
       mismatched: rows that KTO's baseline is measured on; None: those of all groups.
+      share: reads a prompt once for a pair, or for the examples of the step that have it.
     """
-    samples = [row.sample() for group in groups for row in group.rows]
+    flat = [row for group in groups for row in group.rows]
     starts = np.cumsum([0] + [len(group.rows) for group in groups])
     indices = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    packed = pack(samples, indices, rows, length)
+    pairs = OBJECTIVE_KINDS[kind].unit == "pair"
+    packed = pack_sequences([row.pieces for row in flat], rows, length, share, indices if pairs else None)
     micros = [(m.batch, _examples(m.order, indices, groups, capacity(rows, length))) for m in packed]
     if mismatched is None:
         mismatched = [group.mismatched for group in groups if group.mismatched]
     if not OBJECTIVE_KINDS[kind].baseline:
         mismatched = []
-    others = pack([row.sample() for row in mismatched], [[i] for i in range(len(mismatched))], rows, length)
-    chosen = float(max(1, sum(int(samples[at[0]].targets.sum()) for at in indices)))
+    others = pack_sequences([row.pieces for row in mismatched], rows, length, share)
+    chosen = float(max(1, sum(group.rows[0].targets for group in groups)))
     total = chosen if OBJECTIVE_KINDS[kind].unit == "token" else float(len(groups))
-    tokens = sum(len(s.tokens) for s in samples) + sum(row.tokens for row in mismatched)
-    flat = [row for group in groups for row in group.rows]
+    tokens = sum(row.tokens for row in (*flat, *mismatched))
     traces = [[each[i].trace for i in m.order] for each, ms in ((flat, packed), (mismatched, others)) for m in ms]
     return StepData(micros, [_baseline(m, mismatched, capacity(rows, length)) for m in others], total, tokens, epoch,
                     chosen, traces)

@@ -29,7 +29,7 @@ def _shifts(kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " S"]]) ->
         rows.append((packed, [(int(i), float(references[i])) for i in np.flatnonzero(weight)]))
     for k, (packed, scored) in enumerate(rows):
         got = np.asarray(s[k], np.float64)
-        tokens = np.bincount(np.asarray(packed.segments)[np.asarray(packed.targets)], minlength=len(got) + 1)
+        tokens = np.bincount(np.asarray(packed.targets).reshape(-1), minlength=len(got) + 1)
         for i, reference in scored:
             trace = batch.traces[k][i] if batch.traces else ""
             yield trace, float(got[i]) - (reference if given else 0.0), int(tokens[i + 1])

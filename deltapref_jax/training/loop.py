@@ -97,7 +97,8 @@ def train(
     place.mkdir(parents=True, exist_ok=True)
     trained, frozen = attach(spec, params, run.lora, run.seed)
     state, frozen = start(trained, run.optimizer, mesh), jax.device_put(frozen, shardings(frozen, mesh))
-    counts = {"tokens": 0.0, "positions": 0.0, "seconds_first_step": 0.0, "seconds_steady": 0.0, "tokens_steady": 0.0}
+    counts = dict.fromkeys(
+        ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"), 0.0)
     with Notice() as notice, Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints, \
             progress(is_first()) as bar:
         done = checkpoints.newest()
@@ -191,6 +192,7 @@ def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], live: L
     check_finite(run.objective.kind, step, row, batch, pending["s"])
     counts["tokens"] += batch.tokens
     counts["positions"] += batch.positions
+    counts["filled"] += batch.filled
     row |= {"step": step, "epoch": round(pending["epoch"], 6), "learning_rate": pending["learning_rate"],
             "num_tokens": int(counts["tokens"])}
     live.show(row, batch)

@@ -85,7 +85,7 @@ def step_flops(spec: ModelSpec, data: StepData, adapters: Adapters = NO_ADAPTERS
     """FLOPs of a step: forward and backward of its micro-batches, forward only of KTO's baseline rows."""
 
     def count(flops: Callable[..., float], batch: Any) -> float:
-        return flops(spec, np.bincount(batch.segments.reshape(-1))[1:], int(batch.targets.sum()), adapters)
+        return flops(spec, batch.positions[batch.segments > 0], np.count_nonzero(batch.targets), adapters)
 
     return (sum(count(training_flops, batch) for batch, _ in data.micros)
             + sum(count(forward_flops, batch) for batch, _, _ in data.baseline))
@@ -158,7 +158,7 @@ class Live:
         if self._metrics:
             self._metrics.write(row)
         self._recent.append((time.monotonic(), data.tokens, step_flops(self._spec, data, self._adapters)))
-        values = {"padding": 1 - data.tokens / data.positions} | self._speeds()
+        values = {"padding": 1 - data.filled / data.positions} | self._speeds()
         for tracker in self._trackers:
             tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)
         self._bar.update(self._task, completed=row["step"], note=note(row | values))

@@ -13,9 +13,10 @@ import numpy as np
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.flops import forward_flops
+from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.weights import load
 from deltapref_jax.scoring.derange import derange
-from deltapref_jax.scoring.logprobs import score_samples
+from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import run_step
@@ -56,38 +57,39 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
     steps = programs(model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"])
     ceiling = product_flops(c["dtype"])
-    reference_seconds, reference_flops = 0.0, 0.0
+    reference_seconds = 0.0
 
     def score(wanted: list[Row]) -> list[Row | None]:
-        nonlocal reference_seconds, reference_flops
+        nonlocal reference_seconds
         began = time.perf_counter()
-        sums, _ = score_samples(model.spec, model.state, [r.sample() for r in wanted], rows, length, mesh, c["dtype"])
+        found = score_sequences(model.spec, model.state, [r.pieces for r in wanted], rows, length, mesh, c["dtype"])
         reference_seconds += time.perf_counter() - began
-        reference_flops += forward_flops(model.spec, np.array([row.tokens for row in wanted]),
-                                         sum(len(row.completion) for row in wanted))
         return [None if value is None else row._replace(reference=value)  # None: longer than a row
-                for row, value in zip(wanted, sums, strict=True)]
+                for row, value in zip(wanted, found.sums, strict=True)]
 
     data, n = [], c["pairs"]
     for at in range(0, len(pairs), n):
         data.append(groups_of(c["kind"], pairs[at: at + n], score))
         if not at:  # compiles
-            reference_seconds, reference_flops = 0.0, 0.0
+            reference_seconds = 0.0
     state, spec = start(model.state, optimizer, mesh), model.spec
     del model
-    seconds, losses, shares, flops = [], [], [], []
+    seconds, losses, shares, flops, reference_flops = [], [], [], [], []
     for groups in data:
         began = time.perf_counter()
-        batch = pack_step(groups, c["kind"], rows, length).trimmed(1)
+        batch = pack_step(groups, c["kind"], rows, length, share=shares_prompts(mesh, length)).trimmed(1)
         state, sums, _ = run_step(steps, state, batch, objective, c["learning_rate"], mesh)
         jax.block_until_ready(state.params)
         seconds.append(time.perf_counter() - began)
         losses.append(float(sums["loss"]))
-        shares.append(batch.tokens / batch.positions)
+        shares.append(batch.filled / batch.positions)
         flops.append(step_flops(spec, batch))
+        reference_flops.append(sum([forward_flops(spec, b.positions[b.segments > 0], int(np.count_nonzero(b.targets)))
+                                    for b in batch.batches]))
     others = max(1, len(data) - 1)
     return {"step_seconds": seconds, "loss": losses, "reference_seconds": reference_seconds / others,
-            "real_share": float(np.mean(shares[1:])), "step_flops": flops, "reference_flops": reference_flops / others,
+            "real_share": float(np.mean(shares[1:])), "step_flops": flops,
+            "reference_flops": float(np.mean(reference_flops[1:] or reference_flops)),
             "product_flops": ceiling}
 
 

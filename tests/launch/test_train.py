@@ -21,8 +21,7 @@ from rich.console import Console
 
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, Single, Training
 from deltapref_jax.models.weights import export, load, weights_hash
-from deltapref_jax.scoring.logprobs import score_samples
-from deltapref_jax.scoring.packing import sample
+from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.single import STAGES, plan, sequences
 from deltapref_jax.synthetic import world
 from deltapref_jax.validation import validate_single
@@ -124,8 +123,8 @@ def test_the_table_holds_the_references_log_probabilities_and_its_weights(single
     assert pq.read_schema(file).metadata[b"weights"].decode() == tiny.weights
     rows, table = sequences(workspace.table(nodes["tokens"])), pq.read_table(file).to_pylist()
     assert len(table) == 2 * len(rows) == 64  # each once behind its own prompt and once behind another
-    want, _ = score_samples(tiny.spec, tiny.state, [sample(r.prompt, r.completion) for r in rows], 8, 128, one_device,
-                            "float32")
+    want = score_sequences(tiny.spec, tiny.state, [(r.prompt, r.completion) for r in rows], 8, 128, one_device,
+                           "float32").sums
     assert [t["trace_id"] for t in table[:32]] == [r.row_id for r in rows]
     np.testing.assert_allclose([t["logprob"] for t in table[:32]], want, rtol=1e-5)
     own = {r.prompt_id for r in rows}
@@ -137,7 +136,7 @@ def test_a_second_run_and_another_seed_do_not_score_again(single, monkeypatch):
     first = single("text", "kto")
     workspace, nodes = made(first)
     before = weights(workspace, nodes)
-    monkeypatch.setattr("deltapref_jax.stages.single.score_samples", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr("deltapref_jax.stages.single.score_sequences", lambda *_: pytest.fail("scored again"))
     assert weights(*made(first)) == before
     other = made(dataclasses.replace(first, seed=1))
     assert other[1]["reference"].key == nodes["reference"].key

@@ -131,7 +131,7 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
     segments = rows([[50, 40], [9, 80]])
     ids = np.random.default_rng(1).integers(0, 40, segments.shape).astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in (50, 40, 6, 9, 80, 7)]).reshape(2, 96).astype(np.int32)
-    batch = PackedBatch(ids, positions, np.asarray(segments), np.asarray(segments) > 0)
+    batch = PackedBatch(ids, positions, np.asarray(segments), np.where(positions > 0, segments, 0))
     weight = jnp.asarray([1.0, -2.0, 0.5, 3.0])
 
     def run(mesh, state, batch):
@@ -230,7 +230,7 @@ def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(platform, call
     spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    batch = PackedBatch(ids, ids, ids, jax.ShapeDtypeStruct((rows, length), bool))
+    batch = PackedBatch(ids, ids, ids, ids)
     mesh = make_mesh(MeshShape(1, 4, 2, 1))
 
     @jax.jit
@@ -259,7 +259,7 @@ def test_rows_of_32k_tokens_need_no_square_of_their_length():
 
     def extra(length):
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        batch = PackedBatch(ids, ids, ids, jax.ShapeDtypeStruct((1, length), bool))
+        batch = PackedBatch(ids, ids, ids, ids)
         gradient = jax.grad(lambda s, b: sequence_logprobs(nnx.merge(graphdef, s), b, 8, "block")[0].sum())
         return jax.jit(gradient).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 

@@ -49,7 +49,7 @@ def sequences(seed=0):
 
 
 def packed(rows=2, length=20):
-    (micro,) = pack([sample(s[:1], s[1:]) for s in sequences()], [[i] for i in range(len(LENGTHS))], rows, length)
+    (micro,) = pack([[[sample(s[:1], s[1:], i)]] for i, s in enumerate(sequences())], rows, length)
     return micro
 
 

@@ -116,14 +116,14 @@ def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
 
 
 def test_flops_have_no_gradients_of_frozen_matrices():
-    spec, lengths = ModelSpec(1000, 64, 3, 4, 2, 16, 160), np.array([10, 6])
-    base, whole = forward_flops(spec, lengths, 7), training_flops(spec, lengths, 7)
+    spec, places = ModelSpec(1000, 64, 3, 4, 2, 16, 160), np.array([*range(10), *range(6)])
+    base, whole = forward_flops(spec, places, 7), training_flops(spec, places, 7)
     assert whole == pytest.approx(3 * base)
     shape = adapters(Lora(8))
     low = 2 * 16 * 3 * 8 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 160))  # q and o, k and v, the MLP: inputs and outputs
     attention = 2 * 3 * 64 * (10**2 + 6**2)
-    assert forward_flops(spec, lengths, 7, shape) == pytest.approx(base + low)
-    assert training_flops(spec, lengths, 7, shape) == pytest.approx(2 * (base - attention) + 3 * (attention + low))
+    assert forward_flops(spec, places, 7, shape) == pytest.approx(base + low)
+    assert training_flops(spec, places, 7, shape) == pytest.approx(2 * (base - attention) + 3 * (attention + low))
 
 
 _PEFT = """

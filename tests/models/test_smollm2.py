@@ -135,9 +135,10 @@ def test_log_probabilities_of_every_token(ours, name):
 @pytest.mark.parametrize(("rows", "length"), [(1, 128), (2, 256)])
 def test_packed_rows_give_the_same_sums(smollm2, one_device, rows, length):
     cases = list(TEXTS.values())
-    samples = [sample(case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"]:]) for case in cases]
+    samples = [sample(case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"]:], i)
+               for i, case in enumerate(cases)]
     run = scorer(smollm2.spec, "float32", capacity(rows, length), one_device)
-    micros = pack(samples, [[i] for i in range(len(samples))], rows, length)
+    micros = pack([[[s]] for s in samples], rows, length)
     assert sum(len(micro.order) for micro in micros) == len(samples)
     assert max(len(micro.order) for micro in micros) > rows  # texts do share a row
     for micro in micros:

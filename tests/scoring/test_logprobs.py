@@ -11,13 +11,13 @@ from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, put
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.scoring import logprobs, projection
-from deltapref_jax.scoring.packing import Sample, capacity, layout, pack, sample
+from deltapref_jax.scoring.packing import Sample, capacity, layout, pack, pack_sequences, sample
 
 
 def sequences(vocab, count=11, seed=0):
     r = np.random.default_rng(seed)
-    return [sample(r.integers(0, vocab, r.integers(1, 9)), r.integers(0, vocab, r.integers(1, 20)))
-            for _ in range(count)]
+    return [sample(r.integers(0, vocab, r.integers(1, 9)), r.integers(0, vocab, r.integers(1, 20)), i)
+            for i in range(count)]
 
 
 def naive(model, params, rows):
@@ -40,7 +40,7 @@ def tiles(monkeypatch, tokens, entries):
 @pytest.mark.parametrize(("tokens", "shares"), [(1, 1), (7, 4), (4096, 2)])
 def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, tokens, shares):
     rows = sequences(tiny.spec.vocab)
-    micros = pack(rows, [[i] for i in range(len(rows))], 4, 40)
+    micros = pack([[[s]] for s in rows], 4, 40)
     tiles(monkeypatch, tokens, tiny.spec.vocab // shares)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=len(rows)))
 
@@ -61,7 +61,7 @@ def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, tokens, s
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)])
 def test_eight_devices_equal_one(tiny, one_device, shape):
     rows = sequences(tiny.spec.vocab, 30)
-    (micro,) = pack(rows, [[i] for i in range(len(rows))], 16, 64)
+    (micro,) = pack([[[s]] for s in rows], 16, 64)
     mesh = make_mesh(MeshShape(*shape))
     want, counts = logprobs.scorer(tiny.spec, "float32", 128, one_device)(tiny.state, micro.batch)
     params = jax.device_put(tiny.state, shardings(tiny.state, mesh))
@@ -115,19 +115,24 @@ def test_a_vocabulary_without_a_fitting_divisor_is_one_share(monkeypatch, vocab)
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():
     r = np.random.default_rng(0)
     lengths = np.minimum(r.lognormal(4, 0.8, 200).astype(int) + 1, 256).tolist()
-    groups = [[i, i + 100] for i in range(100)]
-    micros = layout(lengths, groups, 8, 256)
+    samples = [sample([], range(n), i) for i, n in enumerate(lengths)]
+    groups = [[[samples[i], samples[i + 100]]] for i in range(100)]
+
+    def numbers():
+        return [[[s.members[0] for s in row] for row in micro] for micro in layout(groups, 8, 256)]
+
+    micros = numbers()
     assert sorted(i for micro in micros for row in micro for i in row) == list(range(200))
     home = {i: m for m, micro in enumerate(micros) for row in micro for i in row}
-    assert all(home[a] == home[b] for a, b in groups)
+    assert all(home[i] == home[i + 100] for i in range(100))
     assert all(sum(lengths[i] for i in row) <= 256 for micro in micros for row in micro)
-    assert micros == layout(lengths, groups, 8, 256)
+    assert micros == numbers()
     assert sum(lengths) / (len(micros) * 8 * 256) > 0.85
 
 
 def test_a_sequence_longer_than_a_row_is_named():
     with pytest.raises(ValueError, match=r"Sequences of \[41\] tokens .* do not fit 4 rows of 40"):
-        layout([41], [[0]], 4, 40)
+        layout([[[sample([], range(41))]]], 4, 40)
 
 
 def test_branches_see_the_trunk_and_not_each_other(tiny):
@@ -138,7 +143,7 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
     branched = Sample(np.concatenate([trunk, *tails]).astype(np.int32), np.zeros(21, bool),
                       np.concatenate([np.arange(9), *(9 + np.arange(len(t)) for t in tails)]).astype(np.int32),
                       np.repeat([0, 1, 2, 3], [9, 4, 2, 6]).astype(np.int32))
-    (micro,) = pack([branched, sample([1, 2], [3])], [[0], [1]], 1, 32)
+    (micro,) = pack([[[branched]], [[sample([1, 2], [3])]]], 1, 32)
     hidden = run(tiny.state, *(jnp.asarray(x) for x in (
         micro.batch.tokens, micro.batch.positions, micro.batch.segments, micro.batch.branches)))[0]
     start = 9
@@ -147,3 +152,62 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
         want = run(tiny.state, jnp.asarray(alone), jnp.arange(alone.shape[1])[None], jnp.ones_like(alone))[0, 9:]
         np.testing.assert_allclose(hidden[start : start + len(tail)], want, atol=2e-5)
         start += len(tail)
+
+
+def together(vocab, seed=0):
+    """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, in random order."""
+    r = np.random.default_rng(seed)
+    found = [(prompt, r.integers(0, vocab, r.integers(1, 14)).tolist())
+             for prompt in (r.integers(0, vocab, n).tolist() for n in (1, 2, 3, 12, 9, 5, 7))
+             for _ in range(r.integers(1, 6))]
+    return [found[i] for i in r.permutation(len(found))]
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 32), (4, 64), (1, 160)])
+def test_prompts_read_once_give_the_sums_and_gradients_of_each_sequence_alone(tiny, rows, length):
+    sequences = together(tiny.spec.vocab)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=len(sequences)))
+
+    def results(share):
+        micros = pack_sequences(sequences, rows, length, share)
+        assert sorted(int(i) for m in micros for i in m.order) == list(range(len(sequences)))
+
+        def total(params):
+            model, sums = nnx.merge(tiny.graphdef, params), jnp.zeros(len(sequences))
+            for m in micros:
+                found, _ = logprobs.sequence_logprobs(model, m.batch, capacity(rows, length))
+                sums = sums.at[m.order].set(found[: len(m.order)])
+            return sums @ weight, sums
+
+        (_, sums), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(tiny.state)
+        return sums, gradient, sum(np.count_nonzero(m.batch.segments) for m in micros)
+
+    got, got_gradient, read = results(True)
+    want, gradient, whole = results(False)
+    assert whole == sum(len(prompt) + len(completion) for prompt, completion in sequences)
+    assert read < 0.85 * whole
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())),
+                 got_gradient, gradient)
+
+
+def test_a_prompt_is_read_as_often_as_rows_are_filled_behind_it():
+    """Prompt of 10; a row of 32 holds 9 + 3 * 7 tokens. One token, or none, is nothing to share."""
+    prompt, completion = list(range(10)), list(range(6))
+    (micro,) = pack_sequences([(prompt, completion)] * 7, 4, 32, True)
+    assert sorted((micro.batch.segments > 0).sum(axis=1).tolist()) == [0, 16, 30, 30]
+    for short in ([], [5]):
+        (micro,) = pack_sequences([(short, completion)] * 3, 4, 32, True)
+        assert (micro.batch.segments > 0).sum() == 3 * (6 + len(short))
+        assert not micro.batch.branches.any()
+
+
+def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
+    """Rows of 26 with 9 tokens left in each: the pair's 16 tokens behind one prompt fit none, 9 + 9 do."""
+    big, prompt = ([1], list(range(16))), list(range(3))
+    sequences = [big, big, (prompt, list(range(6))), (prompt, list(range(6)))]
+    (micro,) = pack_sequences(sequences, 2, 26, True, [[0], [1], [2, 3]])
+    assert (micro.batch.segments > 0).all()
+    assert sorted(micro.order.tolist()) == [0, 1, 2, 3]
+    (micro,) = pack_sequences(sequences[2:], 2, 26, True, [[0, 1]])
+    assert (micro.batch.segments > 0).sum() == 16

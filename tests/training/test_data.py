@@ -58,3 +58,46 @@ def test_a_first_token_has_nothing_before_it_and_is_no_target():
     assert step.chosen_tokens == 4
     assert pack_step([Group((Row([], range(5)),))], "sft", 2, 8).total == 4
     assert pack_step([Group((Row([9], range(5)),))], "sft", 2, 8).total == 5
+
+
+def shared(kind, count, seed=0):
+    """Pairs (or examples, with mismatched rows) that have their prompts, of 5 to 20 tokens, in common."""
+    r = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        prompt = r.integers(0, 40, r.integers(5, 21)).tolist()
+        pair = [Row(prompt, r.integers(0, 40, r.integers(3, 30)).tolist(), -float(r.integers(10, 60))) for _ in "ab"]
+        found += [Group(tuple(pair))] if kind in ("dpo", "simpo") else [Group((row,), i) for i, row in enumerate(pair)]
+    if kind == "kto":
+        found = [group._replace(mismatched=group.rows[0]._replace(prompt=found[i - 2].rows[0].prompt))
+                 for i, group in enumerate(found)]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "kto", "sft"])
+def test_prompts_read_once_change_no_loss_and_no_weight(tiny, one_device, kind):
+    """One step of 8 pairs, or 16 examples and 16 mismatched rows, in rows of 64: metrics and the weights after it."""
+    steps = programs(tiny.spec, "float32", kind, Optimizer(), capacity(4, 64), one_device)
+    once, again = (pack_step(shared(kind, 8), kind, 4, 64, share=share) for share in (True, False))
+    assert (once.tokens, once.total, once.chosen_tokens) == (again.tokens, again.total, again.chosen_tokens)
+    assert again.filled == again.tokens
+    assert once.filled < 0.95 * again.filled
+    ends = [run_step(steps, start(tiny.state, Optimizer(), one_device), batch, Objective(kind=kind), 1e-3, one_device)
+            for batch in (once, again)]
+    one, other = ({name: float(x) for name, x in sums.items()} for _, sums, _ in ends)
+    assert one == pytest.approx(other, rel=2e-5, abs=1e-5)
+    # Adam divides a gradient by its own size: where it is rounding noise, the sign is noise
+    moved = [jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a - b), nnx.to_pure_dict(state.params),
+                                          nnx.to_pure_dict(tiny.state))) for state, *_ in ends]
+    for a, b in zip(*moved, strict=True):
+        assert np.mean(np.abs(a - b) > 2e-5) < 2e-3
+
+
+def test_a_pair_that_fits_a_row_behind_one_prompt_needs_one_row():
+    """8 + 40 + 40 tokens in two sequences are 96; behind one prompt 7 + 2 * 41 are 89."""
+    wide = [Group((Row(range(8), range(40)), Row(range(8), range(1, 41))))] * 2
+    with pytest.raises(ConfigError, match="make rows 2"):
+        Data(wide, "dpo", Training(2, rows=1, row_length=90), 0)
+    step = Data(wide, "dpo", Training(2, rows=1, row_length=90), 0, share=True)(0)
+    assert [np.count_nonzero(batch.segments) for batch in step.batches] == [89, 89]
+    assert step.tokens == 4 * 48

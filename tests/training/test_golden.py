@@ -13,7 +13,7 @@ from deltapref_jax.config import Objective
 from deltapref_jax.models import weights
 from deltapref_jax.models.spec import spec_from_hf
 from deltapref_jax.scoring.logprobs import scorer
-from deltapref_jax.scoring.packing import capacity, pack
+from deltapref_jax.scoring.packing import capacity, pack_sequences
 from deltapref_jax.training import objectives
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.data import Group, Row, pack_step
@@ -128,7 +128,7 @@ def rows_of(model, mesh, ids, attention, completion):
         rows.append(Row(row[:start], row[start:n]))
     run = scorer(model[0], "float32", capacity(ROWS, LENGTH), mesh)
     sums = np.zeros(len(rows), np.float32)
-    for micro in pack([row.sample() for row in rows], [[i] for i in range(len(rows))], ROWS, LENGTH):
+    for micro in pack_sequences([row.pieces for row in rows], ROWS, LENGTH, share=False):
         sums[micro.order] = np.asarray(run(model[1], micro.batch)[0])[: len(micro.order)]
     return [row._replace(reference=s) for row, s in zip(rows, sums, strict=True)]
 

@@ -18,10 +18,11 @@ SPEC = ModelSpec(49152, 576, 30, 9, 3, 64, 1536)
 
 
 def test_flops_are_two_per_weight_and_token_and_the_causal_half_of_attention():
+    places = np.array([*range(10), *range(6)])
     norms = SPEC.width * (2 * SPEC.layers + 1)
     weights = SPEC.parameters - norms - SPEC.vocab * SPEC.width
-    assert forward_flops(SPEC, np.array([10, 6]), 0) == 2 * weights * 16 + 30 * 2 * 576 * (10**2 + 6**2)
-    assert forward_flops(SPEC, np.array([10, 6]), 7) - forward_flops(SPEC, np.array([10, 6]), 0) == 2 * 7 * 576 * 49152
+    assert forward_flops(SPEC, places, 0) == 2 * weights * 16 + 30 * 2 * 576 * (10**2 + 6**2)
+    assert forward_flops(SPEC, places, 7) - forward_flops(SPEC, places, 0) == 2 * 7 * 576 * 49152
 
 
 def test_a_steps_flops_are_those_of_its_sequences_whatever_the_packing(program):

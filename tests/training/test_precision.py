@@ -39,7 +39,7 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(prog
     steps = programs.programs(spec, "bfloat16", "dpo", Optimizer(), segments, one_device)
     ids, number = jax.ShapeDtypeStruct((4, length), jnp.int32), jax.ShapeDtypeStruct((segments,), jnp.float32)
     index = jax.ShapeDtypeStruct((segments,), jnp.int32)
-    batch = programs.PackedBatch(ids, ids, ids, jax.ShapeDtypeStruct((4, length), bool), None)
+    batch = programs.PackedBatch(ids, ids, ids, ids, None)
     examples = programs.Examples(index, index, number, number, number, number)
     arguments = (params, nnx.State({}), batch, examples, Hyper(*[jax.ShapeDtypeStruct((), jnp.float32)] * 9))
     traced = jax.make_jaxpr(steps.gradient)(*arguments)
