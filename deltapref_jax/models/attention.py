@@ -7,6 +7,8 @@ other:
     segments   1 1 1 1 1 1 | 2 2 2 2 2 2 2 2 | 0      (0: padding)
     branches   0 0 0 0 0 0 | 0 0 0 0 1 1 2 2 | 0
     positions  0 1 2 3 4 5 | 0 1 2 3 4 5 4 5 | 0
+
+A branch is one run of tokens, as a segment is.
 """
 
 import jax
@@ -21,6 +23,28 @@ def packed_mask(segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None 
     if branches is not None:
         mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     return mask
+
+
+def until(segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None) -> Int[Array, "B L"]:
+    """`packed_mask` as one integer per key: query i sees key j where j <= i < until[j].
+
+    The end of the key's segment, in a branch that of the branch: FlashMask's column-wise mask (arXiv 2410.01359). Here
+    padding sees itself, so that every query has a key.
+
+    Args:
+      segments: one run each; 0 is padding.
+      branches: one run each within a segment; the trunk may lie anywhere. None where there are none.
+    """
+    column = jnp.arange(segments.shape[1])
+
+    def end(x: Array) -> Array:  # of the token's run of equal numbers
+        last = jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+        return jax.lax.cummin(jnp.where(last, column + 1, segments.shape[1]), axis=1, reverse=True)
+
+    found = end(segments)
+    if branches is not None:
+        found = jnp.where(branches > 0, jnp.minimum(found, end(branches)), found)
+    return jnp.where(segments > 0, found, column + 1)
 
 
 def rotation(positions: Int[Array, "B L"], head_width: int, theta: float) -> tuple[Array, Array]:

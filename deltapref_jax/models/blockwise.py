@@ -78,9 +78,9 @@ def plan(
 
 
 def reach(segments: Int[Array, "B L"], block: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """The tiles of whole rows as the kernels visit them: those of `plan`, and the diagonal where all is padding.
+    """The tiles of whole rows as `splash` visits them: those of `plan`, and the diagonal where all is padding.
 
-    A kernel divides by the sum of the weights it saw, so every query needs a key: padding sees the padding of its own
+    The kernel divides by the sum of the weights it saw, so every query needs a key: padding sees the padding of its own
     tiles. Rows are whole tiles (L = T · C).
 
     Returns:

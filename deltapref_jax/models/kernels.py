@@ -7,7 +7,8 @@
 | splash    | TPU, JAX's Pallas kernel (`models.splash`) | Σ length²; tiles of up to 512, skipped ones cost a step |
 | triton    | GPU, our Pallas kernels (`models.triton`)  | Σ length²; tiles of 128                                 |
 
-Judging's branches and rows split over `context` are not expressible in the kernels' segment ids: they run blockwise.
+Branches are not expressible in splash's segment ids: on TPU such rows run blockwise, as rows split over `context` do
+everywhere. Triton skips the tiles of other branches too; blockwise computes and masks them.
 """
 
 import math
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deltapref_jax.mesh import platform_of
-from deltapref_jax.models.attention import attend, packed_mask
+from deltapref_jax.models.attention import attend, packed_mask, until
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.sharding import BATCH
 
@@ -36,12 +37,10 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
     """
     if length <= BLOCK and not split:
         return "plain"
-    if branched or split:
-        return "blockwise"
-    if platform == "tpu":
-        return "splash"
-    if platform in ("gpu", "cuda"):
+    if platform in ("gpu", "cuda") and not split:
         return "triton"
+    if platform == "tpu" and not split and not branched:
+        return "splash"
     return "blockwise"
 
 
@@ -78,25 +77,26 @@ def _exchange(x: Array, parts: int, back: bool = False) -> Array:
     return jnp.concatenate(halves, axis=1)
 
 
-def _split(q: Array, k: Array, v: Array, segments: Array, branches: Array | None, parts: int) -> Array:
+def _split(q: Array, k: Array, v: Array, about: tuple[Any, ...], parts: int) -> Array:
     """Attention of rows split over `context`: keys and values are gathered, queries dealt out."""
-    k, v, segments, branches = jax.tree.map(
-        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, segments, branches))
+    k, v, (segments, branches) = jax.tree.map(
+        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, about))
     columns = zigzag(jax.lax.axis_index("context"), parts, q.shape[1])
     block = min(BLOCK, max(1, q.shape[1] // 2))
     out = blockwise(_exchange(q, parts), k, v, plan(segments, branches, block, columns), block)
     return _exchange(out, parts, back=True)
 
 
-def _local(path: str, q: Array, k: Array, v: Array, segments: Array, branches: Array | None) -> Array:
+def _local(path: str, q: Array, k: Array, v: Array, about: tuple[Any, ...]) -> Array:
+    if path == "triton":
+        from deltapref_jax.models.triton import triton
+
+        return triton(q, k, v, *about)
+    segments, branches = about
     if path == "splash":
         from deltapref_jax.models.splash import splash
 
         return splash(q, k, v, segments)
-    if path == "triton":
-        from deltapref_jax.models.triton import triton
-
-        return triton(q, k, v, segments)
     block = min(BLOCK, q.shape[1])
     return blockwise(q, k, v, plan(segments, branches, block), block)
 
@@ -111,7 +111,7 @@ def packed_attention(
 
     Args:
       segments: 1 upward, one number per sequence, a run each; 0 is padding.
-      branches: 0 for the trunk, 1 upward for branches; None where there are none.
+      branches: 0 for the trunk, 1 upward for branches, a run each; None where there are none.
       mesh: over which rows lie (data, fsdp), heads (tensor) and columns (context); None: one device.
       path: "plain", "blockwise", "splash" or "triton"; "": `choose`.
     """
@@ -122,13 +122,13 @@ def packed_attention(
         mask = packed_mask(segments, branches)
         return lambda q, k, v: attend(q, k, v, mask)
 
-    def run(q: Array, k: Array, v: Array, segments: Array, branches: Array | None) -> Array:
-        if parts > 1:
-            return _split(q, k, v, segments, branches, parts)
-        return _local(path, q, k, v, segments, branches)
+    about = (until(segments, branches),) if path == "triton" else (segments, branches)  # here: once for all layers
+
+    def run(q: Array, k: Array, v: Array, about: tuple[Any, ...]) -> Array:
+        return _split(q, k, v, about, parts) if parts > 1 else _local(path, q, k, v, about)
 
     if mesh is None or mesh.size == 1:
-        return lambda q, k, v: run(q, k, v, segments, branches)
+        return lambda q, k, v: run(q, k, v, about)
 
     def spread(q: Array, k: Array, v: Array) -> Array:
         heads, ways = None, mesh.shape["tensor"]
@@ -137,7 +137,7 @@ def packed_attention(
             heads = "tensor"
             k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
         tokens = PartitionSpec(*BATCH, heads, None)
-        return jax.shard_map(run, mesh=mesh, in_specs=(tokens, tokens, tokens, BATCH, BATCH), out_specs=tokens,
-                             check_vma=False)(q, k, v, segments, branches)
+        return jax.shard_map(run, mesh=mesh, in_specs=(tokens, tokens, tokens, BATCH), out_specs=tokens,
+                             check_vma=False)(q, k, v, about)
 
     return spread

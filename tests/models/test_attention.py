@@ -1,7 +1,5 @@
 """Every path = the plain one: values, gradients, branches, padding, meshes; and the work that is skipped."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +8,14 @@ from flax import nnx
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, put
-from deltapref_jax.models.attention import attend, packed_mask
+from deltapref_jax.models.attention import attend, packed_mask, until
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.kernels import choose, packed_attention, zigzag
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.splash import splash, tables
-from deltapref_jax.models.triton import triton
+from deltapref_jax.models.triton import reach, triton
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 
@@ -35,6 +33,15 @@ def rows(layout, length=96):
             n += 1
             row[at : at + size] = n
             at += size
+    return jnp.asarray(found)
+
+
+def branched(segments):
+    """A third of every segment is trunk, the others a branch each; one of a single token is all branch."""
+    found = np.zeros(segments.shape, np.int32)
+    for n in np.unique(segments[segments > 0]):
+        row, columns = np.nonzero(np.asarray(segments) == n)
+        found[row, columns] = np.minimum(3 * np.arange(len(row)) // len(row), 2) if len(row) > 1 else 2
     return jnp.asarray(found)
 
 
@@ -57,6 +64,12 @@ def results(attention, segments, q, k, v, g):
 
 def plain(segments, branches=None):
     return lambda q, k, v: attend(q, k, v, packed_mask(segments, branches))
+
+
+def interpreted(kernel, segments, branches=None):
+    """A kernel as a function of queries, keys, values that runs anywhere."""
+    about = until(segments, branches) if kernel is triton else segments
+    return lambda q, k, v: kernel(q, k, v, about, interpret=True)
 
 
 def same(got, want, tolerance):
@@ -164,7 +177,7 @@ def test_a_kernel_interpreted_is_plain(kernel, length, width, dtype, tolerance):
     """One segment as long as the row, many short ones, padding, nothing but padding; rows that are not whole tiles."""
     segments = rows(LONG, 256)[:, :length]
     given = arrays(segments, dtype, width=width)
-    got = results(functools.partial(kernel, segments=segments, interpret=True), segments, *given)
+    got = results(interpreted(kernel, segments), segments, *given)
     assert {x.dtype for x in got} == {jnp.dtype(dtype)}
     exact = results(plain(segments), segments, *[x.astype(jnp.float32) for x in given])
     same([x.astype(jnp.float32) for x in got], exact, tolerance)
@@ -175,7 +188,7 @@ def test_a_kernel_is_finite_at_padding(kernel):
     """What stands there enters the next layer's keys and values, where a weight of 0 would not hide a NaN."""
     segments = rows([[], [60], [130]], 256)
     q, k, v, _ = arrays(segments, width=64)
-    out, back = jax.vjp(functools.partial(kernel, segments=segments, interpret=True), q, k, v)
+    out, back = jax.vjp(interpreted(kernel, segments), q, k, v)
     assert all(np.isfinite(x).all() for x in (out, *back(jnp.ones_like(out))))
 
 
@@ -186,9 +199,54 @@ def test_triton_reads_only_the_tiles_that_a_segment_reaches(given):
     *inputs, g = arrays(segments, width=64)
     at = "qkv".index(given)
     inputs[at] = inputs[at].at[:, 127].set(jnp.nan)
-    out, back = jax.vjp(functools.partial(triton, segments=segments, interpret=True), *inputs)
+    out, back = jax.vjp(interpreted(triton, segments), *inputs)
     assert np.isnan(out[:, :128]).any()
     assert all(np.isfinite(x[:, 128:]).all() for x in (out, *back(g)))
+
+
+@pytest.mark.parametrize(("length", "width", "dtype", "tolerance"), [
+    (256, 64, jnp.float32, 1e-5), (200, 24, jnp.float32, 1e-5), (256, 256, jnp.float32, 1e-5),
+    (256, 64, jnp.bfloat16, 2e-2)])
+def test_triton_with_branches_is_plain(length, width, dtype, tolerance):
+    """Trunk and branches that begin and end within tiles, padding, rows that are not whole tiles."""
+    segments = rows(LONG, 256)[:, :length]
+    branches, given = branched(segments), arrays(segments, dtype, width=width)
+    got = results(interpreted(triton, segments, branches), segments, *given)
+    exact = results(plain(segments, branches), segments, *[x.astype(jnp.float32) for x in given])
+    same([x.astype(jnp.float32) for x in got], exact, tolerance)
+
+
+@pytest.mark.parametrize("given", ["q", "k", "v"])
+def test_triton_reads_no_tile_of_another_branch(given):
+    """Trunk of one tile, branches of two: a NaN in one branch meets no query and no key of the other, in any pass."""
+    segments, branches = rows([[640], [128, 512]], 640), np.repeat([0, 1, 2], [128, 256, 256])[None].repeat(2, axis=0)
+    branches[1] = np.repeat([0, 1, 2], [256, 256, 128])
+    for row, column, others in ((0, 200, slice(384, 640)), (0, 500, slice(128, 384)), (1, 300, slice(512, 640)),
+                                (1, 600, slice(256, 512))):
+        *inputs, g = arrays(segments, width=16)
+        at = "qkv".index(given)
+        inputs[at] = inputs[at].at[row, column].set(jnp.nan)
+        out, back = jax.vjp(interpreted(triton, segments, jnp.asarray(branches)), *inputs)
+        found = (out, *back(g))
+        assert all(np.isfinite(x[row, others]).all() and np.isfinite(x[1 - row]).all() for x in found)
+        assert any(np.isnan(x[row]).any() for x in found)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_who_sees_a_key_and_which_tiles_are_reached(branches):
+    """`until` = the mask, off padding; a program of the kernels visits a tile if and only if the mask holds a pair."""
+    layout = [*LAYOUT, [7, 1, 88], [50, 46]]
+    segments = rows(layout)
+    branches = branched(segments) if branches else None
+    ends, column = until(segments, branches), np.arange(96)
+    seen = (column <= column[:, None]) & (column[:, None] < np.asarray(ends)[:, None, :])
+    real = np.asarray(segments)[:, :, None] > 0
+    np.testing.assert_array_equal(seen, np.where(real, packed_mask(segments, branches), np.eye(96, dtype=bool)))
+    tiles = seen.reshape(-1, 12, 8, 12, 8).any(axis=(2, 4))
+    bounds, last = (np.asarray(x) for x in reach(ends, 8))
+    for b, i, j in np.ndindex(tiles.shape):
+        first, gap, back = bounds[b, :, i]
+        assert (first <= j <= i and not gap <= j < back) == (i >= j and last[b, j] >= i) == tiles[b, i, j]
 
 
 def test_splash_visits_the_tiles_that_a_segment_reaches():
@@ -222,15 +280,16 @@ def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
         assert tiles([size] * (32_768 // size), 32_768) <= bound
 
 
-@pytest.mark.parametrize(("platform", "call"), [("tpu", "@tpu_custom_call"), ("cuda", "@__gpu$xla.gpu.triton")])
+@pytest.mark.parametrize(("platform", "call", "branches"), [
+    ("tpu", "@tpu_custom_call", False), *(("cuda", "@__gpu$xla.gpu.triton", x) for x in (False, True))])
 @pytest.mark.parametrize(("length", "rows"), [(4096, 16), (32_768, 4)])
-def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(platform, call, length, rows, monkeypatch):
+def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(platform, call, branches, length, rows, monkeypatch):
     """A decoder, rows over four devices and heads over two: three kernels, forward once, no square of the length."""
     monkeypatch.setattr("deltapref_jax.models.kernels.platform_of", lambda mesh: platform)
     spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    batch = PackedBatch(ids, ids, ids, ids)
+    batch = PackedBatch(ids, ids, ids, ids, ids if branches else None)
     mesh = make_mesh(MeshShape(1, 4, 2, 1))
 
     @jax.jit
@@ -248,8 +307,10 @@ def test_platform_and_shape_decide():
     assert choose("cpu", 256, False, False) == "blockwise"
     assert choose("tpu", 200, False, False) == "splash"
     assert choose("gpu", 4000, False, False) == choose("cuda", 4096, False, False) == "triton"
+    assert choose("gpu", 4096, True, False) == choose("cuda", 4096, True, False) == "triton"
+    assert choose("cpu", 4096, True, False) == choose("tpu", 4096, True, False) == "blockwise"
     for platform in ("cpu", "gpu", "tpu"):
-        assert choose(platform, 4096, True, False) == choose(platform, 4096, False, True) == "blockwise"
+        assert choose(platform, 4096, False, True) == choose(platform, 4096, True, True) == "blockwise"
 
 
 def test_rows_of_32k_tokens_need_no_square_of_their_length():
