@@ -46,8 +46,7 @@ def empty_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype = jnp
 def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
     """x / rms(x) · weight (arXiv 1910.07467), in float32, returned in the dtype of `x`.
 
-    Backward, with y = x / rms(x) and e = g · weight: dx = (e - y · mean(e · y)) / rms(x), dweight = Σ g · y; autodiff
-    goes over the tokens twice as often.
+    Backward, with y = x / rms(x) and e = g · weight: dx = (e - y · mean(e · y)) / rms(x), dweight = Σ g · y.
     """
     return (_normed(x, eps)[0] * weight).astype(x.dtype)
 
@@ -108,7 +107,7 @@ def _linear_backward(saved: tuple[Array | None, Array], g: Array) -> tuple[Array
     if x is None:
         return dx, None
     # XLA on CPU has no product of the other form in bfloat16
-    straight = x.shape[-1] <= math.prod(weight.shape[1:]) or x.dtype != jnp.float32
+    straight = x.shape[-1] <= math.prod(weight.shape[1:]) or x.dtype.itemsize < 4
     a, b = (x, g) if straight else (g, x)
     dw = jax.lax.dot_general(a, b, ((tokens,) * 2, ((), ())), preferred_element_type=jnp.float32)
     return dx, (dw if straight else jnp.moveaxis(dw, -1, 0)).astype(weight.dtype)

@@ -69,14 +69,14 @@ def shared(prompt: Sequence[int], completions: Sequence[Sequence[int]], numbers:
                   branches.astype(np.int32), tuple(numbers))
 
 
-def by_prompt(sequences: Sequence[Pieces], length: int) -> list[list[int]]:
-    """The numbers of sequences that have one prompt, as many as fit a row behind it."""
+def by_prompt(sequences: Sequence[Pieces], length: int, most: int) -> list[list[int]]:
+    """The numbers of sequences that have one prompt, as many as fit a row behind it, and `most` at most."""
     found: list[list[int]] = []
     newest: dict[bytes, tuple[list[int], int]] = {}  # by prompt: its last group, and the room left in it
     for i, (prompt, completion) in enumerate(sequences):
         key, size = np.asarray(prompt, np.int32).tobytes(), 1 + len(completion)
         group, room = newest.get(key, ([], 0))
-        if size > room:
+        if size > room or len(group) == most:
             group, room = [], length - max(0, len(prompt) - 1)
             found.append(group)
         group.append(i)
@@ -95,7 +95,7 @@ def ways(numbers: Sequence[int], sequences: Sequence[Pieces], length: int, share
 
 
 def capacity(rows: int, length: int) -> int:
-    """Segments that one micro-batch may hold: S, fixed by the shape so that one program serves all batches."""
+    """Sequences that one micro-batch may hold: S, fixed by the shape so that one program serves all batches."""
     return max(rows, rows * length // 8)
 
 
@@ -177,7 +177,7 @@ def pack_sequences(sequences: Sequence[Pieces], rows: int, length: int, share: b
       groups: numbers of the sequences that share a micro-batch; None: sequences are free, and shared by prompt.
     """
     if groups is None:
-        groups = by_prompt(sequences, length) if share else [[i] for i in range(len(sequences))]
+        groups = by_prompt(sequences, length, capacity(rows, length)) if share else [[i] for i in range(len(sequences))]
     return pack([ways(group, sequences, length, share) for group in groups], rows, length, share)
 
 

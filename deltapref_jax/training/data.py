@@ -31,7 +31,7 @@ class Row(NamedTuple):
     @property
     def targets(self) -> int:
         """Tokens that are scored (see `packing.sample`)."""
-        return self.tokens - max(1, len(self.prompt))
+        return max(0, self.tokens - max(1, len(self.prompt)))
 
     @property
     def pieces(self) -> Pieces:
@@ -56,7 +56,7 @@ class StepData(NamedTuple):
     tokens: int  # of its sequences, a prompt as often as it is asked, baseline rows included
     epoch: float  # passes over the data after this step
     chosen_tokens: float = 1.0  # target tokens of the first rows of all groups
-    traces: Sequence[Sequence[str]] = ()  # trace_id by segment, of `micros`, then of `baseline`
+    traces: Sequence[Sequence[str]] = ()  # trace_id by place in `Micro.order`, of `micros`, then of `baseline`
 
     @property
     def positions(self) -> int:

@@ -32,7 +32,7 @@ Sums = dict[str, Array]
 class Examples(NamedTuple):
     """What the loss needs besides the log-probabilities; one entry per pair (DPO) or example (KTO, SFT), padded.
 
-    `first` is the chosen sequence's segment index of a pair, or the example's; `second` the rejected one's (0 where
+    `first` is the place of a pair's chosen sequence in [S], or the example's; `second` the rejected one's (0 where
     there is none). `weight` is 1, and 0 for padding.
     """
 

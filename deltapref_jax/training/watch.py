@@ -17,6 +17,7 @@ from deltapref_jax.mesh import is_first
 from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.records import digest
+from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.checkpoint import Metrics
 from deltapref_jax.training.data import StepData
 
@@ -83,12 +84,14 @@ TRACKERS: dict[str, Callable[[epath.Path, str, int], Any]] = {"tensorboard": Ten
 
 def step_flops(spec: ModelSpec, data: StepData, adapters: Adapters = NO_ADAPTERS) -> float:
     """FLOPs of a step: forward and backward of its micro-batches, forward only of KTO's baseline rows."""
+    return (sum(batch_flops(training_flops, spec, batch, adapters) for batch, _ in data.micros)
+            + sum(batch_flops(forward_flops, spec, batch, adapters) for batch, _, _ in data.baseline))
 
-    def count(flops: Callable[..., float], batch: Any) -> float:
-        return flops(spec, batch.positions[batch.segments > 0], np.count_nonzero(batch.targets), adapters)
 
-    return (sum(count(training_flops, batch) for batch, _ in data.micros)
-            + sum(count(forward_flops, batch) for batch, _, _ in data.baseline))
+def batch_flops(count: Callable[..., float], spec: ModelSpec, batch: PackedBatch,
+                adapters: Adapters = NO_ADAPTERS) -> float:
+    """FLOPs of packed rows; `count`: `forward_flops` or `training_flops`."""
+    return count(spec, batch.positions[batch.segments > 0], np.count_nonzero(batch.targets), adapters)
 
 
 class Live:

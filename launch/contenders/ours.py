@@ -22,7 +22,7 @@ from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import run_step
 from deltapref_jax.training.state import Optimizer, start
 from deltapref_jax.training.step import programs
-from deltapref_jax.training.watch import step_flops
+from deltapref_jax.training.watch import batch_flops, step_flops
 
 
 def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[Group]:
@@ -84,8 +84,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         losses.append(float(sums["loss"]))
         shares.append(batch.filled / batch.positions)
         flops.append(step_flops(spec, batch))
-        reference_flops.append(sum([forward_flops(spec, b.positions[b.segments > 0], int(np.count_nonzero(b.targets)))
-                                    for b in batch.batches]))
+        reference_flops.append(sum(batch_flops(forward_flops, spec, each) for each in batch.batches))
     others = max(1, len(data) - 1)
     return {"step_seconds": seconds, "loss": losses, "reference_seconds": reference_seconds / others,
             "real_share": float(np.mean(shares[1:])), "step_flops": flops,

@@ -211,3 +211,13 @@ def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
     assert sorted(micro.order.tolist()) == [0, 1, 2, 3]
     (micro,) = pack_sequences(sequences[2:], 2, 26, True, [[0, 1]])
     assert (micro.batch.segments > 0).sum() == 16
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 32), (2, 32)])
+def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(tiny, one_device, rows, length):
+    """One-token answers to one question: a row of 32 tokens would hold 15, and has places for 4 sequences."""
+    sequences = [([7, 8, 9], [answer]) for answer in range(30)]
+    micros = pack_sequences(sequences, rows, length, True)
+    assert max(len(m.order) for m in micros) <= capacity(rows, length)
+    got = logprobs.score_sequences(tiny.spec, tiny.state, sequences, rows, length, one_device, "float32").sums
+    np.testing.assert_allclose(got, naive(tiny, tiny.state, [sample(*pieces) for pieces in sequences]), rtol=2e-5)
