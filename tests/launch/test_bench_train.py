@@ -24,15 +24,17 @@ def test_ours_alone(tmp_path):
         (one,) = row["runs"]
         assert len(one["step_seconds"]) == len(one["loss"]) == 3
         assert one["loss"][0] == pytest.approx(math.log(2) if row["kind"] == "dpo" else 0.5, abs=1e-4)
-        assert row["real_share"] == 1  # two sequences of 256 tokens fill a row of 512
+        read = 63 + 2 * 193  # of a pair: its prompt of 64 but the last token, and that with either completion of 192
+        assert row["real_share"] == read / 512  # one pair a row
         tokens = 2 * 2 * 256
         slowest = tokens / (max(one["step_seconds"][1:]) + one["reference_seconds"])
         assert row["lowest"] == pytest.approx(slowest)
         assert row["lowest"] <= row["tokens_per_second"] <= row["training_only"]
         assert row["peak_bytes"] > 2**27
         assert 0 < row["of_ceiling"] < 1
-        # 512 · 64 products a token and matrix of 64 x 64 (q, o, k, v, gate, up, down: 7), the vocabulary at targets
-        forward = 2 * tokens * 7 * 64 * 64 + 2 * 64 * 128 * tokens * 3 // 4 + 2 * 64 * 256**2 * 4
+        # 7 matrices of 64 x 64 (q, o, k, v, gate, up, down), the vocabulary at targets, attention
+        seen = 2 * 256**2 - 63**2
+        forward = 2 * (2 * read * 7 * 64 * 64 + 2 * 64 * 128 * 2 * 192 + 2 * 64 * seen)
         steps = {"dpo": 3, "kto": 4}[row["kind"]] * forward
         assert one["step_flops"] == pytest.approx([steps] * 3)
         assert one["reference_flops"] == pytest.approx({"dpo": 1, "kto": 2}[row["kind"]] * forward)
