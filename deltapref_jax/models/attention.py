@@ -1,4 +1,4 @@
-"""Who sees whom, and rotary positions.
+"""Who sees whom, which tiles of a row that reaches, and rotary positions.
 
 A packed row holds several segments; a segment may hold a trunk (branch 0) and branches that share it but not each
 other:
@@ -10,6 +10,9 @@ other:
 
 A branch is one run of tokens, as a segment is.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +48,54 @@ def until(segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None
     if branches is not None:
         found = jnp.where(branches > 0, jnp.minimum(found, end(branches)), found)
     return jnp.where(segments > 0, found, column + 1)
+
+
+class Reach(NamedTuple):
+    """Query tile i meets keys of tiles first[i] up to but not including end[i], but none of gap[i] to back[i] - 1.
+
+        tiles of a segment               p p a a b b     its trunk and two branches
+        visited by queries of the last   x x . . x x     first 0, gap 2, back 4, end 6
+    """
+
+    first: Any
+    gap: Any
+    back: Any
+    end: Any
+
+    def visits(self) -> tuple[Any, Callable[[Any], Any]]:
+        """How many tiles of keys these are, and which one comes at a turn."""
+        hole = self.back - self.gap
+        return self.end - self.first - hole, lambda turn: self.first + turn + jnp.where(
+            self.first + turn >= self.gap, hole, 0)
+
+
+def reach(until: Int[Array, "B L"], columns: Int[Array, "t C"]) -> Reach:
+    """The tiles that hold a key and a query who see each other (exactly these, where `columns` are runs).
+
+    Args:
+      until: of the keys, in tiles of C (L = T · C); 0: seen by nobody.
+      columns: of the queries, tile by tile.
+
+    Returns:
+      Each [B, t]; without branches gap = back = end.
+    """
+    tile = columns.shape[1]
+    low, high = columns.min(axis=1)[:, None], columns.max(axis=1)[:, None]
+    ends = jnp.max(until.reshape(until.shape[0], 1, -1, tile), axis=3)
+    j = jnp.arange(ends.shape[2])
+    seen, end = (j * tile <= high) & (low < ends), high // tile + 1
+
+    def least(among: Array) -> Array:
+        return jnp.min(jnp.where(among, j, end), axis=2)
+
+    first = least(seen)
+    gap = least(~seen & (j > first[..., None]))
+    return Reach(first, gap, least(seen & (j >= gap[..., None])), jnp.broadcast_to(end[:, 0], first.shape))
+
+
+def last(until: Int[Array, "B L"], tile: int) -> Int[Array, "B T"]:
+    """Keys of tile j of whole rows are seen by queries of tiles j to last[j]."""
+    return (jnp.max(until.reshape(until.shape[0], -1, tile), axis=2) - 1) // tile
 
 
 def rotation(positions: Int[Array, "B L"], head_width: int, theta: float) -> tuple[Array, Array]:

@@ -1,16 +1,17 @@
-"""Attention over packed rows in blocks, in plain XLA: tiles that no segment reaches are not computed.
+"""Attention over packed rows in tiles, in plain XLA: tiles whose queries see none of the keys are not computed.
 
-    key blocks          0 1 2 3        a row of two segments and padding, four blocks: for every block of queries
-    query block 0       x . . .        only key blocks from the start of its first segment up to the diagonal
-    query block 1       x x . .        are visited (x); the bounds are computed on the device, so one program
-    query block 2       . x x .        serves all layouts
-    query block 3       . . . .
+    key tiles           0 1 2 3        a row of two segments and padding, four tiles: for every tile of queries only
+    query tile 0        x . . .        key tiles that it reaches (x, see `attention.Reach`) are visited; the bounds
+    query tile 1        x x . .        are computed on the device, so one program serves all layouts
+    query tile 2        . x x .
+    query tile 3        . . . x
 
 Softmax is online and in float32; the backward pass recomputes it from the saved log-sum-exp (FlashAttention-2,
-arXiv 2307.08691). Nothing of size L x L exists, forward or backward.
+arXiv 2307.08691). Nothing of size L x L exists, forward or backward. Padding sees itself.
 
 Operations: a visited tile of C x C costs 4·C²·N·H forward (two products) and 10·C²·N·H backward (five). A segment of ℓ
-tokens visits at most (ℓ/C + 1)(ℓ/C + 2)/2 + 1 tiles, so the total grows with Σ ℓ² (+ C·Σ ℓ), not with L².
+tokens visits at most (ℓ/C + 1)(ℓ/C + 2)/2 + 1 tiles, so the total grows with Σ ℓ² (+ C·Σ ℓ), not with L²; a branch
+visits its trunk and itself.
 """
 
 import functools
@@ -21,84 +22,42 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-_OUT = -1e30  # score of a key that must not be seen: finite, so that a row without keys gives no NaN
+from deltapref_jax.models.attention import Reach, reach
 
-
-class Tokens(NamedTuple):
-    """Integers of one row's tokens: all in the same array order; see `models.attention` for segments and branches."""
-
-    columns: Any  # place in the whole row
-    segments: Any  # 0: padding
-    branches: Any | None
+_OUT = -1e30  # score of a key that must not be seen: finite, so that a tile without keys for a query gives no NaN
 
 
 class Plan(NamedTuple):
-    """Which tiles are visited: of query block i of row b, key blocks first[b, i] up to but not including end[b, i]."""
+    """Who sees whom, and which tiles are visited."""
 
-    queries: Tokens  # each [B, Tq, C]
-    keys: Tokens  # each [B, Tk, C]
-    first: Any  # [B, Tq]
-    end: Any
+    columns: Any  # of the queries [Tq, C]
+    until: Any  # of the keys [B, Tk, C]
+    reach: Reach  # each [B, Tq]
 
 
-def blocks(x: Array, block: int) -> Array:
-    """[B, T, ...] to [B, ceil(T / C), C, ...], padded with zeros."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+def blocks(x: Array, block: int, mode: str = "constant") -> Array:
+    """[B, L, ...] to [B, ceil(L / C), C, ...], filled up with zeros, or what `mode` of `jnp.pad` says."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)), mode=mode)
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
-def plan(
-    segments: Int[Array, "B L"],
-    branches: Int[Array, "B L"] | None,
-    block: int,
-    columns: Int[Array, " T"] | None = None,
-) -> Plan:
-    """Reads the reach of every block of queries off the segments.
+def plan(until: Int[Array, "B L"], block: int, columns: Int[Array, " T"] | None = None) -> Plan:
+    """Reads off the keys which of their tiles a tile of queries visits.
 
     Args:
-      segments: of the whole rows, one run of equal numbers per sequence; 0 is padding.
-      branches: of the whole rows, or None.
+      until: of the whole rows, see `attention.until`.
       block: C.
       columns: of the queries, in their order (where a row is split over devices); None: all.
     """
-    B, L = segments.shape
-    places = jnp.broadcast_to(jnp.arange(L), (B, L))
-    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(new, places, 0), axis=1)  # of the token's segment
-
-    def mine(x: Array) -> Array:
-        return blocks(x if columns is None else x[:, columns], block)
-
-    q = Tokens(*(None if x is None else mine(x) for x in (places, segments, branches)))
-    k = Tokens(*(None if x is None else blocks(x, block) for x in (places, segments, branches)))
-    real = q.segments > 0
-    first = jnp.min(jnp.where(real, mine(start), L), axis=2) // block
-    end = jnp.max(jnp.where(real, q.columns, -1), axis=2) // block + 1  # 0 where all is padding
-    return Plan(q, k, first, end)
+    keys = blocks(until, block)
+    queries = blocks((jnp.arange(until.shape[1]) if columns is None else columns)[None], block, "edge")[0]
+    return Plan(queries, keys, reach(keys.reshape(keys.shape[0], -1), queries))
 
 
-def reach(segments: Int[Array, "B L"], block: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """The tiles of whole rows as `splash` visits them: those of `plan`, and the diagonal where all is padding.
-
-    The kernel divides by the sum of the weights it saw, so every query needs a key: padding sees the padding of its own
-    tiles. Rows are whole tiles (L = T · C).
-
-    Returns:
-      first: key blocks first[b, i] to i belong to query block i; it never decreases with i.
-      last: query blocks j to last[b, j] belong to key block j: the same tiles, column by column.
-    """
-    i = jnp.arange(segments.shape[1] // block)
-    first = jnp.minimum(plan(segments, None, block).first, i)
-    visited = (first[:, :, None] <= i) & (i <= i[:, None])
-    return first, jnp.max(jnp.where(visited, i[:, None], 0), axis=1)
-
-
-def _seen(q: Tokens, k: Tokens) -> Bool[Array, "C C"]:
-    """What queries of one block see of another's keys: `attention.packed_mask`, but padding sees nothing."""
-    mask = (q.segments[:, None] == k.segments) & (q.columns[:, None] >= k.columns) & (q.segments[:, None] > 0)
-    if q.branches is not None:
-        mask &= (k.branches == 0) | (q.branches[:, None] == k.branches)
-    return mask
+def _seen(columns: Int[Array, " C"], until: Int[Array, "B T C"], row: Array, j: Array) -> Bool[Array, "C C"]:
+    """What the queries in `columns` see of key tile j."""
+    keys = j * columns.shape[0] + jnp.arange(columns.shape[0])
+    return (columns[:, None] >= keys) & (columns[:, None] < until[row, j])
 
 
 def _heads(x: Float[Array, "B T N H"], groups: int, block: int) -> Float[Array, "B t K M H"]:
@@ -113,17 +72,11 @@ def _unheads(x: Float[Array, "B t K M H"], heads: int, length: int) -> Float[Arr
     return x.reshape(B, -1, heads, H)[:, :length]
 
 
-def _flat(tree: Any) -> Any:
-    """Query blocks of all rows in one sequence, to be scanned."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
-def _rows(p: Plan) -> Int[Array, " n"]:
-    return jnp.repeat(jnp.arange(p.first.shape[0]), p.first.shape[1])
-
-
-def _pick(tree: Any, row: Array, j: Array) -> Any:
-    return jax.tree.map(lambda x: x[row, j], tree)
+def _flat(p: Plan, *arrays: Any) -> tuple[Any, ...]:
+    """Query tiles of all rows in one sequence, to be scanned: row, columns, reach, and theirs of `arrays`."""
+    B, T = p.reach.first.shape
+    row, columns = jnp.repeat(jnp.arange(B), T), jnp.tile(p.columns, (B, 1))
+    return row, columns, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (p.reach, *arrays))
 
 
 def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "K M C"]:
@@ -136,7 +89,7 @@ def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "K M C"]:
 def blockwise(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], p: Plan, block: int
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over the tiles of a plan; 0 where the query is padding."""
+    """Grouped-query attention over the tiles of a plan."""
     return _forward(q, k, v, p, block)[0]
 
 
@@ -145,11 +98,13 @@ def _forward(q: Array, k: Array, v: Array, p: Plan, block: int) -> tuple[Array, 
     ks, vs = (_heads(x, K, block) for x in (k, v))
 
     def one(_: None, x: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
-        row, qb, tokens, first, end = x
+        row, columns, bounds, qb = x
+        turns, at = bounds.visits()
 
-        def tile(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def tile(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            j = at(turn)
             top, total, out = carry
-            s = _scores(qb, ks[row, j], _seen(tokens, _pick(p.keys, row, j)))
+            s = _scores(qb, ks[row, j], _seen(columns, p.until, row, j))
             new = jnp.maximum(top, s.max(axis=-1))
             e = jnp.exp(s - new[..., None])
             shrink = jnp.exp(top - new)
@@ -157,14 +112,11 @@ def _forward(q: Array, k: Array, v: Array, p: Plan, block: int) -> tuple[Array, 
             return new, total * shrink + e.sum(axis=-1), out * shrink[..., None] + more
 
         start = (jnp.full(qb.shape[:2], _OUT), jnp.zeros(qb.shape[:2]), jnp.zeros(qb.shape, jnp.float32))
-        top, total, out = jax.lax.fori_loop(first, end, tile, start)
-        real = jnp.tile(tokens.segments > 0, qb.shape[1] // block)
-        total = jnp.where(real, total, 1.0)
-        out = jnp.where(real[:, None], out / total[..., None], 0.0)
-        return None, (out.astype(q.dtype), jnp.where(real, top + jnp.log(total), 0.0))
+        top, total, out = jax.lax.fori_loop(0, turns, tile, start)
+        return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
 
-    _, (out, lse) = jax.lax.scan(one, None, (_rows(p), *_flat((_heads(q, K, block), p.queries, p.first, p.end))))
-    out = _unheads(out.reshape(*p.first.shape, *out.shape[1:]), q.shape[2], q.shape[1])
+    _, (out, lse) = jax.lax.scan(one, None, _flat(p, _heads(q, K, block)))
+    out = _unheads(out.reshape(*p.reach.first.shape, *out.shape[1:]), q.shape[2], q.shape[1])
     out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return out, (q, k, v, p, out, lse)
 
@@ -174,15 +126,17 @@ def _backward(block: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]) ->
     K, scale = k.shape[2], q.shape[-1] ** -0.5
     ks, vs = (_heads(x, K, block) for x in (k, v))
     delta = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    stacked = _flat((_heads(q, K, block), _heads(g, K, block), _heads(delta, K, block), p.queries, p.first, p.end))
+    lse = lse.reshape(*p.reach.first.shape, *lse.shape[1:])
 
     def one(carry: tuple[Array, Array], x: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
-        row, norm, (qb, gb, d, tokens, first, end) = x
+        row, columns, bounds, qb, gb, d, norm = x
+        turns, at = bounds.visits()
 
-        def tile(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def tile(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            j = at(turn)
             dq, dk, dv = carry
             kb, vb = ks[row, j], vs[row, j]
-            w = jnp.exp(_scores(qb, kb, _seen(tokens, _pick(p.keys, row, j))) - norm[..., None])
+            w = jnp.exp(_scores(qb, kb, _seen(columns, p.until, row, j)) - norm[..., None])
             dw = jnp.einsum("kmh,kch->kmc", gb, vb, preferred_element_type=jnp.float32)
             ds = (w * (dw - d) * scale).astype(q.dtype)
             more = [jnp.einsum("kmc,kmh->kch", a, b, preferred_element_type=jnp.float32)
@@ -190,12 +144,12 @@ def _backward(block: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]) ->
             dq = dq + jnp.einsum("kmc,kch->kmh", ds, kb, preferred_element_type=jnp.float32)
             return dq, dk.at[row, j].add(more[0]), dv.at[row, j].add(more[1])
 
-        dq, dk, dv = jax.lax.fori_loop(first, end, tile, (jnp.zeros(qb.shape, jnp.float32), *carry))
+        dq, dk, dv = jax.lax.fori_loop(0, turns, tile, (jnp.zeros(qb.shape, jnp.float32), *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = (jnp.zeros(ks.shape, jnp.float32), jnp.zeros(vs.shape, jnp.float32))
-    (dk, dv), dq = jax.lax.scan(one, zeros, (_rows(p), lse, stacked))
-    dq = _unheads(dq.reshape(*p.first.shape, *dq.shape[1:]), q.shape[2], q.shape[1])
+    (dk, dv), dq = jax.lax.scan(one, zeros, _flat(p, *(_heads(x, K, block) for x in (q, g, delta)), lse))
+    dq = _unheads(dq.reshape(*p.reach.first.shape, *dq.shape[1:]), q.shape[2], q.shape[1])
     dk, dv = (_unheads(x.astype(k.dtype), K, k.shape[1]) for x in (dk, dv))
     return dq, dk, dv, None
 

@@ -8,7 +8,7 @@
 | triton    | GPU, our Pallas kernels (`models.triton`)  | Σ length²; tiles of 128                                 |
 
 Branches are not expressible in splash's segment ids: on TPU such rows run blockwise, as rows split over `context` do
-everywhere. Triton skips the tiles of other branches too; blockwise computes and masks them.
+everywhere. Tiles of other branches are skipped as those of other segments are.
 """
 
 import math
@@ -77,28 +77,26 @@ def _exchange(x: Array, parts: int, back: bool = False) -> Array:
     return jnp.concatenate(halves, axis=1)
 
 
-def _split(q: Array, k: Array, v: Array, about: tuple[Any, ...], parts: int) -> Array:
+def _split(q: Array, k: Array, v: Array, about: Array, parts: int) -> Array:
     """Attention of rows split over `context`: keys and values are gathered, queries dealt out."""
-    k, v, (segments, branches) = jax.tree.map(
-        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, about))
+    k, v, about = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v, about))
     columns = zigzag(jax.lax.axis_index("context"), parts, q.shape[1])
     block = min(BLOCK, max(1, q.shape[1] // 2))
-    out = blockwise(_exchange(q, parts), k, v, plan(segments, branches, block, columns), block)
+    out = blockwise(_exchange(q, parts), k, v, plan(about, block, columns), block)
     return _exchange(out, parts, back=True)
 
 
-def _local(path: str, q: Array, k: Array, v: Array, about: tuple[Any, ...]) -> Array:
+def _local(path: str, q: Array, k: Array, v: Array, about: Array) -> Array:
     if path == "triton":
         from deltapref_jax.models.triton import triton
 
-        return triton(q, k, v, *about)
-    segments, branches = about
+        return triton(q, k, v, about)
     if path == "splash":
         from deltapref_jax.models.splash import splash
 
-        return splash(q, k, v, segments)
+        return splash(q, k, v, about)
     block = min(BLOCK, q.shape[1])
-    return blockwise(q, k, v, plan(segments, branches, block), block)
+    return blockwise(q, k, v, plan(about, block), block)
 
 
 def packed_attention(
@@ -122,9 +120,9 @@ def packed_attention(
         mask = packed_mask(segments, branches)
         return lambda q, k, v: attend(q, k, v, mask)
 
-    about = (until(segments, branches),) if path == "triton" else (segments, branches)  # here: once for all layers
+    about = segments if path == "splash" else until(segments, branches)  # here: once for all layers
 
-    def run(q: Array, k: Array, v: Array, about: tuple[Any, ...]) -> Array:
+    def run(q: Array, k: Array, v: Array, about: Array) -> Array:
         return _split(q, k, v, about, parts) if parts > 1 else _local(path, q, k, v, about)
 
     if mesh is None or mesh.size == 1:

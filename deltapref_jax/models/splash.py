@@ -27,7 +27,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as table
 from jaxtyping import Array, Float, Int
 
-from deltapref_jax.models.blockwise import reach
+from deltapref_jax.models.attention import last, reach, until
 
 LANES = 128  # of a TPU's vector registers: rows are filled up to a multiple of it
 TILES = (512, 256, LANES)  # the widest that divides the row is taken: few steps, and half a MiB of a core's memory
@@ -43,8 +43,9 @@ def tables(segments: Int[Array, "B L"], tile: int) -> tuple[table.MaskInfo, tabl
     Scalar memory pads a line to 128 numbers, so they are the smallest that serve: a v5e's MiB holds 2,700 query blocks.
     """
     B, T = segments.shape[0], segments.shape[1] // tile
-    first, last = reach(segments, tile)
     i, row = jnp.arange(T), jnp.arange(B)[:, None, None] * T
+    ends = until(segments)
+    first, end = reach(ends, jnp.arange(segments.shape[1]).reshape(T, tile)).first, last(ends, tile)
     order: Any = jnp.arange(segments.size, dtype=jnp.int32)
 
     def info(low: Array, high: Array) -> tuple[Array, Array]:
@@ -53,7 +54,7 @@ def tables(segments: Int[Array, "B L"], tile: int) -> tuple[table.MaskInfo, tabl
 
     data, mask = info(first[..., None], i[:, None])
     forward = table.MaskInfo(data, None, mask, None, order)
-    data, mask = (x.swapaxes(1, 2) for x in info(i[:, None], last[..., None]))
+    data, mask = (x.swapaxes(1, 2) for x in info(i[:, None], end[..., None]))
     return forward, table.MaskInfo(data, None, mask, None, order)
 
 

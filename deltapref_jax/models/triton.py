@@ -2,15 +2,12 @@
 
 JAX's own Triton kernel (`jax.experimental.pallas.ops.gpu.attention`) knows segments but starts every loop at the row's
 first key, and knows no branches; here one integer per key says who sees it (`attention.until`), and a loop's bounds are
-read from integers per tile (`reach`):
+read from integers per tile (`attention.Reach`):
 
     program                                loops over                                            writes
     _forward  query tile i, head n, row b  keys of tiles first[b, i] to i, but not the gap       out, lse
     _queries  query tile i, head n, row b  the same                                              dq
     _keys     key tile j, key head, row b  queries of tiles j to last[b, j], for its N/K heads   dk, dv
-
-    tiles of a segment               p p a a b b     its trunk and two branches
-    visited by queries of the last   x x . . x x     first 0, gap 2 up to but not including back 4
 
 A row without branches runs the same programs, with empty gaps.
 
@@ -30,38 +27,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as gpu
 from jaxtyping import Array, Float, Int
 
+from deltapref_jax.models.attention import Reach, last, reach
+
 _OUT = -1e30  # score of a key that must not be seen: finite, so that a tile without keys for a query gives no NaN
 _LOG2E = math.log2(math.e)
 
 
-def reach(until: Int[Array, "B L"], tile: int) -> tuple[Int[Array, "B 3 T"], Int[Array, "B T"]]:
-    """The tiles that hold a key and a query who see each other, of whole rows (L = T · tile).
-
-    Returns:
-      bounds: (first, gap, back): query tile i sees keys of tiles first[i] to i, but none of gap[i] to back[i] - 1.
-      last: keys of tile j are seen by queries of tiles j to last[j].
-    """
-    i = jnp.arange(until.shape[1] // tile)
-    last = (jnp.max(until.reshape(until.shape[0], -1, tile), axis=2) - 1) // tile
-    seen = (i[:, None] >= i) & (i[:, None] <= last[:, None, :])
-
-    def least(among: Array) -> Array:
-        return jnp.min(jnp.where(among, i, i[:, None]), axis=2)
-
-    first = least(seen)
-    gap = least(~seen & (i > first[..., None]))
-    return jnp.stack([first, gap, least(seen & (i >= gap[..., None]))], axis=1), last
-
-
 def _visits(bounds_ref: Any, i: Array, steps: int) -> tuple[Array, Callable[[Array], Array]]:
-    """How many blocks of keys a tile of queries visits, and which one comes at a turn; a tile is `steps` blocks."""
+    """`Reach.visits` of query tile i in blocks of keys, `steps` of them a tile."""
     first, gap, back = (bounds_ref[n, i] * steps for n in range(3))
-    hole = back - gap
-
-    def block(turn: Array) -> Array:
-        return first + turn + jnp.where(first + turn >= gap, hole, 0)
-
-    return (i + 1) * steps - first - hole, block
+    return Reach(first, gap, back, (i + 1) * steps).visits()
 
 
 def _columns(block: Array, size: int) -> Array:
@@ -229,4 +204,6 @@ def triton(
     q, k, v = (jnp.pad(x, fill) for x in (q, k, v))
     rest = jnp.broadcast_to(jnp.arange(L, q.shape[1]) + 1, (q.shape[0], q.shape[1] - L))
     until = jnp.concatenate([until, rest], axis=1)
-    return _attention(q, k, v, until, *reach(until, tile), H**-0.5, interpret)[:, :L, :, :H]
+    found = reach(until, jnp.arange(until.shape[1]).reshape(-1, tile))
+    bounds = jnp.stack([found.first, found.gap, found.back], axis=1)
+    return _attention(q, k, v, until, bounds, last(until, tile), H**-0.5, interpret)[:, :L, :, :H]

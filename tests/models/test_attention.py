@@ -8,14 +8,14 @@ from flax import nnx
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, put
-from deltapref_jax.models.attention import attend, packed_mask, until
+from deltapref_jax.models.attention import attend, last, packed_mask, reach, until
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.kernels import choose, packed_attention, zigzag
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.splash import splash, tables
-from deltapref_jax.models.triton import reach, triton
+from deltapref_jax.models.triton import triton
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 
@@ -79,52 +79,84 @@ def same(got, want, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize(("block", "branched"), [(32, False), (40, True)])
-def test_blockwise_is_plain(block, branched):
+def tiled(ends, block, columns=None):
+    """Blockwise attention as a function of queries, keys, values."""
+    return lambda q, k, v: blockwise(q, k, v, plan(ends, block, columns), block)
+
+
+@pytest.mark.parametrize("block", [8, 32, 40])
+@pytest.mark.parametrize("branches", [False, True])
+def test_blockwise_is_plain(block, branches):
     segments = rows(LAYOUT)
-    branches = jnp.broadcast_to(jnp.arange(96) // 7 % 3, segments.shape) if branched else None
-    got = results(lambda q, k, v: blockwise(q, k, v, plan(segments, branches, block), block), segments,
-                  *arrays(segments))
+    branches = branched(segments) if branches else None
+    got = results(tiled(until(segments, branches), block), segments, *arrays(segments))
     same(got, results(plain(segments, branches), segments, *arrays(segments)), 1e-5)
 
 
 def test_blockwise_in_bfloat16_is_float32_within_its_rounding():
     segments = rows(LAYOUT)
     exact = results(plain(segments), segments, *[x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays(segments)])
-    got = results(lambda q, k, v: blockwise(q, k, v, plan(segments, None, 32), 32), segments,
-                  *arrays(segments, jnp.bfloat16))
+    got = results(tiled(until(segments), 32), segments, *arrays(segments, jnp.bfloat16))
     assert {x.dtype for x in got} == {jnp.dtype("bfloat16")}
     same([x.astype(jnp.float32) for x in got], exact, 2e-2)
 
 
-def test_padding_gives_zeros_and_no_gradient():
+def test_padding_sees_itself_alone():
     segments = rows(LAYOUT)
     q, k, v, _ = arrays(segments)
-    out, back = jax.vjp(lambda *x: blockwise(*x, plan(segments, None, 32), 32), q, k, v)
-    for x in (out, *back(jnp.ones_like(out))):
-        assert not np.asarray(x)[np.asarray(segments) == 0].any()
-        assert np.isfinite(x).all()
+    out = tiled(until(segments), 40)(q, k, v)
+    padding = np.asarray(segments) == 0
+    np.testing.assert_allclose(out[padding], np.repeat(v, HEADS // GROUPS, axis=2)[padding], rtol=1e-6)
 
 
-def test_visited_tiles_are_those_that_a_segment_reaches():
-    segments = rows([[5, 30, 17, 9], [96], []])
-    p = plan(segments, None, 32)
-    mask = np.asarray(packed_mask(segments)) & (np.asarray(segments) > 0)[:, :, None]
-    for b, i in np.ndindex(3, 3):
-        tiles = mask[b, 32 * i : 32 * i + 32].reshape(32, 3, 32).any(axis=(0, 2))
-        assert [int(p.first[b, i]) <= j < int(p.end[b, i]) for j in range(3)] == tiles.tolist()
+def visited(bounds, tiles):
+    """Which tiles of keys, [B, t, T]."""
+    first, gap, back, end = (np.asarray(x)[..., None] for x in bounds)
+    j = np.arange(tiles)
+    return (first <= j) & (j < end) & ~((gap <= j) & (j < back))
+
+
+def test_the_turns_of_a_loop_are_the_visited_tiles():
+    segments = rows([*LAYOUT, [7, 1, 88], [50, 46]])
+    bounds = plan(until(segments, branched(segments)), 8).reach
+    tiles = visited(bounds, 12)
+    for b, i in np.ndindex(tiles.shape[:2]):
+        turns, at = type(bounds)(*(x[b, i] for x in bounds)).visits()
+        assert [int(at(turn)) for turn in range(int(turns))] == np.flatnonzero(tiles[b, i]).tolist()
+
+
+def work(segments, branches=None, block=64, columns=None):
+    return int(plan(until(segments, branches), block, columns).reach.visits()[0].sum())
 
 
 def test_work_grows_with_the_sum_of_squared_lengths():
-    def tiles(layout, length):
-        p = plan(rows([layout], length), None, 64)
-        return int(jnp.maximum(p.end - p.first, 0).sum())
-
-    assert tiles([64] * 64, 4096) == 64
-    assert tiles([4096], 4096) == 64 * 65 / 2
+    assert work(rows([[64] * 64], 4096)) == 64
+    assert work(rows([[4096]], 4096)) == 64 * 65 / 2
     for size in (96, 256, 1024):
         bound = (4096 // size) * ((size / 64 + 1) * (size / 64 + 2) / 2 + 1)
-        assert tiles([size] * (4096 // size), 4096) <= bound
+        assert work(rows([[size] * (4096 // size)], 4096)) <= bound
+
+
+def test_a_branch_costs_its_trunk_and_itself_whatever_lies_between():
+    """A trunk of a tile and branches of four: 1 + 4 · (4 + 10) for four branches, not the triangle's 17 · 18 / 2."""
+    for branches in (1, 4, 15):
+        numbers = jnp.repeat(jnp.arange(branches + 1), jnp.asarray([64] + [256] * branches))[None]
+        assert work(jnp.ones_like(numbers), numbers) == 1 + branches * (4 + 10)
+
+
+@pytest.mark.parametrize("given", ["q", "k", "v"])
+def test_blockwise_reads_no_tile_of_another_branch(given):
+    """A NaN in one branch meets no query and no key of the other, in any pass."""
+    segments = jnp.ones((1, 160), jnp.int32)
+    branches = jnp.repeat(jnp.arange(3), jnp.asarray([32, 64, 64]))[None]
+    for column, others in ((50, slice(96, 160)), (150, slice(32, 96))):
+        *inputs, g = arrays(segments)
+        at = "qkv".index(given)
+        inputs[at] = inputs[at].at[0, column].set(jnp.nan)
+        out, back = jax.vjp(tiled(until(segments, branches), 32), *inputs)
+        found = (out, *back(g))
+        assert all(np.isfinite(x[0, others]).all() for x in found)
+        assert any(np.isnan(x[0]).any() for x in found)
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((2, 2, 2, 1), (4, 2)), ((1, 1, 4, 2), (8, 2)), ((1, 2, 1, 4), (4, 2)),
@@ -165,8 +197,7 @@ def test_a_row_of_one_segment_is_equal_work_for_all_its_devices(parts):
     segments = rows([[96 * parts]], 96 * parts)
     shares = [zigzag(d, parts, 96) for d in range(parts)]
     assert sorted(np.concatenate(shares)) == list(range(96 * parts))
-    plans = [plan(segments, None, 16, columns) for columns in shares]
-    assert len({int((p.end - p.first).sum()) for p in plans}) == 1
+    assert len({work(segments, block=16, columns=columns) for columns in shares}) == 1
 
 
 @pytest.mark.parametrize(("kernel", "length", "width", "dtype", "tolerance"), [
@@ -243,10 +274,9 @@ def test_who_sees_a_key_and_which_tiles_are_reached(branches):
     real = np.asarray(segments)[:, :, None] > 0
     np.testing.assert_array_equal(seen, np.where(real, packed_mask(segments, branches), np.eye(96, dtype=bool)))
     tiles = seen.reshape(-1, 12, 8, 12, 8).any(axis=(2, 4))
-    bounds, last = (np.asarray(x) for x in reach(ends, 8))
-    for b, i, j in np.ndindex(tiles.shape):
-        first, gap, back = bounds[b, :, i]
-        assert (first <= j <= i and not gap <= j < back) == (i >= j and last[b, j] >= i) == tiles[b, i, j]
+    np.testing.assert_array_equal(visited(reach(ends, jnp.arange(96).reshape(12, 8)), 12), tiles)
+    to, j = np.asarray(last(ends, 8))[:, None, :], np.arange(12)
+    np.testing.assert_array_equal((j <= j[:, None]) & (j[:, None] <= to), tiles)
 
 
 def test_splash_visits_the_tiles_that_a_segment_reaches():
