@@ -97,7 +97,8 @@ def pairs_of(shape: str, count: int) -> list[dict[str, list[int]]]:
 
 def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Name to (python, script, configuration)."""
-    length = (512 if shape == "uniform" else 1024) * _SCALE.value
+    # uniform: two pairs behind their prompts
+    length = 896 * _SCALE.value + 2 if shape == "uniform" else 1024 * _SCALE.value
     base = {"folder": str(folder), "kind": kind, "pairs": _PAIRS.value, "beta": 0.1, "learning_rate": 1e-6}
     ours = base | {"rows": _ROWS.value, "row_length": length, "remat": _REMAT.value, "dtype": _DTYPE.value}
     trl = base | {"threads": len(os.sched_getaffinity(0)), "gradient_checkpointing": _CHECKPOINTING.value}

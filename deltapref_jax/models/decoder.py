@@ -110,7 +110,9 @@ def _linear_backward(saved: tuple[Array | None, Array], g: Array) -> tuple[Array
     straight = x.shape[-1] <= math.prod(weight.shape[1:]) or x.dtype.itemsize < 4
     a, b = (x, g) if straight else (g, x)
     dw = jax.lax.dot_general(a, b, ((tokens,) * 2, ((), ())), preferred_element_type=jnp.float32)
-    return dx, (dw if straight else jnp.moveaxis(dw, -1, 0)).astype(weight.dtype)
+    if not straight:  # the barrier: XLA would fold the transpose into a slower product
+        dw = jnp.moveaxis(jax.lax.optimization_barrier(dw), -1, 0)
+    return dx, dw.astype(weight.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)

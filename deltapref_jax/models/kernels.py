@@ -3,7 +3,7 @@
 | path      | runs                                       | work                                                    |
 |-----------|--------------------------------------------|---------------------------------------------------------|
 | plain     | anywhere; the yardstick of the tests       | L² per row, an L x L mask                               |
-| blockwise | anywhere, XLA (`models.blockwise`)         | Σ length²; tiles of 128                                 |
+| blockwise | anywhere, XLA (`models.blockwise`)         | Σ length²; tiles of 128, on CPU of 64                   |
 | splash    | TPU, JAX's Pallas kernel (`models.splash`) | Σ length²; tiles of up to 512, skipped ones cost a step |
 | triton    | GPU, our Pallas kernels (`models.triton`)  | Σ length²; tiles of 128                                 |
 
@@ -25,7 +25,8 @@ from deltapref_jax.models.attention import attend, packed_mask, until
 from deltapref_jax.models.blockwise import blockwise, plan
 from deltapref_jax.models.sharding import BATCH
 
-BLOCK = 128  # of `blockwise`, measured on CPU against 64 and 256
+BLOCK = 128  # of `blockwise`, and the row that is not cut into tiles
+CPU_BLOCK = 64  # measured against 96, 128 and 192
 Attention = Callable[[Any, Any, Any], Any]
 
 
@@ -77,16 +78,16 @@ def _exchange(x: Array, parts: int, back: bool = False) -> Array:
     return jnp.concatenate(halves, axis=1)
 
 
-def _split(q: Array, k: Array, v: Array, about: Array, parts: int) -> Array:
+def _split(q: Array, k: Array, v: Array, about: Array, parts: int, block: int) -> Array:
     """Attention of rows split over `context`: keys and values are gathered, queries dealt out."""
     k, v, about = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v, about))
     columns = zigzag(jax.lax.axis_index("context"), parts, q.shape[1])
-    block = min(BLOCK, max(1, q.shape[1] // 2))
+    block = min(block, max(1, q.shape[1] // 2))
     out = blockwise(_exchange(q, parts), k, v, plan(about, block, columns), block)
     return _exchange(out, parts, back=True)
 
 
-def _local(path: str, q: Array, k: Array, v: Array, about: Array) -> Array:
+def _local(path: str, q: Array, k: Array, v: Array, about: Array, block: int) -> Array:
     if path == "triton":
         from deltapref_jax.models.triton import triton
 
@@ -95,7 +96,7 @@ def _local(path: str, q: Array, k: Array, v: Array, about: Array) -> Array:
         from deltapref_jax.models.splash import splash
 
         return splash(q, k, v, about)
-    block = min(BLOCK, q.shape[1])
+    block = min(block, q.shape[1])
     return blockwise(q, k, v, plan(about, block), block)
 
 
@@ -120,10 +121,11 @@ def packed_attention(
         mask = packed_mask(segments, branches)
         return lambda q, k, v: attend(q, k, v, mask)
 
+    block = CPU_BLOCK if platform_of(mesh) == "cpu" else BLOCK
     about = segments if path == "splash" else until(segments, branches)  # here: once for all layers
 
     def run(q: Array, k: Array, v: Array, about: Array) -> Array:
-        return _split(q, k, v, about, parts) if parts > 1 else _local(path, q, k, v, about)
+        return _split(q, k, v, about, parts, block) if parts > 1 else _local(path, q, k, v, about, block)
 
     if mesh is None or mesh.size == 1:
         return lambda q, k, v: run(q, k, v, about)
