@@ -161,6 +161,7 @@ def validate(experiment: Experiment) -> Experiment:
     """
     e = experiment
     _whole(e, Experiment)
+    _number("config.seed", e.seed, 0)
     for tracker in e.trackers:
         package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]
         if importlib.util.find_spec(package) is None:

@@ -11,8 +11,8 @@ hub name or a data set folder. The reference's log-probabilities are computed on
     --config.data.split             split of a folder or hub data set (train)
     --config.student.path           the model: a Hugging Face folder, hub name or .gguf file
     --config.student.dtype          float32 or bfloat16, of the computation; trained weights are float32 (float32)
-    --config.reference.path         another reference than the student before training ()
-    --config.table                  Parquet file or folder of the reference's log-probabilities, made before ()
+    --config.reference.path         another reference; without it, the student before training
+    --config.table                  Parquet file or folder of the reference's log-probabilities, if there is one
     --config.workspace              directory, or gs://bucket/place, of everything that is made (workspace)
 
     --config.objective.kind         dpo, dpo_norm, hinge, ipo, robust, cdpo, apo_zero, apo_down, simpo; kto,
@@ -20,7 +20,7 @@ hub name or a data set folder. The reference's log-probabilities are computed on
     --config.objective.beta         weight of the log-ratio to the reference, per nat (0.1)
     --config.objective.learning_rate    at its peak (5e-07)
     --config.training.epochs        passes over the data (1.0)
-    --config.training.budget        epochs, or steps to train config.training.steps optimizer steps (epochs)
+    --config.training.budget        epochs, or steps: as many optimizer steps as config.training.steps says (epochs)
     --config.training.pairs_per_step    pairs of one optimizer step; twice as many examples of KTO (32)
     --config.training.warmup        share of the steps in which the learning rate rises (0.1)
     --config.training.schedule      linear, cosine or constant, after the warm-up (linear)
