@@ -1,6 +1,9 @@
 """One look for all progress bars: what, how far, how fast, how long still."""
 
-from rich.console import Console
+from collections.abc import Iterable
+
+from rich.columns import Columns
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,8 +24,17 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.1f} {task.fields.get('unit', '')}/s" if speed else "")
 
 
+class _Noted(Progress):
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars, and what each has to say below them: its parts, which two spaces divide, are never cut in two."""
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Columns(task.fields["note"].split("  "))
+
+
 def progress(show: bool = True) -> Progress:
-    """A transient bar on stderr; tasks have the fields `unit` and `note`."""
-    return Progress(TextColumn("{task.description:<28}"), BarColumn(24), MofNCompleteColumn(), _Rate(),
-                    TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                    console=Console(stderr=True), transient=True, disable=not show)
+    """A transient bar on stderr, 80 columns wide or less; tasks have the fields `unit` and `note`."""
+    return _Noted(TextColumn("{task.description:<20}"), BarColumn(16), MofNCompleteColumn(), _Rate(),
+                  TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                  disable=not show)

@@ -30,10 +30,19 @@ from deltapref_jax.config import (
     Prompts,
     Scoring,
     Single,
+    Training,
     choose,
 )
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
+
+
+def _whole(config: Any, wanted: type) -> None:
+    """Refuses the config of another entry point."""
+    if not isinstance(config, wanted):
+        raise ConfigError(f"--config gives {type(config).__name__} where {wanted.__name__} is needed; its get_config() "
+                          f"must return deltapref_jax.config.{wanted.__name__}.")
+    _typed("config", config)
 
 
 def _typed(where: str, config: Any) -> None:
@@ -88,7 +97,7 @@ def validate_nursery(nursery: Nursery) -> Nursery:
     Raises:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
-    _typed("config", nursery)
+    _whole(nursery, Nursery)
     if "://" in nursery.workspace:
         raise ConfigError(f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine.")
     _unique("pupil", [p.name for p in nursery.pupils])
@@ -120,12 +129,13 @@ def validate_single(single: Single) -> Single:
     Raises:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
-    _typed("config", single)
+    _whole(single, Single)
     if not single.data.path:
         raise ConfigError("config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder.")
     _number("config.data.workers", single.data.workers, 0)
     choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
+    choose("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
     validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
                         workspace=single.workspace, prompts=(Prompts(kind="jsonl", path=single.data.path),),
@@ -133,6 +143,9 @@ def validate_single(single: Single) -> Single:
                         reference=single.reference,
                         objectives=(dataclasses.replace(single.objective, name=single.objective.kind),),
                         training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
+    if single.training.budget == "epochs" and single.training.steps != Training().steps:
+        raise ConfigError(f"config.training.steps is {single.training.steps} and config.training.budget is 'epochs', "
+                          "which does not read it; set budget to 'steps', or give epochs instead.")
     kind = single.objective.kind
     for field, value in (("reference.path", single.reference.path), ("table", single.table)):
         if value and not OBJECTIVE_KINDS[kind].reference:
@@ -147,7 +160,7 @@ def validate(experiment: Experiment) -> Experiment:
       ConfigError: one sentence that names the field, its value and the remedy. Nothing has been read or written.
     """
     e = experiment
-    _typed("config", e)
+    _whole(e, Experiment)
     _number("config.seed", e.seed, 0)
     for tracker in e.trackers:
         package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]

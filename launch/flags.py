@@ -16,6 +16,7 @@ from deltapref_jax import config
 from deltapref_jax.host import Preempted, crashed, finished, leave, leave_on_sigterm
 from deltapref_jax.workspace import ArtifactError
 
+flags.disclaim_key_flags()  # what is defined here belongs to the entry point that asks for it, and to its --help
 _PROJECT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -33,8 +34,9 @@ def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
 
 def define_profile_steps() -> flags.FlagHolder[str]:
     """The flag `--profile_steps`; `window` reads its value."""
-    return flags.DEFINE_string("profile_steps", "", "FIRST:LAST, training steps from 1 that JAX's profiler traces into "
-                               "the folder of every arm that is still to be trained (profile/, for XProf or Perfetto).")
+    return flags.DEFINE_string("profile_steps", "", "First and last training step, from 1, that JAX's profiler traces, "
+                               "such as 10:12; the trace is put into profile/ of the folder of every arm that is still "
+                               "to be trained, for XProf or Perfetto.")
 
 
 def window(steps: str) -> tuple[int, int] | None:
@@ -95,8 +97,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _sentence(e: Exception, given: str, argv: list[str]) -> str:
     text = str(e.args[0] if isinstance(e, KeyError) else e).replace("module 'config_config'", "the file")
-    if found := re.search(r"Field (\w+) not found on dataclass <class '[\w.]+\.(\w+)'>", text):
-        name, kind = found.groups()
+    if found := (re.search(r"Field (?P<name>\w+) not found on dataclass <class '[\w.]+\.(?P<kind>\w+)'>", text)
+                 or re.search(r"<class '[\w.]+\.(?P<kind>\w+)'>\.(?P<name>\w+) does not exist", text)):
+        name, kind = found["name"], found["kind"]
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
         at = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
         return f"{at}: {kind} has no field {name!r}; it has {known}."

@@ -6,10 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deltapref_jax.config import OBJECTIVE_KINDS
 from deltapref_jax.workspace import Node, Workspace
 
 _WORDS = {  # counts of a manifest, in words; those that are zero are not shown
-    "read": "rows read", "groups": "trained on", "too_long": "longer than row_length, dropped",
+    "read": "rows read", "groups": "trained on", "same": "of them pairs whose two answers are the same",
+    "empty": "an empty answer, dropped", "too_long": "longer than row_length, dropped",
     "cut": "sequences cut to row_length", "cut_away": "no answer within row_length, dropped",
     "unscored": "nothing to score, dropped", "undesirable": "not desirable, left out (SFT)",
     "apart": "template no prefix, tokenised apart", "mismatched_dropped": "mismatched rows too long, left out",
@@ -33,6 +35,11 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
         if found.get(name):
             console.print(f"  {found[name]:,.0f} {words}")
     console.print(_metrics([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]))
+    asked, batch = nodes["policy"].config["training"]["pairs_per_step"], int(stats["batch"])
+    unit = OBJECTIVE_KINDS[nodes["policy"].config["objective"]["kind"]].unit
+    whole = batch < asked * (2 if unit == "example" else 1)
+    console.print(f"{stats['steps']:,.0f} steps of {batch:,} {'pairs' if unit == 'pair' else 'examples'}"
+                  + f", which are all there are (config.training.pairs_per_step is {asked:,})" * whole, soft_wrap=True)
     if stats.get("seconds_steady"):
         speed, padding = stats["tokens_steady"] / stats["seconds_steady"], 1 - stats["filled"] / stats["positions"]
         console.print(f"{speed:,.0f} tokens/s after the first step, which compiles and took "

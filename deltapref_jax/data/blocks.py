@@ -161,10 +161,12 @@ def json_row(line: bytes) -> dict[str, Any]:
     """A line of a JSON lines file.
 
     Raises:
-      ValueError: it is not a JSON object.
+      ValueError: it is not a JSON object, or holds half of a surrogate pair, which is no text.
     """
     try:
         row = json.loads(line.strip())
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
     except ValueError as e:
         raise ValueError(f"not JSON ({e})") from e
     if not isinstance(row, dict):

@@ -40,7 +40,8 @@ class Preferences:
     """What a source holds.
 
     Attributes:
-      groups: pairs (two rows) or examples (one) in the order of the file; rows of `records.SEQUENCE` without `group`.
+      groups: pairs (two rows) or examples (one) in the order of the file; rows of `records.SEQUENCE` without `group`,
+        and whether the answer is `empty`: no id, or white space, of which at most the end token would be trained.
       format: one of `FORMATS`.
       ignored: columns that are not read.
       counts: `read` rows of the source, `apart` (see `text.preference`).
@@ -121,11 +122,12 @@ def _prepare(block: list[tuple[str, Any]], name: str, needed: set[str], tokenise
         at, _, what = str(e).rpartition(" ¦ ")
         return _Done(broken=f"{at or where}: {what}; mend or remove the row.")
     groups = []
-    for (place, (prompt, _, label)), (ids, completions, _) in zip(examples, tokens, strict=True):
+    for (place, (prompt, said, label)), (ids, completions, _) in zip(examples, tokens, strict=True):
         key = digest(prompt.tolist() if isinstance(prompt, np.ndarray) else prompt)
         labels = (label,) if len(completions) == 1 else (True, False)
-        groups.append([{"prompt_id": key, "prompt_ids": ids, "completion_ids": c, "desirable": good, "where": place}
-                       for c, good in zip(completions, labels, strict=True)])
+        groups.append([{"prompt_id": key, "prompt_ids": ids, "completion_ids": c, "desirable": good, "where": place,
+                        "empty": _empty(answer)}
+                       for c, good, answer in zip(completions, labels, said, strict=True)])
     return _Done(groups, columns, {"read": len(block), "apart": sum(apart for _, _, apart in tokens)})
 
 
@@ -173,13 +175,18 @@ def _ids(row: Row, name: str, vocab: int) -> Example:
         if not fine or array.ndim != 1 or (len(array) and (array.min() < 0 or (vocab and array.max() >= vocab))):
             below = f" from 0 to {vocab - 1}, the model's vocabulary" if vocab else ""
             raise ValueError(f"{column!r} is not a list of token ids{below}")
-        if not len(array) and column != "prompt_ids":
-            raise ValueError(f"{column!r} is empty, so that nothing could be trained")
         return array.astype(np.int32)
 
     if "unpaired" in name:
         return ids("prompt_ids"), (ids("completion_ids"),), _label(row.get("label"))
     return ids("prompt_ids"), (ids("chosen_ids"), ids("rejected_ids")), None
+
+
+def _empty(answer: Any) -> bool:
+    """Of ids, text or messages."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    return not any(m["content"].strip() for m in answer) if isinstance(answer, list) else not len(answer)
 
 
 def _said(row: Row, column: str) -> Any:
@@ -211,6 +218,8 @@ def _paired(row: Row) -> Example:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one of 'chosen' and 'rejected' is text and the other is messages")
     if isinstance(chosen, str) and not isinstance(prompt, list):
+        if prompt is None and "prompt" in row:
+            raise ValueError("'prompt' is missing")
         border = _shared(chosen, rejected) if prompt is None else 0
         return (prompt if prompt is not None else chosen[:border]), (chosen[border:], rejected[border:]), None
     chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")

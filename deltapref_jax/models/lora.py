@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltapref_jax.config import Lora
+from deltapref_jax.config import ConfigError, Lora
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract, stored_name, write_tensors
 
@@ -31,6 +31,20 @@ TARGETS = {stored_name(f"blocks.{name}").split(".")[-2]: name for name in ("q", 
 def adapters(lora: Lora) -> Adapters:
     """The shape that a config asks for; alpha is no part of it."""
     return Adapters(lora.rank, tuple(TARGETS[t] for t in TARGETS if t in lora.targets)) if lora.rank else NO_ADAPTERS
+
+
+def check_rank(lora: Lora, spec: ModelSpec) -> None:
+    """A product of rank r adds nothing to a matrix with fewer than r rows or columns.
+
+    Raises:
+      ConfigError: the rank is larger than the narrowest of the adapted matrices.
+    """
+    heads, kv_heads = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
+    other = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}  # the side that is not the model's width
+    width, name = min((min(spec.width, other.get(TARGETS[t], spec.mlp)), t) for t in lora.targets)
+    if lora.rank > width:
+        raise ConfigError(f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; make "
+                          "rank that at most, or train all weights with rank 0.")
 
 
 def divide(params: nnx.State, shape: Adapters) -> tuple[nnx.State, nnx.State]:

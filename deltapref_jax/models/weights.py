@@ -196,8 +196,8 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(place), weights_hash(place))
 
 
-def look(path: str) -> Text:
-    """The tokenizer of a model that `load` would take, as far as that shows without reading its numbers.
+def look(path: str) -> tuple[ModelSpec, Text]:
+    """The shape and the tokenizer of a model that `load` would take, as far as that shows without reading its numbers.
 
     Raises:
       FileNotFoundError: nothing there, or an incomplete folder.
@@ -206,7 +206,7 @@ def look(path: str) -> Text:
     place, gguf, (spec, _, names) = _open(path)
     for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
         _stored_names(name, spec, gguf, path, names)
-    return Text.load(place)
+    return spec, Text.load(place)
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:

@@ -23,18 +23,19 @@ from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.files import local
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import Loaded, load, resolve, weights_hash
+from deltapref_jax.models.lora import check_rank
+from deltapref_jax.models.weights import Loaded, load, look, resolve, weights_hash
 from deltapref_jax.records import LOGPROB, SEQUENCE
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.study import content
-from deltapref_jax.stages.train import train_arm
+from deltapref_jax.stages.train import data_of, train_arm
 from deltapref_jax.text.preference import tokenise
 from deltapref_jax.text.template import Text
 from deltapref_jax.training.data import Group, Row
-from deltapref_jax.workspace import Job, Node, Stats
+from deltapref_jax.workspace import Job, Node, Stats, Workspace
 
-VERSION = 2
+VERSION = 3
 SHARD = 1024  # sequences scored between two marks: what a killed run may have to repeat
 _DERANGEMENT = 0  # seed of the mismatched partners: one for all runs, so that they share a table
 
@@ -71,12 +72,19 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
       profile: first and last training step, from 1, that JAX's profiler traces.
 
     Raises:
-      ConfigError: the data file or the table is not there, or the table is of other weights than the reference.
-      FileNotFoundError: a model is not there.
+      ConfigError: the data file or the table is not there, the table is of other weights than the reference, the
+        reference has another tokenizer, or adapters are wider than the student.
+      FileNotFoundError, ValueError: a model is not there, or not one that can be loaded.
     """
     check_place(single.data.path)
     kind, student = single.objective.kind, single.student
     teacher = single.reference if single.reference.path else student
+    (spec, text), (_, other) = look(student.path), look(teacher.path)
+    check_rank(single.training.lora, spec)
+    known = other.tokenizer.get_vocab()
+    if OBJECTIVE_KINDS[kind].reference and any(known.get(t, i) != i for t, i in text.tokenizer.get_vocab().items()):
+        raise ConfigError(f"The reference {teacher.path} has another tokenizer than the student {student.path}, so "
+                          "that it cannot score the student's tokens; choose a reference with the same tokenizer.")
     weights = {"student": weights_hash(student.path), "reference": weights_hash(teacher.path)}
     length = {"length": single.training.row_length, "rule": single.training.over_length,
               "mode": single.data.truncation_mode}
@@ -104,6 +112,18 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
     return nodes
 
 
+def check(workspace: Workspace, nodes: Mapping[str, Node]) -> None:
+    """Refuses what tokens and config show to be untrainable; to be called when the tokens are made, before the rest.
+
+    Raises:
+      ConfigError: see `groups_of` and `data_of`.
+    """
+    node = nodes["policy"]
+    models = [node.local["student"]["path"], *([nodes["reference"].local["model"]] if "reference" in nodes else [])]
+    groups, _ = groups_of(sequences(workspace.table(nodes["tokens"])), node.config)
+    data_of(groups, node.config, make_mesh(MeshShape(**node.local["mesh"])), {path: look(path)[0] for path in models})
+
+
 def tokens(job: Job) -> None:
     """The file to SEQUENCE, whose schema's metadata names the format and the columns that were ignored."""
     c, source = job.config, Pairs(**job.local["data"])
@@ -121,14 +141,19 @@ def tokens(job: Job) -> None:
         if not groups:
             raise ConfigError(f"{source.path} has no example that is chosen or labelled true, which SFT trains on; "
                               "choose another objective.")
-        found.groups = groups
+        found.groups = [g for g in groups if not any(row["empty"] for row in g)]
+        empty = len(groups) - len(found.groups)
+        if not found.groups:
+            raise ConfigError(f"All {empty} pairs or examples of {source.path} have an empty answer; give it some that "
+                              "have none.")
         kept, counts = limit(found, c["limit"]["length"], c["limit"]["rule"], c["limit"]["mode"])
+        same = sum(np.array_equal(*(row["completion_ids"] for row in g)) for g in kept if len(g) == 2)
         rows = [row | {"group": i} for i, group in enumerate(kept) for row in group]
         table = pa.table({name: pa.array([row[name] for row in rows], SEQUENCE.field(name).type)
                           for name in SEQUENCE.names})
         about = {"format": found.format, "ignored": json.dumps(found.ignored)}
         return table.replace_schema_metadata(about), {k: float(v) for k, v in (found.counts | counts | {
-            "undesirable": undesirable, "groups": len(kept)}).items()}
+            "undesirable": undesirable, "empty": empty, "same": same, "groups": len(kept)}).items()}
 
     job.shards(1, make, "rows")
 
@@ -223,24 +248,35 @@ def check_table(path: str, weights: str) -> None:
 
 
 def file_groups(job: Job, _: Loaded) -> tuple[list[Group], Stats]:
-    """Sequences and their reference log-probabilities as the objective reads them.
-
-    Raises:
-      ConfigError: the table has no row for a sequence.
-    """
-    rows = sequences(job.table("tokens"))
+    """Sequences and their reference log-probabilities as the objective reads them; raises what `groups_of` does."""
     tables = [job.table("reference")] if "reference" in job.node.inputs else [
         pq.read_table(file) for file in (_table_files(job.local["table"]) if job.local["table"] else [])]
     known: dict[str, float] = {}
     for table in tables:
         known |= dict(zip(table["trace_id"].to_pylist(), table["logprob"].to_pylist(), strict=True))
-    kind = OBJECTIVE_KINDS[job.config["objective"]["kind"]]
-    others, stats = mismatched(rows, **job.config["limit"]) if kind.baseline else ([None] * len(rows), {})
-    if kind.reference:
-        _all_known([row for row in [*rows, *others] if row is not None], known, job.local["table"])
+    return groups_of(sequences(job.table("tokens")), job.config, known, job.local["table"])
+
+
+def groups_of(rows: Sequence[Line], config: Mapping[str, Any], known: Mapping[str, float] | None = None,
+              table: str = "") -> tuple[list[Group], Stats]:
+    """Sequences as the objective reads them, and counts for the manifest.
+
+    Args:
+      rows: of the whole file.
+      config: of the policy's node.
+      known: reference log-probabilities by `row_id`; None: none is known yet.
+      table: where they come from, for messages.
+
+    Raises:
+      ConfigError: a sequence is not among `known`, or what `mismatched` refuses.
+    """
+    kind = OBJECTIVE_KINDS[config["objective"]["kind"]]
+    others, stats = mismatched(rows, **config["limit"]) if kind.baseline else ([None] * len(rows), {})
+    if kind.reference and known is not None:
+        _all_known([row for row in [*rows, *others] if row is not None], known, table)
 
     def made(row: Line) -> Row:
-        return Row(row.prompt, row.completion, known.get(row.row_id, 0.0), row.where)
+        return Row(row.prompt, row.completion, known.get(row.row_id, 0.0) if known else 0.0, row.where)
 
     groups: list[list[int]] = []
     for i, row in enumerate(rows):

@@ -5,6 +5,7 @@ evaluate/A/seed · evaluate/student · report.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from deltapref_jax.config import (
 from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import file_sha256, local
 from deltapref_jax.judging.rubric import label_ids
+from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.weights import look, weights_hash
 from deltapref_jax.records import digest
 from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
-from deltapref_jax.text.template import Text
 from deltapref_jax.workspace import Node
 
 Describe = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
@@ -85,15 +86,13 @@ def check_models(e: Experiment) -> None:
     Raises:
       FileNotFoundError, ValueError: one sentence that names the model and the remedy.
     """
-    texts: dict[str, Text] = {}
+    see = functools.cache(look)
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
-        path = model_of(e, model).path
-        texts[path] = texts.get(path) or look(path)
+        see(model_of(e, model).path)
+    check_rank(e.training.lora, see(e.student.path)[0])
     for j in e.judges:
         if j.kind == "model":
-            path = model_of(e, j.model).path
-            texts[path] = texts.get(path) or look(path)
-            label_ids(texts[path])
+            label_ids(see(model_of(e, j.model).path)[1])
 
 
 def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None) -> dict[str, Node]:

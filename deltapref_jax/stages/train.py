@@ -1,11 +1,16 @@
 """train: one arm and seed. Pairs join traces and reference log-probabilities; a policy folder comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, MeshShape, Objective, Training
 from deltapref_jax.mesh import fetch, is_first, make_mesh
 from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
+from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded, export, load
 from deltapref_jax.stages.score import Sequences
 from deltapref_jax.training.data import Data, Group, Row
@@ -88,6 +93,35 @@ def arm_groups(job: Job, model: Loaded) -> tuple[list[Group], Stats]:
     return groups, {"pairs": float(len(pairs)), "dropped_long": float(unscored)}
 
 
+def data_of(groups: list[Group], config: Mapping[str, Any], mesh: Mesh, models: Mapping[str, ModelSpec]) -> Data:
+    """The steps of an arm.
+
+    Args:
+      groups: of the whole data set.
+      config: of the arm's node: objective, training, seed.
+      mesh: that it is trained on.
+      models: whose sequences these are, by path.
+
+    Raises:
+      ConfigError: what `Data` refuses, or a sequence that a model was not made for.
+    """
+    training, objective = config["training"], Objective(**config["objective"])
+    data = Data(groups, objective.kind, Training(**training | {"lora": Lora(**training["lora"])}), config["seed"],
+                objective.baseline_fraction, shares_prompts(mesh, training["row_length"]))
+    rows = [row for group in data.groups for row in (*group.rows, group.mismatched) if row]
+    longest = max(row.tokens for row in rows)
+    largest = max(int(np.max(ids)) for row in rows for ids in row.pieces if len(ids))
+    for path, spec in models.items():
+        if longest > spec.max_positions:
+            raise ConfigError(f"A sequence of {longest} tokens is longer than the {spec.max_positions} positions that "
+                              f"the model {path} was made for; lower config.training.row_length, so that over_length "
+                              "applies.")
+        if largest >= spec.vocab:
+            raise ConfigError(f"The data have the token id {largest} and the model {path} has the ids 0 to "
+                              f"{spec.vocab - 1}; use the tokenizer of that model.")
+    return data
+
+
 def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]] = arm_groups) -> None:
     """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder).
 
@@ -100,17 +134,10 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
         path = job.local["student"]["path"]
         model = load(path, c["dtype"], None if lora.rank else "float32")
         groups, stats = read(job, model)
-        kind, training = c["objective"]["kind"], Training(**c["training"] | {"lora": lora})
-        objective = Objective(**c["objective"])
+        training = Training(**c["training"] | {"lora": lora})
         mesh = make_mesh(MeshShape(**job.local["mesh"]))
-        data = Data(groups, kind, training, c["seed"], objective.baseline_fraction,
-                    shares_prompts(mesh, training.row_length))
-        longest = max(row.tokens for group in data.groups for row in group.rows)
-        if longest > model.spec.max_positions:
-            raise ConfigError(f"A sequence of {longest} tokens is longer than the {model.spec.max_positions} positions "
-                              f"that the student {path} was made for; lower config.training.row_length, so that "
-                              "over_length applies.")
-        run = Run(objective, data.steps, training.rows, training.row_length, training.warmup,
+        data = data_of(groups, c, mesh, {path: model.spec})
+        run = Run(Objective(**c["objective"]), data.steps, training.rows, training.row_length, training.warmup,
                   training.schedule,
                   optimizer=Optimizer(training.clip, training.weight_decay, moments=training.moments),
                   checkpoint_every=training.checkpoint_every, keep_checkpoints=training.keep_checkpoints,
@@ -127,5 +154,6 @@ def train_arm(job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]]
                     export_adapter(trained, lora, path, place)
     dropped = data.dropped + stats.pop("dropped_long", 0.0)
     job.stats |= counts | stats | {"groups": float(len(data.groups)), "steps": float(data.steps),
-                                   "dropped_long": dropped, "dropped_mismatched": float(data.dropped_mismatched)}
+                                   "batch": float(data.batch), "dropped_long": dropped,
+                                   "dropped_mismatched": float(data.dropped_mismatched)}
     job.files += ["metrics.jsonl", "policy/*", "adapter/*"]

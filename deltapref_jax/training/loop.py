@@ -30,6 +30,8 @@ from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, s
 from deltapref_jax.training.step import Programs, programs
 from deltapref_jax.training.watch import Live, Watch
 
+Advance = Callable[[TrainState, StepData, float], tuple[TrainState, Any, Any]]  # to state, sums, log-probabilities
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -65,9 +67,8 @@ def train(
 ) -> tuple[nnx.State, dict[str, float]]:
     """Trains from `params`, or from the newest checkpoint in `folder`; returns what was trained and counts.
 
-    That is all parameters, or the adapters of `run.lora` (`models.lora.merge` joins them with `params`).
-
-    A SIGTERM, or the notice of another process of the job, is answered by a checkpoint after the step at hand.
+    What is trained are all parameters, or the adapters of `run.lora` (`models.lora.merge` joins them with `params`). A
+    SIGTERM, or the notice of another process of the job, is answered by a checkpoint after the step at hand.
 
     Args:
       spec: of the model.
@@ -90,13 +91,9 @@ def train(
       Preempted: the machine is wanted back; what was done is saved.
     """
     check_rows("config.training", run.rows, run.row_length, mesh)
-    segments = capacity(run.rows, run.row_length)
-    shape = adapters(run.lora)
-    steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat, shape)
     place = epath.Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    trained, frozen = attach(spec, params, run.lora, run.seed)
-    state, frozen = start(trained, run.optimizer, mesh), jax.device_put(frozen, shardings(frozen, mesh))
+    state, advance = _prepare(spec, params, run, mesh, dtype)
     counts = dict.fromkeys(
         ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"), 0.0)
     with Notice() as notice, Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints, \
@@ -104,27 +101,41 @@ def train(
         done = checkpoints.newest()
         if done:
             state, counts = checkpoints.restore(state)
-        with Live(spec, shape, mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
+        with Live(spec, adapters(run.lora), mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
             fall = Fall(run.objective.beta, OBJECTIVE_KINDS[run.objective.kind].reference)
             for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
                 fall(row)
             check = functools.partial(check_reference, run.objective.kind, dtype=dtype) if (
                 guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference) else None
-            state = _loop(steps, state, frozen, data, run, mesh, done, counts, checkpoints, live, notice, fall, check)
+            state = _loop(advance, state, lambda step: data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"]), run,
+                          done, counts, checkpoints, live, notice, fall, check)
     # both_fell_at: step at which the warning came; 0: never
     return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.at)}
 
 
-def _loop(steps: Programs, state: TrainState, frozen: nnx.State, data: Callable[[int], StepData], run: Run, mesh: Mesh,
-          done: int, counts: dict[str, float], checkpoints: Checkpoints, live: Live, notice: Notice, fall: Fall,
+def _prepare(spec: ModelSpec, params: nnx.State, run: Run, mesh: Mesh, dtype: str) -> tuple[TrainState, Advance]:
+    """The state before the first step, and what a step's data and learning rate make of a state."""
+    segments = capacity(run.rows, run.row_length)
+    steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat, adapters(run.lora))
+    trained, frozen = attach(spec, params, run.lora, run.seed)
+    state, frozen = start(trained, run.optimizer, mesh), jax.device_put(frozen, shardings(frozen, mesh))
+
+    def advance(state: TrainState, batch: StepData, rate: float) -> tuple[TrainState, Any, Any]:
+        return run_step(steps, state, batch, run.objective, rate, mesh, frozen, run.seed)
+
+    return state, advance
+
+
+def _loop(advance: Advance, state: TrainState, data: Callable[[int], StepData], run: Run, done: int,
+          counts: dict[str, float], checkpoints: Checkpoints, live: Live, notice: Notice, fall: Fall,
           check: Callable[[StepData, Any], None] | None) -> TrainState:
     pending: dict[str, Any] | None = None
     for step in range(done, run.steps):
         began = time.monotonic()
         live.before(step + 1)
-        batch = data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"])
+        batch = data(step)
         rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
-        state, sums, s = run_step(steps, state, batch, run.objective, rate, mesh, frozen, run.seed)
+        state, sums, s = advance(state, batch, rate)
         live.after(step + 1, sums)
         if pending is not None:  # the host reads step n while the device works on step n + 1
             _finish(pending, run, counts, live, fall)

@@ -180,6 +180,9 @@ BROKEN = {  # a second row, and what is said of it
     '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25))",
     "[1]": "not a JSON object",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
+    '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
+    '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}':
+        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
     '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
     '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}':
         "one of 'chosen' and 'rejected' is text and the other is messages",
@@ -211,8 +214,6 @@ def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
 
 @pytest.mark.parametrize(("row", "what"), [
     ({"prompt": "a", "completion": "b", "label": "yes"}, "'label' is 'yes' and must be true or false"),
-    ({"prompt_ids": [1], "completion_ids": [], "label": 1},
-     "'completion_ids' is empty, so that nothing could be trained"),
     ({"prompt_ids": [1.5], "completion_ids": [2], "label": 1},
      "'prompt_ids' is not a list of token ids from 0 to 383, the model's vocabulary"),
     ({"prompt_ids": [1], "completion_ids": [384], "label": 1},
@@ -241,6 +242,16 @@ def test_other_columns_and_places_are_one_sentence(tmp_path):
             (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=sentence):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize(("prompt", "full", "empty"), [
+    ("a", "b", ["", " \n"]), (USER, BAD, [[{"role": "assistant", "content": c}] for c in ("", " ")]), ([5], [6], [[]])])
+def test_an_answer_that_holds_nothing_is_marked(prompt, full, empty, tmp_path):
+    ids = "_ids" * isinstance(full[0], int)
+    rows = [{f"prompt{ids}": prompt, f"chosen{ids}": full, f"rejected{ids}": other} for other in [full, *empty]]
+    for unpair in (False, True):
+        found = read(write(rows, tmp_path / "rows.jsonl"), unpair=unpair)
+        assert [r["empty"] for g in found.groups for r in g] == [False, False] + [False, True] * len(empty)
 
 
 @pytest.fixture

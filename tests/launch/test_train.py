@@ -4,6 +4,7 @@ and a reference table is used where it fits and refused where it does not."""
 import dataclasses
 import fnmatch
 import json
+import operator
 import os
 import pathlib
 import re
@@ -19,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from configs.train import get_config
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, Single, Training
-from deltapref_jax.models.weights import export, load, weights_hash
+from deltapref_jax.models.weights import export, load, look, weights_hash
 from deltapref_jax.scoring.logprobs import score_sequences
-from deltapref_jax.stages.single import STAGES, plan, sequences
+from deltapref_jax.stages.single import STAGES, check, plan, sequences
 from deltapref_jax.synthetic import world
 from deltapref_jax.validation import validate_single
 from deltapref_jax.workspace import Workspace, run
@@ -226,6 +228,82 @@ def test_mismatched_rows_follow_the_length_rule(single):
         made(single("text", "kto", rows=rows, over_length="error", row_length=200))
 
 
+@pytest.mark.parametrize("format", ["text", "messages", "ids"])
+@pytest.mark.parametrize(("kind", "groups"), [("dpo", 15), ("kto", 31), ("sft", 15)])
+def test_an_empty_answer_is_dropped_and_counted(single, text, format, kind, groups):
+    rows = rows_of(format, text)
+    name, nothing = {"text": ("chosen", ""), "messages": ("chosen", answer("")), "ids": ("chosen_ids", [])}[format]
+    one = single(format, kind, rows=[rows[0] | {name: nothing}, *rows[1:]])
+    workspace, node = Workspace(one.workspace), plan(one)["tokens"]
+    run({"tokens": node}, STAGES, workspace, show=False)
+    stats = workspace.manifest(node)["stats"]
+    assert (stats["empty"], stats["groups"]) == (1, groups)
+    assert all(len(row.completion) > 1 for row in sequences(workspace.table(node)))
+    with pytest.raises(ConfigError, match=r"^All 16 pairs or examples of \S+ have an empty answer; give it some that "
+                                          r"have none\.$"):
+        run({"tokens": plan(single(format, "dpo", rows=[r | {name: nothing} for r in rows]))["tokens"]}, STAGES,
+            workspace, show=False)
+
+
+def test_pairs_of_two_equal_answers_are_counted_cut_ones_too(single, text):
+    rows = [{"prompt": "a", "chosen": " so" * 200 + "!", "rejected": " so" * 200 + "?"}, *PAIRS]
+    for rule, same in (("drop", 0), ("truncate", 1)):
+        one = single(rows=rows, over_length=rule)
+        workspace, node = Workspace(one.workspace), plan(one)["tokens"]
+        run({"tokens": node}, STAGES, workspace, show=False)
+        assert workspace.manifest(node)["stats"]["same"] == same
+
+
+def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(single):
+    """Seed 0 draws a step of both answers of one prompt."""
+    one = single("text", "kto")
+    done = program(one, "--config.objective.kind=kto", "--config.training.pairs_per_step=1",
+                   "--config.training.steps=99")
+    said = done.communicate()[1].strip().splitlines()[-1]
+    assert re.match(r"Step \d+ of KTO \(\d of 99 steps\) would hold 2 examples of one prompt; ", said)
+    assert done.returncode == 2
+    assert [place.name for place in pathlib.Path(one.workspace).iterdir()] == ["tokens"]
+
+
+@pytest.mark.parametrize(("spec", "sentence"), [
+    ({"max_positions": 20}, r"^A sequence of \d+ tokens is longer than the 20 positions that the model \S+ was made "
+                            r"for; lower config\.training\.row_length, so that over_length applies\.$"),
+    ({"vocab": 9}, r"^The data have the token id \d+ and the model \S+ has the ids 0 to 8; use the tokenizer of ")])
+def test_sequences_that_the_reference_was_not_made_for_are_refused(single, spec, sentence, monkeypatch):
+    one = single()
+    workspace, nodes = Workspace(one.workspace), plan(one)
+    run({"tokens": nodes["tokens"]}, STAGES, workspace, show=False)
+    check(workspace, nodes)
+    monkeypatch.setattr("deltapref_jax.stages.single.look", lambda path: (
+        dataclasses.replace(look(path)[0], **spec), None))
+    with pytest.raises(ConfigError, match=sentence):
+        check(workspace, nodes)
+
+
+def test_a_reference_with_another_tokenizer_is_refused(single, tiny, tmp_path):
+    other = tmp_path / "other"
+    export(tiny.state, tiny.spec, tiny.text, other)
+    file = other / "tokenizer.json"
+    held = json.loads(file.read_text())
+    words = held["model"]["vocab"]
+    a, b = [word for word in words if len(word) == 1][:2]
+    words[a], words[b] = words[b], words[a]
+    file.write_text(json.dumps(held))
+    with pytest.raises(ConfigError, match=r"^The reference \S+ has another tokenizer than the student \S+, so that "):
+        plan(dataclasses.replace(single(), reference=Model(str(other))))
+
+
+def test_adapters_wider_than_the_narrowest_matrix_are_refused(single, tiny):
+    width = tiny.spec.kv_heads * tiny.spec.head_width
+    assert width < tiny.spec.width
+    plan(single(lora=Lora(width)))
+    plan(single(lora=Lora(width + 1, targets=("q_proj", "up_proj"))))
+    with pytest.raises(ConfigError) as error:
+        plan(single(lora=Lora(width + 1)))
+    assert str(error.value) == (f"config.training.lora.rank is {width + 1} and k_proj of the student is {width} wide; "
+                                "make rank that at most, or train all weights with rank 0.")
+
+
 def test_examples_are_no_pairs(single):
     with pytest.raises(ConfigError, match=r"^\S+unpaired\.jsonl holds labelled examples and no pairs, which the "
                                           r"objective 'dpo' needs; set config\.objective\.kind to 'kto' or 'sft', or "):
@@ -239,6 +317,10 @@ def test_examples_are_no_pairs(single):
      "config.data.truncation_mode is 'middle'; choose one of 'keep_start', 'keep_end'."),
     ({"training": Training(over_length="cut")},
      "config.training.over_length is 'cut'; choose one of 'error', 'drop', 'truncate'."),
+    ({"training": Training(budget="epochs", steps=7)}, "config.training.steps is 7 and config.training.budget is "
+     "'epochs', which does not read it; set budget to 'steps', or give epochs instead."),
+    ({"objective": Objective(kind="dppo")}, "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', "
+     "'hinge', 'ipo', 'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'."),
     ({"training": Training(rows=0)}, "config.training.rows is 0; it must be at least 1."),
     ({"student": Model()}, "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."),
     ({"name": ""}, "config.name is empty; name the experiment."),
@@ -296,6 +378,11 @@ def test_help_and_a_missing_file(single):
     assert helped.stdout.startswith("Trains one arm from any file of preference pairs")
     for field in ("data.path", "student.path", "objective.kind", "training.over_length", "table", "seed"):
         assert f"--config.{field}" in helped.stdout
+    assert "--profile_steps: First and last training step" in " ".join(helped.stdout.split())
+    defaults = re.findall(r"--config\.(\S+) +(?:.*\n {8,})*.*\(([\w.-]*)\)$", helped.stdout, re.M)
+    assert len(defaults) > 20
+    for field, default in defaults:
+        assert (field, default) == (field, str(operator.attrgetter(field)(get_config())))
     lost = program(dataclasses.replace(single(), data=Pairs("none.parquet")))
     assert lost.communicate()[1] == "There is no data file or folder none.parquet; check config.data.path.\n"
     assert lost.returncode == 2
@@ -303,13 +390,15 @@ def test_help_and_a_missing_file(single):
 
 @pytest.mark.parametrize(("flag", "sentence"), [
     ("--config.objective.nll=1", "--config.objective.nll=1: Objective has no field 'nll'; it has name, kind, beta, *"),
+    ("--config.traning.rows=4", "--config.traning.rows=4: Single has no field 'traning'; it has name, workspace, *"),
+    ("--config=configs/quickstart.py", "--config gives Experiment where Single is needed; its get_config() must *"),
     ("--config.training.lora.rnk=4", "--config.training.lora.rnk=4: Lora has no field 'rnk'; it has rank, alpha, *"),
     ("steps=3", "'steps=3' is no flag; flags begin with -- and have = before their value (--help lists them)."),
     ("--config.workspace=", "config.workspace is empty; name a folder or bucket for the artifacts."),
     ("--config.training.rows=3", "config.training.rows is 3 and the mesh spreads rows over 2 devices *")])
 def test_a_slip_on_the_command_line_is_one_sentence(flag, sentence, tiny_folder):
-    command = [sys.executable, "-m", "launch.train", "--config.data.path=none.jsonl",
-               f"--config.student.path={tiny_folder}", flag]
+    command = [sys.executable, "-m", "launch.train", flag, *(() if flag.startswith("--config=") else (
+        "--config.data.path=none.jsonl", f"--config.student.path={tiny_folder}"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
     assert done.returncode == 2
@@ -322,3 +411,20 @@ def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
     objective = Objective(name=kind, kind=kind)
     with pytest.raises(ConfigError, match=rf"config.{field}.* is .* and objective '{kind}' has no reference; leave it"):
         validate_single(dataclasses.replace(single(), objective=objective, **{field: value}))
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_program_ends_with_its_own_code_whatever_aborts_behind_it(code):
+    """`Late` stands for C++ that aborts while the interpreter is taken down."""
+    end = "host.leave(2, 'Mend this.')" if code else "host.finished()"
+    done = subprocess.run([sys.executable, "-c", f"""
+import atexit, os
+from deltapref_jax import host
+class Late:
+    def __init__(self): self.end = os._exit
+    def __del__(self): self.end(134)
+late = Late()
+atexit.register(print, "parted")
+{end}
+"""], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "parted\n", "Mend this.\n" if code else "")

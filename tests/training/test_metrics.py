@@ -7,9 +7,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from deltapref_jax.models.flops import forward_flops, peak_flops
 from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.progress import progress
 from deltapref_jax.training import loop, watch
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.watch import Watch, note, step_flops
@@ -49,6 +51,20 @@ def test_the_bars_words():
               "padding": 0.041, "mfu": 0.4567, "grad_norm": 1.0}
     assert note(values) == "loss 0.5000  margin +0.250  accuracy 75%  12,346 tokens/s  padding 4%  MFU 45.7%"
     assert note({"loss": 2.0, "padding": 0.0}) == "loss 2.0000  padding 0%"
+
+
+def test_a_narrow_terminal_cuts_nothing(capsys):
+    words = note({"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 1.0, "tokens_per_second": 123456.7,
+                  "padding": 0.041, "mfu": 0.4567})
+    bar = progress()
+    bar.add_task("train", total=1200, completed=340, unit="steps", note=words)
+    console = Console(width=80)
+    for each in bar.get_renderables():
+        console.print(each)
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    for part in ("train ", "340/1200", "-:--:--", *words.split("  ")):
+        assert part in out
 
 
 @pytest.fixture
