@@ -136,6 +136,7 @@ def validate_single(single: Single) -> Single:
     choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
     choose("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
+    _objective(single.objective, "in config.objective")
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
     validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
                         workspace=single.workspace, prompts=(Prompts(kind="jsonl", path=single.data.path),),

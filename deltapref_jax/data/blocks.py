@@ -168,7 +168,7 @@ def json_row(line: bytes) -> dict[str, Any]:
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except ValueError as e:
-        raise ValueError(f"not JSON ({e})") from e
+        raise ValueError(f"not JSON ({e}); a file has one object a line") from e
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row

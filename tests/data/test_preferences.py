@@ -177,12 +177,13 @@ def test_workers_do_not_change_the_order(sources, workers):
 
 
 BROKEN = {  # a second row, and what is said of it
-    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25))",
+    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
     "[1]": "not a JSON object",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
     '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
     '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}':
-        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
+        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed); a file "
+        "has one object a line",
     '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
     '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}':
         "one of 'chosen' and 'rejected' is text and the other is messages",

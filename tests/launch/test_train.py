@@ -321,6 +321,7 @@ def test_examples_are_no_pairs(single):
      "'epochs', which does not read it; set budget to 'steps', or give epochs instead."),
     ({"objective": Objective(kind="dppo")}, "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', "
      "'hinge', 'ipo', 'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'."),
+    ({"objective": Objective(beta=0.0)}, "beta in config.objective is 0.0; it must be at least 1e-09."),
     ({"training": Training(rows=0)}, "config.training.rows is 0; it must be at least 1."),
     ({"student": Model()}, "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."),
     ({"name": ""}, "config.name is empty; name the experiment."),
