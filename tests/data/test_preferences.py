@@ -177,7 +177,8 @@ def test_workers_do_not_change_the_order(sources, workers):
 
 
 BROKEN = {  # a second row, and what is said of it
-    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
+    '{"prompt": "a", "chosen": ':
+        "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
     "[1]": "not a JSON object",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
     '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
