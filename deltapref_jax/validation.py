@@ -1,6 +1,7 @@
 """Checks of a whole experiment or nursery: a bad value is one sentence before any device works."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import typing
@@ -25,8 +26,10 @@ from deltapref_jax.config import (
     ConfigError,
     Experiment,
     Lora,
+    Model,
     Nursery,
     Objective,
+    Pairs,
     Prompts,
     Scoring,
     Single,
@@ -144,14 +147,27 @@ def validate_single(single: Single) -> Single:
                         reference=single.reference,
                         objectives=(dataclasses.replace(single.objective, name=single.objective.kind),),
                         training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
-    if single.training.budget == "epochs" and single.training.steps != Training().steps:
-        raise ConfigError(f"config.training.steps is {single.training.steps} and config.training.budget is 'epochs', "
-                          "which does not read it; set budget to 'steps', or give epochs instead.")
+    _unread(single)
     kind = single.objective.kind
     for field, value in (("reference.path", single.reference.path), ("table", single.table)):
         if value and not OBJECTIVE_KINDS[kind].reference:
             raise ConfigError(f"config.{field} is {value!r} and objective {kind!r} has no reference; leave it empty.")
     return single
+
+
+def _unread(single: Single) -> None:
+    """Refuses a value that the run would not read: it would not be what its config says."""
+    t = single.training
+    for field, unset, read, why in (
+            ("training.steps", Training().steps, t.budget == "steps", f"config.training.budget is {t.budget!r}"),
+            ("training.epochs", Training().epochs, t.budget == "epochs", f"config.training.budget is {t.budget!r}"),
+            ("training.finishes", Training().finishes, False, "a file does not say how its answers ended"),
+            ("data.truncation_mode", Pairs().truncation_mode, t.over_length == "truncate",
+             f"config.training.over_length is {t.over_length!r}"),
+            ("reference.dtype", Model().dtype, single.reference.path, "config.reference.path is empty")):
+        value = functools.reduce(getattr, field.split("."), single)
+        if value != unset and not read:
+            raise ConfigError(f"config.{field} is {value!r} and nothing reads it, for {why}; leave it at {unset!r}.")
 
 
 def validate(experiment: Experiment) -> Experiment:

@@ -4,6 +4,7 @@ Ctrl-C ends with 130; SIGTERM, by which machines are taken back, with `Preempted
 """
 
 import dataclasses
+import os
 import re
 import sys
 import traceback
@@ -17,7 +18,8 @@ from deltapref_jax.host import Preempted, crashed, finished, leave, leave_on_sig
 from deltapref_jax.workspace import ArtifactError
 
 flags.disclaim_key_flags()  # what is defined here belongs to the entry point that asks for it, and to its --help
-_PROJECT = str(Path(__file__).resolve().parent.parent)
+_PROJECT = tuple(f"{Path(__file__).resolve().parent.parent / name}{os.sep}"
+                 for name in ("deltapref_jax", "launch", "evals", "configs"))
 
 
 def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
@@ -70,7 +72,7 @@ def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
         except Exception as e:
             raised = traceback.extract_tb(e.__traceback__)[-1].filename
             if (isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
-                    and not logging.level_debug() and "site-packages" not in raised and raised.startswith(_PROJECT)):
+                    and not logging.level_debug() and raised.startswith(_PROJECT)):
                 leave(2, str(e))
             crashed(e)
             raise  # a library's complaint about us is ours to mend, and needs its traceback

@@ -19,6 +19,8 @@ hub name or a data set folder. The reference's log-probabilities are computed on
                                     apo_zero_unpaired; sft (dpo)
     --config.objective.beta         weight of the log-ratio to the reference, per nat (0.1)
     --config.objective.learning_rate    at its peak (5e-07)
+    --config.objective.label_smoothing, .gamma, .nll_weight    of robust and cdpo; of simpo; of pairs (0.0, 0.5, 0.0)
+    --config.objective.desirable_weight, .undesirable_weight, .baseline_fraction    of KTO (1.0, 1.0, 1.0)
     --config.training.epochs        passes over the data (1.0)
     --config.training.budget        epochs, or steps: as many optimizer steps as config.training.steps says (epochs)
     --config.training.pairs_per_step    pairs of one optimizer step; twice as many examples of KTO (32)

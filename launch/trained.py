@@ -45,6 +45,8 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
         console.print(f"{speed:,.0f} tokens/s after the first step, which compiles and took "
                       f"{stats['seconds_first_step']:.1f} s; {padding:.1%} of the positions were padding",
                       soft_wrap=True)
+    console.print(f"Checkpoints: training stood still for {stats['seconds_checkpoint_blocked']:.1f} s, and "
+                  f"{stats['seconds_checkpoint_background']:.1f} s were written while it went on", soft_wrap=True)
     if "reference" in nodes:
         console.print(f"Reference table: {workspace.path(nodes['reference'])}", soft_wrap=True)
     console.print(f"Metrics: {folder / 'metrics.jsonl'}\nPolicy: {folder / 'policy'}", soft_wrap=True)
@@ -53,8 +55,10 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
 
 
 def _metrics(rows: list[dict[str, Any]]) -> Table:
-    table = Table("", f"step {rows[0]['step']}", f"step {rows[-1]['step']}")
-    for name in rows[0]:
+    """The first and the last step; a step of KTO may have one side alone."""
+    ends = rows[0], rows[-1]
+    table = Table("", *(f"step {row['step']}" for row in ends))
+    for name in ends[0] | ends[1]:
         if name in ("loss", "nll_loss", "kl", "grad_norm") or name.startswith(("rewards/", "logps/")):
-            table.add_row(name, *(f"{row[name]:.4f}" for row in (rows[0], rows[-1])))
+            table.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
     return table

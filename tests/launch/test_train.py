@@ -228,6 +228,19 @@ def test_mismatched_rows_follow_the_length_rule(single):
         made(single("text", "kto", rows=rows, over_length="error", row_length=200))
 
 
+def test_what_a_step_of_one_side_lacks_is_left_blank(single, capsys):
+    """A run of KTO may end, or begin, with a step that has no undesirable example."""
+    workspace, nodes = made(single("text", "kto", steps=2))
+    file = workspace.path(nodes["policy"]) / "metrics.jsonl"
+    first, second = metrics(workspace, nodes)
+    short = {name: value for name, value in second.items() if not name.endswith("rejected")}
+    for rows in ((first, short), (short, first)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        show(Console(width=200), workspace, nodes)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "logps/rejected" in line]
+        assert re.findall(r"-\d+\.\d{4}", line) == [f"{first['logps/rejected']:.4f}"]
+
+
 @pytest.mark.parametrize("format", ["text", "messages", "ids"])
 @pytest.mark.parametrize(("kind", "groups"), [("dpo", 15), ("kto", 31), ("sft", 15)])
 def test_an_empty_answer_is_dropped_and_counted(single, text, format, kind, groups):
@@ -317,8 +330,16 @@ def test_examples_are_no_pairs(single):
      "config.data.truncation_mode is 'middle'; choose one of 'keep_start', 'keep_end'."),
     ({"training": Training(over_length="cut")},
      "config.training.over_length is 'cut'; choose one of 'error', 'drop', 'truncate'."),
-    ({"training": Training(budget="epochs", steps=7)}, "config.training.steps is 7 and config.training.budget is "
-     "'epochs', which does not read it; set budget to 'steps', or give epochs instead."),
+    ({"training": Training(budget="epochs", steps=7)}, "config.training.steps is 7 and nothing reads it, for "
+     "config.training.budget is 'epochs'; leave it at 30."),
+    ({"training": Training(epochs=3.0)}, "config.training.epochs is 3.0 and nothing reads it, for "
+     "config.training.budget is 'steps'; leave it at 1.0."),
+    ({"training": Training(finishes=("eos",))}, "config.training.finishes is ('eos',) and nothing reads it, for a file "
+     "does not say how its answers ended; leave it at ('eos', 'stop')."),
+    ({"data": Pairs("x", truncation_mode="keep_end")}, "config.data.truncation_mode is 'keep_end' and nothing reads "
+     "it, for config.training.over_length is 'drop'; leave it at 'keep_start'."),
+    ({"reference": Model(dtype="bfloat16")}, "config.reference.dtype is 'bfloat16' and nothing reads it, for "
+     "config.reference.path is empty; leave it at 'float32'."),
     ({"objective": Objective(kind="dppo")}, "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', "
      "'hinge', 'ipo', 'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'."),
     ({"objective": Objective(beta=0.0)}, "beta in config.objective is 0.0; it must be at least 1e-09."),

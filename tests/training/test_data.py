@@ -13,19 +13,28 @@ from deltapref_jax.training.state import Optimizer, start
 from deltapref_jax.training.step import programs
 
 
-def lognormal(pairs, median, cap, seed=0):
-    """Pairs of sequences of lognormal lengths, sigma 0.8; a quarter is prompt."""
+def lognormal(pairs, median, cap, seed=0, one_prompt=False):
+    """Pairs of sequences of lognormal lengths, sigma 0.8; a quarter is prompt, of both the same where asked."""
     r = np.random.default_rng(seed)
     lengths = np.clip(r.lognormal(np.log(median), 0.8, (pairs, 2)).astype(int), 8, cap)
-    return [Group(tuple(Row(range(n // 4), range(n - n // 4)) for n in pair)) for pair in lengths.tolist()]
+    prompts = np.minimum(lengths.mean(axis=1, keepdims=True).astype(int) // 4, lengths // 2).min(axis=1, keepdims=True)
+    prompts = prompts.repeat(2, axis=1) if one_prompt else lengths // 4
+    return [Group(tuple(Row(range(p), range(n - p)) for p, n in zip(*pair, strict=True)))
+            for pair in zip(prompts.tolist(), lengths.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize(("pairs", "rows", "least"), [(8, 2, 0.85), (64, 2, 0.95), (128, 4, 0.95)])
-def test_padding_of_lognormal_lengths_is_small(pairs, rows, least):
-    """Sigma 0.8, median 160, cap 1024 = row length, over a whole epoch."""
-    data = Data(lognormal(4096, 160, 1024), "dpo", Training(pairs, "epochs", rows=rows, row_length=1024), 0)
+@pytest.mark.parametrize(("share", "pairs", "rows", "least", "filled"), [
+    (False, 8, 2, 0.85, 0.85), (False, 64, 2, 0.95, 0.95), (False, 128, 4, 0.95, 0.95),
+    (True, 8, 2, 0.88, 0.81), (True, 64, 2, 0.95, 0.94)])
+def test_padding_of_lognormal_lengths_is_small(share, pairs, rows, least, filled):
+    """Sigma 0.8, median 160, cap 1024 = row length, over a whole epoch: tokens as they are asked for, prompts read once
+    counted for every sequence, and filled positions, a share of all that are computed."""
+    data = Data(lognormal(4096, 160, 1024, one_prompt=share), "dpo",
+                Training(pairs, "epochs", rows=rows, row_length=1024), 0, share=share)
     steps = [data(step).trimmed(1) for step in range(data.steps)]
-    assert sum(step.tokens for step in steps) / sum(step.positions for step in steps) >= least
+    computed = sum(step.positions for step in steps)
+    assert sum(step.tokens for step in steps) / computed >= least
+    assert sum(step.filled for step in steps) / computed >= filled
     assert {batch.tokens.shape for step in steps for batch, _ in step.micros} == {(rows, 1024), (rows // 2, 1024)}
 
 
