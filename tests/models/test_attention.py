@@ -357,3 +357,26 @@ def test_rows_of_32k_tokens_need_no_square_of_their_length():
     short, long = extra(4096), extra(32_768)
     assert long < 9 * short
     assert long < 32_768**2 / 8
+
+
+@pytest.mark.slow
+def test_a_row_of_32k_tokens_runs_and_split_over_devices_it_is_the_same():
+    """One sequence as long as the row, forward and backward, its columns on one device and on eight."""
+    spec, length = ModelSpec(40, 16, 1, 2, 1, 8, 24, tied=True), 32_768
+    graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda x: 5 * x, state)
+    ids = np.random.default_rng(1).integers(0, 40, (1, length)).astype(np.int32)
+    positions = np.arange(length, dtype=np.int32)[None]
+    batch = PackedBatch(ids, positions, np.ones_like(ids), (positions > 0).astype(np.int32))
+
+    def run(mesh, state, batch):
+        def loss(state):
+            return sequence_logprobs(nnx.merge(graphdef, state), batch, 1, "block", mesh)[0].sum()
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    want, mesh = run(None, state, batch), make_mesh(MeshShape(1, 1, 1, 8))
+    got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
+    assert np.isfinite(float(want[0]))
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max())),
+                 got[1], want[1])
