@@ -214,6 +214,25 @@ def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
     assert str(error.value) == f"Line 301 of {path}: 'rejected' is missing; mend or remove the row."
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("damage", "what"), [(b"\xff", "UnicodeDecodeError: "), (b"", "OSError: ")])
+def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
+    """A byte that is no text, and a page header of zeros; the footer and the first block stay good."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(many(700)), path, row_group_size=BLOCK, compression="none",
+                   use_dictionary=False, write_statistics=False)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"two plus 600 is") if damage else pq.read_metadata(path).row_group(2).column(1).data_page_offset
+    data[at:at + 8] = (damage * 8).ljust(8, b"\0")
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as error:
+        read_preferences(Pairs(str(path)), functools.partial(tokenise, text()), False, workers=workers)
+    said = str(error.value)
+    assert said.startswith(f"Rows 512 to 699 of {path} cannot be read ({what}")
+    assert said.endswith("); write the file again.")
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize(("row", "what"), [
     ({"prompt": "a", "completion": "b", "label": "yes"}, "'label' is 'yes' and must be true or false"),
     ({"prompt_ids": [1.5], "completion_ids": [2], "label": 1},
