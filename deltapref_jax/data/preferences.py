@@ -120,7 +120,7 @@ def _prepare(number: int, blocks: Blocks, name: str, needed: set[str], tokenise:
         else:
             asked = [(prompt, completions) for _, (prompt, completions, _) in examples]
             tokens = [(t.prompt, t.completions, t.apart) for t in _tokenised(tokenise, asked, examples)]
-    except ConfigError as e:  # of the file, not of a row
+    except ConfigError as e:  # of the file or the tokenizer, not of a row
         return _Done(broken=str(e))
     except ValueError as e:
         at, _, what = str(e).rpartition(" ¦ ")
@@ -139,6 +139,8 @@ def _tokenised(tokenise: Tokenise, asked: list[tuple[Any, tuple[Any, ...]]], exa
         Sequence[Any]):
     try:
         return tokenise(asked)
+    except ConfigError:  # of the tokenizer, not of a row
+        raise
     except ValueError:  # find the row
         for (where, _), each in zip(examples, asked, strict=True):
             try:

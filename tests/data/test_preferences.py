@@ -233,6 +233,16 @@ def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
     assert "\n" not in said
 
 
+def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_path):
+    bare = Text.load(str(GOLDEN / "tokenizer_plain"))
+    bare.tokenizer.chat_template = None
+    given = functools.partial(tokenise, Text(bare.tokenizer, "there"))
+    assert len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
+    with pytest.raises(ConfigError) as error:
+        read_preferences(Pairs(write([CHAT], tmp_path / "b.jsonl")), given, False)
+    assert str(error.value) == "The tokenizer of there has no chat template; add chat_template.jinja to its folder."
+
+
 @pytest.mark.parametrize(("row", "what"), [
     ({"prompt": "a", "completion": "b", "label": "yes"}, "'label' is 'yes' and must be true or false"),
     ({"prompt_ids": [1.5], "completion_ids": [2], "label": 1},
