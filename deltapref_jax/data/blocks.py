@@ -174,8 +174,10 @@ def json_row(line: bytes) -> dict[str, Any]:
         row = json.loads(line.strip())
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
-    except ValueError as e:
+    except UnicodeError as e:
+        raise ValueError(f"not JSON ({e})") from e
+    except (ValueError, RecursionError) as e:  # a piece of a longer value, or nested too deep
         raise ValueError(f"not JSON ({e}); a file has one object a line") from e
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object; a file has one object a line")
     return row

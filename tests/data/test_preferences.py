@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deltapref_jax.config import ConfigError, Pairs
-from deltapref_jax.data.blocks import BLOCK
+from deltapref_jax.data.blocks import BLOCK, json_row
 from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.text.preference import tokenise
 from deltapref_jax.text.template import Text
@@ -179,12 +179,11 @@ def test_workers_do_not_change_the_order(sources, workers):
 BROKEN = {  # a second row, and what is said of it
     '{"prompt": "a", "chosen": ':
         "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
-    "[1]": "not a JSON object",
+    "[1]": "not a JSON object; a file has one object a line",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
     '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
     '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}':
-        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed); a file "
-        "has one object a line",
+        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
     '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
     '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}':
         "one of 'chosen' and 'rejected' is text and the other is messages",
@@ -205,6 +204,11 @@ def test_a_broken_row_is_one_sentence(line, tmp_path):
     with pytest.raises(ConfigError) as error:
         read(path)
     assert str(error.value) == f"Line 3 of {path}: {BROKEN[line]}; mend or remove the row."
+
+
+def test_json_nested_too_deep_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^not JSON \(maximum recursion .*\); a file has one object a line$"):
+        json_row(b"[" * 200_000)
 
 
 def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
