@@ -59,7 +59,7 @@ class _Jsonl(Blocks):
 
 
 class _Parquet(Blocks):
-    """Row numbers count from 0."""
+    """Row numbers count from 0; reading a damaged page raises ConfigError."""
 
     def __init__(self, path: str, columns: Sequence[str]):
         meta = pq.read_metadata(local(path))
@@ -71,9 +71,13 @@ class _Parquet(Blocks):
     def _read(self, start: int, stop: int) -> Iterator[tuple[str, Any]]:
         first = int(np.searchsorted(self._starts, start, "right")) - 1
         last = int(np.searchsorted(self._starts, stop - 1, "right")) - 1
-        table = _row_groups(self._file, first, last, tuple(self._columns)).slice(start - self._starts[first],
-                                                                                stop - start)
-        for i, row in enumerate(table.to_pylist(), start):
+        try:
+            table = _row_groups(self._file, first, last, tuple(self._columns))
+            rows = table.slice(start - self._starts[first], stop - start).to_pylist()
+        except Exception as e:  # pyarrow raises many kinds for a damaged page
+            raise ConfigError(f"Rows {start} to {stop - 1} of {self.path} cannot be read ({_first_line(e)}); write the "
+                              "file again.") from e
+        for i, row in enumerate(rows, start):
             yield f"Row {i} of {self.path}", row
 
 
@@ -153,8 +157,11 @@ def _dataset(path: str, split: str) -> Any:
         return data[split] if isinstance(data, dict) else data
     except Exception as e:  # the library and the hub raise dozens of kinds
         raise ConfigError(f"The data set {path!r} (split {split!r}) cannot be loaded "
-                          f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split and "
-                          "connection, or give a local folder.") from e
+                          f"({_first_line(e)}); check name, split and connection, or give a local folder.") from e
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
 def json_row(line: bytes) -> dict[str, Any]:
@@ -167,8 +174,10 @@ def json_row(line: bytes) -> dict[str, Any]:
         row = json.loads(line.strip())
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
-    except ValueError as e:
+    except UnicodeError as e:
+        raise ValueError(f"not JSON ({e})") from e
+    except (ValueError, RecursionError) as e:  # a piece of a longer value, or nested too deep
         raise ValueError(f"not JSON ({e}); a file has one object a line") from e
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object; a file has one object a line")
     return row

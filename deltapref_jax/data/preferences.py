@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from deltapref_jax.config import ConfigError, Pairs
-from deltapref_jax.data.blocks import BLOCK, json_row, open_blocks
+from deltapref_jax.data.blocks import BLOCK, Blocks, json_row, open_blocks
 from deltapref_jax.records import digest
 
 FORMATS = {  # columns that decide, first match wins; then the columns that are read
@@ -71,8 +71,9 @@ def read_preferences(source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int
     needed = _read(name)
     if workers < 0:
         workers = min(source.workers, len(blocks) * BLOCK // 1000)
-    prepare = functools.partial(_prepare, name=name, needed=needed, tokenise=tokenise, unpair=unpair, vocab=vocab)
-    read = grain.MapDataset.source(blocks).map(prepare).to_iter_dataset(grain.ReadOptions(0, 0))
+    prepare = functools.partial(_prepare, blocks=blocks, name=name, needed=needed, tokenise=tokenise, unpair=unpair,
+                                vocab=vocab)
+    read = grain.MapDataset.range(len(blocks)).map(prepare).to_iter_dataset(grain.ReadOptions(0, 0))
     groups: list[list[Row]] = []
     ignored, counts = set(columns) - needed, Counter[str](read=0, apart=0)
     if workers and not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which a notebook or test never parses
@@ -98,12 +99,13 @@ class _Done:
     broken: str = ""
 
 
-def _prepare(block: list[tuple[str, Any]], name: str, needed: set[str], tokenise: Tokenise, unpair: bool,
+def _prepare(number: int, blocks: Blocks, name: str, needed: set[str], tokenise: Tokenise, unpair: bool,
              vocab: int) -> _Done:
     examples: list[tuple[str, Example]] = []
     columns: set[str] = set()
     where = ""
     try:
+        block = blocks[number]
         for where, raw in block:
             row = json_row(raw) if isinstance(raw, bytes) else raw
             columns |= row.keys()
@@ -118,6 +120,8 @@ def _prepare(block: list[tuple[str, Any]], name: str, needed: set[str], tokenise
         else:
             asked = [(prompt, completions) for _, (prompt, completions, _) in examples]
             tokens = [(t.prompt, t.completions, t.apart) for t in _tokenised(tokenise, asked, examples)]
+    except ConfigError as e:  # of the file or the tokenizer, not of a row
+        return _Done(broken=str(e))
     except ValueError as e:
         at, _, what = str(e).rpartition(" ¦ ")
         return _Done(broken=f"{at or where}: {what}; mend or remove the row.")
@@ -135,6 +139,8 @@ def _tokenised(tokenise: Tokenise, asked: list[tuple[Any, tuple[Any, ...]]], exa
         Sequence[Any]):
     try:
         return tokenise(asked)
+    except ConfigError:  # of the tokenizer, not of a row
+        raise
     except ValueError:  # find the row
         for (where, _), each in zip(examples, asked, strict=True):
             try:

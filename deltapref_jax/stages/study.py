@@ -88,11 +88,13 @@ def check_models(e: Experiment) -> None:
     """
     see = functools.cache(look)
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
-        see(model_of(e, model).path)
+        see(model_of(e, model).path)[1].check_template()
     check_rank(e.training.lora, see(e.student.path)[0])
     for j in e.judges:
         if j.kind == "model":
-            label_ids(see(model_of(e, j.model).path)[1])
+            text = see(model_of(e, j.model).path)[1]
+            text.check_template()
+            label_ids(text)
 
 
 def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None) -> dict[str, Node]:

@@ -44,6 +44,7 @@ def tokenise(text: Text, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[
     """Ids of (prompt, completions), all three `str` or all three `Messages`; many are tokenised in one call.
 
     Raises:
+      ConfigError: messages, and the tokenizer has no chat template.
       ValueError: the template cannot render the messages, or an answer of several messages has no place in it.
     """
     rendered = [_text(text, prompt, said) if isinstance(prompt, str) else _chat(text, prompt, said)
@@ -79,6 +80,7 @@ def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
 
 
 def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
+    text.check_template()
     ends = _ends(text)
     answers = [_without_end(c, ends) for c in completions]
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from deltapref_jax.config import ConfigError
 from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf
 
 Messages = Sequence[dict[str, str]]
@@ -20,7 +21,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endofte
 
 
 class Text:
-    """Tokenizer and template of one model.
+    """Tokenizer and template of one model; a base model may have no template.
 
     Attributes:
       tokenizer: the `transformers` fast tokenizer.
@@ -28,14 +29,12 @@ class Text:
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, where: str, end_ids: Sequence[int] = ()):
-        if not tokenizer.chat_template:
-            raise ValueError(f"The tokenizer of {where} has no chat template; add chat_template.jinja to its folder.")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer of {where} has no eos_token; name it in tokenizer_config.json.")
         self.tokenizer = tokenizer
         self.where = where
         known = tokenizer.get_vocab()
-        turn = [known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template)]
+        turn = [known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template or "")]
         self._bos = _bos(tokenizer)
         self.end_ids = tuple(dict.fromkeys([*turn, tokenizer.eos_token_id, *end_ids]))
 
@@ -45,7 +44,7 @@ class Text:
 
         Raises:
           FileNotFoundError: nothing there.
-          ValueError: no chat template, no end token, or a pre-tokenizer that is not known.
+          ValueError: no end token, or a pre-tokenizer that is not known.
         """
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no model at {path}; give a Hugging Face folder or a .gguf file.")
@@ -67,12 +66,27 @@ class Text:
         # transformers 5 writes a class that transformers 4, and vLLM on it, does not know; both know this one
         config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
+    def check_template(self) -> None:
+        """Refuses a tokenizer without a chat template, which messages need and plain text does not.
+
+        Raises:
+          ConfigError: so it is.
+        """
+        if not self.tokenizer.chat_template:
+            raise ConfigError(f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to its "
+                              "folder.")
+
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""
         return self.beginning(self.render(messages))
 
     def render(self, messages: Messages) -> str:
-        """The conversation as the template writes it, up to where the assistant's answer begins."""
+        """The conversation as the template writes it, up to where the assistant's answer begins.
+
+        Raises:
+          ConfigError: no chat template.
+        """
+        self.check_template()
         return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
     def beginning(self, text: str) -> list[int]:
@@ -111,7 +125,7 @@ class Text:
 
 def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """The BOS where the tokenizer adds one and the template does not write it; never the EOS that some add too."""
-    bos, template = tokenizer.bos_token, str(tokenizer.chat_template)
+    bos, template = tokenizer.bos_token, str(tokenizer.chat_template or "")
     return [] if bos is None or "bos_token" in template or bos in template else added_bos(tokenizer)
 
 

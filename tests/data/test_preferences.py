@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deltapref_jax.config import ConfigError, Pairs
-from deltapref_jax.data.blocks import BLOCK
+from deltapref_jax.data.blocks import BLOCK, json_row
 from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.text.preference import tokenise
 from deltapref_jax.text.template import Text
@@ -179,12 +179,11 @@ def test_workers_do_not_change_the_order(sources, workers):
 BROKEN = {  # a second row, and what is said of it
     '{"prompt": "a", "chosen": ':
         "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
-    "[1]": "not a JSON object",
+    "[1]": "not a JSON object; a file has one object a line",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
     '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
     '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}':
-        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed); a file "
-        "has one object a line",
+        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
     '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
     '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}':
         "one of 'chosen' and 'rejected' is text and the other is messages",
@@ -207,11 +206,45 @@ def test_a_broken_row_is_one_sentence(line, tmp_path):
     assert str(error.value) == f"Line 3 of {path}: {BROKEN[line]}; mend or remove the row."
 
 
+def test_json_nested_too_deep_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^not JSON \(maximum recursion .*\); a file has one object a line$"):
+        json_row(b"[" * 200_000)
+
+
 def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
     path = write([*many(300), {"prompt": "a", "chosen": "b", "rejected": None}], tmp_path / "rows.jsonl")
     with pytest.raises(ConfigError) as error:
         read_preferences(Pairs(path), functools.partial(tokenise, text()), False, workers=1)
     assert str(error.value) == f"Line 301 of {path}: 'rejected' is missing; mend or remove the row."
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("damage", "what"), [(b"\xff", "UnicodeDecodeError: "), (b"", "OSError: ")])
+def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
+    """A byte that is no text, and a page header of zeros; the footer and the first block stay good."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(many(700)), path, row_group_size=BLOCK, compression="none",
+                   use_dictionary=False, write_statistics=False)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"two plus 600 is") if damage else pq.read_metadata(path).row_group(2).column(1).data_page_offset
+    data[at:at + 8] = (damage * 8).ljust(8, b"\0")
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as error:
+        read_preferences(Pairs(str(path)), functools.partial(tokenise, text()), False, workers=workers)
+    said = str(error.value)
+    assert said.startswith(f"Rows 512 to 699 of {path} cannot be read ({what}")
+    assert said.endswith("); write the file again.")
+    assert "\n" not in said
+
+
+def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_path):
+    bare = Text.load(str(GOLDEN / "tokenizer_plain"))
+    bare.tokenizer.chat_template = None
+    given = functools.partial(tokenise, Text(bare.tokenizer, "there"))
+    assert len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
+    with pytest.raises(ConfigError) as error:
+        read_preferences(Pairs(write([CHAT], tmp_path / "b.jsonl")), given, False)
+    assert str(error.value) == "The tokenizer of there has no chat template; add chat_template.jinja to its folder."
 
 
 @pytest.mark.parametrize(("row", "what"), [

@@ -137,7 +137,6 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
     ({"pre": "tekken"}, "{} names the pre-tokenizer 'tekken'; known: gpt-2, smollm, llama-bpe, qwen2."),
     ({"model": "llama"}, "{} holds a 'llama' tokenizer; only byte-level BPE ('gpt2') is supported: convert the model "
                          "to a Hugging Face folder."),
-    ({"template": ""}, "The tokenizer of {} has no chat template; add chat_template.jinja to its folder."),
     ({"arch": "gemma3"}, "model_type is 'gemma3' in config.json; supported: llama."),
     ({"scaling": gguf.RopeScalingType.YARN}, "rope_type is 'yarn' in config.json; only 'default' is supported."),
     ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},

@@ -178,8 +178,6 @@ def test_a_cut_file_is_one_sentence(folder, file):
     ("config.json", FileNotFoundError, "The folder {} has no config.json; give a complete Hugging Face folder."),
     ("model.safetensors", FileNotFoundError, "The folder {} has no safetensors; give a complete Hugging Face folder."),
     ("tokenizer*", ValueError, "The folder {} has no tokenizer.json; copy the model's tokenizer files there."),
-    ("chat_template.jinja", ValueError,
-     "The tokenizer of {} has no chat template; add chat_template.jinja to its folder."),
 ])
 def test_what_a_folder_lacks_is_named(folder, lost, error, sentence):
     for file in folder.glob(lost):

@@ -98,13 +98,21 @@ def test_saved_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"chat_template": None}, "The tokenizer of here has no chat template; add chat_template.jinja to its folder."),
     ({"eos_token": None}, "The tokenizer of here has no eos_token; name it in tokenizer_config.json."),
 ])
 def test_a_tokenizer_that_cannot_serve_is_one_sentence(options, sentence):
     with pytest.raises(ValueError) as error:
         made(PLAIN, **options)
     assert str(error.value) == sentence
+
+
+def test_only_messages_need_a_template():
+    text, other = made(None, "<s> $A"), made(PLAIN, "<s> $A")
+    assert text.beginning("What is 2 + 2?") == other.beginning("What is 2 + 2?")
+    assert text.completion_ids("4", True) == other.completion_ids("4", True)
+    with pytest.raises(ValueError) as error:
+        text.render(CHAT)
+    assert str(error.value) == "The tokenizer of here has no chat template; add chat_template.jinja to its folder."
 
 
 def test_no_tokenizer_is_one_sentence(tmp_path):
