@@ -25,7 +25,7 @@ def test_ours_alone(tmp_path):
         assert len(one["step_seconds"]) == len(one["loss"]) == 3
         assert one["loss"][0] == pytest.approx(math.log(2) if row["kind"] == "dpo" else 0.5, abs=1e-4)
         read = 63 + 2 * 193  # of a pair: its prompt of 64 but the last token, and that with either completion of 192
-        assert row["real_share"] == read / 512  # one pair a row
+        assert row["real_share"] == 1  # two pairs a row of 898
         tokens = 2 * 2 * 256
         slowest = tokens / (max(one["step_seconds"][1:]) + one["reference_seconds"])
         assert row["lowest"] == pytest.approx(slowest)
