@@ -74,7 +74,7 @@ class Text:
         """
         if not self.tokenizer.chat_template:
             raise ConfigError(f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to its "
-                              "folder.")
+                              "folder, or give text instead of messages.")
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""

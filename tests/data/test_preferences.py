@@ -244,7 +244,9 @@ def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_pa
     assert len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
     with pytest.raises(ConfigError) as error:
         read_preferences(Pairs(write([CHAT], tmp_path / "b.jsonl")), given, False)
-    assert str(error.value) == "The tokenizer of there has no chat template; add chat_template.jinja to its folder."
+    assert str(error.value) == (
+        "The tokenizer of there has no chat template; add chat_template.jinja to its folder, or give text instead of "
+        "messages.")
 
 
 @pytest.mark.parametrize(("row", "what"), [

@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,17 @@ def test_adapters_of_a_bfloat16_base_start_at_the_bases_own_reference(single, ti
     assert rows[2]["loss"] < rows[0]["loss"]
     config = json.loads((workspace.path(nodes["policy"]) / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == (str(base), 4)
+
+
+def test_a_base_model_without_a_chat_template_trains_on_text_and_refuses_messages(single, tiny_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "chat_template.jinja").unlink()
+    workspace, nodes = made(dataclasses.replace(single("text", "sft"), student=Model(str(base))))
+    assert len(metrics(workspace, nodes)) == 3
+    with pytest.raises(ConfigError, match=rf"^The tokenizer of {base} has no chat template; add chat_template\.jinja "
+                                          "to its folder, or give text instead of messages\\.$"):
+        made(dataclasses.replace(single("messages"), student=Model(str(base))))
 
 
 LONG = [PAIRS[0] | {"chosen": " so" * 200}, *PAIRS[1:]]

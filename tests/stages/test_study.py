@@ -15,7 +15,7 @@ from deltapref_jax.config import (
     Prompts,
     Suite,
 )
-from deltapref_jax.stages.study import ladder_of, plan
+from deltapref_jax.stages.study import check_models, ladder_of, plan
 from deltapref_jax.validation import validate
 from evals.evaluate import describe
 
@@ -158,6 +158,19 @@ def test_missing_model_is_found_before_anything_runs(experiment):
     generators = (dataclasses.replace(experiment.generators[0], model=Model(path="/nowhere")),)
     with pytest.raises(FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder"):
         plan(dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]), describe)
+
+
+def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "chat_template.jinja").unlink()
+    model = Model(path=str(base))
+    check_models(experiment)
+    for field, value in (("student", model), ("reference", model),
+                         ("generators", (dataclasses.replace(experiment.generators[0], model=model),)),
+                         ("judges", (dataclasses.replace(experiment.judges[0], model=model),))):
+        with pytest.raises(ConfigError, match=rf"^The tokenizer of {base} has no chat template; add "):
+            check_models(dataclasses.replace(experiment, **{field: value}))
 
 
 def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):

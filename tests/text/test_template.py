@@ -112,7 +112,9 @@ def test_only_messages_need_a_template():
     assert text.completion_ids("4", True) == other.completion_ids("4", True)
     with pytest.raises(ValueError) as error:
         text.render(CHAT)
-    assert str(error.value) == "The tokenizer of here has no chat template; add chat_template.jinja to its folder."
+    assert str(error.value) == (
+        "The tokenizer of here has no chat template; add chat_template.jinja to its folder, or give text instead of "
+        "messages.")
 
 
 def test_no_tokenizer_is_one_sentence(tmp_path):
