@@ -2,7 +2,7 @@
 
 A whole delta study in the synthetic world, with the models that ship with the project: four generators that differ in
 how carelessly they reason and one of another family, two judges, DPO, KTO and SFT, in-domain and out-of-domain suites.
-Cost: under ten minutes on two CPU cores, no download.
+Cost: two to five minutes on two CPU cores, no download.
 
     python -m launch.ablate --config=configs/quickstart.py
 """
@@ -84,7 +84,7 @@ def get_config() -> Experiment:
                     Objective(name="sft", kind="sft", learning_rate=3e-4)),
         arms=tuple(arms),
         suites=suites(count=90, samples=2),
-        training=Training(pairs_per_step=24, steps=24, rows=14, row_length=384),
+        training=Training(pairs_per_step=24, steps=24, rows=2, row_length=384),
         sampling=Sampling(max_prompt=96, max_tokens=128, slots=192, chunk=16, shard=512),
         scoring=Scoring(rows=24, row_length=448),
     )

@@ -396,7 +396,8 @@ def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
     assert said[-1].startswith("train: step 12 of 12")
     assert "  16 trained on" in out
     assert re.search(r"^[\d,]+ tokens/s after the first step, .* s; [\d.]+% of the positions were padding$", out, re.M)
-    texts = [re.sub(r"\n.* tokens/s .*\n", "\n", text.replace(root, "")) for text, root in (
+    assert re.search(r"^Checkpoints: training stood still for [\d.]+ s, and [\d.]+ s were written ", out, re.M)
+    texts = [re.sub(r"\n.* tokens/s .*\nCheckpoints: .*\n", "\n", text.replace(root, "")) for text, root in (
         (whole.communicate()[0], str(tmp_path / "whole")), (out, one.workspace))]
     assert texts[0] == texts[1]
     (a,), (b,) = ([*root.glob("policy/*/policy/model.safetensors")]
