@@ -21,24 +21,54 @@ SEEDS = (0, 1, 2)
 
 def get_config() -> Experiment:
     arms = [
-        Arm(name=f"{o.name}-{chosen}", chosen=chosen, rejected="weak", objective=o.name, seeds=SEEDS)
+        Arm(
+            name=f"{o.name}-{chosen}", chosen=chosen, rejected="weak", objective=o.name, seeds=SEEDS
+        )
         for o in OBJECTIVES
         for chosen in RUNGS
     ]
     arms += [
-        Arm(name=f"dpo-strong-{keep}-{round(100 * f)}", chosen="strong", rejected="weak", keep=keep,
-            by="step_coherence", fraction=f, seeds=SEEDS, group="selection")
+        Arm(
+            name=f"dpo-strong-{keep}-{round(100 * f)}",
+            chosen="strong",
+            rejected="weak",
+            keep=keep,
+            by="step_coherence",
+            fraction=f,
+            seeds=SEEDS,
+            group="selection",
+        )
         for keep in ("top", "random", "matched")
         for f in FRACTIONS
     ]
     arms += [
-        Arm(name=f"dpo-strong-{stratum}", chosen="strong", rejected="weak", stratum=stratum, seeds=SEEDS,
-            group="control")
+        Arm(
+            name=f"dpo-strong-{stratum}",
+            chosen="strong",
+            rejected="weak",
+            stratum=stratum,
+            seeds=SEEDS,
+            group="control",
+        )
         for stratum in ("both_right", "both_wrong", "right_wrong")
     ]
     arms += [
-        Arm(name="dpo-weak-judged", chosen="weak", rejected="weak", direction="exact", seeds=SEEDS, group="control"),
-        Arm(name="sft-strong", chosen="strong", rejected="weak", objective="sft", seeds=SEEDS, group="control"),
+        Arm(
+            name="dpo-weak-judged",
+            chosen="weak",
+            rejected="weak",
+            direction="exact",
+            seeds=SEEDS,
+            group="control",
+        ),
+        Arm(
+            name="sft-strong",
+            chosen="strong",
+            rejected="weak",
+            objective="sft",
+            seeds=SEEDS,
+            group="control",
+        ),
     ]
     e = quickstart.get_config()
     e.name = "delta_grid"

@@ -15,28 +15,70 @@ from configs.quickstart import IN_DOMAIN, suites
 from deltapref_jax.config import Nursery, Pupil, Sampling
 
 OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
-CURRICULUM = IN_DOMAIN * 3 + OUT_OF_DOMAIN  # an in-domain family is practised three times as often as another
+CURRICULUM = (
+    IN_DOMAIN * 3 + OUT_OF_DOMAIN
+)  # an in-domain family is practised three times as often as another
 CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "oak-good": 0.06, "oak-strong": 0.0}
 SEEDS = {"oak-weak": 10, "oak-fair": 11, "oak-good": 13, "oak-strong": 14, "student": 15, "elm": 16}
 
 
 def get_config() -> Nursery:
     def careless(name: str, base: str, rate: float) -> Pupil:
-        return Pupil(name=name, base=base, tasks=CURRICULUM, error_rate=rate, steps=160, rows=16, learning_rate=6e-4,
-                     seed=SEEDS[name])
+        return Pupil(
+            name=name,
+            base=base,
+            tasks=CURRICULUM,
+            error_rate=rate,
+            steps=160,
+            rows=16,
+            learning_rate=6e-4,
+            seed=SEEDS[name],
+        )
 
-    elm = Pupil(name="elm-sapling", tasks=CURRICULUM, difficulties=(1, 2), layers=5, width=96, heads=3, kv_heads=3,
-                mlp=256, error_rate=0.02, steps=700, rows=16, learning_rate=3e-3, seed=1)
+    elm = Pupil(
+        name="elm-sapling",
+        tasks=CURRICULUM,
+        difficulties=(1, 2),
+        layers=5,
+        width=96,
+        heads=3,
+        kv_heads=3,
+        mlp=256,
+        error_rate=0.02,
+        steps=700,
+        rows=16,
+        learning_rate=3e-3,
+        seed=1,
+    )
     return Nursery(
         pupils=(
-            Pupil(name="oak", tasks=CURRICULUM, difficulties=(1, 2), steps=2000, rows=16, learning_rate=3e-3),
+            Pupil(
+                name="oak",
+                tasks=CURRICULUM,
+                difficulties=(1, 2),
+                steps=2000,
+                rows=16,
+                learning_rate=3e-3,
+            ),
             *(careless(name, "oak", rate) for name, rate in CARELESS.items()),
             careless("student", "oak-strong", 0.11),
             elm,
-            dataclasses.replace(elm, name="elm-tree", base=elm.name, steps=600, learning_rate=2e-3, seed=4),
+            dataclasses.replace(
+                elm, name="elm-tree", base=elm.name, steps=600, learning_rate=2e-3, seed=4
+            ),
             careless("elm", "elm-tree", 0.09),
-            Pupil(name="judge", base="oak-strong", lesson="judge", tasks=IN_DOMAIN, layers=5, steps=1100, rows=18,
-                  row_length=288, learning_rate=1e-3, seed=2),
+            Pupil(
+                name="judge",
+                base="oak-strong",
+                lesson="judge",
+                tasks=IN_DOMAIN,
+                layers=5,
+                steps=1100,
+                rows=18,
+                row_length=288,
+                learning_rate=1e-3,
+                seed=2,
+            ),
         ),
         release=(*CARELESS, "student", "elm", "judge"),
         suites=suites(count=150, samples=2),

@@ -26,8 +26,10 @@ from deltapref_jax.config import (
     Training,
 )
 
-EXAMPLE = ("Question: Tom has 3 bags of 4 apples and eats 2. How many are left?\n"
-           "3 * 4 = 12. 12 - 2 = 10. Answer: 10\n\nAnswer the next question in the same way.\nQuestion: ")
+EXAMPLE = (
+    "Question: Tom has 3 bags of 4 apples and eats 2. How many are left?\n"
+    "3 * 4 = 12. 12 - 2 = 10. Answer: 10\n\nAnswer the next question in the same way.\nQuestion: "
+)
 
 
 def get_config() -> Experiment:
@@ -42,17 +44,28 @@ def get_config() -> Experiment:
             Generator(name="shown", temperature=0.3, prefix=EXAMPLE),
         ),
         judges=(Judge(name="self", kind="model"),),
-        objectives=(Objective(name="dpo", learning_rate=5e-6), Objective(name="kto", kind="kto", learning_rate=5e-6)),
+        objectives=(
+            Objective(name="dpo", learning_rate=5e-6),
+            Objective(name="kto", kind="kto", learning_rate=5e-6),
+        ),
         arms=(
             Arm(name="dpo-shown", chosen="shown", rejected="hot"),
             Arm(name="kto-shown", chosen="shown", rejected="hot", objective="kto"),
         ),
         suites=tuple(
-            Suite(name=task, domain=domain, temperature=0.0,
-                  prompts=Prompts(kind="reasoning_gym", tasks=(task,), count=12, seed=900))
+            Suite(
+                name=task,
+                domain=domain,
+                temperature=0.0,
+                prompts=Prompts(kind="reasoning_gym", tasks=(task,), count=12, seed=900),
+            )
             for task, domain in ((tasks[0], "in"), (tasks[1], "in"), ("gcd", "out"))
         ),
-        training=Training(pairs_per_step=4, steps=4, warmup=0.0, rows=4, row_length=320, checkpoint_every=4),
-        sampling=Sampling(max_prompt=256, max_tokens=128, slots=16, chunk=16, shard=24, stop=("\nQuestion:",)),
+        training=Training(
+            pairs_per_step=4, steps=4, warmup=0.0, rows=4, row_length=320, checkpoint_every=4
+        ),
+        sampling=Sampling(
+            max_prompt=256, max_tokens=128, slots=16, chunk=16, shard=24, stop=("\nQuestion:",)
+        ),
         scoring=Scoring(rows=2, row_length=512, shard=48),
     )

@@ -30,9 +30,20 @@ BUDGETS = ("steps", "epochs")
 OVER_LENGTHS = ("error", "drop", "truncate")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 DTYPES = ("float32", "bfloat16")
-TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # name to the package that must be installed
+TRACKERS = {
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+}  # name to the package that must be installed
 REMATS = ("none", "projections", "attention", "block")
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # Hugging Face's names
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # Hugging Face's names
 
 
 class ObjectiveKind(NamedTuple):
@@ -69,7 +80,9 @@ def choose(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`; otherwise raises `ConfigError` listing them."""
     known = tuple(known)
     if value not in known:
-        raise ConfigError(f"{field} is {value!r}; choose one of {', '.join(repr(k) for k in known)}.")
+        raise ConfigError(
+            f"{field} is {value!r}; choose one of {', '.join(repr(k) for k in known)}."
+        )
     return value
 
 
@@ -80,10 +93,14 @@ class Prompts:
     kind: str = "synthetic"  # one of PROMPT_KINDS
     path: str = ""  # file (jsonl, parquet), hub data set name or local data set folder (hub), builder directory (tfds)
     split: str = "train"  # split of a hub or TFDS data set
-    tasks: tuple[str, ...] = ()  # synthetic families, or reasoning-gym tasks; mixed in equal numbers
+    tasks: tuple[
+        str, ...
+    ] = ()  # synthetic families, or reasoning-gym tasks; mixed in equal numbers
     count: int = 0  # questions kept; 0: all (files only)
     difficulty: int = 2  # synthetic difficulty setting, 1 (easy) upward
-    seed: int = 0  # of the question generators, and of the draw when `count` is below what a file holds
+    seed: int = (
+        0  # of the question generators, and of the draw when `count` is below what a file holds
+    )
     prompt_field: str = "prompt"  # column with the question: text or a list of chat messages
     answer_field: str = "answer"  # column with the reference answer
     checker: str = ""  # how answers of a file are checked: "math", "exact", or "" (unchecked)
@@ -119,7 +136,9 @@ class Judge:
     name: str = ""
     kind: str = "exact"  # "exact": by program, from the known truth of the synthetic world; "model": by score tokens
     model: Model = dataclasses.field(default_factory=Model)  # of kind "model"
-    noise: float = 0.0  # standard deviation of normal noise added by the exact judge, in rating points
+    noise: float = (
+        0.0  # standard deviation of normal noise added by the exact judge, in rating points
+    )
     seed: int = 0  # of that noise
     dimensions: tuple[str, ...] = DIMENSIONS
 
@@ -132,12 +151,20 @@ class Objective:
     kind: str = "dpo"  # one of OBJECTIVE_KINDS
     beta: float = 0.1  # per nat: 0.01 to 0.5; per nat a token in dpo_norm: 5 to 10, and simpo: 2 to 10; not in sft
     learning_rate: float = 1e-4
-    label_smoothing: float = 0.0  # robust, cdpo: share of pairs whose label is assumed to be flipped, 0 to below 0.5
-    gamma: float = 0.5  # simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6)
-    nll_weight: float = 0.0  # pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token
+    label_smoothing: float = (
+        0.0  # robust, cdpo: share of pairs whose label is assumed to be flipped, 0 to below 0.5
+    )
+    gamma: float = (
+        0.5  # simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6)
+    )
+    nll_weight: float = (
+        0.0  # pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token
+    )
     desirable_weight: float = 1.0  # kto, apo_zero_unpaired: w_D, 0 upward
     undesirable_weight: float = 1.0  # kto, apo_zero_unpaired: w_U, 0 upward
-    baseline_fraction: float = 1.0  # kto: share of a step's rows that z0 is measured on, above 0 to 1
+    baseline_fraction: float = (
+        1.0  # kto: share of a step's rows that z0 is measured on, above 0 to 1
+    )
 
 
 @dataclasses.dataclass
@@ -146,7 +173,9 @@ class Arm:
 
     name: str = ""
     chosen: str = ""  # generator that writes the chosen traces
-    rejected: str = ""  # generator that writes the rejected traces; the same one: two samples, see `direction`
+    rejected: str = (
+        ""  # generator that writes the rejected traces; the same one: two samples, see `direction`
+    )
     direction: str = "generator"  # "generator" (as named; two samples of one: the second is chosen) or a judge's name
     keep: str = "all"  # one of KEEPS
     by: str = "sum"  # what `top` and `matched` rank by: a dimension, or "sum" of them all, as judged by `judge`
@@ -162,7 +191,9 @@ class Arm:
 class Lora:
     """Low-rank adapters: W + (alpha / rank) A B, in which only A and B are trained (arXiv 2106.09685)."""
 
-    rank: int = 0  # columns of A and rows of B; 0: all weights are trained, and there are no adapters
+    rank: int = (
+        0  # columns of A and rows of B; 0: all weights are trained, and there are no adapters
+    )
     alpha: float = 16.0  # above 0
     targets: tuple[str, ...] = LORA_TARGETS  # which matrices of every layer are adapted
 
@@ -182,9 +213,13 @@ class Training:
     rows: int = 16  # rows of one micro-batch over all devices; two per device pad least
     row_length: int = 512  # tokens in one packed row
     over_length: str = "drop"  # a sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too
-    remat: str = "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES
+    remat: str = (
+        "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES
+    )
     lora: Lora = dataclasses.field(default_factory=Lora)
-    moments: str = "float32"  # of Adam's two moments; "bfloat16" halves their memory, rounded stochastically
+    moments: str = (
+        "float32"  # of Adam's two moments; "bfloat16" halves their memory, rounded stochastically
+    )
     checkpoint_every: int = 10  # steps
     keep_checkpoints: int = 1
     finishes: tuple[str, ...] = ("eos", "stop")  # traces that ended otherwise are not trained on
@@ -240,13 +275,17 @@ class Experiment:
     question: str = ""  # one sentence, shown on top of the page
     about: str = ""  # what is asked and who answers, for the page
     workspace: str = "workspace"  # directory or bucket of the artifacts
-    trackers: tuple[str, ...] = ()  # of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains
+    trackers: tuple[
+        str, ...
+    ] = ()  # of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains
     seed: int = 0
     prompts: tuple[Prompts, ...] = ()  # training questions
     generators: tuple[Generator, ...] = ()
     judges: tuple[Judge, ...] = ()
     student: Model = dataclasses.field(default_factory=Model)
-    reference: Model = dataclasses.field(default_factory=Model)  # "" path: the student before training
+    reference: Model = dataclasses.field(
+        default_factory=Model
+    )  # "" path: the student before training
     objectives: tuple[Objective, ...] = ()
     arms: tuple[Arm, ...] = ()
     suites: tuple[Suite, ...] = ()
@@ -262,8 +301,12 @@ class Pairs:
 
     path: str = ""  # .jsonl or .parquet file, hub data set name, or local data set folder
     split: str = "train"  # split of a hub data set or folder
-    workers: int = 4  # processes that tokenise; a file of less than a thousand rows each needs fewer
-    truncation_mode: str = "keep_start"  # of over_length "truncate": the end of a sequence that stays; TRL's names
+    workers: int = (
+        4  # processes that tokenise; a file of less than a thousand rows each needs fewer
+    )
+    truncation_mode: str = (
+        "keep_start"  # of over_length "truncate": the end of a sequence that stays; TRL's names
+    )
 
 
 @dataclasses.dataclass
@@ -272,14 +315,20 @@ class Single:
 
     name: str = "train"
     workspace: str = "workspace"  # directory or bucket of tokens, reference table and policy
-    trackers: tuple[str, ...] = ()  # of TRACKERS: who is shown its metrics besides metrics.jsonl, while it trains
+    trackers: tuple[
+        str, ...
+    ] = ()  # of TRACKERS: who is shown its metrics besides metrics.jsonl, while it trains
     seed: int = 0  # of the order of the data
     data: Pairs = dataclasses.field(default_factory=Pairs)
     student: Model = dataclasses.field(default_factory=Model)
-    reference: Model = dataclasses.field(default_factory=Model)  # "" path: the student before training
+    reference: Model = dataclasses.field(
+        default_factory=Model
+    )  # "" path: the student before training
     table: str = ""  # Parquet file or folder of the reference's log-probabilities; "": computed once and kept
     objective: Objective = dataclasses.field(default_factory=lambda: Objective(name="dpo"))
-    training: Training = dataclasses.field(default_factory=Training)  # row_length is the longest sequence too
+    training: Training = dataclasses.field(
+        default_factory=Training
+    )  # row_length is the longest sequence too
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
@@ -296,13 +345,19 @@ class Pupil:
 
     name: str = ""
     base: str = ""  # pupil whose weights it starts from; "": its own random ones
-    lesson: str = "solve"  # "solve": worked solutions; "judge": the five ratings of flawed solutions
-    layers: int = 3  # sizes are the base's where there is one; more layers than it has are grown on top
+    lesson: str = (
+        "solve"  # "solve": worked solutions; "judge": the five ratings of flawed solutions
+    )
+    layers: int = (
+        3  # sizes are the base's where there is one; more layers than it has are grown on top
+    )
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 352
-    tasks: tuple[str, ...] = ()  # synthetic families, drawn evenly; a family named twice is drawn twice as often
+    tasks: tuple[
+        str, ...
+    ] = ()  # synthetic families, drawn evenly; a family named twice is drawn twice as often
     difficulties: tuple[int, ...] = (2,)  # drawn evenly
     error_rate: float = 0.0  # careless steps per step in the solutions it learns from
     steps: int = 1000

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("EPATH_USE_TF", "false")  # one way into buckets, whether or not TensorFlow is installed too
+os.environ.setdefault(
+    "EPATH_USE_TF", "false"
+)  # one way into buckets, whether or not TensorFlow is installed too
 
 from etils import epath  # noqa: E402
 
@@ -58,8 +60,10 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 def unwritable(path: Any, e: Exception) -> ArtifactError:
     """The sentence for a file that cannot be written."""
     why = getattr(e, "strerror", None) or str(e).strip() or type(e).__name__
-    return ArtifactError(f"{path} cannot be written ({why.splitlines()[0]}); make room or choose another workspace, "
-                         "and run the same command: finished work is kept.")
+    return ArtifactError(
+        f"{path} cannot be written ({why.splitlines()[0]}); make room or choose another workspace, "
+        "and run the same command: finished work is kept."
+    )
 
 
 def sha256(data: bytes) -> str:
@@ -89,10 +93,16 @@ def _bucket() -> Any:
         import fsspec
         import gcsfs  # noqa: F401  (brings google-cloud-storage, which Orbax asks about the bucket)
     except ImportError as e:
-        raise ConfigError("A path begins with gs:// and the package gcsfs is not installed; "
-                          "pip install 'deltapref-jax[gcs]'.") from e
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False} | fsspec.config.conf.get("gcs", {})  # others write too
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what it then raises
+        raise ConfigError(
+            "A path begins with gs:// and the package gcsfs is not installed; "
+            "pip install 'deltapref-jax[gcs]'."
+        ) from e
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False} | fsspec.config.conf.get(
+        "gcs", {}
+    )  # others write too
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # it logs the traceback of what it then raises
     return fsspec.filesystem("gcs")
 
 
@@ -109,8 +119,10 @@ def _bucket_errors(path: Any, sentence: Callable[[Any, Exception], Exception]) -
 
 def _unreadable(path: Any, e: Exception) -> ArtifactError:
     why = (str(e).strip() or type(e).__name__).splitlines()[0]
-    return ArtifactError(f"{path} cannot be read ({why}); check the name, this machine's credentials for Google Cloud "
-                         "Storage and its connection, and run the same command.")
+    return ArtifactError(
+        f"{path} cannot be read ({why}); check the name, this machine's credentials for Google Cloud "
+        "Storage and its connection, and run the same command."
+    )
 
 
 def reach(root: str | os.PathLike[str]) -> None:
@@ -124,12 +136,16 @@ def reach(root: str | os.PathLike[str]) -> None:
     if not remote(path):
         return
     if not path.startswith("gs://"):
-        raise ConfigError(f"The workspace {path} is in no bucket of Google Cloud Storage; give a folder or gs://….")
+        raise ConfigError(
+            f"The workspace {path} is in no bucket of Google Cloud Storage; give a folder or gs://…."
+        )
     name = "gs://" + path.removeprefix("gs://").split("/")[0]
     with _bucket_errors(name, _unreadable):
         if not _bucket().exists(name):
-            raise ConfigError(f"There is no bucket {name}, or this machine's credentials may not see it; check the "
-                              "name, or make it.")
+            raise ConfigError(
+                f"There is no bucket {name}, or this machine's credentials may not see it; check the "
+                "name, or make it."
+            )
 
 
 def local(path: str) -> str:
@@ -147,17 +163,26 @@ def local(path: str) -> str:
         return path
     root = path.rstrip("/").removeprefix("gs://")
     with _bucket_errors(path, _unreadable):
-        found = {name: info for name, info in _bucket().find(root, detail=True).items() if info["type"] == "file"}
+        found = {
+            name: info
+            for name, info in _bucket().find(root, detail=True).items()
+            if info["type"] == "file"
+        }
     if not found:
         raise FileNotFoundError(f"There is nothing at {path}; check the path.")
-    stamp = sha256(json.dumps(sorted((name, info["size"], info.get("generation")) for name, info in found.items())
-                              ).encode())[:16]
+    stamp = sha256(
+        json.dumps(
+            sorted((name, info["size"], info.get("generation")) for name, info in found.items())
+        ).encode()
+    )[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltapref-jax"
     place = cache / stamp / os.path.basename(root)
     if not place.exists():
         coming = cache / f".{stamp}.{uuid.uuid4().hex}"
         try:
-            download({name: coming / os.path.relpath(name, os.path.dirname(root)) for name in found})
+            download(
+                {name: coming / os.path.relpath(name, os.path.dirname(root)) for name in found}
+            )
             with contextlib.suppress(OSError):  # another process was faster
                 coming.rename(cache / stamp)
         finally:
@@ -175,7 +200,10 @@ def download(files: Mapping[str, Path]) -> None:
         try:
             for target in files.values():
                 target.parent.mkdir(parents=True, exist_ok=True)
-            _bucket().get([name.removeprefix("gs://") for name in files], [str(file) for file in files.values()])
+            _bucket().get(
+                [name.removeprefix("gs://") for name in files],
+                [str(file) for file in files.values()],
+            )
         except OSError as e:
             if e.errno in NO_ROOM:
                 raise unwritable(e.filename or next(iter(files.values())), e) from e
@@ -197,4 +225,6 @@ def written(folder: epath.Path) -> Iterator[Path]:
         files = [file for file in sorted(Path(scratch).rglob("*")) if file.is_file()]
         targets = [os.fspath(folder / file.relative_to(scratch).as_posix()) for file in files]
         with _bucket_errors(folder, unwritable):
-            _bucket().put([str(file) for file in files], [name.removeprefix("gs://") for name in targets])
+            _bucket().put(
+                [str(file) for file in files], [name.removeprefix("gs://") for name in targets]
+            )

@@ -15,7 +15,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "pyarrow", "deltapref-jax")
+_PACKAGES = (
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "deltapref-jax",
+)
 
 
 def process() -> tuple[int, int]:
@@ -79,8 +88,10 @@ class Company:
         self._client, self._index, self._count, self._parting = client, index, count, parting
         self._state, self._last = threading.Lock(), threading.Lock()
         self._noticed = self._answering = False
-        self._listeners = [threading.Thread(target=self._listen, args=how, daemon=True)
-                           for how in ((self._NOTICE, self._notice), (self._WORD, self._word))]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=how, daemon=True)
+            for how in ((self._NOTICE, self._notice), (self._WORD, self._word))
+        ]
         for listener in self._listeners:
             listener.start()
 
@@ -109,8 +120,12 @@ class Company:
 
     def _word(self, said: str) -> None:
         index, code, sentence = json.loads(said)
-        self.leave(code, sentence if code == Preempted.code else
-                   f"Process {index} of {self._count} stopped: {sentence}")
+        self.leave(
+            code,
+            sentence
+            if code == Preempted.code
+            else f"Process {index} of {self._count} stopped: {sentence}",
+        )
 
     def answering(self, begins: bool) -> None:
         """Between True and False the caller answers SIGTERM; one that came and found no answer is answered here."""
@@ -118,7 +133,9 @@ class Company:
             self._answering = begins
             missed = self._noticed and not begins
         if missed:
-            self.leave(Preempted.code, _STOPPED, tell=False)  # all were told, and others may be saving still
+            self.leave(
+                Preempted.code, _STOPPED, tell=False
+            )  # all were told, and others may be saving still
 
     def leave(self, code: int, sentence: str, tell: bool = True) -> NoReturn:
         """Ends this process with `sentence` on stderr, and with `tell` all others too."""
@@ -134,7 +151,9 @@ class Company:
             with contextlib.suppress(Exception):
                 for other in range(1, self._count):
                     self._client.blocking_key_value_get(f"{self._GONE}/{other}", self._PATIENCE)
-                time.sleep(2)  # they said so just before: one that saw the service end first would be aborted by it
+                time.sleep(
+                    2
+                )  # they said so just before: one that saw the service end first would be aborted by it
         os._exit(code)  # not through JAX's own good-bye, which waits for all
 
     def _say(self, key: str, what: str = "") -> None:
@@ -156,7 +175,9 @@ def keep_company(parting: Callable[[], None]) -> None:
     """From now on the processes of this JAX job, if they are several, leave together; see `Company`."""
     global _company
     if process()[1] > 1:
-        from jax._src import distributed  # what jax.experimental.multihost_utils is made of has no public name
+        from jax._src import (
+            distributed,
+        )  # what jax.experimental.multihost_utils is made of has no public name
 
         _company = Company(distributed.global_state.client, *process(), parting)
 
@@ -184,7 +205,9 @@ def finished(code: int = 0) -> NoReturn:
 def crashed(e: Exception) -> None:
     """Before an unforeseen error ends this process: if there are others, they end too."""
     if _company:
-        time.sleep(2)  # if it is a collective that lost a process which stopped, that one's word ends this one too
+        time.sleep(
+            2
+        )  # if it is a collective that lost a process which stopped, that one's word ends this one too
         traceback.print_exception(e)
         _company.leave(1, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
 

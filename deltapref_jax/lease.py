@@ -66,7 +66,10 @@ class Lease:
         """Gives the lease back."""
         self._stop.set()
         _held.discard(self)
-        with contextlib.suppress(Exception), self._locked():  # a bucket's errors are of many kinds; the lease expires
+        with (
+            contextlib.suppress(Exception),
+            self._locked(),
+        ):  # a bucket's errors are of many kinds; the lease expires
             if self._read().get("id") == self._owner["id"]:
                 self._path.unlink()
 
@@ -76,7 +79,9 @@ class Lease:
             yield
             return
         with open(os.fspath(self._path.parent / ".lock"), "a") as file:
-            with contextlib.suppress(OSError):  # a file system without locks is treated like an object store
+            with contextlib.suppress(
+                OSError
+            ):  # a file system without locks is treated like an object store
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -22,8 +22,14 @@ def start_processes() -> None:
     process of the job stops all (`host.Company`).
     """
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        given: dict[str, Any] = {name: int(os.environ[key]) for name, key in (
-            ("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")) if key in os.environ}
+        given: dict[str, Any] = {
+            name: int(os.environ[key])
+            for name, key in (
+                ("num_processes", "JAX_NUM_PROCESSES"),
+                ("process_id", "JAX_PROCESS_ID"),
+            )
+            if key in os.environ
+        }
         jax.distributed.initialize(**given)
         keep_company(release_all)
 
@@ -40,10 +46,14 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if int(np.prod(sizes)) != len(devices):
-        raise ConfigError(f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} x {shape.context} (data, fsdp, "
-                          f"tensor, context) and there are {len(devices)} devices; the sizes must multiply to that, "
-                          "one of them may be -1.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise ConfigError(
+            f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} x {shape.context} (data, fsdp, "
+            f"tensor, context) and there are {len(devices)} devices; the sizes must multiply to that, "
+            "one of them may be -1."
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
@@ -54,11 +64,15 @@ def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
     """
     ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if rows % ways:
-        raise ConfigError(f"{where}.rows is {rows} and the mesh spreads rows over {ways} devices (data x fsdp); make "
-                          "rows a multiple of that.")
+        raise ConfigError(
+            f"{where}.rows is {rows} and the mesh spreads rows over {ways} devices (data x fsdp); make "
+            "rows a multiple of that."
+        )
     if row_length % parts:
-        raise ConfigError(f"{where}.row_length is {row_length} and the mesh splits each row over {parts} devices "
-                          "(context); make row_length a multiple of that.")
+        raise ConfigError(
+            f"{where}.row_length is {row_length} and the mesh splits each row over {parts} devices "
+            "(context); make row_length a multiple of that."
+        )
 
 
 def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -66,11 +80,13 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """"cpu", "gpu" or "tpu": of the mesh's devices (which a program may be compiled for without having them)."""
+    """ "cpu", "gpu" or "tpu": of the mesh's devices (which a program may be compiled for without having them)."""
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 

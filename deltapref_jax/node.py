@@ -22,7 +22,12 @@ class Node:
     @functools.cached_property
     def key(self) -> str:
         """16 hex digits."""
-        return digest(self.stage, self.version, self.config, {name: node.key for name, node in self.inputs.items()})
+        return digest(
+            self.stage,
+            self.version,
+            self.config,
+            {name: node.key for name, node in self.inputs.items()},
+        )
 
 
 def in_order(wanted: Mapping[str, Node]) -> list[Node]:

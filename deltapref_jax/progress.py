@@ -35,6 +35,14 @@ class _Noted(Progress):
 
 def progress(show: bool = True) -> Progress:
     """A transient bar on stderr, 80 columns wide or less; tasks have the fields `unit` and `note`."""
-    return _Noted(TextColumn("{task.description:<20}"), BarColumn(16), MofNCompleteColumn(), _Rate(),
-                  TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-                  disable=not show)
+    return _Noted(
+        TextColumn("{task.description:<20}"),
+        BarColumn(16),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not show,
+    )

@@ -43,8 +43,10 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple
 def _whole(config: Any, wanted: type) -> None:
     """Refuses the config of another entry point."""
     if not isinstance(config, wanted):
-        raise ConfigError(f"--config gives {type(config).__name__} where {wanted.__name__} is needed; its get_config() "
-                          f"must return deltapref_jax.config.{wanted.__name__}.")
+        raise ConfigError(
+            f"--config gives {type(config).__name__} where {wanted.__name__} is needed; its get_config() "
+            f"must return deltapref_jax.config.{wanted.__name__}."
+        )
     _typed("config", config)
 
 
@@ -57,8 +59,12 @@ def _typed(where: str, config: Any) -> None:
             inner = [(f"{at}[{i}]", typing.get_args(kind)[0], each) for i, each in enumerate(value)]
         for place, wanted, each in inner:
             plain = typing.get_origin(wanted) or wanted
-            if isinstance(each, bool) or not isinstance(each, int | float if plain is float else plain):
-                raise ConfigError(f"{place} is {each!r}; it must be {_KINDS.get(plain, f'a {plain.__name__}')}.")
+            if isinstance(each, bool) or not isinstance(
+                each, int | float if plain is float else plain
+            ):
+                raise ConfigError(
+                    f"{place} is {each!r}; it must be {_KINDS.get(plain, f'a {plain.__name__}')}."
+                )
             if dataclasses.is_dataclass(each):
                 _typed(place, each)
 
@@ -68,7 +74,9 @@ def _unique(kind: str, names: Sequence[str]) -> None:
         if not name:
             raise ConfigError(f"A {kind} has no name; give every {kind} one.")
         if "/" in name:
-            raise ConfigError(f"The name of {kind} {name!r} holds a slash, which separates labels; use another sign.")
+            raise ConfigError(
+                f"The name of {kind} {name!r} holds a slash, which separates labels; use another sign."
+            )
         if names.count(name) > 1:
             raise ConfigError(f"Two {kind}s are named {name!r}; names must differ.")
 
@@ -87,11 +95,17 @@ def _prompts(field: str, prompts: Prompts) -> None:
     _number(f"{field}.seed", prompts.seed, 0)
     if prompts.kind in ("synthetic", "reasoning_gym"):
         if not prompts.tasks:
-            raise ConfigError(f"{field}.tasks is empty; name at least one task for kind {prompts.kind!r}.")
+            raise ConfigError(
+                f"{field}.tasks is empty; name at least one task for kind {prompts.kind!r}."
+            )
         if prompts.count < len(prompts.tasks):
-            raise ConfigError(f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} tasks.")
+            raise ConfigError(
+                f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} tasks."
+            )
     elif not prompts.path:
-        raise ConfigError(f"{field}.path is empty; kind {prompts.kind!r} needs a file, folder or data set name.")
+        raise ConfigError(
+            f"{field}.path is empty; kind {prompts.kind!r} needs a file, folder or data set name."
+        )
 
 
 def validate_nursery(nursery: Nursery) -> Nursery:
@@ -102,7 +116,9 @@ def validate_nursery(nursery: Nursery) -> Nursery:
     """
     _whole(nursery, Nursery)
     if "://" in nursery.workspace:
-        raise ConfigError(f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine.")
+        raise ConfigError(
+            f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine."
+        )
     _unique("pupil", [p.name for p in nursery.pupils])
     known: list[str] = []
     for p in nursery.pupils:
@@ -116,8 +132,10 @@ def validate_nursery(nursery: Nursery) -> Nursery:
         for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
             _number(f"{field} {where}", getattr(p, field), 1)
         if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):
-            raise ConfigError(f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads must be a "
-                              "multiple of kv_heads and divide width into even parts.")
+            raise ConfigError(
+                f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads must be a "
+                "multiple of kv_heads and divide width into even parts."
+            )
         known.append(p.name)
     for name in nursery.release:
         choose("config.release", name, known)
@@ -134,24 +152,37 @@ def validate_single(single: Single) -> Single:
     """
     _whole(single, Single)
     if not single.data.path:
-        raise ConfigError("config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder.")
+        raise ConfigError(
+            "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder."
+        )
     _number("config.data.workers", single.data.workers, 0)
     choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
     choose("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
     _objective(single.objective, "in config.objective")
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
-    validate(Experiment(name=single.name, seed=single.seed, trackers=single.trackers,
-                        workspace=single.workspace, prompts=(Prompts(kind="jsonl", path=single.data.path),),
-                        scoring=Scoring(single.training.rows, single.training.row_length), student=single.student,
-                        reference=single.reference,
-                        objectives=(dataclasses.replace(single.objective, name=single.objective.kind),),
-                        training=dataclasses.replace(single.training, over_length="drop"), mesh=single.mesh))
+    validate(
+        Experiment(
+            name=single.name,
+            seed=single.seed,
+            trackers=single.trackers,
+            workspace=single.workspace,
+            prompts=(Prompts(kind="jsonl", path=single.data.path),),
+            scoring=Scoring(single.training.rows, single.training.row_length),
+            student=single.student,
+            reference=single.reference,
+            objectives=(dataclasses.replace(single.objective, name=single.objective.kind),),
+            training=dataclasses.replace(single.training, over_length="drop"),
+            mesh=single.mesh,
+        )
+    )
     _unread(single)
     kind = single.objective.kind
     for field, value in (("reference.path", single.reference.path), ("table", single.table)):
         if value and not OBJECTIVE_KINDS[kind].reference:
-            raise ConfigError(f"config.{field} is {value!r} and objective {kind!r} has no reference; leave it empty.")
+            raise ConfigError(
+                f"config.{field} is {value!r} and objective {kind!r} has no reference; leave it empty."
+            )
     return single
 
 
@@ -159,15 +190,37 @@ def _unread(single: Single) -> None:
     """Refuses a value that the run would not read: it would not be what its config says."""
     t = single.training
     for field, unset, read, why in (
-            ("training.steps", Training().steps, t.budget == "steps", f"config.training.budget is {t.budget!r}"),
-            ("training.epochs", Training().epochs, t.budget == "epochs", f"config.training.budget is {t.budget!r}"),
-            ("training.finishes", Training().finishes, False, "a file does not say how its answers ended"),
-            ("data.truncation_mode", Pairs().truncation_mode, t.over_length == "truncate",
-             f"config.training.over_length is {t.over_length!r}"),
-            ("reference.dtype", Model().dtype, single.reference.path, "config.reference.path is empty")):
+        (
+            "training.steps",
+            Training().steps,
+            t.budget == "steps",
+            f"config.training.budget is {t.budget!r}",
+        ),
+        (
+            "training.epochs",
+            Training().epochs,
+            t.budget == "epochs",
+            f"config.training.budget is {t.budget!r}",
+        ),
+        (
+            "training.finishes",
+            Training().finishes,
+            False,
+            "a file does not say how its answers ended",
+        ),
+        (
+            "data.truncation_mode",
+            Pairs().truncation_mode,
+            t.over_length == "truncate",
+            f"config.training.over_length is {t.over_length!r}",
+        ),
+        ("reference.dtype", Model().dtype, single.reference.path, "config.reference.path is empty"),
+    ):
         value = functools.reduce(getattr, field.split("."), single)
         if value != unset and not read:
-            raise ConfigError(f"config.{field} is {value!r} and nothing reads it, for {why}; leave it at {unset!r}.")
+            raise ConfigError(
+                f"config.{field} is {value!r} and nothing reads it, for {why}; leave it at {unset!r}."
+            )
 
 
 def validate(experiment: Experiment) -> Experiment:
@@ -182,19 +235,30 @@ def validate(experiment: Experiment) -> Experiment:
     for tracker in e.trackers:
         package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}.")
+            raise ConfigError(
+                f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}."
+            )
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
     if not e.workspace:
         raise ConfigError("config.workspace is empty; name a folder or bucket for the artifacts.")
     _number("config.seed", e.seed, 0, 2**63 - 1)
     if not e.student.path:
-        raise ConfigError("config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file.")
-    for field, group in (("generator", e.generators), ("judge", e.judges), ("objective", e.objectives),
-                         ("arm", e.arms), ("suite", e.suites)):
+        raise ConfigError(
+            "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."
+        )
+    for field, group in (
+        ("generator", e.generators),
+        ("judge", e.judges),
+        ("objective", e.objectives),
+        ("arm", e.arms),
+        ("suite", e.suites),
+    ):
         _unique(field, [item.name for item in group])
     if not e.prompts:
-        raise ConfigError("config.prompts is empty; name at least one source of training questions.")
+        raise ConfigError(
+            "config.prompts is empty; name at least one source of training questions."
+        )
     for i, prompts in enumerate(e.prompts):
         _prompts(f"config.prompts[{i}]", prompts)
     for s, suite in enumerate(e.suites):
@@ -202,8 +266,11 @@ def validate(experiment: Experiment) -> Experiment:
         choose(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
         _number(f"config.suites[{s}].samples", suite.samples, 1)
         _number(f"config.suites[{s}].temperature", suite.temperature, 0)
-    for model, field in [(e.student, "student"), (e.reference, "reference")] + [
-            (g.model, f"generator {g.name}") for g in e.generators] + [(j.model, f"judge {j.name}") for j in e.judges]:
+    for model, field in (
+        [(e.student, "student"), (e.reference, "reference")]
+        + [(g.model, f"generator {g.name}") for g in e.generators]
+        + [(j.model, f"judge {j.name}") for j in e.judges]
+    ):
         choose(f"dtype of {field}", model.dtype, DTYPES)
     for g in e.generators:
         _number(f"temperature of generator {g.name!r}", g.temperature, 0)
@@ -215,11 +282,15 @@ def validate(experiment: Experiment) -> Experiment:
         _number(f"noise of judge {j.name!r}", j.noise, 0)
         _number(f"seed of judge {j.name!r}", j.seed, 0)
         if not j.dimensions:
-            raise ConfigError(f"Judge {j.name!r} has no dimensions; name at least one of {', '.join(DIMENSIONS)}.")
+            raise ConfigError(
+                f"Judge {j.name!r} has no dimensions; name at least one of {', '.join(DIMENSIONS)}."
+            )
         for dimension in j.dimensions:
             choose(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
         if j.kind == "exact" and any(p.kind != "synthetic" for p in e.prompts):
-            raise ConfigError(f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for others.")
+            raise ConfigError(
+                f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for others."
+            )
     for o in e.objectives:
         choose(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
         _objective(o, f"of objective {o.name!r}")
@@ -236,16 +307,19 @@ def _objective(o: Objective, where: str) -> None:
     _number(f"label_smoothing {where}", o.label_smoothing, 0, 0.4999)
     _number(f"baseline_fraction {where}", o.baseline_fraction, 1e-9, 1)
     for field, unset, reads in (
-            ("beta", 0.1, [k for k, v in OBJECTIVE_KINDS.items() if v.unit != "token"]),
-            ("gamma", 0.5, ["simpo"]),
-            ("desirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
-            ("undesirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
-            ("label_smoothing", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.smoothed]),
-            ("nll_weight", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "pair"]),
-            ("baseline_fraction", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.baseline])):
+        ("beta", 0.1, [k for k, v in OBJECTIVE_KINDS.items() if v.unit != "token"]),
+        ("gamma", 0.5, ["simpo"]),
+        ("desirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
+        ("undesirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
+        ("label_smoothing", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.smoothed]),
+        ("nll_weight", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "pair"]),
+        ("baseline_fraction", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.baseline]),
+    ):
         if getattr(o, field) != unset and o.kind not in reads:
-            raise ConfigError(f"{field} {where} is {getattr(o, field)!r} and its kind {o.kind!r} has none; leave it at "
-                              f"{unset} or choose one of {', '.join(map(repr, reads))}.")
+            raise ConfigError(
+                f"{field} {where} is {getattr(o, field)!r} and its kind {o.kind!r} has none; leave it at "
+                f"{unset} or choose one of {', '.join(map(repr, reads))}."
+            )
 
 
 def _validate_arms(e: Experiment) -> None:
@@ -262,12 +336,18 @@ def _validate_arms(e: Experiment) -> None:
         choose(f"group {where}", a.group, ("ladder", "selection", "control"))
         _number(f"fraction {where}", a.fraction, 1e-9, 1)
         if not a.seeds or len(set(a.seeds)) < len(a.seeds) or min(a.seeds) < 0:
-            raise ConfigError(f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once.")
+            raise ConfigError(
+                f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once."
+            )
         if a.chosen == a.rejected and generators[a.chosen].samples < 2:
-            raise ConfigError(f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2.")
+            raise ConfigError(
+                f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2."
+            )
         if a.keep in ("top", "matched") or a.direction != "generator":
             if not judges:
-                raise ConfigError(f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge.")
+                raise ConfigError(
+                    f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
+                )
             judge = judges[choose(f"judge {where}", a.judge or next(iter(judges)), judges)]
             choose(f"by {where}", a.by, ("sum", *judge.dimensions))
 
@@ -278,11 +358,15 @@ def _lora(lora: Lora) -> None:
     for target in lora.targets:
         choose("config.training.lora.targets", target, LORA_TARGETS)
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
-        raise ConfigError(f"config.training.lora.targets is {lora.targets!r}; name at least one of "
-                          f"{', '.join(LORA_TARGETS)}, each once.")
+        raise ConfigError(
+            f"config.training.lora.targets is {lora.targets!r}; name at least one of "
+            f"{', '.join(LORA_TARGETS)}, each once."
+        )
     if not lora.rank and lora != Lora():
-        raise ConfigError("config.training.lora has alpha or targets and the rank 0, with which all weights are "
-                          "trained; set config.training.lora.rank, or leave the others as they are.")
+        raise ConfigError(
+            "config.training.lora has alpha or targets and the rank 0, with which all weights are "
+            "trained; set config.training.lora.rank, or leave the others as they are."
+        )
 
 
 def _validate_sizes(e: Experiment) -> None:
@@ -292,10 +376,17 @@ def _validate_sizes(e: Experiment) -> None:
     choose("config.training.remat", t.remat, REMATS)
     choose("config.training.moments", t.moments, DTYPES)
     _lora(t.lora)
-    choose("config.training.over_length", t.over_length, ("drop", "error"))  # traces are scored whole: none is cut
-    for field, value in (("pairs_per_step", t.pairs_per_step), ("steps", t.steps), ("rows", t.rows),
-                         ("row_length", t.row_length), ("checkpoint_every", t.checkpoint_every),
-                         ("keep_checkpoints", t.keep_checkpoints)):
+    choose(
+        "config.training.over_length", t.over_length, ("drop", "error")
+    )  # traces are scored whole: none is cut
+    for field, value in (
+        ("pairs_per_step", t.pairs_per_step),
+        ("steps", t.steps),
+        ("rows", t.rows),
+        ("row_length", t.row_length),
+        ("checkpoint_every", t.checkpoint_every),
+        ("keep_checkpoints", t.keep_checkpoints),
+    ):
         _number(f"config.training.{field}", value, 1)
     _number("config.training.epochs", t.epochs, 1e-9)
     _number("config.training.warmup", t.warmup, 0, 1)
@@ -303,17 +394,30 @@ def _validate_sizes(e: Experiment) -> None:
     _number("config.training.weight_decay", t.weight_decay, 0)
     for finish in t.finishes:
         choose("config.training.finishes", finish, ("eos", "stop", "length"))
-    for field, value in (("max_prompt", s.max_prompt), ("max_tokens", s.max_tokens), ("slots", s.slots),
-                         ("chunk", s.chunk), ("shard", s.shard)):
+    for field, value in (
+        ("max_prompt", s.max_prompt),
+        ("max_tokens", s.max_tokens),
+        ("slots", s.slots),
+        ("chunk", s.chunk),
+        ("shard", s.shard),
+    ):
         _number(f"config.sampling.{field}", value, 1)
-    for field, value in (("rows", e.scoring.rows), ("row_length", e.scoring.row_length), ("shard", e.scoring.shard)):
+    for field, value in (
+        ("rows", e.scoring.rows),
+        ("row_length", e.scoring.row_length),
+        ("shard", e.scoring.shard),
+    ):
         _number(f"config.scoring.{field}", value, 1)
     if "" in s.stop:
-        raise ConfigError("config.sampling.stop holds an empty string, which every text contains; remove it.")
+        raise ConfigError(
+            "config.sampling.stop holds an empty string, which every text contains; remove it."
+        )
     sizes = dataclasses.astuple(e.mesh)
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")
     for field, length in (("training", t.row_length), ("scoring", e.scoring.row_length)):
         if e.mesh.context > 1 and length % e.mesh.context:
-            raise ConfigError(f"config.{field}.row_length is {length} and config.mesh.context splits each row over "
-                              f"{e.mesh.context} devices; make row_length a multiple of that.")
+            raise ConfigError(
+                f"config.{field}.row_length is {length} and config.mesh.context splits each row over "
+                f"{e.mesh.context} devices; make row_length a multiple of that."
+            )

@@ -87,8 +87,12 @@ class Workspace:
                 raise self.damaged(node, name, "missing")
             stat = file.stat()
             if stat.length != size:
-                raise self.damaged(node, name, f"{stat.length} bytes long and not {size} as written")
-            young = stat.mtime > written - (not remote(file))  # whole seconds; a bucket's files cost a download
+                raise self.damaged(
+                    node, name, f"{stat.length} bytes long and not {size} as written"
+                )
+            young = stat.mtime > written - (
+                not remote(file)
+            )  # whole seconds; a bucket's files cost a download
             if (verify or young) and file_sha256(file) != sha:
                 raise self.damaged(node, name, "not what was written (checksum)")
         return True
@@ -132,8 +136,10 @@ class Workspace:
 
     def damaged(self, node: Node, name: str, what: str) -> ArtifactError:
         """The sentence for a file that is not as it was written."""
-        return ArtifactError(f"{self.path(node) / name} ({node.label}) is {what}; delete the directory "
-                             f"{self.path(node)} and run again: only that artifact is made anew.")
+        return ArtifactError(
+            f"{self.path(node) / name} ({node.label}) is {what}; delete the directory "
+            f"{self.path(node)} and run again: only that artifact is made anew."
+        )
 
 
 class _Finished(Exception):
@@ -161,7 +167,9 @@ class Job:
         self._show = show and self._first
         self._began, self._elsewhere = time.time(), 0.0
         self._lease: Lease | None = None
-        self._sums: dict[str, tuple[int, str]] = {}  # of files that are not to be fetched back from a bucket for that
+        self._sums: dict[
+            str, tuple[int, str]
+        ] = {}  # of files that are not to be fetched back from a bucket for that
         self._open = contextlib.ExitStack()
 
     def table(self, name: str) -> pa.Table:
@@ -170,8 +178,11 @@ class Job:
 
     def tables(self, prefix: str) -> dict[str, pa.Table]:
         """Tables of all inputs named `prefix/…`, by the rest of their names."""
-        return {name.removeprefix(prefix + "/"): self.table(name) for name in self.node.inputs
-                if name.startswith(prefix + "/")}
+        return {
+            name.removeprefix(prefix + "/"): self.table(name)
+            for name in self.node.inputs
+            if name.startswith(prefix + "/")
+        }
 
     def path(self, name: str) -> epath.Path:
         """An input's directory, checksums verified."""
@@ -187,8 +198,11 @@ class Job:
         node = self.node.inputs[name]
         if not remote(self.dir):
             return Path(self.path(name) / part)
-        sums = {file: sha for file, (_, sha) in self.workspace.manifest(node)["files"].items()
-                if f"{file}/".startswith(f"{part}/")}
+        sums = {
+            file: sha
+            for file, (_, sha) in self.workspace.manifest(node)["files"].items()
+            if f"{file}/".startswith(f"{part}/")
+        }
         place = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="deltapref-")))
         download({os.fspath(self.workspace.path(node) / file): place / file for file in sums})
         for file, sha in sums.items():
@@ -202,8 +216,14 @@ class Job:
         with written(self.dir / name) as place:
             yield place
             if remote(self.dir):
-                self._sums |= {f"{name}/{file.relative_to(place).as_posix()}": (
-                    file.stat().st_size, file_sha256(epath.Path(file))) for file in place.rglob("*") if file.is_file()}
+                self._sums |= {
+                    f"{name}/{file.relative_to(place).as_posix()}": (
+                        file.stat().st_size,
+                        file_sha256(epath.Path(file)),
+                    )
+                    for file in place.rglob("*")
+                    if file.is_file()
+                }
 
     def put(self, name: str, data: bytes) -> None:
         """A file of the artifact, whole."""
@@ -215,8 +235,14 @@ class Job:
         """The whole table as one shard."""
         self.shards(1, lambda _: (table, {}), unit="rows")
 
-    def shards(self, count: int, make: Callable[[int], tuple[pa.Table, Stats]], unit: str = "traces",
-               total: int | None = None, together: bool = False) -> None:
+    def shards(
+        self,
+        count: int,
+        make: Callable[[int], tuple[pa.Table, Stats]],
+        unit: str = "traces",
+        total: int | None = None,
+        together: bool = False,
+    ) -> None:
         """Makes every shard that is not there; several processes share the work by claiming shards.
 
         Args:
@@ -260,10 +286,14 @@ class Job:
             raise self._bad_shard(name, f"{path} is unreadable") from e
 
     def _bad_shard(self, name: str, what: str) -> ArtifactError:
-        return ArtifactError(f"{what} ({self.node.label}); delete {self.dir / name}.json and run again: only that "
-                             "shard is made anew.")
+        return ArtifactError(
+            f"{what} ({self.node.label}); delete {self.dir / name}.json and run again: only that "
+            "shard is made anew."
+        )
 
-    def _shard(self, index: int, name: str, make: Callable[[int], tuple[pa.Table, Stats]], together: bool) -> bool:
+    def _shard(
+        self, index: int, name: str, make: Callable[[int], tuple[pa.Table, Stats]], together: bool
+    ) -> bool:
         """Whether the shard stands; makes it if nobody else is at it."""
         done = self.dir / f"{name}.json"
         decide = agreed if together else bool
@@ -280,11 +310,23 @@ class Job:
             table, stats = make(index)
             if writes:
                 sink = pa.BufferOutputStream()
-                pq.write_table(table, sink, compression="zstd", version="2.6", data_page_version="1.0")
+                pq.write_table(
+                    table, sink, compression="zstd", version="2.6", data_page_version="1.0"
+                )
                 data = sink.getvalue().to_pybytes()
                 write_whole(self.dir / f"{name}.parquet", data)
-                write_whole(done, json.dumps({"rows": table.num_rows, "stats": stats, "sha256": sha256(data),
-                                         "seconds": time.time() - began, "maker": self._maker}).encode())
+                write_whole(
+                    done,
+                    json.dumps(
+                        {
+                            "rows": table.num_rows,
+                            "stats": stats,
+                            "sha256": sha256(data),
+                            "seconds": time.time() - began,
+                            "maker": self._maker,
+                        }
+                    ).encode(),
+                )
             return decide(True)
         finally:
             lease.release()
@@ -317,23 +359,43 @@ class Job:
           ArtifactError: a file changed since it was made, or another runner took the artifact over.
         """
         if self._lease and self._lease.lost:
-            raise ArtifactError(f"Another process took over {self.dir} ({self.node.label}) because this one was silent "
-                                "for a minute; run the same command to continue.")
-        names = [f for pattern in self.files
-                 for f in ([pattern] if "*" not in pattern else sorted(
-                     os.path.relpath(found, self.dir) for found in self.dir.glob(pattern)))]
+            raise ArtifactError(
+                f"Another process took over {self.dir} ({self.node.label}) because this one was silent "
+                "for a minute; run the same command to continue."
+            )
+        names = [
+            f
+            for pattern in self.files
+            for f in (
+                [pattern]
+                if "*" not in pattern
+                else sorted(os.path.relpath(found, self.dir) for found in self.dir.glob(pattern))
+            )
+        ]
         files = {name: self._checked(name) for name in names}
         ended = time.time()
         manifest = {
-            "stage": self.node.stage, "label": self.node.label, "version": self.node.version, "key": self.node.key,
-            "config": self.node.config, "local": self.node.local,
+            "stage": self.node.stage,
+            "label": self.node.label,
+            "version": self.node.version,
+            "key": self.node.key,
+            "config": self.node.config,
+            "local": self.node.local,
             "inputs": {name: node.key for name, node in self.node.inputs.items()},
-            "files": files, "stats": self.stats, "versions": versions(),
-            "seconds": round(ended - self._began + self._elsewhere, 3),  # of work, whoever did it, without waiting
-            "started": _stamp(self._began), "ended": _stamp(ended),
+            "files": files,
+            "stats": self.stats,
+            "versions": versions(),
+            "seconds": round(
+                ended - self._began + self._elsewhere, 3
+            ),  # of work, whoever did it, without waiting
+            "started": _stamp(self._began),
+            "ended": _stamp(ended),
         }
         manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read
-        write_whole(self.dir / "manifest.json", json.dumps(manifest | {"digest": digest(manifest)}, indent=1).encode())
+        write_whole(
+            self.dir / "manifest.json",
+            json.dumps(manifest | {"digest": digest(manifest)}, indent=1).encode(),
+        )
         for left in self.dir.glob(".*.*"):  # by killed processes
             with contextlib.suppress(OSError):
                 if left.stat().mtime < ended - LEASE_SECONDS:
@@ -342,7 +404,11 @@ class Job:
     def _checked(self, name: str) -> tuple[int, str]:
         """Size and checksum of a file; a shard must still be what its maker wrote."""
         file, shard = self.dir / name, name.removesuffix(".parquet")
-        made = self._sidecar(shard)["sha256"] if (self.dir / f"{shard}.json").exists() and shard != name else None
+        made = (
+            self._sidecar(shard)["sha256"]
+            if (self.dir / f"{shard}.json").exists() and shard != name
+            else None
+        )
         if not file.exists():
             raise self._bad_shard(shard, f"{file} is missing")
         if name in self._sums:
@@ -357,8 +423,13 @@ def _stamp(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
-def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Workspace, show: bool = True,
-        verify: bool = False) -> None:
+def run(
+    wanted: Mapping[str, Node],
+    stages: Mapping[str, Stage],
+    workspace: Workspace,
+    show: bool = True,
+    verify: bool = False,
+) -> None:
     """Makes what is missing of `wanted`, in order; what stands is left alone.
 
     Args:
@@ -377,8 +448,10 @@ def run(wanted: Mapping[str, Node], stages: Mapping[str, Stage], workspace: Work
         try:
             workspace.path(node).mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ArtifactError(f"The workspace {workspace.root} cannot be written ({e.strerror or e}); "
-                                "choose another with --config.workspace=…") from e
+            raise ArtifactError(
+                f"The workspace {workspace.root} cannot be written ({e.strerror or e}); "
+                "choose another with --config.workspace=…"
+            ) from e
         job = Job(node, workspace, show)
         try:
             stages[node.stage](job)

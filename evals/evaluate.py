@@ -17,12 +17,19 @@ from deltapref_jax.stages.verify import verdict
 from deltapref_jax.workspace import Job, Stats
 
 VERSION = 3
-_IDENTITY = digest("evaluation")  # for the draws: every policy meets the same uniforms, so that differences pair
+_IDENTITY = digest(
+    "evaluation"
+)  # for the draws: every policy meets the same uniforms, so that differences pair
 _PLAIN = {"system": "", "prefix": ""}
 
 
 def describe(
-    suites: Sequence[Suite], sampling: Sampling, seed: int, mesh: MeshShape, model: Model, trained: bool,
+    suites: Sequence[Suite],
+    sampling: Sampling,
+    seed: int,
+    mesh: MeshShape,
+    model: Model,
+    trained: bool,
     generator: Generator | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an `evaluate` node hashes, and what it only carries (`Node.config` and `Node.local`).
@@ -38,16 +45,36 @@ def describe(
         message, prefix, temperature, top-p, top-k); None: a policy, asked plainly at the suites' temperatures.
     """
     asked: list[dict[str, Any]] = [
-        {"name": s.name, "domain": s.domain, "samples": s.samples, "temperature": s.temperature, "top_p": 1.0,
-         "top_k": 0} | _PLAIN for s in suites]
+        {
+            "name": s.name,
+            "domain": s.domain,
+            "samples": s.samples,
+            "temperature": s.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+        }
+        | _PLAIN
+        for s in suites
+    ]
     if generator:
-        manner = {name: getattr(generator, name) for name in ("temperature", "top_p", "top_k", "system", "prefix")}
+        manner = {
+            name: getattr(generator, name)
+            for name in ("temperature", "top_p", "top_k", "system", "prefix")
+        }
         asked = [suite | manner for suite in asked]
-    config = {"suites": asked, "sampling": dataclasses.asdict(sampling), "seed": seed, "dtype": model.dtype,
-              "version": VERSION}
+    config = {
+        "suites": asked,
+        "sampling": dataclasses.asdict(sampling),
+        "seed": seed,
+        "dtype": model.dtype,
+        "version": VERSION,
+    }
     if not trained:
         config["weights"] = weights_hash(model.path)
-    return config, {"model": {"path": "" if trained else model.path}, "mesh": dataclasses.asdict(mesh)}
+    return config, {
+        "model": {"path": "" if trained else model.path},
+        "mesh": dataclasses.asdict(mesh),
+    }
 
 
 def evaluate(job: Job) -> None:
@@ -57,26 +84,52 @@ def evaluate(job: Job) -> None:
       ValueError: a question is longer than config.sampling.max_prompt, or has no checker.
     """
     config, questions = job.config, job.tables("suite")
-    asked = [(suite, prompt) for suite in config["suites"] for prompt in questions[suite["name"]].to_pylist()]
+    asked = [
+        (suite, prompt)
+        for suite in config["suites"]
+        for prompt in questions[suite["name"]].to_pylist()
+    ]
     for suite, prompt in asked:
         if not prompt["checker"]:
-            raise ValueError(f"Question {prompt['prompt_id']} of suite {suite['name']!r} has no checker; "
-                             "set the checker of the suite's prompts.")
+            raise ValueError(
+                f"Question {prompt['prompt_id']} of suite {suite['name']!r} has no checker; "
+                "set the checker of the suite's prompts."
+            )
 
     def make(_: int) -> tuple[pa.Table, Stats]:
         path = job.local["model"]["path"] or str(job.here("policy", "policy"))
         model = load(path, dtype=config["dtype"], params=config["dtype"])
         mesh = make_mesh(MeshShape(**job.local["mesh"]), jax.local_devices())
         engine = Engine(model, Sampling(**config["sampling"]), config["seed"], _IDENTITY, mesh)
-        requests = [Request(prompt["prompt_id"], model.text.prompt_ids(messages(prompt, suite)), suite["samples"],
-                            suite["temperature"], suite["top_p"], suite["top_k"]) for suite, prompt in asked]
+        requests = [
+            Request(
+                prompt["prompt_id"],
+                model.text.prompt_ids(messages(prompt, suite)),
+                suite["samples"],
+                suite["temperature"],
+                suite["top_p"],
+                suite["top_k"],
+            )
+            for suite, prompt in asked
+        ]
         rows = []
         for (suite, prompt), traces in zip(asked, engine.generate(requests), strict=True):
             for s, trace in enumerate(traces):
-                found = verdict(prompt, {"trace_id": "", "text": trace.text, "finish": trace.finish})
-                rows.append({"suite": suite["name"], "domain": suite["domain"], "task": prompt["task"],
-                             "prompt_id": prompt["prompt_id"], "sample": s, "correct": bool(found["correct"]),
-                             "finish": trace.finish, "tokens": len(trace.tokens)})
+                found = verdict(
+                    prompt, {"trace_id": "", "text": trace.text, "finish": trace.finish}
+                )
+                rows.append(
+                    {
+                        "suite": suite["name"],
+                        "domain": suite["domain"],
+                        "task": prompt["task"],
+                        "prompt_id": prompt["prompt_id"],
+                        "sample": s,
+                        "correct": bool(found["correct"]),
+                        "finish": trace.finish,
+                        "tokens": len(trace.tokens),
+                    }
+                )
         return table(RESULT, rows), dict(engine.stats)
 
     job.shards(1, make, total=sum(suite["samples"] for suite, _ in asked))

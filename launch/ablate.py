@@ -24,12 +24,31 @@ _PROFILE = define_profile_steps()
 
 def stage_table() -> dict:
     """Stage names to functions; evals and the package's stages meet here."""
-    from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
+    from deltapref_jax.stages import (
+        audit,
+        judge,
+        pair,
+        prompts,
+        report,
+        sample,
+        score,
+        train,
+        verify,
+    )
     from evals.evaluate import evaluate
 
-    return {"prompts": prompts.prompts, "sample": sample.sample, "verify": verify.verify, "judge": judge.judge,
-            "score": score.score, "pair": pair.pair, "train": train.train_arm, "evaluate": evaluate,
-            "audit": audit.audit, "report": report.report}
+    return {
+        "prompts": prompts.prompts,
+        "sample": sample.sample,
+        "verify": verify.verify,
+        "judge": judge.judge,
+        "score": score.score,
+        "pair": pair.pair,
+        "train": train.train_arm,
+        "evaluate": evaluate,
+        "audit": audit.audit,
+        "report": report.report,
+    }
 
 
 def main(_: list[str]) -> None:
@@ -50,11 +69,17 @@ def main(_: list[str]) -> None:
 
         console.print(plan_table(experiment, nodes, workspace))
         return
-    mesh = make_mesh(experiment.mesh)  # sizes that do not fit the devices are refused before anything is made
+    mesh = make_mesh(
+        experiment.mesh
+    )  # sizes that do not fit the devices are refused before anything is made
     for field in ("training", "scoring"):
         part = getattr(experiment, field)
         check_rows(f"config.{field}", part.rows, part.row_length, mesh)
-    before = {name: node for name, node in nodes.items() if not name.startswith(("train/", "evaluate/", "report"))}
+    before = {
+        name: node
+        for name, node in nodes.items()
+        if not name.startswith(("train/", "evaluate/", "report"))
+    }
     if "evaluate/student" in nodes:
         before["evaluate/student"] = nodes["evaluate/student"]
     run(before, stage_table(), workspace, verify=_VERIFY.value)
@@ -63,7 +88,9 @@ def main(_: list[str]) -> None:
     _show(console, workspace, nodes)
 
 
-def _say_detectable(console: Console, workspace: Workspace, nodes: Mapping[str, Node], e: Experiment) -> None:
+def _say_detectable(
+    console: Console, workspace: Workspace, nodes: Mapping[str, Node], e: Experiment
+) -> None:
     """Before the arms train: the smallest difference to the student that this set-up would find."""
     from deltapref_jax.analysis.findings import DOMAIN_WORDS
     from deltapref_jax.analysis.statistics import minimum_detectable
@@ -72,9 +99,14 @@ def _say_detectable(console: Console, workspace: Workspace, nodes: Mapping[str, 
         return
     seeds = min((len(a.seeds) for a in e.arms), default=1)
     found = minimum_detectable(workspace.table(nodes["evaluate/student"]), seeds)
-    changes = ", ".join(f"{points:.1f} points {DOMAIN_WORDS[domain]}" for domain, points in found.items())
-    console.print(f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% power, "
-                  "two-sided 5% level, sampling error alone).", soft_wrap=True)
+    changes = ", ".join(
+        f"{points:.1f} points {DOMAIN_WORDS[domain]}" for domain, points in found.items()
+    )
+    console.print(
+        f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% power, "
+        "two-sided 5% level, sampling error alone).",
+        soft_wrap=True,
+    )
 
 
 def _show(console: Console, workspace: Workspace, nodes: Mapping[str, Node]) -> None:

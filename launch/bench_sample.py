@@ -32,11 +32,15 @@ from deltapref_jax.sampling.engine import Engine, Request
 
 _MODEL = flags.DEFINE_string("model", "", "Model to sample; a random small one if empty.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of the computation.")
-_SLOTS = flags.DEFINE_multi_integer("slots", [128, 192], "Rows decoded at once; repeat for several measurements.")
+_SLOTS = flags.DEFINE_multi_integer(
+    "slots", [128, 192], "Rows decoded at once; repeat for several measurements."
+)
 _CHUNK = flags.DEFINE_integer("chunk", 16, "Decode steps per dispatch.")
 _PROMPTS = flags.DEFINE_integer("prompts", 512, "Random prompts.")
 _SAMPLES = flags.DEFINE_integer("samples", 2, "Traces per prompt.")
-_MAX_PROMPT = flags.DEFINE_integer("max_prompt", 96, "Tokens; prompts have a quarter of this to all of it.")
+_MAX_PROMPT = flags.DEFINE_integer(
+    "max_prompt", 96, "Tokens; prompts have a quarter of this to all of it."
+)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens of one trace.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Below 1: measures the filters too.")
 _LAYERS = flags.DEFINE_integer("layers", 3, "Of the random model.")
@@ -58,7 +62,9 @@ class _Ids:
 
 def random_model() -> Loaded:
     """A small decoder with random weights, so nearly uniform draws."""
-    spec = ModelSpec(_VOCAB.value, _WIDTH.value, _LAYERS.value, 4, 2, _WIDTH.value // 4, _WIDTH.value * 11 // 4)
+    spec = ModelSpec(
+        _VOCAB.value, _WIDTH.value, _LAYERS.value, 4, 2, _WIDTH.value // 4, _WIDTH.value * 11 // 4
+    )
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0), dtype=jnp.dtype(_DTYPE.value)))
     state = jax.tree.map(lambda x: x.astype(_DTYPE.value), state)
     text: Any = _Ids(spec.vocab)
@@ -81,8 +87,9 @@ def machine(dtype: jnp.dtype) -> tuple[float, float]:
     """Floating-point operations per second of a square product, bytes per second of a large sum."""
     n, size = 1536, 1 << 26
     square = jnp.ones((n, n), dtype)
-    return 2 * n**3 / best_seconds(jnp.matmul, square, square), size * dtype.itemsize / best_seconds(
-        jnp.sum, jnp.ones(size, dtype))
+    return 2 * n**3 / best_seconds(
+        jnp.matmul, square, square
+    ), size * dtype.itemsize / best_seconds(jnp.sum, jnp.ones(size, dtype))
 
 
 def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple[float, float]:
@@ -96,12 +103,21 @@ def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple
 
 def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, float]:
     """One line of the table: a first pass compiles, a second is timed."""
-    sampling = Sampling(max_prompt=_MAX_PROMPT.value, max_tokens=_MAX_TOKENS.value, slots=slots, chunk=_CHUNK.value)
+    sampling = Sampling(
+        max_prompt=_MAX_PROMPT.value, max_tokens=_MAX_TOKENS.value, slots=slots, chunk=_CHUNK.value
+    )
     engine = Engine(model, sampling, 0, digest("bench"))
     rng = np.random.default_rng(0)
     lengths = rng.integers(max(1, _MAX_PROMPT.value // 4), _MAX_PROMPT.value + 1, _PROMPTS.value)
-    requests = [Request(digest(i), rng.integers(0, model.spec.vocab, n).tolist(), _SAMPLES.value, top_p=_TOP_P.value)
-                for i, n in enumerate(lengths)]
+    requests = [
+        Request(
+            digest(i),
+            rng.integers(0, model.spec.vocab, n).tolist(),
+            _SAMPLES.value,
+            top_p=_TOP_P.value,
+        )
+        for i, n in enumerate(lengths)
+    ]
     engine.generate(requests)
     compiled = engine.stats["compile_seconds"]
     engine.stats.clear()
@@ -110,9 +126,15 @@ def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, 
     assert engine.cache is not None
     flops, size = step_costs(model.spec, slots, engine.cache.v[0].shape[2], dtype.itemsize)
     step = max(flops / rates[0], size / rates[1])
-    prompt = stats["prompt_tokens"] * step_costs(model.spec, 1, _MAX_PROMPT.value // 2, dtype.itemsize)[0] / rates[0]
+    prompt = (
+        stats["prompt_tokens"]
+        * step_costs(model.spec, 1, _MAX_PROMPT.value // 2, dtype.itemsize)[0]
+        / rates[0]
+    )
     return {
-        "slots": slots, "tokens": stats["tokens"], "seconds": stats["seconds"],
+        "slots": slots,
+        "tokens": stats["tokens"],
+        "seconds": stats["seconds"],
         "tokens_per_second": stats["tokens"] / stats["seconds"],
         "utilisation": stats["tokens"] / stats["slot_steps"],
         "step_ms": 1e3 * stats["seconds"] / stats["steps"],
@@ -125,20 +147,36 @@ def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, 
 
 def main(_: list[str]) -> None:
     """Measures every --slots."""
-    model = load(_MODEL.value, dtype=_DTYPE.value, params=_DTYPE.value) if _MODEL.value else random_model()
+    model = (
+        load(_MODEL.value, dtype=_DTYPE.value, params=_DTYPE.value)
+        if _MODEL.value
+        else random_model()
+    )
     rates = machine(jnp.dtype(_DTYPE.value))
     rows = [measure(model, slots, rates) for slots in _SLOTS.value]
-    table = Table(title=f"{model.spec.parameters:,} parameters; products {rates[0] / 1e9:.0f} GFLOP/s, "
-                        f"reading {rates[1] / 1e9:.1f} GB/s")
+    table = Table(
+        title=f"{model.spec.parameters:,} parameters; products {rates[0] / 1e9:.0f} GFLOP/s, "
+        f"reading {rates[1] / 1e9:.1f} GB/s"
+    )
     for name in rows[0]:
         table.add_column(name.replace("_", "\n"), justify="right")
     for row in rows:
-        table.add_row(*(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values()))
+        table.add_row(
+            *(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values())
+        )
     Console().print(table)
     if _OUTPUT.value:
         with open(_OUTPUT.value, "w") as file:
-            json.dump({"spec": dataclasses.asdict(model.spec), "flops_per_second": rates[0],
-                       "bytes_per_second": rates[1], "rows": rows}, file, indent=1)
+            json.dump(
+                {
+                    "spec": dataclasses.asdict(model.spec),
+                    "flops_per_second": rates[0],
+                    "bytes_per_second": rates[1],
+                    "rows": rows,
+                },
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -30,26 +30,42 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-_TRL = flags.DEFINE_string("trl", "", "Python of an environment with trl and torch; empty: not measured.")
-_TUNIX = flags.DEFINE_string("tunix", "", "Python of an environment with google-tunix; empty: not measured.")
+_TRL = flags.DEFINE_string(
+    "trl", "", "Python of an environment with trl and torch; empty: not measured."
+)
+_TUNIX = flags.DEFINE_string(
+    "tunix", "", "Python of an environment with google-tunix; empty: not measured."
+)
 _KINDS = flags.DEFINE_list("kinds", ["dpo", "kto"], "Objectives (Tunix has no KTO).")
 _SHAPES = flags.DEFINE_list("shapes", ["uniform", "lognormal"], "Lengths of the sequences.")
-_ONLY = flags.DEFINE_list("only", [], "Contenders to run: ours, trl-precomputed, trl, tunix; empty: all that can.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Of one process; the first is not counted.", lower_bound=2)
+_ONLY = flags.DEFINE_list(
+    "only", [], "Contenders to run: ours, trl-precomputed, trl, tunix; empty: all that can."
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", 3, "Of one process; the first is not counted.", lower_bound=2
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Processes per contender.", lower_bound=1)
 _PAIRS = flags.DEFINE_integer("pairs", 8, "Of one step.")
 _SCALE = flags.DEFINE_integer("scale", 1, "Multiplies all lengths.")
 _ROWS = flags.DEFINE_integer("rows", 2, "Of our micro-batch.")
 _REMAT = flags.DEFINE_string("remat", "projections", "Of ours: see models.decoder.POLICIES.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of ours; the peers compute in float32.")
-_CHECKPOINTING = flags.DEFINE_bool("trl_gradient_checkpointing", False, "TRL's default is true; false is faster.")
+_CHECKPOINTING = flags.DEFINE_bool(
+    "trl_gradient_checkpointing", False, "TRL's default is true; false is faster."
+)
 _ACCUMULATE = flags.DEFINE_integer("tunix_accumulate", 1, "Micro-batches of Tunix's step.")
-_TUNIX_REMAT = flags.DEFINE_string("tunix_remat", "NONE", "Tunix's RematConfig: NONE, BLOCK or DECODER.")
+_TUNIX_REMAT = flags.DEFINE_string(
+    "tunix_remat", "NONE", "Tunix's RematConfig: NONE, BLOCK or DECODER."
+)
 _LAYERS = flags.DEFINE_integer("layers", 30, "Of the model; the defaults are SmolLM2-135M's.")
-_WIDTH = flags.DEFINE_integer("width", 576, "Of the model; heads are 64 wide, a third of them for keys if it can be.")
+_WIDTH = flags.DEFINE_integer(
+    "width", 576, "Of the model; heads are 64 wide, a third of them for keys if it can be."
+)
 _MLP = flags.DEFINE_integer("mlp", 1536, "Of the model.")
 _VOCAB = flags.DEFINE_integer("vocab", 49152, "Of the model.")
-_HUGE = flags.DEFINE_bool("huge_pages", True, "GLIBC_TUNABLES=glibc.malloc.hugetlb=1, for all contenders.")
+_HUGE = flags.DEFINE_bool(
+    "huge_pages", True, "GLIBC_TUNABLES=glibc.malloc.hugetlb=1, for all contenders."
+)
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 _HERE = Path(__file__).parent / "contenders"
@@ -70,13 +86,26 @@ def make_model(folder: Path) -> None:
     from deltapref_jax.text.template import Text
 
     names = {0: "</s>", 1: "<pad>"}
-    tokenizer = Tokenizer(WordLevel({names.get(i, f"w{i}"): i for i in range(_VOCAB.value)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        WordLevel({names.get(i, f"w{i}"): i for i in range(_VOCAB.value)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>"
+    )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     heads = max(1, _WIDTH.value // 64)
-    spec = ModelSpec(_VOCAB.value, _WIDTH.value, _LAYERS.value, heads, heads // 3 if heads % 3 == 0 else heads,
-                     _WIDTH.value // heads, _MLP.value, _ROPE, max_positions=8192 * _SCALE.value)
+    spec = ModelSpec(
+        _VOCAB.value,
+        _WIDTH.value,
+        _LAYERS.value,
+        heads,
+        heads // 3 if heads % 3 == 0 else heads,
+        _WIDTH.value // heads,
+        _MLP.value,
+        _ROPE,
+        max_positions=8192 * _SCALE.value,
+    )
     export(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, Text(fast, "the bench"), folder)
 
 
@@ -89,9 +118,13 @@ def pairs_of(shape: str, count: int) -> list[dict[str, list[int]]]:
     found = []
     for n in lengths * _SCALE.value:
         prompt = min(int(n.mean()) // 4, int(n.min()) // 2)
-        found.append({"prompt": r.integers(2, _VOCAB.value, prompt).tolist()} | {
-            side: [*r.integers(2, _VOCAB.value, m - prompt - 1).tolist(), 0]
-            for side, m in zip(("chosen", "rejected"), n, strict=True)})
+        found.append(
+            {"prompt": r.integers(2, _VOCAB.value, prompt).tolist()}
+            | {
+                side: [*r.integers(2, _VOCAB.value, m - prompt - 1).tolist(), 0]
+                for side, m in zip(("chosen", "rejected"), n, strict=True)
+            }
+        )
     return found
 
 
@@ -99,16 +132,36 @@ def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str,
     """Name to (python, script, configuration)."""
     # uniform: two pairs behind their prompts
     length = 896 * _SCALE.value + 2 if shape == "uniform" else 1024 * _SCALE.value
-    base = {"folder": str(folder), "kind": kind, "pairs": _PAIRS.value, "beta": 0.1, "learning_rate": 1e-6}
-    ours = base | {"rows": _ROWS.value, "row_length": length, "remat": _REMAT.value, "dtype": _DTYPE.value}
-    trl = base | {"threads": len(os.sched_getaffinity(0)), "gradient_checkpointing": _CHECKPOINTING.value}
+    base = {
+        "folder": str(folder),
+        "kind": kind,
+        "pairs": _PAIRS.value,
+        "beta": 0.1,
+        "learning_rate": 1e-6,
+    }
+    ours = base | {
+        "rows": _ROWS.value,
+        "row_length": length,
+        "remat": _REMAT.value,
+        "dtype": _DTYPE.value,
+    }
+    trl = base | {
+        "threads": len(os.sched_getaffinity(0)),
+        "gradient_checkpointing": _CHECKPOINTING.value,
+    }
     found = {"ours": (sys.executable, "ours.py", ours)}
     if _TRL.value:
-        found |= {"trl-precomputed": (_TRL.value, "with_trl.py", trl | {"precompute": True}),
-                  "trl": (_TRL.value, "with_trl.py", trl | {"precompute": False})}
+        found |= {
+            "trl-precomputed": (_TRL.value, "with_trl.py", trl | {"precompute": True}),
+            "trl": (_TRL.value, "with_trl.py", trl | {"precompute": False}),
+        }
     if _TUNIX.value and kind == "dpo":
-        found["tunix"] = (_TUNIX.value, "with_tunix.py", base | {
-            "remat": _TUNIX_REMAT.value, "accumulate": _ACCUMULATE.value, "rope_theta": _ROPE})
+        found["tunix"] = (
+            _TUNIX.value,
+            "with_tunix.py",
+            base
+            | {"remat": _TUNIX_REMAT.value, "accumulate": _ACCUMULATE.value, "rope_theta": _ROPE},
+        )
     return {name: found[name] for name in _ONLY.value or found if name in found}
 
 
@@ -119,12 +172,20 @@ def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
       RuntimeError: it failed; the end of what it said.
     """
     threads = str(len(os.sched_getaffinity(0)))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", ""),
+    }
     if _HUGE.value:
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([python, str(_HERE / script), json.dumps(c)], stdout=out, stderr=err,
-                                   env=environment, cwd=Path(__file__).parent.parent)
+        process = subprocess.Popen(
+            [python, str(_HERE / script), json.dumps(c)],
+            stdout=out,
+            stderr=err,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -139,8 +200,13 @@ def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[s
     """All contenders on one objective and shape, in alternation."""
     pairs = pairs_of(shape, _PAIRS.value * _STEPS.value)
     (model.parent / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    tokens = [sum(2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in pairs[at: at + _PAIRS.value])
-              for at in range(0, len(pairs), _PAIRS.value)]
+    tokens = [
+        sum(
+            2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"])
+            for p in pairs[at : at + _PAIRS.value]
+        )
+        for at in range(0, len(pairs), _PAIRS.value)
+    ]
     runs: dict[str, list[dict[str, Any]]] = {}
     wanted = contenders(kind, shape, model.parent)
     for turn in range(_ROUNDS.value):
@@ -151,27 +217,47 @@ def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[s
                 console.print(f"[red]{name}[/]: {e}")
                 continue
             runs.setdefault(name, []).append(found)
-            console.print(f"{kind} {shape} round {turn + 1} {name}: "
-                          f"{', '.join(f'{s:.1f}' for s in found['step_seconds'])} s a step, reference "
-                          f"{found['reference_seconds']:.1f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB")
+            console.print(
+                f"{kind} {shape} round {turn + 1} {name}: "
+                f"{', '.join(f'{s:.1f}' for s in found['step_seconds'])} s a step, reference "
+                f"{found['reference_seconds']:.1f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB"
+            )
     return [_row(kind, shape, name, several, tokens) for name, several in runs.items()]
 
 
-def _row(kind: str, shape: str, name: str, several: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
+def _row(
+    kind: str, shape: str, name: str, several: list[dict[str, Any]], tokens: list[int]
+) -> dict[str, Any]:
     speeds, training = [], []
     for one in several:
         for count, seconds in list(zip(tokens, one["step_seconds"], strict=True))[1:]:
             training.append(count / seconds)
-            speeds.append(count / (seconds + one["reference_seconds"] * count / statistics.mean(tokens)))
+            speeds.append(
+                count / (seconds + one["reference_seconds"] * count / statistics.mean(tokens))
+            )
     losses = [one["loss"][1] for one in several if len(one["loss"]) > 1]
-    ceilings = [(flops + one["reference_flops"]) / (seconds + one["reference_seconds"]) / one["product_flops"]
-                for one in several if "product_flops" in one
-                for flops, seconds in list(zip(one["step_flops"], one["step_seconds"], strict=True))[1:]]
-    return {"kind": kind, "shape": shape, "contender": name, "tokens_per_second": statistics.median(speeds),
-            "lowest": min(speeds), "highest": max(speeds), "training_only": statistics.median(training),
-            "peak_bytes": max(one["peak_bytes"] for one in several), "loss": losses[0] if losses else None,
-            "of_ceiling": statistics.median(ceilings) if ceilings else None, "real_share": several[0].get("real_share"),
-            "runs": several}
+    ceilings = [
+        (flops + one["reference_flops"])
+        / (seconds + one["reference_seconds"])
+        / one["product_flops"]
+        for one in several
+        if "product_flops" in one
+        for flops, seconds in list(zip(one["step_flops"], one["step_seconds"], strict=True))[1:]
+    ]
+    return {
+        "kind": kind,
+        "shape": shape,
+        "contender": name,
+        "tokens_per_second": statistics.median(speeds),
+        "lowest": min(speeds),
+        "highest": max(speeds),
+        "training_only": statistics.median(training),
+        "peak_bytes": max(one["peak_bytes"] for one in several),
+        "loss": losses[0] if losses else None,
+        "of_ceiling": statistics.median(ceilings) if ceilings else None,
+        "real_share": several[0].get("real_share"),
+        "runs": several,
+    }
 
 
 def _short(value: float) -> str:
@@ -180,9 +266,19 @@ def _short(value: float) -> str:
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """Ours first; a ratio is ours over the contender (tokens/s: more is better; peak: less is)."""
-    table = Table(title=f"{_PAIRS.value} pairs a step, {_LAYERS.value} layers of {_WIDTH.value}, {_VOCAB.value} words")
+    table = Table(
+        title=f"{_PAIRS.value} pairs a step, {_LAYERS.value} layers of {_WIDTH.value}, {_VOCAB.value} words"
+    )
     table.add_column("", min_width=16)
-    for name in ("tokens/s", "step\nalone", "speed,\nours/it", "peak\nGiB", "peak,\nours/it", "of\nceiling", "loss"):
+    for name in (
+        "tokens/s",
+        "step\nalone",
+        "speed,\nours/it",
+        "peak\nGiB",
+        "peak,\nours/it",
+        "of\nceiling",
+        "loss",
+    ):
         table.add_column(name, justify="right")
     ours = {(r["kind"], r["shape"]): r for r in rows if r["contender"] == "ours"}
     for r in rows:
@@ -191,12 +287,23 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             table.add_section()
             table.add_row(f"[bold]{r['kind']}, {r['shape']}")
         elif base:
-            r |= {"speed_ratio": base["tokens_per_second"] / r["tokens_per_second"],
-                  "peak_ratio": base["peak_bytes"] / r["peak_bytes"]}
-        speed, peak = (f"{r[name]:.2f}" if name in r else "" for name in ("speed_ratio", "peak_ratio"))
-        table.add_row(r["contender"], _short(r["tokens_per_second"]), _short(r["training_only"]), speed,
-                      f"{r['peak_bytes'] / 2**30:.2f}", peak, f"{r['of_ceiling']:.0%}" if r["of_ceiling"] else "",
-                      "" if r["loss"] is None else f"{r['loss']:.4f}")
+            r |= {
+                "speed_ratio": base["tokens_per_second"] / r["tokens_per_second"],
+                "peak_ratio": base["peak_bytes"] / r["peak_bytes"],
+            }
+        speed, peak = (
+            f"{r[name]:.2f}" if name in r else "" for name in ("speed_ratio", "peak_ratio")
+        )
+        table.add_row(
+            r["contender"],
+            _short(r["tokens_per_second"]),
+            _short(r["training_only"]),
+            speed,
+            f"{r['peak_bytes'] / 2**30:.2f}",
+            peak,
+            f"{r['of_ceiling']:.0%}" if r["of_ceiling"] else "",
+            "" if r["loss"] is None else f"{r['loss']:.4f}",
+        )
     console.print(table)
 
 
@@ -210,8 +317,17 @@ def main(_: list[str]) -> None:
             for shape in _SHAPES.value:
                 rows += measure(kind, shape, model, console)
                 if _OUTPUT.value and rows:
-                    Path(_OUTPUT.value).write_text(json.dumps(
-                        {"command": sys.argv, "cores": len(os.sched_getaffinity(0)), "rows": rows}, indent=1) + "\n")
+                    Path(_OUTPUT.value).write_text(
+                        json.dumps(
+                            {
+                                "command": sys.argv,
+                                "cores": len(os.sched_getaffinity(0)),
+                                "rows": rows,
+                            },
+                            indent=1,
+                        )
+                        + "\n"
+                    )
     show(console, rows)
 
 

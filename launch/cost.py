@@ -20,7 +20,9 @@ class Cost:
         def rows(label: str, sources: tuple) -> int:
             if workspace.complete(nodes[label]):
                 return int(workspace.manifest(nodes[label])["stats"]["rows"])
-            return sum(p.count or len(read_prompts(p)[0]) for p in sources)  # 0 means all that a file holds
+            return sum(
+                p.count or len(read_prompts(p)[0]) for p in sources
+            )  # 0 means all that a file holds
 
         self._questions = rows("prompts", e.prompts)
         self._asked = sum(rows(f"suite/{s.name}", (s.prompts,)) * s.samples for s in e.suites)
@@ -48,13 +50,21 @@ class Cost:
         return 0, 0
 
     def _judged(self, judge: str, traces: int) -> tuple[int, int]:
-        return traces, 0 if self._judges[judge].kind == "exact" else traces * self._e.scoring.row_length
+        return traces, 0 if self._judges[
+            judge
+        ].kind == "exact" else traces * self._e.scoring.row_length
 
     def _trained(self, arm: Arm) -> tuple[int, int]:
         t, kind = self._e.training, OBJECTIVE_KINDS[self._kinds[arm.objective]]
         pool = max(1, int(self._questions * arm.fraction))
-        pairs = t.pairs_per_step * t.steps if t.budget == "steps" else int(pool * t.epochs) + t.pairs_per_step
-        traces = pairs * (1 if kind.unit == "token" else 2) * (1 + kind.baseline)  # KTO: with another prompt too
+        pairs = (
+            t.pairs_per_step * t.steps
+            if t.budget == "steps"
+            else int(pool * t.epochs) + t.pairs_per_step
+        )
+        traces = (
+            pairs * (1 if kind.unit == "token" else 2) * (1 + kind.baseline)
+        )  # KTO: with another prompt too
         return traces, traces * min(self._longest, t.row_length)
 
 
@@ -73,7 +83,9 @@ def plan_table(e: Experiment, nodes: Mapping[str, Node], workspace: Workspace) -
         made = workspace.complete(node)
         needs = (0, 0) if made else cost(node.label)
         there, traces, tokens = there + made, traces + needs[0], tokens + needs[1]
-        table.add_row(node.label, node.key, "yes" if made else "no", *(f"{n:,}" if n else "" for n in needs))
+        table.add_row(
+            node.label, node.key, "yes" if made else "no", *(f"{n:,}" if n else "" for n in needs)
+        )
     table.add_section()
     table.add_row(f"{len(wanted)} artifacts", "", f"{there} there", f"{traces:,}", f"{tokens:,}")
     return table

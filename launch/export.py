@@ -1,6 +1,6 @@
 """Writes the pairs of one arm of a study in TRL's columns; ratings are summed over the arm's judge's dimensions.
 
-    python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pairs.parquet
+python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pairs.parquet
 """
 
 from absl import flags
@@ -29,17 +29,29 @@ def main(_: list[str]) -> None:
     nodes = plan(experiment, describe)
     node = nodes[f"pair/{arm}"]
     if not workspace.complete(node):
-        raise FileNotFoundError(f"The pairs of arm {arm!r} are not in {experiment.workspace}; run launch.ablate "
-                                "with this config first.")
-    traces = [t for name, source in node.inputs.items() if name.startswith("sample/")
-              for t in workspace.table(source).to_pylist()]
+        raise FileNotFoundError(
+            f"The pairs of arm {arm!r} are not in {experiment.workspace}; run launch.ablate "
+            "with this config first."
+        )
+    traces = [
+        t
+        for name, source in node.inputs.items()
+        if name.startswith("sample/")
+        for t in workspace.table(source).to_pylist()
+    ]
     ratings: dict[str, float] = {}
     for name in dict.fromkeys((of.chosen, of.rejected)):
         rated = nodes.get(f"judge/{judge_of(experiment, of)}/{name}")
-        for row in workspace.table(rated).to_pylist() if rated and workspace.complete(rated) else []:
+        for row in (
+            workspace.table(rated).to_pylist() if rated and workspace.complete(rated) else []
+        ):
             ratings[row["trace_id"]] = ratings.get(row["trace_id"], 0.0) + row["rating"]
-    rows = trl_rows(workspace.table(node).to_pylist(), workspace.table(node.inputs["prompts"]).to_pylist(), traces,
-                    ratings)
+    rows = trl_rows(
+        workspace.table(node).to_pylist(),
+        workspace.table(node.inputs["prompts"]).to_pylist(),
+        traces,
+        ratings,
+    )
     write_rows(rows, str(_OUT.value))
     print(f"{len(rows)} pairs: {_OUT.value}")
 

@@ -18,8 +18,10 @@ from deltapref_jax.host import Preempted, crashed, finished, leave, leave_on_sig
 from deltapref_jax.workspace import ArtifactError
 
 flags.disclaim_key_flags()  # what is defined here belongs to the entry point that asks for it, and to its --help
-_PROJECT = tuple(f"{Path(__file__).resolve().parent.parent / name}{os.sep}"
-                 for name in ("deltapref_jax", "launch", "evals", "configs"))
+_PROJECT = tuple(
+    f"{Path(__file__).resolve().parent.parent / name}{os.sep}"
+    for name in ("deltapref_jax", "launch", "evals", "configs")
+)
 
 
 def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
@@ -28,7 +30,9 @@ def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
     `config` is the file that --config means where it is not given. It is put before the other flags and is not their
     default: a default is read, overrides and all, where no error of it can be caught.
     """
-    logging.set_verbosity(logging.FATAL)  # Orbax logs a failed save's traceback; what matters of it is in the sentence
+    logging.set_verbosity(
+        logging.FATAL
+    )  # Orbax logs a failed save's traceback; what matters of it is in the sentence
     if config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
         sys.argv.insert(1, f"--config={config}")
     app.run(_sentences(main), flags_parser=_parse)
@@ -36,9 +40,13 @@ def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
 
 def define_profile_steps() -> flags.FlagHolder[str]:
     """The flag `--profile_steps`; `window` reads its value."""
-    return flags.DEFINE_string("profile_steps", "", "First and last training step, from 1, that JAX's profiler traces, "
-                               "such as 10:12; the trace is put into profile/ of the folder of every arm that is still "
-                               "to be trained, for XProf or Perfetto.")
+    return flags.DEFINE_string(
+        "profile_steps",
+        "",
+        "First and last training step, from 1, that JAX's profiler traces, "
+        "such as 10:12; the trace is put into profile/ of the folder of every arm that is still "
+        "to be trained, for XProf or Perfetto.",
+    )
 
 
 def window(steps: str) -> tuple[int, int] | None:
@@ -51,8 +59,10 @@ def window(steps: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", steps)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise config.ConfigError(f"--profile_steps is {steps!r}; give the first and the last step, from 1, such as "
-                                 "10:12.")
+        raise config.ConfigError(
+            f"--profile_steps is {steps!r}; give the first and the last step, from 1, such as "
+            "10:12."
+        )
     return int(found[1]), int(found[2])
 
 
@@ -65,14 +75,20 @@ def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
     def wrapped(argv: list[str]) -> None:
         leave_on_sigterm()
         if argv[1:]:
-            leave(2, f"{argv[1]!r} is no flag; flags begin with -- and have = before their value (--help lists them).")
+            leave(
+                2,
+                f"{argv[1]!r} is no flag; flags begin with -- and have = before their value (--help lists them).",
+            )
         try:
             main(argv)
             finished()
         except Exception as e:
             raised = traceback.extract_tb(e.__traceback__)[-1].filename
-            if (isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
-                    and not logging.level_debug() and raised.startswith(_PROJECT)):
+            if (
+                isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
+                and not logging.level_debug()
+                and raised.startswith(_PROJECT)
+            ):
                 leave(2, str(e))
             crashed(e)
             raise  # a library's complaint about us is ours to mend, and needs its traceback
@@ -89,8 +105,12 @@ def _parse(argv: list[str]) -> list[str]:
     given = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
     path = given.split(":")[0]
     if path and not (path.endswith(".py") and Path(path).is_file()):
-        sys.exit(_fail(f"There is no config file {path!r}; name a Python file with get_config(), such as "
-                       "--config=configs/quickstart.py."))
+        sys.exit(
+            _fail(
+                f"There is no config file {path!r}; name a Python file with get_config(), such as "
+                "--config=configs/quickstart.py."
+            )
+        )
     try:
         return flags.FLAGS(argv)
     except Exception as e:  # the config file may raise anything
@@ -98,9 +118,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _sentence(e: Exception, given: str, argv: list[str]) -> str:
-    text = str(e.args[0] if isinstance(e, KeyError) else e).replace("module 'config_config'", "the file")
-    if found := (re.search(r"Field (?P<name>\w+) not found on dataclass <class '[\w.]+\.(?P<kind>\w+)'>", text)
-                 or re.search(r"<class '[\w.]+\.(?P<kind>\w+)'>\.(?P<name>\w+) does not exist", text)):
+    text = str(e.args[0] if isinstance(e, KeyError) else e).replace(
+        "module 'config_config'", "the file"
+    )
+    if found := (
+        re.search(
+            r"Field (?P<name>\w+) not found on dataclass <class '[\w.]+\.(?P<kind>\w+)'>", text
+        )
+        or re.search(r"<class '[\w.]+\.(?P<kind>\w+)'>\.(?P<name>\w+) does not exist", text)
+    ):
         name, kind = found["name"], found["kind"]
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
         at = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
@@ -112,7 +138,11 @@ def _sentence(e: Exception, given: str, argv: list[str]) -> str:
         if "must have a value other than None" in text:
             return f"{text.split(':')[0].split('=')[0].replace('flag ', '')} is missing; give it a value (--help)."
         return f"{' '.join(text.split()).removeprefix('flag ').rstrip('.')}; mend the flag (--help lists them)."
-    places = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(given.split(":")[0])]
+    places = [
+        f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(given.split(":")[0])
+    ]
     line = getattr(e, "lineno", None) or (places[-1].lineno if places else None)
     said = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"
-    return f"The config {given}{f', line {line},' if line else ''} cannot be loaded ({said}); mend it."
+    return (
+        f"The config {given}{f', line {line},' if line else ''} cannot be loaded ({said}); mend it."
+    )

@@ -23,7 +23,9 @@ from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Nursery: a file with get_config().")
-_MEASURE_ONLY = flags.DEFINE_bool("measure_only", False, "Measure the models in the output folder, and raise none.")
+_MEASURE_ONLY = flags.DEFINE_bool(
+    "measure_only", False, "Measure the models in the output folder, and raise none."
+)
 
 _AUDITED = Prompts(count=60, seed=901)  # problems that a judge is measured on, of its own families
 
@@ -35,8 +37,11 @@ def release(nursery: Nursery, workspace: Workspace) -> None:
     nodes = plan(nursery)
     run(nodes, {"tokenizer": tokenizer, "pupil": pupil}, workspace)
     for name in nursery.release:
-        shutil.copytree(workspace.path(nodes[f"pupil/{name}"]) / "model", Path(nursery.output) / name,
-                        dirs_exist_ok=True)
+        shutil.copytree(
+            workspace.path(nodes[f"pupil/{name}"]) / "model",
+            Path(nursery.output) / name,
+            dirs_exist_ok=True,
+        )
 
 
 def measure(nursery: Nursery, workspace: Workspace, who: Pupil) -> dict[str, Any]:
@@ -55,22 +60,37 @@ def measure(nursery: Nursery, workspace: Workspace, who: Pupil) -> dict[str, Any
         fields = dataclasses.asdict(judge)
         fields.pop("model")
         asked = prompts_node("prompts", (dataclasses.replace(_AUDITED, tasks=who.tasks),), {})
-        node = Node("audit", f"audit/{who.name}",
-                    {"judge": fields, "scoring": dataclasses.asdict(Scoring()), "weights": weights_hash(model.path),
-                     "dtype": model.dtype, "count": _AUDITED.count, "seed": 0}, {"prompts": asked},
-                    {"model": dataclasses.asdict(model), "mesh": dataclasses.asdict(nursery.mesh)}, audit.VERSION)
+        node = Node(
+            "audit",
+            f"audit/{who.name}",
+            {
+                "judge": fields,
+                "scoring": dataclasses.asdict(Scoring()),
+                "weights": weights_hash(model.path),
+                "dtype": model.dtype,
+                "count": _AUDITED.count,
+                "seed": 0,
+            },
+            {"prompts": asked},
+            {"model": dataclasses.asdict(model), "mesh": dataclasses.asdict(nursery.mesh)},
+            audit.VERSION,
+        )
         run({node.label: node}, stages, workspace)
         found = aucs(workspace.table(node), judge.dimensions)["auc"]
         return {dimension: [round(x, 3) for x in estimate] for dimension, estimate in found.items()}
     if not nursery.suites:
         return {}
-    suites = {f"suite/{s.name}": prompts_node(f"suite/{s.name}", (s.prompts,), {}) for s in nursery.suites}
+    suites = {
+        f"suite/{s.name}": prompts_node(f"suite/{s.name}", (s.prompts,), {}) for s in nursery.suites
+    }
     config, local = describe(nursery.suites, nursery.sampling, 0, nursery.mesh, model, False)
     node = Node("evaluate", f"evaluate/{who.name}", config, suites, local)
     run({node.label: node}, stages, workspace)
     results = workspace.table(node)
-    return {domain: [round(x, 1) for x in accuracy(results, domain)]
-            for domain in dict.fromkeys(s.domain for s in nursery.suites)}
+    return {
+        domain: [round(x, 1) for x in accuracy(results, domain)]
+        for domain in dict.fromkeys(s.domain for s in nursery.suites)
+    }
 
 
 def main(_: list[str]) -> None:
@@ -79,8 +99,11 @@ def main(_: list[str]) -> None:
     workspace = Workspace(nursery.workspace)
     if not _MEASURE_ONLY.value:
         release(nursery, workspace)
-    measured = {p.name: {"pupil": dataclasses.asdict(p)} | measure(nursery, workspace, p)
-                for p in nursery.pupils if p.name in nursery.release}
+    measured = {
+        p.name: {"pupil": dataclasses.asdict(p)} | measure(nursery, workspace, p)
+        for p in nursery.pupils
+        if p.name in nursery.release
+    }
     (Path(nursery.output) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     console = Console()
     for name, found in measured.items():

@@ -56,8 +56,9 @@ from deltapref_jax.validation import validate_single
 from deltapref_jax.workspace import Workspace, run
 from launch.flags import define_profile_steps, run_main, window
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file whose get_config() gives a Single; without "
-                                          "one, configs/train.py.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Python file whose get_config() gives a Single; without one, configs/train.py."
+)
 _PROFILE = define_profile_steps()
 
 
@@ -70,7 +71,9 @@ def main(_: list[str]) -> None:
     from launch.trained import show
 
     start_processes()
-    check_rows("config.training", single.training.rows, single.training.row_length, make_mesh(single.mesh))
+    check_rows(
+        "config.training", single.training.rows, single.training.row_length, make_mesh(single.mesh)
+    )
     workspace = Workspace(single.workspace)
     nodes = plan(single, profile)
     run({"tokens": nodes["tokens"]}, STAGES, workspace)

@@ -32,7 +32,9 @@ def download(request, response, storage, *_, **__):
 
 def insert(request, response, storage, *_, **__):
     wanted = request.query.get("ifGenerationMatch")
-    if wanted and wanted != [generation(storage, request.params["bucket_name"], request.query["name"][0])]:
+    if wanted and wanted != [
+        generation(storage, request.params["bucket_name"], request.query["name"][0])
+    ]:
         assert request.data is not None  # read, or the connection hangs
         response.status = HTTPStatus.PRECONDITION_FAILED
         return
@@ -45,4 +47,6 @@ for _, methods in server.HANDLERS:
         methods[method] = {_download: download, _insert: insert}.get(handler, handler)
 
 if __name__ == "__main__":
-    server.create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
+    server.create_server(
+        "localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket"
+    ).run()

@@ -2,7 +2,9 @@ import os
 
 # eight devices on the CPU, set before JAX starts, so that sharded runs can be held against one device
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402

@@ -18,42 +18,62 @@ from deltapref_jax.files import ArtifactError, local, reach, remote, written
 from deltapref_jax.host import Preempted
 from deltapref_jax.workspace import Workspace
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs asks Google what kind of bucket it is
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
+    "false"  # else gcsfs asks Google what kind of bucket it is
+)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAIRS = [{"prompt": f"How many shells are {i} and {i + 2}?", "chosen": f" Answer: {2 * i + 2}.",
-          "rejected": f" Answer: {i}!"} for i in range(16)]
+PAIRS = [
+    {
+        "prompt": f"How many shells are {i} and {i + 2}?",
+        "chosen": f" Answer: {2 * i + 2}.",
+        "rejected": f" Answer: {i}!",
+    }
+    for i in range(16)
+]
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """The environment in which gs://bucket is there; its objects can be listed and read with `there` and `read`."""
     pytest.importorskip("gcsfs", reason="gcsfs is not installed (extra gcs)")
-    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed (extra test)")
+    pytest.importorskip(
+        "gcp_storage_emulator", reason="gcp-storage-emulator is not installed (extra test)"
+    )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = f"http://localhost:{port}"
-    server = subprocess.Popen([sys.executable, str(pathlib.Path(__file__).with_name("bucket.py")), str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name("bucket.py")), str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while True:
         try:
             urllib.request.urlopen(place).close()
             break
         except OSError:
             time.sleep(0.05)
-    yield os.environ | {"STORAGE_EMULATOR_HOST": place, "TENSORSTORE_GCS_HTTP_URL": place, "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": "", "PYTHONPATH": str(ROOT),
-                        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
-                        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    yield os.environ | {
+        "STORAGE_EMULATOR_HOST": place,
+        "TENSORSTORE_GCS_HTTP_URL": place,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     server.terminate()
     server.wait()
 
 
 def there(env, prefix=""):
     """Names of the bucket's objects."""
-    with urllib.request.urlopen(f"{env['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o?prefix={prefix}") as found:
+    with urllib.request.urlopen(
+        f"{env['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o?prefix={prefix}"
+    ) as found:
         return [item["name"] for item in json.load(found)["items"] or []]
 
 
@@ -63,18 +83,37 @@ def read(env, name):
 
 
 def write(env, name, data):
-    place = f"{env['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+    place = (
+        f"{env['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+    )
     headers = {"Content-Type": "application/octet-stream"}
     urllib.request.urlopen(urllib.request.Request(place, data, headers, method="POST")).close()
 
 
 def train(env, workspace, data, student):
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.train", f"--config.workspace={workspace}", f"--config.data.path={data}",
-         f"--config.student.path={student}", "--config.objective.kind=dpo", "--config.objective.learning_rate=1e-3",
-         "--config.training.pairs_per_step=4", "--config.training.budget=steps", "--config.training.steps=16",
-         "--config.training.rows=8", "--config.training.row_length=128", "--config.training.checkpoint_every=2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        [
+            sys.executable,
+            "-m",
+            "launch.train",
+            f"--config.workspace={workspace}",
+            f"--config.data.path={data}",
+            f"--config.student.path={student}",
+            "--config.objective.kind=dpo",
+            "--config.objective.learning_rate=1e-3",
+            "--config.training.pairs_per_step=4",
+            "--config.training.budget=steps",
+            "--config.training.steps=16",
+            "--config.training.rows=8",
+            "--config.training.row_length=128",
+            "--config.training.checkpoint_every=2",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
 
 
 @pytest.fixture
@@ -89,25 +128,36 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     files._bucket.cache_clear()
     for use in (Workspace, local):
-        with pytest.raises(ConfigError, match=r"^A path begins with gs:// and the package gcsfs is not installed; "
-                                              r"pip install 'deltapref-jax\[gcs\]'\.$"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^A path begins with gs:// and the package gcsfs is not installed; "
+            r"pip install 'deltapref-jax\[gcs\]'\.$",
+        ):
             use("gs://bucket/place")
     files._bucket.cache_clear()
 
 
 def test_other_stores_and_missing_buckets_are_refused(here):
-    with pytest.raises(ConfigError, match=r"^The workspace s3://bucket/w is in no bucket of Google Cloud Storage; "):
+    with pytest.raises(
+        ConfigError, match=r"^The workspace s3://bucket/w is in no bucket of Google Cloud Storage; "
+    ):
         reach("s3://bucket/w")
-    with pytest.raises(ConfigError, match=r"^There is no bucket gs://elsewhere, or this machine's credentials "):
+    with pytest.raises(
+        ConfigError, match=r"^There is no bucket gs://elsewhere, or this machine's credentials "
+    ):
         reach("gs://elsewhere/w")
-    with pytest.raises(FileNotFoundError, match=r"^There is nothing at gs://bucket/no/model; check the path\.$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^There is nothing at gs://bucket/no/model; check the path\.$"
+    ):
         local("gs://bucket/no/model")
     reach("gs://bucket/w")
     reach("folder")
     assert (remote("gs://bucket/w"), remote("folder")) == (True, False)
 
 
-def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploaded(here, monkeypatch):
+def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploaded(
+    here, monkeypatch
+):
     from etils import epath
 
     with written(epath.Path("gs://bucket/made")) as place:
@@ -117,14 +167,21 @@ def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploade
         assert there(here, "made/") == []
     assert sorted(there(here, "made/")) == ["made/b.txt", "made/deep/a.txt"]
     copy = pathlib.Path(local("gs://bucket/made"))
-    assert (copy.name, (copy / "deep" / "a.txt").read_text(), (copy / "b.txt").read_text()) == ("made", "one", "two")
+    assert (copy.name, (copy / "deep" / "a.txt").read_text(), (copy / "b.txt").read_text()) == (
+        "made",
+        "one",
+        "two",
+    )
     assert pathlib.Path(local("gs://bucket/made/b.txt")).name == "b.txt"
     with monkeypatch.context() as m:
         m.setattr(files, "download", lambda _: pytest.fail("downloaded again"))
         assert local("gs://bucket/made/") == str(copy)
     write(here, "made/b.txt", b"2")
     assert (pathlib.Path(local("gs://bucket/made")) / "b.txt").read_text() == "2"
-    with pytest.raises(RuntimeError, match="stop"), written(epath.Path("gs://bucket/half")) as place:
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        written(epath.Path("gs://bucket/half")) as place,
+    ):
         (place / "a").write_text("x")
         raise RuntimeError("stop")
     assert there(here, "half") == []
@@ -134,7 +191,8 @@ def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploade
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_killed_told_to_leave_continued_and_the_local_one_bit_for_bit(
-        bucket, tiny_folder, tmp_path):
+    bucket, tiny_folder, tmp_path
+):
     lines = "".join(json.dumps(row) + "\n" for row in PAIRS)
     (tmp_path / "pairs.jsonl").write_text(lines)
     write(bucket, "in/pairs.jsonl", lines.encode())
@@ -142,11 +200,15 @@ def test_a_run_in_a_bucket_is_killed_told_to_leave_continued_and_the_local_one_b
         write(bucket, f"in/student/{file.name}", file.read_bytes())
 
     def remote():
-        return train(bucket, "gs://bucket/w", "gs://bucket/in/pairs.jsonl", "gs://bucket/in/student")
+        return train(
+            bucket, "gs://bucket/w", "gs://bucket/in/pairs.jsonl", "gs://bucket/in/student"
+        )
 
     for kill, after in ((signal.SIGKILL, "step_4"), (signal.SIGTERM, "step_10")):
         process = remote()
-        while not any(f"/{after}/commit_success.txt" in name for name in there(bucket, "w/policy/")):
+        while not any(
+            f"/{after}/commit_success.txt" in name for name in there(bucket, "w/policy/")
+        ):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(kill)
@@ -154,12 +216,19 @@ def test_a_run_in_a_bucket_is_killed_told_to_leave_continued_and_the_local_one_b
         assert not any(name.endswith("manifest.json") for name in there(bucket, "w/policy/"))
         assert process.returncode == (-kill if kill == signal.SIGKILL else Preempted.code), err
     assert "which is saved in gs://bucket/w/policy/" in err
-    assert not [name for name in there(bucket, "w/policy/") if "/claims/" in name]  # the lease was given back
+    assert not [
+        name for name in there(bucket, "w/policy/") if "/claims/" in name
+    ]  # the lease was given back
     for process in (remote(), train(bucket, tmp_path / "w", tmp_path / "pairs.jsonl", tiny_folder)):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     policy = next((tmp_path / "w" / "policy").iterdir())
-    for name in ("metrics.jsonl", "policy/model.safetensors", "policy/config.json", "policy/tokenizer.json"):
+    for name in (
+        "metrics.jsonl",
+        "policy/model.safetensors",
+        "policy/config.json",
+        "policy/tokenizer.json",
+    ):
         assert read(bucket, f"w/policy/{policy.name}/{name}") == (policy / name).read_bytes(), name
     reference = next((tmp_path / "w").glob("reference/*/*.parquet")).relative_to(tmp_path)
     assert read(bucket, reference.as_posix()) == (tmp_path / reference).read_bytes()

@@ -25,14 +25,23 @@ from deltapref_jax.config import (
 from deltapref_jax.validation import validate, validate_nursery
 
 GOOD = Experiment(
-    name="good", question="?", student=Model("here"),
+    name="good",
+    question="?",
+    student=Model("here"),
     prompts=(Prompts(tasks=("chain", "shop"), count=4), Prompts(kind="jsonl", path="x.jsonl")),
     generators=(Generator(name="weak", samples=2), Generator(name="strong", model=Model("there"))),
-    judges=(Judge(name="m", kind="model", dimensions=("factuality", "signal_to_noise")), Judge(name="n", kind="model")),
+    judges=(
+        Judge(name="m", kind="model", dimensions=("factuality", "signal_to_noise")),
+        Judge(name="n", kind="model"),
+    ),
     objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto")),
-    arms=(Arm(name="a", chosen="strong", rejected="weak"),
-          Arm(name="zero", chosen="weak", rejected="weak", objective="kto"),
-          Arm(name="top", chosen="strong", rejected="weak", keep="top", by="factuality", fraction=0.5)),
+    arms=(
+        Arm(name="a", chosen="strong", rejected="weak"),
+        Arm(name="zero", chosen="weak", rejected="weak", objective="kto"),
+        Arm(
+            name="top", chosen="strong", rejected="weak", keep="top", by="factuality", fraction=0.5
+        ),
+    ),
     suites=(Suite(name="s", prompts=Prompts(tasks=("shop",), count=5)),),
 )
 CASES = [  # path of a field, value, sentence
@@ -44,107 +53,310 @@ CASES = [  # path of a field, value, sentence
     ("student", "here", "config.student is 'here'; it must be a Model."),
     ("prompts", (), "config.prompts is empty; name at least one source of training questions."),
     ("prompts", Prompts(), "config.prompts is Prompts(*; it must be a tuple, such as (value,)."),
-    ("prompts.0.tasks", (), "config.prompts[0].tasks is empty; name at least one task for kind 'synthetic'."),
-    ("prompts.0.tasks", "chain", "config.prompts[0].tasks is 'chain'; it must be a tuple, such as (value,)."),
+    (
+        "prompts.0.tasks",
+        (),
+        "config.prompts[0].tasks is empty; name at least one task for kind 'synthetic'.",
+    ),
+    (
+        "prompts.0.tasks",
+        "chain",
+        "config.prompts[0].tasks is 'chain'; it must be a tuple, such as (value,).",
+    ),
     ("prompts.0.count", 1, "config.prompts[0].count is 1; it must be at least the 2 tasks."),
     ("prompts.0.difficulty", 0, "config.prompts[0].difficulty is 0; it must be at least 1."),
     ("prompts.0.seed", -3, "config.prompts[0].seed is -3; it must be at least 0."),
-    ("prompts.1.path", "", "config.prompts[1].path is empty; kind 'jsonl' needs a file, folder or data set name."),
-    ("prompts.1.checker", "regex", "config.prompts[1].checker is 'regex'; choose one of '', 'world', 'reasoning_gym', "
-                                   "'math', 'exact'."),
+    (
+        "prompts.1.path",
+        "",
+        "config.prompts[1].path is empty; kind 'jsonl' needs a file, folder or data set name.",
+    ),
+    (
+        "prompts.1.checker",
+        "regex",
+        "config.prompts[1].checker is 'regex'; choose one of '', 'world', 'reasoning_gym', "
+        "'math', 'exact'.",
+    ),
     ("prompts.1.count", -2, "config.prompts[1].count is -2; it must be at least 0."),
     ("generators.0.name", "", "A generator has no name; give every generator one."),
     ("generators.0.name", "strong", "Two generators are named 'strong'; names must differ."),
-    ("generators.1.top_p", 0.0, "top_p of generator 'strong' is 0.0; it must be at least 1e-06 and at most 1."),
+    (
+        "generators.1.top_p",
+        0.0,
+        "top_p of generator 'strong' is 0.0; it must be at least 1e-06 and at most 1.",
+    ),
     ("generators.1.top_k", -1, "top_k of generator 'strong' is -1; it must be at least 0."),
     ("generators.1.samples", 0, "samples of generator 'strong' is 0; it must be at least 1."),
-    ("generators.1.samples", 2.5, "config.generators[1].samples is 2.5; it must be a whole number."),
-    ("generators.1.temperature", "1", "config.generators[1].temperature is '1'; it must be a number."),
-    ("generators.1.model.dtype", "fp8", "dtype of generator strong is 'fp8'; choose one of 'float32', 'bfloat16'."),
-    ("judges.0.dimensions", (), "Judge 'm' has no dimensions; name at least one of factuality, strategy_coherence, "
-                                "step_coherence, numerical_precision, signal_to_noise."),
-    ("judges.0.dimensions", ("style",), "dimension of judge 'm' is 'style'; choose one of 'factuality', *."),
-    ("judges.0.kind", "exact", "Judge 'm' is exact and needs synthetic prompts; use kind 'model' for others."),
+    (
+        "generators.1.samples",
+        2.5,
+        "config.generators[1].samples is 2.5; it must be a whole number.",
+    ),
+    (
+        "generators.1.temperature",
+        "1",
+        "config.generators[1].temperature is '1'; it must be a number.",
+    ),
+    (
+        "generators.1.model.dtype",
+        "fp8",
+        "dtype of generator strong is 'fp8'; choose one of 'float32', 'bfloat16'.",
+    ),
+    (
+        "judges.0.dimensions",
+        (),
+        "Judge 'm' has no dimensions; name at least one of factuality, strategy_coherence, "
+        "step_coherence, numerical_precision, signal_to_noise.",
+    ),
+    (
+        "judges.0.dimensions",
+        ("style",),
+        "dimension of judge 'm' is 'style'; choose one of 'factuality', *.",
+    ),
+    (
+        "judges.0.kind",
+        "exact",
+        "Judge 'm' is exact and needs synthetic prompts; use kind 'model' for others.",
+    ),
     ("judges.0.noise", -0.1, "noise of judge 'm' is -0.1; it must be at least 0."),
     ("judges.0.seed", -1, "seed of judge 'm' is -1; it must be at least 0."),
     ("judges", (), "Arm 'top' uses ratings, and config.judges is empty; add a judge."),
-    ("objectives.1.kind", "ppo", "kind of objective 'kto' is 'ppo'; choose one of 'dpo', 'dpo_norm', *, 'kto', "
-                                 "'apo_zero_unpaired', 'sft'."),
-    ("objectives.0.label_smoothing", 0.1, "label_smoothing of objective 'dpo' is 0.1 and its kind 'dpo' has none; "
-                                          "leave it at 0.0 or choose one of 'robust', 'cdpo'."),
-    ("objectives", (Objective(name="r", kind="robust", label_smoothing=0.5),),
-     "label_smoothing of objective 'r' is 0.5; it must be at least 0 and at most 0.4999."),
-    ("objectives.0.gamma", 2.0, "gamma of objective 'dpo' is 2.0 and its kind 'dpo' has none; leave it at 0.5 or "
-                                "choose one of 'simpo'."),
-    ("objectives.0.desirable_weight", 3.0, "desirable_weight of objective 'dpo' is 3.0 and its kind 'dpo' has none; "
-                                           "leave it at 1.0 or choose one of 'kto', 'apo_zero_unpaired'."),
+    (
+        "objectives.1.kind",
+        "ppo",
+        "kind of objective 'kto' is 'ppo'; choose one of 'dpo', 'dpo_norm', *, 'kto', "
+        "'apo_zero_unpaired', 'sft'.",
+    ),
+    (
+        "objectives.0.label_smoothing",
+        0.1,
+        "label_smoothing of objective 'dpo' is 0.1 and its kind 'dpo' has none; "
+        "leave it at 0.0 or choose one of 'robust', 'cdpo'.",
+    ),
+    (
+        "objectives",
+        (Objective(name="r", kind="robust", label_smoothing=0.5),),
+        "label_smoothing of objective 'r' is 0.5; it must be at least 0 and at most 0.4999.",
+    ),
+    (
+        "objectives.0.gamma",
+        2.0,
+        "gamma of objective 'dpo' is 2.0 and its kind 'dpo' has none; leave it at 0.5 or "
+        "choose one of 'simpo'.",
+    ),
+    (
+        "objectives.0.desirable_weight",
+        3.0,
+        "desirable_weight of objective 'dpo' is 3.0 and its kind 'dpo' has none; "
+        "leave it at 1.0 or choose one of 'kto', 'apo_zero_unpaired'.",
+    ),
     ("objectives.0.gamma", -0.5, "gamma of objective 'dpo' is -0.5; it must be at least 0."),
-    ("objectives.0.nll_weight", -1.0, "nll_weight of objective 'dpo' is -1.0; it must be at least 0."),
-    ("objectives.1.nll_weight", 1.0, "nll_weight of objective 'kto' is 1.0 and its kind 'kto' has none; leave it at "
-                                     "0.0 or choose one of 'dpo', *, 'simpo'."),
-    ("objectives.1.baseline_fraction", 0.0, "baseline_fraction of objective 'kto' is 0.0; it must be at least 1e-09 "
-                                            "and at most 1."),
-    ("objectives.0.baseline_fraction", 0.5, "baseline_fraction of objective 'dpo' is 0.5 and its kind 'dpo' has none; "
-                                            "leave it at 1.0 or choose one of 'kto'."),
+    (
+        "objectives.0.nll_weight",
+        -1.0,
+        "nll_weight of objective 'dpo' is -1.0; it must be at least 0.",
+    ),
+    (
+        "objectives.1.nll_weight",
+        1.0,
+        "nll_weight of objective 'kto' is 1.0 and its kind 'kto' has none; leave it at "
+        "0.0 or choose one of 'dpo', *, 'simpo'.",
+    ),
+    (
+        "objectives.1.baseline_fraction",
+        0.0,
+        "baseline_fraction of objective 'kto' is 0.0; it must be at least 1e-09 and at most 1.",
+    ),
+    (
+        "objectives.0.baseline_fraction",
+        0.5,
+        "baseline_fraction of objective 'dpo' is 0.5 and its kind 'dpo' has none; "
+        "leave it at 1.0 or choose one of 'kto'.",
+    ),
     ("objectives.0.beta", 0.0, "beta of objective 'dpo' is 0.0; it must be at least 1e-09."),
-    ("objectives.0.learning_rate", -1e-4, "learning_rate of objective 'dpo' is -0.0001; it must be at least 0."),
-    ("objectives.0.learning_rate", float("inf"), "learning_rate of objective 'dpo' is inf; it must be at least 0."),
-    ("objectives.1.desirable_weight", -1.0, "desirable_weight of objective 'kto' is -1.0; it must be at least 0."),
-    ("objectives.1.undesirable_weight", -1.0, "undesirable_weight of objective 'kto' is -1.0; it must be at least 0."),
+    (
+        "objectives.0.learning_rate",
+        -1e-4,
+        "learning_rate of objective 'dpo' is -0.0001; it must be at least 0.",
+    ),
+    (
+        "objectives.0.learning_rate",
+        float("inf"),
+        "learning_rate of objective 'dpo' is inf; it must be at least 0.",
+    ),
+    (
+        "objectives.1.desirable_weight",
+        -1.0,
+        "desirable_weight of objective 'kto' is -1.0; it must be at least 0.",
+    ),
+    (
+        "objectives.1.undesirable_weight",
+        -1.0,
+        "undesirable_weight of objective 'kto' is -1.0; it must be at least 0.",
+    ),
     ("arms.0.rejected", "none", "rejected of arm 'a' is 'none'; choose one of 'weak', 'strong'."),
-    ("arms.0.direction", "coin", "direction of arm 'a' is 'coin'; choose one of 'generator', 'm', 'n'."),
-    ("arms.0.keep", "best", "keep of arm 'a' is 'best'; choose one of 'all', 'top', 'random', 'matched'."),
-    ("arms.0.stratum", "wrong", "stratum of arm 'a' is 'wrong'; choose one of 'any', *, 'right_wrong'."),
-    ("arms.0.group", "other", "group of arm 'a' is 'other'; choose one of 'ladder', 'selection', 'control'."),
-    ("arms.0.fraction", 0.0, "fraction of arm 'a' is 0.0; it must be at least 1e-09 and at most 1."),
-    ("arms.0.seeds", (), "seeds of arm 'a' is (); give at least one seed from 0 upward, each once."),
-    ("arms.0.seeds", (1, 1), "seeds of arm 'a' is (1, 1); give at least one seed from 0 upward, each once."),
-    ("arms.0.seeds", (-1,), "seeds of arm 'a' is (-1,); give at least one seed from 0 upward, each once."),
+    (
+        "arms.0.direction",
+        "coin",
+        "direction of arm 'a' is 'coin'; choose one of 'generator', 'm', 'n'.",
+    ),
+    (
+        "arms.0.keep",
+        "best",
+        "keep of arm 'a' is 'best'; choose one of 'all', 'top', 'random', 'matched'.",
+    ),
+    (
+        "arms.0.stratum",
+        "wrong",
+        "stratum of arm 'a' is 'wrong'; choose one of 'any', *, 'right_wrong'.",
+    ),
+    (
+        "arms.0.group",
+        "other",
+        "group of arm 'a' is 'other'; choose one of 'ladder', 'selection', 'control'.",
+    ),
+    (
+        "arms.0.fraction",
+        0.0,
+        "fraction of arm 'a' is 0.0; it must be at least 1e-09 and at most 1.",
+    ),
+    (
+        "arms.0.seeds",
+        (),
+        "seeds of arm 'a' is (); give at least one seed from 0 upward, each once.",
+    ),
+    (
+        "arms.0.seeds",
+        (1, 1),
+        "seeds of arm 'a' is (1, 1); give at least one seed from 0 upward, each once.",
+    ),
+    (
+        "arms.0.seeds",
+        (-1,),
+        "seeds of arm 'a' is (-1,); give at least one seed from 0 upward, each once.",
+    ),
     ("arms.0.seeds", 0, "config.arms[0].seeds is 0; it must be a tuple, such as (value,)."),
     ("arms.0.seeds", (0, "1"), "config.arms[0].seeds[1] is '1'; it must be a whole number."),
     ("arms.2.judge", "me", "judge of arm 'top' is 'me'; choose one of 'm', 'n'."),
-    ("arms.2.by", "step_coherence", "by of arm 'top' is 'step_coherence'; choose one of 'sum', 'factuality', "
-                                    "'signal_to_noise'."),
-    ("generators.0.samples", 1, "Arm 'zero' pairs two samples of 'weak'; set its samples to at least 2."),
+    (
+        "arms.2.by",
+        "step_coherence",
+        "by of arm 'top' is 'step_coherence'; choose one of 'sum', 'factuality', "
+        "'signal_to_noise'.",
+    ),
+    (
+        "generators.0.samples",
+        1,
+        "Arm 'zero' pairs two samples of 'weak'; set its samples to at least 2.",
+    ),
     ("suites.0.samples", 0, "config.suites[0].samples is 0; it must be at least 1."),
     ("suites.0.temperature", -1.0, "config.suites[0].temperature is -1.0; it must be at least 0."),
-    ("suites.0.prompts.kind", "csv", "config.suites[0].prompts.kind is 'csv'; choose one of 'synthetic', *, 'tfds'."),
-    ("training.budget", "hours", "config.training.budget is 'hours'; choose one of 'steps', 'epochs'."),
-    ("training.schedule", "step", "config.training.schedule is 'step'; choose one of 'linear', 'cosine', 'constant'."),
-    ("training.over_length", "cut", "config.training.over_length is 'cut'; choose one of 'drop', 'error'."),
+    (
+        "suites.0.prompts.kind",
+        "csv",
+        "config.suites[0].prompts.kind is 'csv'; choose one of 'synthetic', *, 'tfds'.",
+    ),
+    (
+        "training.budget",
+        "hours",
+        "config.training.budget is 'hours'; choose one of 'steps', 'epochs'.",
+    ),
+    (
+        "training.schedule",
+        "step",
+        "config.training.schedule is 'step'; choose one of 'linear', 'cosine', 'constant'.",
+    ),
+    (
+        "training.over_length",
+        "cut",
+        "config.training.over_length is 'cut'; choose one of 'drop', 'error'.",
+    ),
     ("training.pairs_per_step", 0, "config.training.pairs_per_step is 0; it must be at least 1."),
     ("training.epochs", 0.0, "config.training.epochs is 0.0; it must be at least 1e-09."),
     ("training.warmup", 1.5, "config.training.warmup is 1.5; it must be at least 0 and at most 1."),
     ("training.clip", 0.0, "config.training.clip is 0.0; it must be at least 1e-09."),
     ("training.weight_decay", -0.1, "config.training.weight_decay is -0.1; it must be at least 0."),
-    ("training.finishes", ("end",), "config.training.finishes is 'end'; choose one of 'eos', 'stop', 'length'."),
-    ("training.finishes", "eos", "config.training.finishes is 'eos'; it must be a tuple, such as (value,)."),
+    (
+        "training.finishes",
+        ("end",),
+        "config.training.finishes is 'end'; choose one of 'eos', 'stop', 'length'.",
+    ),
+    (
+        "training.finishes",
+        "eos",
+        "config.training.finishes is 'eos'; it must be a tuple, such as (value,).",
+    ),
     ("training.steps", True, "config.training.steps is True; it must be a whole number."),
     ("sampling.chunk", 0, "config.sampling.chunk is 0; it must be at least 1."),
-    ("sampling.stop", "\n\n", r"config.sampling.stop is '\n\n'; it must be a tuple, such as (value,)."),
+    (
+        "sampling.stop",
+        "\n\n",
+        r"config.sampling.stop is '\n\n'; it must be a tuple, such as (value,).",
+    ),
     ("scoring.shard", 0, "config.scoring.shard is 0; it must be at least 1."),
-    ("mesh.fsdp", -1, "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1, context=1); sizes are positive, and at "
-                      "most one is -1."),
-    ("mesh.tensor", 0, "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and at "
-                       "most one is -1."),
-    ("training.remat", "all", "config.training.remat is 'all'; choose one of 'none', 'projections', 'attention', "
-                              "'block'."),
-    ("training.moments", "int8", "config.training.moments is 'int8'; choose one of 'float32', 'bfloat16'."),
+    (
+        "mesh.fsdp",
+        -1,
+        "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1, context=1); sizes are positive, and at "
+        "most one is -1.",
+    ),
+    (
+        "mesh.tensor",
+        0,
+        "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and at "
+        "most one is -1.",
+    ),
+    (
+        "training.remat",
+        "all",
+        "config.training.remat is 'all'; choose one of 'none', 'projections', 'attention', "
+        "'block'.",
+    ),
+    (
+        "training.moments",
+        "int8",
+        "config.training.moments is 'int8'; choose one of 'float32', 'bfloat16'.",
+    ),
     ("training.lora.rank", -1, "config.training.lora.rank is -1; it must be at least 0."),
     ("training.lora.rank", 8.0, "config.training.lora.rank is 8.0; it must be a whole number."),
-    ("training.lora", Lora(8, 0.0), "config.training.lora.alpha is 0.0; it must be at least 1e-09."),
-    ("training.lora", Lora(8, targets=("q_proj", "lm_head")),
-     "config.training.lora.targets is 'lm_head'; choose one of 'q_proj', *, 'down_proj'."),
-    ("training.lora", Lora(8, targets=()), "config.training.lora.targets is (); name at least one of q_proj, k_proj, "
-                                           "v_proj, o_proj, gate_proj, up_proj, down_proj, each once."),
-    ("training.lora", Lora(8, targets=("q_proj", "q_proj")),
-     "config.training.lora.targets is ('q_proj', 'q_proj'); name at least one of q_proj, *, each once."),
-    ("training.lora.targets", "q_proj", "config.training.lora.targets is 'q_proj'; it must be a tuple, such as "
-                                        "(value,)."),
-    ("training.lora.alpha", 32.0, "config.training.lora has alpha or targets and the rank 0, with which all weights "
-                                  "are trained; set config.training.lora.rank, or leave the others as they are."),
-    ("mesh.context", 7, "config.training.row_length is 512 and config.mesh.context splits each row over 7 devices; "
-                        "make row_length a multiple of that."),
+    (
+        "training.lora",
+        Lora(8, 0.0),
+        "config.training.lora.alpha is 0.0; it must be at least 1e-09.",
+    ),
+    (
+        "training.lora",
+        Lora(8, targets=("q_proj", "lm_head")),
+        "config.training.lora.targets is 'lm_head'; choose one of 'q_proj', *, 'down_proj'.",
+    ),
+    (
+        "training.lora",
+        Lora(8, targets=()),
+        "config.training.lora.targets is (); name at least one of q_proj, k_proj, "
+        "v_proj, o_proj, gate_proj, up_proj, down_proj, each once.",
+    ),
+    (
+        "training.lora",
+        Lora(8, targets=("q_proj", "q_proj")),
+        "config.training.lora.targets is ('q_proj', 'q_proj'); name at least one of q_proj, *, each once.",
+    ),
+    (
+        "training.lora.targets",
+        "q_proj",
+        "config.training.lora.targets is 'q_proj'; it must be a tuple, such as (value,).",
+    ),
+    (
+        "training.lora.alpha",
+        32.0,
+        "config.training.lora has alpha or targets and the rank 0, with which all weights "
+        "are trained; set config.training.lora.rank, or leave the others as they are.",
+    ),
+    (
+        "mesh.context",
+        7,
+        "config.training.row_length is 512 and config.mesh.context splits each row over 7 devices; "
+        "make row_length a multiple of that.",
+    ),
 ]
 
 
@@ -162,7 +374,9 @@ def changed(path, value):
 def test_a_bad_value_is_one_sentence(path, value, sentence):
     with pytest.raises(ConfigError) as error:
         validate(changed(path, value))
-    assert re.fullmatch(re.escape(sentence).replace(r"\*", ".*"), str(error.value)), str(error.value)
+    assert re.fullmatch(re.escape(sentence).replace(r"\*", ".*"), str(error.value)), str(
+        error.value
+    )
 
 
 def test_what_is_right_passes_unchanged():
@@ -171,13 +385,30 @@ def test_what_is_right_passes_unchanged():
     assert e == GOOD
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    ("generators.1.temperature", 0), ("arms.0.fraction", 1), ("objectives.0.learning_rate", 0.0), ("mesh.data", 4),
-    ("objectives.0.nll_weight", 1), ("objectives.1.baseline_fraction", 0.1),
-    ("objectives", (Objective(name="dpo", kind="cdpo", label_smoothing=0.4), Objective(name="kto", kind="kto"))),
-    ("training.lora", Lora(8, 32, ("v_proj",))), ("training.moments", "bfloat16"),
-    ("arms.2.by", "sum"), ("arms.2.judge", "n"), ("arms.1.direction", "n"), ("training.warmup", 1.0),
-])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("generators.1.temperature", 0),
+        ("arms.0.fraction", 1),
+        ("objectives.0.learning_rate", 0.0),
+        ("mesh.data", 4),
+        ("objectives.0.nll_weight", 1),
+        ("objectives.1.baseline_fraction", 0.1),
+        (
+            "objectives",
+            (
+                Objective(name="dpo", kind="cdpo", label_smoothing=0.4),
+                Objective(name="kto", kind="kto"),
+            ),
+        ),
+        ("training.lora", Lora(8, 32, ("v_proj",))),
+        ("training.moments", "bfloat16"),
+        ("arms.2.by", "sum"),
+        ("arms.2.judge", "n"),
+        ("arms.1.direction", "n"),
+        ("training.warmup", 1.0),
+    ],
+)
 def test_what_is_just_right(path, value):
     assert validate(changed(path, value)) == changed(path, value)
 
@@ -188,7 +419,9 @@ def test_an_empty_path_is_the_students():
 
 
 def test_a_nursery_is_typed_too():
-    with pytest.raises(ConfigError, match=r"^config\.pupils\[0\]\.tasks is 'chain'; it must be a tuple, such as "):
+    with pytest.raises(
+        ConfigError, match=r"^config\.pupils\[0\]\.tasks is 'chain'; it must be a tuple, such as "
+    ):
         validate_nursery(Nursery(pupils=(Pupil(name="oak", tasks="chain"),)))
 
 
@@ -196,5 +429,7 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
     monkeypatch.setitem(TRACKERS, "wandb", "no_such_package")
     with pytest.raises(ConfigError) as error:
         validate(dataclasses.replace(GOOD, trackers=("wandb",)))
-    assert str(error.value) == ("config.trackers has 'wandb' and no_such_package is not installed; pip install "
-                                "no_such_package.")
+    assert str(error.value) == (
+        "config.trackers has 'wandb' and no_such_package is not installed; pip install "
+        "no_such_package."
+    )

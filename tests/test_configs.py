@@ -31,7 +31,11 @@ from evals.evaluate import describe
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
 STUDIES = [name for name in NAMES if name not in ("nursery", "train")]
-HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": ModelSpec(49_152, 576, 30, 9, 3, 64, 1536, 1e5, 1e-5, True, 8192)}
+HUB = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelSpec(
+        49_152, 576, 30, 9, 3, 64, 1536, 1e5, 1e-5, True, 8192
+    )
+}
 
 
 def config(name):
@@ -43,9 +47,20 @@ def pupils():
     found = {}
     for p in config("nursery").pupils:
         base = found.get(p.base)
-        found[p.name] = ModelSpec(640, p.width, p.layers, p.heads, p.kv_heads, p.width // p.heads, p.mlp,
-                                  max_positions=1024) if base is None else type(base)(
-                                      **vars(base) | {"layers": max(base.layers, p.layers)})
+        found[p.name] = (
+            ModelSpec(
+                640,
+                p.width,
+                p.layers,
+                p.heads,
+                p.kv_heads,
+                p.width // p.heads,
+                p.mlp,
+                max_positions=1024,
+            )
+            if base is None
+            else type(base)(**vars(base) | {"layers": max(base.layers, p.layers)})
+        )
     return {str(pathlib.Path(NURSERY) / name): spec for name, spec in found.items()}
 
 
@@ -53,8 +68,12 @@ SPECS = pupils() | HUB
 
 
 def models(e):
-    return [e.student, *([e.reference] if e.reference.path else []), *(g.model for g in e.generators),
-            *(j.model for j in e.judges)]
+    return [
+        e.student,
+        *([e.reference] if e.reference.path else []),
+        *(g.model for g in e.generators),
+        *(j.model for j in e.judges),
+    ]
 
 
 @pytest.fixture
@@ -66,7 +85,10 @@ def study(request, tmp_path):
             folder = tmp_path / pathlib.Path(model.path).name
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text(json.dumps(spec_to_hf(SPECS[model.path])))
-            save_file({"name": np.frombuffer(folder.name.encode(), np.uint8)}, folder / "model.safetensors")
+            save_file(
+                {"name": np.frombuffer(folder.name.encode(), np.uint8)},
+                folder / "model.safetensors",
+            )
             model.path = str(folder)
     return e
 
@@ -103,8 +125,14 @@ def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=Fa
     params = abstract(spec)[1]
     number, index = array(jnp.float32, segments), array(jnp.int32, segments)
     examples = Examples(index, index, number, number, number, number)
-    grads, sums, s = jax.eval_shape(steps.gradient, params, nnx.State({}), packed(rows, length, branched), examples,
-                                    Hyper(*[array(jnp.float32)] * len(Hyper._fields)))
+    grads, sums, s = jax.eval_shape(
+        steps.gradient,
+        params,
+        nnx.State({}),
+        packed(rows, length, branched),
+        examples,
+        Hyper(*[array(jnp.float32)] * len(Hyper._fields)),
+    )
     assert shapes(grads) == shapes(params)
     assert {x.shape for x in sums.values()} == {()}
     assert s.shape == (segments,)
@@ -117,15 +145,22 @@ def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=Fa
 @functools.cache
 def trace_scoring(spec, dtype, rows, length, mesh):
     segments = capacity(rows, length)
-    sums, counts = jax.eval_shape(scorer(spec, dtype, segments, mesh), abstract(spec)[1], packed(rows, length))
+    sums, counts = jax.eval_shape(
+        scorer(spec, dtype, segments, mesh), abstract(spec)[1], packed(rows, length)
+    )
     assert sums.shape == counts.shape == (segments,)
     assert sums.dtype == jnp.float32
 
 
 @functools.cache
 def trace_judging(spec, dtype, rows, length, mesh):
-    p = jax.eval_shape(_reader(spec, dtype, mesh), abstract(spec)[1], packed(rows, length, branched=True),
-                       array(jnp.int32, 2, 77), array(jnp.int32, 5))
+    p = jax.eval_shape(
+        _reader(spec, dtype, mesh),
+        abstract(spec)[1],
+        packed(rows, length, branched=True),
+        array(jnp.int32, 2, 77),
+        array(jnp.int32, 5),
+    )
     assert (p.shape, p.dtype) == ((77, 5), jnp.float32)
 
 
@@ -142,17 +177,31 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
     weights = jax.eval_shape(split, params)
     cache = jax.eval_shape(lambda: empty_cache(spec, slots, 64, dtype))
     place = jax.sharding.NamedSharding(mesh, ROWS)
-    prompts = jax.eval_shape(lambda w: prefill(kept["graphdef"], w, jnp.zeros((4, prompt), int), place), weights)
+    prompts = jax.eval_shape(
+        lambda w: prefill(kept["graphdef"], w, jnp.zeros((4, prompt), int), place), weights
+    )
     longest = jax.eval_shape(lambda c: grow(c, prompt + tokens), cache)
-    assert shapes(longest) == shapes(jax.eval_shape(lambda: empty_cache(spec, slots, prompt + tokens, dtype)))
+    assert shapes(longest) == shapes(
+        jax.eval_shape(lambda: empty_cache(spec, slots, prompt + tokens, dtype))
+    )
     index = array(jnp.int32, slots)
-    assert shapes(jax.eval_shape(insert, longest, prompts, index, index, array(jnp.int32))) == shapes(longest)
+    assert shapes(
+        jax.eval_shape(insert, longest, prompts, index, index, array(jnp.int32))
+    ) == shapes(longest)
     number = array(jnp.float32, slots)
-    table = Slots(index, index, index, array(bool, slots), array(jnp.uint32, slots, 2), number, number, index)
+    table = Slots(
+        index, index, index, array(bool, slots), array(jnp.uint32, slots, 2), number, number, index
+    )
     for filtered in (False, True):
         after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered), weights, longest, table,
-            array(jnp.int32, 2), array(jnp.int32), array(jnp.int32))
+            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered),
+            weights,
+            longest,
+            table,
+            array(jnp.int32, 2),
+            array(jnp.int32),
+            array(jnp.int32),
+        )
         assert shapes(after) == shapes(longest)
         assert out.tokens.shape == out.logprobs.shape == (chunk, slots)
 
@@ -184,10 +233,20 @@ def test_programs_of_studies_are_traced(study, one_device):
     student = shape_of(e, e.student)
     optimizer = Optimizer(t.clip, t.weight_decay)
     for o in e.objectives:
-        trace_training(student, e.student.dtype, o.kind, optimizer, t.rows, t.row_length, one_device)
+        trace_training(
+            student, e.student.dtype, o.kind, optimizer, t.rows, t.row_length, one_device
+        )
     trace_scoring(student, e.student.dtype, c.rows, c.row_length, one_device)
     for g in e.generators:
-        trace_sampling(shape_of(e, g.model), g.model.dtype, s.slots, s.chunk, s.max_prompt, s.max_tokens, one_device)
+        trace_sampling(
+            shape_of(e, g.model),
+            g.model.dtype,
+            s.slots,
+            s.chunk,
+            s.max_prompt,
+            s.max_tokens,
+            one_device,
+        )
     for j in e.judges:
         if j.kind == "model":
             trace_judging(shape_of(e, j.model), j.model.dtype, c.rows, c.row_length, one_device)
@@ -200,10 +259,20 @@ def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
     s = found.sampling
     for p in found.pupils:
         spec = SPECS[str(pathlib.Path(NURSERY) / p.name)]
-        trace_training(spec, "float32", "sft", Optimizer(1.0, 0.01, b2=0.98), p.rows, p.row_length, one_device,
-                       branched=p.lesson == "judge")
+        trace_training(
+            spec,
+            "float32",
+            "sft",
+            Optimizer(1.0, 0.01, b2=0.98),
+            p.rows,
+            p.row_length,
+            one_device,
+            branched=p.lesson == "judge",
+        )
         if p.name in found.release and p.lesson == "solve":
-            trace_sampling(spec, "float32", s.slots, s.chunk, s.max_prompt, s.max_tokens, one_device)
+            trace_sampling(
+                spec, "float32", s.slots, s.chunk, s.max_prompt, s.max_tokens, one_device
+            )
 
 
 def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_device):
@@ -212,8 +281,15 @@ def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_dev
         validate_single(single)
     single.data.path, (single.student.path, spec) = "pairs.jsonl", next(iter(HUB.items()))
     t = validate_single(single).training
-    trace_training(spec, single.student.dtype, single.objective.kind, Optimizer(t.clip, t.weight_decay), t.rows,
-                   t.row_length, one_device)
+    trace_training(
+        spec,
+        single.student.dtype,
+        single.objective.kind,
+        Optimizer(t.clip, t.weight_decay),
+        t.rows,
+        t.row_length,
+        one_device,
+    )
     trace_scoring(spec, single.student.dtype, t.rows, t.row_length, one_device)
 
 

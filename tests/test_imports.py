@@ -39,19 +39,30 @@ def edges():
         inside = path.relative_to(ROOT / "deltapref_jax").parts[0].removesuffix(".py")
         for name in imported(path):
             parts = name.split(".")
-            if parts[0] == "deltapref_jax" and len(parts) > 1 and parts[1] != inside and parts[1] in ROW:
+            if (
+                parts[0] == "deltapref_jax"
+                and len(parts) > 1
+                and parts[1] != inside
+                and parts[1] in ROW
+            ):
                 yield path, inside, parts[1]
 
 
 def test_every_part_of_the_package_has_its_row():
-    parts = {p.name.removesuffix(".py") for p in (ROOT / "deltapref_jax").iterdir()
-             if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+    parts = {
+        p.name.removesuffix(".py")
+        for p in (ROOT / "deltapref_jax").iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    } - {"__init__"}
     assert parts == set(ROW)
 
 
 def test_imports_point_down():
-    wrong = [f"{path.relative_to(ROOT)} imports {to}" for path, at, to in edges()
-             if ROW[to] >= ROW[at] and (at, to) not in ALLOWED]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {to}"
+        for path, at, to in edges()
+        if ROW[to] >= ROW[at] and (at, to) not in ALLOWED
+    ]
     assert wrong == []
 
 
@@ -59,18 +70,30 @@ def test_exceptions_are_used():
     assert {(at, to) for _, at, to in edges()} >= ALLOWED
 
 
-@pytest.mark.parametrize(("folder", "banned"), [
-    ("deltapref_jax", {"configs", "launch", "evals", "tests"}), ("evals", {"configs", "launch", "tests"}),
-    ("launch", {"configs", "tests"}),
-])
+@pytest.mark.parametrize(
+    ("folder", "banned"),
+    [
+        ("deltapref_jax", {"configs", "launch", "evals", "tests"}),
+        ("evals", {"configs", "launch", "tests"}),
+        ("launch", {"configs", "tests"}),
+    ],
+)
 def test_folders_do_not_import(folder, banned):
-    wrong = [f"{path}: {name}" for path in (ROOT / folder).rglob("*.py") for name in imported(path)
-             if name.split(".")[0] in banned]
+    wrong = [
+        f"{path}: {name}"
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported(path)
+        if name.split(".")[0] in banned
+    ]
     assert wrong == []
 
 
 def test_configs_import_config_alone():
     own = ("deltapref_jax.", "launch", "evals")
-    wrong = [f"{path}: {name}" for path in (ROOT / "configs").glob("*.py") for name in imported(path)
-             if name.startswith(own) and not name.startswith("deltapref_jax.config.")]
+    wrong = [
+        f"{path}: {name}"
+        for path in (ROOT / "configs").glob("*.py")
+        for name in imported(path)
+        if name.startswith(own) and not name.startswith("deltapref_jax.config.")
+    ]
     assert wrong == []

@@ -32,8 +32,13 @@ toy = load_toy()
 
 
 def program(*args):
-    done = subprocess.run([sys.executable, str(TOY), *map(str, args)], capture_output=True, text=True, timeout=120,
-                          env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, str(TOY), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -75,7 +80,9 @@ def test_three_runners_share_the_work(tmp_path, uninterrupted):
     program("together", tmp_path)
     assert results(tmp_path) == uninterrupted
     made = (tmp_path / "made.log").read_text().split("\n")[:-1]
-    assert sorted(made) == sorted(["folder/b train"] + [f"numbers/{n} {i}" for n in "ab" for i in range(toy.SHARDS)])
+    assert sorted(made) == sorted(
+        ["folder/b train"] + [f"numbers/{n} {i}" for n in "ab" for i in range(toy.SHARDS)]
+    )
 
 
 def make(root, names=("a", "c", "d")):
@@ -99,10 +106,17 @@ def test_changed_config_is_another_artifact_and_what_stands_is_left_alone(tmp_pa
 def test_key_hashes_stage_version_config_and_inputs_but_not_label_and_local():
     source = Node("s", "x", {"a": 1})
     node = Node("t", "y", {"b": 2}, {"in": source})
-    assert Node("t", "other", {"b": 2}, {"in": Node("s", "z", {"a": 1}, local={"path": 1})}).key == node.key
-    others = [Node("u", "y", {"b": 2}, {"in": source}), Node("t", "y", {"b": 3}, {"in": source}),
-              Node("t", "y", {"b": 2}, {"in": source}, version=2), Node("t", "y", {"b": 2}, {"out": source}),
-              Node("t", "y", {"b": 2}, {"in": Node("s", "x", {"a": 2})})]
+    assert (
+        Node("t", "other", {"b": 2}, {"in": Node("s", "z", {"a": 1}, local={"path": 1})}).key
+        == node.key
+    )
+    others = [
+        Node("u", "y", {"b": 2}, {"in": source}),
+        Node("t", "y", {"b": 3}, {"in": source}),
+        Node("t", "y", {"b": 2}, {"in": source}, version=2),
+        Node("t", "y", {"b": 2}, {"out": source}),
+        Node("t", "y", {"b": 2}, {"in": Node("s", "x", {"a": 2})}),
+    ]
     assert len({n.key for n in [node, *others]}) == 6
     assert [n.stage for n in in_order({"y": node, "again": node})] == ["s", "t"]
 
@@ -133,26 +147,39 @@ def edit(path):
 SHARD = "shard-00002-of-00003.parquet"
 
 
-@pytest.mark.parametrize(("damage", "what"), [
-    (cut, r"is \d+ bytes long and not \d+ as written"),
-    (edit, r"is not what was written \(checksum\)"),
-    (pathlib.Path.unlink, "is missing"),
-])
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (cut, r"is \d+ bytes long and not \d+ as written"),
+        (edit, r"is not what was written \(checksum\)"),
+        (pathlib.Path.unlink, "is missing"),
+    ],
+)
 def test_damaged_shard_is_named_and_nothing_else_is_lost(tmp_path, damage, what):
     workspace, wanted = make(tmp_path)
     folder = workspace.path(wanted["a"])
     damage(pathlib.Path(folder / SHARD))
-    sentence = (re.escape(f"{folder / SHARD} (numbers/a) ") + what
-                + re.escape(f"; delete the directory {folder} and run again: only that artifact is made anew."))
+    sentence = (
+        re.escape(f"{folder / SHARD} (numbers/a) ")
+        + what
+        + re.escape(
+            f"; delete the directory {folder} and run again: only that artifact is made anew."
+        )
+    )
     with pytest.raises(ArtifactError, match=f"^{sentence}$"):
         make(tmp_path)
     with pytest.raises(ArtifactError, match=re.escape(SHARD)):
         workspace.table(wanted["a"])
-    others = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and wanted["a"].key not in str(p)}
+    others = {
+        p: p.stat().st_mtime_ns
+        for p in tmp_path.rglob("*")
+        if p.is_file() and wanted["a"].key not in str(p)
+    }
     folder.rmtree()
     make(tmp_path)
     assert {p: p.stat().st_mtime_ns for p in others if p.name != "made.log"} == {
-        p: t for p, t in others.items() if p.name != "made.log"}
+        p: t for p, t in others.items() if p.name != "made.log"
+    }
 
 
 def test_edit_with_the_old_time_and_size_is_found_when_read_or_verified(tmp_path):
@@ -171,7 +198,9 @@ def test_edit_with_the_old_time_and_size_is_found_when_read_or_verified(tmp_path
 def test_damaged_manifest_is_named(tmp_path, text):
     workspace, wanted = make(tmp_path, ("a",))
     (workspace.path(wanted["a"]) / "manifest.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"manifest\.json \(numbers/a\) is .*; delete the directory"):
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json \(numbers/a\) is .*; delete the directory"
+    ):
         make(tmp_path, ("a",))
 
 
@@ -181,7 +210,10 @@ def test_edited_counts_are_noticed_and_a_manifest_of_an_earlier_version_is_taken
     stated = json.loads(place.read_text())
     stated["stats"]["tokens"] += 1
     place.write_text(json.dumps(stated))
-    with pytest.raises(ArtifactError, match=r"manifest\.json \(numbers/a\) is not what was written \(digest\); delete"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"manifest\.json \(numbers/a\) is not what was written \(digest\); delete",
+    ):
         workspace.complete(wanted["a"])
     del stated["digest"]
     place.write_text(json.dumps(stated))
@@ -195,7 +227,10 @@ def test_shard_damaged_before_the_manifest_is_named_and_only_it_is_made_anew(tmp
     (folder / "manifest.json").unlink()
     damage(folder / SHARD)
     side = str(folder / SHARD).replace("parquet", "json")
-    with pytest.raises(ArtifactError, match=re.escape(f"delete {side} and run again: only that shard is made anew.")):
+    with pytest.raises(
+        ArtifactError,
+        match=re.escape(f"delete {side} and run again: only that shard is made anew."),
+    ):
         make(tmp_path, ("a",))
     os.unlink(side)
     (tmp_path / "made.log").unlink()
@@ -208,7 +243,9 @@ def test_cut_sidecar_is_named(tmp_path):
     folder = pathlib.Path(workspace.path(wanted["a"]))
     (folder / "manifest.json").unlink()
     cut(folder / SHARD.replace("parquet", "json"))
-    with pytest.raises(ArtifactError, match=r"shard-00002-of-00003\.json is unreadable \(numbers/a\); delete"):
+    with pytest.raises(
+        ArtifactError, match=r"shard-00002-of-00003\.json is unreadable \(numbers/a\); delete"
+    ):
         make(tmp_path, ("a",))
 
 
@@ -224,8 +261,11 @@ def test_full_disk_is_one_sentence_and_the_run_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ArtifactError) as e:
         make(tmp_path, ("a",))
-    assert re.fullmatch(r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); make room or "
-                        r"choose another workspace, and run the same command: finished work is kept\.", str(e.value))
+    assert re.fullmatch(
+        r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); make room or "
+        r"choose another workspace, and run the same command: finished work is kept\.",
+        str(e.value),
+    )
     monkeypatch.undo()
     assert not list(tmp_path.rglob(".shard*"))
     make(tmp_path, ("a",))
@@ -244,8 +284,11 @@ def test_full_disk_inside_a_stage_is_one_sentence(tmp_path):
 
 def test_workspace_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match=r"^The workspace \S+/file cannot be written \(Not a directory\); choose "
-                                            r"another with --config\.workspace=…$"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"^The workspace \S+/file cannot be written \(Not a directory\); choose "
+        r"another with --config\.workspace=…$",
+    ):
         run({"x": Node("x", "x", {})}, {}, Workspace(tmp_path / "file"), show=False)
 
 
@@ -274,7 +317,9 @@ def test_failed_stage_leaves_no_claim_and_no_manifest(tmp_path):
 
 
 def claim(path, **fields):
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "id": "x", "expires": time.time() + 60} | fields))
+    path.write_text(
+        json.dumps({"host": "elsewhere", "pid": 1, "id": "x", "expires": time.time() + 60} | fields)
+    )
     return epath.Path(path)
 
 
@@ -326,7 +371,9 @@ def test_lost_artifact_is_not_blessed(tmp_path):
             job.put("a", b"a")
             job._lease.lost = True
 
-    with pytest.raises(ArtifactError, match=r"^Another process took over \S+ \(x\) because this one was silent"):
+    with pytest.raises(
+        ArtifactError, match=r"^Another process took over \S+ \(x\) because this one was silent"
+    ):
         run({"x": node}, {"x": stage}, Workspace(tmp_path), show=False)
     assert not Workspace(tmp_path).complete(node)
 
@@ -361,5 +408,8 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
 
 def test_planning_needs_no_jax():
     asked = "import sys, deltapref_jax.workspace; print('jax' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", asked], text=True, env=ENVIRONMENT) == "False\n"
+    assert (
+        subprocess.check_output([sys.executable, "-c", asked], text=True, env=ENVIRONMENT)
+        == "False\n"
+    )
     assert workspaces.process() == (0, 1)

@@ -124,7 +124,9 @@ def crash_randomly(root: str, seed: int) -> int:
 
 def main(mode: str, root: str, seed: str = "0") -> None:
     os.makedirs(root, exist_ok=True)
-    pa.Table.from_pylist([{"x": 1}])  # what this and the next line import is not imported by every child
+    pa.Table.from_pylist(
+        [{"x": 1}]
+    )  # what this and the next line import is not imported by every child
     versions()
     os.fsync = lambda _: None  # what a killed process wrote, the kernel keeps
     if mode == "once":

@@ -12,14 +12,34 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-COLOURS = {"dpo": "#1f6f8b", "dpo_norm": "#6a4c93", "kto": "#d1495b", "sft": "#8a8a8a", "top": "#1f6f8b",
-           "random": "#8a8a8a", "matched": "#e09f3e", "chosen": "#1f6f8b", "rejected": "#d1495b"}
+COLOURS = {
+    "dpo": "#1f6f8b",
+    "dpo_norm": "#6a4c93",
+    "kto": "#d1495b",
+    "sft": "#8a8a8a",
+    "top": "#1f6f8b",
+    "random": "#8a8a8a",
+    "matched": "#e09f3e",
+    "chosen": "#1f6f8b",
+    "rejected": "#d1495b",
+}
 DOMAINS = {"in": "in domain", "out": "out of domain"}
 
-plt.rcParams.update({
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True, "grid.color": "#eeeeee",
-    "axes.axisbelow": True, "legend.frameon": False, "svg.hashsalt": "deltapref"})
+plt.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#999999",
+        "axes.grid": True,
+        "grid.color": "#eeeeee",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "svg.hashsalt": "deltapref",
+    }
+)
 
 Estimate = Sequence[float]  # value, low, high
 
@@ -38,17 +58,23 @@ class Line(NamedTuple):
     name: str
     colour: str  # key of COLOURS
     points: Sequence[Point]
-    trend: tuple[float, float, float] | None = None  # x and y of its centre, slope; None: points are joined
+    trend: tuple[float, float, float] | None = (
+        None  # x and y of its centre, slope; None: points are joined
+    )
     dashed: bool = False
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
+    )
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg \1class="figure"', text, count=1)
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg \1class="figure"', text, count=1
+    )
 
 
 def _lines(axes: Axes, lines: Sequence[Line]) -> None:
@@ -56,33 +82,64 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
     xs = [p.x for line in lines for p in line.points]
     width = max(xs) - min(xs) if xs else 0.0
     for i, line in enumerate(lines):
-        shift = (i - (len(lines) - 1) / 2) * 0.012 * (width or 1.0)  # arms at one x stand side by side
+        shift = (
+            (i - (len(lines) - 1) / 2) * 0.012 * (width or 1.0)
+        )  # arms at one x stand side by side
         points = sorted(line.points, key=lambda p: p.x)
         x = [p.x + shift for p in points]
         y = [p.y[0] for p in points]
         bars = [[p.y[0] - p.y[1] for p in points], [p.y[2] - p.y[0] for p in points]]
         colour = COLOURS.get(line.colour, "#555555")
         joined = line.trend is None and len(points) > 1
-        axes.errorbar(x, y, yerr=bars, marker="D" if line.dashed else "o", markersize=5, capsize=3, linewidth=1.4,
-                      label=line.name, color=colour, linestyle=("--" if line.dashed else "-") if joined else "none")
+        axes.errorbar(
+            x,
+            y,
+            yerr=bars,
+            marker="D" if line.dashed else "o",
+            markersize=5,
+            capsize=3,
+            linewidth=1.4,
+            label=line.name,
+            color=colour,
+            linestyle=("--" if line.dashed else "-") if joined else "none",
+        )
         if line.trend:
             centre, height, slope = line.trend
             ends = (min(xs), max(xs))
-            axes.plot(ends, [height + slope * (end - centre) for end in ends], color=colour, linewidth=1.2, alpha=0.5)
+            axes.plot(
+                ends,
+                [height + slope * (end - centre) for end in ends],
+                color=colour,
+                linewidth=1.2,
+                alpha=0.5,
+            )
     for label in dict.fromkeys(p.label for line in lines for p in line.points):
         named = [p for line in lines for p in line.points if p.label == label]
-        axes.annotate(label, (named[0].x, max(p.y[2] for p in named)), textcoords="offset points", xytext=(0, 4),
-                      ha="center", fontsize=8, color="#555555")
+        axes.annotate(
+            label,
+            (named[0].x, max(p.y[2] for p in named)),
+            textcoords="offset points",
+            xytext=(0, 4),
+            ha="center",
+            fontsize=8,
+            color="#555555",
+        )
 
 
 def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str:
     """Changes against x: one row of panels per key of `rows`, one panel per domain."""
     columns = max(map(len, rows.values()))
-    figure, grid = plt.subplots(len(rows), columns, figsize=(5.4 * columns, 3.5 * len(rows)), squeeze=False)
+    figure, grid = plt.subplots(
+        len(rows), columns, figsize=(5.4 * columns, 3.5 * len(rows)), squeeze=False
+    )
     for at, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
         for axes, (domain, lines) in zip(cells, domains.items(), strict=True):
             _lines(axes, lines)
-            axes.set_title(f"{name}, {DOMAINS[domain]}" if name else DOMAINS[domain], loc="left", fontweight="bold")
+            axes.set_title(
+                f"{name}, {DOMAINS[domain]}" if name else DOMAINS[domain],
+                loc="left",
+                fontweight="bold",
+            )
             axes.margins(x=0.08, y=0.15)
             if at == len(rows) - 1:
                 axes.set_xlabel(xlabel)
@@ -94,13 +151,20 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
 
 def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
     """Mean rating of the corrupted dimension against degree: judge → dimension → ratings at degrees 0, 1, …"""
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False, sharey=True
+    )
     palette = plt.get_cmap("viridis")
     for panel, (judge, dimensions) in zip(axes[0], curves.items(), strict=True):
         for i, (dimension, means) in enumerate(dimensions.items()):
             shown = [(degree, mean) for degree, mean in enumerate(means) if mean is not None]
-            panel.plot(*zip(*shown, strict=True), marker="o", markersize=4, label=dimension.replace("_", " "),
-                       color=palette(i / max(len(dimensions) - 1, 1) * 0.9))
+            panel.plot(
+                *zip(*shown, strict=True),
+                marker="o",
+                markersize=4,
+                label=dimension.replace("_", " "),
+                color=palette(i / max(len(dimensions) - 1, 1) * 0.9),
+            )
         panel.set_title(f"judge: {judge}", loc="left", fontweight="bold")
         panel.set_xlabel("degree of corruption")
         panel.set_xticks(range(max(map(len, dimensions.values()))))

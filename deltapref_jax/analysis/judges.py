@@ -24,10 +24,15 @@ def describe(study: Study, name: str) -> dict[str, Any]:
             by_generator[generator] = float(np.nanmean(values))
     config = next(j for j in study.experiment["judges"] if j["name"] == name)
     found: dict[str, Any] = {
-        "name": name, "kind": config["kind"], "traces": int(has.sum()), "dimensions": list(rated.dimensions),
-        "by_generator": by_generator, "mass": rated.mass,
+        "name": name,
+        "kind": config["kind"],
+        "traces": int(has.sum()),
+        "dimensions": list(rated.dimensions),
+        "by_generator": by_generator,
+        "mass": rated.mass,
         "auc_correct": list(st.auc(mean[correct == 1], mean[correct == 0])),
-        "halo": st.halo(rated.matrix[has]), "length": st.spearman(mean, study.column("tokens")[has].astype(float)),
+        "halo": st.halo(rated.matrix[has]),
+        "length": st.spearman(mean, study.column("tokens")[has].astype(float)),
     }
     if name in study.audits and study.audits[name].num_rows:
         found |= audit(study.audits[name], rated.dimensions)
@@ -36,7 +41,10 @@ def describe(study: Study, name: str) -> dict[str, Any]:
 
 def audit(table: pa.Table, dimensions: tuple[str, ...]) -> dict[str, Any]:
     """AUC of clean against corrupted in the corrupted dimension, and mean ratings by degree of corruption."""
-    column = {name: table[name].to_numpy(zero_copy_only=False) for name in ("target", "degree", "dimension", "rating")}
+    column = {
+        name: table[name].to_numpy(zero_copy_only=False)
+        for name in ("target", "degree", "dimension", "rating")
+    }
     degrees = sorted(set(column["degree"].tolist()))
     aucs, curves = {}, {}
     for d in dimensions:
@@ -46,13 +54,19 @@ def audit(table: pa.Table, dimensions: tuple[str, ...]) -> dict[str, Any]:
         if not clean.any() or not spoilt.any():
             continue
         aucs[d] = list(st.auc(column["rating"][clean], column["rating"][spoilt]))
-        cells = [column["rating"][clean if degree == 0 else spoilt & (column["degree"] == degree)]
-                 for degree in degrees]
+        cells = [
+            column["rating"][clean if degree == 0 else spoilt & (column["degree"] == degree)]
+            for degree in degrees
+        ]
         curves[d] = [float(cell.mean()) if len(cell) else None for cell in cells]
     if not aucs:
         return {}
-    return {"auc": aucs, "auc_mean": float(np.mean([a[0] for a in aucs.values()])), "curves": curves,
-            "useless": [d for d, a in aucs.items() if a[0] < USELESS_AUC]}
+    return {
+        "auc": aucs,
+        "auc_mean": float(np.mean([a[0] for a in aucs.values()])),
+        "curves": curves,
+        "useless": [d for d, a in aucs.items() if a[0] < USELESS_AUC],
+    }
 
 
 def agreement(study: Study) -> list[dict[str, Any]]:
@@ -73,10 +87,18 @@ def agreement(study: Study) -> list[dict[str, Any]]:
         k = max(1, int(known.sum()) // 4)
         bins = st.agreement_by_gap(gap_a[known], gap_b[known])
         counted = sum(n for _, _, n in bins)
-        found.append({
-            "first": first, "second": other, "traces": int(both.sum()), "spearman": st.spearman(a[both], b[both]),
-            "arm": widest, "pairs": int(known.sum()), "bins": [list(x) for x in bins],
-            "alike": sum(share * n for _, share, n in bins) / counted if counted else None,
-            "overlap": st.top_overlap(gap_a[known], gap_b[known], k), "overlap_chance": k / int(known.sum()),
-        })
+        found.append(
+            {
+                "first": first,
+                "second": other,
+                "traces": int(both.sum()),
+                "spearman": st.spearman(a[both], b[both]),
+                "arm": widest,
+                "pairs": int(known.sum()),
+                "bins": [list(x) for x in bins],
+                "alike": sum(share * n for _, share, n in bins) / counted if counted else None,
+                "overlap": st.top_overlap(gap_a[known], gap_b[known], k),
+                "overlap_chance": k / int(known.sum()),
+            }
+        )
     return found

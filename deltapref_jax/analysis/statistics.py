@@ -42,12 +42,16 @@ class Answers(NamedTuple):
 
 def by_question(results: pa.Table, domain: str) -> dict[str, Answers]:
     """suite → answers of a RESULT table's rows in `domain`; empty where it has none."""
-    column = {name: results[name].to_numpy(zero_copy_only=False)
-              for name in ("suite", "domain", "prompt_id", "correct")}
+    column = {
+        name: results[name].to_numpy(zero_copy_only=False)
+        for name in ("suite", "domain", "prompt_id", "correct")
+    }
     suites = {}
     for suite in sorted(set(column["suite"][column["domain"] == domain])):
         rows = (column["suite"] == suite) & (column["domain"] == domain)
-        questions, index, k = np.unique(column["prompt_id"][rows].astype(str), return_inverse=True, return_counts=True)
+        questions, index, k = np.unique(
+            column["prompt_id"][rows].astype(str), return_inverse=True, return_counts=True
+        )
         right = np.bincount(index, weights=column["correct"][rows].astype(float))
         suites[suite] = Answers(questions, right / k, k)
     return suites
@@ -56,8 +60,11 @@ def by_question(results: pa.Table, domain: str) -> dict[str, Answers]:
 def _weights(suites: Mapping[str, Answers], draws: int, seed: int) -> dict[str, np.ndarray]:
     """Bootstrap weight of every question, [draws, n] per suite; one set for all arms, so that contrasts are paired."""
     rng = np.random.default_rng(seed)
-    return {suite: rng.multinomial(len(a.questions), [1 / len(a.questions)] * len(a.questions), draws)
-            / len(a.questions) for suite, a in suites.items()}
+    return {
+        suite: rng.multinomial(len(a.questions), [1 / len(a.questions)] * len(a.questions), draws)
+        / len(a.questions)
+        for suite, a in suites.items()
+    }
 
 
 def _estimate(value: float, drawn: np.ndarray, questions: int) -> Estimate:
@@ -98,7 +105,11 @@ class Change(NamedTuple):
 
 
 def changes(
-    before: pa.Table, after: Mapping[str, Sequence[pa.Table]], domain: str, draws: int = DRAWS, seed: int = 0
+    before: pa.Table,
+    after: Mapping[str, Sequence[pa.Table]],
+    domain: str,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> dict[str, Change]:
     """Paired change of every arm; where an arm has several seeds they are resampled above the questions.
 
@@ -124,8 +135,13 @@ def changes(
         gaps = _gaps(arm, base, [by_question(results, domain) for results in tables])
         runs = len(tables)
         picked = max(runs - 1, 1)
-        share = np.random.default_rng([seed, place]).multinomial(picked, [1 / runs] * runs, draws) / picked
-        drawn = 100 * np.mean([np.sum((share @ g) * weights[suite], axis=1) for suite, g in gaps.items()], axis=0)
+        share = (
+            np.random.default_rng([seed, place]).multinomial(picked, [1 / runs] * runs, draws)
+            / picked
+        )
+        drawn = 100 * np.mean(
+            [np.sum((share @ g) * weights[suite], axis=1) for suite, g in gaps.items()], axis=0
+        )
         value = 100 * float(np.mean([g.mean() for g in gaps.values()]))
         estimate = _estimate(value, drawn, count)
         error = float(drawn.std(ddof=1)) or (estimate.high - estimate.low) / (2 * _Z95)
@@ -133,14 +149,20 @@ def changes(
     return found
 
 
-def _gaps(arm: str, base: Mapping[str, Answers], runs: Sequence[Mapping[str, Answers]]) -> dict[str, np.ndarray]:
+def _gaps(
+    arm: str, base: Mapping[str, Answers], runs: Sequence[Mapping[str, Answers]]
+) -> dict[str, np.ndarray]:
     """After minus before, [seeds, n] per suite."""
     for suite, a in base.items():
         for run in runs:
             if suite not in run or not np.array_equal(run[suite].questions, a.questions):
-                raise ValueError(f"Arm {arm!r} and the student answered different questions of suite {suite!r}; "
-                                 "evaluate both with the same config.")
-    return {suite: np.stack([run[suite].mean - a.mean for run in runs]) for suite, a in base.items()}
+                raise ValueError(
+                    f"Arm {arm!r} and the student answered different questions of suite {suite!r}; "
+                    "evaluate both with the same config."
+                )
+    return {
+        suite: np.stack([run[suite].mean - a.mean for run in runs]) for suite, a in base.items()
+    }
 
 
 def two_sided(value: float, error: float) -> float:
@@ -150,7 +172,9 @@ def two_sided(value: float, error: float) -> float:
     return 2 * (1 - _NORMAL.cdf(abs(value) / error))
 
 
-def minimum_detectable(before: pa.Table, seeds: int = 1, power: float = 0.8, level: float = 0.05) -> dict[str, float]:
+def minimum_detectable(
+    before: pa.Table, seeds: int = 1, power: float = 0.8, level: float = 0.05
+) -> dict[str, float]:
     """Smallest true change, in points, that one arm would show with `power` at a two-sided `level`, by domain.
 
     Assumes that training shifts every question alike and every seed alike, so that the error of a paired difference is
@@ -173,7 +197,9 @@ def minimum_detectable(before: pa.Table, seeds: int = 1, power: float = 0.8, lev
         variance = 0.0
         for a in suites.values():
             n = len(a.questions)
-            within = float(np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1)))  # of the mean
+            within = float(
+                np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1))
+            )  # of the mean
             if a.samples.min() == 1 or within == 0:
                 p = (float(a.mean.sum()) + 2) / (n + 4)
                 within = p * (1 - p)
@@ -259,7 +285,9 @@ def auc(higher: ArrayLike, lower: ArrayLike) -> Estimate:
     above = (r[:m] - ranks(x)) / n  # share of `lower` below each of `higher`
     below = 1 - (r[m:] - ranks(y)) / m
     value = float(above.mean())
-    error = math.sqrt((above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0))
+    error = math.sqrt(
+        (above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0)
+    )
     return Estimate(value, max(0.0, value - _Z95 * error), min(1.0, value + _Z95 * error))
 
 
@@ -268,7 +296,9 @@ def halo(ratings: np.ndarray) -> float:
 
     Near 1, a judge has one opinion and not several.
     """
-    pairs = [spearman(ratings[:, i], ratings[:, j]) for i in range(ratings.shape[1]) for j in range(i)]
+    pairs = [
+        spearman(ratings[:, i], ratings[:, j]) for i in range(ratings.shape[1]) for j in range(i)
+    ]
     defined = [v for v in pairs if not math.isnan(v)]
     return float(np.mean(defined)) if defined else math.nan
 
@@ -290,5 +320,7 @@ def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[tuple[fl
         return []
     order = np.argsort(np.abs(x), kind="stable")
     agree = np.where(y == 0, 0.5, np.sign(x) == np.sign(y))
-    return [(float(np.abs(x[part]).mean()), float(agree[part].mean()), len(part))
-            for part in np.array_split(order, min(bins, len(x)))]
+    return [
+        (float(np.abs(x[part]).mean()), float(agree[part].mean()), len(part))
+        for part in np.array_split(order, min(bins, len(x)))
+    ]

@@ -43,7 +43,9 @@ class Study:
     @functools.cached_property
     def domains(self) -> list[str]:
         """Those that the suites have, "in" before "out"."""
-        return [d for d in ("in", "out") if any(s["domain"] == d for s in self.experiment["suites"])]
+        return [
+            d for d in ("in", "out") if any(s["domain"] == d for s in self.experiment["suites"])
+        ]
 
     @functools.cached_property
     def place(self) -> dict[str, int]:
@@ -55,14 +57,18 @@ class Study:
         """A column of all traces, in the order of `place`."""
         if not self.traces:
             return np.zeros(0)
-        return np.concatenate([t[name].to_numpy(zero_copy_only=False) for t in self.traces.values()])
+        return np.concatenate(
+            [t[name].to_numpy(zero_copy_only=False) for t in self.traces.values()]
+        )
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
         """Verdict of every trace: 1, 0, or NaN where there is none."""
         found = np.full(len(self.place), np.nan)
         for table in self.verdicts.values():
-            for trace, correct in zip(table["trace_id"].to_pylist(), table["correct"].to_pylist(), strict=True):
+            for trace, correct in zip(
+                table["trace_id"].to_pylist(), table["correct"].to_pylist(), strict=True
+            ):
                 if correct is not None and trace in self.place:
                     found[self.place[trace]] = correct
         return found
@@ -70,13 +76,17 @@ class Study:
     @functools.cached_property
     def rated(self) -> dict[str, Rated]:
         """Ratings by judge, lined up with `place`."""
-        return {judge: _lined_up(tables, self.place) for judge, tables in self.ratings.items() if tables}
+        return {
+            judge: _lined_up(tables, self.place) for judge, tables in self.ratings.items() if tables
+        }
 
     def rows(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the chosen and of the rejected traces of an arm's pairs, [P] each."""
         pairs = self.pairs[arm]
-        return tuple(np.array([self.place[i] for i in pairs[side].to_pylist()], int)  # type: ignore[return-value]
-                     for side in ("chosen_id", "rejected_id"))
+        return tuple(
+            np.array([self.place[i] for i in pairs[side].to_pylist()], int)  # type: ignore[return-value]
+            for side in ("chosen_id", "rejected_id")
+        )
 
     def stats(self, label: str) -> dict[str, Any]:
         """Counts of an artifact; empty if it is not in the study."""

@@ -73,8 +73,15 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
     while True:
         gold, answer = pipe.recv()
         try:
-            pipe.send(bool(verify(parse(f"${gold}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None),
-                                  timeout_seconds=None)))
+            pipe.send(
+                bool(
+                    verify(
+                        parse(f"${gold}$", parsing_timeout=None),
+                        parse(f"${answer}$", parsing_timeout=None),
+                        timeout_seconds=None,
+                    )
+                )
+            )
         except Exception as e:  # math-verify's parsers raise many kinds
             pipe.send(f"{type(e).__name__}: {e}")
 
@@ -83,7 +90,9 @@ _worker: tuple[Any, multiprocessing.connection.Connection] | None = None
 
 
 def _start() -> tuple[Any, multiprocessing.connection.Connection]:
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX's runtime half-way
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would copy the threads of JAX's runtime half-way
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
@@ -101,7 +110,10 @@ def _math(gold: str, answer: str, seconds: float = MATH_SECONDS) -> Verdict:
     try:
         pipe.send((gold, answer))
         got = pipe.recv() if pipe.poll(seconds) else "timeout"
-    except (EOFError, OSError):  # killed by the system, such as for the memory that an answer made it take
+    except (
+        EOFError,
+        OSError,
+    ):  # killed by the system, such as for the memory that an answer made it take
         got = "the checker died"
     if got in ("timeout", "the checker died"):
         process.kill()

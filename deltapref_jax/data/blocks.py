@@ -75,8 +75,10 @@ class _Parquet(Blocks):
             table = _row_groups(self._file, first, last, tuple(self._columns))
             rows = table.slice(start - self._starts[first], stop - start).to_pylist()
         except Exception as e:  # pyarrow raises many kinds for a damaged page
-            raise ConfigError(f"Rows {start} to {stop - 1} of {self.path} cannot be read ({_first_line(e)}); write the "
-                              "file again.") from e
+            raise ConfigError(
+                f"Rows {start} to {stop - 1} of {self.path} cannot be read ({_first_line(e)}); write the "
+                "file again."
+            ) from e
         for i, row in enumerate(rows, start):
             yield f"Row {i} of {self.path}", row
 
@@ -99,7 +101,9 @@ class _Arrow(Blocks):
             yield f"Row {i} of {self.path}", row
 
 
-def open_blocks(source: Pairs, read: Callable[[Sequence[str]], set[str]]) -> tuple[Blocks, list[str]]:
+def open_blocks(
+    source: Pairs, read: Callable[[Sequence[str]], set[str]]
+) -> tuple[Blocks, list[str]]:
     """The rows of a source, and its columns.
 
     Args:
@@ -113,7 +117,9 @@ def open_blocks(source: Pairs, read: Callable[[Sequence[str]], set[str]]) -> tup
     if not os.path.isfile(local(path)):
         data = _dataset(path, source.split)
         wanted = read(data.column_names)
-        return _Arrow(path, data.select_columns([c for c in data.column_names if c in wanted])), data.column_names
+        return _Arrow(
+            path, data.select_columns([c for c in data.column_names if c in wanted])
+        ), data.column_names
     try:
         names = pq.read_schema(local(path)).names if path.endswith(".parquet") else None
     except Exception as e:  # pyarrow raises many kinds for a damaged file
@@ -122,7 +128,9 @@ def open_blocks(source: Pairs, read: Callable[[Sequence[str]], set[str]]) -> tup
         wanted = read(names)
         return _Parquet(path, [c for c in names if c in wanted]), names
     if not path.endswith((".jsonl", ".json")):
-        raise ConfigError(f"The data file {path} ends in neither .jsonl nor .parquet; convert it to one of the two.")
+        raise ConfigError(
+            f"The data file {path} ends in neither .jsonl nor .parquet; convert it to one of the two."
+        )
     lines = _Jsonl(path)
     if not lines.rows:
         raise ConfigError(f"{path} holds no row; give it some.")
@@ -139,7 +147,11 @@ def check_place(path: str) -> None:
     Raises:
       ConfigError: so it is.
     """
-    here = path.endswith((".jsonl", ".json", ".parquet")) or path.count("/") > 1 or path.startswith((".", "/"))
+    here = (
+        path.endswith((".jsonl", ".json", ".parquet"))
+        or path.count("/") > 1
+        or path.startswith((".", "/"))
+    )
     if here and not os.path.exists(local(path)):
         raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
 
@@ -156,8 +168,10 @@ def _dataset(path: str, split: str) -> Any:
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
         return data[split] if isinstance(data, dict) else data
     except Exception as e:  # the library and the hub raise dozens of kinds
-        raise ConfigError(f"The data set {path!r} (split {split!r}) cannot be loaded "
-                          f"({_first_line(e)}); check name, split and connection, or give a local folder.") from e
+        raise ConfigError(
+            f"The data set {path!r} (split {split!r}) cannot be loaded "
+            f"({_first_line(e)}); check name, split and connection, or give a local folder."
+        ) from e
 
 
 def _first_line(e: Exception) -> str:

@@ -22,7 +22,9 @@ def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
     return words(json.loads(row["messages"])[-1]["content"])
 
 
-def overlapping(training: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def overlapping(
+    training: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]]
+) -> dict[str, str]:
     """Ids of training prompts that overlap, with the reason: "exact" (same words) or "13-gram" (13 words in a row).
 
     Both arguments are rows of `records.PROMPT`. Questions of fewer than 13 words can only overlap exactly.

@@ -13,8 +13,12 @@ from deltapref_jax.config import ConfigError
 Row = dict[str, Any]
 
 
-def trl_rows(pairs: Sequence[Row], prompts: Sequence[Row], traces: Sequence[Row],
-             ratings: Mapping[str, float]) -> list[Row]:
+def trl_rows(
+    pairs: Sequence[Row],
+    prompts: Sequence[Row],
+    traces: Sequence[Row],
+    ratings: Mapping[str, float],
+) -> list[Row]:
     """{prompt, chosen, rejected} as message lists (explicit prompt), with models, ratings and correctness.
 
     Args:
@@ -52,7 +56,9 @@ def write_rows(rows: Sequence[Row], path: str) -> None:
       ConfigError: another ending, or the file cannot be written.
     """
     if not path.endswith((".parquet", ".jsonl")):
-        raise ConfigError(f"The output {path!r} ends in neither .parquet nor .jsonl; name one of the two.")
+        raise ConfigError(
+            f"The output {path!r} ends in neither .parquet nor .jsonl; name one of the two."
+        )
     try:
         if path.endswith(".parquet"):
             pq.write_table(pa.Table.from_pylist(list(rows)), path)
@@ -60,5 +66,7 @@ def write_rows(rows: Sequence[Row], path: str) -> None:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             Path(path).write_text(lines, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"The output {path} cannot be written ({e.strerror or e}); name a file in a folder that is "
-                          "there.") from e
+        raise ConfigError(
+            f"The output {path} cannot be written ({e.strerror or e}); name a file in a folder that is "
+            "there."
+        ) from e

@@ -31,8 +31,12 @@ FORMATS = {  # columns that decide, first match wins; then the columns that are 
     "unpaired": (("prompt", "completion", "label"), ()),
 }
 Row = dict[str, Any]
-Example = tuple[Any, tuple[Any, ...], bool | None]  # prompt, completions, label; text, messages or ids
-Tokenise = Callable[[list[tuple[Any, tuple[Any, ...]]]], Sequence[Any]]  # to .prompt, .completions, .apart
+Example = tuple[
+    Any, tuple[Any, ...], bool | None
+]  # prompt, completions, label; text, messages or ids
+Tokenise = Callable[
+    [list[tuple[Any, tuple[Any, ...]]]], Sequence[Any]
+]  # to .prompt, .completions, .apart
 
 
 @dataclasses.dataclass
@@ -53,7 +57,9 @@ class Preferences:
     counts: dict[str, int]
 
 
-def read_preferences(source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int = 0, workers: int = -1) -> Preferences:
+def read_preferences(
+    source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int = 0, workers: int = -1
+) -> Preferences:
     """Reads and tokenises all of `source`.
 
     Args:
@@ -71,12 +77,21 @@ def read_preferences(source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int
     needed = _read(name)
     if workers < 0:
         workers = min(source.workers, len(blocks) * BLOCK // 1000)
-    prepare = functools.partial(_prepare, blocks=blocks, name=name, needed=needed, tokenise=tokenise, unpair=unpair,
-                                vocab=vocab)
+    prepare = functools.partial(
+        _prepare,
+        blocks=blocks,
+        name=name,
+        needed=needed,
+        tokenise=tokenise,
+        unpair=unpair,
+        vocab=vocab,
+    )
     read = grain.MapDataset.range(len(blocks)).map(prepare).to_iter_dataset(grain.ReadOptions(0, 0))
     groups: list[list[Row]] = []
     ignored, counts = set(columns) - needed, Counter[str](read=0, apart=0)
-    if workers and not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which a notebook or test never parses
+    if (
+        workers and not flags.FLAGS.is_parsed()
+    ):  # Grain asks absl's flags, which a notebook or test never parses
         flags.FLAGS.mark_as_parsed()
     for done in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
         if done.broken:
@@ -99,8 +114,15 @@ class _Done:
     broken: str = ""
 
 
-def _prepare(number: int, blocks: Blocks, name: str, needed: set[str], tokenise: Tokenise, unpair: bool,
-             vocab: int) -> _Done:
+def _prepare(
+    number: int,
+    blocks: Blocks,
+    name: str,
+    needed: set[str],
+    tokenise: Tokenise,
+    unpair: bool,
+    vocab: int,
+) -> _Done:
     examples: list[tuple[str, Example]] = []
     columns: set[str] = set()
     where = ""
@@ -109,17 +131,28 @@ def _prepare(number: int, blocks: Blocks, name: str, needed: set[str], tokenise:
         for where, raw in block:
             row = json_row(raw) if isinstance(raw, bytes) else raw
             columns |= row.keys()
-            found = _ids(row, name, vocab) if "ids" in name else _paired(row) if name == "paired" else _unpaired(row)
+            found = (
+                _ids(row, name, vocab)
+                if "ids" in name
+                else _paired(row)
+                if name == "paired"
+                else _unpaired(row)
+            )
             prompt, completions, label = found
             if unpair and len(completions) == 2:
-                examples += [(where, (prompt, (c,), good)) for c, good in zip(completions, (True, False), strict=True)]
+                examples += [
+                    (where, (prompt, (c,), good))
+                    for c, good in zip(completions, (True, False), strict=True)
+                ]
             else:
                 examples.append((where, (prompt, completions, label)))
         if "ids" in name:
             tokens = [(prompt, completions, False) for _, (prompt, completions, _) in examples]
         else:
             asked = [(prompt, completions) for _, (prompt, completions, _) in examples]
-            tokens = [(t.prompt, t.completions, t.apart) for t in _tokenised(tokenise, asked, examples)]
+            tokens = [
+                (t.prompt, t.completions, t.apart) for t in _tokenised(tokenise, asked, examples)
+            ]
     except ConfigError as e:  # of the file or the tokenizer, not of a row
         return _Done(broken=str(e))
     except ValueError as e:
@@ -129,14 +162,29 @@ def _prepare(number: int, blocks: Blocks, name: str, needed: set[str], tokenise:
     for (place, (prompt, said, label)), (ids, completions, _) in zip(examples, tokens, strict=True):
         key = digest(prompt.tolist() if isinstance(prompt, np.ndarray) else prompt)
         labels = (label,) if len(completions) == 1 else (True, False)
-        groups.append([{"prompt_id": key, "prompt_ids": ids, "completion_ids": c, "desirable": good, "where": place,
-                        "empty": _empty(answer)}
-                       for c, good, answer in zip(completions, labels, said, strict=True)])
-    return _Done(groups, columns, {"read": len(block), "apart": sum(apart for _, _, apart in tokens)})
+        groups.append(
+            [
+                {
+                    "prompt_id": key,
+                    "prompt_ids": ids,
+                    "completion_ids": c,
+                    "desirable": good,
+                    "where": place,
+                    "empty": _empty(answer),
+                }
+                for c, good, answer in zip(completions, labels, said, strict=True)
+            ]
+        )
+    return _Done(
+        groups, columns, {"read": len(block), "apart": sum(apart for _, _, apart in tokens)}
+    )
 
 
-def _tokenised(tokenise: Tokenise, asked: list[tuple[Any, tuple[Any, ...]]], examples: list[tuple[str, Example]]) -> (
-        Sequence[Any]):
+def _tokenised(
+    tokenise: Tokenise,
+    asked: list[tuple[Any, tuple[Any, ...]]],
+    examples: list[tuple[str, Example]],
+) -> Sequence[Any]:
     try:
         return tokenise(asked)
     except ConfigError:  # of the tokenizer, not of a row
@@ -160,8 +208,10 @@ def _format(path: str, columns: Sequence[str]) -> str:
         if set(deciding) <= set(columns):
             return name
     known = "; ".join(", ".join(deciding) for deciding, _ in FORMATS.values())
-    raise ConfigError(f"{path} has the columns {', '.join(sorted(columns)) or '(none)'}, which are no preference data; "
-                      f"rename them to one of: {known}.")
+    raise ConfigError(
+        f"{path} has the columns {', '.join(sorted(columns)) or '(none)'}, which are no preference data; "
+        f"rename them to one of: {known}."
+    )
 
 
 def _label(value: Any) -> bool:
@@ -178,7 +228,11 @@ def _ids(row: Row, name: str, vocab: int) -> Example:
             fine = not len(array) or array.dtype.kind in "iu"
         except (ValueError, TypeError):
             fine = False
-        if not fine or array.ndim != 1 or (len(array) and (array.min() < 0 or (vocab and array.max() >= vocab))):
+        if (
+            not fine
+            or array.ndim != 1
+            or (len(array) and (array.min() < 0 or (vocab and array.max() >= vocab)))
+        ):
             below = f" from 0 to {vocab - 1}, the model's vocabulary" if vocab else ""
             raise ValueError(f"{column!r} is not a list of token ids{below}")
         return array.astype(np.int32)
@@ -192,7 +246,11 @@ def _empty(answer: Any) -> bool:
     """Of ids, text or messages."""
     if isinstance(answer, str):
         return not answer.strip()
-    return not any(m["content"].strip() for m in answer) if isinstance(answer, list) else not len(answer)
+    return (
+        not any(m["content"].strip() for m in answer)
+        if isinstance(answer, list)
+        else not len(answer)
+    )
 
 
 def _said(row: Row, column: str) -> Any:
@@ -200,12 +258,20 @@ def _said(row: Row, column: str) -> Any:
     value = row.get(column)
     if isinstance(value, str):
         return value
-    if isinstance(value, dict) and {"role", "content"} <= value.keys():  # a list of messages, column-wise
-        value = [{"role": r, "content": c} for r, c in zip(value["role"], value["content"], strict=True)]
+    if (
+        isinstance(value, dict) and {"role", "content"} <= value.keys()
+    ):  # a list of messages, column-wise
+        value = [
+            {"role": r, "content": c} for r, c in zip(value["role"], value["content"], strict=True)
+        ]
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{column!r} is {'missing' if value is None else 'neither text nor a list of messages'}")
+        raise ValueError(
+            f"{column!r} is {'missing' if value is None else 'neither text nor a list of messages'}"
+        )
     for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(k), str) for k in ("role", "content")
+        ):
             raise ValueError(f"{column!r} has a message without 'role' and 'content' as text")
     return [{k: v for k, v in message.items() if v is not None} for message in value]
 
@@ -213,8 +279,10 @@ def _said(row: Row, column: str) -> Any:
 def _answer(value: Any, column: str) -> list[Row]:
     messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{column!r} ends with a message of the {messages[-1]['role']} and must end with the "
-                         "assistant's")
+        raise ValueError(
+            f"{column!r} ends with a message of the {messages[-1]['role']} and must end with the "
+            "assistant's"
+        )
     return messages
 
 
@@ -227,19 +295,29 @@ def _paired(row: Row) -> Example:
         if prompt is None and "prompt" in row:
             raise ValueError("'prompt' is missing")
         border = _shared(chosen, rejected) if prompt is None else 0
-        return (prompt if prompt is not None else chosen[:border]), (chosen[border:], rejected[border:]), None
+        return (
+            (prompt if prompt is not None else chosen[:border]),
+            (chosen[border:], rejected[border:]),
+            None,
+        )
     chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
     whole = chosen[0]["role"] != "assistant"
     if isinstance(prompt, str) and not whole:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        n = len(prompt) if whole and chosen[:len(prompt)] == rejected[:len(prompt)] == prompt else 0
+        n = (
+            len(prompt)
+            if whole and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
+            else 0
+        )
     else:  # whole conversations; a prompt of text repeats their question
         n = _shared(chosen, rejected)
         prompt = chosen[:n]
         if not n:
-            raise ValueError("the conversations in 'chosen' and 'rejected' share no first message, so there is no "
-                             "prompt")
+            raise ValueError(
+                "the conversations in 'chosen' and 'rejected' share no first message, so there is no "
+                "prompt"
+            )
     if n == min(len(chosen), len(rejected)):
         raise ValueError("'chosen' or 'rejected' has no answer behind the prompt")
     return prompt, (chosen[n:], rejected[n:]), None
@@ -263,7 +341,9 @@ def _unpaired(row: Row) -> Example:
     return prompt, (completion,), _label(row.get("label"))
 
 
-def limit(preferences: Preferences, length: int, rule: str, mode: str) -> tuple[list[list[Row]], dict[str, int]]:
+def limit(
+    preferences: Preferences, length: int, rule: str, mode: str
+) -> tuple[list[list[Row]], dict[str, int]]:
     """The length rule: groups whose sequences have `length` tokens at most, and counts of what was done.
 
     Counts are `too_long` (groups dropped), `cut` (sequences shortened), `cut_away` (groups dropped because nothing of a
@@ -287,9 +367,11 @@ def limit(preferences: Preferences, length: int, rule: str, mode: str) -> tuple[
         sizes = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in group]
         long = sum(size > length for size in sizes)
         if long and rule == "error":
-            raise ConfigError(f"{group[0]['where']} has a sequence of {max(sizes)} tokens, and "
-                              f"config.training.row_length is {length}; raise it, or set config.training.over_length "
-                              "to 'drop' or 'truncate'.")
+            raise ConfigError(
+                f"{group[0]['where']} has a sequence of {max(sizes)} tokens, and "
+                f"config.training.row_length is {length}; raise it, or set config.training.over_length "
+                "to 'drop' or 'truncate'."
+            )
         if long and rule == "drop":
             counts["too_long"] += 1
             continue
@@ -298,12 +380,19 @@ def limit(preferences: Preferences, length: int, rule: str, mode: str) -> tuple[
             counts["cut_away"] += 1
             continue
         counts["cut"] += long
-        kept.append([row | {"prompt_ids": c[0], "completion_ids": c[1]} for row, c in zip(group, cuts, strict=True)
-                     if c is not None])
+        kept.append(
+            [
+                row | {"prompt_ids": c[0], "completion_ids": c[1]}
+                for row, c in zip(group, cuts, strict=True)
+                if c is not None
+            ]
+        )
     if not kept:
-        raise ConfigError(f"None of the {len(preferences.groups)} pairs or examples is left: {counts['too_long']} are "
-                          f"longer than config.training.row_length ({length} tokens), {counts['cut_away']} have no "
-                          f"answer within it and {counts['unscored']} have nothing to score; raise it.")
+        raise ConfigError(
+            f"None of the {len(preferences.groups)} pairs or examples is left: {counts['too_long']} are "
+            f"longer than config.training.row_length ({length} tokens), {counts['cut_away']} have no "
+            f"answer within it and {counts['unscored']} have nothing to score; raise it."
+        )
     return kept, dict(counts)
 
 
@@ -311,11 +400,13 @@ def _unscored(prompt: np.ndarray, completion: np.ndarray) -> bool:
     return len(completion) == 0 or len(prompt) + len(completion) < 2
 
 
-def cut(prompt: np.ndarray, completion: np.ndarray, length: int, mode: str) -> tuple[np.ndarray, np.ndarray] | None:
+def cut(
+    prompt: np.ndarray, completion: np.ndarray, length: int, mode: str
+) -> tuple[np.ndarray, np.ndarray] | None:
     """A sequence within `length` tokens: its start (TRL's default) or its end; None if no scored token stays."""
     over = max(0, len(prompt) + len(completion) - length)
     if mode == "keep_end":
-        prompt, completion = prompt[over:], completion[max(0, over - len(prompt)):]
+        prompt, completion = prompt[over:], completion[max(0, over - len(prompt)) :]
     else:
-        prompt, completion = prompt[:length], completion[:max(0, len(completion) - over)]
+        prompt, completion = prompt[:length], completion[: max(0, len(completion) - over)]
     return None if _unscored(prompt, completion) else (prompt, completion)

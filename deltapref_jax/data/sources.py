@@ -36,14 +36,24 @@ def read_prompts(source: Prompts) -> tuple[list[Row], dict[str, int]]:
         order = np.random.default_rng(source.seed).permutation(len(unique))[: source.count]
         unique = [unique[i] for i in sorted(order)]
     if not unique:
-        raise ConfigError(f"The source {source.path or source.tasks} holds no question with text; give it some.")
+        raise ConfigError(
+            f"The source {source.path or source.tasks} holds no question with text; give it some."
+        )
     return unique, {"read": len(rows), "empty": empty, "duplicate": len(rows) - empty - len(kept)}
 
 
-def _row(task: str, messages: list[dict[str, str]], answer: str, checker: str, meta: dict[str, Any]) -> Row:
+def _row(
+    task: str, messages: list[dict[str, str]], answer: str, checker: str, meta: dict[str, Any]
+) -> Row:
     text = json.dumps(messages, ensure_ascii=False)
-    return {"prompt_id": digest(task, text), "task": task, "messages": text, "answer": answer, "checker": checker,
-            "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False)}
+    return {
+        "prompt_id": digest(task, text),
+        "task": task,
+        "messages": text,
+        "answer": answer,
+        "checker": checker,
+        "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False),
+    }
 
 
 def task_names(kind: str) -> tuple[str, ...]:
@@ -67,33 +77,51 @@ def _reasoning_gym(source: Prompts) -> Iterable[Row]:
         share = source.count // len(source.tasks) + (place < source.count % len(source.tasks))
         for entry in reasoning_gym.create_dataset(task, size=share, seed=source.seed):
             kept = json.loads(json.dumps(entry, default=str))
-            yield _row(task, [{"role": "user", "content": entry["question"]}], str(entry["answer"]), "reasoning_gym",
-                       {"task": task, "entry": kept})
+            yield _row(
+                task,
+                [{"role": "user", "content": entry["question"]}],
+                str(entry["answer"]),
+                "reasoning_gym",
+                {"task": task, "entry": kept},
+            )
 
 
 def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Row]:
     """Rows of a table by `prompt_field` and `answer_field`; `where` of each goes into the sentence of an error."""
     for where, row in rows:
         if source.prompt_field not in row:
-            raise ConfigError(f"{where} has no column {source.prompt_field!r}; it has {sorted(row)}: "
-                              "set prompt_field.")
+            raise ConfigError(
+                f"{where} has no column {source.prompt_field!r}; it has {sorted(row)}: "
+                "set prompt_field."
+            )
         prompt, answer = row[source.prompt_field], row.get(source.answer_field)
         if answer is None and source.checker:
-            raise ConfigError(f"{where} has no {source.answer_field!r} and the checker {source.checker!r} needs one; "
-                              "set answer_field, or checker to ''.")
+            raise ConfigError(
+                f"{where} has no {source.answer_field!r} and the checker {source.checker!r} needs one; "
+                "set answer_field, or checker to ''."
+            )
         if prompt is None or isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt or ""}]
-        elif isinstance(prompt, dict) and {"role", "content"} <= prompt.keys():  # a list of messages, column-wise
-            prompt = [{"role": r, "content": c} for r, c in zip(prompt["role"], prompt["content"], strict=True)]
+        elif (
+            isinstance(prompt, dict) and {"role", "content"} <= prompt.keys()
+        ):  # a list of messages, column-wise
+            prompt = [
+                {"role": r, "content": c}
+                for r, c in zip(prompt["role"], prompt["content"], strict=True)
+            ]
         try:
             messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
             if not all(isinstance(text, str) for m in messages for text in m.values()):
                 raise TypeError
         except (TypeError, KeyError) as e:
-            raise ConfigError(f"{where} has a prompt that is neither text nor a list of chat messages; "
-                              "each message needs 'role' and 'content', both text.") from e
+            raise ConfigError(
+                f"{where} has a prompt that is neither text nor a list of chat messages; "
+                "each message needs 'role' and 'content', both text."
+            ) from e
         if not messages or messages[-1]["role"] != "user":
-            raise ConfigError(f"{where} has a prompt whose last message is not the user's; cut the answer off.")
+            raise ConfigError(
+                f"{where} has a prompt whose last message is not the user's; cut the answer off."
+            )
         yield _row(task, messages, "" if answer is None else str(answer), source.checker, {})
 
 
@@ -115,9 +143,13 @@ def _jsonl(source: Prompts) -> Iterable[Row]:
                 try:
                     row = json.loads(line)
                 except ValueError as e:
-                    raise ConfigError(f"Line {number} of {path} is not JSON ({e}); mend or remove it.") from e
+                    raise ConfigError(
+                        f"Line {number} of {path} is not JSON ({e}); mend or remove it."
+                    ) from e
                 if not isinstance(row, dict):
-                    raise ConfigError(f"Line {number} of {path} is not a JSON object; mend or remove it.")
+                    raise ConfigError(
+                        f"Line {number} of {path} is not a JSON object; mend or remove it."
+                    )
                 yield f"Line {number} of {path}", row
 
     return _from_columns(source, lines(), path.stem)
@@ -129,7 +161,9 @@ def _parquet(source: Prompts) -> Iterable[Row]:
         rows = pq.read_table(path).to_pylist()
     except Exception as e:  # pyarrow raises many kinds for a damaged file
         raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
-    return _from_columns(source, ((f"Row {i} of {path}", row) for i, row in enumerate(rows)), path.stem)
+    return _from_columns(
+        source, ((f"Row {i} of {path}", row) for i, row in enumerate(rows)), path.stem
+    )
 
 
 def _hub(source: Prompts) -> Iterable[Row]:
@@ -138,11 +172,16 @@ def _hub(source: Prompts) -> Iterable[Row]:
     try:
         data = datasets.load_dataset(source.path, split=source.split)
     except Exception as e:  # the library and the hub raise dozens of kinds
-        raise ConfigError(f"The data set {source.path!r} (split {source.split!r}) cannot be loaded "
-                          f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split and "
-                          "connection, or give a local folder.") from e
-    return _from_columns(source, ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(data)),
-                         Path(source.path).name)
+        raise ConfigError(
+            f"The data set {source.path!r} (split {source.split!r}) cannot be loaded "
+            f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split and "
+            "connection, or give a local folder."
+        ) from e
+    return _from_columns(
+        source,
+        ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(data)),
+        Path(source.path).name,
+    )
 
 
 def _tfds(source: Prompts) -> Iterable[Row]:
@@ -154,22 +193,35 @@ def _tfds(source: Prompts) -> Iterable[Row]:
     except ConfigError:
         raise
     except Exception as e:  # tfds raises many kinds
-        raise ConfigError(f"The TFDS data set in {source.path} (split {source.split!r}) cannot be read "
-                          f"({type(e).__name__}: {e}); give the builder's version directory, in array_record "
-                          "format.") from e
+        raise ConfigError(
+            f"The TFDS data set in {source.path} (split {source.split!r}) cannot be read "
+            f"({type(e).__name__}: {e}); give the builder's version directory, in array_record "
+            "format."
+        ) from e
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(each) for key, each in value.items()}
         if isinstance(value, np.ndarray | np.generic):
             value = value.tolist()
-        return [plain(v) for v in value] if isinstance(value, list) else (
-            value.decode() if isinstance(value, bytes) else value)
+        return (
+            [plain(v) for v in value]
+            if isinstance(value, list)
+            else (value.decode() if isinstance(value, bytes) else value)
+        )
 
-    return _from_columns(source, ((f"Row {i} of {source.path}", plain(row)) for i, row in enumerate(data)),
-                         builder.info.name)
+    return _from_columns(
+        source,
+        ((f"Row {i} of {source.path}", plain(row)) for i, row in enumerate(data)),
+        builder.info.name,
+    )
 
 
 SOURCES: dict[str, Callable[[Prompts], Iterable[Row]]] = {
-    "synthetic": _synthetic, "reasoning_gym": _reasoning_gym, "jsonl": _jsonl, "parquet": _parquet, "hub": _hub,
-    "tfds": _tfds}
+    "synthetic": _synthetic,
+    "reasoning_gym": _reasoning_gym,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "hub": _hub,
+    "tfds": _tfds,
+}

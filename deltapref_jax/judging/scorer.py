@@ -42,17 +42,28 @@ def summarise(probabilities: np.ndarray) -> Ratings:
     return Ratings(mean, np.sqrt(variance), mass, distribution)
 
 
-def rating_sample(model: Loaded, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric) -> Sample:
+def rating_sample(
+    model: Loaded, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric
+) -> Sample:
     """Trunk and branches of one trace; the targets mark the last position of every branch, where the label is read."""
     trunk, suffixes = trunk_and_suffixes(model.text, problem, trace, dimensions, rubric)
-    tokens, positions, branches, ends = [*trunk], [*range(len(trunk))], [0] * len(trunk), [False] * len(trunk)
+    tokens, positions, branches, ends = (
+        [*trunk],
+        [*range(len(trunk))],
+        [0] * len(trunk),
+        [False] * len(trunk),
+    )
     for b, suffix in enumerate(suffixes):
         tokens += suffix
         positions += range(len(trunk), len(trunk) + len(suffix))
         branches += [b + 1] * len(suffix)
         ends += [False] * (len(suffix) - 1) + [True]
-    return Sample(np.asarray(tokens, np.int32), np.asarray(ends), np.asarray(positions, np.int32),
-                  np.asarray(branches, np.int32))
+    return Sample(
+        np.asarray(tokens, np.int32),
+        np.asarray(ends),
+        np.asarray(positions, np.int32),
+        np.asarray(branches, np.int32),
+    )
 
 
 @functools.cache
@@ -62,13 +73,20 @@ def _reader(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[..., Any]:
 
     def read(params: nnx.State, batch: PackedBatch, at: Any, labels: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, batch.branches, mesh=mesh)[at[0], at[1]]
-        logits = jnp.einsum("nd,vd->nv", hidden, model.unembedding(), preferred_element_type=jnp.float32)
+        hidden = model.hidden(
+            batch.tokens, batch.positions, batch.segments, batch.branches, mesh=mesh
+        )[at[0], at[1]]
+        logits = jnp.einsum(
+            "nd,vd->nv", hidden, model.unembedding(), preferred_element_type=jnp.float32
+        )
         return jnp.exp(logits[:, labels] - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(read, in_shardings=(shardings(params, mesh), NamedSharding(mesh, BATCH), everywhere, everywhere),
-                   out_shardings=everywhere)
+    return jax.jit(
+        read,
+        in_shardings=(shardings(params, mesh), NamedSharding(mesh, BATCH), everywhere, everywhere),
+        out_shardings=everywhere,
+    )
 
 
 def rate_traces(
@@ -100,17 +118,23 @@ def rate_traces(
       ValueError: a label is not a single token, or a trace's prompt is longer than a row (a trace is never cut).
     """
     labels = np.asarray(label_ids(model.text), np.int32)
-    samples = [rating_sample(model, p, t, dimensions, rubric)._replace(members=(i,))
-               for i, (p, t) in enumerate(zip(problems, traces, strict=True))]
+    samples = [
+        rating_sample(model, p, t, dimensions, rubric)._replace(members=(i,))
+        for i, (p, t) in enumerate(zip(problems, traces, strict=True))
+    ]
     for i, s in enumerate(samples):
         if len(s.tokens) > shape.row_length:
-            raise ValueError(f"The rating prompt of trace {i} has {len(s.tokens)} tokens and config.scoring.row_length "
-                             f"is {shape.row_length}; raise it: traces are judged whole.")
+            raise ValueError(
+                f"The rating prompt of trace {i} has {len(s.tokens)} tokens and config.scoring.row_length "
+                f"is {shape.row_length}; raise it: traces are judged whole."
+            )
     read = _reader(model.spec, dtype, mesh)
     params = jax.device_put(model.state, shardings(model.state, mesh))
     found = np.zeros((len(samples), len(dimensions), len(labels)), np.float32)
     micros = pack([[[s]] for s in samples], shape.rows, shape.row_length)
-    most = -(-shape.rows * shape.row_length // 64) * len(dimensions)  # labels read per batch: one compiled shape
+    most = -(-shape.rows * shape.row_length // 64) * len(
+        dimensions
+    )  # labels read per batch: one compiled shape
     positions = 0.0
     for micro in micros:
         batch = trimmed(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])

@@ -19,16 +19,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def packed_mask(segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None) -> Bool[Array, "B L L"]:
+def packed_mask(
+    segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None
+) -> Bool[Array, "B L L"]:
     """True where query (axis 1) may see key (axis 2): same segment, not later, and in the trunk or the same branch."""
     length = segments.shape[1]
-    mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((length, length), bool))
+    mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(
+        jnp.ones((length, length), bool)
+    )
     if branches is not None:
         mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     return mask
 
 
-def until(segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None) -> Int[Array, "B L"]:
+def until(
+    segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None
+) -> Int[Array, "B L"]:
     """`packed_mask` as one integer per key: query i sees key j where j <= i < until[j].
 
     The end of the key's segment, in a branch that of the branch: FlashMask's column-wise mask (arXiv 2410.01359). Here
@@ -53,8 +59,8 @@ def until(segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None
 class Reach(NamedTuple):
     """Query tile i meets keys of tiles first[i] up to but not including end[i], but none of gap[i] to back[i] - 1.
 
-        tiles of a segment               p p a a b b     its trunk and two branches
-        visited by queries of the last   x x . . x x     first 0, gap 2, back 4, end 6
+    tiles of a segment               p p a a b b     its trunk and two branches
+    visited by queries of the last   x x . . x x     first 0, gap 2, back 4, end 6
     """
 
     first: Any
@@ -65,8 +71,10 @@ class Reach(NamedTuple):
     def visits(self) -> tuple[Any, Callable[[Any], Any]]:
         """How many tiles of keys these are, and which one comes at a turn."""
         hole = self.back - self.gap
-        return self.end - self.first - hole, lambda turn: self.first + turn + jnp.where(
-            self.first + turn >= self.gap, hole, 0)
+        return (
+            self.end - self.first - hole,
+            lambda turn: self.first + turn + jnp.where(self.first + turn >= self.gap, hole, 0),
+        )
 
 
 def reach(until: Int[Array, "B L"], columns: Int[Array, "t C"]) -> Reach:
@@ -90,7 +98,9 @@ def reach(until: Int[Array, "B L"], columns: Int[Array, "t C"]) -> Reach:
 
     first = least(seen)
     gap = least(~seen & (j > first[..., None]))
-    return Reach(first, gap, least(seen & (j >= gap[..., None])), jnp.broadcast_to(end[:, 0], first.shape))
+    return Reach(
+        first, gap, least(seen & (j >= gap[..., None])), jnp.broadcast_to(end[:, 0], first.shape)
+    )
 
 
 def last(until: Int[Array, "B L"], tile: int) -> Int[Array, "B T"]:
@@ -109,7 +119,9 @@ def rotate(x: Float[Array, "B L N H"], rotations: tuple[Array, Array]) -> Float[
     """Applies `rotation` to queries or keys; computes in float32, returns the dtype of `x`."""
     cos, sin = rotations
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
 
 
 def attend(

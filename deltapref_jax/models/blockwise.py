@@ -50,11 +50,15 @@ def plan(until: Int[Array, "B L"], block: int, columns: Int[Array, " T"] | None 
       columns: of the queries, in their order (where a row is split over devices); None: all.
     """
     keys = blocks(until, block)
-    queries = blocks((jnp.arange(until.shape[1]) if columns is None else columns)[None], block, "edge")[0]
+    queries = blocks(
+        (jnp.arange(until.shape[1]) if columns is None else columns)[None], block, "edge"
+    )[0]
     return Plan(queries, keys, reach(keys.reshape(keys.shape[0], -1), queries))
 
 
-def _seen(columns: Int[Array, " C"], until: Int[Array, "B T C"], row: Array, j: Array) -> Bool[Array, "C C"]:
+def _seen(
+    columns: Int[Array, " C"], until: Int[Array, "B T C"], row: Array, j: Array
+) -> Bool[Array, "C C"]:
     """What the queries in `columns` see of key tile j."""
     keys = j * columns.shape[0] + jnp.arange(columns.shape[0])
     return (columns[:, None] >= keys) & (columns[:, None] < until[row, j])
@@ -87,7 +91,11 @@ def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "K M C"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], p: Plan, block: int
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    p: Plan,
+    block: int,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over the tiles of a plan."""
     return _forward(q, k, v, p, block)[0]
@@ -108,10 +116,16 @@ def _forward(q: Array, k: Array, v: Array, p: Plan, block: int) -> tuple[Array, 
             new = jnp.maximum(top, s.max(axis=-1))
             e = jnp.exp(s - new[..., None])
             shrink = jnp.exp(top - new)
-            more = jnp.einsum("kmc,kch->kmh", e.astype(v.dtype), vs[row, j], preferred_element_type=jnp.float32)
+            more = jnp.einsum(
+                "kmc,kch->kmh", e.astype(v.dtype), vs[row, j], preferred_element_type=jnp.float32
+            )
             return new, total * shrink + e.sum(axis=-1), out * shrink[..., None] + more
 
-        start = (jnp.full(qb.shape[:2], _OUT), jnp.zeros(qb.shape[:2]), jnp.zeros(qb.shape, jnp.float32))
+        start = (
+            jnp.full(qb.shape[:2], _OUT),
+            jnp.zeros(qb.shape[:2]),
+            jnp.zeros(qb.shape, jnp.float32),
+        )
         top, total, out = jax.lax.fori_loop(0, turns, tile, start)
         return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
 
@@ -121,7 +135,9 @@ def _forward(q: Array, k: Array, v: Array, p: Plan, block: int) -> tuple[Array, 
     return out, (q, k, v, p, out, lse)
 
 
-def _backward(block: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]) -> tuple[Array, Array, Array, None]:
+def _backward(
+    block: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]
+) -> tuple[Array, Array, Array, None]:
     q, k, v, p, out, lse = saved
     K, scale = k.shape[2], q.shape[-1] ** -0.5
     ks, vs = (_heads(x, K, block) for x in (k, v))
@@ -139,8 +155,10 @@ def _backward(block: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]) ->
             w = jnp.exp(_scores(qb, kb, _seen(columns, p.until, row, j)) - norm[..., None])
             dw = jnp.einsum("kmh,kch->kmc", gb, vb, preferred_element_type=jnp.float32)
             ds = (w * (dw - d) * scale).astype(q.dtype)
-            more = [jnp.einsum("kmc,kmh->kch", a, b, preferred_element_type=jnp.float32)
-                    for a, b in ((ds, qb), (w.astype(g.dtype), gb))]
+            more = [
+                jnp.einsum("kmc,kmh->kch", a, b, preferred_element_type=jnp.float32)
+                for a, b in ((ds, qb), (w.astype(g.dtype), gb))
+            ]
             dq = dq + jnp.einsum("kmc,kch->kmh", ds, kb, preferred_element_type=jnp.float32)
             return dq, dk.at[row, j].add(more[0]), dv.at[row, j].add(more[1])
 
@@ -148,7 +166,9 @@ def _backward(block: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]) ->
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = (jnp.zeros(ks.shape, jnp.float32), jnp.zeros(vs.shape, jnp.float32))
-    (dk, dv), dq = jax.lax.scan(one, zeros, _flat(p, *(_heads(x, K, block) for x in (q, g, delta)), lse))
+    (dk, dv), dq = jax.lax.scan(
+        one, zeros, _flat(p, *(_heads(x, K, block) for x in (q, g, delta)), lse)
+    )
     dq = _unheads(dq.reshape(*p.reach.first.shape, *dq.shape[1:]), q.shape[2], q.shape[1])
     dk, dv = (_unheads(x.astype(k.dtype), K, k.shape[1]) for x in (dk, dv))
     return dq, dk, dv, None

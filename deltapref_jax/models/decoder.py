@@ -37,13 +37,20 @@ class Cache(NamedTuple):
 
 def empty_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """A cache for `slots` rows of at most `length` positions."""
-    k, v = (slots, spec.kv_heads, spec.head_width, length), (slots, spec.kv_heads, length, spec.head_width)
-    return Cache(tuple(jnp.zeros(k, dtype) for _ in range(spec.layers)),
-                 tuple(jnp.zeros(v, dtype) for _ in range(spec.layers)))
+    k, v = (
+        (slots, spec.kv_heads, spec.head_width, length),
+        (slots, spec.kv_heads, length, spec.head_width),
+    )
+    return Cache(
+        tuple(jnp.zeros(k, dtype) for _ in range(spec.layers)),
+        tuple(jnp.zeros(v, dtype) for _ in range(spec.layers)),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
+def rms_norm(
+    x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*n D"]:
     """x / rms(x) · weight (arXiv 1910.07467), in float32, returned in the dtype of `x`.
 
     Backward, with y = x / rms(x) and e = g · weight: dx = (e - y · mean(e · y)) / rms(x), dweight = Σ g · y.
@@ -103,7 +110,9 @@ def _linear_backward(saved: tuple[Array | None, Array], g: Array) -> tuple[Array
     x, weight = saved
     last = g.ndim - weight.ndim + 1  # x's axes but its last, which are g's first: tokens
     tokens, outs = tuple(range(last)), tuple(range(1, weight.ndim))
-    dx = jax.lax.dot_general(g, weight.astype(g.dtype), ((tuple(range(last, g.ndim)), outs), ((), ())))
+    dx = jax.lax.dot_general(
+        g, weight.astype(g.dtype), ((tuple(range(last, g.ndim)), outs), ((), ()))
+    )
     if x is None:
         return dx, None
     # XLA on CPU has no product of the other form in bfloat16
@@ -132,7 +141,9 @@ class Block(nnx.Module):
         def normal(shape: tuple[int, ...], std: float) -> nnx.Param:
             return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
-        inner = 0.02 / (2 * spec.layers) ** 0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+        inner = (
+            0.02 / (2 * spec.layers) ** 0.5
+        )  # keeps the residual stream's variance independent of depth (GPT-2)
         self.attention_norm = nnx.Param(jnp.ones(D))
         self.q = normal((D, N, H), 0.02)
         self.k = normal((D, K, H), 0.02)
@@ -143,7 +154,9 @@ class Block(nnx.Module):
         self.up = normal((D, F), 0.02)
         self.down = normal((F, D), inner)
         if adapters.rank:
-            self.scale = nnx.Param(jnp.ones(()))  # alpha / rank: an array, so that alpha is no constant of a program
+            self.scale = nnx.Param(
+                jnp.ones(())
+            )  # alpha / rank: an array, so that alpha is no constant of a program
         for name in adapters.targets:
             shape, inputs = getattr(self, name).shape, 2 if name == "o" else 1
             setattr(self, f"{name}_a", nnx.LoRAParam(jnp.zeros((*shape[:inputs], adapters.rank))))
@@ -151,6 +164,7 @@ class Block(nnx.Module):
 
     def _product(self, x: Float[Array, "B T I"], name: str) -> Array:
         """[B, T, *out]: `x` times a matrix, adapters included."""
+
         def times(x: Array, matrix: nnx.Param, inputs: int) -> Array:
             w = matrix[...]  # an einsum over o's n and h would transpose it at every call
             return linear(x, w.reshape(-1, *w.shape[inputs:]))
@@ -162,28 +176,47 @@ class Block(nnx.Module):
         low = checkpoint_name(times(x, getattr(self, f"{name}_a"), inputs), "projection")
         return y + times((low * self.scale[...]).astype(x.dtype), getattr(self, f"{name}_b"), 1)
 
-    def project(self, x: Float[Array, "B T D"], rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def project(
+        self, x: Float[Array, "B T D"], rotations: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
         q, k, v = (self._product(h, name) for name in "qkv")
-        q, k, v = (checkpoint_name(y, "projection") for y in (rotate(q, rotations), rotate(k, rotations), v))
+        q, k, v = (
+            checkpoint_name(y, "projection")
+            for y in (rotate(q, rotations), rotate(k, rotations), v)
+        )
         return q, k, v
 
-    def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def finish(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
         """Adds the attention's output and the MLP's to the residual stream."""
-        x = x + checkpoint_name(self._product(attended.reshape(*x.shape[:-1], -1), "o"), "projection")
+        x = x + checkpoint_name(
+            self._product(attended.reshape(*x.shape[:-1], -1), "o"), "projection"
+        )
         h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
-        gate, up = (checkpoint_name(self._product(h, name), "projection") for name in ("gate", "up"))
+        gate, up = (
+            checkpoint_name(self._product(h, name), "projection") for name in ("gate", "up")
+        )
         return x + self._product(gated(gate, up), "down")
 
 
 class Decoder(nnx.Module):
     """Token ids to final hidden states; the projection to the vocabulary is the caller's (`unembedding`)."""
 
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32,
-                 adapters: Adapters = NO_ADAPTERS):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        adapters: Adapters = NO_ADAPTERS,
+    ):
         self.spec, self.dtype = spec, dtype
-        self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32))
+        self.embed = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32)
+        )
 
         @nnx.split_rngs(splits=spec.layers)
         @nnx.vmap
@@ -193,7 +226,9 @@ class Decoder(nnx.Module):
         self.blocks = stack(rngs)  # every parameter has a leading axis of length `layers`
         self.final_norm = nnx.Param(jnp.ones(spec.width))
         if not spec.tied:
-            self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32))
+            self.head = nnx.Param(
+                0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32)
+            )
 
     def unembedding(self) -> Float[Array, "V D"]:
         """Rows of the output projection in the computation's dtype."""
@@ -258,14 +293,21 @@ class Decoder(nnx.Module):
             q, k, v = block.project(x, rotations)
             keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))
             values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
-            x = block.finish(x, attend_cache(q, keys[i].astype(q.dtype), values[i].astype(q.dtype), mask))
-        return rms_norm(x, self.final_norm[...], self.spec.norm_eps), Cache(tuple(keys), tuple(values))
+            x = block.finish(
+                x, attend_cache(q, keys[i].astype(q.dtype), values[i].astype(q.dtype), mask)
+            )
+        return rms_norm(x, self.final_norm[...], self.spec.norm_eps), Cache(
+            tuple(keys), tuple(values)
+        )
 
     def _layers(self) -> Sequence[Block]:
         if isinstance(self.blocks, nnx.List):
             return self.blocks
         graphdef, stacked = nnx.split(self.blocks)
-        return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(self.spec.layers)]
+        return [
+            nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
+            for i in range(self.spec.layers)
+        ]
 
 
 def unstacked(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:

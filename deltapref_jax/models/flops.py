@@ -24,8 +24,12 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS if device_kind.startswith(name)), None)
 
 
-def forward_flops(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int,
-                  adapters: Adapters = NO_ADAPTERS) -> float:
+def forward_flops(
+    spec: ModelSpec,
+    positions: Int[np.ndarray, " T"],
+    targets: int,
+    adapters: Adapters = NO_ADAPTERS,
+) -> float:
     """FLOPs of the matrix products of one forward pass.
 
     2 per token and weight; in attention the two products over the causal half, 2 · N · H · length² per layer and
@@ -42,8 +46,12 @@ def forward_flops(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: in
     return sum(_products(spec, positions, targets, adapters))
 
 
-def training_flops(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int,
-                   adapters: Adapters = NO_ADAPTERS) -> float:
+def training_flops(
+    spec: ModelSpec,
+    positions: Int[np.ndarray, " T"],
+    targets: int,
+    adapters: Adapters = NO_ADAPTERS,
+) -> float:
     """FLOPs of a forward and a backward pass: see `forward_flops` for what counts, and for the arguments.
 
     Backward, every product is taken twice, for the gradients of its two factors; with adapters the weights are frozen,
@@ -53,15 +61,27 @@ def training_flops(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: i
     return (2 if adapters.rank else 3) * weights + 3 * (attention + low_rank)
 
 
-def _products(spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int,
-              adapters: Adapters) -> tuple[float, float, float]:
+def _products(
+    spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int, adapters: Adapters
+) -> tuple[float, float, float]:
     """Forward FLOPs of products with weights, of attention, and of products with adapters."""
     D, inner, F = spec.width, spec.heads * spec.head_width, spec.mlp
     kv = spec.kv_heads * spec.head_width
-    sizes = {"q": (D, inner), "k": (D, kv), "v": (D, kv), "o": (inner, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    sizes = {
+        "q": (D, inner),
+        "k": (D, kv),
+        "v": (D, kv),
+        "o": (inner, D),
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+    }
     per_token = 2.0 * spec.layers * len(positions)
     weights = per_token * sum(a * b for a, b in sizes.values()) + 2.0 * D * spec.vocab * targets
     seen = 2 * np.asarray(positions, np.float64).sum() + len(positions)  # of one sequence: length²
     attention = 2.0 * spec.layers * inner * seen
-    return float(weights), float(attention), float(per_token * adapters.rank * sum(sum(sizes[t]) for t in
-                                                                                   adapters.targets))
+    return (
+        float(weights),
+        float(attention),
+        float(per_token * adapters.rank * sum(sum(sizes[t]) for t in adapters.targets)),
+    )

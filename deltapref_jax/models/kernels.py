@@ -48,7 +48,9 @@ def choose(platform: str, length: int, branched: bool, split: bool) -> str:
 def shares_prompts(mesh: Mesh | None, length: int) -> bool:
     """Whether rows of `length` tokens take the same path with branches as without: then a prompt is read only once."""
     split = mesh is not None and mesh.shape["context"] > 1
-    plain, branched = (choose(platform_of(mesh), length, branches, split) for branches in (False, True))
+    plain, branched = (
+        choose(platform_of(mesh), length, branches, split) for branches in (False, True)
+    )
     return plain == branched
 
 
@@ -74,7 +76,9 @@ def _exchange(x: Array, parts: int, back: bool = False) -> Array:
     halves = jnp.split(x, 2, axis=1)
     for odd in (0, 1):
         pairs = [(d, min(2 * d + odd, 2 * parts - 1 - (2 * d + odd))) for d in range(parts)]
-        halves[odd] = jax.lax.ppermute(halves[odd], "context", [pair[::-1] for pair in pairs] if back else pairs)
+        halves[odd] = jax.lax.ppermute(
+            halves[odd], "context", [pair[::-1] for pair in pairs] if back else pairs
+        )
     return jnp.concatenate(halves, axis=1)
 
 
@@ -105,7 +109,10 @@ def packed_attention(
     branches: Int[Array, "B L"] | None = None,
     mesh: Mesh | None = None,
     path: str = "",
-) -> Callable[[Float[Array, "B L N H"], Float[Array, "B L K H"], Float[Array, "B L K H"]], Float[Array, "B L N H"]]:
+) -> Callable[
+    [Float[Array, "B L N H"], Float[Array, "B L K H"], Float[Array, "B L K H"]],
+    Float[Array, "B L N H"],
+]:
     """Attention among the tokens of packed rows (who sees whom: `attention`), as a function of queries, keys, values.
 
     Args:
@@ -125,7 +132,11 @@ def packed_attention(
     about = segments if path == "splash" else until(segments, branches)  # here: once for all layers
 
     def run(q: Array, k: Array, v: Array, about: Array) -> Array:
-        return _split(q, k, v, about, parts, block) if parts > 1 else _local(path, q, k, v, about, block)
+        return (
+            _split(q, k, v, about, parts, block)
+            if parts > 1
+            else _local(path, q, k, v, about, block)
+        )
 
     if mesh is None or mesh.size == 1:
         return lambda q, k, v: run(q, k, v, about)
@@ -137,7 +148,12 @@ def packed_attention(
             heads = "tensor"
             k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
         tokens = PartitionSpec(*BATCH, heads, None)
-        return jax.shard_map(run, mesh=mesh, in_specs=(tokens, tokens, tokens, BATCH), out_specs=tokens,
-                             check_vma=False)(q, k, v, about)
+        return jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(tokens, tokens, tokens, BATCH),
+            out_specs=tokens,
+            check_vma=False,
+        )(q, k, v, about)
 
     return spread

@@ -24,13 +24,20 @@ from deltapref_jax.config import ConfigError, Lora
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract, stored_name, write_tensors
 
-TARGETS = {stored_name(f"blocks.{name}").split(".")[-2]: name for name in ("q", "k", "v", "o", "gate", "up", "down")}
+TARGETS = {
+    stored_name(f"blocks.{name}").split(".")[-2]: name
+    for name in ("q", "k", "v", "o", "gate", "up", "down")
+}
 """Hugging Face's name of a matrix to ours."""
 
 
 def adapters(lora: Lora) -> Adapters:
     """The shape that a config asks for; alpha is no part of it."""
-    return Adapters(lora.rank, tuple(TARGETS[t] for t in TARGETS if t in lora.targets)) if lora.rank else NO_ADAPTERS
+    return (
+        Adapters(lora.rank, tuple(TARGETS[t] for t in TARGETS if t in lora.targets))
+        if lora.rank
+        else NO_ADAPTERS
+    )
 
 
 def check_rank(lora: Lora, spec: ModelSpec) -> None:
@@ -40,11 +47,18 @@ def check_rank(lora: Lora, spec: ModelSpec) -> None:
       ConfigError: the rank is larger than the narrowest of the adapted matrices.
     """
     heads, kv_heads = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
-    other = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}  # the side that is not the model's width
+    other = {
+        "q": heads,
+        "k": kv_heads,
+        "v": kv_heads,
+        "o": heads,
+    }  # the side that is not the model's width
     width, name = min((min(spec.width, other.get(TARGETS[t], spec.mlp)), t) for t in lora.targets)
     if lora.rank > width:
-        raise ConfigError(f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; make "
-                          "rank that at most, or train all weights with rank 0.")
+        raise ConfigError(
+            f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; make "
+            "rank that at most, or train all weights with rank 0."
+        )
 
 
 def divide(params: nnx.State, shape: Adapters) -> tuple[nnx.State, nnx.State]:
@@ -53,7 +67,9 @@ def divide(params: nnx.State, shape: Adapters) -> tuple[nnx.State, nnx.State]:
     return trained, frozen
 
 
-def attach(spec: ModelSpec, params: nnx.State, lora: Lora, seed: int) -> tuple[nnx.State, nnx.State]:
+def attach(
+    spec: ModelSpec, params: nnx.State, lora: Lora, seed: int
+) -> tuple[nnx.State, nnx.State]:
     """What is trained from `params`, and what stays: fresh adapters and the base, or all parameters and nothing.
 
     A is uniform in ±1/√inputs (as PEFT draws it: Kaiming's with a = √5), from `seed` and its path; B is 0, so that the
@@ -93,9 +109,15 @@ def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
     tree, parts = nnx.to_pure_dict(params), nnx.to_pure_dict(trained)["blocks"]
     for name in adapters(lora).targets:
         a, b, w = parts[f"{name}_a"], parts[f"{name}_b"], tree["blocks"][name]
-        product = jnp.einsum("lir,lro->lio", a.reshape(spread(a, 1)), b.reshape(spread(b, 2)),
-                             precision=jax.lax.Precision.HIGHEST)
-        tree["blocks"][name] = w.astype(jnp.float32) + lora.alpha / lora.rank * product.reshape(w.shape)
+        product = jnp.einsum(
+            "lir,lro->lio",
+            a.reshape(spread(a, 1)),
+            b.reshape(spread(b, 2)),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        tree["blocks"][name] = w.astype(jnp.float32) + lora.alpha / lora.rank * product.reshape(
+            w.shape
+        )
     merged = jax.tree.map(lambda x: x, params)
     nnx.replace_by_pure_dict(merged, tree)
     return merged
@@ -106,7 +128,9 @@ def spread(x: Any, axis: int) -> tuple[int, int, int]:
     return (x.shape[0], -1, x.shape[-1]) if axis == 1 else (x.shape[0], x.shape[1], -1)
 
 
-def export_adapter(trained: nnx.State, lora: Lora, base: str, folder: str | os.PathLike[str]) -> None:
+def export_adapter(
+    trained: nnx.State, lora: Lora, base: str, folder: str | os.PathLike[str]
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads.
 
     Args:
@@ -118,16 +142,26 @@ def export_adapter(trained: nnx.State, lora: Lora, base: str, folder: str | os.P
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     base = os.path.abspath(base) if os.path.exists(base) else base
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
-              "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha, "lora_dropout": 0.0,
-              "target_modules": [t for t in TARGETS if t in lora.targets], "bias": "none", "fan_in_fan_out": False,
-              "inference_mode": True}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [t for t in TARGETS if t in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
     (root / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in nnx.to_pure_dict(trained)["blocks"].items():
         target, side = name.split("_")
         array = np.asarray(jax.device_get(leaf), np.float32)
-        place = stored_name(f"blocks.{target}").removesuffix("weight") + f"lora_{side.upper()}.weight"
+        place = (
+            stored_name(f"blocks.{target}").removesuffix("weight") + f"lora_{side.upper()}.weight"
+        )
         for i, layer in enumerate(array.reshape(spread(array, 1 if side == "a" else 2))):
             tensors[f"base_model.model.{place.format(i)}"] = np.ascontiguousarray(layer.T)
     write_tensors(tensors, root / "adapter_model.safetensors", root / "adapter_config.json")

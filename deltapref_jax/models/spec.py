@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 SUPPORTED = ("llama",)
-_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +32,13 @@ class ModelSpec:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads is {self.heads}; it must be a multiple of kv_heads, {self.kv_heads}.")
+            raise ValueError(
+                f"heads is {self.heads}; it must be a multiple of kv_heads, {self.kv_heads}."
+            )
         if self.head_width % 2:
-            raise ValueError(f"head_width is {self.head_width}; rotary embeddings need an even number.")
+            raise ValueError(
+                f"head_width is {self.head_width}; rotary embeddings need an even number."
+            )
 
     @property
     def parameters(self) -> int:
@@ -57,18 +67,28 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     """
     kind = config.get("model_type", "")
     if kind not in SUPPORTED:
-        raise ValueError(f"model_type is {kind!r} in config.json; supported: {', '.join(SUPPORTED)}.")
+        raise ValueError(
+            f"model_type is {kind!r} in config.json; supported: {', '.join(SUPPORTED)}."
+        )
     if lacking := [name for name in _NEEDED if name not in config]:
-        raise ValueError(f"config.json has no {', '.join(lacking)}; give the config of a whole {kind} model.")
+        raise ValueError(
+            f"config.json has no {', '.join(lacking)}; give the config of a whole {kind} model."
+        )
     for option in ("attention_bias", "mlp_bias"):
         if config.get(option):
-            raise ValueError(f"{option} is true in config.json; a {kind} decoder with biases is not supported.")
+            raise ValueError(
+                f"{option} is true in config.json; a {kind} decoder with biases is not supported."
+            )
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {config['hidden_act']!r} in config.json; only 'silu' is supported.")
+        raise ValueError(
+            f"hidden_act is {config['hidden_act']!r} in config.json; only 'silu' is supported."
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rope_type is {rope.get('rope_type', rope.get('type'))!r} in config.json; "
-                         "only 'default' is supported.")
+        raise ValueError(
+            f"rope_type is {rope.get('rope_type', rope.get('type'))!r} in config.json; "
+            "only 'default' is supported."
+        )
     heads = config["num_attention_heads"]
     return ModelSpec(
         vocab=config["vocab_size"],

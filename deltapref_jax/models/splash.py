@@ -30,7 +30,11 @@ from jaxtyping import Array, Float, Int
 from deltapref_jax.models.attention import last, reach, until
 
 LANES = 128  # of a TPU's vector registers: rows are filled up to a multiple of it
-TILES = (512, 256, LANES)  # the widest that divides the row is taken: few steps, and half a MiB of a core's memory
+TILES = (
+    512,
+    256,
+    LANES,
+)  # the widest that divides the row is taken: few steps, and half a MiB of a core's memory
 
 
 def tables(segments: Int[Array, "B L"], tile: int) -> tuple[table.MaskInfo, table.MaskInfo]:
@@ -50,7 +54,9 @@ def tables(segments: Int[Array, "B L"], tile: int) -> tuple[table.MaskInfo, tabl
 
     def info(low: Array, high: Array) -> tuple[Array, Array]:
         visited, near = (low <= i) & (i <= high), row + jnp.clip(i, low, high)
-        return near.astype(jnp.int16).reshape(1, B * T, T), visited.astype(jnp.int8).reshape(1, B * T, T)
+        return near.astype(jnp.int16).reshape(1, B * T, T), visited.astype(jnp.int8).reshape(
+            1, B * T, T
+        )
 
     data, mask = info(first[..., None], i[:, None])
     forward = table.MaskInfo(data, None, mask, None, order)
@@ -75,12 +81,27 @@ def splash(
     tile = next(tile for tile in TILES if (L + fill) % tile == 0)
     ids = jnp.pad(segments, ((0, 0), (0, fill)))
     forward, backward = tables(ids, tile)
-    sizes = kernel.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile,
-                              block_kv_dq=tile)
+    sizes = kernel.BlockSizes(
+        block_q=tile,
+        block_kv=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_q_dq=tile,
+        block_kv_dq=tile,
+    )
     run = kernel.SplashAttentionKernel(
-        forward, forward, backward, block_sizes=sizes, is_mqa=False, save_residuals=False,
-        mask_value=kernel.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, residual_checkpoint_name="attention",
-        mask_function=jnp.greater_equal, interpret=interpret)
+        forward,
+        forward,
+        backward,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernel.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name="attention",
+        mask_function=jnp.greater_equal,
+        interpret=interpret,
+    )
 
     def flat(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))

@@ -48,8 +48,18 @@ def _scores(a: Array, b: Array, seen: Array, scale: float) -> Array:
     return jnp.where(seen, gpu.dot(a, b.T) * (scale * _LOG2E), _OUT)
 
 
-def _forward(q_ref: Any, k_ref: Any, v_ref: Any, until_ref: Any, bounds_ref: Any, out_ref: Any, lse_ref: Any, *,
-             scale: float, step: int) -> None:
+def _forward(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    until_ref: Any,
+    bounds_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    *,
+    scale: float,
+    step: int,
+) -> None:
     i, tile = pl.program_id(0), q_ref.shape[0]
     q, at = q_ref[...], _columns(i, tile)[:, None]
     turns, block = _visits(bounds_ref, i, tile // step)
@@ -63,7 +73,11 @@ def _forward(q_ref: Any, k_ref: Any, v_ref: Any, until_ref: Any, bounds_ref: Any
         s = _scores(q, k_ref[here, :], seen, scale)
         new = jnp.maximum(top, jnp.max(s, axis=1))
         e, shrink = jnp.exp2(s - new[:, None]), jnp.exp2(top - new)
-        return new, total * shrink + jnp.sum(e, axis=1), out * shrink[:, None] + gpu.dot(e.astype(v.dtype), v)
+        return (
+            new,
+            total * shrink + jnp.sum(e, axis=1),
+            out * shrink[:, None] + gpu.dot(e.astype(v.dtype), v),
+        )
 
     start = (jnp.full(tile, _OUT), jnp.zeros(tile), jnp.zeros(q.shape, jnp.float32))
     top, total, out = jax.lax.fori_loop(0, turns, visit, start)
@@ -71,10 +85,28 @@ def _forward(q_ref: Any, k_ref: Any, v_ref: Any, until_ref: Any, bounds_ref: Any
     lse_ref[...] = top + jnp.log2(total)
 
 
-def _queries(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, until_ref: Any,
-             bounds_ref: Any, dq_ref: Any, *, scale: float, step: int) -> None:
+def _queries(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    g_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    until_ref: Any,
+    bounds_ref: Any,
+    dq_ref: Any,
+    *,
+    scale: float,
+    step: int,
+) -> None:
     i, tile = pl.program_id(0), q_ref.shape[0]
-    q, g, lse, delta, at = q_ref[...], g_ref[...], lse_ref[...], delta_ref[...], _columns(i, tile)[:, None]
+    q, g, lse, delta, at = (
+        q_ref[...],
+        g_ref[...],
+        lse_ref[...],
+        delta_ref[...],
+        _columns(i, tile)[:, None],
+    )
     turns, block = _visits(bounds_ref, i, tile // step)
 
     def visit(turn: Array, dq: Array) -> Array:
@@ -90,17 +122,38 @@ def _queries(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
 
-def _keys(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, lse_ref: Any, delta_ref: Any, until_ref: Any, last_ref: Any,
-          dk_ref: Any, dv_ref: Any, *, scale: float, step: int, group: int) -> None:
+def _keys(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    g_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    until_ref: Any,
+    last_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+    *,
+    scale: float,
+    step: int,
+    group: int,
+) -> None:
     j, tile = pl.program_id(0), k_ref.shape[0]
-    k, v, at, until = k_ref[...], v_ref[...], _columns(j, tile)[:, None], until_ref[pl.ds(j * tile, tile)][:, None]
+    k, v, at, until = (
+        k_ref[...],
+        v_ref[...],
+        _columns(j, tile)[:, None],
+        until_ref[pl.ds(j * tile, tile)][:, None],
+    )
 
     def visit(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         dk, dv = carry
         i, n = j * (tile // step) + jax.lax.div(turn, group), jax.lax.rem(turn, group)
         here = pl.ds(i * step, step)
         q, g = q_ref[here, n, :], g_ref[here, n, :]
-        column = jnp.arange(step)[None, :]  # counted from the block's first: fewer registers than from the row's
+        column = jnp.arange(step)[
+            None, :
+        ]  # counted from the block's first: fewer registers than from the row's
         seen = (column >= at - i * step) & (column < until - i * step)
         w = jnp.exp2(_scores(k, q, seen, scale) - lse_ref[n, here][None, :])
         ds = w * (gpu.dot(v, g.T) - delta_ref[n, here][None, :])
@@ -124,9 +177,14 @@ class _Launch:
         B, L, N, H = q.shape
         tile = _tile(H)
         self.grid, self.group = (L // tile, N, B), N // k.shape[2]
-        self.options: dict[str, Any] = {"scale": scale, "step": tile // 2 if q.dtype.itemsize == 2 else tile // 4}
-        self.common: dict[str, Any] = {"interpret": interpret,
-                                       "compiler_params": gpu.CompilerParams(num_warps=8, num_stages=2)}
+        self.options: dict[str, Any] = {
+            "scale": scale,
+            "step": tile // 2 if q.dtype.itemsize == 2 else tile // 4,
+        }
+        self.common: dict[str, Any] = {
+            "interpret": interpret,
+            "compiler_params": gpu.CompilerParams(num_warps=8, num_stages=2),
+        }
         self.tile = pl.BlockSpec((None, tile, None, H), lambda i, n, b: (b, i, n, 0))
         self.tile_sums = pl.BlockSpec((None, None, tile), lambda i, n, b: (b, n, i))
         self.keys = pl.BlockSpec((None, L, None, H), lambda i, n, b: (b, 0, n // self.group, 0))
@@ -138,44 +196,98 @@ class _Launch:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q: Array, k: Array, v: Array, until: Array, bounds: Array, last: Array, scale: float,
-               interpret: bool) -> Array:
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    until: Array,
+    bounds: Array,
+    last: Array,
+    scale: float,
+    interpret: bool,
+) -> Array:
     return _run_forward(q, k, v, until, bounds, last, scale, interpret)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))  # remat drops an unused call of this, never a bare `pallas_call`
-def _call_forward(q: Array, k: Array, v: Array, until: Array, bounds: Array, scale: float,
-                  interpret: bool) -> tuple[Array, Array]:
+@functools.partial(
+    jax.jit, static_argnums=(5, 6)
+)  # remat drops an unused call of this, never a bare `pallas_call`
+def _call_forward(
+    q: Array, k: Array, v: Array, until: Array, bounds: Array, scale: float, interpret: bool
+) -> tuple[Array, Array]:
     at = _Launch(q, k, scale, interpret)
     sums = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     out, lse = pl.pallas_call(
-        functools.partial(_forward, **at.options), out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums],
-        grid=at.grid, in_specs=[at.tile, at.keys, at.keys, at.until, at.bounds], out_specs=[at.tile, at.tile_sums],
-        name="packed_attention", **at.common)(q, k, v, until, bounds)
+        functools.partial(_forward, **at.options),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums],
+        grid=at.grid,
+        in_specs=[at.tile, at.keys, at.keys, at.until, at.bounds],
+        out_specs=[at.tile, at.tile_sums],
+        name="packed_attention",
+        **at.common,
+    )(q, k, v, until, bounds)
     return out, lse
 
 
-def _run_forward(q: Array, k: Array, v: Array, until: Array, bounds: Array, last: Array, scale: float,
-                 interpret: bool) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = (checkpoint_name(x, "attention") for x in _call_forward(q, k, v, until, bounds, scale, interpret))
+def _run_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    until: Array,
+    bounds: Array,
+    last: Array,
+    scale: float,
+    interpret: bool,
+) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = (
+        checkpoint_name(x, "attention")
+        for x in _call_forward(q, k, v, until, bounds, scale, interpret)
+    )
     return out, (q, k, v, until, bounds, last, out, lse)
 
 
-def _run_backward(scale: float, interpret: bool, saved: tuple[Array, ...],
-                  g: Array) -> tuple[Array | None, ...]:
+def _run_backward(
+    scale: float, interpret: bool, saved: tuple[Array, ...], g: Array
+) -> tuple[Array | None, ...]:
     q, k, v, until, bounds, last, out, lse = saved
     at = _Launch(q, k, scale, interpret)
     delta = jnp.einsum("blnh,blnh->bnl", g.astype(jnp.float32), out.astype(jnp.float32))
     (dq,) = pl.pallas_call(
-        functools.partial(_queries, **at.options), out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)], grid=at.grid,
-        in_specs=[at.tile, at.keys, at.keys, at.tile, at.tile_sums, at.tile_sums, at.until, at.bounds],
-        out_specs=[at.tile], name="packed_attention_queries", **at.common)(q, k, v, g, lse, delta, until, bounds)
+        functools.partial(_queries, **at.options),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        grid=at.grid,
+        in_specs=[
+            at.tile,
+            at.keys,
+            at.keys,
+            at.tile,
+            at.tile_sums,
+            at.tile_sums,
+            at.until,
+            at.bounds,
+        ],
+        out_specs=[at.tile],
+        name="packed_attention_queries",
+        **at.common,
+    )(q, k, v, g, lse, delta, until, bounds)
     dk, dv = pl.pallas_call(
         functools.partial(_keys, **at.options, group=at.group),
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         grid=(at.grid[0], k.shape[2], at.grid[2]),
-        in_specs=[at.heads, at.tile, at.tile, at.heads, at.heads_sums, at.heads_sums, at.until, at.last],
-        out_specs=[at.tile, at.tile], name="packed_attention_keys", **at.common)(q, k, v, g, lse, delta, until, last)
+        in_specs=[
+            at.heads,
+            at.tile,
+            at.tile,
+            at.heads,
+            at.heads_sums,
+            at.heads_sums,
+            at.until,
+            at.last,
+        ],
+        out_specs=[at.tile, at.tile],
+        name="packed_attention_keys",
+        **at.common,
+    )(q, k, v, g, lse, delta, until, last)
     return dq, dk, dv, None, None, None
 
 

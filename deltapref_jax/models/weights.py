@@ -35,7 +35,10 @@ _NAMES = {  # ours: (safetensors, GGUF)
     "blocks.k": ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
     "blocks.v": ("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
     "blocks.o": ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
-    "blocks.mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "blocks.mlp_norm": (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "blk.{}.ffn_norm.weight",
+    ),
     "blocks.gate": ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
     "blocks.up": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "blocks.down": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
@@ -71,11 +74,19 @@ def resolve(path: str) -> str:
         from huggingface_hub import snapshot_download
 
         try:
-            return snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*"])
-        except Exception as e:  # the hub's client raises dozens of kinds; all mean that we do not have the model
-            raise FileNotFoundError(f"The hub did not give {path!r} ({type(e).__name__}) and there is no such folder; "
-                                    "give a local Hugging Face folder or a .gguf file.") from e
-    raise FileNotFoundError(f"There is no model at {path}; give a Hugging Face folder, a hub name or a .gguf file.")
+            return snapshot_download(
+                path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
+            )
+        except (
+            Exception
+        ) as e:  # the hub's client raises dozens of kinds; all mean that we do not have the model
+            raise FileNotFoundError(
+                f"The hub did not give {path!r} ({type(e).__name__}) and there is no such folder; "
+                "give a local Hugging Face folder or a .gguf file."
+            ) from e
+    raise FileNotFoundError(
+        f"There is no model at {path}; give a Hugging Face folder, a hub name or a .gguf file."
+    )
 
 
 def _files(path: str) -> list[Path]:
@@ -85,14 +96,29 @@ def _files(path: str) -> list[Path]:
         return [root]
     weights = sorted(root.glob("*.safetensors"))
     if not (root / "config.json").exists() or not weights:
-        raise FileNotFoundError(f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
-                                "give a complete Hugging Face folder.")
+        raise FileNotFoundError(
+            f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
+            "give a complete Hugging Face folder."
+        )
     index = root / "model.safetensors.index.json"
     if index.exists():
-        for name in sorted(set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in weights}):
-            raise FileNotFoundError(f"The folder {path} has no {name}, which {index.name} names; "
-                                    "give a complete Hugging Face folder.")
-    extra = [root / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+        for name in sorted(
+            set(json.loads(index.read_text())["weight_map"].values())
+            - {file.name for file in weights}
+        ):
+            raise FileNotFoundError(
+                f"The folder {path} has no {name}, which {index.name} names; "
+                "give a complete Hugging Face folder."
+            )
+    extra = [
+        root / name
+        for name in (
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        )
+    ]
     return weights + [file for file in extra if file.exists()]
 
 
@@ -140,31 +166,48 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[
     heads, width = size("attention.head_count"), size("embedding_length")
     epsilon = size("attention.layer_norm_rms_epsilon", 1e-5)
     scaling = "llama3" if "rope_freqs.weight" in tensors else size("rope.scaling.type", "none")
-    spec = spec_from_hf({
-        "model_type": kind, "vocab_size": len(field(reader, "tokenizer.ggml.tokens")), "hidden_size": width,
-        "num_hidden_layers": size("block_count"), "num_attention_heads": heads,
-        "num_key_value_heads": size("attention.head_count_kv", heads), "head_dim": size("attention.key_length"),
-        "intermediate_size": size("feed_forward_length"), "rope_theta": size("rope.freq_base", 1e4),
-        "rms_norm_eps": float(str(np.float32(epsilon))),  # stored in float32: 1e-5 and not 9.99…e-6
-        "tie_word_embeddings": "output.weight" not in tensors, "max_position_embeddings": size("context_length"),
-        "rope_parameters": {"rope_type": "default" if scaling == "none" else scaling},
-    })
+    spec = spec_from_hf(
+        {
+            "model_type": kind,
+            "vocab_size": len(field(reader, "tokenizer.ggml.tokens")),
+            "hidden_size": width,
+            "num_hidden_layers": size("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": size("attention.head_count_kv", heads),
+            "head_dim": size("attention.key_length"),
+            "intermediate_size": size("feed_forward_length"),
+            "rope_theta": size("rope.freq_base", 1e4),
+            "rms_norm_eps": float(
+                str(np.float32(epsilon))
+            ),  # stored in float32: 1e-5 and not 9.99…e-6
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "max_position_embeddings": size("context_length"),
+            "rope_parameters": {"rope_type": "default" if scaling == "none" else scaling},
+        }
+    )
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
         array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         for part, count in (("attn_q", spec.heads), ("attn_k", spec.kv_heads)):
-            if part in name:  # llama.cpp interleaves the two halves of every head of a Llama; undo it
-                array = array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+            if (
+                part in name
+            ):  # llama.cpp interleaves the two halves of every head of a Llama; undo it
+                array = (
+                    array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+                )
         return array
 
     return spec, read, set(tensors)
 
 
-def abstract(spec: ModelSpec, dtype: Any = jnp.float32, adapters: Adapters = NO_ADAPTERS) -> tuple[
-        nnx.GraphDef, nnx.State]:
+def abstract(
+    spec: ModelSpec, dtype: Any = jnp.float32, adapters: Adapters = NO_ADAPTERS
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and shapes of a decoder without its arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), dtype=dtype, adapters=adapters)))
+    return nnx.split(
+        nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), dtype=dtype, adapters=adapters))
+    )
 
 
 def stored_name(parameter: str) -> str:
@@ -175,7 +218,9 @@ def stored_name(parameter: str) -> str:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
     return flat
 
 
@@ -193,7 +238,9 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     """
     place, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
-    return Loaded(abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(place), weights_hash(place))
+    return Loaded(
+        abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(place), weights_hash(place)
+    )
 
 
 def look(path: str) -> tuple[ModelSpec, Text]:
@@ -223,12 +270,20 @@ def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[
     stored = [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]
     missing = [s for s in stored if s not in names]
     if missing:
-        raise ValueError(f"{path} has no tensor {missing[0]!r}; its config.json does not describe its weights.")
+        raise ValueError(
+            f"{path} has no tensor {missing[0]!r}; its config.json does not describe its weights."
+        )
     return stored
 
 
-def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, path: str, names: set[str],
-             params: str | None = "float32") -> nnx.State:
+def assemble(
+    spec: ModelSpec,
+    read: Callable[[str], np.ndarray],
+    gguf: bool,
+    path: str,
+    names: set[str],
+    params: str | None = "float32",
+) -> nnx.State:
     """Parameters of a decoder, host arrays, from a reader of stored tensors; see `load` for what is raised."""
     shapes = abstract(spec)[1]
     flat: dict[str, Any] = {}
@@ -241,13 +296,24 @@ def assemble(spec: ModelSpec, read: Callable[[str], np.ndarray], gguf: bool, pat
         tensors = [_shaped(read(s), name, shape, f"{s} of {path}") for s in layers]
         array = np.stack(tensors) if "{}" in source else tensors[0]
         flat[name] = array.astype(jnp.dtype(params or array.dtype), copy=False)
-    unexpected = sorted(n for n in names - wanted if not n.endswith("rotary_emb.inv_freq")
-                        and not (spec.tied and n in _NAMES["head"]))
+    unexpected = sorted(
+        n
+        for n in names - wanted
+        if not n.endswith("rotary_emb.inv_freq") and not (spec.tied and n in _NAMES["head"])
+    )
     if unexpected:
-        raise ValueError(f"{path} holds {len(unexpected)} tensors that its config.json does not call for, "
-                         f"such as {unexpected[0]!r}.")
-    blocks = {name.removeprefix("blocks."): array for name, array in flat.items() if name.startswith("blocks.")}
-    tree = {name: array for name, array in flat.items() if not name.startswith("blocks.")} | {"blocks": blocks}
+        raise ValueError(
+            f"{path} holds {len(unexpected)} tensors that its config.json does not call for, "
+            f"such as {unexpected[0]!r}."
+        )
+    blocks = {
+        name.removeprefix("blocks."): array
+        for name, array in flat.items()
+        if name.startswith("blocks.")
+    }
+    tree = {name: array for name, array in flat.items() if not name.startswith("blocks.")} | {
+        "blocks": blocks
+    }
     nnx.replace_by_pure_dict(shapes, tree)
     return shapes
 
@@ -257,17 +323,27 @@ def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) ->
     flat: tuple[int, ...]
     if last in _TRANSPOSED:
         array = array.T
-        flat = (int(np.prod(shape[:-1])), shape[-1]) if last == "o" else (shape[0], int(np.prod(shape[1:])))
+        flat = (
+            (int(np.prod(shape[:-1])), shape[-1])
+            if last == "o"
+            else (shape[0], int(np.prod(shape[1:])))
+        )
     else:
         flat = shape
     if array.shape != flat:
         stored, wanted = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
-        raise ValueError(f"Tensor {where} has the shape {stored}; its config.json calls for {wanted}.")
+        raise ValueError(
+            f"Tensor {where} has the shape {stored}; its config.json calls for {wanted}."
+        )
     return array.reshape(shape)
 
 
 def export(
-    state: nnx.State, spec: ModelSpec, text: Text, folder: str | os.PathLike[str], dtype: str = "float32"
+    state: nnx.State,
+    spec: ModelSpec,
+    text: Text,
+    folder: str | os.PathLike[str],
+    dtype: str = "float32",
 ) -> str:
     """Writes config.json, safetensors (with an index above 4 GiB) and the tokenizer; returns its `weights_hash`.
 
@@ -281,9 +357,13 @@ def export(
         array = np.asarray(jax.device_get(leaf)).astype(jnp.dtype(dtype))
         for i, part in enumerate(array if "{}" in target else [array]):
             tensors[target.format(i)] = _stored(part, name)
-    config = spec_to_hf(spec) | {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": list(text.end_ids),
-                                 "bos_token_id": text.tokenizer.bos_token_id,
-                                 "pad_token_id": text.tokenizer.pad_token_id}
+    config = spec_to_hf(spec) | {
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "eos_token_id": list(text.end_ids),
+        "bos_token_id": text.tokenizer.bos_token_id,
+        "pad_token_id": text.tokenizer.pad_token_id,
+    }
     (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ids = {key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
     (root / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
@@ -324,4 +404,5 @@ def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
         index |= dict.fromkeys(shard, file)
     total = sum(a.nbytes for a in tensors.values())
     (root / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
+    )

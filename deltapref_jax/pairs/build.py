@@ -68,15 +68,20 @@ def build(
       first minus the dropped ones is the pool.
     """
     usable = {name: _usable(rows, rules.finishes) for name, rows in traces.items()}
-    counts = dict.fromkeys(("dropped_unfinished", "dropped_identical", "dropped_tie", "dropped_stratum"), 0)
+    counts = dict.fromkeys(
+        ("dropped_unfinished", "dropped_identical", "dropped_tie", "dropped_stratum"), 0
+    )
     pairs: list[Row] = []
     for prompt in prompt_ids:
         if any(len(usable[name].get(prompt, ())) < need for name, need in rules.ladder.items()):
             counts["dropped_unfinished"] += 1
             continue
         rejected = usable[rules.rejected][prompt][0]
-        rungs = {name: usable[name][prompt][int(name == rules.rejected)] for name, need in rules.ladder.items()
-                 if name != rules.rejected or need > 1}
+        rungs = {
+            name: usable[name][prompt][int(name == rules.rejected)]
+            for name, need in rules.ladder.items()
+            if name != rules.rejected or need > 1
+        }
         if any(trace["text"].strip() == rejected["text"].strip() for trace in rungs.values()):
             counts["dropped_identical"] += 1
             continue
@@ -88,15 +93,22 @@ def build(
                 continue
             if gap < 0:
                 chosen, rejected = rejected, chosen
-        if not STRATA[rules.stratum](correct.get(chosen["trace_id"]), correct.get(rejected["trace_id"])):
+        if not STRATA[rules.stratum](
+            correct.get(chosen["trace_id"]), correct.get(rejected["trace_id"])
+        ):
             counts["dropped_stratum"] += 1
             continue
         pairs.append(_pair(prompt, chosen, rejected, correct, ratings))
     return pairs, {"prompts": len(prompt_ids), **counts, "pool": len(pairs)}
 
 
-def _pair(prompt: str, chosen: Row, rejected: Row, correct: Mapping[str, bool | None],
-          ratings: Mapping[str, Sequence[float]]) -> Row:
+def _pair(
+    prompt: str,
+    chosen: Row,
+    rejected: Row,
+    correct: Mapping[str, bool | None],
+    ratings: Mapping[str, Sequence[float]],
+) -> Row:
     def rated(trace: Row) -> list[float] | None:
         return list(ratings[trace["trace_id"]]) if trace["trace_id"] in ratings else None
 

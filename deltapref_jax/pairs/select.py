@@ -12,9 +12,12 @@ Row = dict[str, Any]
 
 def sample_delta(pairs: Sequence[Row], dimension: int | None) -> np.ndarray:
     """Chosen minus rejected rating of every pair, [P]; `dimension` is an index into the ratings, None their sum."""
+
     def value(ratings: Sequence[float] | None) -> float:
         if ratings is None:
-            raise ConfigError("A pair has no ratings to select by; name a judge that rated both of its generators.")
+            raise ConfigError(
+                "A pair has no ratings to select by; name a judge that rated both of its generators."
+            )
         return float(sum(ratings)) if dimension is None else float(ratings[dimension])
 
     return np.array([value(p["chosen_rating"]) - value(p["rejected_rating"]) for p in pairs])
@@ -23,8 +26,10 @@ def sample_delta(pairs: Sequence[Row], dimension: int | None) -> np.ndarray:
 def _kept(pairs: Sequence[Row], fraction: float) -> int:
     k = round(fraction * len(pairs))
     if not 1 <= k <= len(pairs):
-        raise ConfigError(f"A fraction of {fraction:g} keeps {k} of {len(pairs)} pairs; it must keep at least one and "
-                          "no more than there are.")
+        raise ConfigError(
+            f"A fraction of {fraction:g} keeps {k} of {len(pairs)} pairs; it must keep at least one and "
+            "no more than there are."
+        )
     return k
 
 
@@ -69,7 +74,9 @@ def select(
     return [pairs[i] for i in sorted(_matched(pairs, widest, seed, tokens))]
 
 
-def _matched(pairs: Sequence[Row], widest: Sequence[int], seed: int, tokens: Mapping[str, int]) -> set[int]:
+def _matched(
+    pairs: Sequence[Row], widest: Sequence[int], seed: int, tokens: Mapping[str, int]
+) -> set[int]:
     """Nearest neighbours in length, without replacement; top pairs themselves only once the others are used up."""
     lengths = np.array([(tokens[p["chosen_id"]], tokens[p["rejected_id"]]) for p in pairs], float)
     ids = np.array([p["pair_id"] for p in pairs])

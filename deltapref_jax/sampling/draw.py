@@ -24,8 +24,13 @@ def request_keys(
       prompts: prompt ids, hexadecimal (16 digits are used).
       samples: index of each trace among those of its prompt.
     """
-    words = np.array([_words(generator) + _words(p) + (s,) for p, s in zip(prompts, samples, strict=True)], np.uint32)
-    padded = np.zeros((1 << max(8, (len(words) - 1).bit_length()), 5), np.uint32)  # few compiled shapes
+    words = np.array(
+        [_words(generator) + _words(p) + (s,) for p, s in zip(prompts, samples, strict=True)],
+        np.uint32,
+    )
+    padded = np.zeros(
+        (1 << max(8, (len(words) - 1).bit_length()), 5), np.uint32
+    )  # few compiled shapes
     padded[: len(words)] = words.reshape(-1, 5)
     return np.asarray(_fold(jax.random.key(seed, impl="threefry2x32"), padded))[: len(words)]
 
@@ -50,7 +55,9 @@ def uniforms(keys: UInt32[Array, "B 2"], positions: Int[Array, " B"]) -> Float[A
     """One uniform in [0, 1) per row (multiples of 2^-23), for the token at `positions` of each row's trace."""
 
     def one(key: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
+        return jax.random.uniform(
+            jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
+        )
 
     return jax.vmap(one)(keys, positions)
 
@@ -78,7 +85,11 @@ def draw(
     """
     gap = jnp.max(logits, axis=-1, keepdims=True) - logits
     greedy = (temperature == 0)[:, None]
-    scaled = jnp.where(greedy, jnp.where(gap == 0, 0.0, jnp.inf), gap / jnp.where(greedy, 1.0, temperature[:, None]))
+    scaled = jnp.where(
+        greedy,
+        jnp.where(gap == 0, 0.0, jnp.inf),
+        gap / jnp.where(greedy, 1.0, temperature[:, None]),
+    )
     weights = jnp.exp(-scaled)
     if filtered:
         weights = jnp.where(nucleus(gap, weights, top_p, top_k), weights, 0.0)
@@ -88,7 +99,10 @@ def draw(
 
 
 def nucleus(
-    gap: Float[Array, "B V"], weights: Float[Array, "B V"], top_p: Float[Array, " B"], top_k: Int[Array, " B"]
+    gap: Float[Array, "B V"],
+    weights: Float[Array, "B V"],
+    top_p: Float[Array, " B"],
+    top_k: Int[Array, " B"],
 ) -> Bool[Array, "B V"]:
     """Tokens kept by top-k and then by top-p over what top-k left.
 
@@ -102,13 +116,23 @@ def nucleus(
     """
     vocab = gap.shape[-1]
     wanted = jnp.where((top_k <= 0) | (top_k >= vocab), 0, top_k)  # 0: off
-    kept = gap <= smallest_enough(gap, jnp.ones_like(gap), wanted.astype(jnp.float32), wanted == 0)[:, None]
+    kept = (
+        gap
+        <= smallest_enough(gap, jnp.ones_like(gap), wanted.astype(jnp.float32), wanted == 0)[
+            :, None
+        ]
+    )
     weights = jnp.where(kept, weights, 0.0)
-    return kept & (gap <= smallest_enough(gap, weights, top_p * jnp.sum(weights, axis=-1), top_p >= 1)[:, None])
+    return kept & (
+        gap <= smallest_enough(gap, weights, top_p * jnp.sum(weights, axis=-1), top_p >= 1)[:, None]
+    )
 
 
 def smallest_enough(
-    gap: Float[Array, "B V"], weights: Float[Array, "B V"], need: Float[Array, " B"], off: Bool[Array, " B"]
+    gap: Float[Array, "B V"],
+    weights: Float[Array, "B V"],
+    need: Float[Array, " B"],
+    off: Bool[Array, " B"],
 ) -> Float[Array, " B"]:
     """The smallest g for which the weights of tokens with gap ≤ g sum to `need` or more; infinity where `off`.
 
@@ -128,7 +152,10 @@ def smallest_enough(
         enough = jnp.sum(jnp.where(below, weights, 0.0), axis=-1) >= need
         largest_below = jnp.max(jnp.where(below, bits, 0), axis=-1)
         smallest_above = jnp.min(jnp.where(below, jnp.iinfo(jnp.int32).max, bits), axis=-1)
-        moved = jnp.where(enough, low, jnp.minimum(smallest_above, high)), jnp.where(enough, largest_below, high)
+        moved = (
+            jnp.where(enough, low, jnp.minimum(smallest_above, high)),
+            jnp.where(enough, largest_below, high),
+        )
         return jnp.where(low < high, moved[0], low), jnp.where(low < high, moved[1], high)
 
     start = jnp.where(off, top, 0)
@@ -160,5 +187,7 @@ def _first_above(weights: Float[Array, "B n"], target: Float[Array, " B"]) -> tu
     index = jnp.sum(cumulative <= target[:, None], axis=-1)
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
     index = jnp.minimum(index, last).astype(jnp.int32)
-    before = jnp.take_along_axis(jnp.pad(cumulative, ((0, 0), (1, 0))), index[:, None], axis=-1)[:, 0]
+    before = jnp.take_along_axis(jnp.pad(cumulative, ((0, 0), (1, 0))), index[:, None], axis=-1)[
+        :, 0
+    ]
     return index, before

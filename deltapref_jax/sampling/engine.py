@@ -29,7 +29,15 @@ from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded
 from deltapref_jax.sampling.draw import request_keys
-from deltapref_jax.sampling.programs import Chunk, Slots, advance, compile_seconds, grow, insert, prefill
+from deltapref_jax.sampling.programs import (
+    Chunk,
+    Slots,
+    advance,
+    compile_seconds,
+    grow,
+    insert,
+    prefill,
+)
 from deltapref_jax.sampling.stopping import before_stop, stopped_length
 
 
@@ -78,15 +86,32 @@ class _Table:
 
     @classmethod
     def empty(cls, count: int) -> "_Table":
-        return cls(Slots(
-            token=np.zeros(count, np.int32), position=np.zeros(count, np.int32), produced=np.zeros(count, np.int32),
-            alive=np.zeros(count, bool), keys=np.zeros((count, 2), np.uint32), temperature=np.ones(count, np.float32),
-            top_p=np.ones(count, np.float32), top_k=np.zeros(count, np.int32)), {})
+        return cls(
+            Slots(
+                token=np.zeros(count, np.int32),
+                position=np.zeros(count, np.int32),
+                produced=np.zeros(count, np.int32),
+                alive=np.zeros(count, bool),
+                keys=np.zeros((count, 2), np.uint32),
+                temperature=np.ones(count, np.float32),
+                top_p=np.ones(count, np.float32),
+                top_k=np.zeros(count, np.int32),
+            ),
+            {},
+        )
 
     def place(self, slot: int, trace: _Trace, request: Request) -> None:
         """Starts a trace: the last prompt token is fed first."""
-        values = (request.tokens[-1], len(request.tokens) - 1, 0, True, trace.key, request.temperature, request.top_p,
-                  request.top_k)
+        values = (
+            request.tokens[-1],
+            len(request.tokens) - 1,
+            0,
+            True,
+            trace.key,
+            request.temperature,
+            request.top_p,
+            request.top_k,
+        )
         for column, value in zip(self.slots, values, strict=True):
             column[slot] = value
         self.occupants[slot] = trace
@@ -98,7 +123,9 @@ def _batched(items: Iterator[int], size: int) -> Iterator[list[int]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _new_cache(spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype, sharding: NamedSharding) -> Cache:
+def _new_cache(
+    spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype, sharding: NamedSharding
+) -> Cache:
     return jax.lax.with_sharding_constraint(empty_cache(spec, slots, length, dtype), sharding)
 
 
@@ -113,7 +140,9 @@ class Engine:
         these, `compile_seconds`.
     """
 
-    def __init__(self, model: Loaded, sampling: Sampling, seed: int, generator: str, mesh: Mesh | None = None):
+    def __init__(
+        self, model: Loaded, sampling: Sampling, seed: int, generator: str, mesh: Mesh | None = None
+    ):
         """Places the weights on the mesh.
 
         Args:
@@ -130,16 +159,24 @@ class Engine:
         self.seed, self.generator = seed, generator
         self.length = sampling.max_prompt + sampling.max_tokens
         if self.length > model.spec.max_positions:
-            raise ValueError(f"config.sampling.max_prompt + max_tokens is {self.length} and the model has "
-                             f"{model.spec.max_positions} positions; lower one of the two.")
+            raise ValueError(
+                f"config.sampling.max_prompt + max_tokens is {self.length} and the model has "
+                f"{model.spec.max_positions} positions; lower one of the two."
+            )
         if "" in sampling.stop:
-            raise ValueError("config.sampling.stop holds an empty string, which every text contains; remove it.")
+            raise ValueError(
+                "config.sampling.stop holds an empty string, which every text contains; remove it."
+            )
         self.mesh = mesh or make_mesh(MeshShape(), jax.local_devices()[:1])
         across = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if sampling.slots % across:
-            raise ValueError(f"config.sampling.slots is {sampling.slots}; it must be a multiple of the {across} "
-                             "devices along data and fsdp.")
-        self.group = across * max(1, min(16, sampling.slots // 8) // across)  # prompts of one prefill
+            raise ValueError(
+                f"config.sampling.slots is {sampling.slots}; it must be a multiple of the {across} "
+                "devices along data and fsdp."
+            )
+        self.group = across * max(
+            1, min(16, sampling.slots // 8) // across
+        )  # prompts of one prefill
         state = jax.device_put(model.state, shardings(model.state, self.mesh))
         self.graphdef, self.weights = unstacked(model.graphdef, state)
         self.dtype = nnx.merge(model.graphdef, model.state).dtype
@@ -166,8 +203,10 @@ class Engine:
         """Raises `ValueError`, naming the first prompt that is empty or longer than `max_prompt`."""
         for request in requests:
             if not 0 < len(request.tokens) <= self.sampling.max_prompt:
-                raise ValueError(f"Prompt {request.prompt_id} has {len(request.tokens)} tokens; "
-                                 f"config.sampling.max_prompt allows 1 to {self.sampling.max_prompt}.")
+                raise ValueError(
+                    f"Prompt {request.prompt_id} has {len(request.tokens)} tokens; "
+                    f"config.sampling.max_prompt allows 1 to {self.sampling.max_prompt}."
+                )
 
     def _run(self, requests: Sequence[Request]) -> Iterator[_Trace]:
         """Traces as they end; while the caller handles one, the device works on the next chunk."""
@@ -190,13 +229,20 @@ class Engine:
         """Prefills prompts, a group at a time and only when asked for, longest first; yields the traces to sample."""
         lengths = sorted({-(-self.sampling.max_prompt // (8 * part)) * 8 for part in (1, 2, 4)})
         pairs = [(r, s) for r, request in enumerate(requests) for s in range(request.samples)]
-        keys = request_keys(self.seed, self.generator, [requests[r].prompt_id for r, _ in pairs], [s for _, s in pairs])
+        keys = request_keys(
+            self.seed,
+            self.generator,
+            [requests[r].prompt_id for r, _ in pairs],
+            [s for _, s in pairs],
+        )
         first = np.cumsum([0] + [request.samples for request in requests])
 
         def padded(r: int) -> int:
             return next(length for length in lengths if length >= len(requests[r].tokens))
 
-        order = sorted(range(len(requests)), key=lambda r: (-len(requests[r].tokens), requests[r].prompt_id))
+        order = sorted(
+            range(len(requests)), key=lambda r: (-len(requests[r].tokens), requests[r].prompt_id)
+        )
         for length, members in itertools.groupby(order, key=padded):
             for group in _batched(members, self.group):
                 tokens = np.zeros((self.group, length), np.int32)
@@ -204,12 +250,22 @@ class Engine:
                     tokens[row, : len(requests[r].tokens)] = requests[r].tokens
                     self.stats["prompt_tokens"] += len(requests[r].tokens)
                 self.stats["padded_prompt_tokens"] += tokens.size
-                prompts = prefill(self.graphdef, self.weights, tokens, self._sharding(PartitionSpec()))
-                yield [_Trace(r, s, keys[first[r] + s], prompts, row)
-                       for row, r in enumerate(group) for s in range(requests[r].samples)]
+                prompts = prefill(
+                    self.graphdef, self.weights, tokens, self._sharding(PartitionSpec())
+                )
+                yield [
+                    _Trace(r, s, keys[first[r] + s], prompts, row)
+                    for row, r in enumerate(group)
+                    for s in range(requests[r].samples)
+                ]
 
-    def _refill(self, requests: Sequence[Request], table: "_Table", ready: deque[_Trace],
-                groups: Iterator[list[_Trace]]) -> int:
+    def _refill(
+        self,
+        requests: Sequence[Request],
+        table: "_Table",
+        ready: deque[_Trace],
+        groups: Iterator[list[_Trace]],
+    ) -> int:
         """Puts waiting traces into free slots; returns how many."""
         free = np.flatnonzero(~table.slots.alive)
         while len(ready) < len(free) and (group := next(groups, None)) is not None:
@@ -234,8 +290,13 @@ class Engine:
         if self.cache is None or (reach == 0 and self.cache.v[0].shape[2] > shortest):
             self.cache = None  # frees the longer one first
             heads = "tensor" if self.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
-            self.cache = _new_cache(self.spec, self.sampling.slots, shortest, self.dtype,
-                                    self._sharding(PartitionSpec(*ROWS, heads)))
+            self.cache = _new_cache(
+                self.spec,
+                self.sampling.slots,
+                shortest,
+                self.dtype,
+                self._sharding(PartitionSpec(*ROWS, heads)),
+            )
         while (length := self.cache.v[0].shape[2]) < min(reach, self.length):
             self.cache = grow(self.cache, min(self.length, 2 * length))
 
@@ -244,10 +305,20 @@ class Engine:
         B, chunk = self.sampling.slots, self.sampling.chunk
         self._reserve(int(slots.position[slots.alive].max()) + chunk)
         patience = min(B // 16, B - 1) if more else B - 1
-        sent = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(ROWS))  # a copy: the host goes on writing
+        sent = jax.device_put(
+            jax.tree.map(np.copy, slots), self._sharding(ROWS)
+        )  # a copy: the host goes on writing
         self.cache, out = advance(
-            self.graphdef, self.weights, self.cache, sent, self.end_ids, np.int32(self.sampling.max_tokens),
-            np.int32(patience), chunk=chunk, filtered=filtered)
+            self.graphdef,
+            self.weights,
+            self.cache,
+            sent,
+            self.end_ids,
+            np.int32(self.sampling.max_tokens),
+            np.int32(patience),
+            chunk=chunk,
+            filtered=filtered,
+        )
         return out
 
     def _collect(self, chunk: Chunk, table: "_Table") -> list[_Trace]:
@@ -261,8 +332,10 @@ class Engine:
         for b in np.flatnonzero(slots.alive):
             trace, n = table.occupants[int(b)], counts[b]
             if not np.isfinite(chunk.logprobs[:n, b]).all():
-                raise ValueError(f"The model gives a log-probability that is not finite after {len(trace.tokens)} "
-                                 "tokens; check its weights, or use float32.")
+                raise ValueError(
+                    f"The model gives a log-probability that is not finite after {len(trace.tokens)} "
+                    "tokens; check its weights, or use float32."
+                )
             checked = len(trace.tokens)
             trace.tokens.extend(chunk.tokens[:n, b].tolist())
             trace.logprobs.extend(chunk.logprobs[:n, b].tolist())
@@ -271,12 +344,20 @@ class Engine:
             if self.sampling.stop:
                 length = stopped_length(trace.tokens, checked, self.sampling.stop, self.text.decode)
                 if length is not None:
-                    trace.tokens, trace.logprobs, trace.finish = trace.tokens[:length], trace.logprobs[:length], "stop"
+                    trace.tokens, trace.logprobs, trace.finish = (
+                        trace.tokens[:length],
+                        trace.logprobs[:length],
+                        "stop",
+                    )
                     alive[b] = False
             if not alive[b]:
                 ended.append(trace)
-        table.slots = slots._replace(token=chunk.token.copy(), position=chunk.position.copy(),
-                                     produced=slots.produced + counts, alive=alive)
+        table.slots = slots._replace(
+            token=chunk.token.copy(),
+            position=chunk.position.copy(),
+            produced=slots.produced + counts,
+            alive=alive,
+        )
         return ended
 
     def _complete(self, trace: _Trace) -> Completion:

@@ -62,17 +62,25 @@ class Chunk(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sharding"))
-def prefill(graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"], sharding: NamedSharding) -> Cache:
+def prefill(
+    graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"], sharding: NamedSharding
+) -> Cache:
     """Keys and values of G prompts, padded on the right to T tokens."""
     model = nnx.merge(graphdef, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    _, cache = model.decode(tokens, positions, empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype))
+    _, cache = model.decode(
+        tokens, positions, empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype)
+    )
     return jax.lax.with_sharding_constraint(cache, sharding)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def insert(
-    cache: Cache, prompts: Cache, slots: Int[Array, " B"], rows: Int[Array, " B"], count: Int[Array, ""]
+    cache: Cache,
+    prompts: Cache,
+    slots: Int[Array, " B"],
+    rows: Int[Array, " B"],
+    count: Int[Array, ""],
 ) -> Cache:
     """Copies prompt rows[i] into slot slots[i] for i < count."""
 
@@ -90,11 +98,15 @@ def insert(
 def grow(cache: Cache, length: int) -> Cache:
     """The same cache with room for `length` positions."""
     more = length - cache.v[0].shape[2]
-    return Cache(tuple(jnp.pad(k, ((0, 0),) * 3 + ((0, more),)) for k in cache.k),
-                 tuple(jnp.pad(v, ((0, 0),) * 2 + ((0, more), (0, 0))) for v in cache.v))
+    return Cache(
+        tuple(jnp.pad(k, ((0, 0),) * 3 + ((0, more),)) for k in cache.k),
+        tuple(jnp.pad(v, ((0, 0),) * 2 + ((0, more), (0, 0))) for v in cache.v),
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "filtered"), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "chunk", "filtered"), donate_argnames=("cache",)
+)
 def advance(
     graphdef: nnx.GraphDef,
     weights: nnx.State,
@@ -131,9 +143,15 @@ def advance(
     def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
         cache, out = state
         hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache)
-        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32)
-        token, logprob = draw(logits, uniform[out.steps], slots.temperature, slots.top_p, slots.top_k, filtered)
-        ended = jnp.any(token[:, None] == end_ids, axis=-1) | (slots.produced + out.steps + 1 >= budget)
+        logits = jnp.einsum(
+            "bd,vd->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32
+        )
+        token, logprob = draw(
+            logits, uniform[out.steps], slots.temperature, slots.top_p, slots.top_k, filtered
+        )
+        ended = jnp.any(token[:, None] == end_ids, axis=-1) | (
+            slots.produced + out.steps + 1 >= budget
+        )
         return cache, Chunk(
             steps=out.steps + 1,
             tokens=out.tokens.at[out.steps].set(token),
@@ -144,6 +162,12 @@ def advance(
         )
 
     rows = (chunk, slots.token.shape[0])
-    start = Chunk(jnp.int32(0), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.asarray(slots.token),
-                  jnp.asarray(slots.position), jnp.asarray(slots.alive))
+    start = Chunk(
+        jnp.int32(0),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.asarray(slots.token),
+        jnp.asarray(slots.position),
+        jnp.asarray(slots.alive),
+    )
     return jax.lax.while_loop(going, step, (cache, start))

@@ -24,8 +24,10 @@ def derange(prompt_ids: Sequence[str], seed: int) -> list[int]:
     order = [i for name in names for i in groups[name]]
     shift = max(map(len, groups.values()))
     if 2 * shift > len(order):
-        raise ConfigError(f"{shift} of {len(order)} traces belong to one prompt, so KTO's baseline cannot pair every "
-                          "trace with another prompt; use more prompts.")
+        raise ConfigError(
+            f"{shift} of {len(order)} traces belong to one prompt, so KTO's baseline cannot pair every "
+            "trace with another prompt; use more prompts."
+        )
     partner = [0] * len(order)
     for place, i in enumerate(order):
         partner[i] = order[(place + shift) % len(order)]

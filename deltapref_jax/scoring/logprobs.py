@@ -33,9 +33,13 @@ def sequence_logprobs(
       remat: see `Decoder.hidden`.
       mesh: over which the batch lies; None: one device.
     """
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, batch.branches, remat=remat, mesh=mesh)
+    hidden = model.hidden(
+        batch.tokens, batch.positions, batch.segments, batch.branches, remat=remat, mesh=mesh
+    )
     # position i - 1 scores token i: labels and owners stand where they are scored; padded to whole rows, which divide
-    labels, owner = (jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.targets))
+    labels, owner = (
+        jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.targets)
+    )
     logprobs = token_logprobs(hidden, model.unembedding(), labels, owner > 0, mesh)
     owner = owner.reshape(-1)
     sums = jax.ops.segment_sum(logprobs.reshape(-1), owner, segments + 1)[1:]
@@ -44,28 +48,41 @@ def sequence_logprobs(
 
 
 @functools.cache
-def scorer(spec: ModelSpec, dtype: str, segments: int, mesh: Mesh,
-           adapters: Adapters = NO_ADAPTERS) -> Callable[..., Any]:
+def scorer(
+    spec: ModelSpec, dtype: str, segments: int, mesh: Mesh, adapters: Adapters = NO_ADAPTERS
+) -> Callable[..., Any]:
     """The compiled (params, batch) -> (sums [S], counts [S]); one per model and row shape in the process."""
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
 
     def run(params: nnx.State, batch: PackedBatch) -> tuple[Array, Array]:
         return sequence_logprobs(nnx.merge(graphdef, params), batch, segments, mesh=mesh)
 
-    return jax.jit(run, in_shardings=(shardings(shapes, mesh), NamedSharding(mesh, BATCH)),
-                   out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        run,
+        in_shardings=(shardings(shapes, mesh), NamedSharding(mesh, BATCH)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
 
 
 class Scores(NamedTuple):
     """Of n sequences."""
 
-    sums: list[float | None]  # log-probability of a sequence's targets, nats; None: longer than a row
+    sums: list[
+        float | None
+    ]  # log-probability of a sequence's targets, nats; None: longer than a row
     positions: int  # computed, real or padding
     filled: int  # of them, real
 
 
-def score_sequences(spec: ModelSpec, params: nnx.State, sequences: Sequence[Pieces], rows: int, length: int, mesh: Mesh,
-                    dtype: str) -> Scores:
+def score_sequences(
+    spec: ModelSpec,
+    params: nnx.State,
+    sequences: Sequence[Pieces],
+    rows: int,
+    length: int,
+    mesh: Mesh,
+    dtype: str,
+) -> Scores:
     """Summed log-probability of every completion behind its prompt, in packed rows; one prompt is read once for many.
 
     Args:
@@ -77,12 +94,20 @@ def score_sequences(spec: ModelSpec, params: nnx.State, sequences: Sequence[Piec
       mesh: rows are spread over data and fsdp.
       dtype: of the computation.
     """
-    run = scorer(spec, dtype, capacity(rows, length), mesh, NO_ADAPTERS)  # named: training's key of the cache
+    run = scorer(
+        spec, dtype, capacity(rows, length), mesh, NO_ADAPTERS
+    )  # named: training's key of the cache
     params = jax.device_put(params, shardings(params, mesh))
-    fits = [i for i, (prompt, completion) in enumerate(sequences) if len(prompt) + len(completion) <= length]
+    fits = [
+        i
+        for i, (prompt, completion) in enumerate(sequences)
+        if len(prompt) + len(completion) <= length
+    ]
     sums: list[float | None] = [None] * len(sequences)
     positions, filled, ways = 0, 0, mesh.shape["data"] * mesh.shape["fsdp"]
-    for micro in pack_sequences([sequences[i] for i in fits], rows, length, shares_prompts(mesh, length)):
+    for micro in pack_sequences(
+        [sequences[i] for i in fits], rows, length, shares_prompts(mesh, length)
+    ):
         batch = trimmed(micro.batch, ways)
         positions += batch.tokens.size
         filled += int(np.count_nonzero(batch.segments))

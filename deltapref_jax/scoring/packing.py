@@ -28,7 +28,9 @@ class Sample(NamedTuple):
     targets: np.ndarray  # bool: this token is scored (by the position before it)
     positions: np.ndarray  # int32, in its own sequence
     branches: np.ndarray  # int32, 0 for the trunk
-    members: tuple[int, ...] = (0,)  # its sequences by number; of several, each is the branch at its place
+    members: tuple[int, ...] = (
+        0,
+    )  # its sequences by number; of several, each is the branch at its place
 
 
 class PackedBatch(NamedTuple):
@@ -54,25 +56,44 @@ Pieces = tuple[Sequence[int], Sequence[int]]  # a sequence's prompt and completi
 def sample(prompt: Sequence[int], completion: Sequence[int], number: int = 0) -> Sample:
     """A prompt with its completion, whose tokens are the targets; a first token is none, having nothing before it."""
     n = len(prompt) + len(completion)
-    return Sample(np.asarray([*prompt, *completion], np.int32), np.arange(n) >= max(1, len(prompt)),
-                  np.arange(n, dtype=np.int32), np.zeros(n, np.int32), (number,))
+    return Sample(
+        np.asarray([*prompt, *completion], np.int32),
+        np.arange(n) >= max(1, len(prompt)),
+        np.arange(n, dtype=np.int32),
+        np.zeros(n, np.int32),
+        (number,),
+    )
 
 
-def shared(prompt: Sequence[int], completions: Sequence[Sequence[int]], numbers: Sequence[int]) -> Sample:
+def shared(
+    prompt: Sequence[int], completions: Sequence[Sequence[int]], numbers: Sequence[int]
+) -> Sample:
     """Several completions behind one prompt (of two tokens or more), each a branch of the prompt but its last token."""
     trunk, sizes = len(prompt) - 1, [1 + len(completion) for completion in completions]
-    tokens = [*prompt[:-1], *(token for completion in completions for token in (prompt[-1], *completion))]
-    within = np.concatenate([np.arange(n) for n in (trunk, *sizes)])  # the place in the trunk or in the branch
+    tokens = [
+        *prompt[:-1],
+        *(token for completion in completions for token in (prompt[-1], *completion)),
+    ]
+    within = np.concatenate(
+        [np.arange(n) for n in (trunk, *sizes)]
+    )  # the place in the trunk or in the branch
     branches = np.repeat(np.arange(1 + len(sizes)), (trunk, *sizes))
     behind = branches > 0
-    return Sample(np.asarray(tokens, np.int32), behind & (within > 0), (within + trunk * behind).astype(np.int32),
-                  branches.astype(np.int32), tuple(numbers))
+    return Sample(
+        np.asarray(tokens, np.int32),
+        behind & (within > 0),
+        (within + trunk * behind).astype(np.int32),
+        branches.astype(np.int32),
+        tuple(numbers),
+    )
 
 
 def by_prompt(sequences: Sequence[Pieces], length: int, most: int) -> list[list[int]]:
     """The numbers of sequences that have one prompt, as many as fit a row behind it, and `most` at most."""
     found: list[list[int]] = []
-    newest: dict[bytes, tuple[list[int], int]] = {}  # by prompt: its last group, and the room left in it
+    newest: dict[
+        bytes, tuple[list[int], int]
+    ] = {}  # by prompt: its last group, and the room left in it
     for i, (prompt, completion) in enumerate(sequences):
         key, size = np.asarray(prompt, np.int32).tobytes(), 1 + len(completion)
         group, room = newest.get(key, ([], 0))
@@ -84,11 +105,18 @@ def by_prompt(sequences: Sequence[Pieces], length: int, most: int) -> list[list[
     return found
 
 
-def ways(numbers: Sequence[int], sequences: Sequence[Pieces], length: int, share: bool) -> list[list[Sample]]:
+def ways(
+    numbers: Sequence[int], sequences: Sequence[Pieces], length: int, share: bool
+) -> list[list[Sample]]:
     """How a group can be packed, the best first: behind one prompt, if all have the same and fit a row; one by one."""
     each = [sample(*sequences[i], i) for i in numbers]
     prompt = list(sequences[numbers[0]][0])
-    if not share or len(numbers) < 2 or len(prompt) < 2 or any(list(sequences[i][0]) != prompt for i in numbers[1:]):
+    if (
+        not share
+        or len(numbers) < 2
+        or len(prompt) < 2
+        or any(list(sequences[i][0]) != prompt for i in numbers[1:])
+    ):
         return [each]
     together = shared(prompt, [sequences[i][1] for i in numbers], numbers)
     return [[together], each] if len(together.tokens) <= length else [each]
@@ -99,7 +127,9 @@ def capacity(rows: int, length: int) -> int:
     return max(rows, rows * length // 8)
 
 
-def layout(groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int) -> list[list[list[Sample]]]:
+def layout(
+    groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int
+) -> list[list[list[Sample]]]:
     """First-fit decreasing, by a group's sum and by its longest sample, whichever needs fewer rows.
 
     Args:
@@ -114,13 +144,20 @@ def layout(groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int)
     Raises:
       ValueError: a sample is longer than a row, or a group does not fit one micro-batch.
     """
-    by_sum = sorted(groups, key=lambda g: -sum(len(s.tokens) for s in g[0]))  # stable: ties keep their order
+    by_sum = sorted(
+        groups, key=lambda g: -sum(len(s.tokens) for s in g[0])
+    )  # stable: ties keep their order
     by_longest = sorted(by_sum, key=lambda g: -max(len(s.tokens) for s in g[0]))
     found = [_first_fit(order, rows, length) for order in (by_sum, by_longest)]
-    return min(found, key=lambda micros: (len(micros), sum(bool(row) for row in micros[-1]) if micros else 0))
+    return min(
+        found,
+        key=lambda micros: (len(micros), sum(bool(row) for row in micros[-1]) if micros else 0),
+    )
 
 
-def _first_fit(groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int) -> list[list[list[Sample]]]:
+def _first_fit(
+    groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int
+) -> list[list[list[Sample]]]:
     micros: list[list[list[Sample]]] = []
     free: list[list[int]] = []
     held: list[int] = []
@@ -136,8 +173,10 @@ def _first_fit(groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: 
             free.append([length] * rows)
             held.append(members)
             if not any(_place(way, micros[-1], free[-1]) for way in group):
-                raise ValueError(f"Sequences of {[len(s.tokens) for s in group[-1]]} tokens belong together and do "
-                                 f"not fit {rows} rows of {length}; raise row_length or rows.")
+                raise ValueError(
+                    f"Sequences of {[len(s.tokens) for s in group[-1]]} tokens belong together and do "
+                    f"not fit {rows} rows of {length}; raise row_length or rows."
+                )
     return micros
 
 
@@ -156,7 +195,9 @@ def _place(way: Sequence[Sample], places: list[list[Sample]], spaces: list[int])
     return True
 
 
-def pack(groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int, branched: bool = False) -> list[Micro]:
+def pack(
+    groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int, branched: bool = False
+) -> list[Micro]:
     """Micro-batches of shape [rows, length] that hold every group once (see `layout`).
 
     `branched`: branches are told even where no sample has any, so that all batches run in one program.
@@ -165,8 +206,13 @@ def pack(groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int, b
     return [_fill(micro, rows, length, branched) for micro in layout(groups, rows, length)]
 
 
-def pack_sequences(sequences: Sequence[Pieces], rows: int, length: int, share: bool,
-                   groups: Sequence[Sequence[int]] | None = None) -> list[Micro]:
+def pack_sequences(
+    sequences: Sequence[Pieces],
+    rows: int,
+    length: int,
+    share: bool,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> list[Micro]:
     """Micro-batches that hold every sequence once.
 
     Args:
@@ -177,7 +223,11 @@ def pack_sequences(sequences: Sequence[Pieces], rows: int, length: int, share: b
       groups: numbers of the sequences that share a micro-batch; None: sequences are free, and shared by prompt.
     """
     if groups is None:
-        groups = by_prompt(sequences, length, capacity(rows, length)) if share else [[i] for i in range(len(sequences))]
+        groups = (
+            by_prompt(sequences, length, capacity(rows, length))
+            if share
+            else [[i] for i in range(len(sequences))]
+        )
     return pack([ways(group, sequences, length, share) for group in groups], rows, length, share)
 
 
@@ -194,7 +244,9 @@ def trimmed(batch: PackedBatch, ways: int) -> PackedBatch:
 
 
 def _fill(micro: list[list[Sample]], rows: int, length: int, branched: bool) -> Micro:
-    tokens, positions, segments, targets, branches = (np.zeros((rows, length), np.int32) for _ in range(5))
+    tokens, positions, segments, targets, branches = (
+        np.zeros((rows, length), np.int32) for _ in range(5)
+    )
     order: list[int] = []
     number = 0
     for r, row in enumerate(micro):
@@ -202,7 +254,12 @@ def _fill(micro: list[list[Sample]], rows: int, length: int, branched: bool) -> 
         for s in row:
             number += 1
             span = (r, slice(start, start + len(s.tokens)))
-            tokens[span], positions[span], branches[span], segments[span] = s.tokens, s.positions, s.branches, number
+            tokens[span], positions[span], branches[span], segments[span] = (
+                s.tokens,
+                s.positions,
+                s.branches,
+                number,
+            )
             member = s.branches if len(s.members) > 1 else 1
             targets[span] = np.where(s.targets, len(order) + member, 0)
             order.extend(s.members)

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltapref_jax.config import DIMENSIONS, ConfigError, MeshShape, Nursery, Objective, Pupil, choose
+from deltapref_jax.config import (
+    DIMENSIONS,
+    ConfigError,
+    MeshShape,
+    Nursery,
+    Objective,
+    Pupil,
+    choose,
+)
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
@@ -49,7 +57,12 @@ def make_tokenizer(vocab: int, folder: Path) -> None:
 
 def draw(pupil: Pupil, rng: random.Random) -> Problem:
     """A problem of the pupil's curriculum; its seed keeps it apart from every study's questions (theirs are ≥ 0)."""
-    return problem(rng.choice(pupil.tasks), rng.choice(pupil.difficulties), -1 - pupil.seed, rng.getrandbits(62))
+    return problem(
+        rng.choice(pupil.tasks),
+        rng.choice(pupil.difficulties),
+        -1 - pupil.seed,
+        rng.getrandbits(62),
+    )
 
 
 def solving(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
@@ -82,8 +95,12 @@ def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
         positions += range(len(trunk), len(trunk) + len(branch))
         branches += [b + 1] * len(branch)
         targets += [False] * len(suffix) + [True]
-    return Sample(np.asarray(tokens, np.int32), np.asarray(targets), np.asarray(positions, np.int32),
-                  np.asarray(branches, np.int32))
+    return Sample(
+        np.asarray(tokens, np.int32),
+        np.asarray(targets),
+        np.asarray(positions, np.int32),
+        np.asarray(branches, np.int32),
+    )
 
 
 LESSONS = {"solve": solving, "judge": rating}
@@ -102,17 +119,30 @@ def lesson(pupil: Pupil, text: Text, step: int) -> StepData:
         if len(s.tokens) <= pupil.row_length:
             samples.append(s)
     if not samples:
-        raise ConfigError(f"No sample of pupil {pupil.name!r} fits its row_length of {pupil.row_length} tokens; raise "
-                          "it.")
+        raise ConfigError(
+            f"No sample of pupil {pupil.name!r} fits its row_length of {pupil.row_length} tokens; raise "
+            "it."
+        )
     micros = pack([[[s]] for s in samples], pupil.rows, pupil.row_length)[:1]
     batch, order = micros[0]
     blank = np.zeros(len(order), np.float32)
     most = pupil.rows * pupil.row_length // 16  # samples of a step, padded: one shape for all steps
     pad = (0, most - len(order))
-    examples = Examples(np.pad(np.arange(len(order), dtype=np.int32), pad), np.zeros(most, np.int32),
-                        np.pad(blank, pad), np.pad(blank, pad), np.pad(blank, pad), np.pad(blank + 1, pad))
-    return StepData([(batch, examples)], [], float(np.count_nonzero(batch.targets)),
-                    int(np.count_nonzero(batch.segments)), 0.0)
+    examples = Examples(
+        np.pad(np.arange(len(order), dtype=np.int32), pad),
+        np.zeros(most, np.int32),
+        np.pad(blank, pad),
+        np.pad(blank, pad),
+        np.pad(blank, pad),
+        np.pad(blank + 1, pad),
+    )
+    return StepData(
+        [(batch, examples)],
+        [],
+        float(np.count_nonzero(batch.targets)),
+        int(np.count_nonzero(batch.segments)),
+        0.0,
+    )
 
 
 def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[ModelSpec, nnx.State]:
@@ -124,13 +154,17 @@ def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[Mo
     fresh = nnx.state(Decoder(deeper, rngs=nnx.Rngs(seed), dtype=jnp.float32))
     old, new = nnx.to_pure_dict(params), nnx.to_pure_dict(fresh)
     for name, array in new["blocks"].items():
-        top = jnp.zeros_like(array[spec.layers :]) if name in ("o", "down") else array[spec.layers :]
+        top = (
+            jnp.zeros_like(array[spec.layers :]) if name in ("o", "down") else array[spec.layers :]
+        )
         old["blocks"][name] = jnp.concatenate([old["blocks"][name], top])
     nnx.replace_by_pure_dict(fresh, old)
     return deeper, fresh
 
 
-def raise_pupil(pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape) -> dict[str, float]:
+def raise_pupil(
+    pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape
+) -> dict[str, float]:
     """Trains one pupil and exports it, in bfloat16, to `folder/model`; returns counts."""
     text = Text.load(str(tokenizer))
     if base is not None:
@@ -139,16 +173,41 @@ def raise_pupil(pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, 
         if pupil.layers > spec.layers:
             spec, params = grow(spec, params, pupil.layers, pupil.seed)
     else:
-        spec = ModelSpec(len(text.tokenizer), pupil.width, pupil.layers, pupil.heads, pupil.kv_heads,
-                         pupil.width // pupil.heads, pupil.mlp, max_positions=1024)
+        spec = ModelSpec(
+            len(text.tokenizer),
+            pupil.width,
+            pupil.layers,
+            pupil.heads,
+            pupil.kv_heads,
+            pupil.width // pupil.heads,
+            pupil.mlp,
+            max_positions=1024,
+        )
         params = nnx.state(Decoder(spec, rngs=nnx.Rngs(pupil.seed), dtype=jnp.float32))
-    run = Run(Objective(name=pupil.name, kind="sft", learning_rate=pupil.learning_rate), pupil.steps, pupil.rows,
-              pupil.row_length, warmup=0.05, schedule="cosine", floor=0.1,
-              optimizer=Optimizer(clip=1.0, weight_decay=0.01, b2=0.98), checkpoint_every=500)
-    params, counts = train(spec, params, lambda step: lesson(pupil, text, step), run, make_mesh(mesh), folder,
-                           f"nursery {pupil.name}")
+    run = Run(
+        Objective(name=pupil.name, kind="sft", learning_rate=pupil.learning_rate),
+        pupil.steps,
+        pupil.rows,
+        pupil.row_length,
+        warmup=0.05,
+        schedule="cosine",
+        floor=0.1,
+        optimizer=Optimizer(clip=1.0, weight_decay=0.01, b2=0.98),
+        checkpoint_every=500,
+    )
+    params, counts = train(
+        spec,
+        params,
+        lambda step: lesson(pupil, text, step),
+        run,
+        make_mesh(mesh),
+        folder,
+        f"nursery {pupil.name}",
+    )
     export(params, spec, text, folder / "model", "bfloat16")
-    (folder / "model" / "pupil.json").write_text(json.dumps(dataclasses.asdict(pupil), indent=2) + "\n")
+    (folder / "model" / "pupil.json").write_text(
+        json.dumps(dataclasses.asdict(pupil), indent=2) + "\n"
+    )
     return counts
 
 
@@ -161,11 +220,18 @@ def tokenizer(job: Job) -> None:
 def pupil(job: Job) -> None:
     """One pupil, as a Hugging Face folder `model/`; inputs: the tokenizer, and the base if it has one."""
     fields = dict(job.config["pupil"])
-    who = Pupil(**fields | {"tasks": tuple(fields["tasks"]), "difficulties": tuple(fields["difficulties"])})
+    who = Pupil(
+        **fields | {"tasks": tuple(fields["tasks"]), "difficulties": tuple(fields["difficulties"])}
+    )
     base = Path(job.path("base") / "model") if "base" in job.node.inputs else None
     with job.alone():
-        job.stats |= raise_pupil(who, Path(job.path("tokenizer") / "model"), base, Path(job.dir),
-                                 MeshShape(**job.local["mesh"]))
+        job.stats |= raise_pupil(
+            who,
+            Path(job.path("tokenizer") / "model"),
+            base,
+            Path(job.dir),
+            MeshShape(**job.local["mesh"]),
+        )
     job.files += _files(job)
 
 
@@ -183,7 +249,15 @@ def plan(nursery: Nursery) -> dict[str, Node]:
     for p in nursery.pupils:
         for task in p.tasks:
             choose(f"tasks of pupil {p.name!r}", task, FAMILIES)
-        inputs = {"tokenizer": nodes["tokenizer"]} | ({"base": nodes[f"pupil/{p.base}"]} if p.base else {})
-        nodes[f"pupil/{p.name}"] = Node("pupil", f"pupil/{p.name}", {"pupil": dataclasses.asdict(p)}, inputs,
-                                        {"mesh": dataclasses.asdict(nursery.mesh)}, VERSION)
+        inputs = {"tokenizer": nodes["tokenizer"]} | (
+            {"base": nodes[f"pupil/{p.base}"]} if p.base else {}
+        )
+        nodes[f"pupil/{p.name}"] = Node(
+            "pupil",
+            f"pupil/{p.name}",
+            {"pupil": dataclasses.asdict(p)},
+            inputs,
+            {"mesh": dataclasses.asdict(nursery.mesh)},
+            VERSION,
+        )
     return nodes

@@ -14,7 +14,9 @@ def prompts(job: Job) -> None:
     rows: dict[str, dict] = {}
     counts = dict.fromkeys(("read", "empty", "duplicate", "overlap_exact", "overlap_13_gram"), 0)
     for fields, path in zip(job.config["sources"], job.local["paths"], strict=True):
-        found, seen = read_prompts(Prompts(**dict(fields) | {"tasks": tuple(fields["tasks"]), "path": path}))
+        found, seen = read_prompts(
+            Prompts(**dict(fields) | {"tasks": tuple(fields["tasks"]), "path": path})
+        )
         for name, count in seen.items():
             counts[name] += count
         counts["duplicate"] += sum(row["prompt_id"] in rows for row in found)
@@ -25,7 +27,9 @@ def prompts(job: Job) -> None:
         counts["overlap_" + reason.replace("-", "_")] += 1
     kept = [row for key, row in rows.items() if key not in overlap]
     if not kept:
-        raise ConfigError(f"All {len(rows)} training questions overlap evaluation questions; give other sources, or "
-                          "another seed.")
+        raise ConfigError(
+            f"All {len(rows)} training questions overlap evaluation questions; give other sources, or "
+            "another seed."
+        )
     job.stats |= {name: float(count) for name, count in counts.items()}
     job.write(table(PROMPT, kept))

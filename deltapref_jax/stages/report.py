@@ -31,12 +31,21 @@ def report(job: Job) -> None:
     trained = [name.removeprefix("train/") for name in job.node.inputs if name.startswith("train/")]
     study = Study(
         experiment=json.loads(json.dumps(job.config["experiment"])),
-        prompts=job.table("prompts"), suites=job.tables("suite"), traces=job.tables("sample"),
+        prompts=job.table("prompts"),
+        suites=job.tables("suite"),
+        traces=job.tables("sample"),
         verdicts=job.tables("verify"),
-        ratings=_by_first(job.tables("judge")), audits=job.tables("audit"), pairs=job.tables("pair"),
-        results=_by_first(results), student=student, capability=job.tables("capability"),
-        metrics={name: list(read_metrics(job.here(f"train/{name}", "metrics.jsonl"))) for name in trained},
-        manifests={name: job.workspace.manifest(node) for name, node in job.node.inputs.items()})
+        ratings=_by_first(job.tables("judge")),
+        audits=job.tables("audit"),
+        pairs=job.tables("pair"),
+        results=_by_first(results),
+        student=student,
+        capability=job.tables("capability"),
+        metrics={
+            name: list(read_metrics(job.here(f"train/{name}", "metrics.jsonl"))) for name in trained
+        },
+        manifests={name: job.workspace.manifest(node) for name, node in job.node.inputs.items()},
+    )
     summary = summarise(study)
     figures = draw(study, summary)
     rubric = {d: RUBRIC.question(d) for d in DIMENSIONS}

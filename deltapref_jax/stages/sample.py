@@ -29,8 +29,13 @@ def describe(
     asked = dataclasses.asdict(generator)
     model = asked.pop("model")
     asked.pop("about")  # words for the page change no trace
-    config = {"generator": asked, "weights": weights_hash(model["path"]), "dtype": model["dtype"],
-              "sampling": dataclasses.asdict(sampling), "seed": seed}
+    config = {
+        "generator": asked,
+        "weights": weights_hash(model["path"]),
+        "dtype": model["dtype"],
+        "sampling": dataclasses.asdict(sampling),
+        "seed": seed,
+    }
     return config, {"model": {"path": model["path"]}, "mesh": dataclasses.asdict(mesh)}
 
 
@@ -55,9 +60,17 @@ def sample(job: Job) -> None:
         model = load(job.local["model"]["path"], dtype=config["dtype"], params=config["dtype"])
         mesh = make_mesh(MeshShape(**job.local["mesh"]), jax.local_devices())
         engine = Engine(model, sampling, config["seed"], identity, mesh)
-        requests = [Request(prompt["prompt_id"], model.text.prompt_ids(messages(prompt, generator)),
-                            generator["samples"], generator["temperature"], generator["top_p"], generator["top_k"])
-                    for prompt in prompts]
+        requests = [
+            Request(
+                prompt["prompt_id"],
+                model.text.prompt_ids(messages(prompt, generator)),
+                generator["samples"],
+                generator["temperature"],
+                generator["top_p"],
+                generator["top_k"],
+            )
+            for prompt in prompts
+        ]
         engine.check(requests)
         return engine, requests
 
@@ -96,4 +109,3 @@ def messages(prompt: dict[str, Any], generator: dict[str, Any]) -> list[dict[str
         others = [message for message in asked if message["role"] != "system"]
         return [{"role": "system", "content": generator["system"]}, *others]
     return asked
-

@@ -58,7 +58,9 @@ def _source(source: Prompts) -> dict[str, Any]:
 def content(path: Path) -> str:
     """16 hex digits of a file's or folder's name and content: a moved one is the same."""
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    return digest(path.name, [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files])
+    return digest(
+        path.name, [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
+    )
 
 
 def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, Node]) -> Node:
@@ -67,8 +69,14 @@ def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, 
     Raises:
       ConfigError: a file or builder directory is not there, or a task is not known.
     """
-    return Node("prompts", label, {"sources": [_source(s) for s in sources]}, suites,
-                {"paths": [s.path for s in sources]}, prompts.VERSION)
+    return Node(
+        "prompts",
+        label,
+        {"sources": [_source(s) for s in sources]},
+        suites,
+        {"paths": [s.path for s in sources]},
+        prompts.VERSION,
+    )
 
 
 def ladder_of(e: Experiment) -> dict[str, int]:
@@ -97,7 +105,9 @@ def check_models(e: Experiment) -> None:
             label_ids(text)
 
 
-def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None) -> dict[str, Node]:
+def plan(
+    e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None
+) -> dict[str, Node]:
     """Every artifact of the study by label, inputs before what needs them.
 
     Args:
@@ -119,8 +129,12 @@ def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] 
     for g in e.generators:
         _generator(nodes, e, dataclasses.replace(g, model=model_of(e, g.model)), reference, mesh)
 
-    def evaluation(label: str, model: Model, policy: Node | None, generator: Generator | None = None) -> None:
-        config, local = describe_evaluation(e.suites, e.sampling, e.seed, e.mesh, model, policy is not None, generator)
+    def evaluation(
+        label: str, model: Model, policy: Node | None, generator: Generator | None = None
+    ) -> None:
+        config, local = describe_evaluation(
+            e.suites, e.sampling, e.seed, e.mesh, model, policy is not None, generator
+        )
         inputs = suites | ({} if policy is None else {"policy": policy})
         nodes[label] = Node("evaluate", label, config, inputs, local)
 
@@ -131,8 +145,14 @@ def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] 
     if any(p.kind == "synthetic" for p in e.prompts):
         for j in e.judges:
             config, local = _judge(e, j, mesh)
-            nodes[f"audit/{j.name}"] = Node("audit", f"audit/{j.name}", config | {
-                "count": _AUDIT_COUNT, "seed": e.seed}, {"prompts": nodes["prompts"]}, local, audit.VERSION)
+            nodes[f"audit/{j.name}"] = Node(
+                "audit",
+                f"audit/{j.name}",
+                config | {"count": _AUDIT_COUNT, "seed": e.seed},
+                {"prompts": nodes["prompts"]},
+                local,
+                audit.VERSION,
+            )
     for a in e.arms:
         node = nodes[f"pair/{a.name}"] = _pair(nodes, e, a)
         for seed in a.seeds:
@@ -143,15 +163,20 @@ def plan(e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] 
     described = dataclasses.asdict(e)
     described.pop("workspace")
     described.pop("trackers")
-    nodes["report"] = Node("report", "report", {"experiment": described}, dict(nodes), {}, report.VERSION)
+    nodes["report"] = Node(
+        "report", "report", {"experiment": described}, dict(nodes), {}, report.VERSION
+    )
     return nodes
 
 
-def _generator(nodes: dict[str, Node], e: Experiment, g: Generator, reference: Model, mesh: dict[str, int]) -> None:
+def _generator(
+    nodes: dict[str, Node], e: Experiment, g: Generator, reference: Model, mesh: dict[str, int]
+) -> None:
     """Nodes of one generator: its traces, and what is known of every trace."""
     config, local = sample.describe(g, e.sampling, e.seed, e.mesh)
-    traces = nodes[f"sample/{g.name}"] = Node("sample", f"sample/{g.name}", config, {"prompts": nodes["prompts"]},
-                                              local, sample.VERSION)
+    traces = nodes[f"sample/{g.name}"] = Node(
+        "sample", f"sample/{g.name}", config, {"prompts": nodes["prompts"]}, local, sample.VERSION
+    )
     inputs = {"sample": traces, "prompts": nodes["prompts"]}
     nodes[f"verify/{g.name}"] = Node("verify", f"verify/{g.name}", {}, inputs, {}, verify.VERSION)
     for j in e.judges:
@@ -159,12 +184,23 @@ def _generator(nodes: dict[str, Node], e: Experiment, g: Generator, reference: M
         label = f"judge/{j.name}/{g.name}"
         nodes[label] = Node("judge", label, config, inputs, local, judge.VERSION)
     kinds = {o.name: o.kind for o in e.objectives}
-    if any(OBJECTIVE_KINDS[kinds[a.objective]].reference and g.name in (a.chosen, a.rejected) for a in e.arms):
+    if any(
+        OBJECTIVE_KINDS[kinds[a.objective]].reference and g.name in (a.chosen, a.rejected)
+        for a in e.arms
+    ):
         nodes[f"score/{g.name}"] = Node(
-            "score", f"score/{g.name}",
-            {"weights": weights_hash(reference.path), "dtype": reference.dtype, "seed": e.seed,
-             "scoring": dataclasses.asdict(e.scoring)},
-            inputs, {"model": dataclasses.asdict(reference), "mesh": mesh}, score.VERSION)
+            "score",
+            f"score/{g.name}",
+            {
+                "weights": weights_hash(reference.path),
+                "dtype": reference.dtype,
+                "seed": e.seed,
+                "scoring": dataclasses.asdict(e.scoring),
+            },
+            inputs,
+            {"model": dataclasses.asdict(reference), "mesh": mesh},
+            score.VERSION,
+        )
 
 
 def _judge(e: Experiment, j: Judge, mesh: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,7 +211,9 @@ def _judge(e: Experiment, j: Judge, mesh: dict[str, int]) -> tuple[dict[str, Any
         return config, {"mesh": mesh}
     model = model_of(e, j.model)
     return config | {"weights": weights_hash(model.path), "dtype": model.dtype}, {
-        "model": dataclasses.asdict(model), "mesh": mesh}
+        "model": dataclasses.asdict(model),
+        "mesh": mesh,
+    }
 
 
 def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
@@ -185,10 +223,17 @@ def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
     rated = by_judge or a.keep in ("top", "matched")
     who = next((j for j in e.judges if rated and j.name == judge_of(e, a)), None)
     config = {
-        "chosen": a.chosen, "rejected": a.rejected, "ladder": ladder, "direction": "judge" if by_judge else "generator",
+        "chosen": a.chosen,
+        "rejected": a.rejected,
+        "ladder": ladder,
+        "direction": "judge" if by_judge else "generator",
         "keep": a.keep,
-        "by": a.by if rated else "sum", "fraction": 1.0 if a.keep == "all" else a.fraction, "stratum": a.stratum,
-        "finishes": list(e.training.finishes), "seed": e.seed, "dimensions": list(who.dimensions) if who else [],
+        "by": a.by if rated else "sum",
+        "fraction": 1.0 if a.keep == "all" else a.fraction,
+        "stratum": a.stratum,
+        "finishes": list(e.training.finishes),
+        "seed": e.seed,
+        "dimensions": list(who.dimensions) if who else [],
     }
     inputs = {"prompts": nodes["prompts"]}
     for name in ladder:
@@ -200,18 +245,40 @@ def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
     return Node("pair", f"pair/{a.name}", config, inputs, {}, pair.VERSION)
 
 
-def _train(nodes: dict[str, Node], e: Experiment, a: Arm, seed: int, pairs: Node, student: Model, reference: Model,
-           label: str, profile: tuple[int, int] | None) -> Node:
+def _train(
+    nodes: dict[str, Node],
+    e: Experiment,
+    a: Arm,
+    seed: int,
+    pairs: Node,
+    student: Model,
+    reference: Model,
+    label: str,
+    profile: tuple[int, int] | None,
+) -> Node:
     objective = next(o for o in e.objectives if o.name == a.objective)
     config = {
-        "objective": dataclasses.asdict(objective), "training": dataclasses.asdict(e.training), "seed": seed,
-        "student": weights_hash(student.path), "reference": weights_hash(reference.path), "dtype": student.dtype,
+        "objective": dataclasses.asdict(objective),
+        "training": dataclasses.asdict(e.training),
+        "seed": seed,
+        "student": weights_hash(student.path),
+        "reference": weights_hash(reference.path),
+        "dtype": student.dtype,
     }
     inputs = {"pairs": pairs, "prompts": nodes["prompts"]}
     for name in dict.fromkeys((a.chosen, a.rejected)):
         inputs[f"sample/{name}"] = nodes[f"sample/{name}"]
         if f"score/{name}" in nodes and OBJECTIVE_KINDS[objective.kind].reference:
             inputs[f"score/{name}"] = nodes[f"score/{name}"]
-    return Node("train", label, config, inputs,
-                {"student": dataclasses.asdict(student), "mesh": dataclasses.asdict(e.mesh),
-                 "watch": {"trackers": e.trackers, "profile": profile}}, train.VERSION)
+    return Node(
+        "train",
+        label,
+        config,
+        inputs,
+        {
+            "student": dataclasses.asdict(student),
+            "mesh": dataclasses.asdict(e.mesh),
+            "watch": {"trackers": e.trackers, "profile": profile},
+        },
+        train.VERSION,
+    )

@@ -15,7 +15,12 @@ def verdict(prompt: dict, trace: dict) -> dict:
     if trace["finish"] == "length" and prompt["checker"]:
         return {"trace_id": trace["trace_id"], "correct": False, "answer": "", "note": "unfinished"}
     found = check(prompt, trace["text"])
-    return {"trace_id": trace["trace_id"], "correct": found.correct, "answer": found.answer, "note": found.note}
+    return {
+        "trace_id": trace["trace_id"],
+        "correct": found.correct,
+        "answer": found.answer,
+        "note": found.note,
+    }
 
 
 def verify(job: Job) -> None:
@@ -26,9 +31,11 @@ def verify(job: Job) -> None:
     def make(shard: int) -> tuple[pa.Table, Stats]:
         mine = traces.slice(shard * _SHARD, _SHARD).to_pylist()
         rows = [verdict(prompts[trace["prompt_id"]], trace) for trace in mine]
-        counts = {"correct": sum(row["correct"] is True for row in rows),
-                  "checked": sum(row["correct"] is not None for row in rows),
-                  "unfinished": sum(row["note"] == "unfinished" for row in rows)}
+        counts = {
+            "correct": sum(row["correct"] is True for row in rows),
+            "checked": sum(row["correct"] is not None for row in rows),
+            "unfinished": sum(row["note"] == "unfinished" for row in rows),
+        }
         return table(VERDICT, rows), {name: float(count) for name, count in counts.items()}
 
     job.shards(-(-traces.num_rows // _SHARD), make, total=traces.num_rows)

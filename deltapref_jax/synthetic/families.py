@@ -62,7 +62,9 @@ def evaluate(op: str, operands: tuple[str, ...]) -> str | None:
 
 
 def _step(op: str, *operands: tuple[Any, bool]) -> Step:
-    return Step(op, tuple(str(value) for value, _ in operands), tuple(given for _, given in operands))
+    return Step(
+        op, tuple(str(value) for value, _ in operands), tuple(given for _, given in operands)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +99,9 @@ def _draw_chain(rng: random.Random, difficulty: int) -> dict[str, Any]:
 def _ask_chain(spec: dict[str, Any]) -> str:
     words = {"+": "add {}", "-": "take away {}", "*": "multiply by {}"}
     ops = ", ".join(words[op].format(n) for op, n in spec["ops"])
-    return _pick(("Start with {}: {}. What is the result?", "I think of {}, then {}. What do I get?"),
-                 spec).format(spec["start"], ops)
+    return _pick(
+        ("Start with {}: {}. What is the result?", "I think of {}, then {}. What do I get?"), spec
+    ).format(spec["start"], ops)
 
 
 def _chain(spec: dict[str, Any]) -> Method:
@@ -120,14 +123,22 @@ def _draw_shop(rng: random.Random, difficulty: int) -> dict[str, Any]:
         total = sum(n * price for n, _, price in lines)
         if total <= 95:
             break
-    return {"name": rng.choice(NAMES), "lines": [list(line) for line in lines],
-            "paid": rng.randint(total // 10 + 1, 10) * 10}
+    return {
+        "name": rng.choice(NAMES),
+        "lines": [list(line) for line in lines],
+        "paid": rng.randint(total // 10 + 1, 10) * 10,
+    }
 
 
 def _ask_shop(spec: dict[str, Any]) -> str:
     lines = " and ".join(f"{n} {good} at {price}" for n, good, price in spec["lines"])
-    return _pick(("{0} buys {1} and pays {2}. How much comes back?", "{0} has {2} and buys {1}. How much is left?"),
-                 spec).format(spec["name"], lines, spec["paid"])
+    return _pick(
+        (
+            "{0} buys {1} and pays {2}. How much comes back?",
+            "{0} has {2} and buys {1}. How much is left?",
+        ),
+        spec,
+    ).format(spec["name"], lines, spec["paid"])
 
 
 def _shop(spec: dict[str, Any]) -> Method:
@@ -144,14 +155,19 @@ def _draw_euclid(rng: random.Random, difficulty: int) -> dict[str, Any]:
     top = 60 + 120 * difficulty
     while True:
         factor = rng.randint(2, 12)
-        a, b = sorted((factor * rng.randint(2, top // factor), factor * rng.randint(2, top // factor)), reverse=True)
+        a, b = sorted(
+            (factor * rng.randint(2, top // factor), factor * rng.randint(2, top // factor)),
+            reverse=True,
+        )
         if a > b:
             return {"a": a, "b": b}
 
 
 def _ask_euclid(spec: dict[str, Any]) -> str:
-    return _pick(("What is the greatest common divisor of {a} and {b}?", "Find the gcd of {a} and {b}."),
-                 spec).format(**spec)
+    return _pick(
+        ("What is the greatest common divisor of {a} and {b}?", "Find the gcd of {a} and {b}."),
+        spec,
+    ).format(**spec)
 
 
 def _euclid(spec: dict[str, Any]) -> Method:
@@ -188,12 +204,22 @@ def _bases(spec: dict[str, Any]) -> Method:
 def _draw_equation(rng: random.Random, difficulty: int) -> dict[str, Any]:
     x, right = rng.randint(2, 9 + 3 * difficulty), rng.randint(2, 5)
     gap = rng.randint(2, 6)
-    return {"left": right + gap, "right": right, "low": (low := rng.randint(1, 30)), "high": low + gap * x}
+    return {
+        "left": right + gap,
+        "right": right,
+        "low": (low := rng.randint(1, 30)),
+        "high": low + gap * x,
+    }
 
 
 def _ask_equation(spec: dict[str, Any]) -> str:
-    return _pick(("Solve {left} x + {low} = {right} x + {high}.", "Find x with {left} x + {low} = {right} x + {high}."),
-                 spec).format(**spec)
+    return _pick(
+        (
+            "Solve {left} x + {low} = {right} x + {high}.",
+            "Find x with {left} x + {low} = {right} x + {high}.",
+        ),
+        spec,
+    ).format(**spec)
 
 
 def _equation(spec: dict[str, Any]) -> Method:
@@ -207,8 +233,9 @@ def _draw_sorting(rng: random.Random, difficulty: int) -> dict[str, Any]:
 
 
 def _ask_sorting(spec: dict[str, Any]) -> str:
-    return _pick(("Sort {} from low to high.", "Put {} in order, lowest first."),
-                 spec).format(" ".join(map(str, spec["items"])))
+    return _pick(("Sort {} from low to high.", "Put {} in order, lowest first."), spec).format(
+        " ".join(map(str, spec["items"]))
+    )
 
 
 def _sorting(spec: dict[str, Any]) -> Method:
@@ -230,8 +257,9 @@ def _draw_logic(rng: random.Random, difficulty: int) -> dict[str, Any]:
 
 def _ask_logic(spec: dict[str, Any]) -> str:
     ops = ", then ".join(f"{op} {word}" for op, word in spec["ops"])
-    return _pick(("Take {}, {}. Which bits are left?", "Bits {}: {}. What are they now?"),
-                 spec).format(spec["start"], ops)
+    return _pick(
+        ("Take {}, {}. Which bits are left?", "Bits {}: {}. What are they now?"), spec
+    ).format(spec["start"], ops)
 
 
 def _draw_calendar(rng: random.Random, difficulty: int) -> dict[str, Any]:
@@ -240,8 +268,9 @@ def _draw_calendar(rng: random.Random, difficulty: int) -> dict[str, Any]:
 
 def _ask_calendar(spec: dict[str, Any]) -> str:
     spans = " and ".join(f"{n} days" for n in spec["spans"])
-    return _pick(("Today is {}. What day is it after {}?", "It is {}. Which day comes {} later?"),
-                 spec).format(spec["day"], spans)
+    return _pick(
+        ("Today is {}. What day is it after {}?", "It is {}. Which day comes {} later?"), spec
+    ).format(spec["day"], spans)
 
 
 def _calendar(spec: dict[str, Any]) -> Method:
@@ -252,14 +281,60 @@ def _calendar(spec: dict[str, Any]) -> Method:
     return (yield _step("+", (spec["day"], True), (rest, False)))
 
 
-FAMILIES = {family.name: family for family in (
-    Family("chain", "in", "do the operations one after the other.", _draw_chain, _ask_chain, _chain),
-    Family("shop", "in", "find each cost, add them, take the sum from the money.", _draw_shop, _ask_shop, _shop),
-    Family("euclid", "out", "divide and keep the rest until it is 0.", _draw_euclid, _ask_euclid, _euclid),
-    Family("bases", "out", "divide by the base and read the rests backwards.", _draw_bases, _ask_bases, _bases),
-    Family("equation", "out", "bring x to one side, numbers to the other, divide.",
-           _draw_equation, _ask_equation, _equation),
-    Family("sorting", "out", "take out the lowest number again and again.", _draw_sorting, _ask_sorting, _sorting),
-    Family("logic", "out", "combine the words bit by bit.", _draw_logic, _ask_logic, _chain),
-    Family("calendar", "out", "count the days and drop whole weeks.", _draw_calendar, _ask_calendar, _calendar),
-)}
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "chain", "in", "do the operations one after the other.", _draw_chain, _ask_chain, _chain
+        ),
+        Family(
+            "shop",
+            "in",
+            "find each cost, add them, take the sum from the money.",
+            _draw_shop,
+            _ask_shop,
+            _shop,
+        ),
+        Family(
+            "euclid",
+            "out",
+            "divide and keep the rest until it is 0.",
+            _draw_euclid,
+            _ask_euclid,
+            _euclid,
+        ),
+        Family(
+            "bases",
+            "out",
+            "divide by the base and read the rests backwards.",
+            _draw_bases,
+            _ask_bases,
+            _bases,
+        ),
+        Family(
+            "equation",
+            "out",
+            "bring x to one side, numbers to the other, divide.",
+            _draw_equation,
+            _ask_equation,
+            _equation,
+        ),
+        Family(
+            "sorting",
+            "out",
+            "take out the lowest number again and again.",
+            _draw_sorting,
+            _ask_sorting,
+            _sorting,
+        ),
+        Family("logic", "out", "combine the words bit by bit.", _draw_logic, _ask_logic, _chain),
+        Family(
+            "calendar",
+            "out",
+            "count the days and drop whole weeks.",
+            _draw_calendar,
+            _ask_calendar,
+            _calendar,
+        ),
+    )
+}

@@ -107,8 +107,11 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
         steps.add(line.number == place + 1)
         content = (line.op, line.operands, line.value)
         want = expected(problem, values)
-        if isinstance(want, str) or len(values) > MAX_STEPS or (
-                content in seen and (line.op, line.operands) != (want.op, want.operands)):
+        if (
+            isinstance(want, str)
+            or len(values) > MAX_STEPS
+            or (content in seen and (line.op, line.operands) != (want.op, want.operands))
+        ):
             steps.add(False)  # beyond the end, or a repetition: not needed
             signal.good -= 1
             continue
@@ -134,7 +137,10 @@ def _fits(line: Equation, want: Step) -> bool:
     """Whether `line` does `want`, up to one miscopied operand."""
     if line.op != want.op or len(line.operands) != len(want.operands):
         return False
-    return sum(a != b for a, b in zip(line.operands, want.operands, strict=True)) <= len(want.operands) // 2
+    return (
+        sum(a != b for a, b in zip(line.operands, want.operands, strict=True))
+        <= len(want.operands) // 2
+    )
 
 
 def _skip(problem: Problem, values: list[str], line: Equation) -> tuple[list[str], Step] | None:

@@ -56,7 +56,9 @@ def problem(family: str, difficulty: int, seed: int, index: int) -> Problem:
       ConfigError: unknown family; the sentence lists the known ones.
     """
     choose("synthetic task", family, FAMILIES)
-    rng = random.Random(f"{family}|{difficulty}|{seed}|{index}")  # a string seeds by its SHA-512 on every platform
+    rng = random.Random(
+        f"{family}|{difficulty}|{seed}|{index}"
+    )  # a string seeds by its SHA-512 on every platform
     return Problem(family, FAMILIES[family].draw(rng, difficulty) | {"style": rng.randrange(4)})
 
 
@@ -66,10 +68,14 @@ def slip(value: str, rng: random.Random) -> str:
         return DAYS[(DAYS.index(value) + rng.randint(1, 6)) % 7]
     if " r " in value:
         quotient, rest = value.split(" r ")
-        return f"{slip(quotient, rng)} r {rest}" if rng.random() < 0.5 else f"{quotient} r {slip(rest, rng)}"
+        return (
+            f"{slip(quotient, rng)} r {rest}"
+            if rng.random() < 0.5
+            else f"{quotient} r {slip(rest, rng)}"
+        )
     if len(value) == 4 and not set(value) - {"0", "1"}:
         bit = rng.randrange(4)
-        return value[:bit] + "10"[int(value[bit])] + value[bit + 1:]
+        return value[:bit] + "10"[int(value[bit])] + value[bit + 1 :]
     number = int(value)
     near = [number + offset for offset in (-10, -2, -1, 1, 2, 10)]
     return str(rng.choice([n for n in near if n >= 0 or number < 0]))
@@ -106,11 +112,16 @@ def solve(
             if kind == "copy":
                 step = miscopy(step, rng)
             elif kind == "op":
-                others = [op for op in ("+", "-", "*", "xor", "and", "or")
-                          if op != step.op and evaluate(op, step.operands) is not None]
+                others = [
+                    op
+                    for op in ("+", "-", "*", "xor", "and", "or")
+                    if op != step.op and evaluate(op, step.operands) is not None
+                ]
                 step = dataclasses.replace(step, op=rng.choice(others)) if others else step
         value = evaluate(step.op, step.operands)
-        if value is None:  # a wrong value led to an impossible step: write what a careless solver would
+        if (
+            value is None
+        ):  # a wrong value led to an impossible step: write what a careless solver would
             value = step.operands[0]
         if kind == "number" and rng:
             value = slip(value, rng)
@@ -133,8 +144,11 @@ def solution(problem: Problem, rng: random.Random | None = None, error_rate: flo
     """A worked solution; every step is careless with probability `error_rate` (kinds and weights: `SLIPS`)."""
     rng = rng or random.Random(0)
     clean = solve(problem)[0]
-    slips = {i: rng.choices(tuple(SLIPS), tuple(SLIPS.values()))[0]
-             for i in range(len(clean)) if rng.random() < error_rate}
+    slips = {
+        i: rng.choices(tuple(SLIPS), tuple(SLIPS.values()))[0]
+        for i in range(len(clean))
+        if rng.random() < error_rate
+    }
     steps, values, answer = solve(problem, slips, rng)
     family = problem.family
     if "plan" in slips.values():
@@ -178,10 +192,20 @@ def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> l
             if p.question not in seen:
                 break
         else:
-            raise ConfigError(f"Family {task!r} ran out of distinct questions at difficulty {difficulty}, after "
-                              f"{len(rows)}; lower the count or raise the difficulty.")
+            raise ConfigError(
+                f"Family {task!r} ran out of distinct questions at difficulty {difficulty}, after "
+                f"{len(rows)}; lower the count or raise the difficulty."
+            )
         seen.add(p.question)
         messages = json.dumps([{"role": "user", "content": p.question}])
-        rows.append({"prompt_id": digest(task, messages), "task": task, "messages": messages, "answer": p.answer,
-                     "checker": "world", "meta": meta(p)})
+        rows.append(
+            {
+                "prompt_id": digest(task, messages),
+                "task": task,
+                "messages": messages,
+                "answer": p.answer,
+                "checker": "world",
+                "meta": meta(p),
+            }
+        )
     return rows

@@ -9,13 +9,19 @@ _CONTROL = 3  # llama.cpp's token type of special tokens
 _USER_DEFINED = 4
 
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 PRE_TOKENIZERS = {  # by the name that GGUF gives them: the file names its pre-tokenizer and does not contain it
@@ -55,26 +61,45 @@ def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
     reader = open_gguf(path)
     model, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "gpt-2")
     if model != "gpt2":
-        raise ValueError(f"{path} holds a {model!r} tokenizer; only byte-level BPE ('gpt2') is supported: "
-                         "convert the model to a Hugging Face folder.")
+        raise ValueError(
+            f"{path} holds a {model!r} tokenizer; only byte-level BPE ('gpt2') is supported: "
+            "convert the model to a Hugging Face folder."
+        )
     if pre not in PRE_TOKENIZERS:
-        raise ValueError(f"{path} names the pre-tokenizer {pre!r}; known: {', '.join(PRE_TOKENIZERS)}.")
+        raise ValueError(
+            f"{path} names the pre-tokenizer {pre!r}; known: {', '.join(PRE_TOKENIZERS)}."
+        )
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     types = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False)
-                          for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == _CONTROL
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == _USER_DEFINED
+        ]
+    )
 
     def named(name: str) -> str | None:
         index = field(reader, f"tokenizer.ggml.{name}_token_id")
         return None if index is None else tokens[index]
 
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=named("eos"), bos_token=named("bos"), unk_token=named("unknown"),
-        pad_token=named("padding"), chat_template=field(reader, "tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        eos_token=named("eos"),
+        bos_token=named("bos"),
+        unk_token=named("unknown"),
+        pad_token=named("padding"),
+        chat_template=field(reader, "tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+    )

@@ -47,11 +47,16 @@ def tokenise(text: Text, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[
       ConfigError: messages, and the tokenizer has no chat template.
       ValueError: the template cannot render the messages, or an answer of several messages has no place in it.
     """
-    rendered = [_text(text, prompt, said) if isinstance(prompt, str) else _chat(text, prompt, said)
-                for prompt, said in examples]
+    rendered = [
+        _text(text, prompt, said) if isinstance(prompt, str) else _chat(text, prompt, said)
+        for prompt, said in examples
+    ]
     encoded = iter(text.encode([each for r in rendered for each in (r.prompt, *r.wholes)]))
     bos = added_bos(text.tokenizer)
-    return [_split([next(encoded) for _ in range(1 + len(r.wholes))], r.apart, bos * r.bos) for r in rendered]
+    return [
+        _split([next(encoded) for _ in range(1 + len(r.wholes))], r.apart, bos * r.bos)
+        for r in rendered
+    ]
 
 
 def _split(encoded: list[list[int]], apart: bool, bos: list[int]) -> Tokens:
@@ -75,8 +80,14 @@ def _ends(text: Text) -> list[str]:
 def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
     bos = str(text.tokenizer.bos_token) if added_bos(text.tokenizer) else ""
     ends = tuple(_ends(text))
-    ended = [c if c.rstrip().endswith(ends) else c + str(text.tokenizer.eos_token) for c in completions]
-    return _Rendered(prompt.removeprefix(bos), tuple((prompt + c).removeprefix(bos) for c in ended), bos=bool(bos))
+    ended = [
+        c if c.rstrip().endswith(ends) else c + str(text.tokenizer.eos_token) for c in completions
+    ]
+    return _Rendered(
+        prompt.removeprefix(bos),
+        tuple((prompt + c).removeprefix(bos) for c in ended),
+        bos=bool(bos),
+    )
 
 
 def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
@@ -85,15 +96,25 @@ def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Ren
     answers = [_without_end(c, ends) for c in completions]
     try:
         asked = text.render(prompt)
-        wholes = [str(text.tokenizer.apply_chat_template([*prompt, *a], tokenize=False)) for a in answers]
+        wholes = [
+            str(text.tokenizer.apply_chat_template([*prompt, *a], tokenize=False)) for a in answers
+        ]
     except Exception as e:  # a template raises whatever its author chose
-        raise ValueError(f"the chat template of {text.where} refuses the messages ({e}); mend their roles") from e
+        raise ValueError(
+            f"the chat template of {text.where} refuses the messages ({e}); mend their roles"
+        ) from e
     if all(_kept(asked, whole, a) for whole, a in zip(wholes, answers, strict=True)):
-        return _Rendered(asked, tuple(_ended(asked, w, a, ends) for w, a in zip(wholes, answers, strict=True)))
+        return _Rendered(
+            asked, tuple(_ended(asked, w, a, ends) for w, a in zip(wholes, answers, strict=True))
+        )
     if any(len(a) > 1 for a in answers):
-        raise ValueError(f"the chat template of {text.where} renders the prompt otherwise when an answer follows, so "
-                         "that an answer of several messages has no place behind it; give one assistant message")
-    return _Rendered(asked, tuple(_behind(asked, a[0]["content"]) + ends[0] for a in answers), apart=True)
+        raise ValueError(
+            f"the chat template of {text.where} renders the prompt otherwise when an answer follows, so "
+            "that an answer of several messages has no place behind it; give one assistant message"
+        )
+    return _Rendered(
+        asked, tuple(_behind(asked, a[0]["content"]) + ends[0] for a in answers), apart=True
+    )
 
 
 def _without_end(messages: Messages, ends: Sequence[str]) -> list[dict[str, str]]:
@@ -108,7 +129,7 @@ def _without_end(messages: Messages, ends: Sequence[str]) -> list[dict[str, str]
 
 def _kept(asked: str, whole: str, answer: Messages) -> bool:
     """Whether the rendered conversation goes on from the prompt as it is asked, with the answer as it was written."""
-    rest = whole[len(asked):]
+    rest = whole[len(asked) :]
     return whole.startswith(asked) and all(m["content"].strip() in rest for m in answer)
 
 
@@ -123,6 +144,6 @@ def _behind(asked: str, content: str) -> str:
     for start in (i for i in range(max(0, len(asked) - 200), len(asked)) if asked[i] == "<"):
         tag = asked[start:].rstrip()
         if content.startswith(tag):
-            rest = content[len(tag):]
-            return rest[len(os.path.commonprefix([rest, asked[start + len(tag):]])):]
+            rest = content[len(tag) :]
+            return rest[len(os.path.commonprefix([rest, asked[start + len(tag) :]])) :]
     return content

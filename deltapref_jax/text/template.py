@@ -28,13 +28,22 @@ class Text:
       end_ids: every token that ends a turn; the first is the one that a finished completion is given.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, where: str, end_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        where: str,
+        end_ids: Sequence[int] = (),
+    ):
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"The tokenizer of {where} has no eos_token; name it in tokenizer_config.json.")
+            raise ValueError(
+                f"The tokenizer of {where} has no eos_token; name it in tokenizer_config.json."
+            )
         self.tokenizer = tokenizer
         self.where = where
         known = tokenizer.get_vocab()
-        turn = [known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template or "")]
+        turn = [
+            known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template or "")
+        ]
         self._bos = _bos(tokenizer)
         self.end_ids = tuple(dict.fromkeys([*turn, tokenizer.eos_token_id, *end_ids]))
 
@@ -47,16 +56,25 @@ class Text:
           ValueError: no end token, or a pre-tokenizer that is not known.
         """
         if not os.path.exists(path):
-            raise FileNotFoundError(f"There is no model at {path}; give a Hugging Face folder or a .gguf file.")
+            raise FileNotFoundError(
+                f"There is no model at {path}; give a Hugging Face folder or a .gguf file."
+            )
         if os.path.isfile(path):
             return cls(tokenizer_from_gguf(path), path)
-        if not (Path(path) / "tokenizer.json").exists() and not (Path(path) / "tokenizer_config.json").exists():
-            raise ValueError(f"The folder {path} has no tokenizer.json; copy the model's tokenizer files there.")
+        if (
+            not (Path(path) / "tokenizer.json").exists()
+            and not (Path(path) / "tokenizer_config.json").exists()
+        ):
+            raise ValueError(
+                f"The folder {path} has no tokenizer.json; copy the model's tokenizer files there."
+            )
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as e:  # transformers raises many kinds for missing and broken files
-            raise ValueError(f"The tokenizer in {path} cannot be read ({str(e).splitlines()[0]}); copy the model's "
-                             "tokenizer files there again.") from e
+            raise ValueError(
+                f"The tokenizer in {path} cannot be read ({str(e).splitlines()[0]}); copy the model's "
+                "tokenizer files there again."
+            ) from e
         return cls(tokenizer, path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -64,7 +82,9 @@ class Text:
         self.tokenizer.save_pretrained(str(folder))
         config = Path(folder) / "tokenizer_config.json"
         # transformers 5 writes a class that transformers 4, and vLLM on it, does not know; both know this one
-        config.write_text(config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+        config.write_text(
+            config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        )
 
     def check_template(self) -> None:
         """Refuses a tokenizer without a chat template, which messages need and plain text does not.
@@ -73,8 +93,10 @@ class Text:
           ConfigError: so it is.
         """
         if not self.tokenizer.chat_template:
-            raise ConfigError(f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to its "
-                              "folder, or give text instead of messages.")
+            raise ConfigError(
+                f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to its "
+                "folder, or give text instead of messages."
+            )
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""
@@ -87,7 +109,11 @@ class Text:
           ConfigError: no chat template.
         """
         self.check_template()
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        )
 
     def beginning(self, text: str) -> list[int]:
         """Ids of rendered text that starts a sequence; one BOS at most."""
@@ -109,7 +135,11 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def pieces(self, text: str) -> list[int]:
         """Ids of plain text, no special tokens added."""

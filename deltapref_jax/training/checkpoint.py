@@ -35,7 +35,9 @@ def checksum(state: TrainState) -> Array:
     Files are compressed without a checksum of their own: one flipped bit would be read as another number.
     """
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    bits = [jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]) for x in jax.tree.leaves(state)]
+    bits = [
+        jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]) for x in jax.tree.leaves(state)
+    ]
     return sum((jnp.sum(b, dtype=jnp.uint32) for b in bits), jnp.uint32(0))
 
 
@@ -63,11 +65,18 @@ class Checkpoints:
         self.seconds = {"seconds_checkpoint_blocked": 0.0, "seconds_checkpoint_background": 0.0}
         self._saving, self._returned, self._failed = 0, 0.0, False
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(keep), step_prefix="step", create=True,
-            cleanup_tmp_directories=True, async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._written, barrier_sync_fn=_barrier))
+            preservation_policy=checkpoint_managers.LatestN(keep),
+            step_prefix="step",
+            create=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._written, barrier_sync_fn=_barrier
+            ),
+        )
         path = epath.Path(folder)
-        self._manager = ocp.CheckpointManager(path if "://" in os.fspath(path) else path.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            path if "://" in os.fspath(path) else path.absolute(), options=options
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -107,24 +116,35 @@ class Checkpoints:
           ArtifactError: a file is missing, cut or changed, or the checkpoint is of another model, optimizer or base.
         """
         step = self.newest()
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
         mesh = jax.tree.leaves(like)[0].sharding.mesh
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        wanted = {"state": shapes, "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)}
+        wanted = {
+            "state": shapes,
+            "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
+        }
         try:
-            found = self._manager.restore(step, args=Composite(state=StandardRestore(wanted), counts=JsonRestore()))
+            found = self._manager.restore(
+                step, args=Composite(state=StandardRestore(wanted), counts=JsonRestore())
+            )
             if int(checksum(found["state"]["state"])) != int(found["state"]["checksum"]):
                 raise ValueError("its checksum is another than when it was written")
         except Exception as e:  # tensorstore and orbax raise many kinds for a damaged file
             older = [s for s in self._manager.all_steps() if s < step]
-            remedy = (f"continue from step {max(older)}" if older else "train from the start")
-            raise ArtifactError(f"The checkpoint {self._place(step)} cannot be read ({self._why(e)}); delete that "
-                                f"folder and run the same command to {remedy}.") from None
+            remedy = f"continue from step {max(older)}" if older else "train from the start"
+            raise ArtifactError(
+                f"The checkpoint {self._place(step)} cannot be read ({self._why(e)}); delete that "
+                f"folder and run the same command to {remedy}."
+            ) from None
         counts = found["counts"]
         if (made := counts.pop("base", "")) != self._base:
-            raise ArtifactError(f"The checkpoint {self._place(step)} holds adapters of the base weights {made!r} and "
-                                f"this run's base has the weights {self._base!r}; train from that base, or delete the "
-                                "folder of checkpoints to train from the start.")
+            raise ArtifactError(
+                f"The checkpoint {self._place(step)} holds adapters of the base weights {made!r} and "
+                f"this run's base has the weights {self._base!r}; train from that base, or delete the "
+                "folder of checkpoints to train from the start."
+            )
         self.seconds = {name: counts[name] for name in self.seconds}
         return found["state"]["state"], counts
 
@@ -140,7 +160,9 @@ class Checkpoints:
         try:
             tree = {"state": state, "checksum": checksum(state)}
             about = counts | self.seconds | {"base": self._base}
-            self._manager.save(steps_done, args=Composite(state=StandardSave(tree), counts=JsonSave(about)))
+            self._manager.save(
+                steps_done, args=Composite(state=StandardSave(tree), counts=JsonSave(about))
+            )
         except Exception as e:
             raise self._unwritten(e) from None
         self._returned = time.monotonic()
@@ -162,7 +184,9 @@ class Checkpoints:
     def _why(self, e: BaseException) -> str:
         """The first line of an error, without the essay that tensorstore adds to it."""
         self._failed = True
-        e.__traceback__ = e.__cause__ = e.__context__ = None  # they would keep what `_discard` is to collect
+        e.__traceback__ = e.__cause__ = e.__context__ = (
+            None  # they would keep what `_discard` is to collect
+        )
         if system := re.search(r"([A-Z][\w ]+) \[os_error_code='\d+'\]", str(e)):
             return system.group(1)
         lines = str(e).strip().splitlines()
@@ -176,8 +200,10 @@ class Checkpoints:
         self._manager.reload()
         last = self.newest()
         kept = f"the checkpoint of step {last} is untouched" if last else "there is no earlier one"
-        return ArtifactError(f"The checkpoint {self._place(self._saving)} cannot be written ({why}); make room "
-                             f"or choose another workspace, and run the same command: {kept}.")
+        return ArtifactError(
+            f"The checkpoint {self._place(self._saving)} cannot be written ({why}); make room "
+            f"or choose another workspace, and run the same command: {kept}."
+        )
 
 
 class Metrics:
@@ -188,10 +214,14 @@ class Metrics:
 
     def __init__(self, path: str | os.PathLike[str], resumed: int):
         self._path = epath.Path(path)
-        self._rows = [row for row in read_metrics(path) if row["step"] <= resumed] if resumed else []
+        self._rows = (
+            [row for row in read_metrics(path) if row["step"] <= resumed] if resumed else []
+        )
         if [row["step"] for row in self._rows] != list(range(1, resumed + 1)):
-            raise ArtifactError(f"{path} has lost rows of the first {resumed} steps; delete the directory "
-                                f"{self._path.parent} and run again: only that run is made anew.")
+            raise ArtifactError(
+                f"{path} has lost rows of the first {resumed} steps; delete the directory "
+                f"{self._path.parent} and run again: only that run is made anew."
+            )
         self._remote = "://" in os.fspath(self._path)
         write_whole(self._path, self._text())
         if not self._remote:

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Training
-from deltapref_jax.scoring.packing import Micro, PackedBatch, Pieces, capacity, pack_sequences, trimmed, ways
+from deltapref_jax.scoring.packing import (
+    Micro,
+    PackedBatch,
+    Pieces,
+    capacity,
+    pack_sequences,
+    trimmed,
+    ways,
+)
 from deltapref_jax.training.step import Examples
 
 
@@ -44,19 +52,25 @@ class Group(NamedTuple):
 
     rows: tuple[Row, ...]
     desirable: float = 1.0  # KTO's label, 1 or 0
-    mismatched: Row | None = None  # KTO: a row for the baseline, such as the completion behind another prompt
+    mismatched: Row | None = (
+        None  # KTO: a row for the baseline, such as the completion behind another prompt
+    )
 
 
 class StepData(NamedTuple):
     """One step, packed."""
 
     micros: Sequence[tuple[PackedBatch, Examples]]
-    baseline: Sequence[tuple[PackedBatch, np.ndarray, np.ndarray]]  # KTO: mismatched rows, reference [S], weight [S]
+    baseline: Sequence[
+        tuple[PackedBatch, np.ndarray, np.ndarray]
+    ]  # KTO: mismatched rows, reference [S], weight [S]
     total: float  # pairs, examples or target tokens
     tokens: int  # of its sequences, a prompt as often as it is asked, baseline rows included
     epoch: float  # passes over the data after this step
     chosen_tokens: float = 1.0  # target tokens of the first rows of all groups
-    traces: Sequence[Sequence[str]] = ()  # trace_id by place in `Micro.order`, of `micros`, then of `baseline`
+    traces: Sequence[
+        Sequence[str]
+    ] = ()  # trace_id by place in `Micro.order`, of `micros`, then of `baseline`
 
     @property
     def positions(self) -> int:
@@ -75,8 +89,10 @@ class StepData(NamedTuple):
 
     def trimmed(self, ways: int) -> "StepData":
         """Without empty halves of micro-batches, on a mesh that spreads rows over `ways` devices."""
-        return self._replace(micros=[(trimmed(batch, ways), examples) for batch, examples in self.micros],
-                             baseline=[(trimmed(batch, ways), ref, w) for batch, ref, w in self.baseline])
+        return self._replace(
+            micros=[(trimmed(batch, ways), examples) for batch, examples in self.micros],
+            baseline=[(trimmed(batch, ways), ref, w) for batch, ref, w in self.baseline],
+        )
 
 
 class Data:
@@ -89,8 +105,15 @@ class Data:
       steps: of the run that `training` asks for.
     """
 
-    def __init__(self, groups: Sequence[Group], kind: str, training: Training, seed: int,
-                 baseline_fraction: float = 1.0, share: bool = False):
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        kind: str,
+        training: Training,
+        seed: int,
+        baseline_fraction: float = 1.0,
+        share: bool = False,
+    ):
         """Drops what is too long.
 
         Args:
@@ -106,25 +129,42 @@ class Data:
           where a micro-batch has one; a step of KTO holds
             one example, or one prompt only.
         """
-        self.kind, self._training, self._seed, self._fraction = kind, training, seed, baseline_fraction
+        self.kind, self._training, self._seed, self._fraction = (
+            kind,
+            training,
+            seed,
+            baseline_fraction,
+        )
         self._share = share
         fits = [group for group in groups if all(map(self._fits, group.rows))]
-        self.groups = [group if group.mismatched is None or self._fits(group.mismatched)
-                       else group._replace(mismatched=None) for group in fits]
+        self.groups = [
+            group
+            if group.mismatched is None or self._fits(group.mismatched)
+            else group._replace(mismatched=None)
+            for group in fits
+        ]
         self.dropped = len(groups) - len(self.groups)
         wide = sum(map(self._wide, self.groups)) if training.rows == 1 else 0
         if wide:
-            raise ConfigError(f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together than "
-                              f"config.training.row_length ({training.row_length}), and config.training.rows is 1; a "
-                              "pair lies in one micro-batch: make rows 2.")
+            raise ConfigError(
+                f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together than "
+                f"config.training.row_length ({training.row_length}), and config.training.rows is 1; a "
+                "pair lies in one micro-batch: make rows 2."
+            )
         if self.dropped and training.over_length == "error":
-            raise ConfigError(f"{self.dropped} of {len(groups)} groups are longer than config.training.row_length "
-                              f"({training.row_length} tokens); raise it, or set over_length to 'drop'.")
-        self.batch = min(training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
-                         len(self.groups))
+            raise ConfigError(
+                f"{self.dropped} of {len(groups)} groups are longer than config.training.row_length "
+                f"({training.row_length} tokens); raise it, or set over_length to 'drop'."
+            )
+        self.batch = min(
+            training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
+            len(self.groups),
+        )
         if not self.batch:
-            raise ConfigError(f"All {self.dropped} groups are longer than config.training.row_length "
-                              f"({training.row_length} tokens); raise it.")
+            raise ConfigError(
+                f"All {self.dropped} groups are longer than config.training.row_length "
+                f"({training.row_length} tokens); raise it."
+            )
         epochs = -(-int(training.epochs * len(self.groups)) // self.batch)
         self.steps = training.steps if training.budget == "steps" else max(1, epochs)
         self.dropped_mismatched = 0
@@ -135,7 +175,12 @@ class Data:
         return row.tokens <= self._training.row_length
 
     def _wide(self, group: Group) -> bool:
-        best = ways(range(len(group.rows)), [row.pieces for row in group.rows], self._training.row_length, self._share)
+        best = ways(
+            range(len(group.rows)),
+            [row.pieces for row in group.rows],
+            self._training.row_length,
+            self._share,
+        )
         return sum(len(s.tokens) for s in best[0]) > self._training.row_length
 
     def _check_baseline(self, fits: Sequence[Group]) -> None:
@@ -144,26 +189,38 @@ class Data:
         self.dropped_mismatched = len(self.groups) - len(self._mismatched)
         long = sum(group.mismatched is not None for group in fits) - len(self._mismatched)
         if long and self._training.over_length == "error":
-            raise ConfigError(f"{long} of {len(fits)} mismatched rows (a completion behind another prompt, for KTO's "
-                              f"baseline) are longer than config.training.row_length ({self._training.row_length} "
-                              "tokens); raise it, or set over_length to 'drop'.")
+            raise ConfigError(
+                f"{long} of {len(fits)} mismatched rows (a completion behind another prompt, for KTO's "
+                f"baseline) are longer than config.training.row_length ({self._training.row_length} "
+                "tokens); raise it, or set over_length to 'drop'."
+            )
         if not self._mismatched:
-            raise ConfigError(f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; raise "
-                              "config.training.row_length and config.scoring.row_length, or give the rows.")
+            raise ConfigError(
+                f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; raise "
+                "config.training.row_length and config.scoring.row_length, or give the rows."
+            )
         if self.batch < 2:
-            raise ConfigError("A step of KTO would hold one example, and its baseline would be that example's own "
-                              "log-ratio, so that the loss compares it with itself; give at least two examples.")
+            raise ConfigError(
+                "A step of KTO would hold one example, and its baseline would be that example's own "
+                "log-ratio, so that the loss compares it with itself; give at least two examples."
+            )
         ids: dict[tuple[int, ...], int] = {}
-        prompts = np.array([ids.setdefault(tuple(map(int, g.rows[0].prompt)), len(ids)) for g in self.groups])
+        prompts = np.array(
+            [ids.setdefault(tuple(map(int, g.rows[0].prompt)), len(ids)) for g in self.groups]
+        )
         epochs = -(-self.steps * self.batch // len(self.groups))
-        order = np.concatenate([self._order(epoch) for epoch in range(epochs)])[: self.steps * self.batch]
+        order = np.concatenate([self._order(epoch) for epoch in range(epochs)])[
+            : self.steps * self.batch
+        ]
         drawn = prompts[order].reshape(self.steps, self.batch)
         alone = np.flatnonzero((drawn == drawn[:, :1]).all(axis=1))
         if len(alone):
-            raise ConfigError(f"Step {alone[0] + 1} of KTO ({len(alone)} of {self.steps} steps) would hold "
-                              f"{self.batch} examples of one prompt; its baseline would follow these very completions "
-                              "instead of the policy's drift elsewhere: raise config.training.pairs_per_step, or use "
-                              "more prompts.")
+            raise ConfigError(
+                f"Step {alone[0] + 1} of KTO ({len(alone)} of {self.steps} steps) would hold "
+                f"{self.batch} examples of one prompt; its baseline would follow these very completions "
+                "instead of the policy's drift elsewhere: raise config.training.pairs_per_step, or use "
+                "more prompts."
+            )
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.groups))
@@ -182,10 +239,15 @@ class Data:
     def __call__(self, step: int) -> StepData:
         """The step's micro-batches, and KTO's baseline rows."""
         groups = [self.groups[i] for i in self.members(step)]
-        return pack_step(groups, self.kind, self._training.rows, self._training.row_length,
-                         (step + 1) * self.batch / len(self.groups),
-                         self._baseline_rows(step, groups) if OBJECTIVE_KINDS[self.kind].baseline else None,
-                         self._share)
+        return pack_step(
+            groups,
+            self.kind,
+            self._training.rows,
+            self._training.row_length,
+            (step + 1) * self.batch / len(self.groups),
+            self._baseline_rows(step, groups) if OBJECTIVE_KINDS[self.kind].baseline else None,
+            self._share,
+        )
 
     def _baseline_rows(self, step: int, groups: Sequence[Group]) -> list[Row]:
         """The mismatched rows that z0 of a step is measured on: a share of its own, drawn by (seed, step).
@@ -198,8 +260,15 @@ class Data:
         return [rows[i] for i in np.sort(drawn)]
 
 
-def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch: float = 0.0,
-              mismatched: Sequence[Row] | None = None, share: bool = False) -> StepData:
+def pack_step(
+    groups: Sequence[Group],
+    kind: str,
+    rows: int,
+    length: int,
+    epoch: float = 0.0,
+    mismatched: Sequence[Row] | None = None,
+    share: bool = False,
+) -> StepData:
     """A step's groups in micro-batches of [rows, length], every group whole in one of them.
 
     Args:
@@ -215,8 +284,12 @@ def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch:
     starts = np.cumsum([0] + [len(group.rows) for group in groups])
     indices = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
     pairs = OBJECTIVE_KINDS[kind].unit == "pair"
-    packed = pack_sequences([row.pieces for row in flat], rows, length, share, indices if pairs else None)
-    micros = [(m.batch, _examples(m.order, indices, groups, capacity(rows, length))) for m in packed]
+    packed = pack_sequences(
+        [row.pieces for row in flat], rows, length, share, indices if pairs else None
+    )
+    micros = [
+        (m.batch, _examples(m.order, indices, groups, capacity(rows, length))) for m in packed
+    ]
     if mismatched is None:
         mismatched = [group.mismatched for group in groups if group.mismatched]
     if not OBJECTIVE_KINDS[kind].baseline:
@@ -225,12 +298,25 @@ def pack_step(groups: Sequence[Group], kind: str, rows: int, length: int, epoch:
     chosen = float(max(1, sum(group.rows[0].targets for group in groups)))
     total = chosen if OBJECTIVE_KINDS[kind].unit == "token" else float(len(groups))
     tokens = sum(row.tokens for row in (*flat, *mismatched))
-    traces = [[each[i].trace for i in m.order] for each, ms in ((flat, packed), (mismatched, others)) for m in ms]
-    return StepData(micros, [_baseline(m, mismatched, capacity(rows, length)) for m in others], total, tokens, epoch,
-                    chosen, traces)
+    traces = [
+        [each[i].trace for i in m.order]
+        for each, ms in ((flat, packed), (mismatched, others))
+        for m in ms
+    ]
+    return StepData(
+        micros,
+        [_baseline(m, mismatched, capacity(rows, length)) for m in others],
+        total,
+        tokens,
+        epoch,
+        chosen,
+        traces,
+    )
 
 
-def _examples(order: np.ndarray, indices: list[list[int]], groups: Sequence[Group], size: int) -> Examples:
+def _examples(
+    order: np.ndarray, indices: list[list[int]], groups: Sequence[Group], size: int
+) -> Examples:
     segment = {int(i): s for s, i in enumerate(order)}
     columns: Any = np.zeros((4, size), np.float32)  # first_ref, second_ref, desirable, weight
     places = np.zeros((2, size), np.int32)
@@ -242,7 +328,9 @@ def _examples(order: np.ndarray, indices: list[list[int]], groups: Sequence[Grou
     return Examples(places[0], places[1], *columns)
 
 
-def _baseline(micro: Micro, mismatched: Sequence[Row], size: int) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
+def _baseline(
+    micro: Micro, mismatched: Sequence[Row], size: int
+) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
     reference, weight = np.zeros(size, np.float32), np.zeros(size, np.float32)
     reference[: len(micro.order)] = [mismatched[i].reference for i in micro.order]
     weight[: len(micro.order)] = 1.0

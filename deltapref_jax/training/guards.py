@@ -17,13 +17,17 @@ WINDOW = 10
 """Steps whose mean is held against that of as many steps before them, see `Fall`."""
 
 
-def _shifts(kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " S"]]) -> Iterator[tuple[str, float, int]]:
+def _shifts(
+    kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " S"]]
+) -> Iterator[tuple[str, float, int]]:
     """(trace id, s - ref, target tokens) of every row of a step, mismatched ones too; `s` like `batch.traces`."""
     given = OBJECTIVE_KINDS[kind].reference
     rows: list[tuple[Any, list[tuple[int, float]]]] = []
     for packed, e in batch.micros:
         real = np.flatnonzero(e.weight)
-        sides = [(e.first, e.first_ref), (e.second, e.second_ref)][: 2 if OBJECTIVE_KINDS[kind].unit == "pair" else 1]
+        sides = [(e.first, e.first_ref), (e.second, e.second_ref)][
+            : 2 if OBJECTIVE_KINDS[kind].unit == "pair" else 1
+        ]
         rows.append((packed, [(int(at[i]), float(ref[i])) for at, ref in sides for i in real]))
     for packed, references, weight in batch.baseline:
         rows.append((packed, [(int(i), float(references[i])) for i in np.flatnonzero(weight)]))
@@ -39,7 +43,9 @@ def _ids(traces: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(t for t in traces if t)) or "without ids"
 
 
-def check_reference(kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " S"]], dtype: str) -> None:
+def check_reference(
+    kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " S"]], dtype: str
+) -> None:
     """Before the first update the policy is its reference: every row's log-ratio must be 0 within `NOISE`.
 
     Each row counts, so that one wrong shard or one truncated trace among a thousand right ones is found too.
@@ -54,8 +60,10 @@ def check_reference(kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " 
       ConfigError: the worst row, the number of wrong ones with their trace ids, and the likely reasons.
     """
     allowed = NOISE[dtype]
-    rows = [(float(np.nan_to_num(abs(x), nan=np.inf)) / max(n, 1) ** 0.5, trace, x, n)
-            for trace, x, n in _shifts(kind, batch, s)]
+    rows = [
+        (float(np.nan_to_num(abs(x), nan=np.inf)) / max(n, 1) ** 0.5, trace, x, n)
+        for trace, x, n in _shifts(kind, batch, s)
+    ]
     wrong = sorted((row for row in rows if row[0] > allowed), reverse=True)
     if wrong:
         _, _, x, n = wrong[0]
@@ -65,11 +73,17 @@ def check_reference(kind: str, batch: StepData, s: Sequence[Float[np.ndarray, " 
             f"{len(rows)} rows, by up to {abs(x):.3g} nats over {n} tokens (noise allowed there: "
             f"{allowed * max(n, 1) ** 0.5:.3g}; traces, worst first: {few}); likely reasons: the table was made by "
             "other weights, another chat template, another truncation or another dtype. Score again with this student "
-            "as the reference.")
+            "as the reference."
+        )
 
 
-def check_finite(kind: str, step: int, row: Mapping[str, float], batch: StepData,
-                 s: Sequence[Float[np.ndarray, " S"]]) -> None:
+def check_finite(
+    kind: str,
+    step: int,
+    row: Mapping[str, float],
+    batch: StepData,
+    s: Sequence[Float[np.ndarray, " S"]],
+) -> None:
     """The loss and the gradient norm of a step must be numbers.
 
     Args:
@@ -86,11 +100,16 @@ def check_finite(kind: str, step: int, row: Mapping[str, float], batch: StepData
         return
     shifts = list(_shifts(kind, batch, s))
     broken = [trace for trace, x, _ in shifts if not np.isfinite(x)]
-    where = f"{len(broken)} log-ratios are not finite ({_ids(broken)})" if broken else "all log-ratios are finite"
+    where = (
+        f"{len(broken)} log-ratios are not finite ({_ids(broken)})"
+        if broken
+        else "all log-ratios are finite"
+    )
     raise FloatingPointError(
         f"At step {step} the loss is {row['loss']} and the gradient norm {row['grad_norm']}: {where}; the "
         "checkpoints are of the steps before it; lower the learning rate, or look at that step's traces: "
-        f"{_ids([trace for trace, _, _ in shifts])}.")
+        f"{_ids([trace for trace, _, _ in shifts])}."
+    )
 
 
 class Fall:
@@ -111,9 +130,13 @@ class Fall:
 
     def __call__(self, row: Mapping[str, float]) -> str:
         """Takes a step's metrics; returns the warning the first time, "" otherwise. One-sided steps are passed over."""
-        if self.at or not self._reference or not {"rewards/chosen", "rewards/rejected"} <= row.keys():
+        if (
+            self.at
+            or not self._reference
+            or not {"rewards/chosen", "rewards/rejected"} <= row.keys()
+        ):
             return ""
-        self._seen = [*self._seen, (row["rewards/chosen"], row["rewards/rejected"])][-2 * WINDOW:]
+        self._seen = [*self._seen, (row["rewards/chosen"], row["rewards/rejected"])][-2 * WINDOW :]
         if len(self._seen) < 2 * WINDOW:
             return ""
         before, last = np.split(np.array(self._seen) / self._beta, 2)
@@ -123,6 +146,8 @@ class Fall:
             return ""
         self.at = int(row["step"])
         chosen, rejected = last.mean(axis=0)
-        return (f"Up to step {self.at} the log-probabilities of chosen and rejected traces fall together (last "
-                f"{WINDOW} steps: {chosen:.2f} and {rejected:.2f} nats from the reference): the policy leaves both; a "
-                "lower learning rate, a higher beta, nll_weight or rejected traces of the student's own may hold it.")
+        return (
+            f"Up to step {self.at} the log-probabilities of chosen and rejected traces fall together (last "
+            f"{WINDOW} steps: {chosen:.2f} and {rejected:.2f} nats from the reference): the policy leaves both; a "
+            "lower learning rate, a higher beta, nll_weight or rejected traces of the student's own may hold it."
+        )

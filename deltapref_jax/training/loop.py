@@ -30,7 +30,9 @@ from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, s
 from deltapref_jax.training.step import Programs, programs
 from deltapref_jax.training.watch import Live, Watch
 
-Advance = Callable[[TrainState, StepData, float], tuple[TrainState, Any, Any]]  # to state, sums, log-probabilities
+Advance = Callable[
+    [TrainState, StepData, float], tuple[TrainState, Any, Any]
+]  # to state, sums, log-probabilities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,30 +97,65 @@ def train(
     place.mkdir(parents=True, exist_ok=True)
     state, advance = _prepare(spec, params, run, mesh, dtype)
     counts = dict.fromkeys(
-        ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"), 0.0)
-    with Notice() as notice, Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints, \
-            progress(is_first()) as bar:
+        ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"),
+        0.0,
+    )
+    with (
+        Notice() as notice,
+        Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints,
+        progress(is_first()) as bar,
+    ):
         done = checkpoints.newest()
         if done:
             state, counts = checkpoints.restore(state)
-        with Live(spec, adapters(run.lora), mesh, place, label, watch or Watch(), bar, run.steps, done) as live:
+        with Live(
+            spec, adapters(run.lora), mesh, place, label, watch or Watch(), bar, run.steps, done
+        ) as live:
             fall = Fall(run.objective.beta, OBJECTIVE_KINDS[run.objective.kind].reference)
             for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
                 fall(row)
-            check = functools.partial(check_reference, run.objective.kind, dtype=dtype) if (
-                guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference) else None
-            state = _loop(advance, state, lambda step: data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"]), run,
-                          done, counts, checkpoints, live, notice, fall, check)
+            check = (
+                functools.partial(check_reference, run.objective.kind, dtype=dtype)
+                if (guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference)
+                else None
+            )
+            state = _loop(
+                advance,
+                state,
+                lambda step: data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"]),
+                run,
+                done,
+                counts,
+                checkpoints,
+                live,
+                notice,
+                fall,
+                check,
+            )
     # both_fell_at: step at which the warning came; 0: never
     return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.at)}
 
 
-def _prepare(spec: ModelSpec, params: nnx.State, run: Run, mesh: Mesh, dtype: str) -> tuple[TrainState, Advance]:
+def _prepare(
+    spec: ModelSpec, params: nnx.State, run: Run, mesh: Mesh, dtype: str
+) -> tuple[TrainState, Advance]:
     """The state before the first step, and what a step's data and learning rate make of a state."""
     segments = capacity(run.rows, run.row_length)
-    steps = programs(spec, dtype, run.objective.kind, run.optimizer, segments, mesh, run.remat, adapters(run.lora))
+    steps = programs(
+        spec,
+        dtype,
+        run.objective.kind,
+        run.optimizer,
+        segments,
+        mesh,
+        run.remat,
+        adapters(run.lora),
+    )
     trained, frozen = attach(spec, params, run.lora, run.seed)
-    state, frozen = start(trained, run.optimizer, mesh), jax.device_put(frozen, shardings(frozen, mesh))
+    state, frozen = (
+        start(trained, run.optimizer, mesh),
+        jax.device_put(frozen, shardings(frozen, mesh)),
+    )
 
     def advance(state: TrainState, batch: StepData, rate: float) -> tuple[TrainState, Any, Any]:
         return run_step(steps, state, batch, run.objective, rate, mesh, frozen, run.seed)
@@ -126,20 +163,39 @@ def _prepare(spec: ModelSpec, params: nnx.State, run: Run, mesh: Mesh, dtype: st
     return state, advance
 
 
-def _loop(advance: Advance, state: TrainState, data: Callable[[int], StepData], run: Run, done: int,
-          counts: dict[str, float], checkpoints: Checkpoints, live: Live, notice: Notice, fall: Fall,
-          check: Callable[[StepData, Any], None] | None) -> TrainState:
+def _loop(
+    advance: Advance,
+    state: TrainState,
+    data: Callable[[int], StepData],
+    run: Run,
+    done: int,
+    counts: dict[str, float],
+    checkpoints: Checkpoints,
+    live: Live,
+    notice: Notice,
+    fall: Fall,
+    check: Callable[[StepData, Any], None] | None,
+) -> TrainState:
     pending: dict[str, Any] | None = None
     for step in range(done, run.steps):
         began = time.monotonic()
         live.before(step + 1)
         batch = data(step)
-        rate = learning_rate(step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor)
+        rate = learning_rate(
+            step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor
+        )
         state, sums, s = advance(state, batch, rate)
         live.after(step + 1, sums)
         if pending is not None:  # the host reads step n while the device works on step n + 1
             _finish(pending, run, counts, live, fall)
-        pending = {"step": step + 1, "learning_rate": rate, "epoch": batch.epoch, "sums": sums, "s": s, "batch": batch}
+        pending = {
+            "step": step + 1,
+            "learning_rate": rate,
+            "epoch": batch.epoch,
+            "sums": sums,
+            "s": s,
+            "batch": batch,
+        }
         if step == done:
             jax.block_until_ready(sums)
             if check:
@@ -149,22 +205,32 @@ def _loop(advance: Advance, state: TrainState, data: Callable[[int], StepData], 
         if save:  # copying the state waits for the device anyway
             _finish(pending, run, counts, live, fall)
             pending = None
-        counts["seconds_first_step" if step == done else "seconds_steady"] += time.monotonic() - began
+        counts["seconds_first_step" if step == done else "seconds_steady"] += (
+            time.monotonic() - began
+        )
         counts["tokens_steady"] += batch.tokens if step > done else 0
         if save:
             live.flush()
             checkpoints.save(step + 1, state, counts)
         if leave:
             checkpoints.wait()
-            raise Preempted(f"Stopped by SIGTERM after step {step + 1} of {run.steps}, which is saved in "
-                            f"{live.folder}. Run the same command to continue.")
+            raise Preempted(
+                f"Stopped by SIGTERM after step {step + 1} of {run.steps}, which is saved in "
+                f"{live.folder}. Run the same command to continue."
+            )
     checkpoints.wait()
     return state
 
 
 def run_step(
-    steps: Programs, state: TrainState, batch: StepData, objective: Objective, rate: float, mesh: Mesh,
-    frozen: nnx.State | None = None, seed: int = 0,
+    steps: Programs,
+    state: TrainState,
+    batch: StepData,
+    objective: Objective,
+    rate: float,
+    mesh: Mesh,
+    frozen: nnx.State | None = None,
+    seed: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array], list[jax.Array]]:
     """One optimizer step over however many micro-batches; all that is returned is on the device.
 
@@ -174,21 +240,47 @@ def run_step(
       The new state; sums of metrics; log-probabilities [S] before the update, of micro-batches and of KTO's baseline.
     """
     frozen = nnx.State({}) if frozen is None else frozen
-    baseline, drifts = jnp.zeros(()), [steps.logprobs(nnx.merge_state(state.params, frozen), put(rows, mesh, BATCH))[0]
-                                       for rows, _, _ in batch.baseline]
+    baseline, drifts = (
+        jnp.zeros(()),
+        [
+            steps.logprobs(nnx.merge_state(state.params, frozen), put(rows, mesh, BATCH))[0]
+            for rows, _, _ in batch.baseline
+        ],
+    )
     if drifts:
         weight = sum(float(w.sum()) for _, _, w in batch.baseline)
-        shifts = [jnp.vdot(s - ref, w) for s, (_, ref, w) in zip(drifts, batch.baseline, strict=True)]
+        shifts = [
+            jnp.vdot(s - ref, w) for s, (_, ref, w) in zip(drifts, batch.baseline, strict=True)
+        ]
         baseline = kto_baseline(sum(shifts[1:], shifts[0]) / weight)
     o = objective
-    hyper = Hyper(*map(np.float32, (o.beta, o.label_smoothing, o.gamma, o.nll_weight, o.desirable_weight,
-                                    o.undesirable_weight, 0, batch.total, batch.chosen_tokens)))._replace(z0=baseline)
+    hyper = Hyper(
+        *map(
+            np.float32,
+            (
+                o.beta,
+                o.label_smoothing,
+                o.gamma,
+                o.nll_weight,
+                o.desirable_weight,
+                o.undesirable_weight,
+                0,
+                batch.total,
+                batch.chosen_tokens,
+            ),
+        )
+    )._replace(z0=baseline)
     grads: Any = None
     sums: dict[str, jax.Array] = {}
     scored: list[jax.Array] = []
     for rows, examples in batch.micros:
-        g, more, s = steps.gradient(state.params, frozen, put(rows, mesh, BATCH),
-                                    put(examples, mesh, PartitionSpec()), hyper)
+        g, more, s = steps.gradient(
+            state.params,
+            frozen,
+            put(rows, mesh, BATCH),
+            put(examples, mesh, PartitionSpec()),
+            hyper,
+        )
         grads = g if grads is None else steps.add(grads, g)
         sums = {name: sums[name] + value if name in sums else value for name, value in more.items()}
         scored.append(s)
@@ -196,16 +288,24 @@ def run_step(
     return state, sums | {"grad_norm": norm, "kl": baseline}, scored + drifts
 
 
-def _finish(pending: dict[str, Any], run: Run, counts: dict[str, float], live: Live, fall: Fall) -> None:
+def _finish(
+    pending: dict[str, Any], run: Run, counts: dict[str, float], live: Live, fall: Fall
+) -> None:
     """Fetches a step's sums, checks them and shows its row."""
     step, batch = pending["step"], pending["batch"]
-    row = summarise(run.objective.kind, {k: float(v) for k, v in jax.device_get(pending["sums"]).items()})
+    row = summarise(
+        run.objective.kind, {k: float(v) for k, v in jax.device_get(pending["sums"]).items()}
+    )
     check_finite(run.objective.kind, step, row, batch, pending["s"])
     counts["tokens"] += batch.tokens
     counts["positions"] += batch.positions
     counts["filled"] += batch.filled
-    row |= {"step": step, "epoch": round(pending["epoch"], 6), "learning_rate": pending["learning_rate"],
-            "num_tokens": int(counts["tokens"])}
+    row |= {
+        "step": step,
+        "epoch": round(pending["epoch"], 6),
+        "learning_rate": pending["learning_rate"],
+        "num_tokens": int(counts["tokens"]),
+    }
     live.show(row, batch)
     if warning := fall(row):
         live.warn(warning)
@@ -223,10 +323,15 @@ def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
     for side in ("chosen", "rejected"):
         count = sums.get(f"count/{side}")
         if count is not None:
-            for name in [n for n in (f"rewards/{side}", f"logps/{side}") if n in row]:  # in this order in the file
+            for name in [
+                n for n in (f"rewards/{side}", f"logps/{side}") if n in row
+            ]:  # in this order in the file
                 total = row.pop(name)
                 if count:
                     row[name] = total / count
-    if OBJECTIVE_KINDS[kind].unit == "example" and {"rewards/chosen", "rewards/rejected"} <= row.keys():
+    if (
+        OBJECTIVE_KINDS[kind].unit == "example"
+        and {"rewards/chosen", "rewards/rejected"} <= row.keys()
+    ):
         row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
     return row

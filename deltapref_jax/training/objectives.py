@@ -26,10 +26,17 @@ def dpo(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar) -> Float[Arr
     return -jax.nn.log_sigmoid(beta * (c - r))
 
 
-def dpo_norm(c: Float[Array, " P"], r: Float[Array, " P"], chosen_tokens: Float[Array, " P"],
-             rejected_tokens: Float[Array, " P"], beta: Scalar) -> Float[Array, " P"]:
+def dpo_norm(
+    c: Float[Array, " P"],
+    r: Float[Array, " P"],
+    chosen_tokens: Float[Array, " P"],
+    rejected_tokens: Float[Array, " P"],
+    beta: Scalar,
+) -> Float[Array, " P"]:
     """-log σ(β(c/L_c - r/L_r)), length-normalised DPO (Tülu 3, arXiv 2411.15124, section 5.1.2); β is 5 to 10."""
-    return -jax.nn.log_sigmoid(beta * (_per_token(c, chosen_tokens) - _per_token(r, rejected_tokens)))
+    return -jax.nn.log_sigmoid(
+        beta * (_per_token(c, chosen_tokens) - _per_token(r, rejected_tokens))
+    )
 
 
 def hinge(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar) -> Float[Array, " P"]:
@@ -37,22 +44,33 @@ def hinge(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar) -> Float[A
     return jax.nn.relu(1 - beta * (c - r))
 
 
-def ipo(c: Float[Array, " P"], r: Float[Array, " P"], chosen_tokens: Float[Array, " P"],
-        rejected_tokens: Float[Array, " P"], beta: Scalar) -> Float[Array, " P"]:
+def ipo(
+    c: Float[Array, " P"],
+    r: Float[Array, " P"],
+    chosen_tokens: Float[Array, " P"],
+    rejected_tokens: Float[Array, " P"],
+    beta: Scalar,
+) -> Float[Array, " P"]:
     """(c/L_c - r/L_r - 1/(2β))², identity preference optimisation (arXiv 2310.12036) on means over tokens."""
     return (_per_token(c, chosen_tokens) - _per_token(r, rejected_tokens) - 1 / (2 * beta)) ** 2
 
 
-def robust(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar, epsilon: Scalar) -> Float[Array, " P"]:
+def robust(
+    c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar, epsilon: Scalar
+) -> Float[Array, " P"]:
     """[-(1 - ε) log σ(βd) + ε log σ(-βd)] / (1 - 2ε), unbiased if a share ε < 1/2 of labels is flipped.
 
     It has no lower bound (arXiv 2403.00409).
     """
     x = beta * (c - r)
-    return (-(1 - epsilon) * jax.nn.log_sigmoid(x) + epsilon * jax.nn.log_sigmoid(-x)) / (1 - 2 * epsilon)
+    return (-(1 - epsilon) * jax.nn.log_sigmoid(x) + epsilon * jax.nn.log_sigmoid(-x)) / (
+        1 - 2 * epsilon
+    )
 
 
-def cdpo(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar, epsilon: Scalar) -> Float[Array, " P"]:
+def cdpo(
+    c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar, epsilon: Scalar
+) -> Float[Array, " P"]:
     """-(1 - ε) log σ(βd) - ε log σ(-βd), conservative DPO: cross entropy with smoothed labels.
 
     Mitchell, "A note on DPO with noisy preferences and relationship to IPO" (2023).
@@ -71,8 +89,14 @@ def apo_down(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar) -> Floa
     return jax.nn.sigmoid(beta * c) + jax.nn.sigmoid(-beta * (c - r))
 
 
-def simpo(chosen: Float[Array, " P"], rejected: Float[Array, " P"], chosen_tokens: Float[Array, " P"],
-          rejected_tokens: Float[Array, " P"], beta: Scalar, gamma: Scalar) -> Float[Array, " P"]:
+def simpo(
+    chosen: Float[Array, " P"],
+    rejected: Float[Array, " P"],
+    chosen_tokens: Float[Array, " P"],
+    rejected_tokens: Float[Array, " P"],
+    beta: Scalar,
+    gamma: Scalar,
+) -> Float[Array, " P"]:
     """-log σ(β(s_c/L_c - s_r/L_r) - γ), no reference (arXiv 2405.14734, eq. 6); `chosen`, `rejected` are s."""
     margin = _per_token(chosen, chosen_tokens) - _per_token(rejected, rejected_tokens)
     return -jax.nn.log_sigmoid(beta * margin - gamma)
@@ -86,8 +110,14 @@ def kto_baseline(mismatched: Float[Array, ""]) -> Float[Array, ""]:
     return jax.lax.stop_gradient(jnp.maximum(mismatched, 0.0))
 
 
-def kto(x: Float[Array, " E"], desirable: Float[Array, " E"], z0: Scalar, beta: Scalar,
-        desirable_weight: Scalar = 1.0, undesirable_weight: Scalar = 1.0) -> Float[Array, " E"]:
+def kto(
+    x: Float[Array, " E"],
+    desirable: Float[Array, " E"],
+    z0: Scalar,
+    beta: Scalar,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+) -> Float[Array, " E"]:
     """w_D(1 - σ(β(x - z0))) where desirable, w_U(1 - σ(β(z0 - x))) elsewhere (arXiv 2402.01306, eq. 8).
 
     An example's term depends on its own label and on z0, and the mean is over all examples whatever their labels, the
@@ -106,8 +136,13 @@ def kto(x: Float[Array, " E"], desirable: Float[Array, " E"], z0: Scalar, beta: 
     return weight * jax.nn.sigmoid(-sign * beta * (x - z0))
 
 
-def apo_zero_unpaired(x: Float[Array, " E"], desirable: Float[Array, " E"], beta: Scalar,
-                      desirable_weight: Scalar = 1.0, undesirable_weight: Scalar = 1.0) -> Float[Array, " E"]:
+def apo_zero_unpaired(
+    x: Float[Array, " E"],
+    desirable: Float[Array, " E"],
+    beta: Scalar,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+) -> Float[Array, " E"]:
     """w_D(1 - σ(βx)) where desirable, w_U σ(βx) elsewhere: APO-zero's two terms (arXiv 2408.06266), KTO with z0 = 0."""
     return kto(x, desirable, 0.0, beta, desirable_weight, undesirable_weight)
 
@@ -150,9 +185,14 @@ LOSSES: dict[str, Callable[[Terms, Hyper], Array]] = {
     "cdpo": lambda t, h: cdpo(t.first, t.second, h.beta, h.label_smoothing),
     "apo_zero": lambda t, h: apo_zero(t.first, t.second, h.beta),
     "apo_down": lambda t, h: apo_down(t.first, t.second, h.beta),
-    "simpo": lambda t, h: simpo(t.first, t.second, t.first_tokens, t.second_tokens, h.beta, h.gamma),
-    "kto": lambda t, h: kto(t.first, t.desirable, h.z0, h.beta, h.desirable_weight, h.undesirable_weight),
-    "apo_zero_unpaired": lambda t, h: apo_zero_unpaired(t.first, t.desirable, h.beta, h.desirable_weight,
-                                                        h.undesirable_weight),
+    "simpo": lambda t, h: simpo(
+        t.first, t.second, t.first_tokens, t.second_tokens, h.beta, h.gamma
+    ),
+    "kto": lambda t, h: kto(
+        t.first, t.desirable, h.z0, h.beta, h.desirable_weight, h.undesirable_weight
+    ),
+    "apo_zero_unpaired": lambda t, h: apo_zero_unpaired(
+        t.first, t.desirable, h.beta, h.desirable_weight, h.undesirable_weight
+    ),
     "sft": lambda t, h: sft(t.first),
 }

@@ -38,14 +38,21 @@ def round_randomly(x: Float[Array, "*n"], bits: UInt[Array, "*n"]) -> BFloat16[A
 def _rounded(mu: Any, nu: Any, seed: Any, count: Array) -> tuple[Any, Any]:
     """Both moments in bfloat16; bits from (seed, step, path) alone, 16 each of one draw, whatever the mesh."""
     key = jax.random.fold_in(jax.random.key(seed), count)
-    bits = jax.tree_util.tree_map_with_path(lambda path, x: jax.random.bits(
-        jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), x.shape), mu)
-    return (jax.tree.map(lambda m, b: round_randomly(m, b & 0xFFFF), mu, bits),
-            jax.tree.map(lambda v, b: round_randomly(v, b >> 16), nu, bits))
+    bits = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.random.bits(
+            jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), x.shape
+        ),
+        mu,
+    )
+    return (
+        jax.tree.map(lambda m, b: round_randomly(m, b & 0xFFFF), mu, bits),
+        jax.tree.map(lambda v, b: round_randomly(v, b >> 16), nu, bits),
+    )
 
 
-def scale_by_adam(b1: float, b2: float, eps: float,
-                  moments: str = "float32") -> optax.GradientTransformationExtraArgs:
+def scale_by_adam(
+    b1: float, b2: float, eps: float, moments: str = "float32"
+) -> optax.GradientTransformationExtraArgs:
     """Adam's direction m̂ / (√v̂ + eps) (arXiv 1412.6980), with bias corrections that are right in float32.
 
     `optax.scale_by_adam` computes 1 - b2ᵗ as written, which has five right digits less than float32 in the first steps
@@ -59,8 +66,9 @@ def scale_by_adam(b1: float, b2: float, eps: float,
         mu, nu = (jax.tree.map(lambda p: jnp.zeros(p.shape, moments), params) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, seed: Any = 0,
-               **_: Any) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(
+        grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, seed: Any = 0, **_: Any
+    ) -> tuple[Any, optax.ScaleByAdamState]:
         count = state.count + 1
         mu, nu = (jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (state.mu, state.nu))
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, grads)
@@ -91,11 +99,15 @@ class Optimizer:
         """
 
         def decayed(params: nnx.State) -> Any:
-            return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith("norm"), params)
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: not path_name(path).endswith("norm"), params
+            )
 
-        return optax.chain(optax.clip_by_global_norm(self.clip),
-                           scale_by_adam(self.b1, self.b2, self.eps, self.moments),
-                           optax.add_decayed_weights(self.weight_decay, mask=decayed))
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            scale_by_adam(self.b1, self.b2, self.eps, self.moments),
+            optax.add_decayed_weights(self.weight_decay, mask=decayed),
+        )
 
 
 def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -103,16 +115,22 @@ def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     transform = optimizer.transform()
     place = shardings(params, mesh)
     params = jax.tree.map(lambda x, s: _place(np.asarray(x), s), params, place)
-    moments = jax.jit(transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh))(params)
+    moments = jax.jit(
+        transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh)
+    )(params)
     return TrainState(params, moments)
 
 
 def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Each device gets a copy of its own part, float32: the whole never lies on one of them."""
-    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.array(x[part], np.float32))
+    return jax.make_array_from_callback(
+        x.shape, sharding, lambda part: np.array(x[part], np.float32)
+    )
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str, floor: float = 0.0) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: float, schedule: str, floor: float = 0.0
+) -> float:
     """Rate of step `step` (0 first): linear warm-up over ceil(warmup · steps) steps from 0, then the schedule.
 
     Args:
@@ -134,6 +152,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
 @functools.lru_cache(maxsize=8)
 def _decay(steps: int, peak: float, schedule: str, floor: float) -> np.ndarray:
     """Rates of all steps after warm-up: one by one the host would wait for the device at every step."""
-    decay = {"linear": optax.linear_schedule(peak, floor * peak, steps),
-             "cosine": optax.cosine_decay_schedule(peak, steps, floor)}[schedule]
+    decay = {
+        "linear": optax.linear_schedule(peak, floor * peak, steps),
+        "cosine": optax.cosine_decay_schedule(peak, steps, floor),
+    }[schedule]
     return np.asarray(decay(jnp.arange(steps + 1)), np.float32)

@@ -47,7 +47,11 @@ class Examples(NamedTuple):
 def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
     """The pair's loss, plus `nll_weight` times the token mean of -log p over the step's chosen (arXiv 2404.19733)."""
     given = OBJECTIVE_KINDS[kind].reference
-    c, r = (s[e.first] - e.first_ref, s[e.second] - e.second_ref) if given else (s[e.first], s[e.second])
+    c, r = (
+        (s[e.first] - e.first_ref, s[e.second] - e.second_ref)
+        if given
+        else (s[e.first], s[e.second])
+    )
     losses = LOSSES[kind](Terms(c, r, n[e.first], n[e.second], e.desirable), h)
     if not given:  # SimPO's reward is a mean over tokens (arXiv 2405.14734, eq. 4)
         c, r = c / jnp.maximum(n[e.first], 1), r / jnp.maximum(n[e.second], 1)
@@ -70,20 +74,33 @@ def _example_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple
     x = s[e.first] - e.first_ref
     losses = LOSSES[kind](Terms(x, x, n[e.first], n[e.first], e.desirable), h)
     sums = {"loss": jnp.sum(losses * e.weight) / h.total}
-    for side, member in (("chosen", e.desirable * e.weight), ("rejected", (1 - e.desirable) * e.weight)):
-        sums |= {f"count/{side}": jnp.sum(member), f"rewards/{side}": jnp.sum(h.beta * x * member),
-                 f"logps/{side}": jnp.sum(s[e.first] * member)}
+    for side, member in (
+        ("chosen", e.desirable * e.weight),
+        ("rejected", (1 - e.desirable) * e.weight),
+    ):
+        sums |= {
+            f"count/{side}": jnp.sum(member),
+            f"rewards/{side}": jnp.sum(h.beta * x * member),
+            f"logps/{side}": jnp.sum(s[e.first] * member),
+        }
     return sums["loss"], sums
 
 
 def _token_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
     losses = LOSSES[kind](Terms(s[e.first], s[e.first], n[e.first], n[e.first], e.desirable), h)
     loss = jnp.sum(losses * e.weight) / h.total
-    return loss, {"loss": loss, "logps/chosen": jnp.sum(s[e.first] * e.weight), "count/chosen": jnp.sum(e.weight)}
+    return loss, {
+        "loss": loss,
+        "logps/chosen": jnp.sum(s[e.first] * e.weight),
+        "count/chosen": jnp.sum(e.weight),
+    }
 
 
 _UNITS: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Sums]]] = {
-    "pair": _pair_loss, "example": _example_loss, "token": _token_loss}
+    "pair": _pair_loss,
+    "example": _example_loss,
+    "token": _token_loss,
+}
 
 
 class Programs(NamedTuple):
@@ -93,16 +110,28 @@ class Programs(NamedTuple):
     the second is empty in full fine-tuning, and the base of adapters otherwise.
     """
 
-    gradient: Callable[..., Any]  # (trained, frozen, batch, examples, hyper) -> (grads, sums, [S] log-probabilities)
+    gradient: Callable[
+        ..., Any
+    ]  # (trained, frozen, batch, examples, hyper) -> (grads, sums, [S] log-probabilities)
     add: Callable[..., Any]  # (grads, more grads) -> grads
-    apply: Callable[..., Any]  # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
+    apply: Callable[
+        ..., Any
+    ]  # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
     logprobs: Callable[..., Any]  # (both in one, batch) -> ([S] sums, [S] counts)
     place: Any  # shardings of the whole TrainState
 
 
 @functools.cache
-def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segments: int, mesh: Mesh,
-             remat: str = "none", adapters: Adapters = NO_ADAPTERS) -> Programs:
+def programs(
+    spec: ModelSpec,
+    dtype: str,
+    kind: str,
+    optimizer: Optimizer,
+    segments: int,
+    mesh: Mesh,
+    remat: str = "none",
+    adapters: Adapters = NO_ADAPTERS,
+) -> Programs:
     """Compiles once per model shape, objective, optimizer, row shape and mesh, for the life of the process."""
     transform = optimizer.transform()
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
@@ -111,27 +140,41 @@ def programs(spec: ModelSpec, dtype: str, kind: str, optimizer: Optimizer, segme
     place = TrainState(params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh))
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def gradient(params: nnx.State, frozen: nnx.State, batch: PackedBatch, examples: Examples,
-                 hyper: Hyper) -> tuple[nnx.State, Sums, Array]:
+    def gradient(
+        params: nnx.State, frozen: nnx.State, batch: PackedBatch, examples: Examples, hyper: Hyper
+    ) -> tuple[nnx.State, Sums, Array]:
         def loss(params: nnx.State) -> tuple[Array, tuple[Sums, Array]]:
-            s, n = sequence_logprobs(nnx.merge(graphdef, params, frozen), batch, segments, remat, mesh)
+            s, n = sequence_logprobs(
+                nnx.merge(graphdef, params, frozen), batch, segments, remat, mesh
+            )
             total, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
             return total, (sums, s)
 
         (_, (sums, s)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, sums, s
 
-    def apply(state: TrainState, grads: nnx.State, rate: Array, seed: Array) -> tuple[TrainState, Array]:
+    def apply(
+        state: TrainState, grads: nnx.State, rate: Array, seed: Array
+    ) -> tuple[TrainState, Array]:
         updates, moments = transform.update(grads, state.moments, state.params, seed=seed)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         return TrainState(params, moments), optax.tree.norm(grads)
 
     return Programs(
-        gradient=jax.jit(gradient, in_shardings=(params_place, frozen_place, rows, everywhere, everywhere),
-                         out_shardings=(params_place, everywhere, everywhere)),
-        add=jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place),
-        apply=jax.jit(apply, donate_argnums=0, in_shardings=(place, params_place, everywhere, everywhere),
-                      out_shardings=(place, everywhere)),
+        gradient=jax.jit(
+            gradient,
+            in_shardings=(params_place, frozen_place, rows, everywhere, everywhere),
+            out_shardings=(params_place, everywhere, everywhere),
+        ),
+        add=jax.jit(
+            lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place
+        ),
+        apply=jax.jit(
+            apply,
+            donate_argnums=0,
+            in_shardings=(place, params_place, everywhere, everywhere),
+            out_shardings=(place, everywhere),
+        ),
         logprobs=scorer(spec, dtype, segments, mesh, adapters),
         place=place,
     )

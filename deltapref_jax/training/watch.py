@@ -41,8 +41,11 @@ class TensorBoard:
 
         # events after the step that a run resumes from are taken back: they come again. The writer names its file by
         # the second: the step keeps a run that resumes within it from writing over the first one's events
-        self._writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=f".{resumed}",
-                                     purge_step=resumed + 1 if resumed else None)
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"),
+            filename_suffix=f".{resumed}",
+            purge_step=resumed + 1 if resumed else None,
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One step."""
@@ -64,8 +67,13 @@ class WandB:
     def __init__(self, folder: epath.Path, label: str, resumed: int):
         import wandb
 
-        self._run = wandb.init(project="deltapref", name=label, id=digest(str(folder)), resume="allow",
-                               dir=None if remote(folder) else str(folder))
+        self._run = wandb.init(
+            project="deltapref",
+            name=label,
+            id=digest(str(folder)),
+            resume="allow",
+            dir=None if remote(folder) else str(folder),
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One step."""
@@ -79,19 +87,29 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[epath.Path, str, int], Any]] = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, Callable[[epath.Path, str, int], Any]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+}
 
 
 def step_flops(spec: ModelSpec, data: StepData, adapters: Adapters = NO_ADAPTERS) -> float:
     """FLOPs of a step: forward and backward of its micro-batches, forward only of KTO's baseline rows."""
-    return (sum(batch_flops(training_flops, spec, batch, adapters) for batch, _ in data.micros)
-            + sum(batch_flops(forward_flops, spec, batch, adapters) for batch, _, _ in data.baseline))
+    return sum(
+        batch_flops(training_flops, spec, batch, adapters) for batch, _ in data.micros
+    ) + sum(batch_flops(forward_flops, spec, batch, adapters) for batch, _, _ in data.baseline)
 
 
-def batch_flops(count: Callable[..., float], spec: ModelSpec, batch: PackedBatch,
-                adapters: Adapters = NO_ADAPTERS) -> float:
+def batch_flops(
+    count: Callable[..., float],
+    spec: ModelSpec,
+    batch: PackedBatch,
+    adapters: Adapters = NO_ADAPTERS,
+) -> float:
     """FLOPs of packed rows; `count`: `forward_flops` or `training_flops`."""
-    return count(spec, batch.positions[batch.segments > 0], np.count_nonzero(batch.targets), adapters)
+    return count(
+        spec, batch.positions[batch.segments > 0], np.count_nonzero(batch.targets), adapters
+    )
 
 
 class Live:
@@ -109,20 +127,46 @@ class Live:
       resumed: steps done before.
     """
 
-    def __init__(self, spec: ModelSpec, adapters: Adapters, mesh: Mesh, folder: epath.Path, label: str, watch: Watch,
-                 bar: Any, steps: int, resumed: int):
-        self._spec, self._adapters, self.folder, self._profile = spec, adapters, folder, watch.profile
+    def __init__(
+        self,
+        spec: ModelSpec,
+        adapters: Adapters,
+        mesh: Mesh,
+        folder: epath.Path,
+        label: str,
+        watch: Watch,
+        bar: Any,
+        steps: int,
+        resumed: int,
+    ):
+        self._spec, self._adapters, self.folder, self._profile = (
+            spec,
+            adapters,
+            folder,
+            watch.profile,
+        )
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak * mesh.devices.size if peak else None
         self._metrics = Metrics(folder / "metrics.jsonl", resumed) if is_first() else None
-        self._trackers = [TRACKERS[name](folder, label, resumed) for name in watch.trackers] if is_first() else []
-        self._bar, self._task = bar, bar.add_task(label, total=steps, completed=resumed, unit="steps", note="")
-        self._recent: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=_WINDOW + 1)
+        self._trackers = (
+            [TRACKERS[name](folder, label, resumed) for name in watch.trackers]
+            if is_first()
+            else []
+        )
+        self._bar, self._task = (
+            bar,
+            bar.add_task(label, total=steps, completed=resumed, unit="steps", note=""),
+        )
+        self._recent: collections.deque[tuple[float, float, float]] = collections.deque(
+            maxlen=_WINDOW + 1
+        )
         self._tracing, self._trace = False, contextlib.ExitStack()
         self._label, self._steps, self._said = label, steps, -_SILENCE
         if watch.profile and not (resumed < watch.profile[1] and watch.profile[0] <= steps):
             first, last = watch.profile
-            self.warn(f"--profile_steps={first}:{last} traces nothing: this run does steps {resumed + 1} to {steps}.")
+            self.warn(
+                f"--profile_steps={first}:{last} traces nothing: this run does steps {resumed + 1} to {steps}."
+            )
 
     def __enter__(self) -> "Live":
         return self
@@ -136,7 +180,9 @@ class Live:
     def before(self, step: int) -> None:
         """Step `step` (from 1) is about to start."""
         if self._profile and not self._tracing and self._profile[0] <= step <= self._profile[1]:
-            jax.profiler.start_trace(str(self._trace.enter_context(written(self.folder / "profile"))))
+            jax.profiler.start_trace(
+                str(self._trace.enter_context(written(self.folder / "profile")))
+            )
             self._tracing = True
 
     def after(self, step: int, sums: Any) -> None:
@@ -160,7 +206,9 @@ class Live:
         """A finished step's row of metrics."""
         if self._metrics:
             self._metrics.write(row)
-        self._recent.append((time.monotonic(), data.tokens, step_flops(self._spec, data, self._adapters)))
+        self._recent.append(
+            (time.monotonic(), data.tokens, step_flops(self._spec, data, self._adapters))
+        )
         values = {"padding": 1 - data.filled / data.positions} | self._speeds()
         for tracker in self._trackers:
             tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)
@@ -170,28 +218,46 @@ class Live:
     def _line(self, step: int, words: str) -> None:
         """Where a bar cannot be drawn (a scheduler's log), a line at times."""
         now = time.monotonic()
-        if is_first() and not self._bar.console.is_terminal and (now - self._said >= _SILENCE or step == self._steps):
+        if (
+            is_first()
+            and not self._bar.console.is_terminal
+            and (now - self._said >= _SILENCE or step == self._steps)
+        ):
             self._said = now
             left = self._bar.tasks[self._task].time_remaining
             more = f", {left / 60:.0f} min left" if left else ""
-            self._bar.console.print(f"{self._label}: step {step} of {self._steps}, {words}{more}", markup=False,
-                                    highlight=False, soft_wrap=True)
+            self._bar.console.print(
+                f"{self._label}: step {step} of {self._steps}, {words}{more}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def warn(self, sentence: str) -> None:
         """Above the bar."""
         if is_first():
-            self._bar.console.print(f"Warning: {sentence}", markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(
+                f"Warning: {sentence}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def _speeds(self) -> dict[str, float]:
         seconds = self._recent[-1][0] - self._recent[0][0]
         if seconds <= 0:
             return {}
         tokens, flops = (sum(entry[i] for entry in list(self._recent)[1:]) for i in (1, 2))
-        return {"tokens_per_second": tokens / seconds} | ({"mfu": flops / seconds / self._peak} if self._peak else {})
+        return {"tokens_per_second": tokens / seconds} | (
+            {"mfu": flops / seconds / self._peak} if self._peak else {}
+        )
 
 
 def note(values: dict[str, float]) -> str:
     """The bar's words for a step: what is known of loss, margin, accuracy, speed, padding and MFU."""
-    forms = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "accuracy {:.0%}",
-             "tokens_per_second": "{:,.0f} tokens/s", "padding": "padding {:.0%}", "mfu": "MFU {:.1%}"}
+    forms = {
+        "loss": "loss {:.4f}",
+        "rewards/margins": "margin {:+.3f}",
+        "rewards/accuracies": "accuracy {:.0%}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "padding": "padding {:.0%}",
+        "mfu": "MFU {:.1%}",
+    }
     return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)

@@ -32,9 +32,18 @@ def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[
         flat = score(rows)
         return [Group(pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
     partner = derange([str(i // 2) for i in range(len(rows))], 0)
-    flat = score(rows + [row._replace(completion=rows[j].completion) for row, j in zip(rows, partner, strict=True)])
-    own, others = flat[: len(rows)], flat[len(rows):]
-    return [Group((row,), 1.0 - i % 2, other) for i, (row, other) in enumerate(zip(own, others, strict=True))]
+    flat = score(
+        rows
+        + [
+            row._replace(completion=rows[j].completion)
+            for row, j in zip(rows, partner, strict=True)
+        ]
+    )
+    own, others = flat[: len(rows)], flat[len(rows) :]
+    return [
+        Group((row,), 1.0 - i % 2, other)
+        for i, (row, other) in enumerate(zip(own, others, strict=True))
+    ]
 
 
 def product_flops(dtype: str) -> float:
@@ -55,21 +64,27 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     rows, length = c["rows"], c["row_length"]
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
-    steps = programs(model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"])
+    steps = programs(
+        model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"]
+    )
     ceiling = product_flops(c["dtype"])
     reference_seconds = 0.0
 
     def score(wanted: list[Row]) -> list[Row | None]:
         nonlocal reference_seconds
         began = time.perf_counter()
-        found = score_sequences(model.spec, model.state, [r.pieces for r in wanted], rows, length, mesh, c["dtype"])
+        found = score_sequences(
+            model.spec, model.state, [r.pieces for r in wanted], rows, length, mesh, c["dtype"]
+        )
         reference_seconds += time.perf_counter() - began
-        return [None if value is None else row._replace(reference=value)  # None: longer than a row
-                for row, value in zip(wanted, found.sums, strict=True)]
+        return [
+            None if value is None else row._replace(reference=value)  # None: longer than a row
+            for row, value in zip(wanted, found.sums, strict=True)
+        ]
 
     data, n = [], c["pairs"]
     for at in range(0, len(pairs), n):
-        data.append(groups_of(c["kind"], pairs[at: at + n], score))
+        data.append(groups_of(c["kind"], pairs[at : at + n], score))
         if not at:  # compiles
             reference_seconds = 0.0
     state, spec = start(model.state, optimizer, mesh), model.spec
@@ -77,19 +92,28 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     seconds, losses, shares, flops, reference_flops = [], [], [], [], []
     for groups in data:
         began = time.perf_counter()
-        batch = pack_step(groups, c["kind"], rows, length, share=shares_prompts(mesh, length)).trimmed(1)
+        batch = pack_step(
+            groups, c["kind"], rows, length, share=shares_prompts(mesh, length)
+        ).trimmed(1)
         state, sums, _ = run_step(steps, state, batch, objective, c["learning_rate"], mesh)
         jax.block_until_ready(state.params)
         seconds.append(time.perf_counter() - began)
         losses.append(float(sums["loss"]))
         shares.append(batch.filled / batch.positions)
         flops.append(step_flops(spec, batch))
-        reference_flops.append(sum(batch_flops(forward_flops, spec, each) for each in batch.batches))
+        reference_flops.append(
+            sum(batch_flops(forward_flops, spec, each) for each in batch.batches)
+        )
     others = max(1, len(data) - 1)
-    return {"step_seconds": seconds, "loss": losses, "reference_seconds": reference_seconds / others,
-            "real_share": float(np.mean(shares[1:])), "step_flops": flops,
-            "reference_flops": float(np.mean(reference_flops[1:] or reference_flops)),
-            "product_flops": ceiling}
+    return {
+        "step_seconds": seconds,
+        "loss": losses,
+        "reference_seconds": reference_seconds / others,
+        "real_share": float(np.mean(shares[1:])),
+        "step_flops": flops,
+        "reference_flops": float(np.mean(reference_flops[1:] or reference_flops)),
+        "product_flops": ceiling,
+    }
 
 
 if __name__ == "__main__":

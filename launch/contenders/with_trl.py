@@ -47,18 +47,40 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     folder = Path(c["folder"])
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     kto = c["kind"] == "kto"
-    pairs: list[dict[str, Any]] = [{"prompt": words(r["prompt"]) + " ", "chosen": words(r["chosen"][:-1], "</s>"),
-                                    "rejected": words(r["rejected"][:-1], "</s>")} for r in rows]
+    pairs: list[dict[str, Any]] = [
+        {
+            "prompt": words(r["prompt"]) + " ",
+            "chosen": words(r["chosen"][:-1], "</s>"),
+            "rejected": words(r["rejected"][:-1], "</s>"),
+        }
+        for r in rows
+    ]
     if kto:
-        pairs = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
-                 for p in pairs for side in ("chosen", "rejected")]
+        pairs = [
+            {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+            for p in pairs
+            for side in ("chosen", "rejected")
+        ]
     config, trainer = (KTOConfig, KTOTrainer) if kto else (DPOConfig, DPOTrainer)
     batch = c["pairs"] * (2 if kto else 1)
     arguments = config(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=batch, max_steps=len(pairs) // batch,
-        learning_rate=c["learning_rate"], lr_scheduler_type="constant", beta=c["beta"], max_length=None, bf16=False,
-        use_cpu=True, gradient_checkpointing=c["gradient_checkpointing"], precompute_ref_log_probs=c["precompute"],
-        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=batch,
+        max_steps=len(pairs) // batch,
+        learning_rate=c["learning_rate"],
+        lr_scheduler_type="constant",
+        beta=c["beta"],
+        max_length=None,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=c["gradient_checkpointing"],
+        precompute_ref_log_probs=c["precompute"],
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     clock, spent = Clock(), 0.0
     precompute = trainer._precompute_ref_logps
@@ -71,9 +93,18 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         return found
 
     trainer._precompute_ref_logps = timed
-    trainer(model=model, args=arguments, train_dataset=Dataset.from_list(pairs), callbacks=[clock],
-            processing_class=AutoTokenizer.from_pretrained(folder / "model")).train()
-    return {"step_seconds": clock.seconds, "loss": clock.losses, "reference_seconds": spent / len(clock.seconds)}
+    trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(pairs),
+        callbacks=[clock],
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    ).train()
+    return {
+        "step_seconds": clock.seconds,
+        "loss": clock.losses,
+        "reference_seconds": spent / len(clock.seconds),
+    }
 
 
 if __name__ == "__main__":

@@ -42,9 +42,18 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     folder = Path(c["folder"])
     h = json.loads((folder / "model" / "config.json").read_text())
     config = llama.ModelConfig(
-        h["num_hidden_layers"], h["vocab_size"], h["hidden_size"], h["intermediate_size"], h["num_attention_heads"],
-        h["head_dim"], h["num_key_value_heads"], int(c["rope_theta"]), h["rms_norm_eps"], weight_tying=True,
-        remat_config=llama.RematConfig[c["remat"]])
+        h["num_hidden_layers"],
+        h["vocab_size"],
+        h["hidden_size"],
+        h["intermediate_size"],
+        h["num_attention_heads"],
+        h["head_dim"],
+        h["num_key_value_heads"],
+        int(c["rope_theta"]),
+        h["rms_norm_eps"],
+        weight_tying=True,
+        remat_config=llama.RematConfig[c["remat"]],
+    )
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     part, accumulate = c["pairs"] // c["accumulate"], c["accumulate"]
@@ -52,17 +61,30 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     answer = max(len(r[side]) for r in rows for side in ("chosen", "rejected"))
 
     def batch(some: list[dict[str, list[int]]]) -> TrainingInput:
-        return TrainingInput(*padded([r["prompt"] for r in some], prompt, True),
-                             *padded([r["chosen"] for r in some], answer, False),
-                             *padded([r["rejected"] for r in some], answer, False))
+        return TrainingInput(
+            *padded([r["prompt"] for r in some], prompt, True),
+            *padded([r["chosen"] for r in some], answer, False),
+            *padded([r["rejected"] for r in some], answer, False),
+        )
 
     with jax.set_mesh(mesh):
-        policy, reference = (weights.create_model_from_safe_tensors(str(folder / "model"), config, mesh, jnp.float32)
-                             for _ in range(2))
-        trainer = Timed(policy, reference, optax.adamw(c["learning_rate"], weight_decay=0.0), DPOTrainingConfig(
-            beta=c["beta"], eval_every_n_steps=10**6, max_steps=len(rows) // c["pairs"],
-            gradient_accumulation_steps=accumulate if accumulate > 1 else None, pbar_description=None))
-        trainer.train([batch(rows[at: at + part]) for at in range(0, len(rows), part)], None)
+        policy, reference = (
+            weights.create_model_from_safe_tensors(str(folder / "model"), config, mesh, jnp.float32)
+            for _ in range(2)
+        )
+        trainer = Timed(
+            policy,
+            reference,
+            optax.adamw(c["learning_rate"], weight_decay=0.0),
+            DPOTrainingConfig(
+                beta=c["beta"],
+                eval_every_n_steps=10**6,
+                max_steps=len(rows) // c["pairs"],
+                gradient_accumulation_steps=accumulate if accumulate > 1 else None,
+                pbar_description=None,
+            ),
+        )
+        trainer.train([batch(rows[at : at + part]) for at in range(0, len(rows), part)], None)
     ends = trainer.ends[::accumulate]
     return {"step_seconds": np.diff(ends).tolist(), "loss": [], "reference_seconds": 0.0}
 

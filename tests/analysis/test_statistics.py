@@ -14,9 +14,20 @@ from deltapref_jax.records import RESULT
 
 def results(right, suite="s", domain="in"):
     """RESULT from [questions, samples] of 0 and 1."""
-    rows = [{"suite": suite, "domain": domain, "task": suite, "prompt_id": f"{suite}{q:04d}", "sample": s,
-             "correct": bool(c), "finish": "eos", "tokens": 5}
-            for q, line in enumerate(right) for s, c in enumerate(line)]
+    rows = [
+        {
+            "suite": suite,
+            "domain": domain,
+            "task": suite,
+            "prompt_id": f"{suite}{q:04d}",
+            "sample": s,
+            "correct": bool(c),
+            "finish": "eos",
+            "tokens": 5,
+        }
+        for q, line in enumerate(right)
+        for s, c in enumerate(line)
+    ]
     return pa.Table.from_pylist(rows, schema=RESULT)
 
 
@@ -31,9 +42,12 @@ def test_accuracy_is_a_mean_over_suites_of_questions_with_clusters():
     assert found.value == pytest.approx(100 * (one.mean() + two.mean()) / 2)
     error = 100 / 2 * math.sqrt(one.mean(axis=1).var() / 100 + two.mean(axis=1).var() / 50)
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(error, rel=0.1)
-    same = st.accuracy(results(np.repeat(draws(100, 1), 4, axis=1)), "in")  # four copies of a sample are one sample
+    same = st.accuracy(
+        results(np.repeat(draws(100, 1), 4, axis=1)), "in"
+    )  # four copies of a sample are one sample
     assert same.high - same.low == pytest.approx(
-        (lambda e: e.high - e.low)(st.accuracy(results(draws(100, 1)), "in")), rel=1e-9)
+        (lambda e: e.high - e.low)(st.accuracy(results(draws(100, 1)), "in")), rel=1e-9
+    )
     with pytest.raises(ValueError, match="No answer is of domain 'out'"):
         st.accuracy(table, "out")
 
@@ -43,16 +57,25 @@ def test_changes_are_paired():
     found = st.changes(results(before), {"arm": [results(after)], "none": [results(before)]}, "in")
     gaps = (after - before).mean(axis=1)
     assert found["arm"].estimate.value == pytest.approx(100 * gaps.mean())
-    assert found["arm"].draws.std() == pytest.approx(100 * gaps.std() / math.sqrt(len(gaps)), rel=0.1)
-    assert tuple(found["none"].estimate) == pytest.approx((0, -1.5, 1.5))  # rule of three: nothing changed
+    assert found["arm"].draws.std() == pytest.approx(
+        100 * gaps.std() / math.sqrt(len(gaps)), rel=0.1
+    )
+    assert tuple(found["none"].estimate) == pytest.approx(
+        (0, -1.5, 1.5)
+    )  # rule of three: nothing changed
     assert st.contrast(found["arm"], found["arm"]).value == 0
-    with pytest.raises(ValueError, match="Arm 'x' and the student answered different questions of suite 's'"):
+    with pytest.raises(
+        ValueError, match="Arm 'x' and the student answered different questions of suite 's'"
+    ):
         st.changes(results(before), {"x": [results(after[:-1])]}, "in")
 
 
 def test_seeds_widen_the_interval_by_their_variance():
     before = draws(400, 2, 0.5, 3)
-    seeds = [np.clip(before + np.random.default_rng(s).integers(0, 2, before.shape) * (s % 2), 0, 1) for s in range(4)]
+    seeds = [
+        np.clip(before + np.random.default_rng(s).integers(0, 2, before.shape) * (s % 2), 0, 1)
+        for s in range(4)
+    ]
     found = st.changes(results(before), {"arm": [results(s) for s in seeds]}, "in")["arm"]
     means = np.array([(s - before).mean() for s in seeds]) * 100
     assert found.draws.std() > 0.8 * means.std(ddof=1) / 2
@@ -96,8 +119,10 @@ def test_rank_correlations():
 def test_slope_is_least_squares_with_the_joint_draws():
     x = [0.0, 10.0, 20.0, 40.0]
     noise = np.random.default_rng(0).normal(0, 1, (4, 500))
-    changes = [st.Change(st.Estimate(3 + 0.2 * v, 0, 0), 3 + 0.2 * v + e, 0.5, 100)
-               for v, e in zip(x, noise, strict=True)]
+    changes = [
+        st.Change(st.Estimate(3 + 0.2 * v, 0, 0), 3 + 0.2 * v + e, 0.5, 100)
+        for v, e in zip(x, noise, strict=True)
+    ]
     found = st.slope(x, changes)
     assert found.value == pytest.approx(0.2)
     spread = 1 / np.sqrt(np.sum((np.array(x) - np.mean(x)) ** 2))

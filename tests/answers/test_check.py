@@ -28,29 +28,61 @@ def test_no_answer_is_wrong(checker):
 
 
 def test_an_unknown_checker_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^checker is 'regex'; choose one of '', 'world', 'reasoning_gym', 'math', "
-                                          r"'exact'\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^checker is 'regex'; choose one of '', 'world', 'reasoning_gym', 'math', "
+        r"'exact'\.$",
+    ):
         check(asked("regex"), "x")
 
 
 @pytest.mark.parametrize("checker", ["exact", "world"])
-@pytest.mark.parametrize(("gold", "said", "right"), [
-    ("19", "19", True), ("19", "19.", True), ("19", " 19.0 ", True), ("19", "19.00", True), ("1250", "1,250", True),
-    ("1,250.50", "1250.5", True), ("Wed", "wed", True), ("3 5  8", "3 5 8", True), ("11 r 0", "11 r 0", True),
-    ("19", "190", False), ("19", "1.9", False), ("19", "-19", False), ("100", "1", False), ("0101", "101", False),
-    ("3 5 8", "3 8 5", False), ("0", "0.0", True), ("0.50", ".5", False),
-])
+@pytest.mark.parametrize(
+    ("gold", "said", "right"),
+    [
+        ("19", "19", True),
+        ("19", "19.", True),
+        ("19", " 19.0 ", True),
+        ("19", "19.00", True),
+        ("1250", "1,250", True),
+        ("1,250.50", "1250.5", True),
+        ("Wed", "wed", True),
+        ("3 5  8", "3 5 8", True),
+        ("11 r 0", "11 r 0", True),
+        ("19", "190", False),
+        ("19", "1.9", False),
+        ("19", "-19", False),
+        ("100", "1", False),
+        ("0101", "101", False),
+        ("3 5 8", "3 8 5", False),
+        ("0", "0.0", True),
+        ("0.50", ".5", False),
+    ],
+)
 def test_exact(checker, gold, said, right):
     assert check(asked(checker, gold), f"Answer: {said}").correct is right
 
 
-@pytest.mark.parametrize(("gold", "said", "right"), [
-    ("42", "42", True), (r"\frac{1}{2}", "0.5", True), (r"\frac{1}{2}", "1/2", True), ("x=3", "3", True),
-    (r"2\sqrt{3}", r"\sqrt{12}", True), ("42", "43", False), (r"\frac{1}{2}", "0.4", False), ("(1,2)", "(2,1)", False),
-    ("1", r"\frac{1}{", False), ("1", r"\begin{", False),
-])
+@pytest.mark.parametrize(
+    ("gold", "said", "right"),
+    [
+        ("42", "42", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{1}{2}", "1/2", True),
+        ("x=3", "3", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        ("42", "43", False),
+        (r"\frac{1}{2}", "0.4", False),
+        ("(1,2)", "(2,1)", False),
+        ("1", r"\frac{1}{", False),
+        ("1", r"\begin{", False),
+    ],
+)
 def test_math(gold, said, right):
-    found = check(asked("math", gold), rf"so \boxed{{{said}}}" if "{" not in said else f"<answer>{said}</answer>")
+    found = check(
+        asked("math", gold),
+        rf"so \boxed{{{said}}}" if "{" not in said else f"<answer>{said}</answer>",
+    )
     assert found.correct is right
     assert found.answer == said
 
@@ -78,7 +110,9 @@ def test_math_that_dies_over_a_question_is_wrong_and_the_next_one_is_answered():
     assert check(asked("math", "2"), "Answer: 2") == Verdict(True, "2", "")
     checking._worker[0].kill()
     checking._worker[0].join()
-    assert check(asked("math", "2"), "Answer: 2") == Verdict(True, "2", "")  # it died between two questions
+    assert check(asked("math", "2"), "Answer: 2") == Verdict(
+        True, "2", ""
+    )  # it died between two questions
 
 
 def test_reasoning_gym_scores_whole_answers():
@@ -88,11 +122,19 @@ def test_reasoning_gym_scores_whole_answers():
     assert check(prompt, f"Answer: {entry['answer']}1").correct is False
 
 
-@pytest.mark.parametrize(("score", "verdict"), [
-    (1.0, (True, "")), (0.99, (False, "")), (0.01, (False, "")),
-    (None, (False, "TypeError: '>=' not supported between instances of 'NoneType' and 'float'")),
-    (ZeroDivisionError("by zero"), (False, "ZeroDivisionError: by zero")),
-])
+@pytest.mark.parametrize(
+    ("score", "verdict"),
+    [
+        (1.0, (True, "")),
+        (0.99, (False, "")),
+        (0.01, (False, "")),
+        (
+            None,
+            (False, "TypeError: '>=' not supported between instances of 'NoneType' and 'float'"),
+        ),
+        (ZeroDivisionError("by zero"), (False, "ZeroDivisionError: by zero")),
+    ],
+)
 def test_what_a_reasoning_gym_scorer_raises_is_noted(monkeypatch, score, verdict):
     def scorer(answer, entry):
         if isinstance(score, Exception):

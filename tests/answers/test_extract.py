@@ -5,39 +5,64 @@ from hypothesis import strategies as st
 from deltapref_jax.answers.extract import final_answer
 
 
-@pytest.mark.parametrize(("text", "answer"), [
-    ("Plan: x.\n1. 14 + 5 = 19\nAnswer: 19", "19"),
-    ("The answer is 42.", "42"),
-    ("So the final answer is: $x = 3$.", "$x = 3$"),
-    ("**Answer:** 7", "7"),
-    ("**Answer: 7.**", "7"),
-    ("ANSWER = Wed", "Wed"),
-    ("The answer is\n12", "12"),
-    ("Answer: 1\nno, Answer: 2", "2"),
-    ("Answer: 3 5 8", "3 5 8"),
-    ("so it is 5, then 6", "6"),
-    ("it costs 1,250.50 in all", "1,250.50"),
-    ("half is 1/2", "1/2"),
-    ("minus -3", "-3"),
-    (r"thus \boxed{\frac{1}{2}} holds. Answer: 9", r"\frac{1}{2}"),
-    (r"\boxed{1} and \boxed{ {2} }", "{2}"),
-    (r"\boxed{1", "1"),
-    ("<answer> a\nb </answer> \\boxed{3}", "a\nb"),
-    ("<answer>1</answer> <ANSWER>2</ANSWER>", "2"),
-    ("<answer></answer>", ""),
-    ("Let me answer the question step by step. 6 * 7 = 42", "42"),
-    ("I answered 5 of them, 8 are left", "8"),
-    ("The answers differ: 3", "3"),
-    ("nothing here", ""),
-    ("", ""),
-])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Plan: x.\n1. 14 + 5 = 19\nAnswer: 19", "19"),
+        ("The answer is 42.", "42"),
+        ("So the final answer is: $x = 3$.", "$x = 3$"),
+        ("**Answer:** 7", "7"),
+        ("**Answer: 7.**", "7"),
+        ("ANSWER = Wed", "Wed"),
+        ("The answer is\n12", "12"),
+        ("Answer: 1\nno, Answer: 2", "2"),
+        ("Answer: 3 5 8", "3 5 8"),
+        ("so it is 5, then 6", "6"),
+        ("it costs 1,250.50 in all", "1,250.50"),
+        ("half is 1/2", "1/2"),
+        ("minus -3", "-3"),
+        (r"thus \boxed{\frac{1}{2}} holds. Answer: 9", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{ {2} }", "{2}"),
+        (r"\boxed{1", "1"),
+        ("<answer> a\nb </answer> \\boxed{3}", "a\nb"),
+        ("<answer>1</answer> <ANSWER>2</ANSWER>", "2"),
+        ("<answer></answer>", ""),
+        ("Let me answer the question step by step. 6 * 7 = 42", "42"),
+        ("I answered 5 of them, 8 are left", "8"),
+        ("The answers differ: 3", "3"),
+        ("nothing here", ""),
+        ("", ""),
+    ],
+)
 def test_final_answer(text, answer):
     assert final_answer(text) == answer
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
-@given(st.lists(st.one_of(st.sampled_from(["answer", "Answer: ", "\\boxed{", "{", "}", "<answer>", "</answer>", "**",
-                                           ".", " is ", "\n", "7"]), st.text(max_size=3)), max_size=12).map("".join))
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [
+                    "answer",
+                    "Answer: ",
+                    "\\boxed{",
+                    "{",
+                    "}",
+                    "<answer>",
+                    "</answer>",
+                    "**",
+                    ".",
+                    " is ",
+                    "\n",
+                    "7",
+                ]
+            ),
+            st.text(max_size=3),
+        ),
+        max_size=12,
+    ).map("".join)
+)
 def test_any_text_has_an_answer_or_none(text):
     found = final_answer(text)
     assert found == found.strip()

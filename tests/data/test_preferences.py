@@ -36,21 +36,27 @@ def write(rows, path):
 
 
 def read(path, tokenizer="tokenizer_plain", unpair=False, **options):
-    return read_preferences(Pairs(str(path), **options), functools.partial(tokenise, text(tokenizer)), unpair)
+    return read_preferences(
+        Pairs(str(path), **options), functools.partial(tokenise, text(tokenizer)), unpair
+    )
 
 
 def ids(groups):
     """Groups as plain lists: prompt, completions, first label."""
-    return [(g[0]["prompt_ids"].tolist(), *(r["completion_ids"].tolist() for r in g), g[0]["desirable"])
-            for g in groups]
+    return [
+        (g[0]["prompt_ids"].tolist(), *(r["completion_ids"].tolist() for r in g), g[0]["desirable"])
+        for g in groups
+    ]
 
 
 def padded(sequences):
     """Input ids, attention mask, completion mask, as TRL's collator pads them."""
     width = max(len(p) + len(c) for p, c in sequences)
     rows = [([*p, *c], [0] * len(p) + [1] * len(c)) for p, c in sequences]
-    return [[part + [0] * (width - len(part)) for part in column] for column in (
-        [r[0] for r in rows], [[1] * len(r[0]) for r in rows], [r[1] for r in rows])]
+    return [
+        [part + [0] * (width - len(part)) for part in column]
+        for column in ([r[0] for r in rows], [[1] * len(r[0]) for r in rows], [r[1] for r in rows])
+    ]
 
 
 def name_of(case):
@@ -63,7 +69,10 @@ def test_goldens_of_pairs(case, ending, tmp_path):
     found = read(write(case["rows"], tmp_path / f"rows.{ending}"), case["tokenizer"])
     length = case["max_length"] or 1000
     if not case["kept"]:
-        with pytest.raises(ConfigError, match=r"^None of the 1 pairs or examples is left: .* 1 have no answer within"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^None of the 1 pairs or examples is left: .* 1 have no answer within",
+        ):
             limit(found, length, "truncate", case["truncation_mode"])
         return
     want = [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"], True) for e in case["examples"]]
@@ -82,34 +91,55 @@ def test_goldens_of_examples(case, tmp_path):
     if "chosen" in case["rows"][0]:  # TRL puts all chosen first; the order of ours is drawn anyway
         assert [g[0]["desirable"] for g in groups] == [True, False] * 3
         groups = groups[::2] + groups[1::2]
-    assert ids(groups) == [(e["prompt_ids"], e["completion_ids"], e["label"]) for e in case["examples"]]
+    assert ids(groups) == [
+        (e["prompt_ids"], e["completion_ids"], e["label"]) for e in case["examples"]
+    ]
     size, length = case["per_device_train_batch_size"], case["max_length"] or 1000
     batch, first = case["first_batch"], groups[:size]
     # explicit partners: TRL's rotation inside a batch
     partners = [first[i - 1] for i in range(len(first))]
     for prefix, others in (("", first), ("KL_", partners)):
-        rows = [cut(g[0]["prompt_ids"], o[0]["completion_ids"], length, "keep_start")
-                for g, o in zip(first, others, strict=True)]
+        rows = [
+            cut(g[0]["prompt_ids"], o[0]["completion_ids"], length, "keep_start")
+            for g, o in zip(first, others, strict=True)
+        ]
         assert padded([(p.tolist(), c.tolist()) for p, c in rows]) == [
-            batch[prefix + k] for k in ("input_ids", "attention_mask", "completion_mask")]
+            batch[prefix + k] for k in ("input_ids", "attention_mask", "completion_mask")
+        ]
 
 
 CHAT = {"prompt": USER, "chosen": GOOD, "rejected": BAD}
-WANT = [([3, 357, 203, 88, 293, 366, 298, 35, 4, 203, 3, 314, 203], [74, 276, 86, 18, 4, 203],
-         [338, 367, 18, 4, 203], True)]
+WANT = [
+    (
+        [3, 357, 203, 88, 293, 366, 298, 35, 4, 203, 3, 314, 203],
+        [74, 276, 86, 18, 4, 203],
+        [338, 367, 18, 4, 203],
+        True,
+    )
+]
 SAME = {  # the same conversation in the shapes that people bring
     "explicit messages": CHAT,
     "implicit messages (open-instruct)": {"chosen": USER + GOOD, "rejected": USER + BAD},
-    "text in front of conversations (UltraFeedback)": {"prompt": "two plus two?", "chosen": USER + GOOD,
-                                                       "rejected": USER + BAD},
-    "prompt repeated in the conversations": {"prompt": USER, "chosen": USER + GOOD, "rejected": USER + BAD},
+    "text in front of conversations (UltraFeedback)": {
+        "prompt": "two plus two?",
+        "chosen": USER + GOOD,
+        "rejected": USER + BAD,
+    },
+    "prompt repeated in the conversations": {
+        "prompt": USER,
+        "chosen": USER + GOOD,
+        "rejected": USER + BAD,
+    },
     "text prompt, message answers": CHAT | {"prompt": "two plus two?"},
     "message prompt, text answers": {"prompt": USER, "chosen": "four.", "rejected": "the dog."},
-    "columns of messages": {k: {"role": [m["role"] for m in v], "content": [m["content"] for m in v]}
-                            for k, v in CHAT.items()},
+    "columns of messages": {
+        k: {"role": [m["role"] for m in v], "content": [m["content"] for m in v]}
+        for k, v in CHAT.items()
+    },
     "null fields": {k: [m | {"tool_calls": None} for m in v] for k, v in CHAT.items()},
     "ids": {"prompt_ids": WANT[0][0], "chosen_ids": WANT[0][1], "rejected_ids": WANT[0][2]},
-    "end token inside a message": CHAT | {"chosen": [{"role": "assistant", "content": "four.<|im_end|>"}]},
+    "end token inside a message": CHAT
+    | {"chosen": [{"role": "assistant", "content": "four.<|im_end|>"}]},
 }
 
 
@@ -125,21 +155,32 @@ def test_one_conversation_in_every_shape(name, tmp_path):
 def test_unpaired_ids_and_labels(tmp_path):
     rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 4], "label": label} for label in (True, 0)]
     assert ids(read(write(rows, tmp_path / "rows.jsonl"), unpair=True).groups) == [
-        ([5, 6], [7, 4], True), ([5, 6], [7, 4], False)]
+        ([5, 6], [7, 4], True),
+        ([5, 6], [7, 4], False),
+    ]
 
 
 def test_implicit_text_keeps_something_of_each_side(tmp_path):
-    rows = [{"chosen": "the answer is", "rejected": "the answer is four"}, {"chosen": "a b", "rejected": "a c"}]
+    rows = [
+        {"chosen": "the answer is", "rejected": "the answer is four"},
+        {"chosen": "a b", "rejected": "a c"},
+    ]
     found = read(write(rows, tmp_path / "rows.jsonl"))
     t = text().tokenizer
-    said = [(t.decode(g[0]["prompt_ids"]), *(t.decode(r["completion_ids"]) for r in g)) for g in found.groups]
+    said = [
+        (t.decode(g[0]["prompt_ids"]), *(t.decode(r["completion_ids"]) for r in g))
+        for g in found.groups
+    ]
     assert said[1] == ("a", " b<|im_end|>", " c<|im_end|>")
     assert said[0][0] + said[0][1] == "the answer is<|im_end|>"
     assert said[0][0] + said[0][2] == "the answer is four<|im_end|>"
 
 
 def many(n):
-    return [{"prompt": f"two plus {i} is", "chosen": f" {i + 2}.", "rejected": " the dog.", "n": i} for i in range(n)]
+    return [
+        {"prompt": f"two plus {i} is", "chosen": f" {i + 2}.", "rejected": " the dog.", "n": i}
+        for i in range(n)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +192,13 @@ def sources(tmp_path_factory):
     table = datasets.Dataset.from_list(rows)
     table.save_to_disk(root / "saved")
     datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(root / "splits")
-    return {"jsonl": write(rows, root / "rows.jsonl"), "parquet": write(rows, root / "rows.parquet"),
-            "saved": root / "saved", "splits": root / "splits", "folder": root / "folder"}
+    return {
+        "jsonl": write(rows, root / "rows.jsonl"),
+        "parquet": write(rows, root / "rows.parquet"),
+        "saved": root / "saved",
+        "splits": root / "splits",
+        "folder": root / "folder",
+    }
 
 
 def test_every_place_gives_the_same_rows_in_the_same_order(sources, tmp_path, monkeypatch):
@@ -170,30 +216,32 @@ def test_every_place_gives_the_same_rows_in_the_same_order(sources, tmp_path, mo
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_order(sources, workers):
     whole = read(sources["jsonl"])
-    found = read_preferences(Pairs(str(sources["jsonl"])), functools.partial(tokenise, text()), False, workers=workers)
+    found = read_preferences(
+        Pairs(str(sources["jsonl"])), functools.partial(tokenise, text()), False, workers=workers
+    )
     assert ids(found.groups) == ids(whole.groups)
-    assert [r["where"] for g in found.groups for r in g] == [r["where"] for g in whole.groups for r in g]
-    assert (found.counts, found.ignored, found.format) == (whole.counts, whole.ignored, whole.format)
+    assert [r["where"] for g in found.groups for r in g] == [
+        r["where"] for g in whole.groups for r in g
+    ]
+    assert (found.counts, found.ignored, found.format) == (
+        whole.counts,
+        whole.ignored,
+        whole.format,
+    )
 
 
 BROKEN = {  # a second row, and what is said of it
-    '{"prompt": "a", "chosen": ':
-        "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
+    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
     "[1]": "not a JSON object; a file has one object a line",
     '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
     '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
-    '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}':
-        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
+    '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}': "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
     '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
-    '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}':
-        "one of 'chosen' and 'rejected' is text and the other is messages",
-    '{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant", "content": "c"}]}':
-        "'chosen' has a message without 'role' and 'content' as text",
-    '{"prompt": "a", "chosen": [{"role": "user", "content": "c"}], "rejected": [{"role": "user", "content": "c"}]}':
-        "'chosen' ends with a message of the user and must end with the assistant's",
+    '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}': "one of 'chosen' and 'rejected' is text and the other is messages",
+    '{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant", "content": "c"}]}': "'chosen' has a message without 'role' and 'content' as text",
+    '{"prompt": "a", "chosen": [{"role": "user", "content": "c"}], "rejected": [{"role": "user", "content": "c"}]}': "'chosen' ends with a message of the user and must end with the assistant's",
     '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], "rejected": '
-    '[{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}':
-        "the conversations in 'chosen' and 'rejected' share no first message, so there is no prompt",
+    '[{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}': "the conversations in 'chosen' and 'rejected' share no first message, so there is no prompt",
 }
 
 
@@ -207,30 +255,48 @@ def test_a_broken_row_is_one_sentence(line, tmp_path):
 
 
 def test_json_nested_too_deep_is_one_sentence():
-    with pytest.raises(ValueError, match=r"^not JSON \(maximum recursion .*\); a file has one object a line$"):
+    with pytest.raises(
+        ValueError, match=r"^not JSON \(maximum recursion .*\); a file has one object a line$"
+    ):
         json_row(b"[" * 200_000)
 
 
 def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
-    path = write([*many(300), {"prompt": "a", "chosen": "b", "rejected": None}], tmp_path / "rows.jsonl")
+    path = write(
+        [*many(300), {"prompt": "a", "chosen": "b", "rejected": None}], tmp_path / "rows.jsonl"
+    )
     with pytest.raises(ConfigError) as error:
         read_preferences(Pairs(path), functools.partial(tokenise, text()), False, workers=1)
     assert str(error.value) == f"Line 301 of {path}: 'rejected' is missing; mend or remove the row."
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("damage", "what"), [(b"\xff", "UnicodeDecodeError: "), (b"", "OSError: ")])
+@pytest.mark.parametrize(
+    ("damage", "what"), [(b"\xff", "UnicodeDecodeError: "), (b"", "OSError: ")]
+)
 def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
     """A byte that is no text, and a page header of zeros; the footer and the first block stay good."""
     path = tmp_path / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist(many(700)), path, row_group_size=BLOCK, compression="none",
-                   use_dictionary=False, write_statistics=False)
+    pq.write_table(
+        pa.Table.from_pylist(many(700)),
+        path,
+        row_group_size=BLOCK,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+    )
     data = bytearray(path.read_bytes())
-    at = data.index(b"two plus 600 is") if damage else pq.read_metadata(path).row_group(2).column(1).data_page_offset
-    data[at:at + 8] = (damage * 8).ljust(8, b"\0")
+    at = (
+        data.index(b"two plus 600 is")
+        if damage
+        else pq.read_metadata(path).row_group(2).column(1).data_page_offset
+    )
+    data[at : at + 8] = (damage * 8).ljust(8, b"\0")
     path.write_bytes(data)
     with pytest.raises(ConfigError) as error:
-        read_preferences(Pairs(str(path)), functools.partial(tokenise, text()), False, workers=workers)
+        read_preferences(
+            Pairs(str(path)), functools.partial(tokenise, text()), False, workers=workers
+        )
     said = str(error.value)
     assert said.startswith(f"Rows 512 to 699 of {path} cannot be read ({what}")
     assert said.endswith("); write the file again.")
@@ -241,21 +307,34 @@ def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_pa
     bare = Text.load(str(GOLDEN / "tokenizer_plain"))
     bare.tokenizer.chat_template = None
     given = functools.partial(tokenise, Text(bare.tokenizer, "there"))
-    assert len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
+    assert (
+        len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
+    )
     with pytest.raises(ConfigError) as error:
         read_preferences(Pairs(write([CHAT], tmp_path / "b.jsonl")), given, False)
     assert str(error.value) == (
         "The tokenizer of there has no chat template; add chat_template.jinja to its folder, or give text instead of "
-        "messages.")
+        "messages."
+    )
 
 
-@pytest.mark.parametrize(("row", "what"), [
-    ({"prompt": "a", "completion": "b", "label": "yes"}, "'label' is 'yes' and must be true or false"),
-    ({"prompt_ids": [1.5], "completion_ids": [2], "label": 1},
-     "'prompt_ids' is not a list of token ids from 0 to 383, the model's vocabulary"),
-    ({"prompt_ids": [1], "completion_ids": [384], "label": 1},
-     "'completion_ids' is not a list of token ids from 0 to 383, the model's vocabulary"),
-])
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        (
+            {"prompt": "a", "completion": "b", "label": "yes"},
+            "'label' is 'yes' and must be true or false",
+        ),
+        (
+            {"prompt_ids": [1.5], "completion_ids": [2], "label": 1},
+            "'prompt_ids' is not a list of token ids from 0 to 383, the model's vocabulary",
+        ),
+        (
+            {"prompt_ids": [1], "completion_ids": [384], "label": 1},
+            "'completion_ids' is not a list of token ids from 0 to 383, the model's vocabulary",
+        ),
+    ],
+)
 def test_a_broken_example_is_one_sentence(row, what, tmp_path):
     path = write([row], tmp_path / "rows.parquet")
     with pytest.raises(ConfigError) as error:
@@ -269,43 +348,91 @@ def test_other_columns_and_places_are_one_sentence(tmp_path):
         read(path)
     assert str(error.value) == (
         f"{path} has the columns good, question, which are no preference data; rename them to one of: prompt_ids, "
-        "chosen_ids, rejected_ids; prompt_ids, completion_ids, label; chosen, rejected; prompt, completion, label.")
+        "chosen_ids, rejected_ids; prompt_ids, completion_ids, label; chosen, rejected; prompt, completion, label."
+    )
     for name, content, sentence in (
-            ("none.jsonl", None, r"^There is no data file or folder \S+none\.jsonl; check config\.data\.path\.$"),
-            ("empty.jsonl", "\n", r"^\S+empty\.jsonl holds no row; give it some\.$"),
-            ("cut.parquet", "PAR1", r"^\S+cut\.parquet is not a readable Parquet file \(.*\); write it again\.$"),
-            ("rows.csv", "a,b\n", r"^The data file \S+rows\.csv ends in neither \.jsonl nor \.parquet; convert ")):
+        (
+            "none.jsonl",
+            None,
+            r"^There is no data file or folder \S+none\.jsonl; check config\.data\.path\.$",
+        ),
+        ("empty.jsonl", "\n", r"^\S+empty\.jsonl holds no row; give it some\.$"),
+        (
+            "cut.parquet",
+            "PAR1",
+            r"^\S+cut\.parquet is not a readable Parquet file \(.*\); write it again\.$",
+        ),
+        (
+            "rows.csv",
+            "a,b\n",
+            r"^The data file \S+rows\.csv ends in neither \.jsonl nor \.parquet; convert ",
+        ),
+    ):
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=sentence):
             read(tmp_path / name)
 
 
-@pytest.mark.parametrize(("prompt", "full", "empty"), [
-    ("a", "b", ["", " \n"]), (USER, BAD, [[{"role": "assistant", "content": c}] for c in ("", " ")]), ([5], [6], [[]])])
+@pytest.mark.parametrize(
+    ("prompt", "full", "empty"),
+    [
+        ("a", "b", ["", " \n"]),
+        (USER, BAD, [[{"role": "assistant", "content": c}] for c in ("", " ")]),
+        ([5], [6], [[]]),
+    ],
+)
 def test_an_answer_that_holds_nothing_is_marked(prompt, full, empty, tmp_path):
     ids = "_ids" * isinstance(full[0], int)
-    rows = [{f"prompt{ids}": prompt, f"chosen{ids}": full, f"rejected{ids}": other} for other in [full, *empty]]
+    rows = [
+        {f"prompt{ids}": prompt, f"chosen{ids}": full, f"rejected{ids}": other}
+        for other in [full, *empty]
+    ]
     for unpair in (False, True):
         found = read(write(rows, tmp_path / "rows.jsonl"), unpair=unpair)
-        assert [r["empty"] for g in found.groups for r in g] == [False, False] + [False, True] * len(empty)
+        assert [r["empty"] for g in found.groups for r in g] == [False, False] + [
+            False,
+            True,
+        ] * len(empty)
 
 
 @pytest.fixture
 def lengths(tmp_path):
     """Three pairs of token ids: short, a long chosen, a prompt that fills ten tokens."""
-    rows = [{"prompt_ids": [5] * p, "chosen_ids": [*range(10, 10 + c), 4], "rejected_ids": [7, 4]}
-            for p, c in ((2, 3), (4, 9), (10, 1))]
+    rows = [
+        {"prompt_ids": [5] * p, "chosen_ids": [*range(10, 10 + c), 4], "rejected_ids": [7, 4]}
+        for p, c in ((2, 3), (4, 9), (10, 1))
+    ]
     return read(write(rows, tmp_path / "rows.jsonl"))
 
 
-@pytest.mark.parametrize(("rule", "mode", "kept", "counts"), [
-    ("drop", "keep_start", [([5] * 2, [10, 11, 12, 4], [7, 4])], {"too_long": 2, "cut": 0, "cut_away": 0}),
-    ("truncate", "keep_start", [([5] * 2, [10, 11, 12, 4], [7, 4]), ([5] * 4, [*range(10, 16)], [7, 4])],
-     {"too_long": 0, "cut": 1, "cut_away": 1}),
-    ("truncate", "keep_end", [([5] * 2, [10, 11, 12, 4], [7, 4]), ([], [*range(10, 19), 4], [7, 4]),
-                              ([5] * 8, [10, 4], [7, 4])], {"too_long": 0, "cut": 3, "cut_away": 0}),
-])
+@pytest.mark.parametrize(
+    ("rule", "mode", "kept", "counts"),
+    [
+        (
+            "drop",
+            "keep_start",
+            [([5] * 2, [10, 11, 12, 4], [7, 4])],
+            {"too_long": 2, "cut": 0, "cut_away": 0},
+        ),
+        (
+            "truncate",
+            "keep_start",
+            [([5] * 2, [10, 11, 12, 4], [7, 4]), ([5] * 4, [*range(10, 16)], [7, 4])],
+            {"too_long": 0, "cut": 1, "cut_away": 1},
+        ),
+        (
+            "truncate",
+            "keep_end",
+            [
+                ([5] * 2, [10, 11, 12, 4], [7, 4]),
+                ([], [*range(10, 19), 4], [7, 4]),
+                ([5] * 8, [10, 4], [7, 4]),
+            ],
+            {"too_long": 0, "cut": 3, "cut_away": 0},
+        ),
+    ],
+)
 def test_the_length_rule_counts_what_it_does(lengths, rule, mode, kept, counts):
     found, got = limit(lengths, 10, rule, mode)
     assert [g[:3] for g in ids(found)] == kept
@@ -314,14 +441,19 @@ def test_the_length_rule_counts_what_it_does(lengths, rule, mode, kept, counts):
 
 
 def test_too_long_may_be_an_error(lengths):
-    with pytest.raises(ConfigError, match=r"^Line 2 of \S+ has a sequence of 14 tokens, and "
-                                          r"config\.training\.row_length is 10; raise it, or set "
-                                          r"config\.training\.over_length to 'drop' or 'truncate'\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^Line 2 of \S+ has a sequence of 14 tokens, and "
+        r"config\.training\.row_length is 10; raise it, or set "
+        r"config\.training\.over_length to 'drop' or 'truncate'\.$",
+    ):
         limit(lengths, 10, "error", "keep_start")
 
 
 def test_a_completion_that_nothing_scores_is_dropped_and_counted(tmp_path):
     rows = [{"prompt_ids": p, "completion_ids": [4], "label": True} for p in ([], [5])]
-    kept, counts = limit(read(write(rows, tmp_path / "rows.jsonl"), unpair=True), 10, "drop", "keep_start")
+    kept, counts = limit(
+        read(write(rows, tmp_path / "rows.jsonl"), unpair=True), 10, "drop", "keep_start"
+    )
     assert (ids(kept), counts["unscored"]) == ([([5], [4], True)], 1)
     assert cut(np.array([5, 6]), np.array([7]), 2, "keep_start") is None

@@ -10,12 +10,20 @@ from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.records import PROMPT, digest, table
 from deltapref_jax.synthetic import world
 
-QUESTIONS = [("What is 1+1?", "2"), ("What is 2+2?", "4"), ("  ", "0"), ("What is 1+1?", "2"), ("Name π.", "3.14")]
+QUESTIONS = [
+    ("What is 1+1?", "2"),
+    ("What is 2+2?", "4"),
+    ("  ", "0"),
+    ("What is 1+1?", "2"),
+    ("Name π.", "3.14"),
+]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3+3?"}]
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -24,7 +32,10 @@ def questions(rows):
 
 
 def test_jsonl_text_and_messages_with_empty_and_duplicate_questions_counted(tmp_path):
-    rows = [{"prompt": q, "answer": a} for q, a in QUESTIONS] + [{"prompt": CHAT, "answer": 6}, {"prompt": None}]
+    rows = [{"prompt": q, "answer": a} for q, a in QUESTIONS] + [
+        {"prompt": CHAT, "answer": 6},
+        {"prompt": None},
+    ]
     path = write_jsonl(tmp_path / "asked.jsonl", rows)
     found, counts = read_prompts(Prompts(kind="jsonl", path=path, checker=""))
     assert counts == {"read": 7, "empty": 2, "duplicate": 1}
@@ -40,15 +51,28 @@ def test_parquet_with_named_columns_equals_jsonl(tmp_path):
     rows = [{"q": q, "a": a} for q, a in QUESTIONS]
     write_jsonl(tmp_path / "x.jsonl", rows)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    found = [read_prompts(Prompts(kind=kind, path=str(tmp_path / f"x.{kind}"), prompt_field="q", answer_field="a",
-                                  checker="math")) for kind in ("jsonl", "parquet")]
+    found = [
+        read_prompts(
+            Prompts(
+                kind=kind,
+                path=str(tmp_path / f"x.{kind}"),
+                prompt_field="q",
+                answer_field="a",
+                checker="math",
+            )
+        )
+        for kind in ("jsonl", "parquet")
+    ]
     assert found[0] == found[1]
     assert found[0][0][0]["checker"] == "math"
 
 
 def test_count_draws_by_the_seed_and_keeps_the_order(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"Question {i:03d}"} for i in range(50)])
-    drawn = [questions(read_prompts(Prompts(kind="jsonl", path=path, count=10, seed=s))[0]) for s in (0, 0, 1)]
+    drawn = [
+        questions(read_prompts(Prompts(kind="jsonl", path=path, count=10, seed=s))[0])
+        for s in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] == sorted(drawn[0])
     assert len(set(drawn[0])) == 10
     assert drawn[0] != drawn[2]
@@ -60,7 +84,9 @@ def test_synthetic_is_the_world():
     assert counts == {"read": 7, "empty": 0, "duplicate": 0}
 
 
-@pytest.mark.parametrize("task", ["gsm_symbolic", "chain_sum", "gcd", "number_sorting", "word_sorting", "syllogism"])
+@pytest.mark.parametrize(
+    "task", ["gsm_symbolic", "chain_sum", "gcd", "number_sorting", "word_sorting", "syllogism"]
+)
 def test_reasoning_gym_meta_is_what_its_scorer_needs(task):
     found, _ = read_prompts(Prompts(kind="reasoning_gym", tasks=(task,), count=3, seed=5))
     score = reasoning_gym.get_score_answer_fn(task)
@@ -90,15 +116,20 @@ def hub_folder(tmp_path, monkeypatch):
 
 
 def test_hub_local_folder(hub_folder):
-    found, counts = read_prompts(Prompts(kind="hub", path=hub_folder, prompt_field="question", checker="math"))
+    found, counts = read_prompts(
+        Prompts(kind="hub", path=hub_folder, prompt_field="question", checker="math")
+    )
     assert questions(found) == ["What is 1+1?", "What is 2+2?"]
     assert counts == {"read": 3, "empty": 1, "duplicate": 0}
     assert found[0]["task"] == "gsm"
 
 
 def test_hub_unknown_split_is_one_sentence(hub_folder):
-    with pytest.raises(ConfigError, match=r"^The data set '\S+gsm' \(split 'nope'\) cannot be loaded \(ValueError: "
-                                          r".*\); check name, split and connection, or give a local folder\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^The data set '\S+gsm' \(split 'nope'\) cannot be loaded \(ValueError: "
+        r".*\); check name, split and connection, or give a local folder\.$",
+    ):
         read_prompts(Prompts(kind="hub", path=hub_folder, split="nope", prompt_field="question"))
 
 
@@ -111,9 +142,15 @@ def tfds_folder(tmp_path_factory):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            chat = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "question": tfds.features.Text(), "answer": tfds.features.Text(), "chat": chat}))
+            chat = tfds.features.Sequence(
+                {"role": tfds.features.Text(), "content": tfds.features.Text()}
+            )
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {"question": tfds.features.Text(), "answer": tfds.features.Text(), "chat": chat}
+                ),
+            )
 
         def _split_generators(self, _):
             return {"train": self._generate_examples()}
@@ -130,7 +167,9 @@ def tfds_folder(tmp_path_factory):
 def test_tfds_array_record_folder(tfds_folder):
     import sys
 
-    found, counts = read_prompts(Prompts(kind="tfds", path=tfds_folder, prompt_field="question", checker="math"))
+    found, counts = read_prompts(
+        Prompts(kind="tfds", path=tfds_folder, prompt_field="question", checker="math")
+    )
     assert sorted(questions(found)) == sorted({q for q, _ in QUESTIONS if q.strip()})
     assert counts == {"read": 5, "empty": 1, "duplicate": 1}
     assert {(questions([row])[0], row["answer"]) for row in found} <= set(QUESTIONS)
@@ -145,23 +184,42 @@ def test_tfds_messages(tfds_folder):
 
 
 BROKEN = {
-    "not JSON": (b'{"prompt": "a", "answer": ""}\n\n{"prompt": "b"\n',
-                 r"^Line 3 of \S+ is not JSON \(.*\); mend or remove it\.$"),
-    "not UTF-8": (b'{"prompt": "a", "answer": ""}\n{"prompt": "\xff"}\n',
-                  r"^Line 2 of \S+ is not JSON \(.*utf-8.*\); mend"),
+    "not JSON": (
+        b'{"prompt": "a", "answer": ""}\n\n{"prompt": "b"\n',
+        r"^Line 3 of \S+ is not JSON \(.*\); mend or remove it\.$",
+    ),
+    "not UTF-8": (
+        b'{"prompt": "a", "answer": ""}\n{"prompt": "\xff"}\n',
+        r"^Line 2 of \S+ is not JSON \(.*utf-8.*\); mend",
+    ),
     "not an object": (b'["a"]\n', r"^Line 1 of \S+ is not a JSON object; mend or remove it\.$"),
-    "no column": (b'{"question": "a", "level": 1}\n',
-                  r"^Line 1 of \S+ has no column 'prompt'; it has \['level', 'question'\]: set prompt_field\.$"),
-    "no answer": (b'{"prompt": "a"}\n', r"^Line 1 of \S+ has no 'answer' and the checker 'math' needs one; set "
-                                        r"answer_field, or checker to ''\.$"),
-    "number": (b'{"prompt": 3, "answer": ""}\n', r"^Line 1 of \S+ has a prompt that is neither text nor a list of chat "
-                                                 r"messages; each message needs 'role' and 'content', both text\.$"),
-    "no role": (b'{"prompt": [{"text": "a"}], "answer": ""}\n', "neither text nor a list of chat messages"),
-    "assistant last": (b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": ""}\n',
-                       r"whose last message is not the user's; cut the answer off\.$"),
+    "no column": (
+        b'{"question": "a", "level": 1}\n',
+        r"^Line 1 of \S+ has no column 'prompt'; it has \['level', 'question'\]: set prompt_field\.$",
+    ),
+    "no answer": (
+        b'{"prompt": "a"}\n',
+        r"^Line 1 of \S+ has no 'answer' and the checker 'math' needs one; set "
+        r"answer_field, or checker to ''\.$",
+    ),
+    "number": (
+        b'{"prompt": 3, "answer": ""}\n',
+        r"^Line 1 of \S+ has a prompt that is neither text nor a list of chat "
+        r"messages; each message needs 'role' and 'content', both text\.$",
+    ),
+    "no role": (
+        b'{"prompt": [{"text": "a"}], "answer": ""}\n',
+        "neither text nor a list of chat messages",
+    ),
+    "assistant last": (
+        b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": ""}\n',
+        r"whose last message is not the user's; cut the answer off\.$",
+    ),
     "no messages": (b'{"prompt": [], "answer": ""}\n', "last message is not the user's"),
-    "only blanks": (b'{"prompt": " ", "answer": ""}\n',
-                    r"^The source \S+ holds no question with text; give it some\.$"),
+    "only blanks": (
+        b'{"prompt": " ", "answer": ""}\n',
+        r"^The source \S+ holds no question with text; give it some\.$",
+    ),
     "nothing": (b"", "holds no question with text"),
 }
 
@@ -174,13 +232,25 @@ def test_broken_jsonl_names_the_line(tmp_path, case):
         read_prompts(Prompts(kind="jsonl", path=str(tmp_path / "x.jsonl"), checker="math"))
 
 
-@pytest.mark.parametrize(("source", "sentence"), [
-    (Prompts(kind="jsonl", path="/nowhere.jsonl"), r"^There is no prompt file /nowhere\.jsonl; check prompts\.path\.$"),
-    (Prompts(kind="tfds", path="/nowhere"), r"^There is no prompt file /nowhere; check prompts\.path\.$"),
-    (Prompts(kind="csv"), r"^prompts\.kind is 'csv'; choose one of 'synthetic', .*'tfds'\.$"),
-    (Prompts(tasks=("nope",), count=1), r"^synthetic task is 'nope'; choose one of .*'chain'"),
-    (Prompts(kind="reasoning_gym", tasks=("nope",), count=1), r"^reasoning_gym task is 'nope'; choose one of .*'gcd'"),
-])
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (
+            Prompts(kind="jsonl", path="/nowhere.jsonl"),
+            r"^There is no prompt file /nowhere\.jsonl; check prompts\.path\.$",
+        ),
+        (
+            Prompts(kind="tfds", path="/nowhere"),
+            r"^There is no prompt file /nowhere; check prompts\.path\.$",
+        ),
+        (Prompts(kind="csv"), r"^prompts\.kind is 'csv'; choose one of 'synthetic', .*'tfds'\.$"),
+        (Prompts(tasks=("nope",), count=1), r"^synthetic task is 'nope'; choose one of .*'chain'"),
+        (
+            Prompts(kind="reasoning_gym", tasks=("nope",), count=1),
+            r"^reasoning_gym task is 'nope'; choose one of .*'gcd'",
+        ),
+    ],
+)
 def test_unknown_names_are_listed(source, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_prompts(source)
@@ -188,8 +258,14 @@ def test_unknown_names_are_listed(source, sentence):
 
 def test_damaged_files_are_one_sentence(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ConfigError, match=r"^\S+x\.parquet is not a readable Parquet file \(.*\); write it again\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^\S+x\.parquet is not a readable Parquet file \(.*\); write it again\.$",
+    ):
         read_prompts(Prompts(kind="parquet", path=str(tmp_path / "x.parquet")))
-    with pytest.raises(ConfigError, match=r"^The TFDS data set in \S+ \(split 'train'\) cannot be read \(.*\); give "
-                                          r"the builder's version directory, in array_record format\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^The TFDS data set in \S+ \(split 'train'\) cannot be read \(.*\); give "
+        r"the builder's version directory, in array_record format\.$",
+    ):
         read_prompts(Prompts(kind="tfds", path=str(tmp_path)))

@@ -36,14 +36,20 @@ def folder(tmp_path_factory):
 
 def results(tmp_path, folder, trained=False, checker="world"):
     stages = {
-        "prompts": lambda job: job.write(table(PROMPT, [
-            {**row, "checker": checker} for row in prompts((job.config["task"],), 4, 1, 5)])),
+        "prompts": lambda job: job.write(
+            table(
+                PROMPT,
+                [{**row, "checker": checker} for row in prompts((job.config["task"],), 4, 1, 5)],
+            )
+        ),
         "train": lambda job: shutil.copytree(folder, job.dir / "policy"),
         "evaluate": evaluate,
     }
     config, local = describe(SUITES, SAMPLING, 0, MeshShape(), Model(folder), trained)
-    inputs = {f"suite/{suite.name}": Node("prompts", suite.name, {"task": suite.name, "checker": checker})
-              for suite in SUITES} | ({"policy": Node("train", "policy", {})} if trained else {})
+    inputs = {
+        f"suite/{suite.name}": Node("prompts", suite.name, {"task": suite.name, "checker": checker})
+        for suite in SUITES
+    } | ({"policy": Node("train", "policy", {})} if trained else {})
     wanted, workspace = Node("evaluate", "evaluate", config, inputs, local), Workspace(tmp_path)
     run({"it": wanted}, stages, workspace, show=False)
     return workspace.table(wanted).to_pylist()
@@ -52,7 +58,9 @@ def results(tmp_path, folder, trained=False, checker="world"):
 def test_results(folder, tmp_path):
     rows = results(tmp_path, folder)
     assert [(row["suite"], row["domain"], row["task"], row["sample"]) for row in rows] == [
-        *[("chain", "in", "chain", s) for _ in range(4) for s in range(3)], *[("logic", "out", "logic", 0)] * 4]
+        *[("chain", "in", "chain", s) for _ in range(4) for s in range(3)],
+        *[("logic", "out", "logic", 0)] * 4,
+    ]
     assert all(not row["correct"] for row in rows if row["finish"] == "length")
 
 
@@ -66,10 +74,13 @@ def test_a_generator_is_measured_in_its_manner(folder):
 
     greedy = tuple(dataclasses.replace(suite, temperature=0.0) for suite in SUITES)
     assert asked(Generator(name="g", temperature=0.0)) == asked(suites=greedy) != asked()
-    manner = Generator(name="g", system="Think.", prefix="Well, ", top_k=3, top_p=0.5, temperature=0.2)
+    manner = Generator(
+        name="g", system="Think.", prefix="Well, ", top_k=3, top_p=0.5, temperature=0.2
+    )
     for suite in asked(manner)["suites"]:
-        assert {name: suite[name] for name in ("system", "prefix", "top_k", "top_p", "temperature")} == {
-            "system": "Think.", "prefix": "Well, ", "top_k": 3, "top_p": 0.5, "temperature": 0.2}
+        assert {
+            name: suite[name] for name in ("system", "prefix", "top_k", "top_p", "temperature")
+        } == {"system": "Think.", "prefix": "Well, ", "top_k": 3, "top_p": 0.5, "temperature": 0.2}
 
 
 def test_questions_need_a_checker(folder, tmp_path):
@@ -83,4 +94,6 @@ def test_ready_made_suites():
     gym = reasoning_gym(("gsm_symbolic", "lcm"), 5)
     assert [suite.name for suite in gym if suite.domain == "in"] == ["gsm_symbolic", "lcm"]
     for suites in (inside + outside, gym):
-        validate(Experiment(name="e", student=Model("m"), prompts=(suites[0].prompts,), suites=suites))
+        validate(
+            Experiment(name="e", student=Model("m"), prompts=(suites[0].prompts,), suites=suites)
+        )

@@ -13,8 +13,14 @@ IDS = [digest(i) for i in range(8)]
 
 
 def rated(noise=0.7, seed=1, dimensions=DIMENSIONS, which=range(8)):
-    return rate_exactly([METAS[i] for i in which], [TRACES[i] for i in which], [IDS[i] for i in which], dimensions,
-                        noise, seed)
+    return rate_exactly(
+        [METAS[i] for i in which],
+        [TRACES[i] for i in which],
+        [IDS[i] for i in which],
+        dimensions,
+        noise,
+        seed,
+    )
 
 
 def test_without_noise_it_is_the_exact_rating():
@@ -34,8 +40,14 @@ def test_noise_depends_on_seed_trace_and_dimension_only():
 
 def test_noise_is_normal_with_its_deviation():
     n = 2000
-    empty = rate_exactly(METAS[:1] * n, ["1. 1 + 1 = 2\n1. 1 + 1 = 3"] * n, [digest("n", i) for i in range(n)],
-                         ("numerical_precision",), 0.3, 0).expectation[:, 0]
+    empty = rate_exactly(
+        METAS[:1] * n,
+        ["1. 1 + 1 = 2\n1. 1 + 1 = 3"] * n,
+        [digest("n", i) for i in range(n)],
+        ("numerical_precision",),
+        0.3,
+        0,
+    ).expectation[:, 0]
     assert abs(empty.mean() - 3.0) < 4 * 0.3 / n**0.5
     assert abs(empty.std() - 0.3) < 4 * 0.3 / (2 * n) ** 0.5
 

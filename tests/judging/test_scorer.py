@@ -17,14 +17,19 @@ from deltapref_jax.models.weights import load
 from deltapref_jax.synthetic.world import problem, solution
 
 PROBLEMS = [problem(("chain", "shop", "logic")[i % 3], 1 + i % 2, 3, i) for i in range(7)]
-QUESTIONS, TRACES = [p.question for p in PROBLEMS], [solution(p) for p in PROBLEMS[:-1]] + ["<|im_end|>5"]
+QUESTIONS, TRACES = (
+    [p.question for p in PROBLEMS],
+    [solution(p) for p in PROBLEMS[:-1]] + ["<|im_end|>5"],
+)
 SHAPE = Scoring(rows=4, row_length=1024)
 
 
 @pytest.fixture(scope="module")
 def judge(tiny):
     """Weights far from uniform labels."""
-    return type(tiny)(**vars(tiny) | {"state": jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, tiny.state)})
+    return type(tiny)(
+        **vars(tiny) | {"state": jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, tiny.state)}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,39 +45,68 @@ def close(a, b):
 def test_by_hand_from_the_full_logits(judge, rated):
     ids = label_ids(judge.text)
     model, ratings = nnx.merge(judge.graphdef, judge.state), rated[0]
-    forward = jax.jit(lambda t: model.hidden(t, jnp.arange(1024)[None], t * 0 + 1) @ model.unembedding().T)
+    forward = jax.jit(
+        lambda t: model.hidden(t, jnp.arange(1024)[None], t * 0 + 1) @ model.unembedding().T
+    )
     for i, d in ((0, 0), (0, 4), (5, 2), (6, 1)):
-        content = RUBRIC.trunk(QUESTIONS[i], TRACES[i], judge.text.special) + RUBRIC.question(DIMENSIONS[d])
+        content = RUBRIC.trunk(QUESTIONS[i], TRACES[i], judge.text.special) + RUBRIC.question(
+            DIMENSIONS[d]
+        )
         tokens = rating_sample(judge, QUESTIONS[i], TRACES[i], [DIMENSIONS[d]], RUBRIC).tokens
-        assert judge.text.tokenizer.decode(tokens) == judge.text.render([{"role": "user", "content": content}])
+        assert judge.text.tokenizer.decode(tokens) == judge.text.render(
+            [{"role": "user", "content": content}]
+        )
         padded = np.zeros((1, 1024), np.int32)
         padded[0, : len(tokens)] = tokens  # causal: what follows is not seen
         p = np.asarray(jax.nn.softmax(forward(padded)[0, len(tokens) - 1]), np.float64)[ids]
         q = p / p.sum()
         mean = sum(label * x for label, x in zip(range(1, 6), q, strict=True))
-        spread = sum((label - mean) ** 2 * x for label, x in zip(range(1, 6), q, strict=True)) ** 0.5
-        got = (ratings.mass[i, d], ratings.expectation[i, d], ratings.spread[i, d], *ratings.distribution[i, d])
+        spread = (
+            sum((label - mean) ** 2 * x for label, x in zip(range(1, 6), q, strict=True)) ** 0.5
+        )
+        got = (
+            ratings.mass[i, d],
+            ratings.expectation[i, d],
+            ratings.spread[i, d],
+            *ratings.distribution[i, d],
+        )
         np.testing.assert_allclose(got, (p.sum(), mean, spread, *q), rtol=2e-3, atol=1e-6)
 
 
 def test_branches_are_each_dimension_alone(judge, rated, one_device):
     alone = [rate_traces(judge, QUESTIONS, TRACES, [d], SHAPE, one_device)[0] for d in DIMENSIONS]
-    close(rated[0], [np.concatenate([getattr(a, f) for a in alone], axis=1) for f in rated[0]._fields])
+    close(
+        rated[0], [np.concatenate([getattr(a, f) for a in alone], axis=1) for f in rated[0]._fields]
+    )
 
 
 def test_order_and_batching_and_devices_do_not_matter(judge, rated, one_device):
     order = [3, 0, 6, 2, 5, 1, 4]
-    shuffled, _ = rate_traces(judge, [QUESTIONS[i] for i in order], [TRACES[i] for i in order], DIMENSIONS,
-                              Scoring(rows=1, row_length=1200), one_device)
+    shuffled, _ = rate_traces(
+        judge,
+        [QUESTIONS[i] for i in order],
+        [TRACES[i] for i in order],
+        DIMENSIONS,
+        Scoring(rows=1, row_length=1200),
+        one_device,
+    )
     close(rated[0], [x[np.argsort(order)] for x in shuffled])
-    spread, _ = rate_traces(judge, QUESTIONS, TRACES, DIMENSIONS, Scoring(rows=8, row_length=1024),
-                            make_mesh(MeshShape(2, 2, 2)))
+    spread, _ = rate_traces(
+        judge,
+        QUESTIONS,
+        TRACES,
+        DIMENSIONS,
+        Scoring(rows=8, row_length=1024),
+        make_mesh(MeshShape(2, 2, 2)),
+    )
     close(rated[0], spread)
 
 
 def test_counts(judge, rated):
-    tokens = sum(len(rating_sample(judge, q, t, DIMENSIONS, RUBRIC).tokens)
-                 for q, t in zip(QUESTIONS, TRACES, strict=True))
+    tokens = sum(
+        len(rating_sample(judge, q, t, DIMENSIONS, RUBRIC).tokens)
+        for q, t in zip(QUESTIONS, TRACES, strict=True)
+    )
     assert rated[1]["tokens"] == tokens
     assert rated[1]["positions"] % (4 * 1024) == 0
     assert tokens <= rated[1]["positions"]
@@ -88,13 +122,24 @@ def test_summary_in_closed_form():
 
 def test_a_trace_longer_than_a_row_is_refused_whole(judge, one_device):
     n = len(rating_sample(judge, QUESTIONS[1], TRACES[1], DIMENSIONS, RUBRIC).tokens)
-    longest = max(len(rating_sample(judge, q, t, DIMENSIONS, RUBRIC).tokens)
-                  for q, t in zip(QUESTIONS[:1], TRACES[:1], strict=True))
+    longest = max(
+        len(rating_sample(judge, q, t, DIMENSIONS, RUBRIC).tokens)
+        for q, t in zip(QUESTIONS[:1], TRACES[:1], strict=True)
+    )
     assert n > longest
     with pytest.raises(ValueError) as error:
-        rate_traces(judge, QUESTIONS[:2], TRACES[:2], DIMENSIONS, Scoring(rows=1, row_length=n - 1), one_device)
-    assert str(error.value) == (f"The rating prompt of trace 1 has {n} tokens and config.scoring.row_length is "
-                                f"{n - 1}; raise it: traces are judged whole.")
+        rate_traces(
+            judge,
+            QUESTIONS[:2],
+            TRACES[:2],
+            DIMENSIONS,
+            Scoring(rows=1, row_length=n - 1),
+            one_device,
+        )
+    assert str(error.value) == (
+        f"The rating prompt of trace 1 has {n} tokens and config.scoring.row_length is "
+        f"{n - 1}; raise it: traces are judged whole."
+    )
 
 
 def test_a_judge_whose_labels_are_several_tokens_is_refused(tiny_folder, one_device, tmp_path):
@@ -103,5 +148,7 @@ def test_a_judge_whose_labels_are_several_tokens_is_refused(tiny_folder, one_dev
     tokenizer["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=r"^The label '1' is 2 tokens in the tokenizer of .*/judge; a judge needs "):
+    with pytest.raises(
+        ValueError, match=r"^The label '1' is 2 tokens in the tokenizer of .*/judge; a judge needs "
+    ):
         rate_traces(load(str(folder)), QUESTIONS, TRACES, DIMENSIONS, SHAPE, one_device)

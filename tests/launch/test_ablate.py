@@ -41,54 +41,126 @@ FILES = {
     "missing.py": "import no_such_module\n",
     "raises.py": "def get_config():\n    return 1 / 0\n",
     "number.py": "from configs.quickstart import get_config as quick\n\n\ndef get_config(steps):\n"
-                 "    e = quick()\n    e.training.steps = int(steps)\n    return e\n",
+    "    e = quick()\n    e.training.steps = int(steps)\n    return e\n",
 }
 CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (): r"--config is missing; give it a value \(--help\)\.",
-    ("--config=configs/nope.py",): r"There is no config file 'configs/nope\.py'; name a Python file with "
-                                   r"get_config\(\), such as --config=configs/quickstart\.py\.",
+    (
+        "--config=configs/nope.py",
+    ): r"There is no config file 'configs/nope\.py'; name a Python file with "
+    r"get_config\(\), such as --config=configs/quickstart\.py\.",
     ("--config=README.md",): r"There is no config file 'README\.md'; name a Python file .*",
     ("--config=configs",): r"There is no config file 'configs'; name a Python file .*",
-    ("--config={0}/syntax.py",): r"The config \S+/syntax\.py, line 2, cannot be loaded \(SyntaxError: .*\); mend it\.",
-    ("--config={0}/nothing.py",): r"The config \S+/nothing\.py cannot be loaded \(AttributeError: the file has no "
-                                  r"attribute 'get_config'\); mend it\.",
-    ("--config={0}/missing.py",): r"The config \S+/missing\.py, line 1, cannot be loaded \(ModuleNotFoundError: No "
-                                  r"module named 'no_such_module'\); mend it\.",
-    ("--config={0}/raises.py",): r"The config \S+/raises\.py, line 2, cannot be loaded \(ZeroDivisionError: division "
-                                 r"by zero\); mend it\.",
-    ("--config={0}/number.py:many",): r"The config \S+/number\.py:many cannot be loaded \(ValueError: invalid literal "
-                                      r"for int\(\) with base 10: 'many'\); mend it\.",
+    (
+        "--config={0}/syntax.py",
+    ): r"The config \S+/syntax\.py, line 2, cannot be loaded \(SyntaxError: .*\); mend it\.",
+    (
+        "--config={0}/nothing.py",
+    ): r"The config \S+/nothing\.py cannot be loaded \(AttributeError: the file has no "
+    r"attribute 'get_config'\); mend it\.",
+    (
+        "--config={0}/missing.py",
+    ): r"The config \S+/missing\.py, line 1, cannot be loaded \(ModuleNotFoundError: No "
+    r"module named 'no_such_module'\); mend it\.",
+    (
+        "--config={0}/raises.py",
+    ): r"The config \S+/raises\.py, line 2, cannot be loaded \(ZeroDivisionError: division "
+    r"by zero\); mend it\.",
+    (
+        "--config={0}/number.py:many",
+    ): r"The config \S+/number\.py:many cannot be loaded \(ValueError: invalid literal "
+    r"for int\(\) with base 10: 'many'\); mend it\.",
     ("--config={0}/number.py:0",): r"config\.training\.steps is 0; it must be at least 1\.",
-    (QUICK, "--nope=1"): r"Unknown command line flag 'nope'.*; mend the flag \(--help lists them\)\.",
-    (QUICK, "--config.student.pth=x"): r"--config\.student\.pth=x: Model has no field 'pth'; it has path, dtype\.",
-    (QUICK, "--config.stepz=3"): r"--config\.stepz=3: Experiment has no field 'stepz'; it has name, question, .*",
-    (QUICK, "--config.generators[0].temprature=1"): r"--config\.generators\[0\]\.temprature=1: Generator has no field "
-                                                    r"'temprature'; it has name, model, temperature, .*",
-    (QUICK, "--config.generators[9].top_k=1"): r"--config\.generators\[9\]\.top_k=1: the config has no item of that "
-                                               r"number; items count from 0\.",
-    (QUICK, "--profile_steps=5:2"): r"--profile_steps is '5:2'; give the first and the last step, from 1, such as "
-                                    r"10:12\.",
-    (QUICK, "--config.training.steps=abc"): r"--config\.training\.steps=abc: invalid literal for int\(\) with base 10: "
-                                            r"'abc'; mend the flag \(--help lists them\)\.",
+    (
+        QUICK,
+        "--nope=1",
+    ): r"Unknown command line flag 'nope'.*; mend the flag \(--help lists them\)\.",
+    (
+        QUICK,
+        "--config.student.pth=x",
+    ): r"--config\.student\.pth=x: Model has no field 'pth'; it has path, dtype\.",
+    (
+        QUICK,
+        "--config.stepz=3",
+    ): r"--config\.stepz=3: Experiment has no field 'stepz'; it has name, question, .*",
+    (
+        QUICK,
+        "--config.generators[0].temprature=1",
+    ): r"--config\.generators\[0\]\.temprature=1: Generator has no field "
+    r"'temprature'; it has name, model, temperature, .*",
+    (
+        QUICK,
+        "--config.generators[9].top_k=1",
+    ): r"--config\.generators\[9\]\.top_k=1: the config has no item of that "
+    r"number; items count from 0\.",
+    (
+        QUICK,
+        "--profile_steps=5:2",
+    ): r"--profile_steps is '5:2'; give the first and the last step, from 1, such as "
+    r"10:12\.",
+    (
+        QUICK,
+        "--config.training.steps=abc",
+    ): r"--config\.training\.steps=abc: invalid literal for int\(\) with base 10: "
+    r"'abc'; mend the flag \(--help lists them\)\.",
     (QUICK, "--config.training.steps=0"): r"config\.training\.steps is 0; it must be at least 1\.",
-    (QUICK, "--config.generators[1].temperature=-1"): r"temperature of generator 'fair' is -1\.0; it must be at least "
-                                                      r"0\.",
-    (QUICK, "--config.generators[1].temperature=nan"): r"temperature of generator 'fair' is nan; it must be at least "
-                                                       r"0\.",
-    (QUICK, "--config.arms[0].chosen=clever"): r"chosen of arm 'dpo-weak' is 'clever'; choose one of 'weak', .*'elm'\.",
-    (QUICK, "--config.arms[0].objective=ppo"): r"objective of arm 'dpo-weak' is 'ppo'; choose one of 'dpo', .*",
-    (QUICK, "--config.arms[0].fraction=1.5"): r"fraction of arm 'dpo-weak' is 1\.5; it must be at least 1e-09 and at "
-                                              r"most 1\.",
-    (QUICK, "--config.arms[0].name=dpo-fair"): r"Two arms are named 'dpo-fair'; names must differ\.",
-    (QUICK, "--config.judges[0].kind=human"): r"kind of judge 'exact' is 'human'; choose one of 'exact', 'model'\.",
-    (QUICK, "--config.prompts[0].kind=csv"): r"config\.prompts\[0\]\.kind is 'csv'; choose one of 'synthetic', .*",
-    (QUICK, "--config.prompts[0].kind=jsonl"): r"config\.prompts\[0\]\.path is empty; kind 'jsonl' needs a file, .*",
-    (QUICK, "--config.suites[0].domain=outer"): r"config\.suites\[0\]\.domain is 'outer'; choose one of 'in', 'out'\.",
-    (QUICK, "--config.student.path="): r"config\.student\.path is empty; give a Hugging Face folder, a hub name or a "
-                                       r"GGUF file\.",
-    (QUICK, "--config.student.dtype=int8"): r"dtype of student is 'int8'; choose one of 'float32', 'bfloat16'\.",
-    (QUICK, "--config.mesh.data=0"): r"config\.mesh is MeshShape\(data=0, .*\); sizes are positive, and at most one is "
-                                     r"-1\.",
+    (
+        QUICK,
+        "--config.generators[1].temperature=-1",
+    ): r"temperature of generator 'fair' is -1\.0; it must be at least "
+    r"0\.",
+    (
+        QUICK,
+        "--config.generators[1].temperature=nan",
+    ): r"temperature of generator 'fair' is nan; it must be at least "
+    r"0\.",
+    (
+        QUICK,
+        "--config.arms[0].chosen=clever",
+    ): r"chosen of arm 'dpo-weak' is 'clever'; choose one of 'weak', .*'elm'\.",
+    (
+        QUICK,
+        "--config.arms[0].objective=ppo",
+    ): r"objective of arm 'dpo-weak' is 'ppo'; choose one of 'dpo', .*",
+    (
+        QUICK,
+        "--config.arms[0].fraction=1.5",
+    ): r"fraction of arm 'dpo-weak' is 1\.5; it must be at least 1e-09 and at "
+    r"most 1\.",
+    (
+        QUICK,
+        "--config.arms[0].name=dpo-fair",
+    ): r"Two arms are named 'dpo-fair'; names must differ\.",
+    (
+        QUICK,
+        "--config.judges[0].kind=human",
+    ): r"kind of judge 'exact' is 'human'; choose one of 'exact', 'model'\.",
+    (
+        QUICK,
+        "--config.prompts[0].kind=csv",
+    ): r"config\.prompts\[0\]\.kind is 'csv'; choose one of 'synthetic', .*",
+    (
+        QUICK,
+        "--config.prompts[0].kind=jsonl",
+    ): r"config\.prompts\[0\]\.path is empty; kind 'jsonl' needs a file, .*",
+    (
+        QUICK,
+        "--config.suites[0].domain=outer",
+    ): r"config\.suites\[0\]\.domain is 'outer'; choose one of 'in', 'out'\.",
+    (
+        QUICK,
+        "--config.student.path=",
+    ): r"config\.student\.path is empty; give a Hugging Face folder, a hub name or a "
+    r"GGUF file\.",
+    (
+        QUICK,
+        "--config.student.dtype=int8",
+    ): r"dtype of student is 'int8'; choose one of 'float32', 'bfloat16'\.",
+    (
+        QUICK,
+        "--config.mesh.data=0",
+    ): r"config\.mesh is MeshShape\(data=0, .*\); sizes are positive, and at most one is "
+    r"-1\.",
     (QUICK, "--config.scoring.rows=0"): r"config\.scoring\.rows is 0; it must be at least 1\.",
 }
 
@@ -103,8 +175,14 @@ def said(tmp_path_factory):
     for name, text in FILES.items():
         (folder / name).write_text(text)
     arguments = json.dumps([[a.format(folder) for a in case] for case in CASES])
-    done = subprocess.run([sys.executable, "-c", DRIVER, arguments], capture_output=True, text=True, cwd=ROOT,
-                          env=environment(), timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -117,13 +195,21 @@ def test_bad_input_is_one_sentence_before_jax(said, case):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "launch.ablate", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, env=environment(), timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.ablate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=120,
+    )
 
 
 def test_missing_model_is_one_sentence_and_nothing_is_written(tmp_path):
     models = [f"--config.generators[{i}].model.path=/nowhere" for i in range(5)]
     done = run(QUICK, f"--config.workspace={tmp_path}/w", "--config.student.path=/nowhere", *models)
-    assert done.stderr == ("There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf file.\n")
+    assert done.stderr == (
+        "There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf file.\n"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert not (tmp_path / "w").exists()

@@ -12,9 +12,23 @@ import pytest
 @pytest.mark.slow
 def test_ours_alone(tmp_path):
     out = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "launch.bench_train", "--layers=1", "--width=64", "--mlp=64", "--vocab=128",
-               "--pairs=2", "--steps=3", "--rounds=1", "--shapes=uniform", f"--output={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+    command = [
+        sys.executable,
+        "-m",
+        "launch.bench_train",
+        "--layers=1",
+        "--width=64",
+        "--mlp=64",
+        "--vocab=128",
+        "--pairs=2",
+        "--steps=3",
+        "--rounds=1",
+        "--shapes=uniform",
+        f"--output={out}",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}
+    )
     assert done.returncode == 0, done.stderr
     assert "dpo, uniform" in done.stdout
     assert "kto, uniform" in done.stdout
@@ -23,8 +37,12 @@ def test_ours_alone(tmp_path):
     for row in rows:
         (one,) = row["runs"]
         assert len(one["step_seconds"]) == len(one["loss"]) == 3
-        assert one["loss"][0] == pytest.approx(math.log(2) if row["kind"] == "dpo" else 0.5, abs=1e-4)
-        read = 63 + 2 * 193  # of a pair: its prompt of 64 but the last token, and that with either completion of 192
+        assert one["loss"][0] == pytest.approx(
+            math.log(2) if row["kind"] == "dpo" else 0.5, abs=1e-4
+        )
+        read = (
+            63 + 2 * 193
+        )  # of a pair: its prompt of 64 but the last token, and that with either completion of 192
         assert row["real_share"] == 1  # two pairs a row of 898
         tokens = 2 * 2 * 256
         slowest = tokens / (max(one["step_seconds"][1:]) + one["reference_seconds"])

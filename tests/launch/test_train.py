@@ -32,8 +32,13 @@ from deltapref_jax.workspace import Workspace, run
 from launch.trained import show
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-QUESTIONS = [json.loads(q["messages"])[0]["content"] for q in world.prompts(("chain", "shop"), 16, 1, 3)]
-PAIRS = [{"prompt": q, "chosen": f" Answer: {i}.", "rejected": f" Answer: {i + 3}!"} for i, q in enumerate(QUESTIONS)]
+QUESTIONS = [
+    json.loads(q["messages"])[0]["content"] for q in world.prompts(("chain", "shop"), 16, 1, 3)
+]
+PAIRS = [
+    {"prompt": q, "chosen": f" Answer: {i}.", "rejected": f" Answer: {i + 3}!"}
+    for i, q in enumerate(QUESTIONS)
+]
 
 
 def answer(content):
@@ -49,23 +54,38 @@ def rows_of(name, text):
     if name == "text":
         return [row | {"source": "here"} for row in PAIRS]
     if name == "messages":
-        return [{"prompt": asked(r["prompt"])} | {k: answer(r[k]) for k in ("chosen", "rejected")} for r in PAIRS]
+        return [
+            {"prompt": asked(r["prompt"])} | {k: answer(r[k]) for k in ("chosen", "rejected")}
+            for r in PAIRS
+        ]
     if name == "conversations":
-        return [{k: asked(r["prompt"]) + answer(r[k]) for k in ("chosen", "rejected")} for r in PAIRS]
+        return [
+            {k: asked(r["prompt"]) + answer(r[k]) for k in ("chosen", "rejected")} for r in PAIRS
+        ]
     if name == "unpaired":
-        return [{"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"} for r in PAIRS
-                for k in ("chosen", "rejected")]
-    ids = [{"prompt_ids": text.pieces(r["prompt"])} | {
-        f"{k}_ids": text.completion_ids(r[k], True) for k in ("chosen", "rejected")} for r in PAIRS]
+        return [
+            {"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"}
+            for r in PAIRS
+            for k in ("chosen", "rejected")
+        ]
+    ids = [
+        {"prompt_ids": text.pieces(r["prompt"])}
+        | {f"{k}_ids": text.completion_ids(r[k], True) for k in ("chosen", "rejected")}
+        for r in PAIRS
+    ]
     if name == "ids":
         return ids
-    return [{"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{k}_ids"], "label": k == "chosen"} for r in ids
-            for k in ("chosen", "rejected")]
+    return [
+        {"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{k}_ids"], "label": k == "chosen"}
+        for r in ids
+        for k in ("chosen", "rejected")
+    ]
 
 
 @pytest.fixture
 def single(tiny_folder, text, tmp_path):
     """A run of a format; what is given overrides fields of the training."""
+
     def make(format="text", kind="dpo", ending="jsonl", rows=None, **training):
         path = tmp_path / f"{format}.{ending}"
         rows = rows or rows_of(format, text)
@@ -73,10 +93,23 @@ def single(tiny_folder, text, tmp_path):
             pq.write_table(pa.Table.from_pylist(rows), path)
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        shape = {"pairs_per_step": 4, "steps": 3, "rows": 8, "row_length": 128, "warmup": 0.0, "checkpoint_every": 1}
-        return validate_single(Single(
-            workspace=str(tmp_path / "workspace"), data=Pairs(str(path)), student=Model(str(tiny_folder)),
-            objective=Objective(name=kind, kind=kind, learning_rate=1e-3), training=Training(**shape | training)))
+        shape = {
+            "pairs_per_step": 4,
+            "steps": 3,
+            "rows": 8,
+            "row_length": 128,
+            "warmup": 0.0,
+            "checkpoint_every": 1,
+        }
+        return validate_single(
+            Single(
+                workspace=str(tmp_path / "workspace"),
+                data=Pairs(str(path)),
+                student=Model(str(tiny_folder)),
+                objective=Objective(name=kind, kind=kind, learning_rate=1e-3),
+                training=Training(**shape | training),
+            )
+        )
 
     return make
 
@@ -89,24 +122,37 @@ def made(single):
 
 
 def metrics(workspace, nodes):
-    return [json.loads(line) for line in (workspace.path(nodes["policy"]) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (workspace.path(nodes["policy"]) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def weights(workspace, nodes):
     return (workspace.path(nodes["policy"]) / "policy" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("format", "kind", "ending", "loss"), [
-    ("text", "dpo", "jsonl", np.log(2)), ("messages", "dpo_norm", "parquet", np.log(2)),
-    ("conversations", "kto", "jsonl", 0.5), ("unpaired", "kto", "parquet", 0.5), ("ids", "dpo", "parquet", np.log(2)),
-    ("unpaired ids", "kto", "jsonl", 0.5)])
+@pytest.mark.parametrize(
+    ("format", "kind", "ending", "loss"),
+    [
+        ("text", "dpo", "jsonl", np.log(2)),
+        ("messages", "dpo_norm", "parquet", np.log(2)),
+        ("conversations", "kto", "jsonl", 0.5),
+        ("unpaired", "kto", "parquet", 0.5),
+        ("ids", "dpo", "parquet", np.log(2)),
+        ("unpaired ids", "kto", "jsonl", 0.5),
+    ],
+)
 def test_every_format_trains_from_the_references_own_loss(single, format, kind, ending, loss):
     workspace, nodes = made(single(format, kind, ending))
     rows = metrics(workspace, nodes)
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4)
     assert rows[2]["loss"] < rows[0]["loss"]
-    assert load(str(workspace.path(nodes["policy"]) / "policy")).weights != nodes["policy"].config["student"]
+    assert (
+        load(str(workspace.path(nodes["policy"]) / "policy")).weights
+        != nodes["policy"].config["student"]
+    )
     stats = workspace.manifest(nodes["policy"])["stats"]
     assert (stats["groups"], stats["dropped_long"]) == (32 if kind == "kto" else 16, 0)
 
@@ -125,9 +171,18 @@ def test_the_table_holds_the_references_log_probabilities_and_its_weights(single
     (file,) = workspace.path(nodes["reference"]).glob("*.parquet")
     assert pq.read_schema(file).metadata[b"weights"].decode() == tiny.weights
     rows, table = sequences(workspace.table(nodes["tokens"])), pq.read_table(file).to_pylist()
-    assert len(table) == 2 * len(rows) == 64  # each once behind its own prompt and once behind another
-    want = score_sequences(tiny.spec, tiny.state, [(r.prompt, r.completion) for r in rows], 8, 128, one_device,
-                           "float32").sums
+    assert (
+        len(table) == 2 * len(rows) == 64
+    )  # each once behind its own prompt and once behind another
+    want = score_sequences(
+        tiny.spec,
+        tiny.state,
+        [(r.prompt, r.completion) for r in rows],
+        8,
+        128,
+        one_device,
+        "float32",
+    ).sums
     assert [t["trace_id"] for t in table[:32]] == [r.row_id for r in rows]
     np.testing.assert_allclose([t["logprob"] for t in table[:32]], want, rtol=1e-5)
     own = {r.prompt_id for r in rows}
@@ -139,14 +194,18 @@ def test_a_second_run_and_another_seed_do_not_score_again(single, monkeypatch):
     first = single("text", "kto")
     workspace, nodes = made(first)
     before = weights(workspace, nodes)
-    monkeypatch.setattr("deltapref_jax.stages.single.score_sequences", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(
+        "deltapref_jax.stages.single.score_sequences", lambda *_: pytest.fail("scored again")
+    )
     assert weights(*made(first)) == before
     other = made(dataclasses.replace(first, seed=1))
     assert other[1]["reference"].key == nodes["reference"].key
     assert weights(*other) != before
 
 
-def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(single, tiny, tmp_path, text):
+def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(
+    single, tiny, tmp_path, text
+):
     workspace, nodes = made(single())
     table = workspace.path(nodes["reference"])
     given = dataclasses.replace(single(), table=str(table), seed=0)
@@ -161,13 +220,20 @@ def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(sin
     assert str(error.value) == (
         f"The table {file} was made by the weights {tiny.weights} and the reference has the weights "
         f"{weights_hash(str(other))}; name the model that made it in config.reference.path, or leave config.table "
-        "empty to have it computed.")
+        "empty to have it computed."
+    )
 
-    with pytest.raises(ConfigError, match=r"^The table \S+ has no log-probability for 32 of 32 sequences, such as that "
-                                          r"of Line 1 of \S+messages\.jsonl; it was made of other tokens .*: leave "
-                                          r"config\.table empty to have them computed\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^The table \S+ has no log-probability for 32 of 32 sequences, such as that "
+        r"of Line 1 of \S+messages\.jsonl; it was made of other tokens .*: leave "
+        r"config\.table empty to have them computed\.$",
+    ):
         made(dataclasses.replace(single("messages"), table=str(table)))
-    with pytest.raises(ConfigError, match=r"^There is no Parquet file at nowhere; check config\.table, or leave it "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^There is no Parquet file at nowhere; check config\.table, or leave it ",
+    ):
         plan(dataclasses.replace(given, table="nowhere"))
 
 
@@ -182,37 +248,57 @@ def test_another_reference_is_scored_and_not_guarded(single, tiny, tmp_path, tex
 def test_adapters_of_a_bfloat16_base_start_at_the_bases_own_reference(single, tiny, tmp_path, text):
     base = tmp_path / "base"
     export(tiny.state, tiny.spec, text, base, "bfloat16")
-    one = dataclasses.replace(single("text", "kto", lora=Lora(4), weight_decay=0.1),
-                              student=Model(str(base), "bfloat16"))
+    one = dataclasses.replace(
+        single("text", "kto", lora=Lora(4), weight_decay=0.1), student=Model(str(base), "bfloat16")
+    )
     workspace, nodes = made(one)
     assert (nodes["reference"].config["weights"], nodes["reference"].config["dtype"]) == (
-        weights_hash(str(base)), "bfloat16")
+        weights_hash(str(base)),
+        "bfloat16",
+    )
     rows = metrics(workspace, nodes)
-    assert rows[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)  # 0.1 per nat: the same program to the last digits
+    assert rows[0]["rewards/chosen"] == pytest.approx(
+        0, abs=1e-4
+    )  # 0.1 per nat: the same program to the last digits
     assert rows[2]["loss"] < rows[0]["loss"]
-    config = json.loads((workspace.path(nodes["policy"]) / "adapter" / "adapter_config.json").read_text())
+    config = json.loads(
+        (workspace.path(nodes["policy"]) / "adapter" / "adapter_config.json").read_text()
+    )
     assert (config["base_model_name_or_path"], config["r"]) == (str(base), 4)
 
 
-def test_a_base_model_without_a_chat_template_trains_on_text_and_refuses_messages(single, tiny_folder, tmp_path):
+def test_a_base_model_without_a_chat_template_trains_on_text_and_refuses_messages(
+    single, tiny_folder, tmp_path
+):
     base = tmp_path / "base"
     shutil.copytree(tiny_folder, base)
     (base / "chat_template.jinja").unlink()
     workspace, nodes = made(dataclasses.replace(single("text", "sft"), student=Model(str(base))))
     assert len(metrics(workspace, nodes)) == 3
-    with pytest.raises(ConfigError, match=rf"^The tokenizer of {base} has no chat template; add chat_template\.jinja "
-                                          "to its folder, or give text instead of messages\\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^The tokenizer of {base} has no chat template; add chat_template\.jinja "
+        "to its folder, or give text instead of messages\\.$",
+    ):
         made(dataclasses.replace(single("messages"), student=Model(str(base))))
 
 
 LONG = [PAIRS[0] | {"chosen": " so" * 200}, *PAIRS[1:]]
 
 
-@pytest.mark.parametrize(("kind", "rule", "groups", "counts"), [
-    ("dpo", "drop", 15, {"too_long": 1, "cut": 0}), ("dpo", "truncate", 16, {"too_long": 0, "cut": 1}),
-    ("kto", "drop", 31, {"too_long": 1, "cut": 0}), ("kto", "truncate", 32, {"too_long": 0, "cut": 1})])
+@pytest.mark.parametrize(
+    ("kind", "rule", "groups", "counts"),
+    [
+        ("dpo", "drop", 15, {"too_long": 1, "cut": 0}),
+        ("dpo", "truncate", 16, {"too_long": 0, "cut": 1}),
+        ("kto", "drop", 31, {"too_long": 1, "cut": 0}),
+        ("kto", "truncate", 32, {"too_long": 0, "cut": 1}),
+    ],
+)
 def test_too_long_is_dropped_or_cut_and_said(single, kind, rule, groups, counts, capsys):
-    workspace, nodes = made(single(kind=kind, rows=[r | {"note": 1, "id": 2} for r in LONG], over_length=rule))
+    workspace, nodes = made(
+        single(kind=kind, rows=[r | {"note": 1, "id": 2} for r in LONG], over_length=rule)
+    )
     stats = workspace.manifest(nodes["tokens"])["stats"]
     assert {k: stats[k] for k in counts} == counts
     assert workspace.manifest(nodes["policy"])["stats"]["groups"] == groups
@@ -228,15 +314,20 @@ def test_too_long_is_dropped_or_cut_and_said(single, kind, rule, groups, counts,
 
 def test_mismatched_rows_follow_the_length_rule(single):
     """Each sequence fits its row; a long answer behind the long question does not."""
-    rows = [{"prompt": "why " * 60, "chosen": " so.", "rejected": " no."},
-            *({"prompt": q, "chosen": " so" * 40, "rejected": " no."} for q in QUESTIONS[:3])]
+    rows = [
+        {"prompt": "why " * 60, "chosen": " so.", "rejected": " no."},
+        *({"prompt": q, "chosen": " so" * 40, "rejected": " no."} for q in QUESTIONS[:3]),
+    ]
     for rule, dropped in (("drop", "mismatched_dropped"), ("truncate", "mismatched_cut")):
         workspace, nodes = made(single("text", "kto", rows=rows, over_length=rule, row_length=200))
         stats = workspace.manifest(nodes["policy"])["stats"]
         assert (stats[dropped], stats["groups"]) == (1, 8)
-    with pytest.raises(ConfigError, match=r"^Line [234] of \S+ has a completion that is \d+ tokens long behind the "
-                                          r"prompt of Line 1 of \S+ \(KTO's baseline\), and config\.training\."
-                                          r"row_length is 200; raise it, or set config\.training\.over_length to "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^Line [234] of \S+ has a completion that is \d+ tokens long behind the "
+        r"prompt of Line 1 of \S+ \(KTO's baseline\), and config\.training\."
+        r"row_length is 200; raise it, or set config\.training\.over_length to ",
+    ):
         made(single("text", "kto", rows=rows, over_length="error", row_length=200))
 
 
@@ -249,7 +340,9 @@ def test_what_a_step_of_one_side_lacks_is_left_blank(single, capsys):
     for rows in ((first, short), (short, first)):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         show(Console(width=200), workspace, nodes)
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if "logps/rejected" in line]
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if "logps/rejected" in line
+        ]
         assert re.findall(r"-\d+\.\d{4}", line) == [f"{first['logps/rejected']:.4f}"]
 
 
@@ -257,17 +350,32 @@ def test_what_a_step_of_one_side_lacks_is_left_blank(single, capsys):
 @pytest.mark.parametrize(("kind", "groups"), [("dpo", 15), ("kto", 31), ("sft", 15)])
 def test_an_empty_answer_is_dropped_and_counted(single, text, format, kind, groups):
     rows = rows_of(format, text)
-    name, nothing = {"text": ("chosen", ""), "messages": ("chosen", answer("")), "ids": ("chosen_ids", [])}[format]
+    name, nothing = {
+        "text": ("chosen", ""),
+        "messages": ("chosen", answer("")),
+        "ids": ("chosen_ids", []),
+    }[format]
     one = single(format, kind, rows=[rows[0] | {name: nothing}, *rows[1:]])
     workspace, node = Workspace(one.workspace), plan(one)["tokens"]
     run({"tokens": node}, STAGES, workspace, show=False)
     stats = workspace.manifest(node)["stats"]
     assert (stats["empty"], stats["groups"]) == (1, groups)
     assert all(len(row.completion) > 1 for row in sequences(workspace.table(node)))
-    with pytest.raises(ConfigError, match=r"^All 16 pairs or examples of \S+ have an empty answer; give it some that "
-                                          r"have none\.$"):
-        run({"tokens": plan(single(format, "dpo", rows=[r | {name: nothing} for r in rows]))["tokens"]}, STAGES,
-            workspace, show=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"^All 16 pairs or examples of \S+ have an empty answer; give it some that "
+        r"have none\.$",
+    ):
+        run(
+            {
+                "tokens": plan(single(format, "dpo", rows=[r | {name: nothing} for r in rows]))[
+                    "tokens"
+                ]
+            },
+            STAGES,
+            workspace,
+            show=False,
+        )
 
 
 def test_pairs_of_two_equal_answers_are_counted_cut_ones_too(single, text):
@@ -282,25 +390,45 @@ def test_pairs_of_two_equal_answers_are_counted_cut_ones_too(single, text):
 def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(single):
     """Seed 0 draws a step of both answers of one prompt."""
     one = single("text", "kto")
-    done = program(one, "--config.objective.kind=kto", "--config.training.pairs_per_step=1",
-                   "--config.training.steps=99")
+    done = program(
+        one,
+        "--config.objective.kind=kto",
+        "--config.training.pairs_per_step=1",
+        "--config.training.steps=99",
+    )
     said = done.communicate()[1].strip().splitlines()[-1]
-    assert re.match(r"Step \d+ of KTO \(\d of 99 steps\) would hold 2 examples of one prompt; ", said)
+    assert re.match(
+        r"Step \d+ of KTO \(\d of 99 steps\) would hold 2 examples of one prompt; ", said
+    )
     assert done.returncode == 2
     assert [place.name for place in pathlib.Path(one.workspace).iterdir()] == ["tokens"]
 
 
-@pytest.mark.parametrize(("spec", "sentence"), [
-    ({"max_positions": 20}, r"^A sequence of \d+ tokens is longer than the 20 positions that the model \S+ was made "
-                            r"for; lower config\.training\.row_length, so that over_length applies\.$"),
-    ({"vocab": 9}, r"^The data have the token id \d+ and the model \S+ has the ids 0 to 8; use the tokenizer of ")])
-def test_sequences_that_the_reference_was_not_made_for_are_refused(single, spec, sentence, monkeypatch):
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            {"max_positions": 20},
+            r"^A sequence of \d+ tokens is longer than the 20 positions that the model \S+ was made "
+            r"for; lower config\.training\.row_length, so that over_length applies\.$",
+        ),
+        (
+            {"vocab": 9},
+            r"^The data have the token id \d+ and the model \S+ has the ids 0 to 8; use the tokenizer of ",
+        ),
+    ],
+)
+def test_sequences_that_the_reference_was_not_made_for_are_refused(
+    single, spec, sentence, monkeypatch
+):
     one = single()
     workspace, nodes = Workspace(one.workspace), plan(one)
     run({"tokens": nodes["tokens"]}, STAGES, workspace, show=False)
     check(workspace, nodes)
-    monkeypatch.setattr("deltapref_jax.stages.single.look", lambda path: (
-        dataclasses.replace(look(path)[0], **spec), None))
+    monkeypatch.setattr(
+        "deltapref_jax.stages.single.look",
+        lambda path: (dataclasses.replace(look(path)[0], **spec), None),
+    )
     with pytest.raises(ConfigError, match=sentence):
         check(workspace, nodes)
 
@@ -314,7 +442,10 @@ def test_a_reference_with_another_tokenizer_is_refused(single, tiny, tmp_path):
     a, b = [word for word in words if len(word) == 1][:2]
     words[a], words[b] = words[b], words[a]
     file.write_text(json.dumps(held))
-    with pytest.raises(ConfigError, match=r"^The reference \S+ has another tokenizer than the student \S+, so that "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^The reference \S+ has another tokenizer than the student \S+, so that ",
+    ):
         plan(dataclasses.replace(single(), reference=Model(str(other))))
 
 
@@ -325,40 +456,79 @@ def test_adapters_wider_than_the_narrowest_matrix_are_refused(single, tiny):
     plan(single(lora=Lora(width + 1, targets=("q_proj", "up_proj"))))
     with pytest.raises(ConfigError) as error:
         plan(single(lora=Lora(width + 1)))
-    assert str(error.value) == (f"config.training.lora.rank is {width + 1} and k_proj of the student is {width} wide; "
-                                "make rank that at most, or train all weights with rank 0.")
+    assert str(error.value) == (
+        f"config.training.lora.rank is {width + 1} and k_proj of the student is {width} wide; "
+        "make rank that at most, or train all weights with rank 0."
+    )
 
 
 def test_examples_are_no_pairs(single):
-    with pytest.raises(ConfigError, match=r"^\S+unpaired\.jsonl holds labelled examples and no pairs, which the "
-                                          r"objective 'dpo' needs; set config\.objective\.kind to 'kto' or 'sft', or "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^\S+unpaired\.jsonl holds labelled examples and no pairs, which the "
+        r"objective 'dpo' needs; set config\.objective\.kind to 'kto' or 'sft', or ",
+    ):
         made(single("unpaired"))
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"data": Pairs()}, "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder."),
-    ({"data": Pairs("x", workers=-1)}, "config.data.workers is -1; it must be at least 0."),
-    ({"data": Pairs("x", truncation_mode="middle")},
-     "config.data.truncation_mode is 'middle'; choose one of 'keep_start', 'keep_end'."),
-    ({"training": Training(over_length="cut")},
-     "config.training.over_length is 'cut'; choose one of 'error', 'drop', 'truncate'."),
-    ({"training": Training(budget="epochs", steps=7)}, "config.training.steps is 7 and nothing reads it, for "
-     "config.training.budget is 'epochs'; leave it at 30."),
-    ({"training": Training(epochs=3.0)}, "config.training.epochs is 3.0 and nothing reads it, for "
-     "config.training.budget is 'steps'; leave it at 1.0."),
-    ({"training": Training(finishes=("eos",))}, "config.training.finishes is ('eos',) and nothing reads it, for a file "
-     "does not say how its answers ended; leave it at ('eos', 'stop')."),
-    ({"data": Pairs("x", truncation_mode="keep_end")}, "config.data.truncation_mode is 'keep_end' and nothing reads "
-     "it, for config.training.over_length is 'drop'; leave it at 'keep_start'."),
-    ({"reference": Model(dtype="bfloat16")}, "config.reference.dtype is 'bfloat16' and nothing reads it, for "
-     "config.reference.path is empty; leave it at 'float32'."),
-    ({"objective": Objective(kind="dppo")}, "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', "
-     "'hinge', 'ipo', 'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'."),
-    ({"objective": Objective(beta=0.0)}, "beta in config.objective is 0.0; it must be at least 1e-09."),
-    ({"training": Training(rows=0)}, "config.training.rows is 0; it must be at least 1."),
-    ({"student": Model()}, "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."),
-    ({"name": ""}, "config.name is empty; name the experiment."),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"data": Pairs()},
+            "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder.",
+        ),
+        ({"data": Pairs("x", workers=-1)}, "config.data.workers is -1; it must be at least 0."),
+        (
+            {"data": Pairs("x", truncation_mode="middle")},
+            "config.data.truncation_mode is 'middle'; choose one of 'keep_start', 'keep_end'.",
+        ),
+        (
+            {"training": Training(over_length="cut")},
+            "config.training.over_length is 'cut'; choose one of 'error', 'drop', 'truncate'.",
+        ),
+        (
+            {"training": Training(budget="epochs", steps=7)},
+            "config.training.steps is 7 and nothing reads it, for "
+            "config.training.budget is 'epochs'; leave it at 30.",
+        ),
+        (
+            {"training": Training(epochs=3.0)},
+            "config.training.epochs is 3.0 and nothing reads it, for "
+            "config.training.budget is 'steps'; leave it at 1.0.",
+        ),
+        (
+            {"training": Training(finishes=("eos",))},
+            "config.training.finishes is ('eos',) and nothing reads it, for a file "
+            "does not say how its answers ended; leave it at ('eos', 'stop').",
+        ),
+        (
+            {"data": Pairs("x", truncation_mode="keep_end")},
+            "config.data.truncation_mode is 'keep_end' and nothing reads "
+            "it, for config.training.over_length is 'drop'; leave it at 'keep_start'.",
+        ),
+        (
+            {"reference": Model(dtype="bfloat16")},
+            "config.reference.dtype is 'bfloat16' and nothing reads it, for "
+            "config.reference.path is empty; leave it at 'float32'.",
+        ),
+        (
+            {"objective": Objective(kind="dppo")},
+            "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', "
+            "'hinge', 'ipo', 'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'.",
+        ),
+        (
+            {"objective": Objective(beta=0.0)},
+            "beta in config.objective is 0.0; it must be at least 1e-09.",
+        ),
+        ({"training": Training(rows=0)}, "config.training.rows is 0; it must be at least 1."),
+        (
+            {"student": Model()},
+            "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file.",
+        ),
+        ({"name": ""}, "config.name is empty; name the experiment."),
+    ],
+)
 def test_a_bad_value_is_one_sentence(change, sentence):
     with pytest.raises(ConfigError) as error:
         validate_single(dataclasses.replace(Single(data=Pairs("x"), student=Model("y")), **change))
@@ -366,15 +536,36 @@ def test_a_bad_value_is_one_sentence(change, sentence):
 
 
 def command(single, *more):
-    fields = {"data.path": single.data.path, "student.path": single.student.path, "workspace": single.workspace,
-              "training.row_length": 128, "training.pairs_per_step": 4, "training.rows": 8, "training.budget": "steps",
-              "training.steps": 12, "training.checkpoint_every": 1, "objective.learning_rate": 1e-3}
-    return [sys.executable, "-m", "launch.train", *(f"--config.{k}={v}" for k, v in fields.items()), *more]
+    fields = {
+        "data.path": single.data.path,
+        "student.path": single.student.path,
+        "workspace": single.workspace,
+        "training.row_length": 128,
+        "training.pairs_per_step": 4,
+        "training.rows": 8,
+        "training.budget": "steps",
+        "training.steps": 12,
+        "training.checkpoint_every": 1,
+        "objective.learning_rate": 1e-3,
+    }
+    return [
+        sys.executable,
+        "-m",
+        "launch.train",
+        *(f"--config.{k}={v}" for k, v in fields.items()),
+        *more,
+    ]
 
 
 def program(single, *more):
-    return subprocess.Popen(command(single, *more), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        command(single, *more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
@@ -391,17 +582,29 @@ def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
     again = program(one)
     out, error = again.communicate()
     assert again.returncode == 0
-    said = [line for line in error.splitlines() if line.strip()]  # a bar that is gone leaves its line
+    said = [
+        line for line in error.splitlines() if line.strip()
+    ]  # a bar that is gone leaves its line
     assert all(re.match(r"train: step \d+ of 12, loss \d", line) for line in said)
     assert said[-1].startswith("train: step 12 of 12")
     assert "  16 trained on" in out
-    assert re.search(r"^[\d,]+ tokens/s after the first step, .* s; [\d.]+% of the positions were padding$", out, re.M)
-    assert re.search(r"^Checkpoints: training stood still for [\d.]+ s, and [\d.]+ s were written ", out, re.M)
-    texts = [re.sub(r"\n.* tokens/s .*\nCheckpoints: .*\n", "\n", text.replace(root, "")) for text, root in (
-        (whole.communicate()[0], str(tmp_path / "whole")), (out, one.workspace))]
+    assert re.search(
+        r"^[\d,]+ tokens/s after the first step, .* s; [\d.]+% of the positions were padding$",
+        out,
+        re.M,
+    )
+    assert re.search(
+        r"^Checkpoints: training stood still for [\d.]+ s, and [\d.]+ s were written ", out, re.M
+    )
+    texts = [
+        re.sub(r"\n.* tokens/s .*\nCheckpoints: .*\n", "\n", text.replace(root, ""))
+        for text, root in ((whole.communicate()[0], str(tmp_path / "whole")), (out, one.workspace))
+    ]
     assert texts[0] == texts[1]
-    (a,), (b,) = ([*root.glob("policy/*/policy/model.safetensors")]
-                  for root in (tmp_path / "whole", pathlib.Path(one.workspace)))
+    (a,), (b,) = (
+        [*root.glob("policy/*/policy/model.safetensors")]
+        for root in (tmp_path / "whole", pathlib.Path(one.workspace))
+    )
     assert a.read_bytes() == b.read_bytes()
     lines = [(f.parent.parent / "metrics.jsonl").read_text() for f in (a, b)]
     assert lines[0] == lines[1]
@@ -409,9 +612,18 @@ def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
 
 
 def test_help_and_a_missing_file(single):
-    helped = subprocess.run([sys.executable, "-m", "launch.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    helped = subprocess.run(
+        [sys.executable, "-m", "launch.train", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert helped.stdout.startswith("Trains one arm from any file of preference pairs")
-    for field in ("data.path", "student.path", "objective.kind", "training.over_length", "table", "seed"):
+    for field in (
+        "data.path",
+        "student.path",
+        "objective.kind",
+        "training.over_length",
+        "table",
+        "seed",
+    ):
         assert f"--config.{field}" in helped.stdout
     assert "--profile_steps: First and last training step" in " ".join(helped.stdout.split())
     defaults = re.findall(r"--config\.(\S+) +(?:.*\n {8,})*.*\(([\w.-]*)\)$", helped.stdout, re.M)
@@ -419,32 +631,80 @@ def test_help_and_a_missing_file(single):
     for field, default in defaults:
         assert (field, default) == (field, str(operator.attrgetter(field)(get_config())))
     lost = program(dataclasses.replace(single(), data=Pairs("none.parquet")))
-    assert lost.communicate()[1] == "There is no data file or folder none.parquet; check config.data.path.\n"
+    assert (
+        lost.communicate()[1]
+        == "There is no data file or folder none.parquet; check config.data.path.\n"
+    )
     assert lost.returncode == 2
 
 
-@pytest.mark.parametrize(("flag", "sentence"), [
-    ("--config.objective.nll=1", "--config.objective.nll=1: Objective has no field 'nll'; it has name, kind, beta, *"),
-    ("--config.traning.rows=4", "--config.traning.rows=4: Single has no field 'traning'; it has name, workspace, *"),
-    ("--config=configs/quickstart.py", "--config gives Experiment where Single is needed; its get_config() must *"),
-    ("--config.training.lora.rnk=4", "--config.training.lora.rnk=4: Lora has no field 'rnk'; it has rank, alpha, *"),
-    ("steps=3", "'steps=3' is no flag; flags begin with -- and have = before their value (--help lists them)."),
-    ("--config.workspace=", "config.workspace is empty; name a folder or bucket for the artifacts."),
-    ("--config.training.rows=3", "config.training.rows is 3 and the mesh spreads rows over 2 devices *")])
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        (
+            "--config.objective.nll=1",
+            "--config.objective.nll=1: Objective has no field 'nll'; it has name, kind, beta, *",
+        ),
+        (
+            "--config.traning.rows=4",
+            "--config.traning.rows=4: Single has no field 'traning'; it has name, workspace, *",
+        ),
+        (
+            "--config=configs/quickstart.py",
+            "--config gives Experiment where Single is needed; its get_config() must *",
+        ),
+        (
+            "--config.training.lora.rnk=4",
+            "--config.training.lora.rnk=4: Lora has no field 'rnk'; it has rank, alpha, *",
+        ),
+        (
+            "steps=3",
+            "'steps=3' is no flag; flags begin with -- and have = before their value (--help lists them).",
+        ),
+        (
+            "--config.workspace=",
+            "config.workspace is empty; name a folder or bucket for the artifacts.",
+        ),
+        (
+            "--config.training.rows=3",
+            "config.training.rows is 3 and the mesh spreads rows over 2 devices *",
+        ),
+    ],
+)
 def test_a_slip_on_the_command_line_is_one_sentence(flag, sentence, tiny_folder):
-    command = [sys.executable, "-m", "launch.train", flag, *(() if flag.startswith("--config=") else (
-        "--config.data.path=none.jsonl", f"--config.student.path={tiny_folder}"))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    command = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        flag,
+        *(
+            ()
+            if flag.startswith("--config=")
+            else ("--config.data.path=none.jsonl", f"--config.student.path={tiny_folder}")
+        ),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
     assert done.returncode == 2
     assert fnmatch.fnmatchcase(done.stderr.strip(), sentence.replace("[", "[[]"))
 
 
-@pytest.mark.parametrize(("kind", "field", "value"), [
-    ("sft", "reference", Model(path="another")), ("simpo", "table", "table.parquet")])
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [("sft", "reference", Model(path="another")), ("simpo", "table", "table.parquet")],
+)
 def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
     objective = Objective(name=kind, kind=kind)
-    with pytest.raises(ConfigError, match=rf"config.{field}.* is .* and objective '{kind}' has no reference; leave it"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"config.{field}.* is .* and objective '{kind}' has no reference; leave it",
+    ):
         validate_single(dataclasses.replace(single(), objective=objective, **{field: value}))
 
 
@@ -452,7 +712,11 @@ def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
 def test_a_program_ends_with_its_own_code_whatever_aborts_behind_it(code):
     """`Late` stands for C++ that aborts while the interpreter is taken down."""
     end = "host.leave(2, 'Mend this.')" if code else "host.finished()"
-    done = subprocess.run([sys.executable, "-c", f"""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"""
 import atexit, os
 from deltapref_jax import host
 class Late:
@@ -461,5 +725,14 @@ class Late:
 late = Late()
 atexit.register(print, "parted")
 {end}
-"""], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "parted\n", "Mend this.\n" if code else "")
+""",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        code,
+        "parted\n",
+        "Mend this.\n" if code else "",
+    )

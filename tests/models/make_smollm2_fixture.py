@@ -28,15 +28,29 @@ GREEDY_TOKENS = 24
 CLEAR = 1e-2  # nats between the best and the second token: a smaller gap would make greedy text a matter of rounding
 
 CHATS = {
-    "chat": ([{"role": "user", "content": "What is 17 + 25? Think step by step."}],
-             "17 + 25 = 17 + 20 + 5 = 37 + 5 = 42.\nAnswer: 42"),
-    "system": ([{"role": "system", "content": "You answer in one short sentence."},
-                {"role": "user", "content": "Why is the sky blue?"}],
-               "Sunlight is scattered by air, and blue light more than red."),
-    "turns": ([{"role": "user", "content": "Name a prime number."}, {"role": "assistant", "content": "7"},
-               {"role": "user", "content": "Another one, above 100."}], "101 is prime."),
-    "markup": ([{"role": "user", "content": "Write <b>x</b> & \"y\" as a Python f-string."}],
-               "```python\nprint(f\"<b>{x}</b> & {y!r}\")\n```"),
+    "chat": (
+        [{"role": "user", "content": "What is 17 + 25? Think step by step."}],
+        "17 + 25 = 17 + 20 + 5 = 37 + 5 = 42.\nAnswer: 42",
+    ),
+    "system": (
+        [
+            {"role": "system", "content": "You answer in one short sentence."},
+            {"role": "user", "content": "Why is the sky blue?"},
+        ],
+        "Sunlight is scattered by air, and blue light more than red.",
+    ),
+    "turns": (
+        [
+            {"role": "user", "content": "Name a prime number."},
+            {"role": "assistant", "content": "7"},
+            {"role": "user", "content": "Another one, above 100."},
+        ],
+        "101 is prime.",
+    ),
+    "markup": (
+        [{"role": "user", "content": 'Write <b>x</b> & "y" as a Python f-string.'}],
+        '```python\nprint(f"<b>{x}</b> & {y!r}")\n```',
+    ),
 }
 PLAIN = {
     "prose": "The quick brown fox jumps over the lazy dog, and nobody asked it why.",
@@ -46,8 +60,13 @@ PLAIN = {
 }
 GREEDY = {
     "capital": [{"role": "user", "content": "What is the capital of France?"}],
-    "apples": [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples has he now?"}],
-    "system": [{"role": "system", "content": "You are a poet."}, {"role": "user", "content": "Write about the sea."}],
+    "apples": [
+        {"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples has he now?"}
+    ],
+    "system": [
+        {"role": "system", "content": "You are a poet."},
+        {"role": "user", "content": "Write about the sea."},
+    ],
 }
 
 
@@ -56,11 +75,15 @@ def encode(tokenizer, text: str) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
     plain = backend.pre_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), plain]
+    )
     split = tokenizer(text, add_special_tokens=False)["input_ids"]
     backend.pre_tokenizer = plain
     if split != ids:
-        raise ValueError(f"{text!r} has other ids when digits are split off first; use another text.")
+        raise ValueError(
+            f"{text!r} has other ids when digits are split off first; use another text."
+        )
     return ids
 
 
@@ -85,14 +108,23 @@ def scored(model, prompt: list[int], completion: list[int]) -> list[float]:
 def greedy(model, tokenizer, messages: list[dict[str, str]]) -> dict:
     """`transformers`' own greedy continuation, and the smallest gap between best and second token on the way."""
     prompt = encode(tokenizer, render(tokenizer, messages))
-    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS)[0].tolist()
-    ids = out[len(prompt):]
-    best = torch.log_softmax(logits_of(model, out)[len(prompt) - 1:-1], dim=-1).topk(2).values
+    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS)[
+        0
+    ].tolist()
+    ids = out[len(prompt) :]
+    best = torch.log_softmax(logits_of(model, out)[len(prompt) - 1 : -1], dim=-1).topk(2).values
     gap = float((best[:, 0] - best[:, 1]).min())
     if gap < CLEAR:
-        raise ValueError(f"The greedy continuation of {messages} hangs on a gap of {gap:.1e} nats; use another prompt.")
-    return {"messages": messages, "prompt_ids": prompt, "ids": ids, "gap": round(gap, 4),
-            "text": tokenizer.decode(ids, skip_special_tokens=True)}
+        raise ValueError(
+            f"The greedy continuation of {messages} hangs on a gap of {gap:.1e} nats; use another prompt."
+        )
+    return {
+        "messages": messages,
+        "prompt_ids": prompt,
+        "ids": ids,
+        "gap": round(gap, 4),
+        "text": tokenizer.decode(ids, skip_special_tokens=True),
+    }
 
 
 def make(gguf: Path) -> dict:
@@ -104,16 +136,33 @@ def make(gguf: Path) -> dict:
     for name, (messages, answer) in CHATS.items():
         prompt = encode(tokenizer, render(tokenizer, messages))
         completion = [*encode(tokenizer, answer), tokenizer.eos_token_id]
-        texts[name] = {"messages": messages, "text": answer, "prompt_ids": prompt, "ids": completion,
-                       "logprobs": scored(model, prompt, completion)}
+        texts[name] = {
+            "messages": messages,
+            "text": answer,
+            "prompt_ids": prompt,
+            "ids": completion,
+            "logprobs": scored(model, prompt, completion),
+        }
     for name, text in PLAIN.items():
         ids = encode(tokenizer, text)
-        texts[name] = {"messages": None, "text": text, "prompt_ids": [], "ids": ids, "logprobs": scored(model, [], ids)}
+        texts[name] = {
+            "messages": None,
+            "text": text,
+            "prompt_ids": [],
+            "ids": ids,
+            "logprobs": scored(model, [], ids),
+        }
     return {
-        "file": gguf.name, "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(),
+        "file": gguf.name,
+        "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(),
         "made_by": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "special": {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id},
-        "chat_template": tokenizer.chat_template, "texts": texts,
+        "special": {
+            "eos": tokenizer.eos_token_id,
+            "bos": tokenizer.bos_token_id,
+            "pad": tokenizer.pad_token_id,
+        },
+        "chat_template": tokenizer.chat_template,
+        "texts": texts,
         "greedy": {name: greedy(model, tokenizer, messages) for name, messages in GREEDY.items()},
     }
 
@@ -127,36 +176,53 @@ def check_export(folder: Path) -> None:
     from deltapref_jax.models.weights import load
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32
+    ).eval()
     ours = load(str(folder))
     decoder = nnx.merge(ours.graphdef, ours.state)
     worst = 0.0
     for name, case in json.loads(FIXTURE.read_text())["texts"].items():
         if case["messages"]:
             begin = ours.text.prompt_ids(case["messages"])
-            assert begin == tokenizer(render(tokenizer, case["messages"]), add_special_tokens=False)["input_ids"], name
+            assert (
+                begin
+                == tokenizer(render(tokenizer, case["messages"]), add_special_tokens=False)[
+                    "input_ids"
+                ]
+            ), name
             assert begin == case["prompt_ids"], name
-        assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == ours.text.pieces(case["text"]), name
+        assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == ours.text.pieces(
+            case["text"]
+        ), name
         ids = np.asarray([[*case["prompt_ids"], *case["ids"]]], np.int32)
         hidden = decoder.hidden(ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
         theirs = logits_of(model, ids[0].tolist()).numpy()
         apart = float(np.abs(theirs - np.asarray(hidden[0] @ decoder.unembedding().T)).max())
-        print(f"{name:8} {ids.size:4} tokens  logits up to {np.abs(theirs).max():6.2f}  largest difference {apart:.1e}")
+        print(
+            f"{name:8} {ids.size:4} tokens  logits up to {np.abs(theirs).max():6.2f}  largest difference {apart:.1e}"
+        )
         worst = max(worst, apart)
     print(f"largest difference of a logit: {worst:.1e}")
 
 
 def main() -> None:
     """Makes the fixture, or checks an exported policy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct as a GGUF file.")
-    what.add_argument("--check_export", type=Path, help="A Hugging Face folder that this project wrote.")
+    what.add_argument(
+        "--check_export", type=Path, help="A Hugging Face folder that this project wrote."
+    )
     given = parser.parse_args()
     if given.check_export:
         check_export(given.check_export)
         return
-    FIXTURE.write_text(json.dumps(make(given.gguf), ensure_ascii=False, separators=(",", ":")) + "\n")
+    FIXTURE.write_text(
+        json.dumps(make(given.gguf), ensure_ascii=False, separators=(",", ":")) + "\n"
+    )
     print(f"{FIXTURE}: {FIXTURE.stat().st_size} bytes")
 
 

@@ -20,7 +20,14 @@ from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
-LONG = [[256], [100, 60, 40], [], [20] * 12, [128, 128], [1, 130, 5]]  # of rows of 256: two tiles of a kernel
+LONG = [
+    [256],
+    [100, 60, 40],
+    [],
+    [20] * 12,
+    [128, 128],
+    [1, 130, 5],
+]  # of rows of 256: two tiles of a kernel
 LAYOUT = [[5, 30, 17, 9], [1, 2, 60], [96], [40, 40], [], [32, 32, 32], [64, 32], [16, 80]]
 
 
@@ -41,13 +48,18 @@ def branched(segments):
     found = np.zeros(segments.shape, np.int32)
     for n in np.unique(segments[segments > 0]):
         row, columns = np.nonzero(np.asarray(segments) == n)
-        found[row, columns] = np.minimum(3 * np.arange(len(row)) // len(row), 2) if len(row) > 1 else 2
+        found[row, columns] = (
+            np.minimum(3 * np.arange(len(row)) // len(row), 2) if len(row) > 1 else 2
+        )
     return jnp.asarray(found)
 
 
 def arrays(segments, dtype=jnp.float32, heads=HEADS, groups=GROUPS, width=WIDTH):
     r = np.random.default_rng(0)
-    return [jnp.asarray(r.normal(size=(*segments.shape, n, width)), dtype) for n in (heads, groups, groups, heads)]
+    return [
+        jnp.asarray(r.normal(size=(*segments.shape, n, width)), dtype)
+        for n in (heads, groups, groups, heads)
+    ]
 
 
 def results(attention, segments, q, k, v, g):
@@ -95,7 +107,11 @@ def test_blockwise_is_plain(block, branches):
 
 def test_blockwise_in_bfloat16_is_float32_within_its_rounding():
     segments = rows(LAYOUT)
-    exact = results(plain(segments), segments, *[x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays(segments)])
+    exact = results(
+        plain(segments),
+        segments,
+        *[x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays(segments)],
+    )
     got = results(tiled(until(segments), 32), segments, *arrays(segments, jnp.bfloat16))
     assert {x.dtype for x in got} == {jnp.dtype("bfloat16")}
     same([x.astype(jnp.float32) for x in got], exact, 2e-2)
@@ -106,7 +122,9 @@ def test_padding_sees_itself_alone():
     q, k, v, _ = arrays(segments)
     out = tiled(until(segments), 40)(q, k, v)
     padding = np.asarray(segments) == 0
-    np.testing.assert_allclose(out[padding], np.repeat(v, HEADS // GROUPS, axis=2)[padding], rtol=1e-6)
+    np.testing.assert_allclose(
+        out[padding], np.repeat(v, HEADS // GROUPS, axis=2)[padding], rtol=1e-6
+    )
 
 
 def visited(bounds, tiles):
@@ -159,14 +177,26 @@ def test_blockwise_reads_no_tile_of_another_branch(given):
         assert any(np.isnan(x[0]).any() for x in found)
 
 
-@pytest.mark.parametrize(("shape", "heads"), [((2, 2, 2, 1), (4, 2)), ((1, 1, 4, 2), (8, 2)), ((1, 2, 1, 4), (4, 2)),
-                                              ((1, 1, 2, 3), (4, 2)), ((1, 1, 8, 1), (3, 1))])
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [
+        ((2, 2, 2, 1), (4, 2)),
+        ((1, 1, 4, 2), (8, 2)),
+        ((1, 2, 1, 4), (4, 2)),
+        ((1, 1, 2, 3), (4, 2)),
+        ((1, 1, 8, 1), (3, 1)),
+    ],
+)
 def test_a_mesh_is_one_device(shape, heads):
     """Rows over data and fsdp, heads over tensor (groups fewer than devices among them), columns over context."""
     mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
     given = arrays(segments, heads=heads[0], groups=heads[1])
     attention = packed_attention(put(segments, mesh, BATCH), None, mesh, "blockwise")
-    same(results(attention, segments, *put(given, mesh, BATCH)), results(plain(segments), segments, *given), 1e-5)
+    same(
+        results(attention, segments, *put(given, mesh, BATCH)),
+        results(plain(segments), segments, *given),
+        1e-5,
+    )
 
 
 def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one():
@@ -175,21 +205,33 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
     state = jax.tree.map(lambda x: 5 * x, state)
     segments = rows([[50, 40], [9, 80]])
     ids = np.random.default_rng(1).integers(0, 40, segments.shape).astype(np.int32)
-    positions = np.concatenate([np.arange(n) for n in (50, 40, 6, 9, 80, 7)]).reshape(2, 96).astype(np.int32)
+    positions = (
+        np.concatenate([np.arange(n) for n in (50, 40, 6, 9, 80, 7)])
+        .reshape(2, 96)
+        .astype(np.int32)
+    )
     batch = PackedBatch(ids, positions, np.asarray(segments), np.where(positions > 0, segments, 0))
     weight = jnp.asarray([1.0, -2.0, 0.5, 3.0])
 
     def run(mesh, state, batch):
         def loss(state):
-            return sequence_logprobs(nnx.merge(graphdef, state), batch, 4, "block", mesh)[0] @ weight
+            return (
+                sequence_logprobs(nnx.merge(graphdef, state), batch, 4, "block", mesh)[0] @ weight
+            )
+
         return jax.jit(jax.value_and_grad(loss))(state)
 
     want = run(None, state, batch)
     for shape in ((1, 1, 1, 8), (1, 2, 2, 2)):
         mesh = make_mesh(MeshShape(*shape))
         got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())),
-                     got, want)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())
+            ),
+            got,
+            want,
+        )
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
@@ -200,10 +242,19 @@ def test_a_row_of_one_segment_is_equal_work_for_all_its_devices(parts):
     assert len({work(segments, block=16, columns=columns) for columns in shares}) == 1
 
 
-@pytest.mark.parametrize(("kernel", "length", "width", "dtype", "tolerance"), [
-    (splash, 256, 64, jnp.float32, 1e-5), (splash, 200, 128, jnp.float32, 1e-5), (splash, 256, 64, jnp.bfloat16, 2e-2),
-    (triton, 256, 128, jnp.float32, 1e-5), (triton, 200, 24, jnp.float32, 1e-5), (triton, 256, 64, jnp.bfloat16, 2e-2),
-    (triton, 256, 128, jnp.bfloat16, 2e-2), (triton, 256, 256, jnp.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("kernel", "length", "width", "dtype", "tolerance"),
+    [
+        (splash, 256, 64, jnp.float32, 1e-5),
+        (splash, 200, 128, jnp.float32, 1e-5),
+        (splash, 256, 64, jnp.bfloat16, 2e-2),
+        (triton, 256, 128, jnp.float32, 1e-5),
+        (triton, 200, 24, jnp.float32, 1e-5),
+        (triton, 256, 64, jnp.bfloat16, 2e-2),
+        (triton, 256, 128, jnp.bfloat16, 2e-2),
+        (triton, 256, 256, jnp.float32, 1e-5),
+    ],
+)
 def test_a_kernel_interpreted_is_plain(kernel, length, width, dtype, tolerance):
     """One segment as long as the row, many short ones, padding, nothing but padding; rows that are not whole tiles."""
     segments = rows(LONG, 256)[:, :length]
@@ -235,9 +286,15 @@ def test_triton_reads_only_the_tiles_that_a_segment_reaches(given):
     assert all(np.isfinite(x[:, 128:]).all() for x in (out, *back(g)))
 
 
-@pytest.mark.parametrize(("length", "width", "dtype", "tolerance"), [
-    (256, 64, jnp.float32, 1e-5), (200, 24, jnp.float32, 1e-5), (256, 256, jnp.float32, 1e-5),
-    (256, 64, jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("length", "width", "dtype", "tolerance"),
+    [
+        (256, 64, jnp.float32, 1e-5),
+        (200, 24, jnp.float32, 1e-5),
+        (256, 256, jnp.float32, 1e-5),
+        (256, 64, jnp.bfloat16, 2e-2),
+    ],
+)
 def test_triton_with_branches_is_plain(length, width, dtype, tolerance):
     """Trunk and branches that begin and end within tiles, padding, rows that are not whole tiles."""
     segments = rows(LONG, 256)[:, :length]
@@ -250,16 +307,25 @@ def test_triton_with_branches_is_plain(length, width, dtype, tolerance):
 @pytest.mark.parametrize("given", ["q", "k", "v"])
 def test_triton_reads_no_tile_of_another_branch(given):
     """Trunk of one tile, branches of two: a NaN in one branch meets no query and no key of the other, in any pass."""
-    segments, branches = rows([[640], [128, 512]], 640), np.repeat([0, 1, 2], [128, 256, 256])[None].repeat(2, axis=0)
+    segments, branches = (
+        rows([[640], [128, 512]], 640),
+        np.repeat([0, 1, 2], [128, 256, 256])[None].repeat(2, axis=0),
+    )
     branches[1] = np.repeat([0, 1, 2], [256, 256, 128])
-    for row, column, others in ((0, 200, slice(384, 640)), (0, 500, slice(128, 384)), (1, 300, slice(512, 640)),
-                                (1, 600, slice(256, 512))):
+    for row, column, others in (
+        (0, 200, slice(384, 640)),
+        (0, 500, slice(128, 384)),
+        (1, 300, slice(512, 640)),
+        (1, 600, slice(256, 512)),
+    ):
         *inputs, g = arrays(segments, width=16)
         at = "qkv".index(given)
         inputs[at] = inputs[at].at[row, column].set(jnp.nan)
         out, back = jax.vjp(interpreted(triton, segments, jnp.asarray(branches)), *inputs)
         found = (out, *back(g))
-        assert all(np.isfinite(x[row, others]).all() and np.isfinite(x[1 - row]).all() for x in found)
+        assert all(
+            np.isfinite(x[row, others]).all() and np.isfinite(x[1 - row]).all() for x in found
+        )
         assert any(np.isnan(x[row]).any() for x in found)
 
 
@@ -272,7 +338,9 @@ def test_who_sees_a_key_and_which_tiles_are_reached(branches):
     ends, column = until(segments, branches), np.arange(96)
     seen = (column <= column[:, None]) & (column[:, None] < np.asarray(ends)[:, None, :])
     real = np.asarray(segments)[:, :, None] > 0
-    np.testing.assert_array_equal(seen, np.where(real, packed_mask(segments, branches), np.eye(96, dtype=bool)))
+    np.testing.assert_array_equal(
+        seen, np.where(real, packed_mask(segments, branches), np.eye(96, dtype=bool))
+    )
     tiles = seen.reshape(-1, 12, 8, 12, 8).any(axis=(2, 4))
     np.testing.assert_array_equal(visited(reach(ends, jnp.arange(96).reshape(12, 8)), 12), tiles)
     to, j = np.asarray(last(ends, 8))[:, None, :], np.arange(12)
@@ -282,13 +350,18 @@ def test_who_sees_a_key_and_which_tiles_are_reached(branches):
 def test_splash_visits_the_tiles_that_a_segment_reaches():
     """The tables of all three passes list the same tiles; a skipped tile loads what its neighbour loads."""
     segments = np.asarray(rows([[5, 30, 17, 9], [96], [], [1, 60, 20]], 96))
-    forward, backward = (jax.tree.map(lambda x: np.asarray(x)[0], x) for x in tables(jnp.asarray(segments), 32))
+    forward, backward = (
+        jax.tree.map(lambda x: np.asarray(x)[0], x) for x in tables(jnp.asarray(segments), 32)
+    )
     mask = np.asarray(packed_mask(segments)) & (segments > 0)[:, :, None]
     for b, i, j in np.ndindex(4, 3, 3):
         seen = mask[b, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32].any() or i == j
         assert forward.block_mask[3 * b + i, j] == backward.block_mask[i, 3 * b + j] == seen
         if seen:
-            assert (forward.data_next[3 * b + i, j], backward.data_next[i, 3 * b + j]) == (3 * b + j, 3 * b + i)
+            assert (forward.data_next[3 * b + i, j], backward.data_next[i, 3 * b + j]) == (
+                3 * b + j,
+                3 * b + i,
+            )
     for table, axis in ((forward, 1), (backward, 0)):
         steps = np.moveaxis(np.stack([table.data_next, table.block_mask]), axis + 1, 2)
         for loaded, visited in zip(*steps, strict=True):
@@ -310,10 +383,17 @@ def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
         assert tiles([size] * (32_768 // size), 32_768) <= bound
 
 
-@pytest.mark.parametrize(("platform", "call", "branches"), [
-    ("tpu", "@tpu_custom_call", False), *(("cuda", "@__gpu$xla.gpu.triton", x) for x in (False, True))])
+@pytest.mark.parametrize(
+    ("platform", "call", "branches"),
+    [
+        ("tpu", "@tpu_custom_call", False),
+        *(("cuda", "@__gpu$xla.gpu.triton", x) for x in (False, True)),
+    ],
+)
 @pytest.mark.parametrize(("length", "rows"), [(4096, 16), (32_768, 4)])
-def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(platform, call, branches, length, rows, monkeypatch):
+def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(
+    platform, call, branches, length, rows, monkeypatch
+):
     """A decoder, rows over four devices and heads over two: three kernels, forward once, no square of the length."""
     monkeypatch.setattr("deltapref_jax.models.kernels.platform_of", lambda mesh: platform)
     spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
@@ -340,7 +420,9 @@ def test_platform_and_shape_decide():
     assert choose("gpu", 4096, True, False) == choose("cuda", 4096, True, False) == "triton"
     assert choose("cpu", 4096, True, False) == choose("tpu", 4096, True, False) == "blockwise"
     for platform in ("cpu", "gpu", "tpu"):
-        assert choose(platform, 4096, False, True) == choose(platform, 4096, True, True) == "blockwise"
+        assert (
+            choose(platform, 4096, False, True) == choose(platform, 4096, True, True) == "blockwise"
+        )
 
 
 def test_rows_of_32k_tokens_need_no_square_of_their_length():
@@ -351,7 +433,9 @@ def test_rows_of_32k_tokens_need_no_square_of_their_length():
     def extra(length):
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
         batch = PackedBatch(ids, ids, ids, ids)
-        gradient = jax.grad(lambda s, b: sequence_logprobs(nnx.merge(graphdef, s), b, 8, "block")[0].sum())
+        gradient = jax.grad(
+            lambda s, b: sequence_logprobs(nnx.merge(graphdef, s), b, 8, "block")[0].sum()
+        )
         return jax.jit(gradient).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
     short, long = extra(4096), extra(32_768)
@@ -372,11 +456,17 @@ def test_a_row_of_32k_tokens_runs_and_split_over_devices_it_is_the_same():
     def run(mesh, state, batch):
         def loss(state):
             return sequence_logprobs(nnx.merge(graphdef, state), batch, 1, "block", mesh)[0].sum()
+
         return jax.jit(jax.value_and_grad(loss))(state)
 
     want, mesh = run(None, state, batch), make_mesh(MeshShape(1, 1, 1, 8))
     got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
     assert np.isfinite(float(want[0]))
     assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max())),
-                 got[1], want[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max())
+        ),
+        got[1],
+        want[1],
+    )

@@ -9,4 +9,6 @@ def test_transformers_4_and_5_know_the_tokenizer_class(tiny_folder):
 
 
 def test_weights_may_be_read_by_whom_the_config_may(tiny_folder):
-    assert {file.stat().st_mode for file in tiny_folder.iterdir()} == {(tiny_folder / "config.json").stat().st_mode}
+    assert {file.stat().st_mode for file in tiny_folder.iterdir()} == {
+        (tiny_folder / "config.json").stat().st_mode
+    }

@@ -20,29 +20,52 @@ from deltapref_jax.synthetic.tokenizer import TEMPLATE
 from deltapref_jax.text import gguf_tokenizer
 from deltapref_jax.text.template import Text
 
-CORPUS = ["user\nWhat is 12 + 30?\nassistant\n12 + 30 = 42\n", "It's a café; we're naïve, they've 3.14!\n\n  x\ty"] * 20
+CORPUS = [
+    "user\nWhat is 12 + 30?\nassistant\n12 + 30 = 42\n",
+    "It's a café; we're naïve, they've 3.14!\n\n  x\ty",
+] * 20
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
 def renamed(name):
-    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
-                         ("model.layers", "blk"), *NAMES.items()):
+    for ours, theirs in (
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("model.layers", "blk"),
+        *NAMES.items(),
+    ):
         name = name.replace(ours, theirs)
     return name
 
 
 def permuted(array, heads):
     """What llama.cpp's converter does to q and k of a Llama."""
-    return array.reshape(heads, 2, array.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+    return (
+        array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
+        .swapaxes(1, 2)
+        .reshape(array.shape)
+    )
 
 
 def write_gguf(folder, path, pre="smollm", quantised=True, **changes):
     """The folder as a GGUF file; its matrices in Q8_0, norms in float32."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config, tensors = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     writer = gguf.GGUFWriter(path, changes.get("arch", "llama"))
     writer.add_context_length(config["max_position_embeddings"])
@@ -67,7 +90,10 @@ def write_gguf(folder, path, pre="smollm", quantised=True, **changes):
     if changes.get("template", TEMPLATE):
         writer.add_chat_template(TEMPLATE)
     for name, array in (tensors | changes.get("tensors", {})).items():
-        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+        for part, heads in (
+            ("q_proj", config["num_attention_heads"]),
+            ("k_proj", config["num_key_value_heads"]),
+        ):
             array = permuted(array, heads) if part in name else array
         if array.ndim > 1 and quantised:
             writer.add_tensor(renamed(name), quantize(array, Q8), raw_dtype=Q8)
@@ -85,17 +111,40 @@ def folder(tmp_path_factory):
     """A folder whose matrices are what Q8_0 can hold."""
     path = tmp_path_factory.mktemp("hf")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = gguf_tokenizer.PRE_TOKENIZERS["smollm"], decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=gguf_tokenizer.pre_tokenizers.ByteLevel.alphabet()))
-    text = Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0],
-                                        additional_special_tokens=SPECIAL[1:], chat_template=TEMPLATE), "test")
-    spec = ModelSpec(len(text.tokenizer), 64, 2, 4, 2, 16, 96, rope_theta=1e5, tied=False, max_positions=128)
-    export(jax.tree.map(lambda x: 5 * x, nnx.state(Decoder(spec, rngs=nnx.Rngs(1)))), spec, text, path)
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        gguf_tokenizer.PRE_TOKENIZERS["smollm"],
+        decoders.ByteLevel(),
+    )
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=gguf_tokenizer.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    text = Text(
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token=SPECIAL[0],
+            pad_token=SPECIAL[0],
+            additional_special_tokens=SPECIAL[1:],
+            chat_template=TEMPLATE,
+        ),
+        "test",
+    )
+    spec = ModelSpec(
+        len(text.tokenizer), 64, 2, 4, 2, 16, 96, rope_theta=1e5, tied=False, max_positions=128
+    )
+    export(
+        jax.tree.map(lambda x: 5 * x, nnx.state(Decoder(spec, rngs=nnx.Rngs(1)))), spec, text, path
+    )
     tensors = load_file(path / "model.safetensors")
-    save_file({name: dequantize(quantize(a, Q8), Q8) if a.ndim > 1 else a for name, a in tensors.items()},
-              path / "model.safetensors")
+    save_file(
+        {name: dequantize(quantize(a, Q8), Q8) if a.ndim > 1 else a for name, a in tensors.items()},
+        path / "model.safetensors",
+    )
     return path
 
 
@@ -104,16 +153,31 @@ def test_a_gguf_file_is_the_folder(folder, tmp_path, quantised):
     ours = load(write_gguf(folder, tmp_path / "m.gguf", quantised=quantised))
     theirs = load(str(folder))
     assert ours.spec == theirs.spec
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(ours.state), nnx.to_pure_dict(theirs.state))
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.to_pure_dict(ours.state), nnx.to_pure_dict(theirs.state)
+    )
     assert ours.text.end_ids == theirs.text.end_ids
-    assert [ours.text.tokenizer.decode([i]) for i in ours.text.end_ids] == ["<|im_end|>", "<|endoftext|>"]
+    assert [ours.text.tokenizer.decode([i]) for i in ours.text.end_ids] == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12+30?"}]
     assert ours.text.render(chat) == theirs.text.render(chat)
-    for words in (*CORPUS[:2], "1234 5 67", " leading", "日本 🙂\u200d e\u0301", "<|im_end|>\n<|im_start|>x", "",
-                  "\n\n \n"):
-        assert ours.text.completion_ids(words, True) == theirs.text.completion_ids(words, True), words
-        assert ours.text.decode(ours.text.completion_ids(words, True)) == words.replace("<|im_end|>", "").replace(
-            "<|im_start|>", "")
+    for words in (
+        *CORPUS[:2],
+        "1234 5 67",
+        " leading",
+        "日本 🙂\u200d e\u0301",
+        "<|im_end|>\n<|im_start|>x",
+        "",
+        "\n\n \n",
+    ):
+        assert ours.text.completion_ids(words, True) == theirs.text.completion_ids(words, True), (
+            words
+        )
+        assert ours.text.decode(ours.text.completion_ids(words, True)) == words.replace(
+            "<|im_end|>", ""
+        ).replace("<|im_start|>", "")
     assert ours.text.prompt_ids(chat) == theirs.text.prompt_ids(chat)
 
 
@@ -133,15 +197,29 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
     assert weights_hash(a) != weights_hash(write_gguf(folder, tmp_path / "c.gguf", quantised=False))
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"pre": "tekken"}, "{} names the pre-tokenizer 'tekken'; known: gpt-2, smollm, llama-bpe, qwen2."),
-    ({"model": "llama"}, "{} holds a 'llama' tokenizer; only byte-level BPE ('gpt2') is supported: convert the model "
-                         "to a Hugging Face folder."),
-    ({"arch": "gemma3"}, "model_type is 'gemma3' in config.json; supported: llama."),
-    ({"scaling": gguf.RopeScalingType.YARN}, "rope_type is 'yarn' in config.json; only 'default' is supported."),
-    ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},
-     "rope_type is 'llama3' in config.json; only 'default' is supported."),
-])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"pre": "tekken"},
+            "{} names the pre-tokenizer 'tekken'; known: gpt-2, smollm, llama-bpe, qwen2.",
+        ),
+        (
+            {"model": "llama"},
+            "{} holds a 'llama' tokenizer; only byte-level BPE ('gpt2') is supported: convert the model "
+            "to a Hugging Face folder.",
+        ),
+        ({"arch": "gemma3"}, "model_type is 'gemma3' in config.json; supported: llama."),
+        (
+            {"scaling": gguf.RopeScalingType.YARN},
+            "rope_type is 'yarn' in config.json; only 'default' is supported.",
+        ),
+        (
+            {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},
+            "rope_type is 'llama3' in config.json; only 'default' is supported.",
+        ),
+    ],
+)
 def test_what_is_not_supported_is_one_sentence(folder, tmp_path, changes, sentence):
     path = write_gguf(folder, tmp_path / "m.gguf", **changes)
     with pytest.raises(ValueError) as error:
@@ -155,5 +233,7 @@ def test_a_cut_file_is_one_sentence(folder, tmp_path, keep):
     write_gguf(folder, path)
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(ValueError, match=rf"^{path} is not a readable GGUF file \(.*\); fetch it again\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^{path} is not a readable GGUF file \(.*\); fetch it again\.$"
+    ):
         load(str(path))

@@ -45,26 +45,39 @@ def logits(spec, states, lora=FULL, dtype=jnp.float32):
 
 
 def test_a_is_peft_s_draw_from_seed_and_path_and_b_is_zero(tiny):
-    first, again, other = (nnx.to_pure_dict(attach(tiny.spec, tiny.state, LORA, seed)[0])["blocks"]
-                           for seed in (3, 3, 2**32 - 1))
+    first, again, other = (
+        nnx.to_pure_dict(attach(tiny.spec, tiny.state, LORA, seed)[0])["blocks"]
+        for seed in (3, 3, 2**32 - 1)
+    )
     assert set(first) == {f"{name}_{side}" for name in adapters(LORA).targets for side in "ab"}
     inputs = {"down": tiny.spec.mlp, "o": tiny.spec.heads * tiny.spec.head_width}
     for name in adapters(LORA).targets:
         a = np.asarray(first[f"{name}_a"])
-        bound = inputs.get(name, tiny.spec.width) ** -0.5  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / (1 + 5) / inputs)
+        bound = (
+            inputs.get(name, tiny.spec.width) ** -0.5
+        )  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / (1 + 5) / inputs)
         assert 0.9 * bound < np.abs(a).max() <= bound
         assert abs(a.mean()) < 4 * bound / 3**0.5 / a.size**0.5
         np.testing.assert_array_equal(a, again[f"{name}_a"])
         assert (a != other[f"{name}_a"]).all()
         assert not np.asarray(first[f"{name}_b"]).any()
-    assert len({np.asarray(first[f"{name}_a"]).flat[0] / inputs.get(name, tiny.spec.width) ** -0.5
-                for name in adapters(LORA).targets}) == 7
+    assert (
+        len(
+            {
+                np.asarray(first[f"{name}_a"]).flat[0] / inputs.get(name, tiny.spec.width) ** -0.5
+                for name in adapters(LORA).targets
+            }
+        )
+        == 7
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_with_b_zero_the_policy_is_its_base_exactly(tiny, dtype):
     fresh = attach(tiny.spec, tiny.state, LORA, 0)
-    np.testing.assert_array_equal(logits(tiny.spec, fresh, LORA, dtype), logits(tiny.spec, [tiny.state], dtype=dtype))
+    np.testing.assert_array_equal(
+        logits(tiny.spec, fresh, LORA, dtype), logits(tiny.spec, [tiny.state], dtype=dtype)
+    )
 
 
 def test_merged_is_adapted_and_so_is_what_is_exported(tiny, adapted, tmp_path):
@@ -73,16 +86,24 @@ def test_merged_is_adapted_and_so_is_what_is_exported(tiny, adapted, tmp_path):
     merged = merge(tiny.state, adapted[0], LORA)
     np.testing.assert_allclose(logits(tiny.spec, [merged]), want, atol=1e-5)
     export(merged, tiny.spec, tiny.text, tmp_path)
-    np.testing.assert_array_equal(logits(tiny.spec, [load(str(tmp_path)).state]), logits(tiny.spec, [merged]))
-    untouched = {name: a for name, a in nnx.to_pure_dict(merged)["blocks"].items() if "norm" in name}
-    assert all((a == nnx.to_pure_dict(tiny.state)["blocks"][name]).all() for name, a in untouched.items())
+    np.testing.assert_array_equal(
+        logits(tiny.spec, [load(str(tmp_path)).state]), logits(tiny.spec, [merged])
+    )
+    untouched = {
+        name: a for name, a in nnx.to_pure_dict(merged)["blocks"].items() if "norm" in name
+    }
+    assert all(
+        (a == nnx.to_pure_dict(tiny.state)["blocks"][name]).all() for name, a in untouched.items()
+    )
 
 
 def test_only_the_targets_are_adapted(tiny):
     trained, frozen = attach(tiny.spec, tiny.state, SOME, 0)
     assert set(nnx.to_pure_dict(trained)["blocks"]) == {"q_a", "q_b", "down_a", "down_b"}
     moved = jax.tree.map(lambda x: x + 1.0, trained)
-    before, after = (nnx.to_pure_dict(s)["blocks"] for s in (tiny.state, merge(tiny.state, moved, SOME)))
+    before, after = (
+        nnx.to_pure_dict(s)["blocks"] for s in (tiny.state, merge(tiny.state, moved, SOME))
+    )
     assert {name for name in before if (before[name] != after[name]).any()} == {"q", "down"}
 
 
@@ -95,24 +116,38 @@ def test_full_fine_tuning_is_the_case_without_adapters(tiny):
 
 def test_a_base_is_loaded_in_its_own_dtype(tiny, tmp_path):
     export(tiny.state, tiny.spec, tiny.text, tmp_path, "bfloat16")
-    assert {str(x.dtype) for x in jax.tree.leaves(load(str(tmp_path), params=None).state)} == {"bfloat16"}
+    assert {str(x.dtype) for x in jax.tree.leaves(load(str(tmp_path), params=None).state)} == {
+        "bfloat16"
+    }
     assert {str(x.dtype) for x in jax.tree.leaves(load(str(tmp_path)).state)} == {"float32"}
 
 
 def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
     export_adapter(adapted[0], LORA, "the/base", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
-        "LORA", 4, 6, "the/base")
+    assert (
+        config["peft_type"],
+        config["r"],
+        config["lora_alpha"],
+        config["base_model_name_or_path"],
+    ) == ("LORA", 4, 6, "the/base")
     assert config["target_modules"] == list(LORA_TARGETS)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * tiny.spec.layers
     merged = nnx.to_pure_dict(merge(tiny.state, adapted[0], LORA))["blocks"]
-    for name, place in (("o", "self_attn.o_proj"), ("k", "self_attn.k_proj"), ("down", "mlp.down_proj")):
-        a, b = (tensors[f"base_model.model.model.layers.1.{place}.lora_{side}.weight"] for side in "AB")
+    for name, place in (
+        ("o", "self_attn.o_proj"),
+        ("k", "self_attn.k_proj"),
+        ("down", "mlp.down_proj"),
+    ):
+        a, b = (
+            tensors[f"base_model.model.model.layers.1.{place}.lora_{side}.weight"] for side in "AB"
+        )
         w = np.asarray(nnx.to_pure_dict(tiny.state)["blocks"][name][1])
         w = w.reshape(a.shape[1], b.shape[0])
-        np.testing.assert_allclose(w + 1.5 * (b @ a).T, np.asarray(merged[name][1]).reshape(w.shape), atol=1e-5)
+        np.testing.assert_allclose(
+            w + 1.5 * (b @ a).T, np.asarray(merged[name][1]).reshape(w.shape), atol=1e-5
+        )
 
 
 def test_flops_have_no_gradients_of_frozen_matrices():
@@ -120,10 +155,14 @@ def test_flops_have_no_gradients_of_frozen_matrices():
     base, whole = forward_flops(spec, places, 7), training_flops(spec, places, 7)
     assert whole == pytest.approx(3 * base)
     shape = adapters(Lora(8))
-    low = 2 * 16 * 3 * 8 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 160))  # q and o, k and v, the MLP: inputs and outputs
+    low = (
+        2 * 16 * 3 * 8 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 160))
+    )  # q and o, k and v, the MLP: inputs and outputs
     attention = 2 * 3 * 64 * (10**2 + 6**2)
     assert forward_flops(spec, places, 7, shape) == pytest.approx(base + low)
-    assert training_flops(spec, places, 7, shape) == pytest.approx(2 * (base - attention) + 3 * (attention + low))
+    assert training_flops(spec, places, 7, shape) == pytest.approx(
+        2 * (base - attention) + 3 * (attention + low)
+    )
 
 
 _PEFT = """
@@ -143,9 +182,18 @@ with torch.no_grad():
 def test_peft_gives_our_logits(tiny, adapted, tmp_path):
     """In this environment, or in that of the interpreter named by DELTAPREF_PEFT."""
     python = os.environ.get("DELTAPREF_PEFT", sys.executable)
-    if subprocess.run([python, "-c", "import torch, peft"], capture_output=True, check=False).returncode:
-        pytest.skip("there is no torch with peft here; DELTAPREF_PEFT may name an interpreter that has them")
+    if subprocess.run(
+        [python, "-c", "import torch, peft"], capture_output=True, check=False
+    ).returncode:
+        pytest.skip(
+            "there is no torch with peft here; DELTAPREF_PEFT may name an interpreter that has them"
+        )
     export(tiny.state, tiny.spec, tiny.text, tmp_path / "base")
     export_adapter(adapted[0], LORA, str(tmp_path / "base"), tmp_path / "adapter")
-    subprocess.run([python, "-c", _PEFT, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.npy"], check=True)
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), logits(tiny.spec, adapted, LORA), atol=1e-4)
+    subprocess.run(
+        [python, "-c", _PEFT, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.npy"],
+        check=True,
+    )
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out.npy"), logits(tiny.spec, adapted, LORA), atol=1e-4
+    )

@@ -54,18 +54,25 @@ def test_moments_lie_where_their_parameters_lie():
 def test_big_parameters_are_spread_over_all_of_fsdp_and_tensor():
     mesh = make_mesh(MeshShape(1, 4, 2))
     for name, leaf in named(abstract(BIG)[1]).items():
-        share = np.prod(named(shardings({name: leaf}, mesh))[name].shard_shape(leaf.shape)) / np.prod(leaf.shape)
+        share = np.prod(
+            named(shardings({name: leaf}, mesh))[name].shard_shape(leaf.shape)
+        ) / np.prod(leaf.shape)
         assert share == (1 if name.endswith("norm") else 1 / 8), name
 
 
 def test_adapters_lie_where_the_inputs_and_outputs_of_their_matrices_lie():
     mesh = make_mesh(MeshShape(1, 4, 2))
-    places = {name: place.spec for name, place in named(shardings(abstract(BIG, adapters=ADAPTED)[1], mesh)).items()}
+    places = {
+        name: place.spec
+        for name, place in named(shardings(abstract(BIG, adapters=ADAPTED)[1], mesh)).items()
+    }
     for name in ADAPTED.targets:
         inputs = 3 if name == "o" else 2
-        whole, a, b = ([*places[f"blocks.{name}{part}"], None, None, None, None] for part in ("", "_a", "_b"))
+        whole, a, b = (
+            [*places[f"blocks.{name}{part}"], None, None, None, None] for part in ("", "_a", "_b")
+        )
         assert (a[:inputs], a[inputs]) == (whole[:inputs], None)
-        assert (b[1], b[2:4]) == (None, whole[inputs: inputs + 2])
+        assert (b[1], b[2:4]) == (None, whole[inputs : inputs + 2])
 
 
 def test_an_axis_that_does_not_divide_is_replicated():
@@ -77,16 +84,32 @@ def test_an_axis_that_does_not_divide_is_replicated():
 
 def test_an_unknown_parameter_is_refused_with_its_name_and_shape():
     mesh = make_mesh(MeshShape())
-    with pytest.raises(ValueError, match=r"^0 sharding rules match the parameter 'blocks\.router' of shape \(2, 8\); "
-                                         r"exactly one must: see models\.sharding\.RULES\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^0 sharding rules match the parameter 'blocks\.router' of shape \(2, 8\); "
+        r"exactly one must: see models\.sharding\.RULES\.$",
+    ):
         shardings({"blocks": {"router": np.zeros((2, 8))}}, mesh)
 
 
 def test_mesh_sizes_must_multiply_to_the_devices():
-    assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    assert dict(make_mesh(MeshShape(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "context": 1,
+    }
+    assert dict(make_mesh(MeshShape(2, -1, 1)).shape) == {
+        "data": 2,
+        "fsdp": 4,
+        "tensor": 1,
+        "context": 1,
+    }
     for shape in (MeshShape(3, 1, 1), MeshShape(-1, 3, 1), MeshShape(2, 2, 1)):
-        with pytest.raises(ConfigError, match=r"^config\.mesh is -?\d x \d x 1 x 1 \(data, fsdp, tensor, context\) and "
-                                              r"there are 8 devices; the sizes must multiply to that, one of them may "
-                                              r"be -1\.$"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^config\.mesh is -?\d x \d x 1 x 1 \(data, fsdp, tensor, context\) and "
+            r"there are 8 devices; the sizes must multiply to that, one of them may "
+            r"be -1\.$",
+        ):
             make_mesh(shape)

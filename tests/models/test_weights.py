@@ -21,8 +21,20 @@ TOKENS = 3, 14, 15, 92, 65, 35
 
 
 def spec(text, **changes):
-    return ModelSpec(**{"vocab": len(text.tokenizer), "width": 32, "layers": 2, "heads": 4, "kv_heads": 2,
-                        "head_width": 8, "mlp": 48, "tied": False, "max_positions": 64} | changes)
+    return ModelSpec(
+        **{
+            "vocab": len(text.tokenizer),
+            "width": 32,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_width": 8,
+            "mlp": 48,
+            "tied": False,
+            "max_positions": 64,
+        }
+        | changes
+    )
 
 
 def write(text, folder, seed=0, dtype="float32", **changes):
@@ -50,7 +62,10 @@ def folder(tiny_folder, tmp_path):
 
 def reference_hidden(folder, tokens):
     """A Llama in float64 numpy, written from `transformers`' layout: nothing of ours is used."""
-    config, w = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config, w = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
     w = {name: array.astype(np.float64) for name, array in w.items()}
     N, K, H = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     T = len(tokens)
@@ -72,11 +87,17 @@ def reference_hidden(folder, tokens):
         q, k, v = turn(q), np.repeat(turn(k), N // K, 1), np.repeat(v, N // K, 1)
         scores = np.einsum("tnh,snh->nts", q, k) / H**0.5 + np.triu(np.full((T, T), -np.inf), 1)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
-        attended = np.einsum("nts,snh->tnh", scores / scores.sum(-1, keepdims=True), v).reshape(T, -1)
+        attended = np.einsum("nts,snh->tnh", scores / scores.sum(-1, keepdims=True), v).reshape(
+            T, -1
+        )
         x = x + attended @ w[p + "self_attn.o_proj.weight"].T
         h = norm(x, p + "post_attention_layernorm.weight")
         gate = h @ w[p + "mlp.gate_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+        x = (
+            x
+            + (gate / (1 + np.exp(-gate)) * (h @ w[p + "mlp.up_proj.weight"].T))
+            @ w[p + "mlp.down_proj.weight"].T
+        )
     return norm(x, "model.norm.weight")
 
 
@@ -84,7 +105,9 @@ def test_a_folder_means_what_it_means_to_transformers(text, tmp_path):
     write(text, tmp_path, head_width=16)  # heads × head width ≠ width
     model = load(str(tmp_path))
     tokens = jnp.asarray(TOKENS)[None]
-    hidden = nnx.merge(model.graphdef, model.state).hidden(tokens, jnp.arange(6)[None], jnp.ones_like(tokens))[0]
+    hidden = nnx.merge(model.graphdef, model.state).hidden(
+        tokens, jnp.arange(6)[None], jnp.ones_like(tokens)
+    )[0]
     np.testing.assert_allclose(hidden, reference_hidden(tmp_path, TOKENS), atol=2e-4)
 
 
@@ -98,9 +121,12 @@ def test_exported_is_read_back(text, tmp_path, tied, dtype):
     equal(model.state, jax.tree.map(lambda x: x.astype(dtype).astype("float32"), state))
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
     assert model.text.prompt_ids([{"role": "user", "content": "1 + 2"}]) == text.prompt_ids(
-        [{"role": "user", "content": "1 + 2"}])
+        [{"role": "user", "content": "1 + 2"}]
+    )
     if dtype == "bfloat16":
-        assert {a.dtype for a in load_file(tmp_path / "model.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
+        assert {a.dtype for a in load_file(tmp_path / "model.safetensors").values()} == {
+            np.dtype(ml_dtypes.bfloat16)
+        }
         kept = load(str(tmp_path), dtype, params=dtype)
         assert {x.dtype for x in jax.tree.leaves(kept.state)} == {jnp.dtype(dtype)}
         export(kept.state, kept.spec, kept.text, tmp_path / "again", dtype)
@@ -124,37 +150,67 @@ def test_big_models_are_written_in_shards_with_an_index(text, tmp_path, monkeypa
     (tmp_path / files[1]).unlink()
     with pytest.raises(FileNotFoundError) as error:
         load(str(tmp_path))
-    assert str(error.value) == (f"The folder {tmp_path} has no {files[1]}, which model.safetensors.index.json names; "
-                                "give a complete Hugging Face folder.")
+    assert str(error.value) == (
+        f"The folder {tmp_path} has no {files[1]}, which model.safetensors.index.json names; "
+        "give a complete Hugging Face folder."
+    )
 
 
 def test_transposed_tensors_are_not_taken_for_right_ones(folder, tiny):
     def change(tensors):
         tensors["model.layers.1.mlp.up_proj.weight"] = np.ascontiguousarray(
-            tensors["model.layers.1.mlp.up_proj.weight"].T)
+            tensors["model.layers.1.mlp.up_proj.weight"].T
+        )
 
     edit(folder, change)
     with pytest.raises(ValueError) as error:
         load(str(folder))
-    assert str(error.value) == (f"Tensor model.layers.1.mlp.up_proj.weight of {folder} has the shape (32, 64); its "
-                                "config.json calls for (64, 32).")
+    assert str(error.value) == (
+        f"Tensor model.layers.1.mlp.up_proj.weight of {folder} has the shape (32, 64); its "
+        "config.json calls for (64, 32)."
+    )
 
 
-@pytest.mark.parametrize(("name", "array", "sentence"), [
-    ("model.layers.0.self_attn.o_proj.weight", np.zeros((32, 24), np.float32),
-     "Tensor model.layers.0.self_attn.o_proj.weight of {} has the shape (32, 24); its config.json calls for (32, 32)."),
-    ("model.norm.weight", np.zeros(31, np.float32),
-     "Tensor model.norm.weight of {} has the shape (31,); its config.json calls for (32,)."),
-    ("model.layers.1.input_layernorm.weight", None,
-     "{} has no tensor 'model.layers.1.input_layernorm.weight'; its config.json does not describe its weights."),
-    ("lm_head.weight", None, "{} has no tensor 'lm_head.weight'; its config.json does not describe its weights."),
-    ("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32),
-     "{} holds 1 tensors that its config.json does not call for, such as 'model.layers.0.self_attn.q_proj.bias'."),
-    ("model.layers.2.mlp.up_proj.weight", np.zeros((64, 32), np.float32),
-     "{} holds 1 tensors that its config.json does not call for, such as 'model.layers.2.mlp.up_proj.weight'."),
-])
+@pytest.mark.parametrize(
+    ("name", "array", "sentence"),
+    [
+        (
+            "model.layers.0.self_attn.o_proj.weight",
+            np.zeros((32, 24), np.float32),
+            "Tensor model.layers.0.self_attn.o_proj.weight of {} has the shape (32, 24); its config.json calls for (32, 32).",
+        ),
+        (
+            "model.norm.weight",
+            np.zeros(31, np.float32),
+            "Tensor model.norm.weight of {} has the shape (31,); its config.json calls for (32,).",
+        ),
+        (
+            "model.layers.1.input_layernorm.weight",
+            None,
+            "{} has no tensor 'model.layers.1.input_layernorm.weight'; its config.json does not describe its weights.",
+        ),
+        (
+            "lm_head.weight",
+            None,
+            "{} has no tensor 'lm_head.weight'; its config.json does not describe its weights.",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            np.zeros(32, np.float32),
+            "{} holds 1 tensors that its config.json does not call for, such as 'model.layers.0.self_attn.q_proj.bias'.",
+        ),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            np.zeros((64, 32), np.float32),
+            "{} holds 1 tensors that its config.json does not call for, such as 'model.layers.2.mlp.up_proj.weight'.",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(folder, name, array, sentence):
-    edit(folder, lambda tensors: tensors.pop(name) if array is None else tensors.update({name: array}))
+    edit(
+        folder,
+        lambda tensors: tensors.pop(name) if array is None else tensors.update({name: array}),
+    )
     with pytest.raises(ValueError) as error:
         load(str(folder))
     assert str(error.value) == sentence.format(folder)
@@ -170,15 +226,32 @@ def test_a_tied_model_may_bring_its_head_along(text, tmp_path):
 def test_a_cut_file_is_one_sentence(folder, file):
     data = (folder / file).read_bytes()
     (folder / file).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=rf"^The model in {folder} cannot be read \(.*\); fetch it again\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^The model in {folder} cannot be read \(.*\); fetch it again\.$"
+    ):
         load(str(folder))
 
 
-@pytest.mark.parametrize(("lost", "error", "sentence"), [
-    ("config.json", FileNotFoundError, "The folder {} has no config.json; give a complete Hugging Face folder."),
-    ("model.safetensors", FileNotFoundError, "The folder {} has no safetensors; give a complete Hugging Face folder."),
-    ("tokenizer*", ValueError, "The folder {} has no tokenizer.json; copy the model's tokenizer files there."),
-])
+@pytest.mark.parametrize(
+    ("lost", "error", "sentence"),
+    [
+        (
+            "config.json",
+            FileNotFoundError,
+            "The folder {} has no config.json; give a complete Hugging Face folder.",
+        ),
+        (
+            "model.safetensors",
+            FileNotFoundError,
+            "The folder {} has no safetensors; give a complete Hugging Face folder.",
+        ),
+        (
+            "tokenizer*",
+            ValueError,
+            "The folder {} has no tokenizer.json; copy the model's tokenizer files there.",
+        ),
+    ],
+)
 def test_what_a_folder_lacks_is_named(folder, lost, error, sentence):
     for file in folder.glob(lost):
         file.unlink()
@@ -187,12 +260,24 @@ def test_what_a_folder_lacks_is_named(folder, lost, error, sentence):
     assert str(raised.value) == sentence.format(folder)
 
 
-@pytest.mark.parametrize(("path", "sentence"), [
-    ("/nowhere", "There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf file."),
-    ("a/b.gguf", "There is no model at a/b.gguf; give a Hugging Face folder, a hub name or a .gguf file."),
-    ("someone/nothing", "The hub did not give 'someone/nothing' (LocalEntryNotFoundError) and there is no such folder; "
-                        "give a local Hugging Face folder or a .gguf file."),
-])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        (
+            "/nowhere",
+            "There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf file.",
+        ),
+        (
+            "a/b.gguf",
+            "There is no model at a/b.gguf; give a Hugging Face folder, a hub name or a .gguf file.",
+        ),
+        (
+            "someone/nothing",
+            "The hub did not give 'someone/nothing' (LocalEntryNotFoundError) and there is no such folder; "
+            "give a local Hugging Face folder or a .gguf file.",
+        ),
+    ],
+)
 def test_a_model_that_is_not_there(path, sentence):
     with pytest.raises(FileNotFoundError) as error:
         resolve(path)
@@ -207,8 +292,16 @@ def test_the_hash_is_of_the_content_and_not_of_the_place(folder, tiny, tmp_path)
     assert weights_hash(str(tmp_path / "link")) == tiny.weights
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
-                                  "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ],
+)
 def test_the_hash_changes_with_every_file_that_counts(folder, tiny, file):
     data = bytearray((folder / file).read_bytes())
     data[-3] ^= 1

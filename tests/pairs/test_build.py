@@ -10,22 +10,35 @@ from deltapref_jax.pairs.build import Rules, build
 from deltapref_jax.records import PAIR, digest, table
 
 PROMPTS = [digest("prompt", i) for i in range(40)]
-RULES = Rules("strong", "weak", {"strong": 1, "mid": 1, "weak": 2}, ("eos", "stop"), "generator", "any")
+RULES = Rules(
+    "strong", "weak", {"strong": 1, "mid": 1, "weak": 2}, ("eos", "stop"), "generator", "any"
+)
 
 
 def trace(prompt, generator, sample=0, text=None, finish="eos"):
-    return {"trace_id": digest(prompt, generator, sample), "prompt_id": prompt, "generator": generator,
-            "sample": sample, "text": f"{generator} {sample} {prompt}" if text is None else text, "finish": finish}
+    return {
+        "trace_id": digest(prompt, generator, sample),
+        "prompt_id": prompt,
+        "generator": generator,
+        "sample": sample,
+        "text": f"{generator} {sample} {prompt}" if text is None else text,
+        "finish": finish,
+    }
 
 
 def world(prompts=PROMPTS, **options):
     """Two samples of every generator for every prompt."""
-    return {g: [trace(p, g, s, **options) for p in prompts for s in (1, 0)] for g in ("weak", "mid", "strong")}
+    return {
+        g: [trace(p, g, s, **options) for p in prompts for s in (1, 0)]
+        for g in ("weak", "mid", "strong")
+    }
 
 
 def made(traces, rules=RULES, correct=None, ratings=None, prompts=PROMPTS):
     rows, counts = build(prompts, traces, correct or {}, ratings or {}, rules)
-    assert counts["prompts"] == sum(n for name, n in counts.items() if name != "prompts")  # dropped ones and the pool
+    assert counts["prompts"] == sum(
+        n for name, n in counts.items() if name != "prompts"
+    )  # dropped ones and the pool
     assert counts["pool"] == len(rows)
     table(PAIR, rows)
     return rows, counts
@@ -41,10 +54,13 @@ def test_first_samples_meet_in_the_order_of_the_prompts():
     assert [row["prompt_id"] for row in rows] == PROMPTS
     assert ids(rows, "chosen") == [digest(p, "strong", 0) for p in PROMPTS]
     assert ids(rows, "rejected") == [digest(p, "weak", 0) for p in PROMPTS]
-    assert {(r["chosen_model"], r["rejected_model"], r["chosen_rating"], r["chosen_correct"]) for r in rows} == {
-        ("strong", "weak", None, None)}
-    assert {row["pair_id"] for row in rows} == {digest(c, r) for c, r in zip(ids(rows, "chosen"), ids(rows, "rejected"),
-                                                                              strict=True)}
+    assert {
+        (r["chosen_model"], r["rejected_model"], r["chosen_rating"], r["chosen_correct"])
+        for r in rows
+    } == {("strong", "weak", None, None)}
+    assert {row["pair_id"] for row in rows} == {
+        digest(c, r) for c, r in zip(ids(rows, "chosen"), ids(rows, "rejected"), strict=True)
+    }
 
 
 def test_rungs_share_prompts_and_rejected_traces():
@@ -52,13 +68,17 @@ def test_rungs_share_prompts_and_rejected_traces():
     traces["mid"][4]["finish"] = traces["mid"][5]["finish"] = "length"  # both of prompt 2
     traces["weak"][10]["finish"] = "length"  # one of two of prompt 5: too few for the zero rung
     traces["strong"][15]["text"] = " \n"  # the first sample of prompt 7: the second takes its place
-    rungs = {c: made(traces, dataclasses.replace(RULES, chosen=c)) for c in ("weak", "mid", "strong")}
+    rungs = {
+        c: made(traces, dataclasses.replace(RULES, chosen=c)) for c in ("weak", "mid", "strong")
+    }
     kept = [p for i, p in enumerate(PROMPTS) if i not in (2, 5)]
     for rows, counts in rungs.values():
         assert [row["prompt_id"] for row in rows] == kept
         assert counts["dropped_unfinished"] == 2
     assert ids(rungs["mid"][0], "rejected") == ids(rungs["strong"][0], "rejected")
-    assert ids(rungs["strong"][0], "chosen")[kept.index(PROMPTS[7])] == digest(PROMPTS[7], "strong", 1)
+    assert ids(rungs["strong"][0], "chosen")[kept.index(PROMPTS[7])] == digest(
+        PROMPTS[7], "strong", 1
+    )
     assert ids(rungs["weak"][0], "rejected") == ids(rungs["mid"][0], "rejected")
     assert ids(rungs["weak"][0], "chosen") == [digest(p, "weak", 1) for p in kept]
 
@@ -70,12 +90,20 @@ def test_a_rung_that_repeats_the_rejected_trace_drops_its_prompt_from_all_rungs(
     for c in ("weak", "mid", "strong"):
         rows, counts = made(traces, dataclasses.replace(RULES, chosen=c))
         assert counts["dropped_identical"] == 2
-        assert [row["prompt_id"] for row in rows] == [p for i, p in enumerate(PROMPTS) if i not in (4, 6)]
+        assert [row["prompt_id"] for row in rows] == [
+            p for i, p in enumerate(PROMPTS) if i not in (4, 6)
+        ]
 
 
 def test_a_judge_directs_by_the_sum_and_drops_ties():
-    ratings = {digest(p, "weak", s): [3.0, 1.0 + (i % 3 if s else 1)] for i, p in enumerate(PROMPTS) for s in (0, 1)}
-    rows, counts = made(world(), dataclasses.replace(RULES, chosen="weak", direction="judge"), ratings=ratings)
+    ratings = {
+        digest(p, "weak", s): [3.0, 1.0 + (i % 3 if s else 1)]
+        for i, p in enumerate(PROMPTS)
+        for s in (0, 1)
+    }
+    rows, counts = made(
+        world(), dataclasses.replace(RULES, chosen="weak", direction="judge"), ratings=ratings
+    )
     assert counts["dropped_tie"] == sum(i % 3 == 1 for i in range(40))
     for row in rows:
         i = PROMPTS.index(row["prompt_id"])
@@ -84,7 +112,9 @@ def test_a_judge_directs_by_the_sum_and_drops_ties():
 
 
 def test_a_judge_may_turn_a_pair_of_two_generators_round():
-    ratings = {digest(p, g, 0): [float(1 + (g == "weak"))] for p in PROMPTS for g in ("weak", "strong")}
+    ratings = {
+        digest(p, g, 0): [float(1 + (g == "weak"))] for p in PROMPTS for g in ("weak", "strong")
+    }
     rows, _ = made(world(), dataclasses.replace(RULES, direction="judge"), ratings=ratings)
     assert {row["chosen_model"] for row in rows} == {"weak"}
 
@@ -97,36 +127,67 @@ def test_identical_answers_are_dropped_up_to_blanks_around_them():
     assert counts["dropped_identical"] == 3
 
 
-@pytest.mark.parametrize(("stratum", "kept"), [
-    ("any", {(c, r) for c in (True, False, None) for r in (True, False, None)}),
-    ("chosen_right", {(True, r) for r in (True, False, None)}),
-    ("both_right", {(True, True)}), ("both_wrong", {(False, False)}), ("right_wrong", {(True, False)}),
-])
+@pytest.mark.parametrize(
+    ("stratum", "kept"),
+    [
+        ("any", {(c, r) for c in (True, False, None) for r in (True, False, None)}),
+        ("chosen_right", {(True, r) for r in (True, False, None)}),
+        ("both_right", {(True, True)}),
+        ("both_wrong", {(False, False)}),
+        ("right_wrong", {(True, False)}),
+    ],
+)
 def test_strata(stratum, kept):
     cases = [(c, r) for c in (True, False, None) for r in (True, False, None)]
-    correct = {digest(p, g, 0): case[g == "weak"] for p, case in zip(PROMPTS, cases, strict=False)
-               for g in ("strong", "weak")}
-    rows, counts = made(world(PROMPTS[:9]), dataclasses.replace(RULES, stratum=stratum), correct, prompts=PROMPTS[:9])
+    correct = {
+        digest(p, g, 0): case[g == "weak"]
+        for p, case in zip(PROMPTS, cases, strict=False)
+        for g in ("strong", "weak")
+    }
+    rows, counts = made(
+        world(PROMPTS[:9]),
+        dataclasses.replace(RULES, stratum=stratum),
+        correct,
+        prompts=PROMPTS[:9],
+    )
     assert {(r["chosen_correct"], r["rejected_correct"]) for r in rows} == kept
     assert counts["dropped_stratum"] == 9 - len(kept)
 
 
 def test_a_finish_that_is_not_named_does_not_count():
     assert made(world(finish="length"))[1]["dropped_unfinished"] == 40
-    assert made(world(finish="length"), dataclasses.replace(RULES, finishes=("eos", "length")))[1]["pool"] == 40
+    assert (
+        made(world(finish="length"), dataclasses.replace(RULES, finishes=("eos", "length")))[1][
+            "pool"
+        ]
+        == 40
+    )
 
 
-CELL = st.tuples(st.sampled_from(["eos", "stop", "length"]), st.sampled_from(["a", "b", " a ", ""]),
-                 st.integers(1, 3), st.sampled_from([True, False, None]))
+CELL = st.tuples(
+    st.sampled_from(["eos", "stop", "length"]),
+    st.sampled_from(["a", "b", " a ", ""]),
+    st.integers(1, 3),
+    st.sampled_from([True, False, None]),
+)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
-@given(st.lists(st.tuples(CELL, CELL, CELL), max_size=8), st.sampled_from(["weak", "strong"]),
-       st.sampled_from(["generator", "judge"]), st.sampled_from(["any", "chosen_right", "right_wrong"]), st.randoms())
-def test_the_waterfall_always_adds_up_and_row_order_does_not_matter(cells, chosen, direction, stratum, random):
+@given(
+    st.lists(st.tuples(CELL, CELL, CELL), max_size=8),
+    st.sampled_from(["weak", "strong"]),
+    st.sampled_from(["generator", "judge"]),
+    st.sampled_from(["any", "chosen_right", "right_wrong"]),
+    st.randoms(),
+)
+def test_the_waterfall_always_adds_up_and_row_order_does_not_matter(
+    cells, chosen, direction, stratum, random
+):
     traces, correct, ratings = {"weak": [], "strong": []}, {}, {}
     for p, row in zip(PROMPTS, cells, strict=False):
-        for (g, s), (finish, words, score, right) in zip((("weak", 0), ("weak", 1), ("strong", 0)), row, strict=True):
+        for (g, s), (finish, words, score, right) in zip(
+            (("weak", 0), ("weak", 1), ("strong", 0)), row, strict=True
+        ):
             traces[g].append(trace(p, g, s, words, finish))
             correct[digest(p, g, s)], ratings[digest(p, g, s)] = right, [float(score)]
     rules = Rules(chosen, "weak", {"weak": 2, "strong": 1}, ("eos", "stop"), direction, stratum)

@@ -12,9 +12,16 @@ from deltapref_jax.records import digest
 
 def pairs(deltas, base=(3.0, 3.0)):
     """Pairs with chosen - rejected ratings `deltas`, a row of [n, dimensions]."""
-    return [{"pair_id": digest("pair", i), "chosen_id": f"c{i}", "rejected_id": f"r{i}",
-             "chosen_rating": [b + d for b, d in zip(base, row, strict=True)], "rejected_rating": list(base)}
-            for i, row in enumerate(deltas)]
+    return [
+        {
+            "pair_id": digest("pair", i),
+            "chosen_id": f"c{i}",
+            "rejected_id": f"r{i}",
+            "chosen_rating": [b + d for b, d in zip(base, row, strict=True)],
+            "rejected_rating": list(base),
+        }
+        for i, row in enumerate(deltas)
+    ]
 
 
 def lengths(n, seed=0):
@@ -86,21 +93,31 @@ def test_all_keeps_all_and_needs_no_ratings():
 def test_a_fraction_that_keeps_none_or_more_than_there_are_is_refused(keep, fraction, kept):
     with pytest.raises(ConfigError) as error:
         select(POOL, keep, fraction, 0, None, TOKENS)
-    assert str(error.value) == (f"A fraction of {fraction:g} keeps {kept} of 40 pairs; it must keep at least one and "
-                                "no more than there are.")
+    assert str(error.value) == (
+        f"A fraction of {fraction:g} keeps {kept} of 40 pairs; it must keep at least one and "
+        "no more than there are."
+    )
 
 
 @pytest.mark.parametrize("keep", ["top", "matched"])
 def test_pairs_without_ratings_are_refused(keep):
-    with pytest.raises(ConfigError, match=r"^A pair has no ratings to select by; name a judge that rated both of its "
-                                          r"generators\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^A pair has no ratings to select by; name a judge that rated both of its "
+        r"generators\.$",
+    ):
         select([*POOL[:5], POOL[6] | {"rejected_rating": None}], keep, 0.5, 0, None, TOKENS)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=1, max_size=20),
-       st.sampled_from(["all", "top", "random", "matched"]), st.floats(0.05, 1.0), st.integers(0, 5),
-       st.sampled_from([0, 1, None]), st.randoms())
+@given(
+    st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=1, max_size=20),
+    st.sampled_from(["all", "top", "random", "matched"]),
+    st.floats(0.05, 1.0),
+    st.integers(0, 5),
+    st.sampled_from([0, 1, None]),
+    st.randoms(),
+)
 def test_rows_in_any_order_give_the_same_pairs(deltas, keep, fraction, seed, dimension, random):
     rows, tokens = pairs(deltas), lengths(len(deltas), 1)
     k = len(rows) if keep == "all" else round(fraction * len(rows))

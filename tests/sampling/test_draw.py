@@ -11,8 +11,13 @@ DRAW, INVERT, NUCLEUS = jax.jit(draw, static_argnums=5), jax.jit(invert), jax.ji
 def run(logits, uniform, temperature=1.0, top_p=1.0, top_k=0, filtered=True):
     rows = len(uniform)
     logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (rows, np.shape(logits)[-1]))
-    full = [jnp.full(rows, x, t) for x, t in ((temperature, jnp.float32), (top_p, jnp.float32), (top_k, jnp.int32))]
-    return jax.tree.map(np.asarray, DRAW(logits, jnp.asarray(uniform, jnp.float32), *full, filtered))
+    full = [
+        jnp.full(rows, x, t)
+        for x, t in ((temperature, jnp.float32), (top_p, jnp.float32), (top_k, jnp.int32))
+    ]
+    return jax.tree.map(
+        np.asarray, DRAW(logits, jnp.asarray(uniform, jnp.float32), *full, filtered)
+    )
 
 
 def sorted_reference(logits, top_p, top_k):
@@ -22,11 +27,17 @@ def sorted_reference(logits, top_p, top_k):
     if top_k:
         order = order[:top_k]
     mass = np.cumsum(probabilities[order]) / probabilities[order].sum()
-    return {int(i) for i in order[: 1 + np.sum(mass < top_p)]} if top_p < 1 else {int(i) for i in order}
+    return (
+        {int(i) for i in order[: 1 + np.sum(mass < top_p)]}
+        if top_p < 1
+        else {int(i) for i in order}
+    )
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.5, 0), (1.0, 7), (0.8, 20), (0.01, 0), (0.999, 300)])
+@pytest.mark.parametrize(
+    ("top_p", "top_k"), [(0.9, 0), (0.5, 0), (1.0, 7), (0.8, 20), (0.01, 0), (0.999, 300)]
+)
 def test_nucleus_is_that_of_a_sort(scale, top_p, top_k):
     logits = (scale * np.random.default_rng(1).normal(size=(40, 301))).astype(np.float32)
     gap = logits.max(-1, keepdims=True) - logits
@@ -37,7 +48,13 @@ def test_nucleus_is_that_of_a_sort(scale, top_p, top_k):
 
 def test_ties_at_the_border_are_all_kept():
     gap = jnp.asarray([[0.0, 1.0, 1.0, 1.0, 2.0]])
-    assert NUCLEUS(gap, jnp.exp(-gap), jnp.ones(1), jnp.full(1, 2))[0].tolist() == [True, True, True, True, False]
+    assert NUCLEUS(gap, jnp.exp(-gap), jnp.ones(1), jnp.full(1, 2))[0].tolist() == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_rows_have_settings_of_their_own():
@@ -49,13 +66,17 @@ def test_rows_have_settings_of_their_own():
 @pytest.mark.parametrize("vocab", [2, 5, 1000])
 def test_invert_is_the_inverse_of_the_cumulative_distribution(vocab):
     rng = np.random.default_rng(vocab)
-    weights = rng.integers(0, 4, (200, vocab)).astype(np.float32)  # integers: float32 sums are exact
+    weights = rng.integers(0, 4, (200, vocab)).astype(
+        np.float32
+    )  # integers: float32 sums are exact
     weights[:, rng.integers(vocab)] += 1
     uniform = (rng.integers(0, 1 << 23, 200) / (1 << 23)).astype(np.float32)
     cumulative = np.cumsum(weights.astype(np.float64), axis=-1)
     target = (uniform * cumulative[:, -1].astype(np.float32))[:, None]
-    assert np.asarray(INVERT(jnp.asarray(weights), jnp.asarray(uniform))).tolist() == np.argmax(
-        cumulative > target, axis=-1).tolist()
+    assert (
+        np.asarray(INVERT(jnp.asarray(weights), jnp.asarray(uniform))).tolist()
+        == np.argmax(cumulative > target, axis=-1).tolist()
+    )
 
 
 def test_a_token_of_weight_zero_is_never_drawn():
@@ -64,18 +85,28 @@ def test_a_token_of_weight_zero_is_never_drawn():
         assert INVERT(weights, jnp.asarray([uniform])).tolist() == [40]
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.9, 9)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.9, 9)]
+)
 def test_frequencies_match_probabilities(temperature, top_p, top_k):
     logits = np.random.default_rng(0).normal(size=24)
     keys = request_keys(3, "ab" * 8, ["cd" * 8] * 20_000, range(20_000))
-    tokens, _ = run(logits, np.asarray(uniforms(keys, jnp.zeros(len(keys), jnp.int32))), temperature, top_p, top_k)
+    tokens, _ = run(
+        logits,
+        np.asarray(uniforms(keys, jnp.zeros(len(keys), jnp.int32))),
+        temperature,
+        top_p,
+        top_k,
+    )
     kept = sorted(sorted_reference(logits / temperature, top_p, top_k))
     wanted = np.exp(logits[kept] / temperature)
     wanted *= len(keys) / wanted.sum()
     counts = np.bincount(tokens, minlength=24)
     assert counts.sum() == counts[kept].sum()
     statistic, freedom = np.sum((counts[kept] - wanted) ** 2 / wanted), len(kept) - 1
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # mean + 4 standard deviations of chi-square; seed fixed
+    assert (
+        statistic < freedom + 4 * (2 * freedom) ** 0.5
+    )  # mean + 4 standard deviations of chi-square; seed fixed
 
 
 def test_log_probability_is_unfiltered_at_temperature_one():
@@ -88,18 +119,27 @@ def test_log_probability_is_unfiltered_at_temperature_one():
 def test_temperature_zero_takes_the_first_largest():
     tokens, logprobs = run([0.0, 2.0, 2.0, 1.0], [0.99], temperature=0.0, filtered=False)
     assert tokens.tolist() == [1]
-    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(jnp.asarray([0.0, 2.0, 2.0, 1.0]))[1], atol=1e-6)
+    np.testing.assert_allclose(
+        logprobs, jax.nn.log_softmax(jnp.asarray([0.0, 2.0, 2.0, 1.0]))[1], atol=1e-6
+    )
 
 
 def test_filters_that_are_off_change_nothing():
     logits = np.random.default_rng(2).normal(size=77)
     uniform = np.random.default_rng(3).random(300)
-    assert run(logits, uniform, filtered=True)[0].tolist() == run(logits, uniform, filtered=False)[0].tolist()
+    assert (
+        run(logits, uniform, filtered=True)[0].tolist()
+        == run(logits, uniform, filtered=False)[0].tolist()
+    )
 
 
 def test_keys_depend_on_everything_named_and_on_nothing_else():
     def key(seed=0, generator="aa" * 8, prompt="bb" * 8, sample=0, before=0):
-        return tuple(request_keys(seed, generator, ["cc" * 8] * before + [prompt], [0] * before + [sample])[-1])
+        return tuple(
+            request_keys(seed, generator, ["cc" * 8] * before + [prompt], [0] * before + [sample])[
+                -1
+            ]
+        )
 
     assert key(before=5) == key()
     others = [key(seed=1), key(generator="ab" * 8), key(prompt="bc" * 8), key(sample=1)]

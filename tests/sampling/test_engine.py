@@ -36,16 +36,31 @@ def model(peaky: float = 1.0, seed: int = 0) -> Loaded:
     """A random decoder; `peaky` scales its logits."""
     graphdef, state = abstract(SPEC)
     rng = np.random.default_rng(seed)
-    scale = {1: 0.0, 2: 0.2 * peaky}  # norms are 1; embedding; the rest is large enough to say something
-    state = jax.tree.map(lambda x: jnp.asarray(
-        (x.ndim < 2 or x.shape == (2, 32)) + scale.get(x.ndim, 0.2) * rng.normal(size=x.shape), jnp.float32), state)
+    scale = {
+        1: 0.0,
+        2: 0.2 * peaky,
+    }  # norms are 1; embedding; the rest is large enough to say something
+    state = jax.tree.map(
+        lambda x: jnp.asarray(
+            (x.ndim < 2 or x.shape == (2, 32)) + scale.get(x.ndim, 0.2) * rng.normal(size=x.shape),
+            jnp.float32,
+        ),
+        state,
+    )
     return Loaded(graphdef, state, SPEC, Letters(), "cd" * 8)
 
 
 def requests(count: int = 14, **options) -> list[Request]:
     rng = np.random.default_rng(5)
-    return [Request(digest(i), rng.integers(0, 40, rng.integers(1, 21)).tolist(), samples=1 + i % 3, **options)
-            for i in range(count)]
+    return [
+        Request(
+            digest(i),
+            rng.integers(0, 40, rng.integers(1, 21)).tolist(),
+            samples=1 + i % 3,
+            **options,
+        )
+        for i in range(count)
+    ]
 
 
 def sampling(**options) -> Sampling:
@@ -68,7 +83,9 @@ def full_forward(loaded: Loaded, prompt, completion) -> np.ndarray:
     """Log-probabilities [completion, V] by one uncached forward pass, padded so that it compiles once."""
     tokens = np.full((1, 48), -1)
     tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
-    return np.asarray(_log_probs(loaded.graphdef, loaded.state, tokens))[0, len(prompt) - 1 :][: len(completion)]
+    return np.asarray(_log_probs(loaded.graphdef, loaded.state, tokens))[0, len(prompt) - 1 :][
+        : len(completion)
+    ]
 
 
 def traces(results):
@@ -84,7 +101,9 @@ def test_greedy_decoding_takes_the_argmax_of_the_full_forward_pass():
     loaded = model()
     asked = [dataclasses.replace(request, samples=1) for request in requests(5, temperature=0.0)]
     for request, (trace,) in zip(asked, engine(loaded).generate(asked), strict=True):
-        assert trace.tokens == full_forward(loaded, request.tokens, trace.tokens).argmax(-1).tolist()
+        assert (
+            trace.tokens == full_forward(loaded, request.tokens, trace.tokens).argmax(-1).tolist()
+        )
 
 
 def test_log_probability_equals_that_of_the_full_forward_pass(plain):
@@ -92,7 +111,9 @@ def test_log_probability_equals_that_of_the_full_forward_pass(plain):
     for request, row in zip(requests(), plain, strict=True):
         for trace in row:
             table = full_forward(loaded, request.tokens, trace.tokens)
-            assert trace.logprob == pytest.approx(table[np.arange(len(trace.tokens)), trace.tokens].sum(), abs=1e-4)
+            assert trace.logprob == pytest.approx(
+                table[np.arange(len(trace.tokens)), trace.tokens].sum(), abs=1e-4
+            )
 
 
 def test_finish_reasons_and_lengths(plain):
@@ -114,7 +135,9 @@ def test_order_slots_chunk_and_shard_do_not_matter(peaky):
     shuffled = engine(loaded).generate([asked[i] for i in order])
     assert traces(shuffled[i] for i in np.argsort(order)) == traces(results)
     other = engine(loaded, slots=3, chunk=7)
-    assert traces(row for i in range(0, len(asked), 5) for row in other.generate(asked[i : i + 5])) == traces(results)
+    assert traces(
+        row for i in range(0, len(asked), 5) for row in other.generate(asked[i : i + 5])
+    ) == traces(results)
 
 
 def test_the_same_call_gives_the_same_bits(plain):
@@ -141,7 +164,11 @@ def test_stop_strings_cut_text_tokens_and_log_probability():
                 continue
             hits += 1
             kept = a.text.index(stop) + len(stop)  # a character is a token
-            assert (b.text, b.tokens, b.finish) == (a.text[: kept - len(stop)], a.tokens[:kept], "stop")
+            assert (b.text, b.tokens, b.finish) == (
+                a.text[: kept - len(stop)],
+                a.tokens[:kept],
+                "stop",
+            )
             table = full_forward(loaded, request.tokens, b.tokens)
             assert b.logprob == pytest.approx(table[np.arange(kept), b.tokens].sum(), abs=1e-4)
     assert hits
@@ -155,12 +182,17 @@ def test_the_cache_grows_with_what_is_reached():
     wanted = short.generate(requests(6))
     assert short.cache.v[0].shape[2] == 44  # max_prompt + max_tokens
     for _ in range(2):
-        assert [c.tokens[:24] for row in long.generate(requests(6)) for c in row] == [t for t, _, _ in traces(wanted)]
+        assert [c.tokens[:24] for row in long.generate(requests(6)) for c in row] == [
+            t for t, _, _ in traces(wanted)
+        ]
         assert long.cache.v[0].shape[2] == 320  # doubled from 256, up to max_prompt + max_tokens
 
 
 def test_filters_per_request():
-    asked = [Request(r.prompt_id, r.tokens, 2, top_k=1) if i % 2 else r for i, r in enumerate(requests(6))]
+    asked = [
+        Request(r.prompt_id, r.tokens, 2, top_k=1) if i % 2 else r
+        for i, r in enumerate(requests(6))
+    ]
     results = engine().generate(asked)
     greedy = engine().generate([Request(r.prompt_id, r.tokens, 2, temperature=0.0) for r in asked])
     free = engine().generate(requests(6))
@@ -186,13 +218,17 @@ def test_counts(plain):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="Prompt abc0 has 21 tokens; config.sampling.max_prompt allows 1 to 20"):
+    with pytest.raises(
+        ValueError, match="Prompt abc0 has 21 tokens; config.sampling.max_prompt allows 1 to 20"
+    ):
         engine().generate([Request("abc0", [1] * 21)])
     with pytest.raises(ValueError, match="Prompt abc1 has 0 tokens"):
         engine().generate([Request("abc1", [])])
     with pytest.raises(ValueError, match="config.sampling.stop holds an empty string"):
         engine(stop=("x", ""))
-    with pytest.raises(ValueError, match="max_prompt [+] max_tokens is 5020 and the model has 2048 positions"):
+    with pytest.raises(
+        ValueError, match="max_prompt [+] max_tokens is 5020 and the model has 2048 positions"
+    ):
         engine(max_tokens=5000)
     broken = model()
     broken.state["embed"][...] = broken.state["embed"][...] * jnp.nan
@@ -220,9 +256,17 @@ except ValueError as e:
 
 
 def test_eight_devices_equal_one():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", EIGHT, __file__], capture_output=True, text=True,
-                          env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                               "JAX_PLATFORMS": "cpu"}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", EIGHT, __file__],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        },
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "slots is 12; it must be a multiple of the 8 devices" in done.stdout
 

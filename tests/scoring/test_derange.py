@@ -8,7 +8,8 @@ from deltapref_jax.config import ConfigError
 from deltapref_jax.scoring.derange import derange
 
 PROMPTS = st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40).filter(
-    lambda ids: 2 * max(map(ids.count, ids)) <= len(ids))
+    lambda ids: 2 * max(map(ids.count, ids)) <= len(ids)
+)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -28,5 +29,7 @@ def test_the_seed_deranges_otherwise():
 def test_no_derangement_is_one_sentence():
     with pytest.raises(ConfigError) as error:
         derange(["a", "a", "b"], 0)
-    assert str(error.value) == ("2 of 3 traces belong to one prompt, so KTO's baseline cannot pair every trace with "
-                                "another prompt; use more prompts.")
+    assert str(error.value) == (
+        "2 of 3 traces belong to one prompt, so KTO's baseline cannot pair every trace with "
+        "another prompt; use more prompts."
+    )

@@ -16,8 +16,10 @@ from deltapref_jax.scoring.packing import Sample, capacity, layout, pack, pack_s
 
 def sequences(vocab, count=11, seed=0):
     r = np.random.default_rng(seed)
-    return [sample(r.integers(0, vocab, r.integers(1, 9)), r.integers(0, vocab, r.integers(1, 20)), i)
-            for i in range(count)]
+    return [
+        sample(r.integers(0, vocab, r.integers(1, 9)), r.integers(0, vocab, r.integers(1, 20)), i)
+        for i in range(count)
+    ]
 
 
 def naive(model, params, rows):
@@ -27,9 +29,13 @@ def naive(model, params, rows):
     for i, s in enumerate(rows):
         tokens[i, : len(s.tokens)], targets[i, : len(s.tokens)] = s.tokens, s.targets
     segments = jnp.asarray(np.arange(32) < [[len(s.tokens)] for s in rows]).astype(int)
-    hidden = decoder.hidden(jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(32), tokens.shape), segments)
+    hidden = decoder.hidden(
+        jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(32), tokens.shape), segments
+    )
     found = jax.nn.log_softmax(hidden @ decoder.unembedding().T)[:, :-1]
-    return (jnp.take_along_axis(found, tokens[:, 1:, None], axis=2)[..., 0] * targets[:, 1:]).sum(axis=1)
+    return (jnp.take_along_axis(found, tokens[:, 1:, None], axis=2)[..., 0] * targets[:, 1:]).sum(
+        axis=1
+    )
 
 
 def tiles(monkeypatch, tokens, entries):
@@ -47,18 +53,29 @@ def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, tokens, s
     def packed(params):
         total = 0.0
         for m in micros:
-            sums, _ = logprobs.sequence_logprobs(nnx.merge(tiny.graphdef, params), m.batch, capacity(4, 40))
+            sums, _ = logprobs.sequence_logprobs(
+                nnx.merge(tiny.graphdef, params), m.batch, capacity(4, 40)
+            )
             total += (sums[: len(m.order)] * weight[m.order]).sum()
         return total
 
     ours, our_gradient = jax.jit(jax.value_and_grad(packed))(tiny.state)
-    plain, gradient = jax.jit(jax.value_and_grad(lambda params: naive(tiny, params, rows) @ weight))(tiny.state)
+    plain, gradient = jax.jit(
+        jax.value_and_grad(lambda params: naive(tiny, params, rows) @ weight)
+    )(tiny.state)
     np.testing.assert_allclose(ours, plain, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())),
-                 our_gradient, gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())
+        ),
+        our_gradient,
+        gradient,
+    )
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)]
+)
 def test_eight_devices_equal_one(tiny, one_device, shape):
     rows = sequences(tiny.spec.vocab, 30)
     (micro,) = pack([[[s]] for s in rows], 16, 64)
@@ -74,7 +91,9 @@ def test_eight_devices_equal_one(tiny, one_device, shape):
 def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape, monkeypatch):
     r, mesh = np.random.default_rng(0), make_mesh(MeshShape(*shape))
     tiles(monkeypatch, 5, 4)  # several on every device
-    hidden, matrix = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((4, 24, 8), (48, 8)))
+    hidden, matrix = (
+        jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((4, 24, 8), (48, 8))
+    )
     labels, mask = jnp.asarray(r.integers(0, 48, (4, 24))), jnp.asarray(r.random((4, 24)) < 0.6)
     g = jnp.asarray(r.normal(size=(4, 24)), jnp.float32)
 
@@ -85,9 +104,14 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
     def run(f, h, w):
         return jax.jit(lambda h, w: (f(h, w), jax.vjp(f, h, w)[1](g)))(h, w)
 
-    got = run(lambda h, w: projection.token_logprobs(h, w, labels, mask, mesh), put(hidden, mesh, BATCH),
-              put(matrix, mesh, PartitionSpec("tensor", "fsdp")))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix))
+    got = run(
+        lambda h, w: projection.token_logprobs(h, w, labels, mask, mesh),
+        put(hidden, mesh, BATCH),
+        put(matrix, mesh, PartitionSpec("tensor", "fsdp")),
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix)
+    )
 
 
 def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
@@ -95,9 +119,15 @@ def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
     tiles(monkeypatch, 2048, 1024)
 
     def extra(rows):
-        shapes = (jax.ShapeDtypeStruct((rows, 1024, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32),
-                  jax.ShapeDtypeStruct((rows, 1024), jnp.int32), jax.ShapeDtypeStruct((rows, 1024), bool))
-        gradient = jax.grad(lambda h, w, y, m: projection.token_logprobs(h, w, y, m).sum(), argnums=(0, 1))
+        shapes = (
+            jax.ShapeDtypeStruct((rows, 1024, 8), jnp.float32),
+            jax.ShapeDtypeStruct((4096, 8), jnp.float32),
+            jax.ShapeDtypeStruct((rows, 1024), jnp.int32),
+            jax.ShapeDtypeStruct((rows, 1024), bool),
+        )
+        gradient = jax.grad(
+            lambda h, w, y, m: projection.token_logprobs(h, w, y, m).sum(), argnums=(0, 1)
+        )
         return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     tile, hidden = 4 * 2048 * 1024, 4 * 1024 * 8
@@ -138,18 +168,36 @@ def test_a_sequence_longer_than_a_row_is_named():
 def test_branches_see_the_trunk_and_not_each_other(tiny):
     """A trunk with three branches in one sequence = three sequences, each trunk + its branch."""
     r = np.random.default_rng(3)
-    trunk, tails = r.integers(0, tiny.spec.vocab, 9), [r.integers(0, tiny.spec.vocab, n) for n in (4, 2, 6)]
+    trunk, tails = (
+        r.integers(0, tiny.spec.vocab, 9),
+        [r.integers(0, tiny.spec.vocab, n) for n in (4, 2, 6)],
+    )
     run = jax.jit(lambda state, *batch: nnx.merge(tiny.graphdef, state).hidden(*batch))
-    branched = Sample(np.concatenate([trunk, *tails]).astype(np.int32), np.zeros(21, bool),
-                      np.concatenate([np.arange(9), *(9 + np.arange(len(t)) for t in tails)]).astype(np.int32),
-                      np.repeat([0, 1, 2, 3], [9, 4, 2, 6]).astype(np.int32))
+    branched = Sample(
+        np.concatenate([trunk, *tails]).astype(np.int32),
+        np.zeros(21, bool),
+        np.concatenate([np.arange(9), *(9 + np.arange(len(t)) for t in tails)]).astype(np.int32),
+        np.repeat([0, 1, 2, 3], [9, 4, 2, 6]).astype(np.int32),
+    )
     (micro,) = pack([[[branched]], [[sample([1, 2], [3])]]], 1, 32)
-    hidden = run(tiny.state, *(jnp.asarray(x) for x in (
-        micro.batch.tokens, micro.batch.positions, micro.batch.segments, micro.batch.branches)))[0]
+    hidden = run(
+        tiny.state,
+        *(
+            jnp.asarray(x)
+            for x in (
+                micro.batch.tokens,
+                micro.batch.positions,
+                micro.batch.segments,
+                micro.batch.branches,
+            )
+        ),
+    )[0]
     start = 9
     for tail in tails:
         alone = np.concatenate([trunk, tail])[None]
-        want = run(tiny.state, jnp.asarray(alone), jnp.arange(alone.shape[1])[None], jnp.ones_like(alone))[0, 9:]
+        want = run(
+            tiny.state, jnp.asarray(alone), jnp.arange(alone.shape[1])[None], jnp.ones_like(alone)
+        )[0, 9:]
         np.testing.assert_allclose(hidden[start : start + len(tail)], want, atol=2e-5)
         start += len(tail)
 
@@ -157,9 +205,11 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
 def together(vocab, seed=0):
     """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, in random order."""
     r = np.random.default_rng(seed)
-    found = [(prompt, r.integers(0, vocab, r.integers(1, 14)).tolist())
-             for prompt in (r.integers(0, vocab, n).tolist() for n in (1, 2, 3, 12, 9, 5, 7))
-             for _ in range(r.integers(1, 6))]
+    found = [
+        (prompt, r.integers(0, vocab, r.integers(1, 14)).tolist())
+        for prompt in (r.integers(0, vocab, n).tolist() for n in (1, 2, 3, 12, 9, 5, 7))
+        for _ in range(r.integers(1, 6))
+    ]
     return [found[i] for i in r.permutation(len(found))]
 
 
@@ -187,8 +237,13 @@ def test_prompts_read_once_give_the_sums_and_gradients_of_each_sequence_alone(ti
     assert whole == sum(len(prompt) + len(completion) for prompt, completion in sequences)
     assert read < 0.85 * whole
     np.testing.assert_allclose(got, want, rtol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())),
-                 got_gradient, gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())
+        ),
+        got_gradient,
+        gradient,
+    )
 
 
 def test_a_prompt_is_read_as_often_as_rows_are_filled_behind_it():
@@ -214,10 +269,16 @@ def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 32), (2, 32)])
-def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(tiny, one_device, rows, length):
+def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(
+    tiny, one_device, rows, length
+):
     """One-token answers to one question: a row of 32 tokens would hold 15, and has places for 4 sequences."""
     sequences = [([7, 8, 9], [answer]) for answer in range(30)]
     micros = pack_sequences(sequences, rows, length, True)
     assert max(len(m.order) for m in micros) <= capacity(rows, length)
-    got = logprobs.score_sequences(tiny.spec, tiny.state, sequences, rows, length, one_device, "float32").sums
-    np.testing.assert_allclose(got, naive(tiny, tiny.state, [sample(*pieces) for pieces in sequences]), rtol=2e-5)
+    got = logprobs.score_sequences(
+        tiny.spec, tiny.state, sequences, rows, length, one_device, "float32"
+    ).sums
+    np.testing.assert_allclose(
+        got, naive(tiny, tiny.state, [sample(*pieces) for pieces in sequences]), rtol=2e-5
+    )

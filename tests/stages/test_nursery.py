@@ -22,18 +22,47 @@ from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.validation import validate_nursery
 from deltapref_jax.workspace import Workspace
 
-OAK = Pupil(name="oak", tasks=("chain", "shop"), difficulties=(1,), layers=2, width=32, heads=4, kv_heads=2, mlp=48,
-            error_rate=0.2, steps=4, rows=4, row_length=128, learning_rate=1e-2)
-JUDGE = Pupil(name="judge", base="oak", lesson="judge", tasks=("chain",), difficulties=(1,), layers=3, steps=2, rows=2,
-              row_length=768, seed=2)
+OAK = Pupil(
+    name="oak",
+    tasks=("chain", "shop"),
+    difficulties=(1,),
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    mlp=48,
+    error_rate=0.2,
+    steps=4,
+    rows=4,
+    row_length=128,
+    learning_rate=1e-2,
+)
+JUDGE = Pupil(
+    name="judge",
+    base="oak",
+    lesson="judge",
+    tasks=("chain",),
+    difficulties=(1,),
+    layers=3,
+    steps=2,
+    rows=2,
+    row_length=768,
+    seed=2,
+)
 
 
 def small(root):
-    return validate_nursery(Nursery(
-        workspace=str(root / "workspace"), output=str(root / "out"), vocab=500, pupils=(OAK, JUDGE),
-        release=("oak", "judge"),
-        suites=(Suite(name="chain", prompts=Prompts(tasks=("chain",), count=3, difficulty=1)),),
-        sampling=Sampling(max_prompt=128, max_tokens=8, slots=8, chunk=4)))
+    return validate_nursery(
+        Nursery(
+            workspace=str(root / "workspace"),
+            output=str(root / "out"),
+            vocab=500,
+            pupils=(OAK, JUDGE),
+            release=("oak", "judge"),
+            suites=(Suite(name="chain", prompts=Prompts(tasks=("chain",), count=3, difficulty=1)),),
+            sampling=Sampling(max_prompt=128, max_tokens=8, slots=8, chunk=4),
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +86,9 @@ def test_pupils_are_folders_that_load(raised):
     assert json.loads((raised / "out" / "judge" / "pupil.json").read_text())["base"] == "oak"
     measured = json.loads((raised / "out" / "measured.json").read_text())
     assert {name: set(found) for name, found in measured.items()} == {
-        "oak": {"pupil", "in"}, "judge": {"pupil", *DIMENSIONS}}
+        "oak": {"pupil", "in"},
+        "judge": {"pupil", *DIMENSIONS},
+    }
 
 
 def test_they_learnt(raised):
@@ -77,7 +108,9 @@ def test_what_stands_is_left_alone(raised):
     assert [label for label in wanted if wanted[label].key != again[label].key] == ["pupil/judge"]
     changed = dataclasses.replace(small(raised), pupils=(dataclasses.replace(OAK, seed=1), JUDGE))
     assert [label for label, n in nursery.plan(changed).items() if n.key != wanted[label].key] == [
-        "pupil/oak", "pupil/judge"]
+        "pupil/oak",
+        "pupil/judge",
+    ]
 
 
 @pytest.mark.parametrize("pupil", [OAK, JUDGE], ids=["solve", "judge"])
@@ -85,7 +118,7 @@ def test_a_lesson_is_a_pure_function_of_pupil_and_step(raised, pupil):
     text = load(str(raised / "out" / "oak")).text
 
     def arrays(step, pupil=pupil):
-        (batch, examples), = nursery.lesson(pupil, text, step).micros
+        ((batch, examples),) = nursery.lesson(pupil, text, step).micros
         return [np.asarray(x) for x in (*batch, *examples) if x is not None]
 
     first = arrays(3)
@@ -110,7 +143,9 @@ def test_a_solving_lesson_is_questions_with_solutions(raised):
         rng = random.Random(i)
         s = nursery.solving(dataclasses.replace(OAK, error_rate=0.0), text, rng)
         p = nursery.draw(OAK, random.Random(i))
-        assert text.tokenizer.decode(s.tokens[~s.targets]) == text.render([{"role": "user", "content": p.question}])
+        assert text.tokenizer.decode(s.tokens[~s.targets]) == text.render(
+            [{"role": "user", "content": p.question}]
+        )
         worked = text.tokenizer.decode(s.tokens[s.targets])
         assert worked.endswith(f"Answer: {p.answer}<|im_end|>")
 
@@ -119,7 +154,9 @@ def test_a_judging_lesson_has_the_exact_rating_on_average(raised, monkeypatch):
     text = load(str(raised / "out" / "judge")).text
     labels = label_ids(text)
     rated = []
-    monkeypatch.setattr(nursery, "rate", lambda p, worked: rated.append(rate(p, worked)) or rated[-1])
+    monkeypatch.setattr(
+        nursery, "rate", lambda p, worked: rated.append(rate(p, worked)) or rated[-1]
+    )
     read = []
     for i in range(150):
         s = nursery.rating(JUDGE, text, random.Random(i))
@@ -129,7 +166,9 @@ def test_a_judging_lesson_has_the_exact_rating_on_average(raised, monkeypatch):
     got = np.array(read)
     assert (np.abs(got - exact) < 1).all()
     assert abs((got - exact).mean()) < 4 * 0.5 / got.size**0.5
-    assert text.tokenizer.decode(s.tokens[s.branches == 2]).startswith(RUBRIC.question(DIMENSIONS[1]))
+    assert text.tokenizer.decode(s.tokens[s.branches == 2]).startswith(
+        RUBRIC.question(DIMENSIONS[1])
+    )
 
 
 def test_a_grown_decoder_is_the_same_function(raised):
@@ -137,32 +176,58 @@ def test_a_grown_decoder_is_the_same_function(raised):
     spec, state = nursery.grow(oak.spec, oak.state, 5, 0)
     tokens = jnp.arange(24).reshape(2, 12) * 7
     where = jnp.tile(jnp.arange(12), (2, 1)), jnp.ones((2, 12), int)
-    run = jax.jit(lambda graphdef, state: nnx.merge(graphdef, state).hidden(tokens, *where), static_argnums=0)
-    np.testing.assert_allclose(run(abstract(spec)[0], state), run(oak.graphdef, oak.state), atol=1e-6)
+    run = jax.jit(
+        lambda graphdef, state: nnx.merge(graphdef, state).hidden(tokens, *where), static_argnums=0
+    )
+    np.testing.assert_allclose(
+        run(abstract(spec)[0], state), run(oak.graphdef, oak.state), atol=1e-6
+    )
     blocks = nnx.to_pure_dict(state)["blocks"]
     assert not blocks["o"][2:].any()
-    assert all(blocks[name][2:].any() for name in ("q", "k", "v", "gate", "up"))  # what is new can learn
+    assert all(
+        blocks[name][2:].any() for name in ("q", "k", "v", "gate", "up")
+    )  # what is new can learn
 
 
 def test_no_sample_in_a_row_is_one_sentence(raised):
     text = load(str(raised / "out" / "oak")).text
     with pytest.raises(ConfigError) as error:
         nursery.lesson(dataclasses.replace(OAK, row_length=16), text, 0)
-    assert str(error.value) == "No sample of pupil 'oak' fits its row_length of 16 tokens; raise it."
+    assert (
+        str(error.value) == "No sample of pupil 'oak' fits its row_length of 16 tokens; raise it."
+    )
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"base": "elm"}, "base of pupil 'oak' (a pupil listed before it) is 'elm'; choose one of ."),
-    ({"lesson": "sing"}, "lesson of pupil 'oak' is 'sing'; choose one of 'solve', 'judge'."),
-    ({"tasks": ()}, "tasks or difficulties of pupil 'oak' is empty; name at least one of each."),
-    ({"error_rate": 1.5}, "error_rate of pupil 'oak' is 1.5; it must be at least 0 and at most 1."),
-    ({"steps": 0}, "steps of pupil 'oak' is 0; it must be at least 1."),
-    ({"kv_heads": 3}, "heads of pupil 'oak' is 4, kv_heads 3 and width 32; heads must be a multiple of kv_heads and "
-                      "divide width into even parts."),
-    ({"width": 36}, "heads of pupil 'oak' is 4, kv_heads 2 and width 36; heads must be a multiple of kv_heads and "
-                    "divide width into even parts."),
-    ({"name": ""}, "A pupil has no name; give every pupil one."),
-])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"base": "elm"},
+            "base of pupil 'oak' (a pupil listed before it) is 'elm'; choose one of .",
+        ),
+        ({"lesson": "sing"}, "lesson of pupil 'oak' is 'sing'; choose one of 'solve', 'judge'."),
+        (
+            {"tasks": ()},
+            "tasks or difficulties of pupil 'oak' is empty; name at least one of each.",
+        ),
+        (
+            {"error_rate": 1.5},
+            "error_rate of pupil 'oak' is 1.5; it must be at least 0 and at most 1.",
+        ),
+        ({"steps": 0}, "steps of pupil 'oak' is 0; it must be at least 1."),
+        (
+            {"kv_heads": 3},
+            "heads of pupil 'oak' is 4, kv_heads 3 and width 32; heads must be a multiple of kv_heads and "
+            "divide width into even parts.",
+        ),
+        (
+            {"width": 36},
+            "heads of pupil 'oak' is 4, kv_heads 2 and width 36; heads must be a multiple of kv_heads and "
+            "divide width into even parts.",
+        ),
+        ({"name": ""}, "A pupil has no name; give every pupil one."),
+    ],
+)
 def test_a_bad_pupil_is_one_sentence(changes, sentence):
     with pytest.raises(ConfigError) as error:
         validate_nursery(Nursery(pupils=(dataclasses.replace(OAK, **changes),)))
@@ -170,7 +235,9 @@ def test_a_bad_pupil_is_one_sentence(changes, sentence):
 
 
 def test_an_unknown_task_is_found_before_anything_is_trained():
-    with pytest.raises(ConfigError, match=r"^tasks of pupil 'oak' is 'algebra'; choose one of 'chain', 'shop', "):
+    with pytest.raises(
+        ConfigError, match=r"^tasks of pupil 'oak' is 'algebra'; choose one of 'chain', 'shop', "
+    ):
         nursery.plan(Nursery(pupils=(dataclasses.replace(OAK, tasks=("chain", "algebra")),)))
 
 

@@ -7,9 +7,19 @@ from deltapref_jax.records import PAIR
 from deltapref_jax.workspace import Node
 
 DIMENSIONS = ("factuality", "signal_to_noise")
-CONFIG = {"chosen": "strong", "rejected": "weak", "ladder": {"strong": 1, "weak": 1}, "direction": "generator",
-          "keep": "all", "by": "sum", "fraction": 1.0, "stratum": "any", "finishes": ["eos", "stop"], "seed": 0,
-          "dimensions": list(DIMENSIONS)}
+CONFIG = {
+    "chosen": "strong",
+    "rejected": "weak",
+    "ladder": {"strong": 1, "weak": 1},
+    "direction": "generator",
+    "keep": "all",
+    "by": "sum",
+    "fraction": 1.0,
+    "stratum": "any",
+    "finishes": ["eos", "stop"],
+    "seed": 0,
+    "dimensions": list(DIMENSIONS),
+}
 
 
 def ids(bench, generator):
@@ -18,26 +28,47 @@ def ids(bench, generator):
 
 def ratings(bench, generator, values):
     """`values`: a row of [traces, dimensions]; given in another order than that of the config."""
-    return bench.given("RATING", [
-        {"trace_id": t, "judge": "j", "dimension": d, "rating": v, "spread": 0.0, "mass": 1.0,
-         "distribution": [0.2] * 5}
-        for t, row in zip(ids(bench, generator), values, strict=True)
-        for d, v in reversed(list(zip(DIMENSIONS, row, strict=True)))])
+    return bench.given(
+        "RATING",
+        [
+            {
+                "trace_id": t,
+                "judge": "j",
+                "dimension": d,
+                "rating": v,
+                "spread": 0.0,
+                "mass": 1.0,
+                "distribution": [0.2] * 5,
+            }
+            for t, row in zip(ids(bench, generator), values, strict=True)
+            for d, v in reversed(list(zip(DIMENSIONS, row, strict=True)))
+        ],
+    )
 
 
 def verdicts(bench, generator, right):
-    return bench.given("VERDICT", [{"trace_id": t, "correct": c, "answer": "", "note": ""}
-                                   for t, c in zip(ids(bench, generator), right, strict=True)])
+    return bench.given(
+        "VERDICT",
+        [
+            {"trace_id": t, "correct": c, "answer": "", "note": ""}
+            for t, c in zip(ids(bench, generator), right, strict=True)
+        ],
+    )
 
 
 def node(bench, finish="eos", rated=True, **changes):
-    inputs = {"prompts": bench.prompts, "sample/strong": bench.traces("strong", [f"s{'x' * i}" for i in range(6)]),
-              "sample/weak": bench.traces("weak", [f"w{i}" for i in range(6)], finish),
-              "verify/strong": verdicts(bench, "strong", [True, True, False, True, False, None]),
-              "verify/weak": verdicts(bench, "weak", [False, True, False, False, True, None])}
+    inputs = {
+        "prompts": bench.prompts,
+        "sample/strong": bench.traces("strong", [f"s{'x' * i}" for i in range(6)]),
+        "sample/weak": bench.traces("weak", [f"w{i}" for i in range(6)], finish),
+        "verify/strong": verdicts(bench, "strong", [True, True, False, True, False, None]),
+        "verify/weak": verdicts(bench, "weak", [False, True, False, False, True, None]),
+    }
     if rated:
-        inputs |= {"judge/strong": ratings(bench, "strong", [(5, 1 + i / 2) for i in range(6)]),
-                   "judge/weak": ratings(bench, "weak", [(i, 1) for i in range(6)])}
+        inputs |= {
+            "judge/strong": ratings(bench, "strong", [(5, 1 + i / 2) for i in range(6)]),
+            "judge/weak": ratings(bench, "weak", [(i, 1) for i in range(6)]),
+        }
     return Node("pair", "pair/x", CONFIG | changes, inputs)
 
 
@@ -47,24 +78,48 @@ def test_tables_are_joined(bench):
     assert bench.workspace.table(made).schema == PAIR
     assert [r["prompt_id"] for r in rows] == [q["prompt_id"] for q in bench.questions]
     assert [r["chosen_id"] for r in rows] == ids(bench, "strong")
-    assert [r["rejected_rating"] for r in rows] == [[i, 1] for i in range(6)]  # in the config's order of dimensions
+    assert [r["rejected_rating"] for r in rows] == [
+        [i, 1] for i in range(6)
+    ]  # in the config's order of dimensions
     assert [r["chosen_correct"] for r in rows] == [True, True, False, True, False, None]
     assert bench.stats(made) == {
-        "prompts": 6, "dropped_unfinished": 0, "dropped_identical": 0, "dropped_tie": 0, "dropped_stratum": 0,
-        "pool": 6, "kept": 6, "chosen_tokens": 3.5, "rejected_tokens": 2.0, "rows": 6,
-        "sample_delta": np.mean([5 - i + i / 2 for i in range(6)])}
+        "prompts": 6,
+        "dropped_unfinished": 0,
+        "dropped_identical": 0,
+        "dropped_tie": 0,
+        "dropped_stratum": 0,
+        "pool": 6,
+        "kept": 6,
+        "chosen_tokens": 3.5,
+        "rejected_tokens": 2.0,
+        "rows": 6,
+        "sample_delta": np.mean([5 - i + i / 2 for i in range(6)]),
+    }
 
 
 def test_what_is_dropped_and_what_is_not_kept_is_counted(bench):
-    made = node(bench, finish=["eos", "length", "stop", "eos", "eos", "eos"], keep="top", by="signal_to_noise",
-                fraction=0.4, stratum="right_wrong")
+    made = node(
+        bench,
+        finish=["eos", "length", "stop", "eos", "eos", "eos"],
+        keep="top",
+        by="signal_to_noise",
+        fraction=0.4,
+        stratum="right_wrong",
+    )
     rows, stats = bench.rows(made), bench.stats(made)
-    assert (stats["dropped_unfinished"], stats["dropped_stratum"], stats["pool"], stats["kept"]) == (1, 3, 2, 1)
+    assert (
+        stats["dropped_unfinished"],
+        stats["dropped_stratum"],
+        stats["pool"],
+        stats["kept"],
+    ) == (1, 3, 2, 1)
     assert [r["prompt_id"] for r in rows] == [bench.questions[3]["prompt_id"]]
     assert stats["sample_delta"] == 1.5
 
 
-@pytest.mark.parametrize(("by", "kept"), [("factuality", [0, 1]), ("signal_to_noise", [4, 5]), ("sum", [0, 1])])
+@pytest.mark.parametrize(
+    ("by", "kept"), [("factuality", [0, 1]), ("signal_to_noise", [4, 5]), ("sum", [0, 1])]
+)
 def test_top_by_a_dimension_or_the_sum(bench, by, kept):
     rows = bench.rows(node(bench, keep="top", by=by, fraction=1 / 3))
     assert [r["prompt_id"] for r in rows] == [bench.questions[i]["prompt_id"] for i in kept]
@@ -83,7 +138,10 @@ def test_without_a_judge_there_are_no_ratings(bench):
 
 
 def test_no_pair_left_is_one_sentence(bench):
-    with pytest.raises(ValueError, match=r"^No pair is left for strong against weak: \{'prompts': 6, "
-                                         r"'dropped_unfinished': 6, .* 'pool': 0\}\. Use more prompts, longer "
-                                         r"traces \(config\.sampling\.max_tokens\) or another stratum\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^No pair is left for strong against weak: \{'prompts': 6, "
+        r"'dropped_unfinished': 6, .* 'pool': 0\}\. Use more prompts, longer "
+        r"traces \(config\.sampling\.max_tokens\) or another stratum\.$",
+    ):
         bench.make(node(bench, finish="length"))

@@ -11,7 +11,9 @@ from deltapref_jax.workspace import Node, Workspace, run
 
 def node(label, sources, suites=None):
     fields = [dataclasses.asdict(s) | {"path": ""} for s in sources]
-    return Node("prompts", label, {"sources": fields}, suites or {}, {"paths": [s.path for s in sources]})
+    return Node(
+        "prompts", label, {"sources": fields}, suites or {}, {"paths": [s.path for s in sources]}
+    )
 
 
 def make(root, wanted):
@@ -36,8 +38,14 @@ def test_sources_are_joined_without_duplicates_and_without_what_is_evaluated(tmp
     suite = node("suite/s", (jsonl(tmp_path / "s.jsonl", ["three", long, "Five?"]),))
     rows, counts = make(tmp_path / "w", node("prompts", (a, b), {"suite/s": suite}))
     assert asked(rows) == ["One?", "Two?", "Four?"]
-    assert counts == {"read": 7.0, "empty": 1.0, "duplicate": 1.0, "overlap_exact": 1.0, "overlap_13_gram": 1.0,
-                      "rows": 3}
+    assert counts == {
+        "read": 7.0,
+        "empty": 1.0,
+        "duplicate": 1.0,
+        "overlap_exact": 1.0,
+        "overlap_13_gram": 1.0,
+        "rows": 3,
+    }
 
 
 def test_a_suite_is_its_own_table_so_that_its_questions_stay_apart(tmp_path):
@@ -49,6 +57,12 @@ def test_a_suite_is_its_own_table_so_that_its_questions_stay_apart(tmp_path):
 
 def test_nothing_left_is_one_sentence(tmp_path):
     suite = node("suite/s", (jsonl(tmp_path / "s.jsonl", ["one", "two"]),))
-    with pytest.raises(ConfigError, match=r"^All 2 training questions overlap evaluation questions; give other "
-                                          r"sources, or another seed\.$"):
-        make(tmp_path / "w", node("prompts", (jsonl(tmp_path / "a.jsonl", ["One?", "Two!"]),), {"suite/s": suite}))
+    with pytest.raises(
+        ConfigError,
+        match=r"^All 2 training questions overlap evaluation questions; give other "
+        r"sources, or another seed\.$",
+    ):
+        make(
+            tmp_path / "w",
+            node("prompts", (jsonl(tmp_path / "a.jsonl", ["One?", "Two!"]),), {"suite/s": suite}),
+        )

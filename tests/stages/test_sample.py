@@ -57,7 +57,8 @@ def test_traces(folder, tmp_path):
     wanted = node(folder)
     rows = made(tmp_path, wanted)
     assert [(row["prompt_id"], row["sample"]) for row in rows] == [
-        (question["prompt_id"], s) for question in QUESTIONS for s in (0, 1)]
+        (question["prompt_id"], s) for question in QUESTIONS for s in (0, 1)
+    ]
     assert len({row["trace_id"] for row in rows}) == 16
     text = Text.load(folder)
     for row in rows:
@@ -90,8 +91,15 @@ def test_a_killed_run_ends_with_the_same_bytes(folder, tmp_path):
 
 
 def test_seed_name_and_temperature_make_other_traces(folder, tmp_path):
-    ids = [{row["trace_id"] for row in made(tmp_path, n)}
-           for n in (node(folder), node(folder, seed=1), node(folder, name="h"), node(folder, temperature=0.5))]
+    ids = [
+        {row["trace_id"] for row in made(tmp_path, n)}
+        for n in (
+            node(folder),
+            node(folder, seed=1),
+            node(folder, name="h"),
+            node(folder, temperature=0.5),
+        )
+    ]
     assert len(set.union(*ids)) == 4 * 16
 
 
@@ -101,31 +109,77 @@ def test_the_path_of_the_weights_is_not_hashed(folder, tmp_path):
 
 
 def test_system_and_prefix():
-    prompt = {"messages": json.dumps([{"role": "system", "content": "old"}, {"role": "user", "content": "2 + 2?"}])}
+    prompt = {
+        "messages": json.dumps(
+            [{"role": "system", "content": "old"}, {"role": "user", "content": "2 + 2?"}]
+        )
+    }
     assert messages(prompt, {"system": "", "prefix": ""}) == json.loads(prompt["messages"])
     assert messages(prompt, {"system": "Be brief.", "prefix": "1 + 1 = 2. "}) == [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1 = 2. 2 + 2?"}]
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1 = 2. 2 + 2?"},
+    ]
 
 
 def test_a_long_prompt_is_named_before_anything_is_sampled(folder, tmp_path):
     wanted = node(folder, dataclasses.replace(SAMPLING, max_prompt=10))
-    with pytest.raises(ValueError, match=r"Prompt [0-9a-f]{16} has \d+ tokens; .*max_prompt allows 1 to 10"):
+    with pytest.raises(
+        ValueError, match=r"Prompt [0-9a-f]{16} has \d+ tokens; .*max_prompt allows 1 to 10"
+    ):
         made(tmp_path, wanted)
     assert not list(Workspace(tmp_path).path(wanted).glob("*.parquet"))
 
 
 def test_verdicts(tmp_path):
     right, unchecked = QUESTIONS[0], {**QUESTIONS[1], "checker": ""}
-    texts = [(right, f"Answer: {right['answer']}", "eos"), (right, "Answer: no", "eos"), (right, "hm", "stop"),
-             (right, f"Answer: {right['answer']}", "length"), (unchecked, "Answer: 1", "length")]
-    rows = [{"trace_id": str(i), "prompt_id": p["prompt_id"], "generator": "g", "sample": i, "text": text,
-             "weights": "w", "token_ids": [1], "finish": finish, "logprob": -1.0, "tokens": 1}
-            for i, (p, text, finish) in enumerate(texts)]
-    stages = {"verify": verify, "prompts": lambda job: job.write(table(PROMPT, [right, unchecked])),
-              "sample": lambda job: job.write(table(TRACE, rows))}
-    wanted = Node("verify", "verify g", {}, {"sample": Node("sample", "g", {}), "prompts": Node("prompts", "p", {})})
+    texts = [
+        (right, f"Answer: {right['answer']}", "eos"),
+        (right, "Answer: no", "eos"),
+        (right, "hm", "stop"),
+        (right, f"Answer: {right['answer']}", "length"),
+        (unchecked, "Answer: 1", "length"),
+    ]
+    rows = [
+        {
+            "trace_id": str(i),
+            "prompt_id": p["prompt_id"],
+            "generator": "g",
+            "sample": i,
+            "text": text,
+            "weights": "w",
+            "token_ids": [1],
+            "finish": finish,
+            "logprob": -1.0,
+            "tokens": 1,
+        }
+        for i, (p, text, finish) in enumerate(texts)
+    ]
+    stages = {
+        "verify": verify,
+        "prompts": lambda job: job.write(table(PROMPT, [right, unchecked])),
+        "sample": lambda job: job.write(table(TRACE, rows)),
+    }
+    wanted = Node(
+        "verify",
+        "verify g",
+        {},
+        {"sample": Node("sample", "g", {}), "prompts": Node("prompts", "p", {})},
+    )
     workspace = Workspace(tmp_path)
     run({"it": wanted}, stages, workspace, show=False)
-    assert [(row["trace_id"], row["correct"], row["note"]) for row in workspace.table(wanted).to_pylist()] == [
-        ("0", True, ""), ("1", False, ""), ("2", False, "no answer"), ("3", False, "unfinished"), ("4", None, "")]
-    assert workspace.manifest(wanted)["stats"] == {"correct": 1, "checked": 4, "unfinished": 1, "rows": 5}
+    assert [
+        (row["trace_id"], row["correct"], row["note"])
+        for row in workspace.table(wanted).to_pylist()
+    ] == [
+        ("0", True, ""),
+        ("1", False, ""),
+        ("2", False, "no answer"),
+        ("3", False, "unfinished"),
+        ("4", None, ""),
+    ]
+    assert workspace.manifest(wanted)["stats"] == {
+        "correct": 1,
+        "checked": 4,
+        "unfinished": 1,
+        "rows": 5,
+    }

@@ -26,24 +26,35 @@ def test_rows_are_the_models_log_probabilities(bench, tiny, worked):
     made = bench.score(bench.traces("g", worked[1], finish))
     rows = bench.rows(made)
     assert bench.workspace.table(made).schema == LOGPROB
-    prompts = {q["prompt_id"]: tiny.text.prompt_ids(json.loads(q["messages"])) for q in bench.questions}
+    prompts = {
+        q["prompt_id"]: tiny.text.prompt_ids(json.loads(q["messages"])) for q in bench.questions
+    }
     traces = {t["trace_id"]: t for t in made.inputs["sample"].local["rows"]}
-    assert {(r["trace_id"], r["matched"]) for r in rows} == {(t, m) for t in traces for m in (True, False)}
+    assert {(r["trace_id"], r["matched"]) for r in rows} == {
+        (t, m) for t in traces for m in (True, False)
+    }
     assert len(rows) == 12
     for r in rows:
         trace = traces[r["trace_id"]]
         assert (r["prompt_id"] == trace["prompt_id"]) == r["matched"]
         ended = trace["finish"] == "eos"
         completion = tiny.text.completion_ids(trace["text"], ended)
-        assert r["tokens"] == len(tiny.text.pieces(trace["text"])) + ended  # the end token only where it ended
+        assert (
+            r["tokens"] == len(tiny.text.pieces(trace["text"])) + ended
+        )  # the end token only where it ended
         if r["trace_id"] in list(traces)[:2]:
-            assert r["logprob"] == pytest.approx(naive(tiny, prompts[r["prompt_id"]], completion), rel=1e-5)
+            assert r["logprob"] == pytest.approx(
+                naive(tiny, prompts[r["prompt_id"]], completion), rel=1e-5
+            )
     assert sorted(r["prompt_id"] for r in rows if not r["matched"]) == sorted(prompts)
 
 
 def test_shards_and_shapes_do_not_matter(bench, worked):
     traces = bench.traces("g", worked[0])
-    some, others = bench.rows(bench.score(traces)), bench.rows(bench.score(traces, rows=16, row_length=256, shard=100))
+    some, others = (
+        bench.rows(bench.score(traces)),
+        bench.rows(bench.score(traces, rows=16, row_length=256, shard=100)),
+    )
 
     def by_row(rows):
         return {(r["prompt_id"], r["trace_id"]): r["logprob"] for r in rows}

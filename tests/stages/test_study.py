@@ -23,22 +23,48 @@ from evals.evaluate import describe
 @pytest.fixture
 def experiment(tiny_folder, tmp_path):
     (tmp_path / "asked.jsonl").write_text('{"prompt": "What is 1+1?"}\n')
-    return validate(Experiment(
-        name="tiny", question="Does it count?", workspace="nowhere",
-        prompts=(Prompts(tasks=("chain",), count=10), Prompts(kind="jsonl", path=str(tmp_path / "asked.jsonl"))),
-        generators=(Generator(name="weak", samples=2), Generator(name="mid", temperature=0.7),
-                    Generator(name="strong", temperature=0.5)),
-        judges=(Judge(name="m", kind="model", model=Model(path=str(tiny_folder))),),
-        student=Model(path=str(tiny_folder)),
-        objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto"), Objective(name="sft", kind="sft")),
-        arms=(Arm(name="zero", chosen="weak", rejected="weak"), Arm(name="mid", chosen="mid", rejected="weak"),
-              Arm(name="strong", chosen="strong", rejected="weak", seeds=(0, 1)),
-              Arm(name="strong-kto", chosen="strong", rejected="weak", objective="kto"),
-              Arm(name="strong-top", chosen="strong", rejected="weak", keep="top", fraction=0.5, group="selection"),
-              Arm(name="sft", chosen="strong", rejected="weak", objective="sft", group="control")),
-        suites=(Suite(name="s", prompts=Prompts(tasks=("shop",), count=5)),
-                Suite(name="t", domain="out", prompts=Prompts(tasks=("euclid",), count=5))),
-    ))
+    return validate(
+        Experiment(
+            name="tiny",
+            question="Does it count?",
+            workspace="nowhere",
+            prompts=(
+                Prompts(tasks=("chain",), count=10),
+                Prompts(kind="jsonl", path=str(tmp_path / "asked.jsonl")),
+            ),
+            generators=(
+                Generator(name="weak", samples=2),
+                Generator(name="mid", temperature=0.7),
+                Generator(name="strong", temperature=0.5),
+            ),
+            judges=(Judge(name="m", kind="model", model=Model(path=str(tiny_folder))),),
+            student=Model(path=str(tiny_folder)),
+            objectives=(
+                Objective(name="dpo"),
+                Objective(name="kto", kind="kto"),
+                Objective(name="sft", kind="sft"),
+            ),
+            arms=(
+                Arm(name="zero", chosen="weak", rejected="weak"),
+                Arm(name="mid", chosen="mid", rejected="weak"),
+                Arm(name="strong", chosen="strong", rejected="weak", seeds=(0, 1)),
+                Arm(name="strong-kto", chosen="strong", rejected="weak", objective="kto"),
+                Arm(
+                    name="strong-top",
+                    chosen="strong",
+                    rejected="weak",
+                    keep="top",
+                    fraction=0.5,
+                    group="selection",
+                ),
+                Arm(name="sft", chosen="strong", rejected="weak", objective="sft", group="control"),
+            ),
+            suites=(
+                Suite(name="s", prompts=Prompts(tasks=("shop",), count=5)),
+                Suite(name="t", domain="out", prompts=Prompts(tasks=("euclid",), count=5)),
+            ),
+        )
+    )
 
 
 def keys(e):
@@ -65,7 +91,15 @@ def labels_of(*arms, seeds=(0,), pair=True):
 
 def test_labels_name_everything_that_is_wanted_and_nothing_else(experiment):
     generators = ("weak", "mid", "strong")
-    runs = [("zero", 0), ("mid", 0), ("strong", 0), ("strong", 1), ("strong-kto", 0), ("strong-top", 0), ("sft", 0)]
+    runs = [
+        ("zero", 0),
+        ("mid", 0),
+        ("strong", 0),
+        ("strong", 1),
+        ("strong-kto", 0),
+        ("strong-top", 0),
+        ("sft", 0),
+    ]
     wanted = {"prompts", "suite/s", "suite/t", "evaluate/student", "audit/m", "report"}
     for kind in ("sample", "verify", "judge/m", "score", "capability"):
         wanted |= {f"{kind}/{g}" for g in generators}
@@ -80,7 +114,9 @@ def test_each_thing_is_made_once(experiment):
     found = keys(experiment)
     assert found["pair/strong"] == found["pair/strong-kto"] == found["pair/sft"]
     assert len({found[f"pair/{a}"] for a in ("zero", "mid", "strong", "strong-top")}) == 4
-    assert len({found[f"train/{a}"] for a in ("strong/0", "strong/1", "strong-kto/0", "sft/0")}) == 4
+    assert (
+        len({found[f"train/{a}"] for a in ("strong/0", "strong/1", "strong-kto/0", "sft/0")}) == 4
+    )
     twin = dataclasses.replace(experiment.arms[2], name="twin")
     same = dataclasses.replace(experiment, arms=(*experiment.arms, twin))
     assert keys(same)["train/twin/1"] == found["train/strong/1"]
@@ -92,18 +128,37 @@ def test_changing_one_arm_changes_that_arm_only(experiment):
     assert changed(experiment, arms__1__name="middle") == labels_of("mid")
 
 
-@pytest.mark.parametrize(("fields", "label", "same"), [
-    ({"objectives__1__beta": 0.3}, "train/strong-kto/0", {"train/strong/0", "pair/strong-kto", "score/strong"}),
-    ({"training__steps": 7}, "train/zero/0", {"pair/zero", "score/weak", "evaluate/student"}),
-    ({"generators__2__temperature": 0.6}, "sample/strong", {"sample/weak", "prompts", "evaluate/student"}),
-    ({"generators__2__prefix": "Think."}, "capability/strong", {"capability/mid", "evaluate/student"}),
-    ({"judges__0__dimensions": ("factuality",)}, "judge/m/weak", {"score/weak", "sample/weak", "suite/s"}),
-    ({"suites__1__samples": 4}, "evaluate/student", {"prompts", "train/sft/0", "pair/mid"}),
-    ({"suites__1__prompts__seed": 4}, "prompts", {"suite/s"}),
-    ({"sampling__max_tokens": 50}, "sample/weak", {"prompts", "suite/s"}),
-    ({"scoring__rows": 3}, "score/weak", {"sample/weak", "evaluate/student"}),
-    ({"seed": 5}, "sample/weak", {"prompts", "suite/s"}),
-])
+@pytest.mark.parametrize(
+    ("fields", "label", "same"),
+    [
+        (
+            {"objectives__1__beta": 0.3},
+            "train/strong-kto/0",
+            {"train/strong/0", "pair/strong-kto", "score/strong"},
+        ),
+        ({"training__steps": 7}, "train/zero/0", {"pair/zero", "score/weak", "evaluate/student"}),
+        (
+            {"generators__2__temperature": 0.6},
+            "sample/strong",
+            {"sample/weak", "prompts", "evaluate/student"},
+        ),
+        (
+            {"generators__2__prefix": "Think."},
+            "capability/strong",
+            {"capability/mid", "evaluate/student"},
+        ),
+        (
+            {"judges__0__dimensions": ("factuality",)},
+            "judge/m/weak",
+            {"score/weak", "sample/weak", "suite/s"},
+        ),
+        ({"suites__1__samples": 4}, "evaluate/student", {"prompts", "train/sft/0", "pair/mid"}),
+        ({"suites__1__prompts__seed": 4}, "prompts", {"suite/s"}),
+        ({"sampling__max_tokens": 50}, "sample/weak", {"prompts", "suite/s"}),
+        ({"scoring__rows": 3}, "score/weak", {"sample/weak", "evaluate/student"}),
+        ({"seed": 5}, "sample/weak", {"prompts", "suite/s"}),
+    ],
+)
 def test_what_a_change_reaches(experiment, fields, label, same):
     found = changed(experiment, **fields)
     assert {label, "report"} <= found
@@ -116,7 +171,9 @@ def test_workspace_mesh_and_places_change_no_table(experiment, tiny_folder, tmp_
     (tmp_path / "there").mkdir()
     file = str(shutil.copy(experiment.prompts[1].path, tmp_path / "there" / "asked.jsonl"))
     assert changed(experiment, workspace="other", trackers=("wandb",)) == set()
-    assert not tables & changed(experiment, mesh__data=2, student__path=str(moved), prompts__1__path=file)
+    assert not tables & changed(
+        experiment, mesh__data=2, student__path=str(moved), prompts__1__path=file
+    )
 
 
 def test_edited_prompts_and_weights_are_noticed(experiment, tiny_folder, tmp_path):
@@ -126,7 +183,9 @@ def test_edited_prompts_and_weights_are_noticed(experiment, tiny_folder, tmp_pat
     assert keys(experiment)["prompts"] != before["prompts"]
     other = shutil.copytree(tiny_folder, tmp_path / "edited")
     config = (other / "config.json").read_text()
-    (other / "config.json").write_text(config.replace("0.00001", "0.00002").replace("1e-05", "2e-05"))
+    (other / "config.json").write_text(
+        config.replace("0.00001", "0.00002").replace("1e-05", "2e-05")
+    )
     assert config != (other / "config.json").read_text()
     wanted = {"evaluate/student", "score/weak", "sample/mid", "train/zero/0"}
     assert wanted <= changed(experiment, student__path=str(other))
@@ -140,15 +199,25 @@ def test_prompt_folders_are_hashed_by_content(experiment, tmp_path):
     before = keys(hub)["prompts"]
     (folder / "train.jsonl").write_text('{"prompt": "b"}\n')
     assert keys(hub)["prompts"] != before
-    named = dataclasses.replace(experiment, prompts=(Prompts(kind="hub", path="someone/questions"),))
+    named = dataclasses.replace(
+        experiment, prompts=(Prompts(kind="hub", path="someone/questions"),)
+    )
     assert plan(named, describe)["prompts"].config["sources"][0]["path"] == "someone/questions"
 
 
-@pytest.mark.parametrize(("source", "sentence"), [
-    (Prompts(kind="parquet", path="/nowhere.parquet"),
-     r"^There is no prompt file /nowhere\.parquet; check prompts\.path\.$"),
-    (Prompts(kind="tfds", path="/nowhere"), r"^There is no TFDS builder directory /nowhere; check prompts\.path\.$"),
-])
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (
+            Prompts(kind="parquet", path="/nowhere.parquet"),
+            r"^There is no prompt file /nowhere\.parquet; check prompts\.path\.$",
+        ),
+        (
+            Prompts(kind="tfds", path="/nowhere"),
+            r"^There is no TFDS builder directory /nowhere; check prompts\.path\.$",
+        ),
+    ],
+)
 def test_missing_prompts_are_found_before_anything_runs(experiment, source, sentence):
     with pytest.raises(ConfigError, match=sentence):
         plan(dataclasses.replace(experiment, prompts=(source,)), describe)
@@ -156,8 +225,13 @@ def test_missing_prompts_are_found_before_anything_runs(experiment, source, sent
 
 def test_missing_model_is_found_before_anything_runs(experiment):
     generators = (dataclasses.replace(experiment.generators[0], model=Model(path="/nowhere")),)
-    with pytest.raises(FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder"):
-        plan(dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]), describe)
+    with pytest.raises(
+        FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder"
+    ):
+        plan(
+            dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]),
+            describe,
+        )
 
 
 def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_path):
@@ -166,21 +240,44 @@ def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_
     (base / "chat_template.jinja").unlink()
     model = Model(path=str(base))
     check_models(experiment)
-    for field, value in (("student", model), ("reference", model),
-                         ("generators", (dataclasses.replace(experiment.generators[0], model=model),)),
-                         ("judges", (dataclasses.replace(experiment.judges[0], model=model),))):
-        with pytest.raises(ConfigError, match=rf"^The tokenizer of {base} has no chat template; add "):
+    for field, value in (
+        ("student", model),
+        ("reference", model),
+        ("generators", (dataclasses.replace(experiment.generators[0], model=model),)),
+        ("judges", (dataclasses.replace(experiment.judges[0], model=model),)),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^The tokenizer of {base} has no chat template; add "
+        ):
             check_models(dataclasses.replace(experiment, **{field: value}))
 
 
 def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):
     assert ladder_of(experiment) == {"mid": 1, "strong": 1, "weak": 2}
-    assert ladder_of(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {"mid": 1, "strong": 1, "weak": 1}
+    assert ladder_of(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {
+        "mid": 1,
+        "strong": 1,
+        "weak": 1,
+    }
     nodes = plan(experiment, describe)
-    assert set(nodes["pair/mid"].inputs) == {"prompts", "sample/weak", "sample/mid", "sample/strong", "verify/weak",
-                                             "verify/mid"}
-    assert set(nodes["pair/strong-top"].inputs) == {"prompts", "sample/weak", "sample/mid", "sample/strong",
-                                                    "verify/weak", "verify/strong", "judge/weak", "judge/strong"}
+    assert set(nodes["pair/mid"].inputs) == {
+        "prompts",
+        "sample/weak",
+        "sample/mid",
+        "sample/strong",
+        "verify/weak",
+        "verify/mid",
+    }
+    assert set(nodes["pair/strong-top"].inputs) == {
+        "prompts",
+        "sample/weak",
+        "sample/mid",
+        "sample/strong",
+        "verify/weak",
+        "verify/strong",
+        "judge/weak",
+        "judge/strong",
+    }
 
 
 def test_a_random_arm_ranks_by_nothing(experiment):
@@ -191,7 +288,9 @@ def test_a_random_arm_ranks_by_nothing(experiment):
 
 def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(experiment):
     assert changed(experiment, arms__3__chosen="mid") == labels_of("strong-kto")
-    shaped = labels_of("strong-top") | {f"judge/m/{g}" for g in ("weak", "mid", "strong")} | {"audit/m"}
+    shaped = (
+        labels_of("strong-top") | {f"judge/m/{g}" for g in ("weak", "mid", "strong")} | {"audit/m"}
+    )
     assert changed(experiment, judges__0__dimensions=("factuality", "step_coherence")) == shaped
 
 
@@ -203,8 +302,14 @@ def test_sft_alone_is_not_scored(experiment):
 def test_an_objective_without_reference_asks_for_no_table(experiment):
     simpo = Objective(name="simpo", kind="simpo", beta=2.0)
     arms = (experiment.arms[1], dataclasses.replace(experiment.arms[2], objective="simpo"))
-    found = plan(dataclasses.replace(experiment, objectives=(*experiment.objectives, simpo), arms=arms), describe)
-    assert {label for label in found if label.startswith("score/")} == {"score/weak", "score/mid"}  # what DPO reads
+    found = plan(
+        dataclasses.replace(experiment, objectives=(*experiment.objectives, simpo), arms=arms),
+        describe,
+    )
+    assert {label for label in found if label.startswith("score/")} == {
+        "score/weak",
+        "score/mid",
+    }  # what DPO reads
     assert [name for name in found["train/strong/0"].inputs if name.startswith("score/")] == []
     assert sum(name.startswith("score/") for name in found["train/mid/0"].inputs) == 2
 
@@ -212,7 +317,9 @@ def test_an_objective_without_reference_asks_for_no_table(experiment):
 def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_folder, tmp_path):
     other = shutil.copytree(tiny_folder, tmp_path / "reference")
     config = (other / "config.json").read_text()
-    (other / "config.json").write_text(config.replace("1e-05", "2e-05").replace("0.00001", "0.00002"))
+    (other / "config.json").write_text(
+        config.replace("1e-05", "2e-05").replace("0.00001", "0.00002")
+    )
     nodes = plan(dataclasses.replace(experiment, reference=Model(path=str(other))), describe)
     train = nodes["train/mid/0"].config
     assert nodes["score/mid"].config["weights"] == train["reference"] != train["student"]

@@ -22,9 +22,20 @@ def pairs(bench):
     rows = []
     for q in bench.questions:
         chosen, rejected = digest(q["prompt_id"], "strong"), digest(q["prompt_id"], "weak")
-        rows.append({"pair_id": digest(chosen, rejected), "prompt_id": q["prompt_id"], "chosen_id": chosen,
-                     "rejected_id": rejected, "chosen_model": "strong", "rejected_model": "weak", "chosen_rating": None,
-                     "rejected_rating": None, "chosen_correct": None, "rejected_correct": None})
+        rows.append(
+            {
+                "pair_id": digest(chosen, rejected),
+                "prompt_id": q["prompt_id"],
+                "chosen_id": chosen,
+                "rejected_id": rejected,
+                "chosen_model": "strong",
+                "rejected_model": "weak",
+                "chosen_rating": None,
+                "rejected_rating": None,
+                "chosen_correct": None,
+                "rejected_correct": None,
+            }
+        )
     return bench.given("PAIR", rows)
 
 
@@ -35,24 +46,47 @@ def traces(bench, worked):
 
 def arm(bench, traces, kind="dpo", seed=0, scores=None, reference=None, **training):
     shape = {"pairs_per_step": 6, "steps": 2, "rows": LOCAL_ROWS, "row_length": 160, "warmup": 0.0}
-    config = {"objective": dataclasses.asdict(Objective(name=kind, kind=kind, learning_rate=1e-3)),
-              "training": dataclasses.asdict(Training(**shape | training)), "seed": seed, "student": bench.weights,
-              "reference": reference or bench.weights, "dtype": "float32"}
-    inputs = {"pairs": pairs(bench), "prompts": bench.prompts} | {f"sample/{g}": t for g, t in traces.items()}
+    config = {
+        "objective": dataclasses.asdict(Objective(name=kind, kind=kind, learning_rate=1e-3)),
+        "training": dataclasses.asdict(Training(**shape | training)),
+        "seed": seed,
+        "student": bench.weights,
+        "reference": reference or bench.weights,
+        "dtype": "float32",
+    }
+    inputs = {"pairs": pairs(bench), "prompts": bench.prompts} | {
+        f"sample/{g}": t for g, t in traces.items()
+    }
     if OBJECTIVE_KINDS[kind].reference:
         scores = scores or {g: bench.score(t) for g, t in traces.items()}
         inputs |= {f"score/{g}": node for g, node in scores.items()}
-    return Node("train", f"train/{kind}/{seed}", config, inputs,
-                {"student": {"path": bench.folder}, "mesh": bench.mesh})
+    return Node(
+        "train",
+        f"train/{kind}/{seed}",
+        config,
+        inputs,
+        {"student": {"path": bench.folder}, "mesh": bench.mesh},
+    )
 
 
 def metrics(bench, node):
     bench.make(node)
-    return [json.loads(line) for line in (bench.workspace.path(node) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (bench.workspace.path(node) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-@pytest.mark.parametrize(("kind", "loss"), [
-    ("dpo", math.log(2)), ("dpo_norm", math.log(2)), ("ipo", 25), ("kto", 0.5), ("apo_zero_unpaired", 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("dpo", math.log(2)),
+        ("dpo_norm", math.log(2)),
+        ("ipo", 25),
+        ("kto", 0.5),
+        ("apo_zero_unpaired", 0.5),
+    ],
+)
 def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kind, loss):
     node = arm(bench, traces, kind)
     rows = metrics(bench, node)
@@ -61,7 +95,12 @@ def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kin
     assert rows[1]["loss"] < rows[0]["loss"]
     stats = bench.stats(node)
     groups = 12 if OBJECTIVE_KINDS[kind].unit == "example" else 6
-    assert (stats["pairs"], stats["groups"], stats["steps"], stats["dropped_long"]) == (6, groups, 2, 0)
+    assert (stats["pairs"], stats["groups"], stats["steps"], stats["dropped_long"]) == (
+        6,
+        groups,
+        2,
+        0,
+    )
     policy = load(str(bench.workspace.path(node) / "policy"))
     assert policy.spec == tiny.spec
     before, after = (nnx.to_pure_dict(model.state) for model in (tiny, policy))
@@ -70,20 +109,30 @@ def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kin
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("dpo", math.log(2)), ("kto", 0.5)])
-def test_adapters_start_at_their_base_and_are_exported_merged_and_alone(bench, traces, tiny, kind, loss):
+def test_adapters_start_at_their_base_and_are_exported_merged_and_alone(
+    bench, traces, tiny, kind, loss
+):
     node = arm(bench, traces, kind, lora=Lora(4, 2.0, ("o_proj", "up_proj")), moments="bfloat16")
     rows = metrics(bench, node)
     assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4)
     assert rows[1]["loss"] < rows[0]["loss"]
     folder = bench.workspace.path(node)
-    before, after = (nnx.to_pure_dict(model.state)["blocks"] for model in (tiny, load(str(folder / "policy"))))
+    before, after = (
+        nnx.to_pure_dict(model.state)["blocks"] for model in (tiny, load(str(folder / "policy")))
+    )
     assert {name for name in before if (before[name] != after[name]).any()} == {"o", "up"}
     alone = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(alone) == 2 * 2 * tiny.spec.layers
-    a, b = (alone[f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"] for side in "AB")
+    a, b = (
+        alone[f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"] for side in "AB"
+    )
     np.testing.assert_allclose(after["up"][0], before["up"][0] + 0.5 * (b @ a).T, atol=1e-6)
     files = bench.workspace.manifest(node)["files"]
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "policy/model.safetensors"} <= {*files}
+    assert {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "policy/model.safetensors",
+    } <= {*files}
 
 
 def test_sft_starts_at_the_token_mean_of_the_chosen(bench, traces):
@@ -95,8 +144,10 @@ def test_sft_starts_at_the_token_mean_of_the_chosen(bench, traces):
 
 
 def test_simpo_starts_at_its_equation_without_a_table(bench, traces):
-    means = {g: [r["logprob"] / r["tokens"] for r in bench.rows(bench.score(t)) if r["matched"]]
-             for g, t in traces.items()}
+    means = {
+        g: [r["logprob"] / r["tokens"] for r in bench.rows(bench.score(t)) if r["matched"]]
+        for g, t in traces.items()
+    }
     node = arm(bench, traces, "simpo")
     assert not [name for name in node.inputs if name.startswith("score/")]
     first = metrics(bench, node)[0]
@@ -106,7 +157,10 @@ def test_simpo_starts_at_its_equation_without_a_table(bench, traces):
 
 
 def test_first_log_probabilities_are_those_of_the_tables(bench, traces):
-    matched = {g: [r["logprob"] for r in bench.rows(bench.score(t)) if r["matched"]] for g, t in traces.items()}
+    matched = {
+        g: [r["logprob"] for r in bench.rows(bench.score(t)) if r["matched"]]
+        for g, t in traces.items()
+    }
     for kind in ("dpo", "kto"):
         first = metrics(bench, arm(bench, traces, kind))[0]
         assert first["logps/chosen"] == pytest.approx(np.mean(matched["strong"]), rel=1e-5)
@@ -116,7 +170,9 @@ def test_first_log_probabilities_are_those_of_the_tables(bench, traces):
 
 def test_the_same_arm_is_the_same_bytes_and_another_seed_is_not(bench, traces):
     def weights(node):
-        return (bench.workspace.path(bench.make(node)) / "policy" / "model.safetensors").read_bytes()
+        return (
+            bench.workspace.path(bench.make(node)) / "policy" / "model.safetensors"
+        ).read_bytes()
 
     node, other = (arm(bench, traces, seed=s, pairs_per_step=2) for s in (0, 1))
     once = weights(node)
@@ -128,8 +184,10 @@ def test_the_same_arm_is_the_same_bytes_and_another_seed_is_not(bench, traces):
 def test_a_table_by_other_weights_than_the_reference_is_refused(bench, traces):
     with pytest.raises(ConfigError) as error:
         bench.make(arm(bench, traces, reference="f" * 16))
-    assert str(error.value) == (f"The log-probabilities of 'strong' were made by the weights {bench.weights} and this "
-                                f"arm's reference has the weights {'f' * 16}; score the traces with the reference.")
+    assert str(error.value) == (
+        f"The log-probabilities of 'strong' were made by the weights {bench.weights} and this "
+        f"arm's reference has the weights {'f' * 16}; score the traces with the reference."
+    )
 
 
 def forged(bench, traces, change):
@@ -145,17 +203,23 @@ def forged(bench, traces, change):
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_policy_that_differs_from_its_reference_is_refused(bench, traces, kind):
     scores = forged(bench, traces, lambda r: r | {"logprob": r["logprob"] - 0.05 * r["matched"]})
-    with pytest.raises(ConfigError, match=r"^Before training the policy's log-probabilities differ from its "
-                                          r"reference's in 12 of \d\d rows, by up to 0\.05\d* nats over \d+ tokens "
-                                          r"\(noise allowed there: 0\.0\d+; traces, worst first: \w+, .*\); likely "
-                                          r"reasons: the table was made by other weights, .*\. Score again with this "
-                                          r"student as the reference\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^Before training the policy's log-probabilities differ from its "
+        r"reference's in 12 of \d\d rows, by up to 0\.05\d* nats over \d+ tokens "
+        r"\(noise allowed there: 0\.0\d+; traces, worst first: \w+, .*\); likely "
+        r"reasons: the table was made by other weights, .*\. Score again with this "
+        r"student as the reference\.$",
+    ):
         bench.make(arm(bench, traces, kind, scores=scores))
 
 
 def test_a_reference_of_its_own_is_not_guarded(bench, traces):
     scores = forged(bench, traces, lambda r: r | {"logprob": r["logprob"] - 0.05})
-    scores = {g: dataclasses.replace(n, config=dict(n.config) | {"weights": "e" * 16}) for g, n in scores.items()}
+    scores = {
+        g: dataclasses.replace(n, config=dict(n.config) | {"weights": "e" * 16})
+        for g, n in scores.items()
+    }
     rows = metrics(bench, arm(bench, traces, scores=scores, reference="e" * 16))
     assert rows[0]["rewards/chosen"] == pytest.approx(0.1 * 0.05, rel=1e-2)
 
@@ -164,14 +228,22 @@ def test_a_reference_of_its_own_is_not_guarded(bench, traces):
 def uneven(bench, worked):
     """The last two questions have a chosen trace of hundreds of tokens."""
     long = ["so " * 210, "so " * 210]
-    return {"strong": bench.traces("strong", [*worked[0][:4], *long]), "weak": bench.traces("weak", worked[1])}
+    return {
+        "strong": bench.traces("strong", [*worked[0][:4], *long]),
+        "weak": bench.traces("weak", worked[1]),
+    }
 
 
-@pytest.mark.parametrize(("kind", "groups", "dropped"), [("dpo", 4, 2), ("sft", 4, 2), ("kto", 10, 2)])
+@pytest.mark.parametrize(
+    ("kind", "groups", "dropped"), [("dpo", 4, 2), ("sft", 4, 2), ("kto", 10, 2)]
+)
 def test_what_is_too_long_is_dropped_and_counted(bench, uneven, kind, groups, dropped):
     scores = {g: bench.score(t, row_length=800) for g, t in uneven.items()}
     stats = bench.stats(arm(bench, uneven, kind, scores=scores, steps=1))
-    assert (stats["groups"], stats["dropped_long"]) == (groups, dropped)  # KTO has no pairs: the short half stays
+    assert (stats["groups"], stats["dropped_long"]) == (
+        groups,
+        dropped,
+    )  # KTO has no pairs: the short half stays
     assert stats["dropped_mismatched"] == 0  # theirs went with them
 
 
@@ -181,19 +253,31 @@ def test_what_was_too_long_to_be_scored_is_counted_too(bench, uneven):
 
 
 def test_too_long_may_be_an_error(bench, uneven):
-    with pytest.raises(ConfigError, match=r"^2 of 6 groups are longer than config\.training\.row_length \(160 "
-                                          r"tokens\); raise it, or set over_length to 'drop'\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^2 of 6 groups are longer than config\.training\.row_length \(160 "
+        r"tokens\); raise it, or set over_length to 'drop'\.$",
+    ):
         bench.make(arm(bench, uneven, "sft", over_length="error"))
 
 
 def test_everything_too_long_is_one_sentence(bench, traces):
-    with pytest.raises(ConfigError, match=r"^All 6 groups are longer than config\.training\.row_length \(9 tokens\); "
-                                          r"raise it\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^All 6 groups are longer than config\.training\.row_length \(9 tokens\); "
+        r"raise it\.$",
+    ):
         bench.make(arm(bench, traces, "sft", row_length=9))
 
 
-@pytest.mark.parametrize(("budget", "steps"), [({"budget": "epochs", "epochs": 2.0}, 6), ({"steps": 3}, 3),
-                                               ({"budget": "epochs", "epochs": 0.1}, 1)])
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"budget": "epochs", "epochs": 2.0}, 6),
+        ({"steps": 3}, 3),
+        ({"budget": "epochs", "epochs": 0.1}, 1),
+    ],
+)
 def test_the_budget(bench, traces, budget, steps):
     rows = metrics(bench, arm(bench, traces, "sft", pairs_per_step=2, **budget))
     assert [r["step"] for r in rows] == list(range(1, steps + 1))

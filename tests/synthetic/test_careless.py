@@ -47,8 +47,10 @@ def test_kinds_of_slips_come_with_their_weights():
 
 
 def test_more_careless_is_more_often_wrong():
-    share = [np.mean([right(p, solution(p, random.Random(i), q)) for i, p in enumerate(PROBLEMS)])
-             for q in (0.0, 0.1, 0.3, 0.8)]
+    share = [
+        np.mean([right(p, solution(p, random.Random(i), q)) for i, p in enumerate(PROBLEMS)])
+        for q in (0.0, 0.1, 0.3, 0.8)
+    ]
     assert share[0] == 1.0
     assert all(a > b + 0.05 for a, b in zip(share[:-1], share[1:], strict=True))
 
@@ -76,7 +78,10 @@ def test_a_clean_solution_is_flawless_in_every_dimension(family):
 def test_corruption_lowers_its_dimension_in_order_of_degree_and_most_of_all(dimension):
     means = []
     for degree in range(DEGREES + 1):
-        texts = [corrupt(p, dimension, degree, random.Random(f"{i}|{degree}")) for i, p in enumerate(PROBLEMS)]
+        texts = [
+            corrupt(p, dimension, degree, random.Random(f"{i}|{degree}"))
+            for i, p in enumerate(PROBLEMS)
+        ]
         ratings = [rate(p, text) for p, text in zip(PROBLEMS, texts, strict=True)]
         means.append({d: np.mean([r[d] for r in ratings]) for d in DIMENSIONS})
     assert means[0] == dict.fromkeys(DIMENSIONS, 5.0)
@@ -118,21 +123,53 @@ def test_what_is_charged_by_hand():
     assert rated(*lines, "So it is.")["signal_to_noise"] == pytest.approx(1 + 4 * 5 / 6)
     assert rated("Plan: guess.", *lines[1:])["strategy_coherence"] == pytest.approx(1 + 4 * 3 / 5)
     assert rated(*lines[:-1], "Answer: 0")["step_coherence"] == pytest.approx(1 + 4 * 5 / 6)
-    assert rate(p, "") == {"factuality": 1.0, "strategy_coherence": 1.0, "step_coherence": 1.0,
-                           "numerical_precision": 1.0, "signal_to_noise": 1.0}
+    assert rate(p, "") == {
+        "factuality": 1.0,
+        "strategy_coherence": 1.0,
+        "step_coherence": 1.0,
+        "numerical_precision": 1.0,
+        "signal_to_noise": 1.0,
+    }
 
 
 def test_a_slip_is_charged_once_and_not_where_it_propagates():
     p = problem("chain", 3, 0, 1)
     steps, _, _ = solve(p)
     text = corrupt(p, "numerical_precision", 1, random.Random(0))
-    assert rate(p, text)["numerical_precision"] == pytest.approx(1 + 4 * (len(steps) - 1) / len(steps))
+    assert rate(p, text)["numerical_precision"] == pytest.approx(
+        1 + 4 * (len(steps) - 1) / len(steps)
+    )
     assert {rate(p, text)[d] for d in DIMENSIONS if d != "numerical_precision"} == {5.0}
 
 
-WORDS = st.one_of(st.text(max_size=4), st.sampled_from([
-    "Plan: ", "Answer: ", "1.", "2. ", " = ", " + ", " % ", " div ", "min ", "0", "7", "12", "Mon", "0101", " r ", "\n",
-    "=", "xor", "None", "-1", "9" * 30]))
+WORDS = st.one_of(
+    st.text(max_size=4),
+    st.sampled_from(
+        [
+            "Plan: ",
+            "Answer: ",
+            "1.",
+            "2. ",
+            " = ",
+            " + ",
+            " % ",
+            " div ",
+            "min ",
+            "0",
+            "7",
+            "12",
+            "Mon",
+            "0101",
+            " r ",
+            "\n",
+            "=",
+            "xor",
+            "None",
+            "-1",
+            "9" * 30,
+        ]
+    ),
+)
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
@@ -146,6 +183,8 @@ def test_any_text_has_five_ratings(text, p):
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(st.sampled_from(PROBLEMS), st.randoms(use_true_random=False), st.data())
 def test_lines_of_solutions_in_any_order_have_five_ratings(p, rng, data):
-    lines = solution(p, rng, 0.5).splitlines() + corrupt(p, "strategy_coherence", 4, rng).splitlines()
+    lines = (
+        solution(p, rng, 0.5).splitlines() + corrupt(p, "strategy_coherence", 4, rng).splitlines()
+    )
     lines = data.draw(st.lists(st.sampled_from(lines), max_size=15))
     assert all(1 <= r <= 5 for r in rate(p, "\n".join(lines)).values())

@@ -17,10 +17,15 @@ def numbers(question):
 
 
 def chain(question):
-    value, operations = numbers(question)[0], re.findall(r"(add|take away|multiply by) (\d+)", question)
+    value, operations = (
+        numbers(question)[0],
+        re.findall(r"(add|take away|multiply by) (\d+)", question),
+    )
     assert len(operations) == len(numbers(question)) - 1
     for word, n in operations:
-        value = {"add": value + int(n), "take away": value - int(n), "multiply by": value * int(n)}[word]
+        value = {"add": value + int(n), "take away": value - int(n), "multiply by": value * int(n)}[
+            word
+        ]
     return str(value)
 
 
@@ -51,7 +56,11 @@ def logic(question):
     assert len(words) == len(operations) + 1
     value = words[0]
     for op, word in zip(operations, words[1:], strict=True):
-        rule = {"xor": lambda a, b: a != b, "and": lambda a, b: a == b == "1", "or": lambda a, b: "1" in a + b}[op]
+        rule = {
+            "xor": lambda a, b: a != b,
+            "and": lambda a, b: a == b == "1",
+            "or": lambda a, b: "1" in a + b,
+        }[op]
         value = "".join(str(int(rule(a, b))) for a, b in zip(value, word, strict=True))
     return value
 
@@ -63,9 +72,16 @@ def calendar(question):
     return day
 
 
-CHECKS = {"chain": chain, "shop": shop, "euclid": lambda q: str(math.gcd(*numbers(q))), "bases": bases,
-          "equation": equation, "sorting": lambda q: " ".join(map(str, sorted(numbers(q)))), "logic": logic,
-          "calendar": calendar}
+CHECKS = {
+    "chain": chain,
+    "shop": shop,
+    "euclid": lambda q: str(math.gcd(*numbers(q))),
+    "bases": bases,
+    "equation": equation,
+    "sorting": lambda q: " ".join(map(str, sorted(numbers(q)))),
+    "logic": logic,
+    "calendar": calendar,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +91,10 @@ def test_the_solution_is_right_by_another_way(family, difficulty):
         p = problem(family, difficulty, 11, i)
         steps, values, answer = solve(p)
         assert answer == p.answer == CHECKS[family](p.question), p.question
-        assert all(evaluate(step.op, step.operands) == value for step, value in zip(steps, values, strict=True))
+        assert all(
+            evaluate(step.op, step.operands) == value
+            for step, value in zip(steps, values, strict=True)
+        )
         assert 1 <= len(steps) <= MAX_STEPS
         text = solution(p)
         assert text.splitlines()[0] == f"Plan: {FAMILIES[family].plan}"
@@ -91,15 +110,23 @@ def test_every_step_stands_on_the_question_and_on_earlier_values(family):
         steps, values, _ = solve(p)
         for n, step in enumerate(steps):
             for operand, given in zip(step.operands, step.given, strict=True):
-                pool = " ".join(values[:n]).replace(" r ", " ").split() if not given else re.findall(
-                    r"\w+", p.question) + ["7"]
-                assert operand in pool or (family == "sorting" and operand in p.question), (p.question, step)
+                pool = (
+                    " ".join(values[:n]).replace(" r ", " ").split()
+                    if not given
+                    else re.findall(r"\w+", p.question) + ["7"]
+                )
+                assert operand in pool or (family == "sorting" and operand in p.question), (
+                    p.question,
+                    step,
+                )
 
 
 def test_harder_questions_take_more_steps():
     for family in FAMILIES:
         steps = [sum(len(solve(problem(family, d, 0, i))[0]) for i in range(60)) for d in (1, 4)]
-        assert steps[0] < steps[1] or family == "equation", family  # its numbers grow, not its steps
+        assert steps[0] < steps[1] or family == "equation", (
+            family
+        )  # its numbers grow, not its steps
 
 
 def test_prompts_are_distinct_even_and_a_pure_function_of_their_arguments():
@@ -127,27 +154,56 @@ def test_a_family_has_a_thousand_questions_for_a_study(family):
 def test_a_family_that_runs_dry_is_one_sentence(monkeypatch):
     import dataclasses
 
-    few = dataclasses.replace(FAMILIES["bases"], draw=lambda rng, d: {"n": rng.randint(10, 11), "base": 3})
+    few = dataclasses.replace(
+        FAMILIES["bases"], draw=lambda rng, d: {"n": rng.randint(10, 11), "base": 3}
+    )
     monkeypatch.setitem(FAMILIES, "bases", few)
     with pytest.raises(ConfigError) as error:
         prompts(("bases",), 9, 2, 0)
-    assert str(error.value) == ("Family 'bases' ran out of distinct questions at difficulty 2, after 4; lower the "
-                                "count or raise the difficulty.")
+    assert str(error.value) == (
+        "Family 'bases' ran out of distinct questions at difficulty 2, after 4; lower the "
+        "count or raise the difficulty."
+    )
 
 
 def test_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^synthetic task is 'algebra'; choose one of 'chain', 'shop', 'euclid', .*"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^synthetic task is 'algebra'; choose one of 'chain', 'shop', 'euclid', .*",
+    ):
         problem("algebra", 1, 0, 0)
 
 
-@pytest.mark.parametrize(("op", "operands", "value"), [
-    ("+", ("2", "3"), "5"), ("-", ("2", "3"), "-1"), ("*", ("4", "5"), "20"), ("%", ("17", "5"), "2"),
-    ("/", ("12", "4"), "3"), ("/", ("13", "4"), None), ("div", ("17", "5"), "3 r 2"), ("min", ("5", "3", "9"), "3"),
-    ("xor", ("0110", "0101"), "0011"), ("and", ("0110", "0101"), "0100"), ("or", ("0110", "0101"), "0111"),
-    ("xor", ("0110", "01"), None), ("xor", ("0120", "0101"), None), ("+", ("Sat", "3"), "Tue"),
-    ("-", ("Sat", "3"), None), ("%", ("5", "0"), None), ("/", ("5", "0"), None), ("div", ("5", "0"), None),
-    ("+", ("5", "0"), "5"), ("^", ("5", "0"), None), ("+", ("a", "1"), None), ("min", ("a",), None),
-    ("+", ("1", "2", "3"), None), ("", (), None), ("*", ("9" * 5000, "2"), None), ("*", ("9" * 4000,) * 2, None),
-])
+@pytest.mark.parametrize(
+    ("op", "operands", "value"),
+    [
+        ("+", ("2", "3"), "5"),
+        ("-", ("2", "3"), "-1"),
+        ("*", ("4", "5"), "20"),
+        ("%", ("17", "5"), "2"),
+        ("/", ("12", "4"), "3"),
+        ("/", ("13", "4"), None),
+        ("div", ("17", "5"), "3 r 2"),
+        ("min", ("5", "3", "9"), "3"),
+        ("xor", ("0110", "0101"), "0011"),
+        ("and", ("0110", "0101"), "0100"),
+        ("or", ("0110", "0101"), "0111"),
+        ("xor", ("0110", "01"), None),
+        ("xor", ("0120", "0101"), None),
+        ("+", ("Sat", "3"), "Tue"),
+        ("-", ("Sat", "3"), None),
+        ("%", ("5", "0"), None),
+        ("/", ("5", "0"), None),
+        ("div", ("5", "0"), None),
+        ("+", ("5", "0"), "5"),
+        ("^", ("5", "0"), None),
+        ("+", ("a", "1"), None),
+        ("min", ("a",), None),
+        ("+", ("1", "2", "3"), None),
+        ("", (), None),
+        ("*", ("9" * 5000, "2"), None),
+        ("*", ("9" * 4000,) * 2, None),
+    ],
+)
 def test_evaluate(op, operands, value):
     assert evaluate(op, operands) == value

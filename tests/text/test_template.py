@@ -12,8 +12,10 @@ PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
 THINKS = TURNS + "{% if add_generation_prompt %}[assistant] <think>\n{% endif %}"
 WRITES_BOS = "{{ bos_token }}" + PLAIN
 SPELLS_BOS = "<s>" + PLAIN
-IM = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-      "<|im_start|>assistant\n")
+IM = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -21,15 +23,28 @@ CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 def tokenizer(template, adds=None, **options):
     """A byte-level BPE whose merges love to cross a border; `adds` is what its post-processor puts around text."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(["assistant] Answer: 4", "[user] What is 2 + 2?", "<think>\n so </think> 4"] * 9,
-                            trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, show_progress=False,
-                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    bpe.train_from_iterator(
+        ["assistant] Answer: 4", "[user] What is 2 + 2?", "<think>\n so </think> 4"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if adds:
         bpe.post_processor = processors.TemplateProcessing(
-            single=adds, special_tokens=[(t, bpe.token_to_id(t)) for t in ("<s>", "</s>") if t in adds])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **({"bos_token": "<s>", "eos_token": "</s>",
-                                                             "chat_template": template} | options))
+            single=adds,
+            special_tokens=[(t, bpe.token_to_id(t)) for t in ("<s>", "</s>") if t in adds],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        **({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template} | options),
+    )
 
 
 def made(*args, **options):
@@ -57,7 +72,10 @@ def test_a_completion_has_no_bos_and_its_end_token_only_if_it_ended(adds):
     assert whole == [*text.completion_ids("Answer: 4", ended=False), end]
     assert text.tokenizer.decode(whole) == "Answer: 4</s>"
     assert text.completions_ids(["Answer: 4", "", "4"], [True, True, False]) == [
-        whole, [end], text.completion_ids("4", ended=False)]
+        whole,
+        [end],
+        text.completion_ids("4", ended=False),
+    ]
     assert text.completions_ids([], []) == []
 
 
@@ -79,7 +97,9 @@ def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
     assert s.tokens[: len(prompt)].tolist() == prompt
     assert s.tokens[s.targets].tolist() == completion
     assert text.decode(completion) == answer
-    assert text.tokenizer.decode(s.tokens[:-1]).removeprefix("<s>") == (text.render(CHAT) + answer).removeprefix("<s>")
+    assert text.tokenizer.decode(s.tokens[:-1]).removeprefix("<s>") == (
+        text.render(CHAT) + answer
+    ).removeprefix("<s>")
 
 
 def test_decode_leaves_special_tokens_out_and_words_as_they_are():
@@ -94,12 +114,20 @@ def test_saved_is_loaded(tmp_path):
     again = Text.load(str(tmp_path))
     assert again.prompt_ids(CHAT) == text.prompt_ids(CHAT)
     assert again.end_ids == text.end_ids
-    assert again.completion_ids("Answer: 4", ended=True) == text.completion_ids("Answer: 4", ended=True)
+    assert again.completion_ids("Answer: 4", ended=True) == text.completion_ids(
+        "Answer: 4", ended=True
+    )
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    ({"eos_token": None}, "The tokenizer of here has no eos_token; name it in tokenizer_config.json."),
-])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"eos_token": None},
+            "The tokenizer of here has no eos_token; name it in tokenizer_config.json.",
+        ),
+    ],
+)
 def test_a_tokenizer_that_cannot_serve_is_one_sentence(options, sentence):
     with pytest.raises(ValueError) as error:
         made(PLAIN, **options)
@@ -114,11 +142,16 @@ def test_only_messages_need_a_template():
         text.render(CHAT)
     assert str(error.value) == (
         "The tokenizer of here has no chat template; add chat_template.jinja to its folder, or give text instead of "
-        "messages.")
+        "messages."
+    )
 
 
 def test_no_tokenizer_is_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder or a "):
+    with pytest.raises(
+        FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder or a "
+    ):
         Text.load("/nowhere")
-    with pytest.raises(ValueError, match=rf"^The folder {tmp_path} has no tokenizer\.json; copy the model's "):
+    with pytest.raises(
+        ValueError, match=rf"^The folder {tmp_path} has no tokenizer\.json; copy the model's "
+    ):
         Text.load(str(tmp_path))

@@ -21,10 +21,19 @@ def program():
 @pytest.fixture(scope="session")
 def spawn():
     """Starts `program.py` with arguments, in a process with so many devices and further variables."""
+
     def start(*arguments, devices=1, **more):
-        flags = more | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                 "PYTHONPATH": str(PROGRAM.parents[2]), "JAX_PLATFORMS": "cpu"}
-        return subprocess.Popen([sys.executable, str(PROGRAM), *map(str, arguments)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, env=os.environ | flags)
+        flags = more | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(PROGRAM.parents[2]),
+            "JAX_PLATFORMS": "cpu",
+        }
+        return subprocess.Popen(
+            [sys.executable, str(PROGRAM), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | flags,
+        )
 
     return start

@@ -40,13 +40,20 @@ PAIRS, LENGTH = 16, 64
 
 def data(kind, rows):
     """Step to 32 sequences of 40 to 64 tokens, one in a row of 64: as many micro-batches as 32 / rows."""
+
     def at(step):
         r = np.random.default_rng(step)
-        flat = [Row(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)), -150.0) for _ in range(2 * PAIRS)]
+        flat = [
+            Row(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)), -150.0)
+            for _ in range(2 * PAIRS)
+        ]
         if kind == "dpo":
             groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
         else:
-            groups = [Group((row,), i % 2, row._replace(prompt=flat[i - 1].prompt)) for i, row in enumerate(flat)]
+            groups = [
+                Group((row,), i % 2, row._replace(prompt=flat[i - 1].prompt))
+                for i, row in enumerate(flat)
+            ]
         return pack_step(groups, kind, rows, LENGTH)
 
     return at
@@ -54,8 +61,15 @@ def data(kind, rows):
 
 def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None, **more):
     """Trains; returns all parameters on the host, and counts."""
-    how = Run(Objective(name=kind, kind=kind, learning_rate=1e-3), steps, rows, LENGTH, warmup=0.0,
-              schedule="constant", checkpoint_every=every)
+    how = Run(
+        Objective(name=kind, kind=kind, learning_rate=1e-3),
+        steps,
+        rows,
+        LENGTH,
+        warmup=0.0,
+        schedule="constant",
+        checkpoint_every=every,
+    )
     params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
     mesh = mesh or make_mesh(MeshShape(), jax.devices()[:1])
     params, counts = train(SPEC, params, source or data(kind, rows), how, mesh, folder, **more)
@@ -188,6 +202,7 @@ def fine(root, index):
 
 def company(mode, root):
     """One of the processes that the environment describes, ended as `launch` ends them."""
+
     def job(_):
         start_processes()
         mode(root, jax.process_index())
@@ -196,9 +211,16 @@ def company(mode, root):
     run_main(job)
 
 
-MODES = {"kill": kill, "both": both, "leave": leave} | {name: functools.partial(company, mode) for name, mode in {
-    "alone": functools.partial(shards, together=False), "together": functools.partial(shards, together=True),
-    "full": full, "view": view, "fine": fine}.items()}
+MODES = {"kill": kill, "both": both, "leave": leave} | {
+    name: functools.partial(company, mode)
+    for name, mode in {
+        "alone": functools.partial(shards, together=False),
+        "together": functools.partial(shards, together=True),
+        "full": full,
+        "view": view,
+        "fine": fine,
+    }.items()
+}
 
 
 def main(mode, root, *numbers):

@@ -42,7 +42,9 @@ def test_a_run_killed_at_random_points_is_the_uninterrupted_one_bit_for_bit(spaw
     assert done == kills
     for folder in ["again", *(f"cut-{i}" for i in range(runs))]:
         for file in ("metrics.jsonl", "params.npz"):
-            assert (tmp_path / folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), folder
+            assert (tmp_path / folder / file).read_bytes() == (
+                tmp_path / "whole" / file
+            ).read_bytes(), folder
     assert len(list(read_metrics(tmp_path / "whole" / "metrics.jsonl"))) == 12
 
 
@@ -51,7 +53,9 @@ def test_resumed_on_another_mesh_is_the_same_within_noise(program, tmp_path, one
     program.tiny(tmp_path / "moved", steps=2, mesh=make_mesh(MeshShape(2, 2, 2)))
     moved, resumed = program.tiny(tmp_path / "moved", steps=4, mesh=one_device)
     same(whole, moved, 1e-5)
-    rows, again = (list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "moved"))
+    rows, again = (
+        list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "moved")
+    )
     for row, other in zip(rows, again, strict=True):
         assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
     for name in ("tokens", "positions"):  # counts go on too
@@ -68,15 +72,20 @@ def test_sigterm_saves_the_step_and_leaves(program, tmp_path):
         return source(step)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match=rf"^Stopped by SIGTERM after step 2 of 4, which is saved in "
-                                        rf"{tmp_path}/cut\. Run the same command to continue\.$"):
+    with pytest.raises(
+        Preempted,
+        match=rf"^Stopped by SIGTERM after step 2 of 4, which is saved in "
+        rf"{tmp_path}/cut\. Run the same command to continue\.$",
+    ):
         program.tiny(tmp_path / "cut", steps=4, source=told)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step_*")] == ["step_2"]
     params, _ = program.tiny(tmp_path / "cut", steps=4)
     whole, _ = program.tiny(tmp_path / "whole", steps=4)
     same(params, whole)
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
 
 
 def test_sigterm_at_the_last_step_is_not_lost(program, tmp_path):
@@ -96,7 +105,9 @@ def test_sigterm_at_the_last_step_is_not_lost(program, tmp_path):
 @pytest.fixture
 def state(program, one_device):
     spec = program.SPEC
-    return start(program.nnx.state(program.Decoder(spec, rngs=program.nnx.Rngs(0))), Optimizer(), one_device)
+    return start(
+        program.nnx.state(program.Decoder(spec, rngs=program.nnx.Rngs(0))), Optimizer(), one_device
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +129,11 @@ def limited():
 
 def settled(folder):
     """Waits until writers that Orbax no longer waits for have ended: a later process would not meet them."""
+
     def seen():
-        return sorted((path.name, path.stat().st_mtime) for path in folder.rglob("*") if path.exists())
+        return sorted(
+            (path.name, path.stat().st_mtime) for path in folder.rglob("*") if path.exists()
+        )
 
     before, now = None, seen()
     while before != now:
@@ -137,16 +151,20 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_untouched(tmp_pa
         with pytest.raises(ArtifactError) as error:
             checkpoints.save(2, moved, COUNTS)
             checkpoints.wait()
-    assert str(error.value) == (f"The checkpoint {tmp_path}/c/step_2 cannot be written (File too large); make room or "
-                                "choose another workspace, and run the same command: the checkpoint of step 1 is "
-                                "untouched.")
+    assert str(error.value) == (
+        f"The checkpoint {tmp_path}/c/step_2 cannot be written (File too large); make room or "
+        "choose another workspace, and run the same command: the checkpoint of step 1 is "
+        "untouched."
+    )
     limited(resource.RLIM_INFINITY)
     settled(tmp_path)
     with Checkpoints(tmp_path / "c", 1) as checkpoints:
         assert checkpoints.newest() == 1
         restored, counts = checkpoints.restore(moved)
         checkpoints.save(2, restored, COUNTS)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_2"]  # nothing is left of what failed
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [
+        "step_2"
+    ]  # nothing is left of what failed
     same(saved, jax.device_get(restored))
     assert counts["tokens"] == 7.0
 
@@ -161,8 +179,11 @@ def test_a_full_disk_ends_training_with_the_sentence(program, tmp_path, limited)
             limited(9000)
         return source(step)
 
-    with pytest.raises(ArtifactError, match=r"/checkpoints/step_4 cannot be written \(File too large\); .*: the "
-                                            r"checkpoint of step 2 is untouched\.$"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"/checkpoints/step_4 cannot be written \(File too large\); .*: the "
+        r"checkpoint of step 2 is untouched\.$",
+    ):
         program.tiny(tmp_path, steps=6, every=2, source=filling)
     limited(resource.RLIM_INFINITY)
     settled(tmp_path)
@@ -174,15 +195,20 @@ def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):
     saved, like = jax.device_get(state), jax.tree.map(lambda x: x * 0, state)
     with Checkpoints(tmp_path / "c", 1) as checkpoints:
         checkpoints.save(3, state, COUNTS)
-    sentence = (rf"^The checkpoint {tmp_path}/c/step_3 cannot be read \([^\n]+\); delete that folder and run the same "
-                r"command to train from the start\.$")
+    sentence = (
+        rf"^The checkpoint {tmp_path}/c/step_3 cannot be read \([^\n]+\); delete that folder and run the same "
+        r"command to train from the start\.$"
+    )
     refused = set()
     shutil.copytree(tmp_path / "c", tmp_path / "good")
     for file in [f for f in (tmp_path / "good").rglob("*") if f.is_file()]:
         for damage in ("gone", "cut", "flipped"):
             shutil.rmtree(tmp_path / "c")
             shutil.copytree(tmp_path / "good", tmp_path / "c")
-            place, content = tmp_path / "c" / file.relative_to(tmp_path / "good"), bytearray(file.read_bytes())
+            place, content = (
+                tmp_path / "c" / file.relative_to(tmp_path / "good"),
+                bytearray(file.read_bytes()),
+            )
             if damage == "gone":
                 place.unlink()
             elif damage == "cut":
@@ -208,9 +234,13 @@ def test_another_model_is_refused_and_an_older_checkpoint_is_named(tmp_path, sta
         for step in (1, 2, 3):
             checkpoints.save(step, state, COUNTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2", "step_3"]
-    wider = jax.tree.map(lambda x: jax.device_put(np.zeros((*x.shape, 2), x.dtype), x.sharding), state.moments)
-    with Checkpoints(tmp_path, 2) as checkpoints, \
-            pytest.raises(ArtifactError, match=r"step_3 cannot be read .* to continue from step 2\.$"):
+    wider = jax.tree.map(
+        lambda x: jax.device_put(np.zeros((*x.shape, 2), x.dtype), x.sharding), state.moments
+    )
+    with (
+        Checkpoints(tmp_path, 2) as checkpoints,
+        pytest.raises(ArtifactError, match=r"step_3 cannot be read .* to continue from step 2\.$"),
+    ):
         checkpoints.restore(state._replace(moments=wider))
 
 
@@ -221,7 +251,9 @@ def test_the_checksum_sees_one_bit_and_no_mesh(state):
     leaves, tree = jax.tree.flatten(jax.device_get(state))
     bits = leaves[0].view(np.uint32).copy()
     bits.flat[5] ^= 1
-    assert int(checksum(jax.tree.unflatten(tree, [bits.view(np.float32), *leaves[1:]]))) != int(checksum(state))
+    assert int(checksum(jax.tree.unflatten(tree, [bits.view(np.float32), *leaves[1:]]))) != int(
+        checksum(state)
+    )
 
 
 def test_seconds_of_saves_are_counted(tmp_path, state):
@@ -244,8 +276,10 @@ def test_metrics_that_lost_rows_are_refused(tmp_path):
     path.write_text('{"step": 1}\n{"step": 3}\n')
     with pytest.raises(ArtifactError) as error:
         Metrics(path, 3)
-    assert str(error.value) == (f"{path} has lost rows of the first 3 steps; delete the directory {tmp_path} and run "
-                                "again: only that run is made anew.")
+    assert str(error.value) == (
+        f"{path} has lost rows of the first 3 steps; delete the directory {tmp_path} and run "
+        "again: only that run is made anew."
+    )
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
@@ -288,7 +322,16 @@ run_main(main)
 
 
 def test_sigterm_elsewhere_unwinds_and_exits_with_its_code():
-    done = subprocess.run([sys.executable, "-c", LAUNCHER], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert (done.returncode, done.stdout) == (75, "released\n")
-    assert done.stderr == "Stopped by SIGTERM. Run the same command to continue; finished work is kept.\n"
+    assert (
+        done.stderr
+        == "Stopped by SIGTERM. Run the same command to continue; finished work is kept.\n"
+    )

@@ -30,8 +30,16 @@ def two(spawn):
             free.bind(("localhost", 0))
             at = f"localhost:{free.getsockname()[1]}"
         for index in "01":
-            started.append(spawn(mode, root, devices=4, JAX_COORDINATOR_ADDRESS=at, JAX_NUM_PROCESSES="2",
-                                 JAX_PROCESS_ID=index))
+            started.append(
+                spawn(
+                    mode,
+                    root,
+                    devices=4,
+                    JAX_COORDINATOR_ADDRESS=at,
+                    JAX_NUM_PROCESSES="2",
+                    JAX_PROCESS_ID=index,
+                )
+            )
         return started
 
     yield start
@@ -54,7 +62,9 @@ def last(processes, within):
     said = [process.communicate(timeout=end - time.monotonic())[1] for process in processes]
     print(*said)
     theirs = re.compile(r"Traceback \(most|  File |    |RuntimeError: Event loop is closed|$")
-    lines = [[line for line in text.splitlines() if not theirs.match(line)] or [""] for text in said]
+    lines = [
+        [line for line in text.splitlines() if not theirs.match(line)] or [""] for text in said
+    ]
     return [(process.returncode, own[-1]) for process, own in zip(processes, lines, strict=True)]
 
 
@@ -71,10 +81,17 @@ def test_sigterm_in_a_stage_ends_both_and_gives_the_leases_back(two, tmp_path, m
     assert list(claims.glob("shard-*")) == []
 
 
-def test_a_disk_that_is_full_for_one_process_stops_both_and_leaves_the_last_checkpoint(two, state, tmp_path):
-    sentence = (f"The checkpoint {tmp_path}/step_2 cannot be written (File too large); make room or choose another "
-                "workspace, and run the same command: the checkpoint of step 1 is untouched.")
-    assert last(two("full", tmp_path), 60) == [(2, f"Process 1 of 2 stopped: {sentence}"), (2, sentence)]
+def test_a_disk_that_is_full_for_one_process_stops_both_and_leaves_the_last_checkpoint(
+    two, state, tmp_path
+):
+    sentence = (
+        f"The checkpoint {tmp_path}/step_2 cannot be written (File too large); make room or choose another "
+        "workspace, and run the same command: the checkpoint of step 1 is untouched."
+    )
+    assert last(two("full", tmp_path), 60) == [
+        (2, f"Process 1 of 2 stopped: {sentence}"),
+        (2, sentence),
+    ]
     with Checkpoints(tmp_path, 1) as checkpoints:
         assert checkpoints.newest() == 1
         found, _ = checkpoints.restore(jax.tree.map(lambda x: x * 0, state))
@@ -86,11 +103,16 @@ def test_a_shard_of_a_checkpoint_that_one_process_misses_stops_both(two, state, 
     with Checkpoints(tmp_path / "0", 1) as checkpoints:
         checkpoints.save(1, state, dict.fromkeys(checkpoints.seconds, 0.0))
     shutil.copytree(tmp_path / "0", tmp_path / "1")
-    max((file for file in (tmp_path / "1").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size).unlink()
+    max(
+        (file for file in (tmp_path / "1").rglob("*") if file.is_file()),
+        key=lambda f: f.stat().st_size,
+    ).unlink()
     (code, other), (first, sentence) = last(two("view", tmp_path), 60)
     assert (code, first) == (2, 2)
     assert sentence.startswith(f"The checkpoint {tmp_path}/1/step_1 cannot be read (")
-    assert sentence.endswith("; delete that folder and run the same command to train from the start.")
+    assert sentence.endswith(
+        "; delete that folder and run the same command to train from the start."
+    )
     assert other == f"Process 1 of 2 stopped: {sentence}"
     assert (tmp_path / "0" / "step_1").exists()
 

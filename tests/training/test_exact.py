@@ -30,7 +30,12 @@ def test_one_two_or_eight_micro_batches_on_one_or_eight_devices(program, tmp_pat
     one, spread = make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(2, 2, 2))
     assert [len(program.data(kind, rows)(0).micros) for rows in (32, 16, 4)] == [1, 2, 8]
     first, _ = program.tiny(tmp_path / "first", kind, 32, steps=2, mesh=one)
-    for name, rows, mesh in (("two", 16, one), ("eight", 4, one), ("spread", 32, spread), ("both", 4, spread)):
+    for name, rows, mesh in (
+        ("two", 16, one),
+        ("eight", 4, one),
+        ("spread", 32, spread),
+        ("both", 4, spread),
+    ):
         params, _ = program.tiny(tmp_path / name, kind, rows, steps=2, mesh=mesh)
         same_run((first, tmp_path / "first"), (params, tmp_path / name))
 
@@ -64,7 +69,9 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(program, spaw
 
 
 @pytest.mark.slow
-def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(program, spawn, tmp_path):
+def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(
+    program, spawn, tmp_path
+):
     said = two(spawn, "leave", tmp_path)
     assert [code for _, _, code in said] == [Preempted.code] * 2, said
     last = [out.splitlines()[-1] for out, _, _ in said]  # after what gloo says
@@ -72,26 +79,43 @@ def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(progr
     saved = [path.name for path in (tmp_path / "left" / "checkpoints").glob("step_*")]
     assert len(saved) == 1
     done = int(saved[0].removeprefix("step_"))
-    assert last[0] == (f"Stopped by SIGTERM after step {done} of 200, which is saved in {tmp_path}/left. Run the "
-                       "same command to continue.")
-    assert [row["step"] for row in read_metrics(tmp_path / "left" / "metrics.jsonl")] == list(range(1, done + 1))
+    assert last[0] == (
+        f"Stopped by SIGTERM after step {done} of 200, which is saved in {tmp_path}/left. Run the "
+        "same command to continue."
+    )
+    assert [row["step"] for row in read_metrics(tmp_path / "left" / "metrics.jsonl")] == list(
+        range(1, done + 1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_twenty_arms_compile_once(program, one_device, kind):
     """Counted by the compiled functions themselves: learning rate, beta and weights are arguments."""
-    steps = programs.programs(program.SPEC, "float32", kind, Optimizer(), capacity(32, program.LENGTH), one_device,
-                              "none")
-    params, batch = program.nnx.state(program.Decoder(program.SPEC, rngs=program.nnx.Rngs(1))), program.data(kind, 32)
+    steps = programs.programs(
+        program.SPEC, "float32", kind, Optimizer(), capacity(32, program.LENGTH), one_device, "none"
+    )
+    params, batch = (
+        program.nnx.state(program.Decoder(program.SPEC, rngs=program.nnx.Rngs(1))),
+        program.data(kind, 32),
+    )
     before, norms = None, set()
     for arm in range(20):
-        objective = Objective(name=f"arm{arm}", kind=kind, beta=0.01 * (arm + 1), desirable_weight=1 + arm / 10,
-                              undesirable_weight=1 - arm / 40)
+        objective = Objective(
+            name=f"arm{arm}",
+            kind=kind,
+            beta=0.01 * (arm + 1),
+            desirable_weight=1 + arm / 10,
+            undesirable_weight=1 - arm / 40,
+        )
         state = start(params, Optimizer(), one_device)
         for step in range(2):
-            state, sums, *_ = run_step(steps, state, batch(step), objective, 1e-3 / (arm + 1), one_device)
+            state, sums, *_ = run_step(
+                steps, state, batch(step), objective, 1e-3 / (arm + 1), one_device
+            )
         norms.add(float(sums["grad_norm"]))
-        sizes = [function._cache_size() for function in (steps.gradient, steps.apply, steps.logprobs)]
+        sizes = [
+            function._cache_size() for function in (steps.gradient, steps.apply, steps.logprobs)
+        ]
         before = before or sizes
         assert sizes == before
     assert before[:2] == [1, 1]

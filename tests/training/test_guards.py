@@ -18,13 +18,22 @@ LENGTH = 64
 
 def rows(vocab=50, count=16, reference=-40.0):
     r = np.random.default_rng(0)
-    return [Row(r.integers(0, vocab, 6).tolist(), r.integers(0, vocab, 9 + i).tolist(), reference, f"t{i}")
-            for i in range(count)]
+    return [
+        Row(
+            r.integers(0, vocab, 6).tolist(),
+            r.integers(0, vocab, 9 + i).tolist(),
+            reference,
+            f"t{i}",
+        )
+        for i in range(count)
+    ]
 
 
 def step(kind="dpo", broken=-1, reference=0.0, **changes):
     """Eight pairs, or eight examples with mismatched rows; of row `broken` the reference is another."""
-    found = [r._replace(reference=reference) if i == broken else r for i, r in enumerate(rows(**changes))]
+    found = [
+        r._replace(reference=reference) if i == broken else r for i, r in enumerate(rows(**changes))
+    ]
     if kind != "kto":
         return pack_step([Group((found[i], found[i + 8])) for i in range(8)], kind, 4, LENGTH)
     return pack_step([Group((found[i],), i % 2, found[i + 8]) for i in range(8)], kind, 4, LENGTH)
@@ -51,7 +60,8 @@ def test_one_wrong_row_is_enough_and_is_named(kind, broken):
             f"Before training the policy's log-probabilities differ from its reference's in 1 of 16 rows, by up to "
             f"{shift:.3g} nats over {tokens} tokens (noise allowed there: {1e-3 * tokens**0.5:.3g}; traces, worst "
             f"first: t{broken}); likely reasons: the table was made by other weights, another chat template, another "
-            "truncation or another dtype. Score again with this student as the reference.")
+            "truncation or another dtype. Score again with this student as the reference."
+        )
 
 
 def test_the_worst_rows_come_first():
@@ -59,7 +69,9 @@ def test_the_worst_rows_come_first():
     s = scored(batch)
     where = next((k, ts.index("t2")) for k, ts in enumerate(batch.traces) if "t2" in ts)
     s[where[0]][where[1]] = -41.0
-    with pytest.raises(ConfigError, match=r"in 2 of 16 rows, by up to nan nats over 14 .* worst first: t5, t2\)"):
+    with pytest.raises(
+        ConfigError, match=r"in 2 of 16 rows, by up to nan nats over 14 .* worst first: t5, t2\)"
+    ):
         check_reference("dpo", batch, s, "float32")
 
 
@@ -69,20 +81,33 @@ def test_numbers_that_are_not_finite_name_the_step_and_its_traces():
     with pytest.raises(FloatingPointError) as error:
         check_finite("dpo", 7, {"loss": float("nan"), "grad_norm": 2.0}, batch, scored(batch))
     found = str(error.value)
-    assert found.startswith("At step 7 the loss is nan and the gradient norm 2.0: 1 log-ratios are not finite (t12); "
-                            "the checkpoints are of the steps before it; lower the learning rate, or look at that "
-                            "step's traces: ")
+    assert found.startswith(
+        "At step 7 the loss is nan and the gradient norm 2.0: 1 log-ratios are not finite (t12); "
+        "the checkpoints are of the steps before it; lower the learning rate, or look at that "
+        "step's traces: "
+    )
     assert set(found.rpartition(": ")[2].rstrip(".").split(", ")) == {f"t{i}" for i in range(16)}
     with pytest.raises(FloatingPointError, match="gradient norm inf: all log-ratios are finite; "):
         check_finite("dpo", 7, {"loss": 1.0, "grad_norm": float("inf")}, step(), scored(batch))
     with pytest.raises(FloatingPointError, match="look at that step's traces: without ids.$"):
-        check_finite("dpo", 7, {"loss": float("nan"), "grad_norm": 1.0}, batch._replace(traces=()), scored(batch))
+        check_finite(
+            "dpo",
+            7,
+            {"loss": float("nan"), "grad_norm": 1.0},
+            batch._replace(traces=()),
+            scored(batch),
+        )
 
 
 def test_the_last_checkpoint_is_of_finite_steps(tiny, one_device, tmp_path):
     good, bad = (step(vocab=tiny.spec.vocab, broken=b, reference=float("nan")) for b in (-1, 5))
-    run = Run(Objective(kind="dpo", learning_rate=1e-3), 6, 4, LENGTH, warmup=0.0, checkpoint_every=1)
-    with pytest.raises(FloatingPointError, match=r"^At step 4 the loss is nan .*: 1 log-ratios are not finite \(t5\)"):
+    run = Run(
+        Objective(kind="dpo", learning_rate=1e-3), 6, 4, LENGTH, warmup=0.0, checkpoint_every=1
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^At step 4 the loss is nan .*: 1 log-ratios are not finite \(t5\)",
+    ):
         train(tiny.spec, tiny.state, lambda at: bad if at == 3 else good, run, one_device, tmp_path)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
@@ -92,8 +117,10 @@ def test_the_last_checkpoint_is_of_finite_steps(tiny, one_device, tmp_path):
 
 
 def metrics(chosen, rejected, beta=0.1):
-    return [{"step": i + 1, "rewards/chosen": beta * c, "rewards/rejected": beta * r}
-            for i, (c, r) in enumerate(zip(chosen, rejected, strict=True))]
+    return [
+        {"step": i + 1, "rewards/chosen": beta * c, "rewards/rejected": beta * r}
+        for i, (c, r) in enumerate(zip(chosen, rejected, strict=True))
+    ]
 
 
 def test_both_falling_is_said_once():
@@ -106,14 +133,17 @@ def test_both_falling_is_said_once():
         "Up to step 20 the log-probabilities of chosen and rejected traces fall together (last 10 steps: "
         f"{np.mean((down + noise[0])[10:20]):.2f} and {np.mean((2 * down + noise[1])[10:20]):.2f} nats from the "
         "reference): the policy leaves both; a lower learning rate, a higher beta, nll_weight or rejected traces of "
-        "the student's own may hold it.")
+        "the student's own may hold it."
+    )
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [(1, -1), (-1, 1), (1, 1), (0, -1), (0, 0)])
 def test_anything_else_is_not_a_fall(chosen, rejected):
     time, noise = np.arange(60.0), np.random.default_rng(1).normal(0, 1, (2, 60))
     fall = Fall(beta=0.1)
-    assert not any(fall(row) for row in metrics(chosen * time + noise[0] - 5, rejected * time + noise[1] - 5))
+    assert not any(
+        fall(row) for row in metrics(chosen * time + noise[0] - 5, rejected * time + noise[1] - 5)
+    )
     assert fall.at == 0
 
 
@@ -121,27 +151,44 @@ def test_what_falls_from_above_the_reference_or_on_one_side_is_passed_over():
     fall, down = Fall(beta=0.1), -np.arange(40.0)
     assert not any(fall(row) for row in metrics(down + 100, down))
     fall = Fall(beta=0.1)
-    assert not any(fall({k: v for k, v in row.items() if k != "rewards/rejected"}) for row in metrics(down, down))
+    assert not any(
+        fall({k: v for k, v in row.items() if k != "rewards/rejected"})
+        for row in metrics(down, down)
+    )
 
 
-def test_a_run_that_falls_is_told_once_and_counted_though_resumed(tiny, one_device, tmp_path, capsys):
+def test_a_run_that_falls_is_told_once_and_counted_though_resumed(
+    tiny, one_device, tmp_path, capsys
+):
     batch = step("apo_down", vocab=tiny.spec.vocab)
     objective = Objective(kind="apo_down", beta=0.02, learning_rate=3e-3)
 
     def trained(steps):
-        run = Run(objective, steps, 4, LENGTH, warmup=0.0, schedule="constant", checkpoint_every=100)
+        run = Run(
+            objective, steps, 4, LENGTH, warmup=0.0, schedule="constant", checkpoint_every=100
+        )
         return train(tiny.spec, tiny.state, lambda _: batch, run, one_device, tmp_path)[1]
 
     assert trained(15)["both_fell_at"] == 0
     assert trained(24)["both_fell_at"] == 20  # half of what is compared was before the interruption
-    assert capsys.readouterr().err.count("Warning: Up to step 20 the log-probabilities of chosen and rejected") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "Warning: Up to step 20 the log-probabilities of chosen and rejected"
+        )
+        == 1
+    )
     assert trained(26)["both_fell_at"] == 20
     assert "Warning" not in capsys.readouterr().err
-    assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 26
+    assert (
+        len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()])
+        == 26
+    )
 
 
 def test_without_a_reference_nothing_falls_from_it():
-    falling = [{"step": i, "rewards/chosen": -0.1 * i, "rewards/rejected": -0.2 * i} for i in range(1, 41)]
+    falling = [
+        {"step": i, "rewards/chosen": -0.1 * i, "rewards/rejected": -0.2 * i} for i in range(1, 41)
+    ]
     fall, silent = Fall(0.1), Fall(0.1, reference=False)
     assert any(fall(row) for row in falling)
     assert not any(silent(row) for row in falling)

@@ -33,17 +33,29 @@ def stirred(trained):
     """Adapters whose B is not 0, so that A has a gradient and the policy is not its base."""
     leaves, tree = jax.tree.flatten(trained)
     r = np.random.default_rng(1)
-    return jax.tree.unflatten(tree, [x + r.normal(0, 0.05, x.shape).astype(np.float32) for x in leaves])
+    return jax.tree.unflatten(
+        tree, [x + r.normal(0, 0.05, x.shape).astype(np.float32) for x in leaves]
+    )
 
 
 def compiled(program, kind, mesh, lora=LORA, dtype="float32", remat="none"):
-    return programs.programs(program.SPEC, dtype, kind, Optimizer(), capacity(32, program.LENGTH), mesh, remat,
-                             adapters(lora))
+    return programs.programs(
+        program.SPEC,
+        dtype,
+        kind,
+        Optimizer(),
+        capacity(32, program.LENGTH),
+        mesh,
+        remat,
+        adapters(lora),
+    )
 
 
 def hyper(kind, data, z0=0.0):
     o = Objective(kind=kind)
-    return Hyper(*map(np.float32, (o.beta, 0, o.gamma, 0, 1, 1, z0, data.total, data.chosen_tokens)))
+    return Hyper(
+        *map(np.float32, (o.beta, 0, o.gamma, 0, 1, 1, z0, data.total, data.chosen_tokens))
+    )
 
 
 def dense(program, params, trained, scale):
@@ -51,8 +63,12 @@ def dense(program, params, trained, scale):
     tree, parts = nnx.to_pure_dict(params), nnx.to_pure_dict(trained)["blocks"]
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
         w, a, b = tree["blocks"][name], parts[f"{name}_a"], parts[f"{name}_b"]
-        tree["blocks"][name] = jnp.stack([w[i] + scale * (a[i].reshape(-1, 4) @ b[i].reshape(4, -1)).reshape(w[i].shape)
-                                          for i in range(program.SPEC.layers)])
+        tree["blocks"][name] = jnp.stack(
+            [
+                w[i] + scale * (a[i].reshape(-1, 4) @ b[i].reshape(4, -1)).reshape(w[i].shape)
+                for i in range(program.SPEC.layers)
+            ]
+        )
     whole = abstract(program.SPEC)[1]
     nnx.replace_by_pure_dict(whole, tree)
     return whole
@@ -63,7 +79,9 @@ def test_a_step_is_that_of_dense_matrices(program, base, one_device, kind, remat
     trained, frozen = attach(program.SPEC, base, LORA, 5)
     trained, data = stirred(trained), program.data(kind, 32)(0)
     (batch, examples), h = data.micros[0], hyper(kind, data, 0.3)
-    grads, sums, s = compiled(program, kind, one_device, remat=remat).gradient(trained, frozen, batch, examples, h)
+    grads, sums, s = compiled(program, kind, one_device, remat=remat).gradient(
+        trained, frozen, batch, examples, h
+    )
     graphdef, _ = abstract(program.SPEC)
 
     @jax.jit
@@ -96,18 +114,27 @@ def products(jaxpr):
 
 @pytest.mark.parametrize("shape", [MeshShape(1), MeshShape(2, 2, 2)])
 def test_nothing_of_the_bases_shapes_is_computed(program, base, shape):
-    mesh = make_mesh(shape, jax.devices()[:8 if shape.fsdp > 1 else 1])
+    mesh = make_mesh(shape, jax.devices()[: 8 if shape.fsdp > 1 else 1])
     data = program.data("dpo", 32)(0)
     (batch, examples), h, counted = data.micros[0], hyper("dpo", data), {}
     spec = program.SPEC
-    sizes = {tuple(sorted(x.shape[1:] if x.shape[0] == spec.layers else x.shape)) for x in jax.tree.leaves(base)}
-    sizes |= {tuple(sorted((spec.heads * spec.head_width, spec.width)))}  # of o, as it is multiplied
-    sizes |= {tuple(sorted((spec.vocab // shape.tensor, spec.width)))}  # a device's share of the unembedding
+    sizes = {
+        tuple(sorted(x.shape[1:] if x.shape[0] == spec.layers else x.shape))
+        for x in jax.tree.leaves(base)
+    }
+    sizes |= {
+        tuple(sorted((spec.heads * spec.head_width, spec.width)))
+    }  # of o, as it is multiplied
+    sizes |= {
+        tuple(sorted((spec.vocab // shape.tensor, spec.width)))
+    }  # a device's share of the unembedding
     for lora in (LORA, Lora()):
         steps = compiled(program, "dpo", mesh, lora)
         trained, frozen = attach(program.SPEC, base, lora, 5)
         arguments = (trained, frozen, batch, examples, h)
-        shapes = [tuple(sorted(x)) for x in products(jax.make_jaxpr(steps.gradient)(*arguments).jaxpr)]
+        shapes = [
+            tuple(sorted(x)) for x in products(jax.make_jaxpr(steps.gradient)(*arguments).jaxpr)
+        ]
         counted[lora.rank] = sum(x in sizes for x in shapes)
         grads = jax.eval_shape(steps.gradient, *arguments)[0]
         moments = jax.eval_shape(Optimizer().transform().init, trained)
@@ -117,10 +144,33 @@ def test_nothing_of_the_bases_shapes_is_computed(program, base, shape):
     assert counted[4] == 0
 
 
-def run(program, params, folder, mesh, rows=32, steps=4, lora=LORA, source=None, moments="float32", **more):
-    config = Run(Objective(name="dpo", learning_rate=1e-2), steps, rows, program.LENGTH, warmup=0.0,
-                 schedule="constant", optimizer=Optimizer(moments=moments), checkpoint_every=2, lora=lora, seed=7)
-    trained, _ = train(program.SPEC, params, source or program.data("dpo", rows), config, mesh, folder, **more)
+def run(
+    program,
+    params,
+    folder,
+    mesh,
+    rows=32,
+    steps=4,
+    lora=LORA,
+    source=None,
+    moments="float32",
+    **more,
+):
+    config = Run(
+        Objective(name="dpo", learning_rate=1e-2),
+        steps,
+        rows,
+        program.LENGTH,
+        warmup=0.0,
+        schedule="constant",
+        optimizer=Optimizer(moments=moments),
+        checkpoint_every=2,
+        lora=lora,
+        seed=7,
+    )
+    trained, _ = train(
+        program.SPEC, params, source or program.data("dpo", rows), config, mesh, folder, **more
+    )
     return jax.device_get(trained)
 
 
@@ -137,7 +187,9 @@ def test_micro_batches_and_devices_do_not_matter(program, base, one_device, tmp_
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_resumed_is_uninterrupted_and_another_base_is_refused(program, base, one_device, tmp_path, moments):
+def test_resumed_is_uninterrupted_and_another_base_is_refused(
+    program, base, one_device, tmp_path, moments
+):
     whole = run(program, base, tmp_path / "whole", one_device, moments=moments, base="one")
     source = program.data("dpo", 32)
 
@@ -153,13 +205,18 @@ def test_resumed_is_uninterrupted_and_another_base_is_refused(program, base, one
     assert str(error.value) == (
         f"The checkpoint {tmp_path}/cut/checkpoints/step_2 holds adapters of the base weights 'one' and this run's "
         "base has the weights 'two'; train from that base, or delete the folder of checkpoints to train from the "
-        "start.")
+        "start."
+    )
     resumed = run(program, base, tmp_path / "cut", one_device, moments=moments, base="one")
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
 
 
-def test_a_bfloat16_base_stays_what_it_is_and_rates_betas_and_alphas_compile_once(program, base, one_device):
+def test_a_bfloat16_base_stays_what_it_is_and_rates_betas_and_alphas_compile_once(
+    program, base, one_device
+):
     stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
     steps, losses = compiled(program, "kto", one_device, dtype="bfloat16"), set()
     data = program.data("kto", 32)(0)
@@ -170,8 +227,16 @@ def test_a_bfloat16_base_stays_what_it_is_and_rates_betas_and_alphas_compile_onc
         assert str(kept["blocks"].pop("scale").dtype) == "float32"
         assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"bfloat16"}
         state = start(stirred(trained), Optimizer(), one_device)
-        state, sums, _ = run_step(steps, state, data, Objective(kind="kto", beta=0.1 * (arm + 1)), 1e-3 / (arm + 1),
-                                  one_device, frozen, arm)
+        state, sums, _ = run_step(
+            steps,
+            state,
+            data,
+            Objective(kind="kto", beta=0.1 * (arm + 1)),
+            1e-3 / (arm + 1),
+            one_device,
+            frozen,
+            arm,
+        )
         assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32"}
         losses.add(float(sums["loss"]))
         assert [f._cache_size() for f in (steps.gradient, steps.apply, steps.logprobs)] == [1, 1, 1]

@@ -38,24 +38,53 @@ def test_a_steps_flops_are_those_of_its_sequences_whatever_the_packing(program):
     assert want["kto"] == pytest.approx(want["dpo"] * 4 / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "peak"), [
-    ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)])
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ],
+)
 def test_peaks(kind, peak):
     assert peak_flops(kind) == peak
 
 
 def test_the_bars_words():
-    values = {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "tokens_per_second": 12345.6,
-              "padding": 0.041, "mfu": 0.4567, "grad_norm": 1.0}
-    assert note(values) == "loss 0.5000  margin +0.250  accuracy 75%  12,346 tokens/s  padding 4%  MFU 45.7%"
+    values = {
+        "loss": 0.5,
+        "rewards/margins": 0.25,
+        "rewards/accuracies": 0.75,
+        "tokens_per_second": 12345.6,
+        "padding": 0.041,
+        "mfu": 0.4567,
+        "grad_norm": 1.0,
+    }
+    assert (
+        note(values)
+        == "loss 0.5000  margin +0.250  accuracy 75%  12,346 tokens/s  padding 4%  MFU 45.7%"
+    )
     assert note({"loss": 2.0, "padding": 0.0}) == "loss 2.0000  padding 0%"
 
 
 def test_a_narrow_terminal_cuts_nothing(capsys):
-    words = note({"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 1.0, "tokens_per_second": 123456.7,
-                  "padding": 0.041, "mfu": 0.4567})
+    words = note(
+        {
+            "loss": 0.5,
+            "rewards/margins": 0.25,
+            "rewards/accuracies": 1.0,
+            "tokens_per_second": 123456.7,
+            "padding": 0.041,
+            "mfu": 0.4567,
+        }
+    )
     bar = progress()
     bar.add_task("train", total=1200, completed=340, unit="steps", note=words)
     console = Console(width=80)
@@ -89,13 +118,21 @@ def seen(monkeypatch):
     return calls
 
 
-def test_trackers_see_the_rows_the_padding_and_the_speed(program, tmp_path, seen, monkeypatch, one_device):
+def test_trackers_see_the_rows_the_padding_and_the_speed(
+    program, tmp_path, seen, monkeypatch, one_device
+):
     monkeypatch.setattr(watch, "peak_flops", lambda kind: 1e12)
     clock = iter(range(100))
     monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
     data = [program.data("dpo", 32)(i) for i in range(3)]
-    program.tiny(tmp_path / "run", steps=3, mesh=one_device, watch=Watch(("wandb",)), label="arm",
-                 source=data.__getitem__)
+    program.tiny(
+        tmp_path / "run",
+        steps=3,
+        mesh=one_device,
+        watch=Watch(("wandb",)),
+        label="arm",
+        source=data.__getitem__,
+    )
     rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert seen[0] == ("open", "run", "arm", 0)
     assert seen[-2:] == ["flush", "close"]  # flushed before the last checkpoint
@@ -107,7 +144,8 @@ def test_trackers_see_the_rows_the_padding_and_the_speed(program, tmp_path, seen
     assert "tokens_per_second" not in written[0][1]
     seconds = [values["tokens_per_second"] for _, values in written[1:]]
     assert written[1][1]["mfu"] / seconds[0] == pytest.approx(
-        step_flops(program.SPEC, data[1]) / data[1].tokens / 1e12)
+        step_flops(program.SPEC, data[1]) / data[1].tokens / 1e12
+    )
     assert [row["num_tokens"] for row in rows] == list(np.cumsum([batch.tokens for batch in data]))
 
 
@@ -123,7 +161,18 @@ def test_metrics_are_fetched_a_step_late_once_a_step(program, tmp_path, monkeypa
     monkeypatch.setattr(jax, "device_get", fetch)
     program.tiny(tmp_path, steps=5, every=3)
     #                1       2                3, saved                  4       5, saved
-    assert order == ["step", "step", "fetch", "step", "fetch", "fetch", "step", "step", "fetch", "fetch"]
+    assert order == [
+        "step",
+        "step",
+        "fetch",
+        "step",
+        "fetch",
+        "fetch",
+        "step",
+        "step",
+        "fetch",
+        "fetch",
+    ]
 
 
 def test_tensorboard_has_every_scalar(program, tmp_path, monkeypatch):
@@ -153,9 +202,12 @@ def test_tensorboard_has_every_scalar(program, tmp_path, monkeypatch):
 
 def test_wandb_continues_a_run_under_its_id(program, tmp_path, monkeypatch):
     calls = []
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)),
-                                finish=lambda: calls.append("end"))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: (calls.append(k), run)[1]))
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: (calls.append(k), run)[1])
+    )
     for steps in (1, 2):
         program.tiny(tmp_path, steps=steps, watch=Watch(("wandb",)), label="arm")
     first, second = (call for call in calls if isinstance(call, dict))
@@ -172,6 +224,10 @@ def test_the_profiler_traces_its_window_and_stops(program, tmp_path, monkeypatch
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     source = program.data("dpo", 32)
-    program.tiny(tmp_path, steps=4, watch=Watch(profile=(2, 3)),
-                 source=lambda step: (calls.append(step), source(step))[1])
+    program.tiny(
+        tmp_path,
+        steps=4,
+        watch=Watch(profile=(2, 3)),
+        source=lambda step: (calls.append(step), source(step))[1],
+    )
     assert calls == [0, str(tmp_path / "profile"), 1, 2, "stop", 3]

@@ -13,8 +13,17 @@ from deltapref_jax.training.loop import run_step, summarise
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, start
 
-HYPER = Hyper(beta=0.3, label_smoothing=0.2, gamma=0.7, nll_weight=0.0, desirable_weight=1.3, undesirable_weight=0.6,
-              z0=0.4, total=1.0, chosen_tokens=1.0)
+HYPER = Hyper(
+    beta=0.3,
+    label_smoothing=0.2,
+    gamma=0.7,
+    nll_weight=0.0,
+    desirable_weight=1.3,
+    undesirable_weight=0.6,
+    z0=0.4,
+    total=1.0,
+    chosen_tokens=1.0,
+)
 
 
 def softplus(x):
@@ -33,20 +42,28 @@ def written_out(kind, t, h=HYPER):
     weight = np.where(t.desirable > 0, h.desirable_weight, h.undesirable_weight)
     sign = np.where(t.desirable > 0, 1, -1)
     return {
-        "dpo": softplus(-b * d), "dpo_norm": softplus(-b * mean), "hinge": np.maximum(0, 1 - b * d),
+        "dpo": softplus(-b * d),
+        "dpo_norm": softplus(-b * mean),
+        "hinge": np.maximum(0, 1 - b * d),
         "ipo": (mean - 1 / (2 * b)) ** 2,
         "robust": ((1 - e) * softplus(-b * d) - e * softplus(b * d)) / (1 - 2 * e),
         "cdpo": (1 - e) * softplus(-b * d) + e * softplus(b * d),
-        "apo_zero": sigmoid(-b * c) + sigmoid(b * r), "apo_down": sigmoid(b * c) + sigmoid(-b * d),
-        "simpo": softplus(-(b * mean - h.gamma)), "kto": weight * sigmoid(-sign * b * (c - h.z0)),
-        "apo_zero_unpaired": weight * sigmoid(-sign * b * c), "sft": -c,
+        "apo_zero": sigmoid(-b * c) + sigmoid(b * r),
+        "apo_down": sigmoid(b * c) + sigmoid(-b * d),
+        "simpo": softplus(-(b * mean - h.gamma)),
+        "kto": weight * sigmoid(-sign * b * (c - h.z0)),
+        "apo_zero_unpaired": weight * sigmoid(-sign * b * c),
+        "sft": -c,
     }[kind]
 
 
 def terms(scale, size=40):
     r = np.random.default_rng(3)
-    return Terms(*r.normal(0, scale, (2, size)), *r.integers(0, 30, (2, size)).astype(float),
-                 r.integers(0, 2, size).astype(float))
+    return Terms(
+        *r.normal(0, scale, (2, size)),
+        *r.integers(0, 30, (2, size)).astype(float),
+        r.integers(0, 2, size).astype(float),
+    )
 
 
 def test_every_kind_has_its_loss():
@@ -67,8 +84,9 @@ def test_losses_are_their_equations(kind, scale):
 def test_gradients_are_differences(kind):
     t, h = terms(3.0), 1e-5
     with jax.enable_x64(True):
-        got = jax.grad(lambda c, r: LOSSES[kind](t._replace(first=c, second=r), HYPER).sum(), (0, 1))(
-            jnp.asarray(t.first), jnp.asarray(t.second))
+        got = jax.grad(
+            lambda c, r: LOSSES[kind](t._replace(first=c, second=r), HYPER).sum(), (0, 1)
+        )(jnp.asarray(t.first), jnp.asarray(t.second))
     for name, g in zip(("first", "second"), got, strict=True):
         up, down = (written_out(kind, t._replace(**{name: getattr(t, name) + s})) for s in (h, -h))
         np.testing.assert_allclose(g, (up - down) / (2 * h), rtol=1e-6, atol=1e-8)
@@ -78,14 +96,22 @@ def test_gradients_are_differences(kind):
 @pytest.mark.parametrize("beta", [0.1, 1.0, 10.0])
 def test_losses_and_gradients_are_right_far_out_in_float32(kind, beta):
     far = np.array([(c, r) for c in (-1000.0, 0.0, 1000.0) for r in (-1000.0, 0.0, 1000.0)] * 2)
-    t = Terms(far[:, 0], far[:, 1], np.repeat([1.0, 500.0], 9), np.ones(18), np.repeat([1.0, 0.0], 9))
+    t = Terms(
+        far[:, 0], far[:, 1], np.repeat([1.0, 500.0], 9), np.ones(18), np.repeat([1.0, 0.0], 9)
+    )
     h = HYPER._replace(beta=beta, gamma=0.5)
     narrow = Terms(*(jnp.asarray(x, jnp.float32) for x in t))
-    np.testing.assert_allclose(LOSSES[kind](narrow, h), written_out(kind, t, h), rtol=2e-6, atol=1e-30)
-    got = jax.grad(lambda c, r: LOSSES[kind](narrow._replace(first=c, second=r), h).sum(), (0, 1))(*narrow[:2])
+    np.testing.assert_allclose(
+        LOSSES[kind](narrow, h), written_out(kind, t, h), rtol=2e-6, atol=1e-30
+    )
+    got = jax.grad(lambda c, r: LOSSES[kind](narrow._replace(first=c, second=r), h).sum(), (0, 1))(
+        *narrow[:2]
+    )
     with jax.enable_x64(True):
         wide = Terms(*map(jnp.asarray, t))
-        want = jax.grad(lambda c, r: LOSSES[kind](wide._replace(first=c, second=r), h).sum(), (0, 1))(*wide[:2])
+        want = jax.grad(
+            lambda c, r: LOSSES[kind](wide._replace(first=c, second=r), h).sum(), (0, 1)
+        )(*wide[:2])
     for g, w in zip(got, want, strict=True):
         assert np.isfinite(g).all()
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-30)
@@ -94,12 +120,16 @@ def test_losses_and_gradients_are_right_far_out_in_float32(kind, beta):
 def test_saturated_gradients_in_closed_form():
     far = jnp.array([1000.0, -1000.0, 0.0])
     zero = jnp.zeros(3)
-    for loss, want in ((lambda c: objectives.dpo(c, zero, 1.0), [0, -1, -0.5]),
-                       (lambda c: objectives.robust(c, zero, 1.0, 0.1), [-0.125, -1.125, -0.625]),
-                       (lambda c: objectives.cdpo(c, zero, 1.0, 0.1), [0.1, -0.9, -0.4]),
-                       (lambda c: objectives.hinge(c, zero, 1.0), [0, -1, -1]),
-                       (lambda c: objectives.apo_zero(c, zero, 1.0), [0, 0, -0.25])):
-        np.testing.assert_allclose(jax.grad(lambda c, loss=loss: loss(c).sum())(far), want, rtol=1e-6, atol=1e-30)
+    for loss, want in (
+        (lambda c: objectives.dpo(c, zero, 1.0), [0, -1, -0.5]),
+        (lambda c: objectives.robust(c, zero, 1.0, 0.1), [-0.125, -1.125, -0.625]),
+        (lambda c: objectives.cdpo(c, zero, 1.0, 0.1), [0.1, -0.9, -0.4]),
+        (lambda c: objectives.hinge(c, zero, 1.0), [0, -1, -1]),
+        (lambda c: objectives.apo_zero(c, zero, 1.0), [0, 0, -0.25]),
+    ):
+        np.testing.assert_allclose(
+            jax.grad(lambda c, loss=loss: loss(c).sum())(far), want, rtol=1e-6, atol=1e-30
+        )
 
 
 def test_the_baseline_is_clamped_after_the_mean_and_has_no_gradient():
@@ -111,64 +141,108 @@ def test_the_baseline_is_clamped_after_the_mean_and_has_no_gradient():
 
 def groups(vocab, paired, count=8):
     r = np.random.default_rng(0)
-    rows = [Row(r.integers(0, vocab, 6).tolist(), r.integers(0, vocab, r.integers(3, 24)).tolist(), -40.0 - i, f"t{i}")
-            for i in range(2 * count)]
+    rows = [
+        Row(
+            r.integers(0, vocab, 6).tolist(),
+            r.integers(0, vocab, r.integers(3, 24)).tolist(),
+            -40.0 - i,
+            f"t{i}",
+        )
+        for i in range(2 * count)
+    ]
     if paired:
         return [Group((rows[i], rows[i + count])) for i in range(count)]
-    return [Group((row,), float(i % 2), row._replace(prompt=rows[i - 1].prompt, reference=-50.0))
-            for i, row in enumerate(rows)]
+    return [
+        Group((row,), float(i % 2), row._replace(prompt=rows[i - 1].prompt, reference=-50.0))
+        for i, row in enumerate(rows)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["ipo", "simpo"])
-def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_arguments(tiny, one_device, kind):
+def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_arguments(
+    tiny, one_device, kind
+):
     step.programs.cache_clear()
     found, pairs = {}, groups(tiny.spec.vocab, True)
     for rows in (16, 2):
-        programs = step.programs(tiny.spec, "float32", kind, Optimizer(), capacity(rows, 64), one_device)
+        programs = step.programs(
+            tiny.spec, "float32", kind, Optimizer(), capacity(rows, 64), one_device
+        )
         batch = pack_step(pairs, kind, rows, 64)
         for weight in (0.0, 0.7):
             o = Objective(kind=kind, beta=0.2 + weight, nll_weight=weight, gamma=weight)
-            state, sums, s = run_step(programs, start(tiny.state, Optimizer(), one_device), batch, o, 1e-3, one_device)
+            state, sums, s = run_step(
+                programs, start(tiny.state, Optimizer(), one_device), batch, o, 1e-3, one_device
+            )
             found[rows, weight] = {k: float(v) for k, v in sums.items()}, state.params
             sums = found[rows, weight][0]
-            at = {t: float(v) for ts, vs in zip(batch.traces, s, strict=True)
-                  for t, v in zip(ts, np.asarray(vs), strict=False)}
+            at = {
+                t: float(v)
+                for ts, vs in zip(batch.traces, s, strict=True)
+                for t, v in zip(ts, np.asarray(vs), strict=False)
+            }
             c, r = (np.array([at[g.rows[i].trace] for g in pairs]) for i in (0, 1))
             n, m = (np.array([len(g.rows[i].completion) for g in pairs]) for i in (0, 1))
-            ref = [np.array([g.rows[i].reference for g in pairs]) * OBJECTIVE_KINDS[kind].reference for i in (0, 1)]
+            ref = [
+                np.array([g.rows[i].reference for g in pairs]) * OBJECTIVE_KINDS[kind].reference
+                for i in (0, 1)
+            ]
             nll = -c.sum() / n.sum()
             t = Terms(c - ref[0], r - ref[1], n, m, np.ones(len(pairs)))
-            want = written_out(kind, t, HYPER._replace(beta=o.beta, gamma=o.gamma)).mean() + weight * nll
+            want = (
+                written_out(kind, t, HYPER._replace(beta=o.beta, gamma=o.gamma)).mean()
+                + weight * nll
+            )
             np.testing.assert_allclose([sums["loss"], sums["nll_loss"]], [want, nll], rtol=1e-5)
         assert programs.gradient._cache_size() == 1
     for weight in (0.0, 0.7):  # one micro-batch or several
         assert found[16, weight][0] == pytest.approx(found[2, weight][0], rel=2e-4, abs=2e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *(found[n, weight][1] for n in (16, 2)))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            *(found[n, weight][1] for n in (16, 2)),
+        )
 
 
 def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     pairs = groups(tiny.spec.vocab, True)
-    programs = step.programs(tiny.spec, "float32", "simpo", Optimizer(), capacity(16, 64), one_device)
+    programs = step.programs(
+        tiny.spec, "float32", "simpo", Optimizer(), capacity(16, 64), one_device
+    )
     plain = [Group(tuple(row._replace(reference=0.0) for row in g.rows)) for g in pairs]
-    first, second = (run_step(programs, start(tiny.state, Optimizer(), one_device), pack_step(g, "simpo", 16, 64),
-                              Objective(kind="simpo", beta=2.0), 1e-3, one_device) for g in (pairs, plain))
+    first, second = (
+        run_step(
+            programs,
+            start(tiny.state, Optimizer(), one_device),
+            pack_step(g, "simpo", 16, 64),
+            Objective(kind="simpo", beta=2.0),
+            1e-3,
+            one_device,
+        )
+        for g in (pairs, plain)
+    )
     assert {k: float(v) for k, v in first[1].items()} == {k: float(v) for k, v in second[1].items()}
     s = np.asarray(first[2][0])
     batch = pack_step(pairs, "simpo", 16, 64)
     tokens = {row.trace: len(row.completion) for g in pairs for row in g.rows}
     means = {t: s[i] / tokens[t] for i, t in enumerate(batch.traces[0])}
-    assert float(first[1]["rewards/chosen"]) == pytest.approx(2 * np.mean([means[g.rows[0].trace] for g in pairs]),
-                                                              rel=1e-5)
+    assert float(first[1]["rewards/chosen"]) == pytest.approx(
+        2 * np.mean([means[g.rows[0].trace] for g in pairs]), rel=1e-5
+    )
 
 
 def data(found, **changes):
     fraction = changes.pop("fraction", 1.0)
-    return Data(found, "kto", Training(**{"pairs_per_step": 4, "steps": 6, "rows": 4, "row_length": 64} | changes), 0,
-                fraction)
+    return Data(
+        found,
+        "kto",
+        Training(**{"pairs_per_step": 4, "steps": 6, "rows": 4, "row_length": 64} | changes),
+        0,
+        fraction,
+    )
 
 
 def measured(batch):
-    return [t for ts in batch.traces[len(batch.micros):] for t in ts]
+    return [t for ts in batch.traces[len(batch.micros) :] for t in ts]
 
 
 def test_the_baseline_may_run_on_a_share_of_the_step():
@@ -182,22 +256,34 @@ def test_the_baseline_may_run_on_a_share_of_the_step():
         assert measured(part(at)) == measured(data(examples, fraction=0.3)(at))
         assert part(at).tokens < whole(at).tokens
         assert len(part(at).micros) == len(whole(at).micros)
-    kinds = {tuple(part.members(at).index(int(t[1:])) for t in sorted(measured(part(at)))) for at in range(4)}
+    kinds = {
+        tuple(part.members(at).index(int(t[1:])) for t in sorted(measured(part(at))))
+        for at in range(4)
+    }
     assert len(kinds) > 1  # not always the same places of the step
 
 
 def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
     examples = groups(50, False)
-    long = [g._replace(mismatched=g.mismatched._replace(prompt=[1] * 60)) if i in (2, 5) else g
-            for i, g in enumerate(examples)]
+    long = [
+        g._replace(mismatched=g.mismatched._replace(prompt=[1] * 60)) if i in (2, 5) else g
+        for i, g in enumerate(examples)
+    ]
     found = data(long)
     assert (len(found.groups), found.dropped, found.dropped_mismatched) == (16, 0, 2)
-    assert {t for at in range(2) for t in measured(found(at))} == {f"t{i}" for i in range(16) if i not in (2, 5)}
-    with pytest.raises(ConfigError, match=r"^2 of 16 mismatched rows \(a completion behind another prompt, for KTO's "
-                                          r"baseline\) are longer than config\.training\.row_length \(64 tokens\); "
-                                          r"raise it, or set over_length to 'drop'\.$"):
+    assert {t for at in range(2) for t in measured(found(at))} == {
+        f"t{i}" for i in range(16) if i not in (2, 5)
+    }
+    with pytest.raises(
+        ConfigError,
+        match=r"^2 of 16 mismatched rows \(a completion behind another prompt, for KTO's "
+        r"baseline\) are longer than config\.training\.row_length \(64 tokens\); "
+        r"raise it, or set over_length to 'drop'\.$",
+    ):
         data(long, over_length="error")
-    with pytest.raises(ConfigError, match=r"^None of the 16 KTO examples has a mismatched row for the baseline; "):
+    with pytest.raises(
+        ConfigError, match=r"^None of the 16 KTO examples has a mismatched row for the baseline; "
+    ):
         data([g._replace(mismatched=None) for g in examples])
 
 
@@ -211,28 +297,60 @@ def test_a_step_without_a_mismatched_row_takes_others_of_the_data():
 
 def test_one_row_and_one_prompt_are_refused():
     examples = groups(50, False)
-    with pytest.raises(ConfigError, match=r"^A step of KTO would hold one example, and its baseline would be that "
-                                          r"example's own log-ratio, .*; give at least two examples\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^A step of KTO would hold one example, and its baseline would be that "
+        r"example's own log-ratio, .*; give at least two examples\.$",
+    ):
         data(examples[:1])
     same = [g._replace(rows=(g.rows[0]._replace(prompt=[7, 8]),)) for g in examples]
-    with pytest.raises(ConfigError, match=r"^Step 1 of KTO \(6 of 6 steps\) would hold 8 examples of one prompt; .*: "
-                                          r"raise config\.training\.pairs_per_step, or use more prompts\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^Step 1 of KTO \(6 of 6 steps\) would hold 8 examples of one prompt; .*: "
+        r"raise config\.training\.pairs_per_step, or use more prompts\.$",
+    ):
         data(same)
-    seen = data(same[:15] + examples[15:], pairs_per_step=8)  # every step holds all: one other prompt is enough
+    seen = data(
+        same[:15] + examples[15:], pairs_per_step=8
+    )  # every step holds all: one other prompt is enough
     assert seen.batch == 16
-    with pytest.raises(ConfigError, match=r"^Step \d of KTO \([34] of 6 steps\) would hold 8 examples of one prompt; "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^Step \d of KTO \([34] of 6 steps\) would hold 8 examples of one prompt; ",
+    ):
         data(same[:15] + examples[15:])
-    assert Data(same, "apo_zero_unpaired", Training(pairs_per_step=4, steps=6, row_length=64), 0).batch == 8
+    assert (
+        Data(same, "apo_zero_unpaired", Training(pairs_per_step=4, steps=6, row_length=64), 0).batch
+        == 8
+    )
 
 
 def test_a_one_sided_step_is_its_part_of_the_sum_and_has_no_numbers_for_the_other_side():
     x, label = jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array([1.0, 1.0, 0.0, 0.0])
     both = objectives.kto(x, label, 0.3, 0.5, 1.2, 0.7)
-    apart = jnp.concatenate([objectives.kto(x[:2], label[:2], 0.3, 0.5, 1.2, 0.7),
-                             objectives.kto(x[2:], label[2:], 0.3, 0.5, 1.2, 0.7)])
+    apart = jnp.concatenate(
+        [
+            objectives.kto(x[:2], label[:2], 0.3, 0.5, 1.2, 0.7),
+            objectives.kto(x[2:], label[2:], 0.3, 0.5, 1.2, 0.7),
+        ]
+    )
     np.testing.assert_array_equal(both, apart)
-    sums = {"loss": 0.5, "kl": 0.0, "grad_norm": 1.0, "count/chosen": 0.0, "rewards/chosen": 0.0, "logps/chosen": 0.0,
-            "count/rejected": 4.0, "rewards/rejected": 2.0, "logps/rejected": -80.0}
-    assert summarise("kto", sums) == {"loss": 0.5, "kl": 0.0, "grad_norm": 1.0, "rewards/rejected": 0.5,
-                                      "logps/rejected": -20.0}
+    sums = {
+        "loss": 0.5,
+        "kl": 0.0,
+        "grad_norm": 1.0,
+        "count/chosen": 0.0,
+        "rewards/chosen": 0.0,
+        "logps/chosen": 0.0,
+        "count/rejected": 4.0,
+        "rewards/rejected": 2.0,
+        "logps/rejected": -80.0,
+    }
+    assert summarise("kto", sums) == {
+        "loss": 0.5,
+        "kl": 0.0,
+        "grad_norm": 1.0,
+        "rewards/rejected": 0.5,
+        "logps/rejected": -20.0,
+    }
     assert "kl" not in summarise("apo_zero_unpaired", sums)

@@ -32,16 +32,27 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("length", [64, 256])  # plain and blockwise attention
-def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(program, one_device, length):
+def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(
+    program, one_device, length
+):
     spec = program.SPEC
     params = abstract(spec)[1]
     segments = capacity(4, length)
     steps = programs.programs(spec, "bfloat16", "dpo", Optimizer(), segments, one_device)
-    ids, number = jax.ShapeDtypeStruct((4, length), jnp.int32), jax.ShapeDtypeStruct((segments,), jnp.float32)
+    ids, number = (
+        jax.ShapeDtypeStruct((4, length), jnp.int32),
+        jax.ShapeDtypeStruct((segments,), jnp.float32),
+    )
     index = jax.ShapeDtypeStruct((segments,), jnp.int32)
     batch = programs.PackedBatch(ids, ids, ids, ids, None)
     examples = programs.Examples(index, index, number, number, number, number)
-    arguments = (params, nnx.State({}), batch, examples, Hyper(*[jax.ShapeDtypeStruct((), jnp.float32)] * 9))
+    arguments = (
+        params,
+        nnx.State({}),
+        batch,
+        examples,
+        Hyper(*[jax.ShapeDtypeStruct((), jnp.float32)] * 9),
+    )
     traced = jax.make_jaxpr(steps.gradient)(*arguments)
     seen = list(equations(traced.jaxpr))
     factors = [[v.aval.dtype for v in e.invars] for e in seen if e.primitive.name == "dot_general"]
@@ -49,7 +60,9 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(prog
     assert all(jnp.bfloat16 in pair for pair in factors)
     rows = [e.outvars[0].aval for e in seen if e.primitive.name == "scatter-add"]
     table = [x for x in rows if x.shape == (spec.vocab, spec.width)]
-    assert [x.dtype for x in table] == [jnp.float32]  # a frequent token's gradient is a sum of thousands
+    assert [x.dtype for x in table] == [
+        jnp.float32
+    ]  # a frequent token's gradient is a sum of thousands
     grads, sums, s = jax.eval_shape(steps.gradient, *arguments)
     assert {x.dtype for x in jax.tree.leaves((grads, sums, s))} == {jnp.dtype("float32")}
     state = start(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), Optimizer(), one_device)
@@ -57,12 +70,23 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(prog
 
 
 def run(program, folder, mesh, dtype="float32", moments="float32", seed=0, kind="dpo"):
-    config = Run(Objective(name=kind, kind=kind, learning_rate=1e-3), 4, 32, program.LENGTH, warmup=0.0,
-                 schedule="constant", optimizer=Optimizer(moments=moments), checkpoint_every=100, seed=seed)
+    config = Run(
+        Objective(name=kind, kind=kind, learning_rate=1e-3),
+        4,
+        32,
+        program.LENGTH,
+        warmup=0.0,
+        schedule="constant",
+        optimizer=Optimizer(moments=moments),
+        checkpoint_every=100,
+        seed=seed,
+    )
     params = nnx.state(Decoder(program.SPEC, rngs=nnx.Rngs(0)))
     source = program.data(kind, 32)(0)
     params, _ = train(program.SPEC, params, lambda step: source, config, mesh, folder, dtype=dtype)
-    return jax.device_get(params), np.array([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
+    return jax.device_get(params), np.array(
+        [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+    )
 
 
 def test_a_run_in_bfloat16_follows_the_run_in_float32(program, one_device, tmp_path):
@@ -70,17 +94,24 @@ def test_a_run_in_bfloat16_follows_the_run_in_float32(program, one_device, tmp_p
     _, exact = run(program, tmp_path / "float32", one_device)
     way = exact[0] - exact[-1]
     assert way > 0.05
-    for name, options in (("bfloat16", {"dtype": "bfloat16"}), ("moments", {"moments": "bfloat16"})):
+    for name, options in (
+        ("bfloat16", {"dtype": "bfloat16"}),
+        ("moments", {"moments": "bfloat16"}),
+    ):
         params, losses = run(program, tmp_path / name, one_device, **options)
         assert np.abs(losses - exact).max() < 0.01 * way, name
         assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
 
 
 def test_the_seed_of_the_rounding_is_the_runs(program, one_device, tmp_path):
-    first, again, other = (run(program, tmp_path / name, one_device, moments="bfloat16", seed=seed)[0]
-                           for name, seed in (("first", 1), ("again", 1), ("other", 2)))
+    first, again, other = (
+        run(program, tmp_path / name, one_device, moments="bfloat16", seed=seed)[0]
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert any((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+    assert any(
+        (x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    )
 
 
 def test_random_rounding_has_the_right_neighbours_and_the_right_mean():
@@ -89,9 +120,13 @@ def test_random_rounding_has_the_right_neighbours_and_the_right_mean():
     values = np.asarray(round_randomly(jnp.broadcast_to(x, bits.shape), bits), np.float64)
     assert set(values) == {1.0, 1 + 2**-7}
     assert values.mean() == float(x)  # over all bits exactly
-    assert (np.asarray(round_randomly(jnp.broadcast_to(-x, bits.shape), bits), np.float64) == -values).all()
+    assert (
+        np.asarray(round_randomly(jnp.broadcast_to(-x, bits.shape), bits), np.float64) == -values
+    ).all()
     for exact in (0.0, 1.0, -3.5, 2.0**-120):
-        assert set(np.asarray(round_randomly(jnp.full(64, exact), bits[-64:]), np.float64)) == {exact}
+        assert set(np.asarray(round_randomly(jnp.full(64, exact), bits[-64:]), np.float64)) == {
+            exact
+        }
 
 
 def moments_after(steps, gradient, size, round_plainly=False):
@@ -100,13 +135,19 @@ def moments_after(steps, gradient, size, round_plainly=False):
     params = {"embed": jnp.zeros(size)}
 
     def step(i, state):
-        _, state = transform.update({"embed": jnp.full(size, gradient(i))}, state, params, seed=jnp.uint32(3))
+        _, state = transform.update(
+            {"embed": jnp.full(size, gradient(i))}, state, params, seed=jnp.uint32(3)
+        )
         if round_plainly:
-            state = state._replace(nu=jax.tree.map(lambda v: v.astype(jnp.bfloat16).astype(jnp.float32), state.nu))
+            state = state._replace(
+                nu=jax.tree.map(lambda v: v.astype(jnp.bfloat16).astype(jnp.float32), state.nu)
+            )
         return state
 
-    return np.asarray(jax.jit(lambda s: jax.lax.fori_loop(0, steps, step, s))(transform.init(params)).nu["embed"],
-                      np.float64)
+    return np.asarray(
+        jax.jit(lambda s: jax.lax.fori_loop(0, steps, step, s))(transform.init(params)).nu["embed"],
+        np.float64,
+    )
 
 
 def test_plain_rounding_stalls_the_second_moment_and_random_rounding_does_not():
@@ -134,9 +175,15 @@ def test_rounding_does_not_depend_on_the_mesh_and_depends_on_seed_step_and_path(
 
     def moments(mesh, seed, count):
         state = jax.eval_shape(adam.init, grads)
-        state = jax.tree.map(lambda x, s: jax.device_put(jnp.zeros(x.shape, x.dtype), s), state, shardings(state, mesh))
+        state = jax.tree.map(
+            lambda x, s: jax.device_put(jnp.zeros(x.shape, x.dtype), s),
+            state,
+            shardings(state, mesh),
+        )
         given = jax.device_put(grads, shardings(grads, mesh))
-        run = jax.jit(lambda g, s, n: adam.update(g, s, seed=n)[1], out_shardings=shardings(state, mesh))
+        run = jax.jit(
+            lambda g, s, n: adam.update(g, s, seed=n)[1], out_shardings=shardings(state, mesh)
+        )
         after = run(given, state._replace(count=state.count + count), np.uint32(seed))
         return jax.device_get((after.mu["blocks"], after.nu["blocks"]))
 
@@ -146,5 +193,10 @@ def test_rounding_does_not_depend_on_the_mesh_and_depends_on_seed_step_and_path(
     jax.tree.map(np.testing.assert_array_equal, first, moments(spread, 1, 0))
     another, later = moments(one, 2, 0)[1], moments(one, 1, 7)[1]
     v = first[1]
-    for x, y in ((v["gate"], v["up"]), (v["up"], another["up"]), (v["up"], later["up"]), (v["up"][0], v["up"][1])):
+    for x, y in (
+        (v["gate"], v["up"]),
+        (v["up"], another["up"]),
+        (v["up"], later["up"]),
+        (v["up"][0], v["up"][1]),
+    ):
         assert 0.2 < (x != y).mean() < 0.6

@@ -18,14 +18,20 @@ PAIRS = 8
 
 def data(kind, vocab, rows, length=64, reference=-40.0):
     """A pure step function: PAIRS pairs (or twice as many KTO examples) packed into micro-batches of `rows` rows."""
+
     def at(step):
         r = np.random.default_rng(step)
-        flat = [Row(r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24)), reference + i)
-                for i in range(2 * PAIRS)]
+        flat = [
+            Row(r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24)), reference + i)
+            for i in range(2 * PAIRS)
+        ]
         if kind == "dpo":
             groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
         else:
-            other = [row._replace(prompt=flat[i - 1].prompt, reference=reference * 1.5) for i, row in enumerate(flat)]
+            other = [
+                row._replace(prompt=flat[i - 1].prompt, reference=reference * 1.5)
+                for i, row in enumerate(flat)
+            ]
             groups = [Group((row,), i % 2, other[i]) for i, row in enumerate(flat)]
         return pack_step(groups, kind, rows, length)
 
@@ -33,9 +39,19 @@ def data(kind, vocab, rows, length=64, reference=-40.0):
 
 
 def run(tiny, kind, rows, mesh, folder, count=3, guard=False, every=100, **changes):
-    config = Run(Objective(name=kind, kind=kind, beta=0.1, learning_rate=1e-3), count, rows, 64, warmup=0.0,
-                 optimizer=Optimizer(), checkpoint_every=every, **changes)
-    params, counts = train(tiny.spec, tiny.state, data(kind, tiny.spec.vocab, rows), config, mesh, folder, guard=guard)
+    config = Run(
+        Objective(name=kind, kind=kind, beta=0.1, learning_rate=1e-3),
+        count,
+        rows,
+        64,
+        warmup=0.0,
+        optimizer=Optimizer(),
+        checkpoint_every=every,
+        **changes,
+    )
+    params, counts = train(
+        tiny.spec, tiny.state, data(kind, tiny.spec.vocab, rows), config, mesh, folder, guard=guard
+    )
     return jax.device_get(params), counts, list(read_metrics(folder / "metrics.jsonl"))
 
 
@@ -46,9 +62,14 @@ def same(a, b, tolerance):
 @pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
 def test_micro_batches_and_devices_do_not_matter(tiny, one_device, tmp_path, kind):
     params, _, metrics = run(tiny, kind, 16, one_device, tmp_path / "one")
-    assert len(data(kind, tiny.spec.vocab, 16)(0).micros) < len(data(kind, tiny.spec.vocab, 2)(0).micros)
-    for name, rows, mesh in (("small", 2, one_device), ("eight", 16, make_mesh(MeshShape(2, 2, 2))),
-                             ("context", 16, make_mesh(MeshShape(1, 2, 1, 4)))):
+    assert len(data(kind, tiny.spec.vocab, 16)(0).micros) < len(
+        data(kind, tiny.spec.vocab, 2)(0).micros
+    )
+    for name, rows, mesh in (
+        ("small", 2, one_device),
+        ("eight", 16, make_mesh(MeshShape(2, 2, 2))),
+        ("context", 16, make_mesh(MeshShape(1, 2, 1, 4))),
+    ):
         other, _, others = run(tiny, kind, rows, mesh, tmp_path / name)
         same(params, other, 1e-5)
         for row, again in zip(metrics, others, strict=True):
@@ -66,7 +87,14 @@ def test_resumed_is_uninterrupted_bit_for_bit(tiny, one_device, tmp_path):
             raise KeyboardInterrupt
         return source(step)
 
-    config = Run(Objective(name="dpo", beta=0.1, learning_rate=1e-3), 6, 4, 64, warmup=0.0, checkpoint_every=2)
+    config = Run(
+        Objective(name="dpo", beta=0.1, learning_rate=1e-3),
+        6,
+        4,
+        64,
+        warmup=0.0,
+        checkpoint_every=2,
+    )
     with pytest.raises(KeyboardInterrupt):
         train(tiny.spec, tiny.state, stops, config, one_device, tmp_path / "cut")
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
@@ -80,11 +108,15 @@ def test_resumed_is_uninterrupted_bit_for_bit(tiny, one_device, tmp_path):
     resumed, _ = train(tiny.spec, tiny.state, counted, config, one_device, tmp_path / "cut")
     assert seen == [4, 5]  # the step number is the position in the data
     same(params, jax.device_get(resumed), 0)
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
 
 
 def test_guard_refuses_a_reference_of_other_weights(tiny, one_device, tmp_path):
-    with pytest.raises(ConfigError, match=r"differ from its reference's in 16 of 16 rows, .* made by other weights"):
+    with pytest.raises(
+        ConfigError, match=r"differ from its reference's in 16 of 16 rows, .* made by other weights"
+    ):
         run(tiny, "dpo", 4, one_device, tmp_path, guard=True)
 
 
@@ -94,7 +126,10 @@ def test_rows_must_divide_over_the_mesh(tiny, tmp_path):
 
 
 def test_rows_must_split_over_context(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"row_length is 64 and the mesh splits each row over 3 devices \(context\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"row_length is 64 and the mesh splits each row over 3 devices \(context\)",
+    ):
         run(tiny, "dpo", 4, make_mesh(MeshShape(context=3), jax.devices()[:3]), tmp_path)
 
 
@@ -108,14 +143,28 @@ def test_a_remat_policy_learns_the_same(tiny, one_device, tmp_path, remat):
 def test_a_loss_that_is_not_finite_stops_with_the_step(tiny, one_device, tmp_path):
     broken = data("dpo", tiny.spec.vocab, 4, reference=float("nan"))
     with pytest.raises(FloatingPointError, match="At step 1 the loss is nan"):
-        train(tiny.spec, tiny.state, broken, Run(Objective(name="x"), 2, 4, 64), one_device, tmp_path)
+        train(
+            tiny.spec, tiny.state, broken, Run(Objective(name="x"), 2, 4, 64), one_device, tmp_path
+        )
 
 
 def test_metrics_are_json(tiny, one_device, tmp_path):
     _, counts, _ = run(tiny, "kto", 4, one_device, tmp_path, count=1)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
-            "logps/chosen", "logps/rejected", "kl", "epoch", "step", "num_tokens"} == row.keys()
+    assert {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "kl",
+        "epoch",
+        "step",
+        "num_tokens",
+    } == row.keys()
     assert counts["tokens"] <= counts["positions"]
 
 
