@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
 from deltapref_jax.host import keep_company
-from deltapref_jax.lease import release_all
+from deltapref_jax.artifacts.lease import release_all
 
 AXES = ("data", "fsdp", "tensor", "context")
 
