@@ -17,7 +17,7 @@ from deltapref_jax.config import (
     Nursery,
     Objective,
     Pupil,
-    choose,
+    check_choice,
 )
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import make_mesh
@@ -248,7 +248,7 @@ def plan(nursery: Nursery) -> dict[str, Node]:
     nodes = {"tokenizer": Node("tokenizer", "tokenizer", {"vocab": nursery.vocab}, version=VERSION)}
     for p in nursery.pupils:
         for task in p.tasks:
-            choose(f"tasks of pupil {p.name!r}", task, FAMILIES)
+            check_choice(f"tasks of pupil {p.name!r}", task, FAMILIES)
         inputs = {"tokenizer": nodes["tokenizer"]} | (
             {"base": nodes[f"pupil/{p.base}"]} if p.base else {}
         )

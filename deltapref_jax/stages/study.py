@@ -21,7 +21,7 @@ from deltapref_jax.config import (
     Judge,
     Model,
     Prompts,
-    choose,
+    check_choice,
     judge_of,
     model_of,
 )
@@ -45,7 +45,7 @@ def _source(source: Prompts) -> dict[str, Any]:
     if source.kind in ("synthetic", "reasoning_gym"):
         known = task_names(source.kind)
         for task in source.tasks:
-            choose(f"{source.kind} task", task, known)
+            check_choice(f"{source.kind} task", task, known)
     if source.kind in ("jsonl", "parquet") and not path.is_file():
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     if source.kind == "tfds" and not path.is_dir():
