@@ -1,6 +1,5 @@
 """Devices as a mesh with the axes data, fsdp, tensor and context; several processes as one job."""
 
-import os
 from typing import Any
 
 import jax
@@ -9,29 +8,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
-from deltapref_jax.host import keep_company
-from deltapref_jax.lease import release_all
 
 AXES = ("data", "fsdp", "tensor", "context")
-
-
-def start_processes() -> None:
-    """Joins the multi-process job if the environment names a coordinator; otherwise does nothing.
-
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed where no cluster manager that JAX knows tells them. What stops one
-    process of the job stops all (`host.Company`).
-    """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        given: dict[str, Any] = {
-            name: int(os.environ[key])
-            for name, key in (
-                ("num_processes", "JAX_NUM_PROCESSES"),
-                ("process_id", "JAX_PROCESS_ID"),
-            )
-            if key in os.environ
-        }
-        jax.distributed.initialize(**given)
-        keep_company(release_all)
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:

@@ -41,9 +41,9 @@ from deltapref_jax.files import (
     write_whole,
     written,
 )
-from deltapref_jax.host import agreed, process, versions
 from deltapref_jax.lease import LEASE_SECONDS, Lease
 from deltapref_jax.node import Node, in_order
+from deltapref_jax.processes import agreed, process_index, versions
 from deltapref_jax.progress import progress
 from deltapref_jax.records import digest
 
@@ -163,7 +163,7 @@ class Job:
         self.dir = workspace.path(node)
         self.stats: Stats = {}
         self.files: list[str] = []
-        self._first = process()[0] == 0
+        self._first = process_index() == 0
         self._show = show and self._first
         self._began, self._elsewhere = time.time(), 0.0
         self._lease: Lease | None = None
@@ -455,7 +455,7 @@ def run(
         job = Job(node, workspace, show)
         try:
             stages[node.stage](job)
-            if process()[0] == 0:
+            if process_index() == 0:
                 job.finish()
         except _Finished:
             pass

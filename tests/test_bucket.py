@@ -15,7 +15,7 @@ import pytest
 from deltapref_jax import files
 from deltapref_jax.config import ConfigError
 from deltapref_jax.files import ArtifactError, local, reach, remote, written
-from deltapref_jax.host import Preempted
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.workspace import Workspace
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (

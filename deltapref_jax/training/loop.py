@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
-from deltapref_jax.host import Notice, Preempted
 from deltapref_jax.mesh import check_rows, is_first, put
 from deltapref_jax.models.lora import adapters, attach
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.preemption import Preempted, PreemptionGuard
 from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
@@ -101,7 +101,7 @@ def train(
         0.0,
     )
     with (
-        Notice() as notice,
+        PreemptionGuard() as preemption,
         Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints,
         progress(is_first()) as bar,
     ):
@@ -128,7 +128,7 @@ def train(
                 counts,
                 checkpoints,
                 live,
-                notice,
+                preemption,
                 fall,
                 check,
             )
@@ -172,7 +172,7 @@ def _loop(
     counts: dict[str, float],
     checkpoints: Checkpoints,
     live: Live,
-    notice: Notice,
+    preemption: PreemptionGuard,
     fall: Fall,
     check: Callable[[StepData, Any], None] | None,
 ) -> TrainState:
@@ -200,8 +200,8 @@ def _loop(
             jax.block_until_ready(sums)
             if check:
                 check(batch, jax.device_get(s))
-        leave = notice.reached(step + 1)
-        save = leave or step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0
+        stop = preemption.should_stop(step + 1)
+        save = stop or step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0
         if save:  # copying the state waits for the device anyway
             _finish(pending, run, counts, live, fall)
             pending = None
@@ -212,7 +212,7 @@ def _loop(
         if save:
             live.flush()
             checkpoints.save(step + 1, state, counts)
-        if leave:
+        if stop:
             checkpoints.wait()
             raise Preempted(
                 f"Stopped by SIGTERM after step {step + 1} of {run.steps}, which is saved in "

@@ -17,8 +17,8 @@ from absl import logging
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.files import ArtifactError
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
 from deltapref_jax.training.state import Optimizer, start
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
@@ -72,7 +72,7 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(program, spaw
 def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(
     program, spawn, tmp_path
 ):
-    said = two(spawn, "leave", tmp_path)
+    said = two(spawn, "preempt", tmp_path)
     assert [code for _, _, code in said] == [Preempted.code] * 2, said
     last = [out.splitlines()[-1] for out, _, _ in said]  # after what gloo says
     assert last[0] == last[1]
