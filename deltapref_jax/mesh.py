@@ -53,7 +53,7 @@ def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
         )
 
 
-def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+def shard(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Host arrays, the same on every process, as global arrays laid out by `spec`; None leaves stay None."""
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
@@ -68,7 +68,7 @@ def platform_of(mesh: Mesh | None) -> str:
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
-def fetch(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Global arrays as whole host arrays, on every process; all of them must ask."""
     if jax.process_count() == 1:
         return jax.device_get(tree)

@@ -30,16 +30,16 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from deltapref_jax.files import (
-    NO_ROOM,
+    UNWRITABLE_ERRNOS,
     ArtifactError,
+    check_bucket,
     download,
     file_sha256,
-    reach,
     remote,
     sha256,
+    staged_dir,
     unwritable,
-    write_whole,
-    written,
+    write_atomic,
 )
 from deltapref_jax.lease import LEASE_SECONDS, Lease
 from deltapref_jax.node import Node, in_order
@@ -61,7 +61,7 @@ class Workspace:
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        reach(root)
+        check_bucket(root)
         self.root = epath.Path(root)
 
     def path(self, node: Node) -> epath.Path:
@@ -213,7 +213,7 @@ class Job:
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[Path]:
         """A folder on this machine to write into; it becomes the artifact's folder `name`."""
-        with written(self.dir / name) as place:
+        with staged_dir(self.dir / name) as place:
             yield place
             if remote(self.dir):
                 self._sums |= {
@@ -228,7 +228,7 @@ class Job:
     def put(self, name: str, data: bytes) -> None:
         """A file of the artifact, whole."""
         if self._first:
-            write_whole(self.dir / name, data)
+            write_atomic(self.dir / name, data)
         self.files.append(name)
 
     def write(self, table: pa.Table) -> None:
@@ -314,8 +314,8 @@ class Job:
                     table, sink, compression="zstd", version="2.6", data_page_version="1.0"
                 )
                 data = sink.getvalue().to_pybytes()
-                write_whole(self.dir / f"{name}.parquet", data)
-                write_whole(
+                write_atomic(self.dir / f"{name}.parquet", data)
+                write_atomic(
                     done,
                     json.dumps(
                         {
@@ -392,7 +392,7 @@ class Job:
             "ended": _stamp(ended),
         }
         manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read
-        write_whole(
+        write_atomic(
             self.dir / "manifest.json",
             json.dumps(manifest | {"digest": digest(manifest)}, indent=1).encode(),
         )
@@ -460,7 +460,7 @@ def run(
         except _Finished:
             pass
         except OSError as e:
-            if e.errno in NO_ROOM:
+            if e.errno in UNWRITABLE_ERRNOS:
                 raise unwritable(e.filename or job.dir, e) from e
             raise
         finally:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Prompts, check_choice
-from deltapref_jax.files import local
+from deltapref_jax.files import local_copy
 from deltapref_jax.records import digest
 from deltapref_jax.synthetic import world
 from deltapref_jax.synthetic.families import FAMILIES
@@ -126,7 +126,7 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
 
 
 def _existing(source: Prompts) -> Path:
-    path = Path(local(source.path))
+    path = Path(local_copy(source.path))
     if not path.exists():
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     return path

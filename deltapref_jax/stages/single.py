@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Pairs, Single
 from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import cut, limit, read_preferences
-from deltapref_jax.files import local
+from deltapref_jax.files import local_copy
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.weights import Loaded, load, look, resolve, weights_hash
@@ -96,7 +96,7 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
         "mode": single.data.truncation_mode,
     }
     mesh = dataclasses.asdict(single.mesh)
-    path = Path(local(single.data.path))
+    path = Path(local_copy(single.data.path))
     tokens = Node(
         "tokens",
         "tokens",
@@ -115,7 +115,7 @@ def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, No
     inputs = {"tokens": tokens}
     if single.table:
         check_table(single.table, weights["reference"])
-        config = {"table": content(Path(local(single.table)))}
+        config = {"table": content(Path(local_copy(single.table)))}
     elif OBJECTIVE_KINDS[kind].reference:
         inputs["reference"] = nodes["reference"] = Node(
             "reference",
@@ -329,7 +329,7 @@ def reference(job: Job) -> None:
 
 
 def _table_files(path: str) -> list[Path]:
-    place = Path(local(path))
+    place = Path(local_copy(path))
     found = [place] if place.is_file() else sorted(place.glob("*.parquet"))
     if not found:
         raise ConfigError(

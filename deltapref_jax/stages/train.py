@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, MeshShape, Objective, Training
-from deltapref_jax.mesh import fetch, is_first, make_mesh
+from deltapref_jax.mesh import gather_to_host, is_first, make_mesh
 from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
@@ -15,8 +15,8 @@ from deltapref_jax.models.weights import Loaded, export, load
 from deltapref_jax.stages.score import Sequences
 from deltapref_jax.training.data import Data, Group, Row
 from deltapref_jax.training.loop import Run, train
+from deltapref_jax.training.monitor import MonitorConfig
 from deltapref_jax.training.state import Optimizer
-from deltapref_jax.training.watch import Watch
 from deltapref_jax.workspace import Job, Stats
 
 VERSION = 3
@@ -193,10 +193,10 @@ def train_arm(
             job.node.label,
             c["dtype"],
             guard,
-            Watch(**job.local.get("watch", {})),
+            MonitorConfig(**job.local.get("watch", {})),
             model.weights if lora.rank else "",
         )
-        trained = fetch(trained)
+        trained = gather_to_host(trained)
         if is_first():
             with job.making("policy") as place:
                 export(merge(model.state, trained, lora), model.spec, model.text, place)

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.lease import release_all
-from deltapref_jax.mesh import fetch, make_mesh
+from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
@@ -32,7 +32,7 @@ from deltapref_jax.processes import start_processes
 from deltapref_jax.training.checkpoint import Checkpoints
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import Run, train
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main
 
@@ -75,7 +75,7 @@ def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None
     params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
     mesh = mesh or make_mesh(MeshShape(), jax.devices()[:1])
     params, counts = train(SPEC, params, source or data(kind, rows), how, mesh, folder, **more)
-    return fetch(params), counts
+    return gather_to_host(params), counts
 
 
 def save(params, path):
@@ -176,7 +176,7 @@ def shards(root, index, together):
 
 def global_state(mesh):
     """What training starts from."""
-    return start(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
+    return init_state(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
 
 
 def full(root, index):

@@ -13,7 +13,7 @@ from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 
 def same_run(one, other):
@@ -107,7 +107,7 @@ def test_twenty_arms_compile_once(program, one_device, kind):
             desirable_weight=1 + arm / 10,
             undesirable_weight=1 - arm / 40,
         )
-        state = start(params, Optimizer(), one_device)
+        state = init_state(params, Optimizer(), one_device)
         for step in range(2):
             state, sums, *_ = run_step(
                 steps, state, batch(step), objective, 1e-3 / (arm + 1), one_device
