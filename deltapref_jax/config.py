@@ -86,7 +86,7 @@ class ConfigError(ValueError):
     """A field has a value that cannot work; the message names field, value and remedy."""
 
 
-def choose(field: str, value: str, known: Iterable[str]) -> str:
+def check_choice(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`; otherwise raises `ConfigError` listing them."""
     known = tuple(known)
     if value not in known:

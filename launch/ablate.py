@@ -55,11 +55,15 @@ def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     experiment: Experiment = validate(_CONFIG.value)
     profile = window(_PROFILE.value)
-    from deltapref_jax.mesh import check_rows, make_mesh, start_processes
+    from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.mesh import check_rows, make_mesh
+    from deltapref_jax.preemption import install_group_shutdown
+    from deltapref_jax.processes import start_processes
     from deltapref_jax.stages.study import check_models, plan
     from evals.evaluate import describe
 
     start_processes()
+    install_group_shutdown(release_all)
     workspace = Workspace(experiment.workspace)
     nodes = plan(experiment, describe, profile)
     check_models(experiment)

@@ -6,7 +6,7 @@ python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pa
 from absl import flags
 from ml_collections import config_flags
 
-from deltapref_jax.config import Experiment, choose, judge_of
+from deltapref_jax.config import Experiment, check_choice, judge_of
 from deltapref_jax.validation import validate
 from deltapref_jax.workspace import Workspace
 from launch.flags import run_main
@@ -23,7 +23,7 @@ def main(_: list[str]) -> None:
     from deltapref_jax.stages.study import plan
     from evals.evaluate import describe
 
-    arm = choose("--arm", str(_ARM.value), [a.name for a in experiment.arms])
+    arm = check_choice("--arm", str(_ARM.value), [a.name for a in experiment.arms])
     of = next(a for a in experiment.arms if a.name == arm)
     workspace = Workspace(experiment.workspace)
     nodes = plan(experiment, describe)

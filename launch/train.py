@@ -68,11 +68,15 @@ def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     single: PairTraining = validate_single(_CONFIG.value)
     profile = window(_PROFILE.value)
-    from deltapref_jax.mesh import check_rows, is_first, make_mesh, start_processes
+    from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.mesh import check_rows, is_first, make_mesh
+    from deltapref_jax.preemption import install_group_shutdown
+    from deltapref_jax.processes import start_processes
     from deltapref_jax.stages.single import STAGES, check, plan
     from launch.trained import show
 
     start_processes()
+    install_group_shutdown(release_all)
     check_rows(
         "config.training", single.training.rows, single.training.row_length, make_mesh(single.mesh)
     )

@@ -14,7 +14,7 @@ import time
 
 import pyarrow as pa
 
-from deltapref_jax.host import versions
+from deltapref_jax.processes import versions
 from deltapref_jax.workspace import Job, Node, Workspace, run
 
 SHARDS, ROWS = 3, 40

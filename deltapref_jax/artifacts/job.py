@@ -25,10 +25,10 @@ from deltapref_jax.files import (
     file_sha256,
     remote,
     sha256,
-    write_whole,
-    written,
+    staged_dir,
+    write_atomic,
 )
-from deltapref_jax.host import agreed, process, versions
+from deltapref_jax.processes import agreed, process_count, process_index, versions
 from deltapref_jax.progress import progress
 from deltapref_jax.records import Record
 
@@ -61,8 +61,8 @@ class Job:
         self.stats: Stats = {}
         self.share = 1.0
         self.files: list[str] = []
-        self.show = show and process()[0] == 0
-        self._first = process()[0] == 0
+        self.show = show and process_index() == 0
+        self._first = process_index() == 0
         self._began, self._elsewhere = time.time(), 0.0
         self._lease: Lease | None = None
         # checksums of files that went to a bucket, so that they are not fetched back for them
@@ -107,7 +107,7 @@ class Job:
     @contextlib.contextmanager
     def output_dir(self, name: str) -> Iterator[Path]:
         """A folder on this machine to write into; it becomes the artifact's folder `name`."""
-        with written(self.dir / name) as folder:
+        with staged_dir(self.dir / name) as folder:
             yield folder
             if remote(self.dir):
                 self._uploaded |= {
@@ -122,7 +122,7 @@ class Job:
     def write_file(self, name: str, data: bytes) -> None:
         """A file of the artifact, whole."""
         if self._first:
-            write_whole(self.dir / name, data)
+            write_atomic(self.dir / name, data)
         self.files.append(name)
 
     def write(self, table: pa.Table) -> None:
@@ -162,7 +162,7 @@ class Job:
                         done.add(name)
                         bar.advance(task, self._sidecar(name)["rows"])
                 if len(done) == before:
-                    if process()[1] == 1:
+                    if process_count() == 1:
                         raise Busy
                     # the processes of a job take the same steps, so this one waits for the others
                     time.sleep(0.2)
@@ -219,7 +219,7 @@ class Job:
                     table, sink, compression="zstd", version="2.6", data_page_version="1.0"
                 )
                 data = sink.getvalue().to_pybytes()
-                write_whole(self.dir / f"{name}.parquet", data)
+                write_atomic(self.dir / f"{name}.parquet", data)
                 side = {
                     "rows": table.num_rows,
                     "stats": stats,
@@ -227,7 +227,7 @@ class Job:
                     "seconds": time.time() - began,
                     "maker": self._maker,
                 }
-                write_whole(done, json.dumps(side).encode())
+                write_atomic(done, json.dumps(side).encode())
             return decide(True)
         finally:
             lease.release()
@@ -294,7 +294,7 @@ class Job:
             ended=_stamp(ended),
         ).sealed()
         text = json.dumps(manifest._asdict(), indent=1)
-        write_whole(self.dir / "manifest.json", text.encode())
+        write_atomic(self.dir / "manifest.json", text.encode())
         self._remove_leftovers(ended)
 
     def _matching(self, pattern: str) -> list[str]:

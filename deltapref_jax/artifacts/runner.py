@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from deltapref_jax.artifacts.job import Busy, Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.files import NO_ROOM, ArtifactError, unwritable
-from deltapref_jax.host import agreed, process
+from deltapref_jax.files import UNWRITABLE_ERRNOS, ArtifactError, unwritable
+from deltapref_jax.processes import agreed, process_index
 
 _WAIT_SECONDS = 0.5  # between looks at what other runners hold
 _INDEX_SECONDS = 10.0  # between updates of index.json
@@ -42,7 +42,7 @@ def run(
     indexed = time.monotonic()
 
     def index() -> None:
-        if study and process()[0] == 0:
+        if study and process_index() == 0:
             workspace.write_index(study, nodes)
 
     while pending:
@@ -95,7 +95,7 @@ def _make(nodes: Sequence[Node], workspace: Workspace, show: bool) -> bool:
         if not held:
             return False
         type(nodes[0]).make_batch(held)
-        if process()[0] == 0:
+        if process_index() == 0:
             for _, job in held:
                 job.finish()
         return agreed(True)  # the other processes read only what process 0 has finished
@@ -104,7 +104,7 @@ def _make(nodes: Sequence[Node], workspace: Workspace, show: bool) -> bool:
     except Finished:
         return True
     except OSError as e:
-        if e.errno in NO_ROOM:
+        if e.errno in UNWRITABLE_ERRNOS:
             raise unwritable(e.filename or jobs[0].dir, e) from e
         raise
     finally:

@@ -26,7 +26,14 @@ from etils import epath
 
 from deltapref_jax.artifacts.lease import Lease
 from deltapref_jax.artifacts.node import Node
-from deltapref_jax.files import ArtifactError, file_sha256, reach, remote, sha256, write_whole
+from deltapref_jax.files import (
+    ArtifactError,
+    check_bucket,
+    file_sha256,
+    remote,
+    sha256,
+    write_atomic,
+)
 from deltapref_jax.records import Record, digest, from_table
 
 
@@ -67,7 +74,7 @@ class Workspace:
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        reach(root)
+        check_bucket(root)
         self.root = epath.Path(root)
         self._keys: dict[Node, str] = {}
         self._contents: dict[Node, str] = {}
@@ -195,7 +202,7 @@ class Workspace:
             if index.get(study) == entries:
                 return
             index[study] = entries
-            write_whole(file, json.dumps(index, indent=1, sort_keys=True).encode())
+            write_atomic(file, json.dumps(index, indent=1, sort_keys=True).encode())
         finally:
             lease.release()
         if not remote(self.root):

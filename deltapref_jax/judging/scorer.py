@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import Scoring
 from deltapref_jax.judging.rubric import RUBRIC, Rubric, label_ids, trunk_and_suffixes
-from deltapref_jax.mesh import put
+from deltapref_jax.mesh import shard
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded, abstract
@@ -146,7 +146,7 @@ def rate_traces(
             part = slice(start, start + most)
             at = np.zeros((2, most), np.int32)
             at[:, : len(rows[part])] = rows[part], columns[part]
-            p = np.asarray(read(params, put(batch, mesh, BATCH), at, labels))
+            p = np.asarray(read(params, shard(batch, mesh, BATCH), at, labels))
             found[owner[part], branch[part]] = p[: len(rows[part])]
     tokens = float(sum(len(s.tokens) for s in samples))
     return summarise(found), {"tokens": tokens, "positions": positions, "filled": tokens}

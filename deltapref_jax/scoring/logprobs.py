@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from deltapref_jax.mesh import put
+from deltapref_jax.mesh import shard
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.sharding import BATCH, shardings
@@ -111,7 +111,7 @@ def score_sequences(
         batch = trimmed(micro.batch, ways)
         positions += batch.tokens.size
         filled += int(np.count_nonzero(batch.segments))
-        got = np.asarray(run(params, put(batch, mesh, BATCH))[0], np.float64)
+        got = np.asarray(run(params, shard(batch, mesh, BATCH))[0], np.float64)
         for place, j in enumerate(micro.order):
             sums[fits[j]] = float(got[place])
     return Scores(sums, positions, filled)

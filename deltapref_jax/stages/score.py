@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import ConfigError, MeshShape, Model
-from deltapref_jax.files import local
+from deltapref_jax.files import local_copy
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import LogProb, TokenSequence, to_table
@@ -122,7 +122,7 @@ def table_files(path: str) -> list[Path]:
     Raises:
       ConfigError: there is none.
     """
-    place = Path(local(path))
+    place = Path(local_copy(path))
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
     if not files:
         raise ConfigError(

@@ -21,12 +21,12 @@ from deltapref_jax.config import (
     Judge,
     Model,
     Prompts,
-    choose,
+    check_choice,
     judge_of,
     model_of,
 )
 from deltapref_jax.data.sources import task_names
-from deltapref_jax.files import file_sha256, local
+from deltapref_jax.files import file_sha256, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.weights import look, weights_hash
@@ -41,11 +41,11 @@ _AUDIT_COUNT = 60  # problems a judge is audited on
 def _source(source: Prompts) -> dict[str, Any]:
     """A source's fields with its path replaced by name and content: moved files are the same source."""
     fields = dataclasses.asdict(source)
-    path = Path(local(source.path))
+    path = Path(local_copy(source.path))
     if source.kind in ("synthetic", "reasoning_gym"):
         known = task_names(source.kind)
         for task in source.tasks:
-            choose(f"{source.kind} task", task, known)
+            check_choice(f"{source.kind} task", task, known)
     if source.kind in ("jsonl", "parquet") and not path.is_file():
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     if source.kind == "tfds" and not path.is_dir():

@@ -15,20 +15,20 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
-from deltapref_jax.host import Notice, Preempted
-from deltapref_jax.mesh import check_rows, is_first, put
+from deltapref_jax.mesh import check_rows, is_first, shard
 from deltapref_jax.models.lora import adapters, attach
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.preemption import Preempted, PreemptionGuard
 from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
 from deltapref_jax.training.data import StepData
-from deltapref_jax.training.guards import Fall, check_finite, check_reference
+from deltapref_jax.training.guards import LikelihoodDisplacement, check_finite, check_reference
+from deltapref_jax.training.monitor import MonitorConfig, TrainMonitor
 from deltapref_jax.training.objectives import Hyper, kto_baseline
-from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, start
+from deltapref_jax.training.state import Optimizer, TrainState, init_state, learning_rate
 from deltapref_jax.training.step import Programs, programs
-from deltapref_jax.training.watch import Live, Watch
 
 Advance = Callable[
     [TrainState, StepData, float], tuple[TrainState, Any, Any]
@@ -64,7 +64,7 @@ def train(
     label: str = "train",
     dtype: str = "float32",
     guard: bool = False,
-    watch: Watch | None = None,
+    watch: MonitorConfig | None = None,
     base: str = "",
 ) -> tuple[nnx.State, dict[str, float]]:
     """Trains from `params`, or from the newest checkpoint in `folder`; returns what was trained and counts.
@@ -101,17 +101,27 @@ def train(
         0.0,
     )
     with (
-        Notice() as notice,
+        PreemptionGuard() as preemption,
         Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints,
         progress(is_first()) as bar,
     ):
         done = checkpoints.newest()
         if done:
             state, counts = checkpoints.restore(state)
-        with Live(
-            spec, adapters(run.lora), mesh, place, label, watch or Watch(), bar, run.steps, done
+        with TrainMonitor(
+            spec,
+            adapters(run.lora),
+            mesh,
+            place,
+            label,
+            watch or MonitorConfig(),
+            bar,
+            run.steps,
+            done,
         ) as live:
-            fall = Fall(run.objective.beta, OBJECTIVE_KINDS[run.objective.kind].reference)
+            fall = LikelihoodDisplacement(
+                run.objective.beta, OBJECTIVE_KINDS[run.objective.kind].reference
+            )
             for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
                 fall(row)
             check = (
@@ -128,12 +138,12 @@ def train(
                 counts,
                 checkpoints,
                 live,
-                notice,
+                preemption,
                 fall,
                 check,
             )
     # both_fell_at: step at which the warning came; 0: never
-    return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.at)}
+    return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.step)}
 
 
 def _prepare(
@@ -153,7 +163,7 @@ def _prepare(
     )
     trained, frozen = attach(spec, params, run.lora, run.seed)
     state, frozen = (
-        start(trained, run.optimizer, mesh),
+        init_state(trained, run.optimizer, mesh),
         jax.device_put(frozen, shardings(frozen, mesh)),
     )
 
@@ -171,9 +181,9 @@ def _loop(
     done: int,
     counts: dict[str, float],
     checkpoints: Checkpoints,
-    live: Live,
-    notice: Notice,
-    fall: Fall,
+    live: TrainMonitor,
+    preemption: PreemptionGuard,
+    fall: LikelihoodDisplacement,
     check: Callable[[StepData, Any], None] | None,
 ) -> TrainState:
     pending: dict[str, Any] | None = None
@@ -200,8 +210,8 @@ def _loop(
             jax.block_until_ready(sums)
             if check:
                 check(batch, jax.device_get(s))
-        leave = notice.reached(step + 1)
-        save = leave or step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0
+        stop = preemption.should_stop(step + 1)
+        save = stop or step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0
         if save:  # copying the state waits for the device anyway
             _finish(pending, run, counts, live, fall)
             pending = None
@@ -212,7 +222,7 @@ def _loop(
         if save:
             live.flush()
             checkpoints.save(step + 1, state, counts)
-        if leave:
+        if stop:
             checkpoints.wait()
             raise Preempted(
                 f"Stopped by SIGTERM after step {step + 1} of {run.steps}, which is saved in "
@@ -243,7 +253,7 @@ def run_step(
     baseline, drifts = (
         jnp.zeros(()),
         [
-            steps.logprobs(nnx.merge_state(state.params, frozen), put(rows, mesh, BATCH))[0]
+            steps.logprobs(nnx.merge_state(state.params, frozen), shard(rows, mesh, BATCH))[0]
             for rows, _, _ in batch.baseline
         ],
     )
@@ -277,8 +287,8 @@ def run_step(
         g, more, s = steps.gradient(
             state.params,
             frozen,
-            put(rows, mesh, BATCH),
-            put(examples, mesh, PartitionSpec()),
+            shard(rows, mesh, BATCH),
+            shard(examples, mesh, PartitionSpec()),
             hyper,
         )
         grads = g if grads is None else steps.add(grads, g)
@@ -289,7 +299,11 @@ def run_step(
 
 
 def _finish(
-    pending: dict[str, Any], run: Run, counts: dict[str, float], live: Live, fall: Fall
+    pending: dict[str, Any],
+    run: Run,
+    counts: dict[str, float],
+    live: TrainMonitor,
+    fall: LikelihoodDisplacement,
 ) -> None:
     """Fetches a step's sums, checks them and shows its row."""
     step, batch = pending["step"], pending["batch"]

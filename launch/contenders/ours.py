@@ -20,9 +20,9 @@ from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.monitor import batch_flops, step_flops
+from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.training.step import programs
-from deltapref_jax.training.watch import batch_flops, step_flops
 
 
 def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[Group]:
@@ -87,7 +87,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         data.append(groups_of(c["kind"], pairs[at : at + n], score))
         if not at:  # compiles
             reference_seconds = 0.0
-    state, spec = start(model.state, optimizer, mesh), model.spec
+    state, spec = init_state(model.state, optimizer, mesh), model.spec
     del model
     seconds, losses, shares, flops, reference_flops = [], [], [], [], []
     for groups in data:

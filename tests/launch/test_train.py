@@ -713,14 +713,14 @@ def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_program_ends_with_its_own_code_whatever_aborts_behind_it(code):
     """`Late` stands for C++ that aborts while the interpreter is taken down."""
-    end = "host.leave(2, 'Mend this.')" if code else "host.finished()"
+    end = "preemption.exit_all(2, 'Fix this.')" if code else "preemption.exit_process()"
     done = subprocess.run(
         [
             sys.executable,
             "-c",
             f"""
 import atexit, os
-from deltapref_jax import host
+from deltapref_jax import preemption
 class Late:
     def __init__(self): self.end = os._exit
     def __del__(self): self.end(134)
@@ -736,5 +736,5 @@ atexit.register(print, "parted")
     assert (done.returncode, done.stdout, done.stderr) == (
         code,
         "parted\n",
-        "Mend this.\n" if code else "",
+        "Fix this.\n" if code else "",
     )

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from deltapref_jax.config import REMATS, MeshShape
-from deltapref_jax.mesh import make_mesh, put
+from deltapref_jax.mesh import make_mesh, shard
 from deltapref_jax.models.attention import attend, attend_cache, packed_mask, rotate, rotation
 from deltapref_jax.models.decoder import (
     POLICIES,
@@ -184,7 +184,7 @@ def test_eight_devices_are_one(split, shape):
         micro.batch.segments > 0
     )  # what padding computes is nobody's business, and each path has its own
     np.testing.assert_allclose(
-        hidden((split[0], state), *put(micro.batch[:3], mesh, BATCH), mesh=mesh)[real],
+        hidden((split[0], state), *shard(micro.batch[:3], mesh, BATCH), mesh=mesh)[real],
         hidden(split, *micro.batch[:3])[real],
         atol=3e-4,
     )
