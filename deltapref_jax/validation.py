@@ -30,9 +30,9 @@ from deltapref_jax.config import (
     ModelZoo,
     Objective,
     Pairs,
+    PairTraining,
     Prompts,
     Scoring,
-    PairTraining,
     Training,
     check_choice,
 )

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Self
 
 import jax
-import pyarrow as pa
 
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime

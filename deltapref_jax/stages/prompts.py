@@ -1,10 +1,9 @@
 """prompts: sources to one table of distinct questions, apart from every evaluation question."""
 
-import dataclasses
 from collections.abc import Mapping
 
 from deltapref_jax.artifacts.job import Job
-from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.node import Node
 from deltapref_jax.config import ConfigError, Prompts
 from deltapref_jax.data.decontaminate import overlapping
 from deltapref_jax.data.sources import read_prompts

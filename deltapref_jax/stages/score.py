@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import ConfigError, MeshShape, Model
-from deltapref_jax.files import local_copy
+from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import LogProb, TokenSequence, to_table
@@ -132,6 +132,19 @@ def table_files(path: str) -> list[Path]:
     return files
 
 
+def known_table(path: str, weights: str) -> str:
+    """Content of a table that is to be used, after looking at it; "" where no table is given.
+
+    Raises:
+      ConfigError: there is no table at `path`, or `weights` did not make it.
+    """
+    if not path:
+        return ""
+    for file in table_files(path):
+        check_table_file(file, weights)
+    return content_hash(Path(local_copy(path)))
+
+
 def read_logprobs(files: list[Path], weights: str) -> dict[str, float]:
     """Log-probability by sequence id, from tables that `weights` made.
 
@@ -154,9 +167,7 @@ def check_table_file(file: Path, weights: str) -> None:
     try:
         schema = pq.read_schema(file)
     except Exception as e:  # pyarrow raises many kinds for a damaged file
-        raise ConfigError(
-            f"{file} is not a readable Parquet file ({e}); write it again."
-        ) from e
+        raise ConfigError(f"{file} is not a readable Parquet file ({e}); write it again.") from e
     check_weights(schema, weights, file)
 
 

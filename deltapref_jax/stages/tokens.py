@@ -17,7 +17,7 @@ import pyarrow as pa
 from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Model, Pairs
-from deltapref_jax.data.preferences import LengthLimit, limited, read_sequences
+from deltapref_jax.data.preferences import LengthLimit, cut, read_sequences
 from deltapref_jax.models.weights import resolve
 from deltapref_jax.records import Prompt, TokenSequence, Trace, to_table
 from deltapref_jax.scoring.derange import derange
@@ -171,7 +171,7 @@ class FileSequences(SequenceTable):
                     f"config.training.row_length is {self.limit.length}; raise it, or set "
                     "config.training.over_length to 'drop' or 'truncate'."
                 )
-            kept = limited(other, self.limit)
+            kept = cut(other, self.limit)
             dropped += kept is None
             truncated += kept is not None and too_long
             mismatched += [] if kept is None else [kept]
