@@ -451,3 +451,8 @@ class ModelZoo:
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's."""
     return dataclasses.replace(model, path=model.path or experiment.student.path)
+
+
+def reference_of(student: Model, reference: Model) -> Model:
+    """The reference model: the student before training where none is named."""
+    return reference if reference.path else student

@@ -22,6 +22,7 @@ from deltapref_jax.config import (
     check_choice,
     judge_of,
     model_of,
+    reference_of,
 )
 from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import content_hash, local_copy
@@ -268,7 +269,7 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
     kinds = {o.name: o.kind for o in e.objectives}
     with_reference = [a for a in e.arms if OBJECTIVE_KINDS[kinds[a.objective]].reference]
     read = {name for arm in with_reference for name in (arm.chosen, arm.rejected)}
-    reference = model_of(e, e.reference)
+    reference = reference_of(e.student, e.reference)
     weights = weights_hash(reference.path)
     known = known_table(e.table, weights) if read else ""
     return {
@@ -381,7 +382,7 @@ def _policy(
         sequences={name: sequences[name] for name in both},
         logprobs={name: logprobs[name] for name in both} if with_reference else {},
         student_weights=weights_hash(e.student.path),
-        reference_weights=weights_hash(model_of(e, e.reference).path),
+        reference_weights=weights_hash(reference_of(e.student, e.reference).path),
         objective=objective,
         training=e.training,
         seed=seed,
