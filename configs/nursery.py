@@ -12,7 +12,7 @@ corrupted to a known degree.
 import dataclasses
 
 from configs.quickstart import IN_DOMAIN, suites
-from deltapref_jax.config import ModelZoo, SmallModel, Sampling
+from deltapref_jax.config import ModelZoo, Sampling, SmallModel
 
 OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
 CURRICULUM = (

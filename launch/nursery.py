@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Judge, Model, ModelZoo, Prompts, SmallModel, Scoring
+from deltapref_jax.config import Judge, Model, ModelZoo, Prompts, Scoring, SmallModel
 from deltapref_jax.validation import validate_nursery
 from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main

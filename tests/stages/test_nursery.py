@@ -17,8 +17,8 @@ from deltapref_jax.config import (
     ConfigError,
     ModelZoo,
     Prompts,
-    SmallModel,
     Sampling,
+    SmallModel,
     Suite,
 )
 from deltapref_jax.judging.rubric import RUBRIC, label_ids
