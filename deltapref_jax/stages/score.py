@@ -14,7 +14,7 @@ from deltapref_jax.models.weights import Loaded, load
 from deltapref_jax.records import LOGPROB
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.scoring.logprobs import score_sequences
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.training.data import Row
 from deltapref_jax.workspace import Job, Stats
 
@@ -24,7 +24,7 @@ VERSION = 2
 class Sequences:
     """Token sequences of (prompt, trace) under one tokenizer; each prompt is rendered once."""
 
-    def __init__(self, text: Text, prompts: list[dict], traces: list[dict]):
+    def __init__(self, text: ChatTokenizer, prompts: list[dict], traces: list[dict]):
         self._prompts = {
             row["prompt_id"]: text.prompt_ids(json.loads(row["messages"])) for row in prompts
         }

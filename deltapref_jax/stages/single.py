@@ -31,7 +31,7 @@ from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.study import content
 from deltapref_jax.stages.train import data_of, train_arm
 from deltapref_jax.text.preference import tokenise
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.training.data import Group, Row
 from deltapref_jax.workspace import Job, Node, Stats, Workspace
 
@@ -180,7 +180,7 @@ def tokens(job: Job) -> None:
     c, source = job.config, Pairs(**job.local["data"])
 
     def make(_: int) -> tuple[pa.Table, Stats]:
-        text = Text.load(resolve(job.local["model"]))
+        text = ChatTokenizer.load(resolve(job.local["model"]))
         unit = OBJECTIVE_KINDS[c["kind"]].unit
         alone = unit != "pair"
         found = read_preferences(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltapref_jax.text.template import Messages, Text, added_bos
+from deltapref_jax.text.template import ChatTokenizer, Messages, added_bos
 
 Ids = np.ndarray
 
@@ -40,7 +40,7 @@ class _Rendered(NamedTuple):
     bos: bool = False  # the tokenizer adds its BOS
 
 
-def tokenise(text: Text, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
+def tokenise(text: ChatTokenizer, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
     """Ids of (prompt, completions), all three `str` or all three `Messages`; many are tokenised in one call.
 
     Raises:
@@ -73,11 +73,11 @@ def _common(a: Ids, b: Ids) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _ends(text: Text) -> list[str]:
+def _ends(text: ChatTokenizer) -> list[str]:
     return [str(text.tokenizer.convert_ids_to_tokens(i)) for i in text.end_ids]
 
 
-def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
+def _text(text: ChatTokenizer, prompt: str, completions: Sequence[str]) -> _Rendered:
     bos = str(text.tokenizer.bos_token) if added_bos(text.tokenizer) else ""
     ends = tuple(_ends(text))
     ended = [
@@ -90,7 +90,7 @@ def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
     )
 
 
-def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
+def _chat(text: ChatTokenizer, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
     text.check_template()
     ends = _ends(text)
     answers = [_without_end(c, ends) for c in completions]

@@ -14,7 +14,7 @@ from deltapref_jax.config import ConfigError, Pairs
 from deltapref_jax.data.blocks import BLOCK, json_row
 from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.text.preference import tokenise
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "data"
 CASES = json.loads((GOLDEN / "data_goldens.json").read_text())["cases"]
@@ -24,7 +24,7 @@ GOOD, BAD = ([{"role": "assistant", "content": c}] for c in ("four.", "the dog."
 
 @functools.cache
 def text(name="tokenizer_plain"):
-    return Text.load(str(GOLDEN / name))
+    return ChatTokenizer.load(str(GOLDEN / name))
 
 
 def write(rows, path):
@@ -304,9 +304,9 @@ def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
 
 
 def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_path):
-    bare = Text.load(str(GOLDEN / "tokenizer_plain"))
+    bare = ChatTokenizer.load(str(GOLDEN / "tokenizer_plain"))
     bare.tokenizer.chat_template = None
-    given = functools.partial(tokenise, Text(bare.tokenizer, "there"))
+    given = functools.partial(tokenise, ChatTokenizer(bare.tokenizer, "there"))
     assert (
         len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
     )
