@@ -29,8 +29,11 @@ class Tokens(NamedTuple):
     """One prompt with one completion (an example) or two (a pair)."""
 
     prompt: Ids  # int32
-    completions: tuple[Ids, ...]  # int32; all of it is scored, the end token too
-    apart: bool = False  # the template is no prefix: prompt and completion were tokenised apart
+    completions: tuple[Ids, ...]  # int32, the end token included
+    # The template does not render the prompt as a prefix; prompt and completion were tokenised apart.
+    prompt_not_prefix: bool = False
+    # bool, for each token of a completion: whether it is a target. None: all are; (): all are None.
+    scored: tuple[np.ndarray | None, ...] = ()
 
 
 class _Rendered(NamedTuple):

@@ -62,7 +62,7 @@ def parts(text, prompt, *completions):
     return (
         text.tokenizer.decode(got.prompt),
         *(text.tokenizer.decode(c) for c in got.completions),
-        got.apart,
+        got.prompt_not_prefix,
     )
 
 
