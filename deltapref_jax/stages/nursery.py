@@ -30,7 +30,7 @@ from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import Problem, problem, solution
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.training.data import StepData
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer
@@ -65,14 +65,14 @@ def draw(pupil: SmallModel, rng: random.Random) -> Problem:
     )
 
 
-def solving(pupil: SmallModel, text: Text, rng: random.Random) -> Sample:
+def solving(pupil: SmallModel, text: ChatTokenizer, rng: random.Random) -> Sample:
     """A question and a worked solution, careless at the pupil's error rate."""
     p = draw(pupil, rng)
     prompt = text.prompt_ids([{"role": "user", "content": p.question}])
     return sample(prompt, text.completion_ids(solution(p, rng, pupil.error_rate), ended=True))
 
 
-def rating(pupil: SmallModel, text: Text, rng: random.Random) -> Sample:
+def rating(pupil: SmallModel, text: ChatTokenizer, rng: random.Random) -> Sample:
     """A rubric prompt and its five labels, each in a branch of its own.
 
     Half of the solutions are careless, half are corrupted in one dimension. The label is the exact rating rounded at
@@ -106,7 +106,7 @@ def rating(pupil: SmallModel, text: Text, rng: random.Random) -> Sample:
 LESSONS = {"solve": solving, "judge": rating}
 
 
-def lesson(pupil: SmallModel, text: Text, step: int) -> StepData:
+def lesson(pupil: SmallModel, text: ChatTokenizer, step: int) -> StepData:
     """Step `step` of a pupil's education: one micro-batch filled with fresh samples; a pure function of both."""
     rng = random.Random(f"{pupil.name}|{pupil.seed}|{step}")
     samples: list[Sample] = []
@@ -166,7 +166,7 @@ def raise_pupil(
     pupil: SmallModel, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape
 ) -> dict[str, float]:
     """Trains one pupil and exports it, in bfloat16, to `folder/model`; returns counts."""
-    text = Text.load(str(tokenizer))
+    text = ChatTokenizer.load(str(tokenizer))
     if base is not None:
         loaded = load(str(base))
         spec, params = loaded.spec, loaded.state

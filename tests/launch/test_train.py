@@ -69,7 +69,7 @@ def rows_of(name, text):
             for k in ("chosen", "rejected")
         ]
     ids = [
-        {"prompt_ids": text.pieces(r["prompt"])}
+        {"prompt_ids": text.encode_plain(r["prompt"])}
         | {f"{k}_ids": text.completion_ids(r[k], True) for k in ("chosen", "rejected")}
         for r in PAIRS
     ]
