@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
 from deltapref_jax.mesh import check_rows, is_first, shard
-from deltapref_jax.models.lora import adapters, add_adapters
+from deltapref_jax.models.lora import adapters, attach as add_adapters
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.preemption import Preempted, PreemptionGuard
@@ -108,8 +108,8 @@ def train(
     """
     # Shapes are checked before any device works.
     check_rows("config.training", run.rows, run.row_length, mesh)
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    root = epath.Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
     kind, lora = run.objective.kind, adapters(run.lora)
 
     # Compiled programs, the trained state and the frozen parameters (the base of adapters).
@@ -124,7 +124,7 @@ def train(
     )
     with (
         PreemptionGuard() as preemption,
-        Checkpoints(folder / "checkpoints", run.keep_checkpoints, base) as checkpoints,
+        Checkpoints(root / "checkpoints", run.keep_checkpoints, base) as checkpoints,
         progress(is_first()) as bar,
     ):
         # A run that was stopped continues from its newest checkpoint, which may be its last step.
@@ -132,11 +132,11 @@ def train(
         if done:
             state, counts = checkpoints.restore(state)
         with TrainMonitor(
-            spec, lora, mesh, folder, label, monitor or MonitorConfig(), bar, run.steps, done
+            spec, lora, mesh, root, label, monitor or MonitorConfig(), bar, run.steps, done
         ) as shown:
             report = _Report(run, counts, shown)
             if is_first():
-                report.replay(folder)
+                report.replay(root)
             previous: _Step | None = None
             for number in range(done + 1, run.steps + 1):
                 # The step's data is a pure function of its number.
@@ -184,7 +184,7 @@ def train(
                     checkpoints.wait()
                     raise Preempted(
                         f"Stopped by SIGTERM after step {number} of {run.steps}, which is saved in "
-                        f"{folder}. Run the same command to continue."
+                        f"{root}. Run the same command to continue."
                     )
             checkpoints.wait()
     both_fell = {"both_fell_at": float(report.displacement.step)}
@@ -293,7 +293,7 @@ class _Report:
         """
         sums = {name: float(x) for name, x in jax.device_get(step.sums).items()}
         row = summarise(self._kind, sums)
-        check_finite(self._kind, step.number, row, step.batch, step.logprobs)
+        check_finite(self._kind, step.number, row, step.batch, jax.device_get(step.logprobs))
         self._counts["tokens"] += step.batch.tokens
         self._counts["positions"] += step.batch.positions
         self._counts["filled"] += step.batch.filled
