@@ -51,7 +51,9 @@ def main(_: list[str]) -> None:
 
         console.print(plan_table(report, workspace))
         return
-    mesh = make_mesh(e.mesh)  # sizes that do not fit the devices are refused before anything is made
+    mesh = make_mesh(
+        e.mesh
+    )  # sizes that do not fit the devices are refused before anything is made
     check_rows("config.training", e.training.rows, e.training.row_length, mesh)
     check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
     # what the arms train on comes first, so that what they can show is said before they train

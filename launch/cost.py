@@ -51,7 +51,9 @@ class Cost:
             if self._workspace.complete(prompts):
                 self._rows[prompts] = int(self._workspace.manifest(prompts).stats["rows"])
             else:  # a count of 0 means all that a file holds
-                self._rows[prompts] = sum(p.count or len(read_prompts(p)[0]) for p in prompts.sources)
+                self._rows[prompts] = sum(
+                    p.count or len(read_prompts(p)[0]) for p in prompts.sources
+                )
         return self._rows[prompts]
 
     def _traces(self, table: TraceTable) -> int:

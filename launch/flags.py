@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
+from deltapref_jax.workspace import ArtifactError
 
 from deltapref_jax import config
 from deltapref_jax.preemption import (
@@ -21,7 +22,6 @@ from deltapref_jax.preemption import (
     exit_process,
     raise_on_sigterm,
 )
-from deltapref_jax.workspace import ArtifactError
 
 flags.disclaim_key_flags()  # what is defined here belongs to the entry point that asks for it, and to its --help
 _PROJECT = tuple(

@@ -88,6 +88,8 @@ def _metrics(rows: list[dict[str, Any]]) -> Table:
     ends = rows[0], rows[-1]
     table = Table("", *(f"step {row['step']}" for row in ends))
     for name in ends[0] | ends[1]:
-        if name in ("loss", "nll_loss", "kl", "grad_norm") or name.startswith(("rewards/", "logps/")):
+        if name in ("loss", "nll_loss", "kl", "grad_norm") or name.startswith(
+            ("rewards/", "logps/")
+        ):
             table.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
     return table

@@ -239,7 +239,11 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     place, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
     return Loaded(
-        abstract(spec, jnp.dtype(dtype))[0], state, spec, ChatTokenizer.load(place), weights_hash(place)
+        abstract(spec, jnp.dtype(dtype))[0],
+        state,
+        spec,
+        ChatTokenizer.load(place),
+        weights_hash(place),
     )
 
 

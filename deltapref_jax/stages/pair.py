@@ -19,7 +19,7 @@ class PairTable(Node, stage="pair", version=3):
     """PAIR: the pairs that an arm trains on. Arms that differ only in objective or seeds share it.
 
     Attributes:
-      traces: by generator, of all generators whose prompts the arms share (`rules.ladder`).
+      traces: by generator, of all generators whose prompts the arms share (`rules.min_traces`).
       verdicts: of the chosen and of the rejected generator.
       ratings: of both, by the arm's judge, where ratings shape the pairs.
       dimensions: of that judge; empty where nobody's ratings are read.

@@ -29,7 +29,8 @@ from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import look as inspect_model, weights_hash
+from deltapref_jax.models.weights import look as inspect_model
+from deltapref_jax.models.weights import weights_hash
 from deltapref_jax.pairs.build import Rules
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
@@ -83,13 +84,13 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
     logprobs = _logprobs(e, sequences)
 
     # The models before training.
-    student = _results(e, ("evaluate", "student"), suites, e.student, None)
+    student = result_tables(e, ("evaluate", "student"), suites, e.student, None)
     capability = {
-        g.name: _results(e, ("capability", g.name), suites, model_of(e, g.model), None, g)
+        g.name: result_tables(e, ("capability", g.name), suites, model_of(e, g.model), None, g)
         for g in e.generators
     }
     synthetic = any(source.kind == "synthetic" for source in e.prompts)
-    audits = {j.name: _audit(e, j, prompts) for j in e.judges if synthetic}
+    audits = {j.name: audit_table(e, j, prompts) for j in e.judges if synthetic}
 
     # Arms.
     pairs = {arm.name: _pairs(e, arm, prompts, traces, verdicts, ratings) for arm in e.arms}
@@ -103,7 +104,7 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
     }
     results = {
         arm: {
-            seed: _results(e, ("evaluate", arm, str(seed)), suites, e.student, policy)
+            seed: result_tables(e, ("evaluate", arm, str(seed)), suites, e.student, policy)
             for seed, policy in seeds.items()
         }
         for arm, seeds in policies.items()
@@ -235,7 +236,7 @@ def _ratings(
     }
 
 
-def _audit(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable:
+def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable:
     judge, weights = _judge(e, judge)
     return AuditTable(
         label=("audit", judge.name),
@@ -291,7 +292,7 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
     }
 
 
-def _results(
+def result_tables(
     e: Experiment,
     label: tuple[str, ...],
     suites: Mapping[str, PromptTable],

@@ -26,7 +26,6 @@ from deltapref_jax.training.monitor import batch_flops, step_flops
 from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.training.step import programs
 
-
 Score = Callable[[list[TokenSequence]], list[ReferencedSequence]]
 
 
@@ -80,9 +79,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     def score(sequences: list[TokenSequence]) -> list[ReferencedSequence]:
         nonlocal reference_seconds
         began = time.perf_counter()
-        scores = score_sequences(
-            model.spec, model.state, sequences, rows, length, mesh, c["dtype"]
-        )
+        scores = score_sequences(model.spec, model.state, sequences, rows, length, mesh, c["dtype"])
         reference_seconds += time.perf_counter() - began
         if None in scores.sums:
             raise ValueError(f"A sequence of the bench is longer than {length} tokens.")
