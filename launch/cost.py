@@ -13,6 +13,7 @@ from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.report import Report
 from deltapref_jax.stages.sample import TraceTable
 from deltapref_jax.stages.score import LogProbTable
+from deltapref_jax.stages.tokens import TraceSequences
 from deltapref_jax.stages.train import Policy
 from deltapref_jax.synthetic.corrupt import DEGREES
 
@@ -31,6 +32,7 @@ class Cost:
         if isinstance(node, TraceTable):
             return self._traces(node), self._traces(node) * self._longest
         if isinstance(node, LogProbTable):
+            assert isinstance(node.sequences, TraceSequences)  # of a study
             sequences = 2 * self._traces(node.sequences.traces)  # matched and mismatched
             return sequences, sequences * self._longest
         if isinstance(node, RatingTable):

@@ -56,7 +56,8 @@ def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str,
         problems = (dataclasses.replace(_AUDITED, tasks=model.tasks),)
         table = audit_table(e, judge, prompt_table(("prompts",), problems, {}))
         run([table], workspace)
-        auc = audit(workspace.table(table), judge.dimensions).auc
+        found = audit(workspace.table(table), judge.dimensions)
+        auc = found.auc if found else {}
         return {dimension: [round(x, 3) for x in estimate] for dimension, estimate in auc.items()}
     suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in zoo.suites}
     tables = result_tables(e, ("evaluate", model.name), suites, path, None)

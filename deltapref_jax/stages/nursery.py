@@ -127,7 +127,7 @@ def draw(model: SmallModel, rng: random.Random) -> Problem:
 
 def solving(model: SmallModel, text: ChatTokenizer, rng: random.Random) -> PackedSample:
     """A question and a worked solution, careless at the model's error rate."""
-    p = draw(pupil, rng)
+    p = draw(model, rng)
     prompt = text.prompt_ids([{"role": "user", "content": p.question}])
     completion = text.completion_ids(solution(p, rng, model.error_rate), ended=True)
     return pack_one(TokenSequence(np.asarray(prompt), np.asarray(completion)))
@@ -139,7 +139,7 @@ def rating(model: SmallModel, text: ChatTokenizer, rng: random.Random) -> Packed
     Half of the solutions are careless, half are corrupted in one dimension. The label is the exact
     rating rounded at random to a neighbour, so that the expectation a judge learns is the rating.
     """
-    p = draw(pupil, rng)
+    p = draw(model, rng)
     if rng.random() < 0.5:
         worked = solution(p, rng, rng.random() * 0.8)
     else:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 import pyarrow as pa
 
 from deltapref_jax.artifacts.job import Job, Stats
@@ -103,7 +104,7 @@ class TraceTable(Node, stage="sample", version=3):
             weights=self.weights,
             sample=sample,
             text=completion.text,
-            token_ids=completion.tokens,
+            token_ids=np.asarray(completion.tokens, np.int32),
             finish=completion.finish,
             logprob=completion.logprob,
             tokens=len(completion.tokens),

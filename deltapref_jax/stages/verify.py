@@ -42,5 +42,5 @@ def verdict(prompt: Prompt, trace_id: str, text: str, finish: str) -> Verdict:
     """Whether a trace is right. One that its budget cut off is wrong, whatever stands in it."""
     if finish == "length" and prompt.checker:
         return Verdict(trace_id, False, "", "unfinished")
-    checked = check(prompt, text)
+    checked = check(prompt._asdict(), text)
     return Verdict(trace_id, checked.correct, checked.answer, checked.note)
