@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """Packed rows, each array [B, L], on the host or on devices; see `models.attention` for segments and branches."""
+    """Packed rows, each array [B, L], on the host or on devices; see `models.attention.masks` for segments and branches."""
 
     tokens: Any  # int32
     positions: Any  # int32, in the token's own sequence

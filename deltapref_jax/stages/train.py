@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, MeshShape, Objective, Training
 from deltapref_jax.mesh import fetch, is_first, make_mesh
-from deltapref_jax.models.kernels import shares_prompts
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded, export, load
