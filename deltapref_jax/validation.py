@@ -27,12 +27,12 @@ from deltapref_jax.config import (
     Experiment,
     Lora,
     Model,
-    Nursery,
+    ModelZoo,
     Objective,
     Pairs,
     Prompts,
     Scoring,
-    Single,
+    PairTraining,
     Training,
     choose,
 )
@@ -108,13 +108,13 @@ def _prompts(field: str, prompts: Prompts) -> None:
         )
 
 
-def validate_nursery(nursery: Nursery) -> Nursery:
+def validate_nursery(nursery: ModelZoo) -> ModelZoo:
     """Checks every name and size of `nursery` and returns it.
 
     Raises:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
-    _whole(nursery, Nursery)
+    _whole(nursery, ModelZoo)
     if "://" in nursery.workspace:
         raise ConfigError(
             f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine."
@@ -144,13 +144,13 @@ def validate_nursery(nursery: Nursery) -> Nursery:
     return nursery
 
 
-def validate_single(single: Single) -> Single:
+def validate_single(single: PairTraining) -> PairTraining:
     """Checks every name and size of `single` and returns it.
 
     Raises:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
-    _whole(single, Single)
+    _whole(single, PairTraining)
     if not single.data.path:
         raise ConfigError(
             "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder."
@@ -186,7 +186,7 @@ def validate_single(single: Single) -> Single:
     return single
 
 
-def _unread(single: Single) -> None:
+def _unread(single: PairTraining) -> None:
     """Refuses a value that the run would not read: it would not be what its config says."""
     t = single.training
     for field, unset, read, why in (

@@ -17,12 +17,12 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Judge, Model, Nursery, Prompts, Pupil, Scoring
+from deltapref_jax.config import Judge, Model, ModelZoo, Prompts, SmallModel, Scoring
 from deltapref_jax.validation import validate_nursery
 from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Nursery: a file with get_config().")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "ModelZoo: a file with get_config().")
 _MEASURE_ONLY = flags.DEFINE_bool(
     "measure_only", False, "Measure the models in the output folder, and raise none."
 )
@@ -30,7 +30,7 @@ _MEASURE_ONLY = flags.DEFINE_bool(
 _AUDITED = Prompts(count=60, seed=901)  # problems that a judge is measured on, of its own families
 
 
-def release(nursery: Nursery, workspace: Workspace) -> None:
+def release(nursery: ModelZoo, workspace: Workspace) -> None:
     """Raises what is missing and copies the released pupils to the output folder."""
     from deltapref_jax.stages.nursery import plan, pupil, tokenizer
 
@@ -44,7 +44,7 @@ def release(nursery: Nursery, workspace: Workspace) -> None:
         )
 
 
-def measure(nursery: Nursery, workspace: Workspace, who: Pupil) -> dict[str, Any]:
+def measure(nursery: ModelZoo, workspace: Workspace, who: SmallModel) -> dict[str, Any]:
     """A released pupil's accuracy by domain, or its AUC by dimension; each [value, low, high]."""
     from deltapref_jax.analysis.judges import audit as aucs
     from deltapref_jax.analysis.statistics import accuracy
@@ -95,7 +95,7 @@ def measure(nursery: Nursery, workspace: Workspace, who: Pupil) -> dict[str, Any
 
 def main(_: list[str]) -> None:
     """Raise, release, measure."""
-    nursery: Nursery = validate_nursery(_CONFIG.value)
+    nursery: ModelZoo = validate_nursery(_CONFIG.value)
     workspace = Workspace(nursery.workspace)
     if not _MEASURE_ONLY.value:
         release(nursery, workspace)

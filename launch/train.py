@@ -43,7 +43,7 @@ hub name or a data set folder. The reference's log-probabilities are computed on
     --config.training.checkpoint_every  steps between checkpoints (50)
     --config.trackers               "('tensorboard',)" or "('wandb',)": metrics while it trains; metrics.jsonl always is
 
-Every field, with unit and reason: `Single` in deltapref_jax/config.py. A file like configs/train.py holds a whole run.
+Every field, with unit and reason: `PairTraining` in deltapref_jax/config.py. A file like configs/train.py holds a whole run.
 """
 
 from pathlib import Path
@@ -51,20 +51,22 @@ from pathlib import Path
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Single
+from deltapref_jax.config import PairTraining
 from deltapref_jax.validation import validate_single
 from deltapref_jax.workspace import Workspace, run
 from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Python file whose get_config() gives a Single; without one, configs/train.py."
+    "config",
+    None,
+    "Python file whose get_config() gives a PairTraining; without one, configs/train.py.",
 )
 _PROFILE = define_profile_steps()
 
 
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
-    single: Single = validate_single(_CONFIG.value)
+    single: PairTraining = validate_single(_CONFIG.value)
     profile = window(_PROFILE.value)
     from deltapref_jax.mesh import check_rows, is_first, make_mesh, start_processes
     from deltapref_jax.stages.single import STAGES, check, plan

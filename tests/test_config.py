@@ -15,10 +15,10 @@ from deltapref_jax.config import (
     Judge,
     Lora,
     Model,
-    Nursery,
+    ModelZoo,
     Objective,
     Prompts,
-    Pupil,
+    SmallModel,
     Suite,
     model_of,
 )
@@ -422,7 +422,7 @@ def test_a_nursery_is_typed_too():
     with pytest.raises(
         ConfigError, match=r"^config\.pupils\[0\]\.tasks is 'chain'; it must be a tuple, such as "
     ):
-        validate_nursery(Nursery(pupils=(Pupil(name="oak", tasks="chain"),)))
+        validate_nursery(ModelZoo(pupils=(SmallModel(name="oak", tasks="chain"),)))
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from deltapref_jax.config import NURSERY, ConfigError, Nursery, model_of
+from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
 from deltapref_jax.judging.scorer import _reader
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
@@ -254,7 +254,7 @@ def test_programs_of_studies_are_traced(study, one_device):
 
 def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
     found = validate_nursery(config("nursery"))
-    assert isinstance(found, Nursery)
+    assert isinstance(found, ModelZoo)
     assert {"tokenizer"} | {f"pupil/{p.name}" for p in found.pupils} == set(nursery.plan(found))
     s = found.sampling
     for p in found.pupils:

@@ -14,9 +14,9 @@ from deltapref_jax.config import (
     DIMENSIONS,
     ConfigError,
     MeshShape,
-    Nursery,
+    ModelZoo,
     Objective,
-    Pupil,
+    SmallModel,
     choose,
 )
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
@@ -55,7 +55,7 @@ def make_tokenizer(vocab: int, folder: Path) -> None:
     build(texts(), vocab, folder)
 
 
-def draw(pupil: Pupil, rng: random.Random) -> Problem:
+def draw(pupil: SmallModel, rng: random.Random) -> Problem:
     """A problem of the pupil's curriculum; its seed keeps it apart from every study's questions (theirs are ≥ 0)."""
     return problem(
         rng.choice(pupil.tasks),
@@ -65,14 +65,14 @@ def draw(pupil: Pupil, rng: random.Random) -> Problem:
     )
 
 
-def solving(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
+def solving(pupil: SmallModel, text: Text, rng: random.Random) -> Sample:
     """A question and a worked solution, careless at the pupil's error rate."""
     p = draw(pupil, rng)
     prompt = text.prompt_ids([{"role": "user", "content": p.question}])
     return sample(prompt, text.completion_ids(solution(p, rng, pupil.error_rate), ended=True))
 
 
-def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
+def rating(pupil: SmallModel, text: Text, rng: random.Random) -> Sample:
     """A rubric prompt and its five labels, each in a branch of its own.
 
     Half of the solutions are careless, half are corrupted in one dimension. The label is the exact rating rounded at
@@ -106,7 +106,7 @@ def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
 LESSONS = {"solve": solving, "judge": rating}
 
 
-def lesson(pupil: Pupil, text: Text, step: int) -> StepData:
+def lesson(pupil: SmallModel, text: Text, step: int) -> StepData:
     """Step `step` of a pupil's education: one micro-batch filled with fresh samples; a pure function of both."""
     rng = random.Random(f"{pupil.name}|{pupil.seed}|{step}")
     samples: list[Sample] = []
@@ -163,7 +163,7 @@ def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[Mo
 
 
 def raise_pupil(
-    pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape
+    pupil: SmallModel, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape
 ) -> dict[str, float]:
     """Trains one pupil and exports it, in bfloat16, to `folder/model`; returns counts."""
     text = Text.load(str(tokenizer))
@@ -220,7 +220,7 @@ def tokenizer(job: Job) -> None:
 def pupil(job: Job) -> None:
     """One pupil, as a Hugging Face folder `model/`; inputs: the tokenizer, and the base if it has one."""
     fields = dict(job.config["pupil"])
-    who = Pupil(
+    who = SmallModel(
         **fields | {"tasks": tuple(fields["tasks"]), "difficulties": tuple(fields["difficulties"])}
     )
     base = Path(job.path("base") / "model") if "base" in job.node.inputs else None
@@ -239,7 +239,7 @@ def _files(job: Job) -> list[str]:
     return sorted(f"model/{file.name}" for file in (job.dir / "model").iterdir())
 
 
-def plan(nursery: Nursery) -> dict[str, Node]:
+def plan(nursery: ModelZoo) -> dict[str, Node]:
     """Nodes by label: `tokenizer`, and `pupil/<name>` in the order of the config.
 
     Raises:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Pairs, Single
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, MeshShape, Pairs, PairTraining
 from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.files import local
@@ -62,7 +62,7 @@ def row_id(prompt: np.ndarray, completion: np.ndarray) -> str:
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
-def plan(single: Single, profile: tuple[int, int] | None = None) -> dict[str, Node]:
+def plan(single: PairTraining, profile: tuple[int, int] | None = None) -> dict[str, Node]:
     """The nodes of a run: tokens, reference (where it is needed and no table is given), policy.
 
     A hub name stands for what the data set held when it was first read.

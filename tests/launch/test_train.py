@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from configs.train import get_config
-from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, Single, Training
+from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
 from deltapref_jax.models.weights import export, load, look, weights_hash
 from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.single import STAGES, check, plan, sequences
@@ -102,7 +102,7 @@ def single(tiny_folder, text, tmp_path):
             "checkpoint_every": 1,
         }
         return validate_single(
-            Single(
+            PairTraining(
                 workspace=str(tmp_path / "workspace"),
                 data=Pairs(str(path)),
                 student=Model(str(tiny_folder)),
@@ -531,7 +531,9 @@ def test_examples_are_no_pairs(single):
 )
 def test_a_bad_value_is_one_sentence(change, sentence):
     with pytest.raises(ConfigError) as error:
-        validate_single(dataclasses.replace(Single(data=Pairs("x"), student=Model("y")), **change))
+        validate_single(
+            dataclasses.replace(PairTraining(data=Pairs("x"), student=Model("y")), **change)
+        )
     assert str(error.value) == sentence
 
 
@@ -647,11 +649,11 @@ def test_help_and_a_missing_file(single):
         ),
         (
             "--config.traning.rows=4",
-            "--config.traning.rows=4: Single has no field 'traning'; it has name, workspace, *",
+            "--config.traning.rows=4: PairTraining has no field 'traning'; it has name, workspace, *",
         ),
         (
             "--config=configs/quickstart.py",
-            "--config gives Experiment where Single is needed; its get_config() must *",
+            "--config gives Experiment where PairTraining is needed; its get_config() must *",
         ),
         (
             "--config.training.lora.rnk=4",

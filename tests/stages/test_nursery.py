@@ -12,7 +12,15 @@ import pytest
 from flax import nnx
 
 import launch.nursery
-from deltapref_jax.config import DIMENSIONS, ConfigError, Nursery, Prompts, Pupil, Sampling, Suite
+from deltapref_jax.config import (
+    DIMENSIONS,
+    ConfigError,
+    ModelZoo,
+    Prompts,
+    SmallModel,
+    Sampling,
+    Suite,
+)
 from deltapref_jax.judging.rubric import RUBRIC, label_ids
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import abstract, load
@@ -22,7 +30,7 @@ from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.validation import validate_nursery
 from deltapref_jax.workspace import Workspace
 
-OAK = Pupil(
+OAK = SmallModel(
     name="oak",
     tasks=("chain", "shop"),
     difficulties=(1,),
@@ -37,7 +45,7 @@ OAK = Pupil(
     row_length=128,
     learning_rate=1e-2,
 )
-JUDGE = Pupil(
+JUDGE = SmallModel(
     name="judge",
     base="oak",
     lesson="judge",
@@ -53,7 +61,7 @@ JUDGE = Pupil(
 
 def small(root):
     return validate_nursery(
-        Nursery(
+        ModelZoo(
             workspace=str(root / "workspace"),
             output=str(root / "out"),
             vocab=500,
@@ -230,7 +238,7 @@ def test_no_sample_in_a_row_is_one_sentence(raised):
 )
 def test_a_bad_pupil_is_one_sentence(changes, sentence):
     with pytest.raises(ConfigError) as error:
-        validate_nursery(Nursery(pupils=(dataclasses.replace(OAK, **changes),)))
+        validate_nursery(ModelZoo(pupils=(dataclasses.replace(OAK, **changes),)))
     assert str(error.value) == sentence
 
 
@@ -238,9 +246,9 @@ def test_an_unknown_task_is_found_before_anything_is_trained():
     with pytest.raises(
         ConfigError, match=r"^tasks of pupil 'oak' is 'algebra'; choose one of 'chain', 'shop', "
     ):
-        nursery.plan(Nursery(pupils=(dataclasses.replace(OAK, tasks=("chain", "algebra")),)))
+        nursery.plan(ModelZoo(pupils=(dataclasses.replace(OAK, tasks=("chain", "algebra")),)))
 
 
 def test_release_names_pupils():
     with pytest.raises(ConfigError, match=r"^config\.release is 'ash'; choose one of 'oak'\.$"):
-        validate_nursery(Nursery(pupils=(OAK,), release=("ash",)))
+        validate_nursery(ModelZoo(pupils=(OAK,), release=("ash",)))
