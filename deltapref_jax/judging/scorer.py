@@ -20,7 +20,7 @@ from deltapref_jax.mesh import shard
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded, abstract
-from deltapref_jax.scoring.packing import PackedBatch, PackedSample, pack, drop_empty_half
+from deltapref_jax.scoring.packing import PackedBatch, PackedSample, drop_empty_half, pack
 
 
 class Ratings(NamedTuple):

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from deltapref_jax.mesh import shard
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract

@@ -38,7 +38,7 @@ class PackedSample(NamedTuple):
 class PackedBatch(NamedTuple):
     """Packed rows on the host or on devices, arrays [B, L].
 
-    `models.attention` says how segments and branches mask.
+    `models.attention.masks` says how segments and branches mask.
     """
 
     tokens: Any  # int32

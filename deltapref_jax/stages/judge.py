@@ -60,7 +60,9 @@ def rater(judge: Judge, scoring: Scoring, mesh: MeshShape) -> Rate:
             prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]
         ) -> tuple[Ratings, Stats]:
             metas = [prompt.meta for prompt in prompts]
-            return rate_exactly(metas, list(texts), list(ids), judge.dimensions, judge.noise, judge.seed), {}
+            return rate_exactly(
+                metas, list(texts), list(ids), judge.dimensions, judge.noise, judge.seed
+            ), {}
 
         return exactly
 

@@ -17,7 +17,7 @@ from deltapref_jax.config import (
     Training,
 )
 from deltapref_jax.mesh import gather_to_host, is_first, make_mesh
-from deltapref_jax.models.kernels import shares_prompts
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export, load

@@ -13,8 +13,8 @@ import numpy as np
 
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.flops import forward_flops
-from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.derange import derange
