@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
-from deltapref_jax.workspace import ArtifactError
+from deltapref_jax.files import ArtifactError
 
 from deltapref_jax import config
 from deltapref_jax.preemption import (
