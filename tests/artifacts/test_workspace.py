@@ -222,7 +222,9 @@ def test_edited_counts_and_a_manifest_of_an_earlier_version_are_noticed(tmp_path
         workspace.complete(wanted["a"])
     del stated["digest"]
     place.write_text(json.dumps(stated))
-    with pytest.raises(ArtifactError, match=r"manifest\.json \(numbers/a\) is not what was written"):
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json \(numbers/a\) is not what was written"
+    ):
         workspace.complete(wanted["a"])
 
 
@@ -268,8 +270,8 @@ def test_full_disk_is_one_sentence_and_the_run_continues(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError) as e:
         make(tmp_path, ("a",))
     assert re.fullmatch(
-        r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); make room or "
-        r"choose another workspace, and run the same command: finished work is kept\.",
+        r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); "
+        r"make room or choose another workspace, and run the same command: finished work is kept\.",
         str(e.value),
     )
     monkeypatch.undo()

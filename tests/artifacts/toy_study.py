@@ -1,6 +1,7 @@
 """A study without models, run as a program by the tests: `python toy_study.py MODE ROOT [NUMBER]`.
 
-Children are forked from one process that imports no JAX, so that hundreds of them start and die within seconds.
+Children are forked from one process that imports no JAX, so that hundreds of them start and die
+within seconds.
 """
 
 import contextlib
@@ -123,7 +124,7 @@ def independent(runners: int) -> list[Node]:
 
 
 def child(root: str, wanted: list[Node], die_at: int | None = None) -> int:
-    """Forks a process that makes `wanted`; with `die_at` it kills itself at that file-system event."""
+    """Forks a process that makes `wanted`, or kills itself at file-system event `die_at`."""
     pid = os.fork()
     if pid:
         return pid
@@ -156,7 +157,10 @@ def code(pid: int) -> int:
 
 
 def crash_everywhere(root: str) -> int:
-    """Every event of an otherwise uninterrupted run is a place to die; each place gets a workspace of its own."""
+    """Kills one run at every file-system event, each in a workspace of its own, and continues it.
+
+    Returns the number of events.
+    """
     at = 0
     while True:
         place = f"{root}/{at:03d}"
@@ -167,7 +171,7 @@ def crash_everywhere(root: str) -> int:
 
 
 def crash_randomly(root: str, seed: int) -> int:
-    """One workspace, killed again and again after random times until a run gets through; returns the kills."""
+    """Kills runs of one workspace after random times, until one gets through; returns the kills."""
     rng, kills = random.Random(seed), 0
     while True:
         pid = study(root, 0.004)
