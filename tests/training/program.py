@@ -18,11 +18,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deltapref_jax.workspace import Node, Workspace, run
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from deltapref_jax.artifacts.lease import release_all
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
@@ -30,8 +32,9 @@ from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
 from deltapref_jax.preemption import Preempted, PreemptionGuard, install_group_shutdown
 from deltapref_jax.processes import start_processes
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.training.checkpoint import Checkpoints
-from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer, init_state
 from launch.flags import run_main
@@ -40,22 +43,27 @@ SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
 PAIRS, LENGTH = 16, 64
 
 
+def behind(row, other, **changes):
+    """A row's completion behind the prompt of another."""
+    sequence = row.sequence._replace(prompt_ids=other.sequence.prompt_ids)
+    return row._replace(sequence=sequence, **changes)
+
+
 def data(kind, rows):
     """Step to 32 sequences of 40 to 64 tokens, one in a row of 64: as many micro-batches as 32 / rows."""
 
     def at(step):
         r = np.random.default_rng(step)
         flat = [
-            Row(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)), -150.0)
+            ReferencedSequence(
+                TokenSequence(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48))), -150.0
+            )
             for _ in range(2 * PAIRS)
         ]
         if kind == "dpo":
             groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
         else:
-            groups = [
-                Group((row,), i % 2, row._replace(prompt=flat[i - 1].prompt))
-                for i, row in enumerate(flat)
-            ]
+            groups = [Group((row,), i % 2, behind(row, flat[i - 1])) for i, row in enumerate(flat)]
         return pack_step(groups, kind, rows, LENGTH)
 
     return at
@@ -157,21 +165,30 @@ def preempt(root, port, index):
         os._exit(Preempted.code)  # the other process may be gone before JAX could say good-bye
 
 
+class Endless(Node, stage="stage", version=1):
+    """Shards that never end: as one, in collectives, or each by itself, in one compiled program."""
+
+    root: Path = runtime()
+    index: int = runtime()
+    together: bool = runtime()
+
+    def make(self, job):
+        endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
+
+        def make(shard):
+            (self.root / f"at-{self.index}").touch()
+            if self.together:
+                while True:
+                    multihost_utils.process_allgather(np.ones(3))
+            return jax.block_until_ready(endless(1.0))
+
+        job.shards(4, make, together=self.together)
+
+
 def shards(root, index, together):
-    """A stage whose shards never end: as one, in collectives, or each by itself, in one compiled program."""
-    endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
-
-    def make(shard):
-        (root / f"at-{index}").touch()
-        if together:
-            while True:
-                multihost_utils.process_allgather(np.ones(3))
-        return jax.block_until_ready(endless(1.0))
-
-    def stage(job):
-        job.shards(4, make, together=together)
-
-    run({"it": Node("stage", "it", {})}, {"stage": stage}, Workspace(root / "w"), show=False)
+    """Makes `Endless`, until something stops it."""
+    node = Endless(label=("it",), root=root, index=index, together=together)
+    run([node], Workspace(root / "w"), show=False)
 
 
 def global_state(mesh):

@@ -9,10 +9,10 @@ import pytest
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.preemption import Preempted
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.loop import run_step
+from deltapref_jax.training.loop import train_step
 from deltapref_jax.training.state import Optimizer, init_state
 
 
@@ -92,7 +92,13 @@ def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(
 def test_twenty_arms_compile_once(program, one_device, kind):
     """Counted by the compiled functions themselves: learning rate, beta and weights are arguments."""
     steps = programs.programs(
-        program.SPEC, "float32", kind, Optimizer(), capacity(32, program.LENGTH), one_device, "none"
+        program.SPEC,
+        "float32",
+        kind,
+        Optimizer(),
+        max_segments(32, program.LENGTH),
+        one_device,
+        "none",
     )
     params, batch = (
         program.nnx.state(program.Decoder(program.SPEC, rngs=program.nnx.Rngs(1))),
@@ -109,7 +115,7 @@ def test_twenty_arms_compile_once(program, one_device, kind):
         )
         state = init_state(params, Optimizer(), one_device)
         for step in range(2):
-            state, sums, *_ = run_step(
+            state, sums, *_ = train_step(
                 steps, state, batch(step), objective, 1e-3 / (arm + 1), one_device
             )
         norms.add(float(sums["grad_norm"]))

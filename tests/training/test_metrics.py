@@ -131,7 +131,7 @@ def test_trackers_see_the_rows_the_padding_and_the_speed(
         tmp_path / "run",
         steps=3,
         mesh=one_device,
-        watch=MonitorConfig(("wandb",)),
+        monitor=MonitorConfig(("wandb",)),
         label="arm",
         source=data.__getitem__,
     )
@@ -152,14 +152,14 @@ def test_trackers_see_the_rows_the_padding_and_the_speed(
 
 
 def test_metrics_are_fetched_a_step_late_once_a_step(program, tmp_path, monkeypatch):
-    order, run_step, get = [], loop.run_step, jax.device_get
+    order, train_step, get = [], loop.train_step, jax.device_get
 
     def fetch(tree):
         if isinstance(tree, dict) and "loss" in tree:
             order.append("fetch")
         return get(tree)
 
-    monkeypatch.setattr(loop, "run_step", lambda *a: (order.append("step"), run_step(*a))[1])
+    monkeypatch.setattr(loop, "train_step", lambda *a: (order.append("step"), train_step(*a))[1])
     monkeypatch.setattr(jax, "device_get", fetch)
     program.tiny(tmp_path, steps=5, every=3)
     #                1       2                3, saved                  4       5, saved
@@ -185,8 +185,8 @@ def test_tensorboard_has_every_scalar(program, tmp_path, monkeypatch):
     # both runs begin within one second, by which the writer names its files
     monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: 1.7e9))
 
-    program.tiny(tmp_path, steps=2, watch=MonitorConfig(("tensorboard",)))
-    program.tiny(tmp_path, steps=3, watch=MonitorConfig(("tensorboard",)))
+    program.tiny(tmp_path, steps=2, monitor=MonitorConfig(("tensorboard",)))
+    program.tiny(tmp_path, steps=3, monitor=MonitorConfig(("tensorboard",)))
     found = {}
     for path in sorted((tmp_path / "tensorboard").iterdir()):
         data = path.read_bytes()
@@ -211,7 +211,7 @@ def test_wandb_continues_a_run_under_its_id(program, tmp_path, monkeypatch):
         sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: (calls.append(k), run)[1])
     )
     for steps in (1, 2):
-        program.tiny(tmp_path, steps=steps, watch=MonitorConfig(("wandb",)), label="arm")
+        program.tiny(tmp_path, steps=steps, monitor=MonitorConfig(("wandb",)), label="arm")
     first, second = (call for call in calls if isinstance(call, dict))
     assert first == second
     assert (first["name"], first["resume"], first["dir"]) == ("arm", "allow", str(tmp_path))
@@ -229,7 +229,7 @@ def test_the_profiler_traces_its_window_and_stops(program, tmp_path, monkeypatch
     program.tiny(
         tmp_path,
         steps=4,
-        watch=MonitorConfig(profile=(2, 3)),
+        monitor=MonitorConfig(profile=(2, 3)),
         source=lambda step: (calls.append(step), source(step))[1],
     )
     assert calls == [0, str(tmp_path / "profile"), 1, 2, "stop", 3]

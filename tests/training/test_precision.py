@@ -11,7 +11,7 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.sharding import shardings
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.loop import Run, train
@@ -37,7 +37,7 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(
 ):
     spec = program.SPEC
     params = abstract(spec)[1]
-    segments = capacity(4, length)
+    segments = max_segments(4, length)
     steps = programs.programs(spec, "bfloat16", "dpo", Optimizer(), segments, one_device)
     ids, number = (
         jax.ShapeDtypeStruct((4, length), jnp.int32),
