@@ -104,8 +104,8 @@ def check_weights(table: pa.Schema, weights: str, where: object) -> None:
     """
     if not {"sequence_id", "logprob"} <= set(table.names):
         raise ConfigError(
-            f"{where} has the columns {', '.join(table.names)} and is no table of log-probabilities, "
-            "which has sequence_id and logprob; leave config.table empty to have them computed."
+            f"{where} has the columns {', '.join(table.names)} and is no table of "
+            "log-probabilities, which has sequence_id and logprob; leave config.table empty to have them computed."
         )
     made = (table.metadata or {}).get(b"weights", b"").decode()
     if made != weights:
@@ -126,8 +126,8 @@ def table_files(path: str) -> list[Path]:
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
     if not files:
         raise ConfigError(
-            f"There is no Parquet file at {path}; check config.table, or leave it empty to have the "
-            "log-probabilities computed."
+            f"There is no Parquet file at {path}; check config.table, or leave it empty to have "
+            "the log-probabilities computed."
         )
     return files
 

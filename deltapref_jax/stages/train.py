@@ -1,4 +1,4 @@
-"""train: one arm and seed. Pairs, sequences and their reference log-probabilities become a policy."""
+"""train: one arm and seed; pairs, sequences and reference log-probabilities become a policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
