@@ -124,7 +124,7 @@ def candidate_layouts(
 
 
 def max_segments(rows: int, length: int) -> int:
-    """S: sequences that one micro-batch may hold, a function of its shape: one program serves all."""
+    """S: sequences that one micro-batch may hold; a function of its shape alone."""
     return max(rows, rows * length // 8)
 
 

@@ -140,7 +140,8 @@ class Data:
         if self.dropped and training.over_length == "error":
             raise ConfigError(
                 f"{self.dropped} of {len(groups)} groups are longer than "
-                f"config.training.row_length ({training.row_length} tokens); raise it, or set over_length to 'drop'."
+                f"config.training.row_length ({training.row_length} tokens); raise it, "
+                "or set over_length to 'drop'."
             )
         self.batch = min(
             training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
@@ -185,7 +186,8 @@ class Data:
         if self.batch < 2:
             raise ConfigError(
                 "A step of KTO would hold one example, and its baseline would be that example's "
-                "own log-ratio, so that the loss compares it with itself; give at least two examples."
+                "own log-ratio, so that the loss compares it with itself; give at least two "
+                "examples."
             )
         ids: dict[tuple[int, ...], int] = {}
         prompts = np.array(

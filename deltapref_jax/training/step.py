@@ -2,8 +2,8 @@
 
 Everything that differs between arms of one objective and shape (learning rate, beta, weights, KTO's
 z0, the step's size) is an argument, so all of them share one compilation. Every loss is a sum over
-the micro-batch divided by the *step's* pairs, examples or tokens: micro-batches, packing and devices
-do not change it.
+the micro-batch divided by the *step's* pairs, examples or tokens: micro-batches, packing and
+devices do not change it.
 """
 
 import functools
