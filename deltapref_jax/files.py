@@ -26,6 +26,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 from etils import epath  # noqa: E402
 
 from deltapref_jax.config import ConfigError  # noqa: E402
+from deltapref_jax.records import digest  # noqa: E402
 
 UNWRITABLE_ERRNOS = (
     errno.ENOSPC,
@@ -243,3 +244,10 @@ def staged_dir(folder: epath.Path) -> Iterator[Path]:
             _gcs().put(
                 [str(file) for file in files], [name.removeprefix("gs://") for name in targets]
             )
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits of a file's or folder's name and contents: a moved one has the same."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    parts = [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
+    return digest(path.name, parts)

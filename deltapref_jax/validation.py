@@ -119,13 +119,13 @@ def validate_nursery(nursery: ModelZoo) -> ModelZoo:
         raise ConfigError(
             f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine."
         )
-    _unique("pupil", [p.name for p in nursery.pupils])
+    _unique("model", [p.name for p in nursery.models])
     known: list[str] = []
-    for p in nursery.pupils:
-        where = f"of pupil {p.name!r}"
+    for p in nursery.models:
+        where = f"of model {p.name!r}"
         if p.base:
-            check_choice(f"base {where} (a pupil listed before it)", p.base, known)
-        check_choice(f"lesson {where}", p.lesson, ("solve", "judge"))
+            check_choice(f"base {where} (a model listed before it)", p.base, known)
+        check_choice(f"curriculum {where}", p.curriculum, ("solve", "judge"))
         if not p.tasks or not p.difficulties:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
         _number(f"error_rate {where}", p.error_rate, 0, 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
+from deltapref_jax.files import ArtifactError
 from deltapref_jax.preemption import (
     Preempted,
     abort_all_on_error,
@@ -22,7 +23,6 @@ from deltapref_jax.preemption import (
     exit_process,
     raise_on_sigterm,
 )
-from deltapref_jax.workspace import ArtifactError
 
 # A flag defined here is listed in the --help of the entry point that calls the function.
 flags.disclaim_key_flags()

@@ -11,12 +11,12 @@ import time
 import urllib.request
 
 import pytest
+from deltapref_jax.workspace import Workspace
 
 from deltapref_jax import files
 from deltapref_jax.config import ConfigError
 from deltapref_jax.files import ArtifactError, check_bucket, local_copy, remote, staged_dir
 from deltapref_jax.preemption import Preempted
-from deltapref_jax.workspace import Workspace
 
 # Otherwise gcsfs asks Google, not the emulator, for the type of the bucket.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

@@ -11,11 +11,11 @@ import time
 
 import pyarrow as pa
 import pytest
+from deltapref_jax.workspace import ArtifactError, Job, Node, Workspace, in_order, run
 from etils import epath
 
-from deltapref_jax.lease import Lease, _pid_namespace
+from deltapref_jax.artifacts.lease import Lease, _pid_namespace
 from deltapref_jax.processes import process_count, process_index
-from deltapref_jax.workspace import ArtifactError, Job, Node, Workspace, in_order, run
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TOY.parent.parent)}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from deltapref_jax.config import DIMENSIONS
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 LABELS = ("1", "2", "3", "4", "5")
 
@@ -59,7 +59,11 @@ def neutralise(trace: str, strings: Sequence[str]) -> str:
 
 
 def trunk_and_suffixes(
-    text: Text, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric = RUBRIC
+    text: ChatTokenizer,
+    problem: str,
+    trace: str,
+    dimensions: Sequence[str],
+    rubric: Rubric = RUBRIC,
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the trunk, and of one suffix per dimension; a suffix's last position predicts the label.
 
@@ -73,11 +77,11 @@ def trunk_and_suffixes(
         rendered = text.render([{"role": "user", "content": trunk + question}])
         border = rendered.rindex(question)
         start = rendered[:border]
-        suffixes.append(text.pieces(rendered[border:]))
-    return text.beginning(start), suffixes
+        suffixes.append(text.encode_plain(rendered[border:]))
+    return text.encode_with_bos(start), suffixes
 
 
-def label_ids(text: Text) -> list[int]:
+def label_ids(text: ChatTokenizer) -> list[int]:
     """The single-token ids of the labels 1 to 5, as they stand at the start of an answer.
 
     Raises:
@@ -85,7 +89,7 @@ def label_ids(text: Text) -> list[int]:
     """
     ids = []
     for label in LABELS:
-        pieces = text.pieces(label)
+        pieces = text.encode_plain(label)
         if len(pieces) != 1:
             raise ValueError(
                 f"The label {label!r} is {len(pieces)} tokens in the tokenizer of {text.where}; a judge "

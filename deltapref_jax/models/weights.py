@@ -24,7 +24,7 @@ from deltapref_jax.files import local_copy, remote
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 _NAMES = {  # ours: (safetensors, GGUF)
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
@@ -56,7 +56,7 @@ class Loaded:
     graphdef: nnx.GraphDef
     state: nnx.State  # of host arrays: whoever computes places them on its devices
     spec: ModelSpec
-    text: Text
+    text: ChatTokenizer
     weights: str  # `weights_hash` of where it came from
 
 
@@ -239,11 +239,15 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     place, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
     return Loaded(
-        abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(place), weights_hash(place)
+        abstract(spec, jnp.dtype(dtype))[0],
+        state,
+        spec,
+        ChatTokenizer.load(place),
+        weights_hash(place),
     )
 
 
-def look(path: str) -> tuple[ModelSpec, Text]:
+def look(path: str) -> tuple[ModelSpec, ChatTokenizer]:
     """The shape and the tokenizer of a model that `load` would take, as far as that shows without reading its numbers.
 
     Raises:
@@ -253,7 +257,7 @@ def look(path: str) -> tuple[ModelSpec, Text]:
     place, gguf, (spec, _, names) = _open(path)
     for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
         _stored_names(name, spec, gguf, path, names)
-    return spec, Text.load(place)
+    return spec, ChatTokenizer.load(place)
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:
@@ -341,7 +345,7 @@ def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) ->
 def export(
     state: nnx.State,
     spec: ModelSpec,
-    text: Text,
+    text: ChatTokenizer,
     folder: str | os.PathLike[str],
     dtype: str = "float32",
 ) -> str:

@@ -20,7 +20,7 @@ from deltapref_jax.models.lora import divide
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.logprobs import scorer, sequence_logprobs
+from deltapref_jax.scoring.logprobs import logprob_fn, sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, TrainState
@@ -177,6 +177,6 @@ def programs(
             in_shardings=(state_shardings, params_place, everywhere, everywhere),
             out_shardings=(state_shardings, everywhere),
         ),
-        logprobs=scorer(spec, dtype, segments, mesh, adapters),
+        logprobs=logprob_fn(spec, dtype, segments, mesh, adapters),
         state_shardings=state_shardings,
     )

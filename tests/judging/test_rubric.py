@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deltapref_jax.config import DIMENSIONS
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, neutralise, trunk_and_suffixes
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "</s>", "<s>")
 PIECES = st.sampled_from(
@@ -80,7 +80,7 @@ def test_labels_of_several_tokens_are_refused(tokenizer_folder, tmp_path):
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError) as error:
-        label_ids(Text.load(str(folder)))
+        label_ids(ChatTokenizer.load(str(folder)))
     assert str(error.value) == (
         f"The label '1' is 2 tokens in the tokenizer of {folder}; a judge needs labels of one "
         "token each: use another judge model."

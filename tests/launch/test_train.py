@@ -19,16 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltapref_jax.stages.single import STAGES, check, plan, sequences
+from deltapref_jax.workspace import Workspace, run
 from rich.console import Console
 
 from configs.train import get_config
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
 from deltapref_jax.models.weights import export, load, look, weights_hash
 from deltapref_jax.scoring.logprobs import score_sequences
-from deltapref_jax.stages.single import STAGES, check, plan, sequences
 from deltapref_jax.synthetic import world
 from deltapref_jax.validation import validate_single
-from deltapref_jax.workspace import Workspace, run
 from launch.trained import show
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -69,7 +69,7 @@ def rows_of(name, text):
             for k in ("chosen", "rejected")
         ]
     ids = [
-        {"prompt_ids": text.pieces(r["prompt"])}
+        {"prompt_ids": text.encode_plain(r["prompt"])}
         | {f"{k}_ids": text.completion_ids(r[k], True) for k in ("chosen", "rejected")}
         for r in PAIRS
     ]

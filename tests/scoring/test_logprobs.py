@@ -39,8 +39,8 @@ def naive(model, params, rows):
 
 
 def tiles(monkeypatch, tokens, entries):
-    monkeypatch.setattr(projection, "_ENTRIES", entries)
-    monkeypatch.setattr(projection, "_NUMBERS", entries * tokens)
+    monkeypatch.setattr(projection, "_MAX_TILE_ENTRIES", entries)
+    monkeypatch.setattr(projection, "_CPU_TILE_LOGITS", entries * tokens)
 
 
 @pytest.mark.parametrize(("tokens", "shares"), [(1, 1), (7, 4), (4096, 2)])
@@ -141,7 +141,9 @@ def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
 @pytest.mark.parametrize("vocab", [509, 510])
 def test_a_vocabulary_without_a_fitting_divisor_is_one_share(monkeypatch, vocab):
     tiles(monkeypatch, 3, 100)
-    assert projection._tile(64, vocab, projection._NUMBERS)[1] == (509 if vocab == 509 else 85)
+    assert projection._tile_shape(64, vocab, projection._CPU_TILE_LOGITS)[1] == (
+        509 if vocab == 509 else 85
+    )
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():

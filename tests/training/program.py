@@ -19,11 +19,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from deltapref_jax.workspace import Node, Workspace, run
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from deltapref_jax.artifacts.lease import release_all
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.lease import release_all
 from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
@@ -34,7 +35,6 @@ from deltapref_jax.training.checkpoint import Checkpoints
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer, init_state
-from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import run_main
 
 SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
