@@ -247,7 +247,7 @@ def staged_dir(folder: epath.Path) -> Iterator[Path]:
 
 
 def content_hash(path: Path) -> str:
-    """16 hex digits of a file's or folder's name and contents: a moved one has the same."""
+    """Returns 16 hex digits of the name and contents of a file or folder, wherever it is."""
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     parts = [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
     return digest(path.name, parts)
