@@ -421,9 +421,9 @@ def test_an_empty_path_is_the_students():
 
 def test_a_nursery_is_typed_too():
     with pytest.raises(
-        ConfigError, match=r"^config\.pupils\[0\]\.tasks is 'chain'; it must be a tuple, such as "
+        ConfigError, match=r"^config\.models\[0\]\.tasks is 'chain'; it must be a tuple, such as "
     ):
-        validate_model_zoo(ModelZoo(pupils=(SmallModel(name="oak", tasks="chain"),)))
+        validate_model_zoo(ModelZoo(models=(SmallModel(name="oak", tasks="chain"),)))
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
