@@ -19,7 +19,7 @@ from deltapref_jax.judging.rubric import RUBRIC, Rubric, label_ids, trunk_and_su
 from deltapref_jax.mesh import put
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, abstract
+from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.scoring.packing import PackedBatch, Sample, pack, trimmed
 
 
@@ -43,7 +43,7 @@ def summarise(probabilities: np.ndarray) -> Ratings:
 
 
 def rating_sample(
-    model: Loaded, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric
+    model: LoadedModel, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric
 ) -> Sample:
     """Trunk and branches of one trace; the targets mark the last position of every branch, where the label is read."""
     trunk, suffixes = trunk_and_suffixes(model.text, problem, trace, dimensions, rubric)
@@ -90,7 +90,7 @@ def _reader(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[..., Any]:
 
 
 def rate_traces(
-    model: Loaded,
+    model: LoadedModel,
     problems: Sequence[str],
     traces: Sequence[str],
     dimensions: Sequence[str],

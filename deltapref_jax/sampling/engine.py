@@ -27,7 +27,7 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded
+from deltapref_jax.models.weights import LoadedModel
 from deltapref_jax.sampling.draw import request_keys
 from deltapref_jax.sampling.programs import (
     Chunk,
@@ -141,7 +141,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Loaded, sampling: Sampling, seed: int, generator: str, mesh: Mesh | None = None
+        self, model: LoadedModel, sampling: Sampling, seed: int, generator: str, mesh: Mesh | None = None
     ):
         """Places the weights on the mesh.
 

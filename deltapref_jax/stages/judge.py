@@ -8,7 +8,7 @@ from deltapref_jax.config import Judge, MeshShape, Model, Scoring
 from deltapref_jax.judging.exact import rate_exactly
 from deltapref_jax.judging.scorer import Ratings, rate_traces
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import Loaded, load
+from deltapref_jax.models.weights import LoadedModel, load
 from deltapref_jax.records import RATING
 from deltapref_jax.workspace import Job, Stats
 
@@ -25,7 +25,7 @@ def judge(job: Job) -> None:
         | {"model": Model(**job.local.get("model", {})), "dimensions": tuple(fields["dimensions"])}
     )
     shape = Scoring(**job.config["scoring"])
-    loaded: list[Loaded] = []
+    loaded: list[LoadedModel] = []
 
     def rate(rows: list[dict]) -> tuple[Ratings, Stats]:
         asked = [prompts[row["prompt_id"]] for row in rows]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from deltapref_jax.config import MeshShape, Scoring
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import Loaded, load
+from deltapref_jax.models.weights import LoadedModel, load
 from deltapref_jax.records import LOGPROB
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.scoring.logprobs import score_sequences
@@ -44,7 +44,7 @@ def score(job: Job) -> None:
     prompts = job.table("prompts").to_pylist()
     shape = Scoring(**job.config["scoring"])
     partner = derange([t["prompt_id"] for t in traces], job.config["seed"])
-    loaded: list[Loaded] = []
+    loaded: list[LoadedModel] = []
 
     def make(shard: int) -> tuple[pa.Table, Stats]:
         if not loaded:
@@ -64,7 +64,7 @@ def score(job: Job) -> None:
 
 
 def _score(
-    model: Loaded, sequences: Sequences, rows: list[tuple[str, str, bool]], shape: Scoring, job: Job
+    model: LoadedModel, sequences: Sequences, rows: list[tuple[str, str, bool]], shape: Scoring, job: Job
 ) -> tuple[pa.Table, Stats]:
     found = [sequences.row(prompt, trace) for prompt, trace, _ in rows]
     scores = score_sequences(

@@ -24,7 +24,7 @@ from deltapref_jax.data.preferences import cut, limit, read_preferences
 from deltapref_jax.files import local
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.lora import check_rank
-from deltapref_jax.models.weights import Loaded, load, look, resolve, weights_hash
+from deltapref_jax.models.weights import LoadedModel, inspect_model, load, resolve, weights_hash
 from deltapref_jax.records import LOGPROB, SEQUENCE
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.scoring.logprobs import score_sequences
@@ -79,7 +79,7 @@ def plan(single: PairTraining, profile: tuple[int, int] | None = None) -> dict[s
     check_place(single.data.path)
     kind, student = single.objective.kind, single.student
     teacher = single.reference if single.reference.path else student
-    (spec, text), (_, other) = look(student.path), look(teacher.path)
+    (spec, text), (_, other) = inspect_model(student.path), inspect_model(teacher.path)
     check_rank(single.training.lora, spec)
     known = other.tokenizer.get_vocab()
     if OBJECTIVE_KINDS[kind].reference and any(
@@ -171,7 +171,7 @@ def check(workspace: Workspace, nodes: Mapping[str, Node]) -> None:
         groups,
         node.config,
         make_mesh(MeshShape(**node.local["mesh"])),
-        {path: look(path)[0] for path in models},
+        {path: inspect_model(path)[0] for path in models},
     )
 
 
@@ -291,7 +291,7 @@ def reference(job: Job) -> None:
     wanted = [(row, True) for row in rows]
     if c["mismatched"]:
         wanted += [(row, False) for row in mismatched(rows, **c["limit"])[0] if row is not None]
-    loaded: list[Loaded] = []
+    loaded: list[LoadedModel] = []
 
     def make(shard: int) -> tuple[pa.Table, Stats]:
         if not loaded:
@@ -361,7 +361,7 @@ def check_table(path: str, weights: str) -> None:
             )
 
 
-def file_groups(job: Job, _: Loaded) -> tuple[list[Group], Stats]:
+def file_groups(job: Job, _: LoadedModel) -> tuple[list[Group], Stats]:
     """Sequences and their reference log-probabilities as the objective reads them; raises what `groups_of` does."""
     tables = (
         [job.table("reference")]

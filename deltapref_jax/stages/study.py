@@ -29,7 +29,7 @@ from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import file_sha256, local
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
-from deltapref_jax.models.weights import look, weights_hash
+from deltapref_jax.models.weights import inspect_model, weights_hash
 from deltapref_jax.records import digest
 from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
 from deltapref_jax.workspace import Node
@@ -94,7 +94,7 @@ def check_models(e: Experiment) -> None:
     Raises:
       FileNotFoundError, ValueError: one sentence that names the model and the remedy.
     """
-    see = functools.cache(look)
+    see = functools.cache(inspect_model)
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
         see(model_of(e, model).path)[1].check_template()
     check_rank(e.training.lora, see(e.student.path)[0])

@@ -11,7 +11,7 @@ from deltapref_jax.mesh import fetch, is_first, make_mesh
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, export, load
+from deltapref_jax.models.weights import LoadedModel, export, load
 from deltapref_jax.stages.score import Sequences
 from deltapref_jax.training.data import Data, Group, Row
 from deltapref_jax.training.loop import Run, train
@@ -87,7 +87,7 @@ def references(job: Job, wanted: str) -> tuple[dict[str, float], dict[str, tuple
     return matched, mismatched
 
 
-def arm_groups(job: Job, model: Loaded) -> tuple[list[Group], Stats]:
+def arm_groups(job: Job, model: LoadedModel) -> tuple[list[Group], Stats]:
     """PAIR, TRACE, LOGPROB and PROMPT of an arm as the objective reads them, and counts for the manifest."""
     c = job.config
     kind, pairs = c["objective"]["kind"], job.table("pairs").to_pylist()
@@ -152,7 +152,7 @@ def data_of(
 
 
 def train_arm(
-    job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]] = arm_groups
+    job: Job, read: Callable[[Job, LoadedModel], tuple[list[Group], Stats]] = arm_groups
 ) -> None:
     """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder).
 

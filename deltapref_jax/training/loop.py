@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
 from deltapref_jax.host import Notice, Preempted
 from deltapref_jax.mesh import check_rows, is_first, put
-from deltapref_jax.models.lora import adapters, attach
+from deltapref_jax.models.lora import adapters, add_adapters
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
@@ -151,7 +151,7 @@ def _prepare(
         run.remat,
         adapters(run.lora),
     )
-    trained, frozen = attach(spec, params, run.lora, run.seed)
+    trained, frozen = add_adapters(spec, params, run.lora, run.seed)
     state, frozen = (
         start(trained, run.optimizer, mesh),
         jax.device_put(frozen, shardings(frozen, mesh)),

@@ -13,7 +13,7 @@ from flax import nnx
 from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, abstract
+from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.records import digest
 from deltapref_jax.sampling import programs
 from deltapref_jax.sampling.engine import Engine, Request
@@ -32,7 +32,7 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in ids)
 
 
-def model(peaky: float = 1.0, seed: int = 0) -> Loaded:
+def model(peaky: float = 1.0, seed: int = 0) -> LoadedModel:
     """A random decoder; `peaky` scales its logits."""
     graphdef, state = abstract(SPEC)
     rng = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ def model(peaky: float = 1.0, seed: int = 0) -> Loaded:
         ),
         state,
     )
-    return Loaded(graphdef, state, SPEC, Letters(), "cd" * 8)
+    return LoadedModel(graphdef, state, SPEC, Letters(), "cd" * 8)
 
 
 def requests(count: int = 14, **options) -> list[Request]:
@@ -79,7 +79,7 @@ def _log_probs(graphdef, state, tokens):
     return jax.nn.log_softmax(hidden @ decoder.unembedding().T, axis=-1)
 
 
-def full_forward(loaded: Loaded, prompt, completion) -> np.ndarray:
+def full_forward(loaded: LoadedModel, prompt, completion) -> np.ndarray:
     """Log-probabilities [completion, V] by one uncached forward pass, padded so that it compiles once."""
     tokens = np.full((1, 48), -1)
     tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
