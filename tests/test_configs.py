@@ -194,7 +194,7 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
     )
     for filtered in (False, True):
         after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered),
+            functools.partial(advance, kept["graphdef"], decode_steps=chunk, filtered=filtered),
             weights,
             longest,
             table,
