@@ -86,7 +86,7 @@ class ConfigError(ValueError):
     """A field has a value that cannot work; the message names field, value and remedy."""
 
 
-def choose(field: str, value: str, known: Iterable[str]) -> str:
+def check_choice(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`; otherwise raises `ConfigError` listing them."""
     known = tuple(known)
     if value not in known:
@@ -407,7 +407,7 @@ class SmallModel:
     # SmallModel whose weights it starts from; "": its own random ones.
     base: str = ""
     # "solve": worked solutions; "judge": the five ratings of flawed solutions.
-    lesson: str = "solve"
+    curriculum: str = "solve"
     # Sizes are the base's where there is one; more layers than it has are grown on top.
     layers: int = 3
     width: int = 128
@@ -435,12 +435,12 @@ class ModelZoo:
 
     name: str = "nursery"
     workspace: str = "workspace"
-    # Folder that receives one Hugging Face folder per released pupil.
+    # Folder that receives one Hugging Face folder per released model.
     output: str = NURSERY
-    # Tokens of the tokenizer that all pupils share.
+    # Tokens of the tokenizer that all models share.
     vocab: int = 640
-    pupils: tuple[SmallModel, ...] = ()
-    # Names of the pupils to ship.
+    models: tuple[SmallModel, ...] = ()
+    # Names of the models to ship.
     release: tuple[str, ...] = ()
     # Measured for every released solver.
     suites: tuple[Suite, ...] = ()
@@ -451,3 +451,8 @@ class ModelZoo:
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's."""
     return dataclasses.replace(model, path=model.path or experiment.student.path)
+
+
+def reference_of(student: Model, reference: Model) -> Model:
+    """The reference model: the student before training where none is named."""
+    return reference if reference.path else student

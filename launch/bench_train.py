@@ -83,7 +83,7 @@ def make_model(folder: Path) -> None:
     from deltapref_jax.models.decoder import Decoder
     from deltapref_jax.models.spec import ModelSpec
     from deltapref_jax.models.weights import export
-    from deltapref_jax.text.template import Text
+    from deltapref_jax.text.template import ChatTokenizer
 
     names = {0: "</s>", 1: "<pad>"}
     tokenizer = Tokenizer(
@@ -106,7 +106,9 @@ def make_model(folder: Path) -> None:
         _ROPE,
         max_positions=8192 * _SCALE.value,
     )
-    export(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, Text(fast, "the bench"), folder)
+    export(
+        nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, ChatTokenizer(fast, "the bench"), folder
+    )
 
 
 def pairs_of(shape: str, count: int) -> list[dict[str, list[int]]]:

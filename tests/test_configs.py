@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evals.evaluate import describe
 from flax import nnx
 from safetensors.numpy import save_file
 
 from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
-from deltapref_jax.judging.scorer import _reader
+from deltapref_jax.judging.scorer import _label_probability_fn
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, spec_to_hf
@@ -26,7 +27,6 @@ from deltapref_jax.stages.study import plan
 from deltapref_jax.training.state import Optimizer, TrainState
 from deltapref_jax.training.step import Examples, Hyper, programs
 from deltapref_jax.validation import validate, validate_nursery, validate_single
-from evals.evaluate import describe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
@@ -155,7 +155,7 @@ def trace_scoring(spec, dtype, rows, length, mesh):
 @functools.cache
 def trace_judging(spec, dtype, rows, length, mesh):
     p = jax.eval_shape(
-        _reader(spec, dtype, mesh),
+        _label_probability_fn(spec, dtype, mesh),
         abstract(spec)[1],
         packed(rows, length, branched=True),
         array(jnp.int32, 2, 77),

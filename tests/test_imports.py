@@ -8,8 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config"},
-    {"records", "progress", "files", "host", "lease", "validation"},
-    {"node"},
+    {"records", "progress", "files", "processes", "lease", "validation"},
+    {"node", "preemption"},
     {"mesh", "workspace"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},
@@ -20,6 +20,7 @@ ROW = {name: i for i, names in enumerate(ROWS) for name in names}
 ALLOWED = {
     ("models", "text"),  # a model is loaded with its tokenizer
     ("data", "synthetic"),  # the world is a source of prompts
+    ("data", "text"),  # preference data is read as tokens
 }
 
 

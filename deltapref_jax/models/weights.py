@@ -21,11 +21,11 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from deltapref_jax.files import local, remote
+from deltapref_jax.files import local_copy, remote
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 # Parameter of `Decoder`: (name in safetensors, name in GGUF); {} stands for the layer.
 _NAMES = {
@@ -68,7 +68,7 @@ class LoadedModel:
     graphdef: nnx.GraphDef
     state: nnx.State
     spec: ModelSpec
-    text: Text
+    text: ChatTokenizer
     weights: str
 
 
@@ -81,7 +81,7 @@ def resolve(path: str) -> str:
       FileNotFoundError: `path` does not exist locally, on the hub or in the bucket.
     """
     if remote(path):
-        return local(path)
+        return local_copy(path)
     if os.path.exists(path):
         return path
     if path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(".gguf"):
@@ -251,10 +251,12 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     local_path, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
     graphdef = abstract(spec, jnp.dtype(dtype))[0]
-    return LoadedModel(graphdef, state, spec, Text.load(local_path), weights_hash(local_path))
+    return LoadedModel(
+        graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(local_path)
+    )
 
 
-def inspect_model(path: str) -> tuple[ModelSpec, Text]:
+def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
     """Returns the sizes and the tokenizer of a model, and checks it without reading its weights.
 
     A model that this accepts can still fail in `load` if a tensor has another shape.
@@ -267,7 +269,7 @@ def inspect_model(path: str) -> tuple[ModelSpec, Text]:
     local_path, gguf, (spec, _, names) = _open(path)
     for name in _flatten(nnx.to_pure_dict(abstract(spec)[1])):
         _stored_names(name, spec, gguf, path, names)
-    return spec, Text.load(local_path)
+    return spec, ChatTokenizer.load(local_path)
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:
@@ -371,7 +373,7 @@ def _from_stored(array: np.ndarray, name: str, shape: tuple[int, ...], where: st
 def export(
     state: nnx.State,
     spec: ModelSpec,
-    text: Text,
+    text: ChatTokenizer,
     folder: str | os.PathLike[str],
     dtype: str = "float32",
 ) -> str:

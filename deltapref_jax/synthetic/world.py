@@ -13,8 +13,8 @@ import json
 import random
 from typing import Any
 
-from deltapref_jax.config import ConfigError, choose
-from deltapref_jax.records import digest
+from deltapref_jax.config import ConfigError, check_choice
+from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic.families import DAYS, FAMILIES, MAX_STEPS, Step, evaluate
 
 SLIPS = {"number": 0.6, "copy": 0.15, "skip": 0.1, "filler": 0.1, "plan": 0.05}
@@ -55,7 +55,7 @@ def problem(family: str, difficulty: int, seed: int, index: int) -> Problem:
     Raises:
       ConfigError: unknown family; the sentence lists the known ones.
     """
-    choose("synthetic task", family, FAMILIES)
+    check_choice("synthetic task", family, FAMILIES)
     rng = random.Random(
         f"{family}|{difficulty}|{seed}|{index}"
     )  # a string seeds by its SHA-512 on every platform
@@ -175,13 +175,13 @@ def from_meta(text: str) -> Problem:
     return Problem(**json.loads(text))
 
 
-def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> list[dict[str, Any]]:
-    """`count` distinct questions, families in turn, as rows of `records.PROMPT`.
+def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> list[Prompt]:
+    """`count` distinct questions, from the families in turn.
 
     Raises:
-      ConfigError: unknown family, or a family has fewer distinct questions at this difficulty than asked for.
+      ConfigError: a family is unknown, or has too few distinct questions at this difficulty.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Prompt] = []
     seen: set[str] = set()
     position = dict.fromkeys(tasks, 0)
     while len(rows) < count:
@@ -198,14 +198,5 @@ def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> l
             )
         seen.add(p.question)
         messages = json.dumps([{"role": "user", "content": p.question}])
-        rows.append(
-            {
-                "prompt_id": digest(task, messages),
-                "task": task,
-                "messages": messages,
-                "answer": p.answer,
-                "checker": "world",
-                "meta": meta(p),
-            }
-        )
+        rows.append(Prompt(digest(task, messages), task, messages, p.answer, "world", meta(p)))
     return rows

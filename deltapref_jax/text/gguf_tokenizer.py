@@ -1,4 +1,7 @@
-"""The tokenizer inside a GGUF file, rebuilt with `tokenizers`: `transformers` needs torch to read one."""
+"""The tokenizer inside a GGUF file, rebuilt with `tokenizers`.
+
+`transformers` can read one too, but needs torch to do so.
+"""
 
 from typing import Any
 
@@ -24,16 +27,17 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-PRE_TOKENIZERS = {  # by the name that GGUF gives them: the file names its pre-tokenizer and does not contain it
+PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
     "llama-bpe": _split(_LLAMA3),
     "qwen2": _split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
+"""By llama.cpp's names: a GGUF file names its pre-tokenizer without containing it."""
 
 
 def field(reader: Any, name: str, default: Any = None) -> Any:
-    """Value of a metadata field of a `gguf.GGUFReader`: number, text or list."""
+    """Value (number, text or list) of a metadata field of a `gguf.GGUFReader`."""
     found = reader.get_field(name)
     return default if found is None else found.contents()
 
@@ -42,7 +46,7 @@ def open_gguf(path: str) -> Any:
     """A reader of a GGUF file.
 
     Raises:
-      ValueError: not a GGUF file, or cut short.
+      ValueError: the file is not a GGUF file, or is incomplete.
     """
     import gguf
 
@@ -53,10 +57,11 @@ def open_gguf(path: str) -> Any:
 
 
 def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE, control tokens and chat template of the file.
+    """The fast tokenizer of a GGUF file: byte-level BPE, control tokens and chat template.
 
     Raises:
-      ValueError: not a GGUF file, not a byte-level BPE, or a pre-tokenizer that is not in `PRE_TOKENIZERS`.
+      ValueError: the file is not a GGUF file, its tokenizer is not a byte-level BPE, or its
+        pre-tokenizer is not in `PRE_TOKENIZERS`.
     """
     reader = open_gguf(path)
     model, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "gpt-2")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltapref_jax.text.template import Messages, Text, added_bos
+from deltapref_jax.text.template import ChatTokenizer, Messages, added_bos
 
 Ids = np.ndarray
 
@@ -29,8 +29,11 @@ class Tokens(NamedTuple):
     """One prompt with one completion (an example) or two (a pair)."""
 
     prompt: Ids  # int32
-    completions: tuple[Ids, ...]  # int32; all of it is scored, the end token too
-    apart: bool = False  # the template is no prefix: prompt and completion were tokenised apart
+    completions: tuple[Ids, ...]  # int32, the end token included
+    # The template does not render the prompt as a prefix; prompt and completion were tokenised apart.
+    prompt_not_prefix: bool = False
+    # bool, for each token of a completion: whether it is a target. None: all are; (): all are None.
+    scored: tuple[np.ndarray | None, ...] = ()
 
 
 class _Rendered(NamedTuple):
@@ -40,7 +43,7 @@ class _Rendered(NamedTuple):
     bos: bool = False  # the tokenizer adds its BOS
 
 
-def tokenise(text: Text, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
+def tokenise(text: ChatTokenizer, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
     """Ids of (prompt, completions), all three `str` or all three `Messages`; many are tokenised in one call.
 
     Raises:
@@ -73,11 +76,11 @@ def _common(a: Ids, b: Ids) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _ends(text: Text) -> list[str]:
+def _ends(text: ChatTokenizer) -> list[str]:
     return [str(text.tokenizer.convert_ids_to_tokens(i)) for i in text.end_ids]
 
 
-def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
+def _text(text: ChatTokenizer, prompt: str, completions: Sequence[str]) -> _Rendered:
     bos = str(text.tokenizer.bos_token) if added_bos(text.tokenizer) else ""
     ends = tuple(_ends(text))
     ended = [
@@ -90,7 +93,7 @@ def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
     )
 
 
-def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
+def _chat(text: ChatTokenizer, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
     text.check_template()
     ends = _ends(text)
     answers = [_without_end(c, ends) for c in completions]

@@ -1,9 +1,12 @@
-"""A tokenizer with its chat template: messages to prompt ids, completions to target ids, ids to text.
+"""A tokenizer with its chat template: messages to prompt ids, answers to target ids, ids to text.
 
-Prompt and completion are tokenised apart, at a fixed border: that is how a model meets them when it samples, so the
-same trace has the same tokens when it is sampled and when it is scored, and no merge moves the border.
+Prompt and completion are tokenised apart, at a fixed border, because a model that samples meets
+them like that: no merge crosses the border, and a trace is scored on the tokens it was sampled as.
 """
 
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +19,17 @@ from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf
 
 Messages = Sequence[dict[str, str]]
 
-# templates end a turn with a token that is not always the tokenizer's eos
+# Templates end a turn with one of these, which is not always the tokenizer's eos_token.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
 
 
-class Text:
+class ChatTokenizer:
     """Tokenizer and template of one model; a base model may have no template.
 
     Attributes:
       tokenizer: the `transformers` fast tokenizer.
-      end_ids: every token that ends a turn; the first is the one that a finished completion is given.
+      where: the model's path, for messages.
+      end_ids: every token that ends a turn; a finished completion is given the first.
     """
 
     def __init__(
@@ -48,12 +52,13 @@ class Text:
         self.end_ids = tuple(dict.fromkeys([*turn, tokenizer.eos_token_id, *end_ids]))
 
     @classmethod
-    def load(cls, path: str) -> "Text":
+    def load(cls, path: str) -> "ChatTokenizer":
         """From a Hugging Face folder or a GGUF file.
 
         Raises:
-          FileNotFoundError: nothing there.
-          ValueError: no end token, or a pre-tokenizer that is not known.
+          FileNotFoundError: there is nothing at `path`.
+          ValueError: the folder has no readable tokenizer, the tokenizer has no end token, or the
+            GGUF file names an unknown pre-tokenizer.
         """
         if not os.path.exists(path):
             raise FileNotFoundError(
@@ -70,43 +75,66 @@ class Text:
             )
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except Exception as e:  # transformers raises many kinds for missing and broken files
+        except Exception as e:  # transformers raises many types for missing and broken files
             raise ValueError(
-                f"The tokenizer in {path} cannot be read ({str(e).splitlines()[0]}); copy the model's "
-                "tokenizer files there again."
+                f"The tokenizer in {path} cannot be read ({str(e).splitlines()[0]}); copy the "
+                "model's tokenizer files there again."
             ) from e
         return cls(tokenizer, path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer's files, chat template included, as `transformers` reads them."""
+        """Writes the tokenizer's files, chat template included, for `transformers` and vLLM."""
         self.tokenizer.save_pretrained(str(folder))
         config = Path(folder) / "tokenizer_config.json"
-        # transformers 5 writes a class that transformers 4, and vLLM on it, does not know; both know this one
+        # transformers 5 writes a class that transformers 4 (and vLLM on it) does not know.
         config.write_text(
             config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
         )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """16 hex digits that two models share exactly when token ids mean the same to both.
+
+        Then the ids that one model sampled are the other's tokens of that text and of that end of
+        turn, and both render a conversation alike. The digest leaves out what changes no token:
+        padding, truncation, and the post-processor, of which only the added BOS is used.
+        """
+        tokenizer = self.tokenizer
+        serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding", "post_processor"):
+            serialised.pop(name, None)
+        template = json.dumps(tokenizer.chat_template, sort_keys=True)
+        written = {  # special tokens that the template takes by their names
+            name: str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+            if name in template
+        }
+        first, *others = self.end_ids
+        parts = [serialised, template, written, self._bos, added_bos(tokenizer), first]
+        text = json.dumps([*parts, sorted(others)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check_template(self) -> None:
         """Refuses a tokenizer without a chat template, which messages need and plain text does not.
 
         Raises:
-          ConfigError: so it is.
+          ConfigError: the tokenizer has no chat template.
         """
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to its "
-                "folder, or give text instead of messages."
+                f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to "
+                "its folder, or give text instead of messages."
             )
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """Ids of the conversation up to where the assistant's answer begins; one BOS at most."""
-        return self.beginning(self.render(messages))
+        """Ids of a conversation up to the assistant's answer; they hold one BOS at most."""
+        return self.encode_with_bos(self.render(messages))
 
     def render(self, messages: Messages) -> str:
-        """The conversation as the template writes it, up to where the assistant's answer begins.
+        """Text of a conversation up to where the assistant's answer begins, by the template.
 
         Raises:
-          ConfigError: no chat template.
+          ConfigError: the tokenizer has no chat template.
         """
         self.check_template()
         return str(
@@ -115,9 +143,9 @@ class Text:
             )
         )
 
-    def beginning(self, text: str) -> list[int]:
-        """Ids of rendered text that starts a sequence; one BOS at most."""
-        return [*self._bos, *self.pieces(text)]
+    def encode_with_bos(self, text: str) -> list[int]:
+        """Ids of rendered text that starts a sequence; they begin with one BOS at most."""
+        return [*self._bos, *self.encode_plain(text)]
 
     @property
     def special(self) -> list[str]:
@@ -125,11 +153,11 @@ class Text:
         return [str(token) for token in self.tokenizer.all_special_tokens]
 
     def completion_ids(self, text: str, ended: bool) -> list[int]:
-        """Ids of an answer; with the end-of-turn token only if the answer ended with it."""
+        """Ids of an answer; the end-of-turn token follows only if the answer ended with it."""
         return self.completions_ids([text], [ended])[0]
 
     def completions_ids(self, texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
-        """`completion_ids` of many, tokenised in one call."""
+        """`completion_ids` of many answers, tokenised in one call."""
         encoded = self.encode(list(texts))
         return [ids + list(self.end_ids[:1]) * end for ids, end in zip(encoded, ended, strict=True)]
 
@@ -141,12 +169,12 @@ class Text:
             )
         )
 
-    def pieces(self, text: str) -> list[int]:
-        """Ids of plain text, no special tokens added."""
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of plain text without added special tokens."""
         return self.encode([text])[0]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """`pieces` of many, tokenised in one call."""
+        """`encode_plain` of many texts, tokenised in one call."""
         if not texts:
             return []
         encoded: Any = self.tokenizer(texts, add_special_tokens=False)
@@ -154,12 +182,13 @@ class Text:
 
 
 def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """The BOS where the tokenizer adds one and the template does not write it; never the EOS that some add too."""
+    """The BOS where the tokenizer adds one and the template does not write it."""
     bos, template = tokenizer.bos_token, str(tokenizer.chat_template or "")
     return [] if bos is None or "bos_token" in template or bos in template else added_bos(tokenizer)
 
 
 def added_bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that the tokenizer puts before plain text, or nothing."""
+    """The BOS that the tokenizer puts before plain text; [] where it adds none."""
     adds: Any = tokenizer("", add_special_tokens=True)
+    # Some post-processors add an EOS as well, which is left out.
     return [i for i in adds["input_ids"][:1] if i == tokenizer.bos_token_id]

@@ -20,7 +20,7 @@ from deltapref_jax.models.lora import partition
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.logprobs import scorer, sequence_logprobs
+from deltapref_jax.scoring.logprobs import logprob_fn, sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, TrainState
@@ -118,7 +118,7 @@ class Programs(NamedTuple):
         ..., Any
     ]  # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
     logprobs: Callable[..., Any]  # (both in one, batch) -> ([S] sums, [S] counts)
-    place: Any  # shardings of the whole TrainState
+    state_shardings: Any  # shardings of the whole TrainState
 
 
 @functools.cache
@@ -137,7 +137,9 @@ def programs(
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
     params_shape, frozen_shape = partition(shapes, adapters)
     params_place, frozen_place = shardings(params_shape, mesh), shardings(frozen_shape, mesh)
-    place = TrainState(params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh))
+    state_shardings = TrainState(
+        params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh)
+    )
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
     def gradient(
@@ -172,9 +174,9 @@ def programs(
         apply=jax.jit(
             apply,
             donate_argnums=0,
-            in_shardings=(place, params_place, everywhere, everywhere),
-            out_shardings=(place, everywhere),
+            in_shardings=(state_shardings, params_place, everywhere, everywhere),
+            out_shardings=(state_shardings, everywhere),
         ),
-        logprobs=scorer(spec, dtype, segments, mesh, adapters),
-        place=place,
+        logprobs=logprob_fn(spec, dtype, segments, mesh, adapters),
+        state_shardings=state_shardings,
     )

@@ -3,6 +3,8 @@ import shutil
 
 import jax
 import pytest
+from deltapref_jax.workspace import Node, Workspace, run
+from evals.evaluate import describe, evaluate
 from flax import nnx
 
 from deltapref_jax.config import Experiment, Generator, MeshShape, Model, Sampling, Suite
@@ -13,10 +15,8 @@ from deltapref_jax.records import PROMPT, table
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import prompts
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.validation import validate
-from deltapref_jax.workspace import Node, Workspace, run
-from evals.evaluate import describe, evaluate
 from evals.suites import reasoning_gym, synthetic
 
 SUITES = (Suite(name="chain", samples=3), Suite(name="logic", domain="out", temperature=0.0))
@@ -27,7 +27,7 @@ SAMPLING = Sampling(max_prompt=300, max_tokens=12, slots=8, chunk=4)
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     build((question["messages"] for question in prompts(("chain", "logic"), 40, 1, 0)), 300, path)
-    text = Text.load(str(path))
+    text = ChatTokenizer.load(str(path))
     spec = ModelSpec(len(text.tokenizer), 16, 2, 2, 1, 8, 24, max_positions=400)
     state = nnx.state(Decoder(spec, rngs=nnx.Rngs(0)))
     export(jax.tree.map(lambda x: 10 * x, state), spec, text, path)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from deltapref_jax.config import MeshShape
-from deltapref_jax.mesh import make_mesh, put
+from deltapref_jax.mesh import make_mesh, shard
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
 from deltapref_jax.models.attention.dense import dense_attention
 from deltapref_jax.models.attention.dispatch import (
@@ -214,9 +214,9 @@ def test_a_mesh_is_one_device(shape, heads):
     """
     mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
     inputs = arrays(segments, heads=heads[0], groups=heads[1])
-    attention = packed_attention(put(segments, mesh, BATCH), None, mesh, "blockwise")
+    attention = packed_attention(shard(segments, mesh, BATCH), None, mesh, "blockwise")
     same(
-        results(attention, segments, *put(inputs, mesh, BATCH)),
+        results(attention, segments, *shard(inputs, mesh, BATCH)),
         results(dense(segments), segments, *inputs),
         1e-5,
     )
@@ -247,7 +247,7 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
     want = run(None, state, batch)
     for shape in ((1, 1, 1, 8), (1, 2, 2, 2)):
         mesh = make_mesh(MeshShape(*shape))
-        got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
+        got = run(mesh, jax.device_put(state, shardings(state, mesh)), shard(batch, mesh, BATCH))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(
                 a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())
@@ -500,7 +500,7 @@ def test_a_row_of_32k_tokens_runs_and_split_over_devices_it_is_the_same():
         return jax.jit(jax.value_and_grad(loss))(state)
 
     want, mesh = run(None, state, batch), make_mesh(MeshShape(1, 1, 1, 8))
-    got = run(mesh, jax.device_put(state, shardings(state, mesh)), put(batch, mesh, BATCH))
+    got = run(mesh, jax.device_put(state, shardings(state, mesh)), shard(batch, mesh, BATCH))
     assert np.isfinite(float(want[0]))
     assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-5)
     jax.tree.map(

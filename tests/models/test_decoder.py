@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from deltapref_jax.config import REMATS, MeshShape
-from deltapref_jax.mesh import make_mesh, put
+from deltapref_jax.mesh import make_mesh, shard
 from deltapref_jax.models.attention.dense import cached_attention, dense_attention
 from deltapref_jax.models.attention.dispatch import TILE
 from deltapref_jax.models.attention.masks import packed_mask
@@ -186,7 +186,7 @@ def test_eight_devices_are_one(split, shape):
     state = jax.device_put(split[1], shardings(split[1], mesh))
     real = micro.batch.segments > 0  # at padding the output differs from kernel to kernel
     np.testing.assert_allclose(
-        hidden((split[0], state), *put(micro.batch[:3], mesh, BATCH), mesh=mesh)[real],
+        hidden((split[0], state), *shard(micro.batch[:3], mesh, BATCH), mesh=mesh)[real],
         hidden(split, *micro.batch[:3])[real],
         atol=3e-4,
     )

@@ -18,7 +18,7 @@ from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export, load, weights_hash
 from deltapref_jax.synthetic.tokenizer import TEMPLATE
 from deltapref_jax.text import gguf_tokenizer
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 CORPUS = [
     "user\nWhat is 12 + 30?\nassistant\n12 + 30 = 42\n",
@@ -124,7 +124,7 @@ def folder(tmp_path_factory):
             initial_alphabet=gguf_tokenizer.pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    text = Text(
+    text = ChatTokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=SPECIAL[0],

@@ -111,7 +111,7 @@ def ours(smollm2):
 def ids_agree(text) -> None:
     for case in TEXTS.values():
         if case["messages"] is None:
-            assert text.pieces(case["text"]) == case["ids"]
+            assert text.encode_plain(case["text"]) == case["ids"]
         else:
             assert text.prompt_ids(case["messages"]) == case["prompt_ids"]
             assert text.completion_ids(case["text"], ended=True) == case["ids"]
@@ -137,8 +137,12 @@ def test_the_tokenizer_gives_the_ids_of_transformers(smollm2):
 def test_the_pre_tokenizer_that_the_file_names_splits_every_digit_off(smollm2):
     """`transformers` would not, because it ignores the file's pre-tokenizer."""
     text = smollm2.text
-    assert text.pieces("a\n\n12") == [*text.pieces("a\n\n"), *text.pieces("1"), *text.pieces("2")]
-    assert text.pieces("½") == text.pieces(" ½")[1:]
+    assert text.encode_plain("a\n\n12") == [
+        *text.encode_plain("a\n\n"),
+        *text.encode_plain("1"),
+        *text.encode_plain("2"),
+    ]
+    assert text.encode_plain("½") == text.encode_plain(" ½")[1:]
 
 
 @pytest.mark.parametrize("name", TEXTS)

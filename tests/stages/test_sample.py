@@ -3,6 +3,7 @@ import json
 
 import jax
 import pytest
+from deltapref_jax.workspace import Node, Workspace, run
 from flax import nnx
 
 from deltapref_jax.config import Generator, MeshShape, Model, Sampling
@@ -14,8 +15,7 @@ from deltapref_jax.stages.sample import describe, messages, sample
 from deltapref_jax.stages.verify import verify
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import prompts
-from deltapref_jax.text.template import Text
-from deltapref_jax.workspace import Node, Workspace, run
+from deltapref_jax.text.template import ChatTokenizer
 
 SAMPLING = Sampling(max_prompt=300, max_tokens=12, slots=8, chunk=4, shard=3)
 QUESTIONS = prompts(("chain", "sorting"), 8, 1, 0)
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     """A tiny random model as a Hugging Face folder."""
     path = tmp_path_factory.mktemp("model")
     build((question["messages"] for question in QUESTIONS), 300, path)
-    text = Text.load(str(path))
+    text = ChatTokenizer.load(str(path))
     spec = ModelSpec(len(text.tokenizer), 16, 2, 2, 1, 8, 24, max_positions=400)
     state = nnx.state(Decoder(spec, rngs=nnx.Rngs(0)))
     export(jax.tree.map(lambda x: 10 * x, state), spec, text, path)
@@ -60,7 +60,7 @@ def test_traces(folder, tmp_path):
         (question["prompt_id"], s) for question in QUESTIONS for s in (0, 1)
     ]
     assert len({row["trace_id"] for row in rows}) == 16
-    text = Text.load(folder)
+    text = ChatTokenizer.load(folder)
     for row in rows:
         assert (row["generator"], row["tokens"]) == ("g", len(row["token_ids"]))
         assert row["finish"] == ("eos" if row["token_ids"][-1] in text.end_ids else "length")

@@ -40,7 +40,7 @@ def test_rows_are_the_models_log_probabilities(bench, tiny, worked):
         ended = trace["finish"] == "eos"
         completion = tiny.text.completion_ids(trace["text"], ended)
         assert (
-            r["tokens"] == len(tiny.text.pieces(trace["text"])) + ended
+            r["tokens"] == len(tiny.text.encode_plain(trace["text"])) + ended
         )  # the end token only where it ended
         if r["trace_id"] in list(traces)[:2]:
             assert r["logprob"] == pytest.approx(

@@ -1,6 +1,5 @@
 """Every family: its question says the problem, its solution is right by another way, and both are pure functions."""
 
-import json
 import math
 import random
 import re
@@ -133,16 +132,16 @@ def test_prompts_are_distinct_even_and_a_pure_function_of_their_arguments():
     tasks = tuple(FAMILIES)
     rows = prompts(tasks, 83, 2, 5)
     assert rows == prompts(tasks, 83, 2, 5)
-    assert len({row["messages"] for row in rows}) == len({row["prompt_id"] for row in rows}) == 83
-    counts = [sum(row["task"] == t for row in rows) for t in tasks]
+    assert len({row.messages for row in rows}) == len({row.prompt_id for row in rows}) == 83
+    counts = [sum(row.task == t for row in rows) for t in tasks]
     assert max(counts) - min(counts) == 1
     assert rows[:40] == prompts(tasks, 40, 2, 5)  # a larger count adds and changes nothing
     for row in rows:
-        p = from_meta(row["meta"])
-        assert json.loads(row["messages"]) == [{"role": "user", "content": p.question}]
-        assert (row["answer"], row["checker"]) == (p.answer, "world")
+        p = from_meta(row.meta)
+        assert row.chat() == [{"role": "user", "content": p.question}]
+        assert (row.answer, row.checker) == (p.answer, "world")
     for other in (prompts(tasks, 83, 2, 6), prompts(tasks, 83, 3, 5)):
-        assert len({row["prompt_id"] for row in rows} & {row["prompt_id"] for row in other}) < 15
+        assert len({row.prompt_id for row in rows} & {row.prompt_id for row in other}) < 15
     assert random.random() != random.random()  # and the global state is nobody's
 
 

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from deltapref_jax.text.preference import tokenise
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -53,7 +53,7 @@ def made(template, adds=None, **options):
         "pad_token": "<pad>",
         "chat_template": template,
     } | options
-    return Text(PreTrainedTokenizerFast(tokenizer_object=bpe, **options), "here")
+    return ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, **options), "here")
 
 
 def parts(text, prompt, *completions):
@@ -62,7 +62,7 @@ def parts(text, prompt, *completions):
     return (
         text.tokenizer.decode(got.prompt),
         *(text.tokenizer.decode(c) for c in got.completions),
-        got.apart,
+        got.prompt_not_prefix,
     )
 
 

@@ -1,11 +1,19 @@
-"""Prompts and completions: one BOS, the template's end token, and a border that no merge moves."""
+"""Prompts and completions: one BOS, the template's end token, a border that no merge crosses."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from deltapref_jax.scoring.packing import sample
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -21,7 +29,7 @@ CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def tokenizer(template, adds=None, **options):
-    """A byte-level BPE whose merges love to cross a border; `adds` is what its post-processor puts around text."""
+    """A byte-level BPE with merges over the border; its post-processor puts `adds` around text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -48,7 +56,7 @@ def tokenizer(template, adds=None, **options):
 
 
 def made(*args, **options):
-    return Text(tokenizer(*args, **options), "here")
+    return ChatTokenizer(tokenizer(*args, **options), "here")
 
 
 @pytest.mark.parametrize("adds", [None, "<s> $A", "<s> $A </s>"])
@@ -85,7 +93,10 @@ def test_the_end_is_the_templates_and_the_tokenizers_ends_a_trace_too():
     assert ends == ["<|im_end|>", "</s>"]
     assert text.tokenizer.decode(text.completion_ids("4", ended=True)) == "4<|im_end|>"
     assert [made(PLAIN).tokenizer.convert_ids_to_tokens(i) for i in made(PLAIN).end_ids] == ["</s>"]
-    assert Text(tokenizer(IM), "here", end_ids=[7, text.end_ids[0]]).end_ids == (*text.end_ids, 7)
+    assert ChatTokenizer(tokenizer(IM), "here", end_ids=[7, text.end_ids[0]]).end_ids == (
+        *text.end_ids,
+        7,
+    )
 
 
 @pytest.mark.parametrize("template", [PLAIN, THINKS, IM, WRITES_BOS])
@@ -104,19 +115,65 @@ def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
 
 def test_decode_leaves_special_tokens_out_and_words_as_they_are():
     text = made(IM)
-    assert text.decode(text.pieces("<|im_start|>a , b .<|im_end|>")) == "a , b ."
+    assert text.decode(text.encode_plain("<|im_start|>a , b .<|im_end|>")) == "a , b ."
     assert set(text.special) == {"<s>", "</s>"}
 
 
 def test_saved_is_loaded(tmp_path):
     text = made(IM, "<s> $A")
     text.save(tmp_path)
-    again = Text.load(str(tmp_path))
+    again = ChatTokenizer.load(str(tmp_path))
     assert again.prompt_ids(CHAT) == text.prompt_ids(CHAT)
     assert again.end_ids == text.end_ids
+    assert again.identity == text.identity
     assert again.completion_ids("Answer: 4", ended=True) == text.completion_ids(
         "Answer: 4", ended=True
     )
+
+
+def changed(change, *args, **options):
+    """Identity of a tokenizer after `change(tokenizer)`."""
+    made_of = tokenizer(*args, **options)
+    change(made_of)
+    return ChatTokenizer(made_of, "elsewhere").identity
+
+
+def test_identity_is_the_same_where_ids_mean_the_same():
+    want = made(IM, "<s> $A").identity
+    assert len(want) == 16 and int(want, 16) >= 0
+
+    def padded(t):
+        t.pad_token = "<s>"
+        t.backend_tokenizer.enable_truncation(8)
+        t.backend_tokenizer.enable_padding(length=4)
+
+    assert changed(padded, IM, "<s> $A") == want
+    assert changed(lambda t: None, IM, "<s> $A </s>") == want  # the EOS is never added
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.add_tokens(["Answer"]),  # another token
+        lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda t: setattr(t, "chat_template", IM.replace("user", "human") + " "),
+        lambda t: setattr(t, "eos_token", "<|im_start|>"),  # another end of turn
+        lambda t: setattr(t, "bos_token", "</s>"),  # no longer the token that is added
+    ],
+)
+def test_identity_differs_where_ids_mean_something_else(change):
+    assert changed(change, IM, "<s> $A") != made(IM, "<s> $A").identity
+
+
+def test_identity_knows_bos_end_ids_and_names_in_the_template():
+    assert made(IM).identity != made(IM, "<s> $A").identity
+    one, more, order = (
+        ChatTokenizer(tokenizer(IM), "here", end_ids=ids).identity for ids in ([], [7, 8], [8, 7])
+    )
+    assert one != more == order
+    named = IM + "{{ pad_token }}"
+    assert made(named, pad_token="<s>").identity != made(named, pad_token="</s>").identity
+    assert made(IM, pad_token="<s>").identity == made(IM, pad_token="</s>").identity
 
 
 @pytest.mark.parametrize(
@@ -136,13 +193,13 @@ def test_a_tokenizer_that_cannot_serve_is_one_sentence(options, sentence):
 
 def test_only_messages_need_a_template():
     text, other = made(None, "<s> $A"), made(PLAIN, "<s> $A")
-    assert text.beginning("What is 2 + 2?") == other.beginning("What is 2 + 2?")
+    assert text.encode_with_bos("What is 2 + 2?") == other.encode_with_bos("What is 2 + 2?")
     assert text.completion_ids("4", True) == other.completion_ids("4", True)
     with pytest.raises(ValueError) as error:
         text.render(CHAT)
     assert str(error.value) == (
-        "The tokenizer of here has no chat template; add chat_template.jinja to its folder, or give text instead of "
-        "messages."
+        "The tokenizer of here has no chat template; add chat_template.jinja to its folder, or "
+        "give text instead of messages."
     )
 
 
@@ -150,8 +207,8 @@ def test_no_tokenizer_is_one_sentence(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder or a "
     ):
-        Text.load("/nowhere")
+        ChatTokenizer.load("/nowhere")
     with pytest.raises(
         ValueError, match=rf"^The folder {tmp_path} has no tokenizer\.json; copy the model's "
     ):
-        Text.load(str(tmp_path))
+        ChatTokenizer.load(str(tmp_path))
