@@ -363,9 +363,9 @@ def _from_stored(array: np.ndarray, name: str, shape: tuple[int, ...], where: st
         split = len(shape) - 1 if last == "o" else 1
         flat = (int(np.prod(shape[:split])), int(np.prod(shape[split:])))
     if array.shape != flat:
-        stored, wanted = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
+        stored, expected = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
         raise ValueError(
-            f"Tensor {where} has the shape {stored}; its config.json calls for {wanted}."
+            f"Tensor {where} has the shape {stored}; its config.json calls for {expected}."
         )
     return array.reshape(shape)
 
