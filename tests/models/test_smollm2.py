@@ -22,10 +22,10 @@ from flax import nnx
 from deltapref_jax.config import Sampling
 from deltapref_jax.models.spec import spec_from_hf
 from deltapref_jax.models.weights import export, load
-from deltapref_jax.records import digest
+from deltapref_jax.records import TokenSequence, digest
 from deltapref_jax.sampling.engine import Engine, Request
-from deltapref_jax.scoring.logprobs import scorer, token_logprobs
-from deltapref_jax.scoring.packing import capacity, pack, sample
+from deltapref_jax.scoring.logprobs import logprob_fn, token_logprobs
+from deltapref_jax.scoring.packing import max_segments, pack, pack_one
 
 pytestmark = pytest.mark.slow
 
@@ -154,11 +154,17 @@ def test_log_probabilities_of_every_token(ours, name):
 @pytest.mark.parametrize(("rows", "length"), [(1, 128), (2, 256)])
 def test_packed_rows_give_the_same_sums(smollm2, one_device, rows, length):
     cases = list(TEXTS.values())
+    # A plain text has no prompt: its first token serves as one.
     samples = [
-        sample(case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"] :], i)
+        pack_one(
+            TokenSequence(
+                case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"] :]
+            ),
+            i,
+        )
         for i, case in enumerate(cases)
     ]
-    run = scorer(smollm2.spec, "float32", capacity(rows, length), one_device)
+    run = logprob_fn(smollm2.spec, "float32", max_segments(rows, length), one_device)
     micros = pack([[[s]] for s in samples], rows, length)
     assert sum(len(micro.order) for micro in micros) == len(samples)
     assert max(len(micro.order) for micro in micros) > rows  # texts do share a row
