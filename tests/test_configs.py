@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
-from deltapref_jax.judging.scorer import _reader
+from deltapref_jax.judging.scorer import _label_probability_fn
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, spec_to_hf
@@ -155,7 +155,7 @@ def trace_scoring(spec, dtype, rows, length, mesh):
 @functools.cache
 def trace_judging(spec, dtype, rows, length, mesh):
     p = jax.eval_shape(
-        _reader(spec, dtype, mesh),
+        _label_probability_fn(spec, dtype, mesh),
         abstract(spec)[1],
         packed(rows, length, branched=True),
         array(jnp.int32, 2, 77),
@@ -194,7 +194,7 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
     )
     for filtered in (False, True):
         after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered),
+            functools.partial(advance, kept["graphdef"], decode_steps=chunk, filtered=filtered),
             weights,
             longest,
             table,
