@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 from deltapref_jax.config import ConfigError
@@ -130,8 +131,12 @@ class ChatTokenizer:
         """Ids of a conversation up to the assistant's answer; they hold one BOS at most."""
         return self.encode_with_bos(self.render(messages))
 
-    def render(self, messages: Messages) -> str:
-        """Text of a conversation up to where the assistant's answer begins, by the template.
+    def render(self, messages: Messages, answered: bool = False) -> str:
+        """Text of a conversation by the template.
+
+        Args:
+          messages: the conversation.
+          answered: the conversation is complete; otherwise the header of an answer follows it.
 
         Raises:
           ConfigError: the tokenizer has no chat template.
@@ -139,7 +144,7 @@ class ChatTokenizer:
         self.check_template()
         return str(
             self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages), tokenize=False, add_generation_prompt=not answered
             )
         )
 
@@ -179,6 +184,11 @@ class ChatTokenizer:
             return []
         encoded: Any = self.tokenizer(texts, add_special_tokens=False)
         return [list(ids) for ids in encoded["input_ids"]]
+
+    def offsets(self, text: str) -> np.ndarray:
+        """int [T, 2]: where each token of `encode_plain` starts and stops, in characters."""
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
 
 
 def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:

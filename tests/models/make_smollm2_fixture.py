@@ -192,9 +192,9 @@ def check_export(folder: Path) -> None:
                 ]
             ), name
             assert begin == case["prompt_ids"], name
-        assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == ours.text.encode_plain(
-            case["text"]
-        ), name
+        assert tokenizer(case["text"], add_special_tokens=False)[
+            "input_ids"
+        ] == ours.text.encode_plain(case["text"]), name
         ids = np.asarray([[*case["prompt_ids"], *case["ids"]]], np.int32)
         hidden = decoder.hidden(ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
         theirs = logits_of(model, ids[0].tolist()).numpy()

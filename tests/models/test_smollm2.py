@@ -133,7 +133,11 @@ def test_the_tokenizer_gives_the_ids_of_transformers(smollm2):
 def test_the_pre_tokenizer_that_the_file_names_splits_every_digit_off(smollm2):
     """Where `transformers` would not: it reads the file without its pre-tokenizer."""
     text = smollm2.text
-    assert text.encode_plain("a\n\n12") == [*text.encode_plain("a\n\n"), *text.encode_plain("1"), *text.encode_plain("2")]
+    assert text.encode_plain("a\n\n12") == [
+        *text.encode_plain("a\n\n"),
+        *text.encode_plain("1"),
+        *text.encode_plain("2"),
+    ]
     assert text.encode_plain("½") == text.encode_plain(" ½")[1:]
 
 
