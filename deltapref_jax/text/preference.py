@@ -76,7 +76,8 @@ def _split(
 ) -> Tokens:
     prompt, *wholes = (np.asarray([*bos, *ids], np.int32) for ids in encoded)
     if rendered.apart:
-        return Tokens(prompt, tuple(wholes), True)
+        alone = text.encode_continued(list(rendered.wholes))
+        return Tokens(prompt, tuple(np.asarray(ids, np.int32) for ids in alone), True)
     border = min(_common(prompt, whole) for whole in wholes)
     masks = (
         None if turns is None else _mask(text.offsets(whole), turns)[border:]
@@ -103,7 +104,9 @@ def _mask(offsets: np.ndarray, turns: Spans) -> np.ndarray:
 
 
 def _ends(text: ChatTokenizer) -> list[str]:
-    return [str(text.tokenizer.convert_ids_to_tokens(i)) for i in text.end_ids]
+    """End tokens as they may stand in text; ordinary tokens, such as a line end, are left out."""
+    special = [i for i in text.end_ids[1:] if i in text.tokenizer.added_tokens_decoder]
+    return [str(text.tokenizer.convert_ids_to_tokens(i)) for i in (text.end_ids[0], *special)]
 
 
 def _text(text: ChatTokenizer, prompt: str, completions: Sequence[str]) -> _Rendered:
