@@ -84,8 +84,8 @@ class ChatTokenizer:
                 f"There is no model at {path}; give a Hugging Face folder or a .gguf file."
             )
         if os.path.isfile(path):
-            tokenizer, end_ids = tokenizer_from_gguf(path)
-            return cls(tokenizer, path, end_ids)
+            from_gguf, end_ids = tokenizer_from_gguf(path)
+            return cls(from_gguf, path, end_ids)
         if (
             not (Path(path) / "tokenizer.json").exists()
             and not (Path(path) / "tokenizer_config.json").exists()
