@@ -35,6 +35,7 @@ from deltapref_jax.config import (
     Single,
     Training,
     choose,
+    need_reasoning_gym,
 )
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
@@ -90,6 +91,8 @@ def _number(field: str, value: float, low: float, high: float = math.inf) -> Non
 def _prompts(field: str, prompts: Prompts) -> None:
     choose(f"{field}.kind", prompts.kind, PROMPT_KINDS)
     choose(f"{field}.checker", prompts.checker, CHECKERS)
+    if prompts.kind == "reasoning_gym":
+        need_reasoning_gym()
     _number(f"{field}.count", prompts.count, 0)
     _number(f"{field}.difficulty", prompts.difficulty, 1)
     _number(f"{field}.seed", prompts.seed, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from deltapref_jax.config import ConfigError, Prompts, choose
+from deltapref_jax.config import ConfigError, Prompts, choose, need_reasoning_gym
 from deltapref_jax.files import local
 from deltapref_jax.records import digest
 from deltapref_jax.synthetic import world
@@ -57,12 +57,17 @@ def _row(
 
 
 def task_names(kind: str) -> tuple[str, ...]:
-    """What `tasks` may name: the families of the synthetic world, or reasoning-gym's data sets."""
+    """What `tasks` may name: the families of the synthetic world, or reasoning-gym's data sets.
+
+    Raises:
+      ConfigError: reasoning-gym is not installed.
+    """
     if kind == "synthetic":
         return tuple(FAMILIES)
+    need_reasoning_gym()
     from reasoning_gym.factory import DATASETS
 
-    return tuple(sorted(DATASETS))
+    return tuple(sorted(DATASETS.keys() - {"composite"}))  # a mixture, which `tasks` is too
 
 
 def _synthetic(source: Prompts) -> list[Row]:
@@ -70,6 +75,7 @@ def _synthetic(source: Prompts) -> list[Row]:
 
 
 def _reasoning_gym(source: Prompts) -> Iterable[Row]:
+    need_reasoning_gym()
     import reasoning_gym
 
     for place, task in enumerate(source.tasks):
@@ -80,7 +86,7 @@ def _reasoning_gym(source: Prompts) -> Iterable[Row]:
             yield _row(
                 task,
                 [{"role": "user", "content": entry["question"]}],
-                str(entry["answer"]),
+                "" if entry["answer"] is None else str(entry["answer"]),  # some tasks name none
                 "reasoning_gym",
                 {"task": task, "entry": kept},
             )
