@@ -79,7 +79,10 @@ def models(e):
 @pytest.fixture
 def study(request, tmp_path):
     """An experiment whose models are folders of the right shape without weights, so that it can be planned."""
-    e = validate(config(request.param))
+    e = config(request.param)
+    if "reasoning_gym" in {p.kind for p in (*e.prompts, *(s.prompts for s in e.suites))}:
+        pytest.importorskip("reasoning_gym")
+    validate(e)
     for model in models(e):
         if model.path:
             folder = tmp_path / pathlib.Path(model.path).name
