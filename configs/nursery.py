@@ -2,7 +2,7 @@
 
 `oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
 careless steps, so rungs differ in capability and in nothing else. The student is made in the same way. `elm` is
-another architecture and initialisation, raised in three lessons to stand between two rungs. `judge` is `oak-strong`
+another architecture and initialisation, trained in three stages to stand between two rungs. `judge` is `oak-strong`
 with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that are careless, or
 corrupted to a known degree.
 
@@ -12,7 +12,7 @@ corrupted to a known degree.
 import dataclasses
 
 from configs.quickstart import IN_DOMAIN, suites
-from deltapref_jax.config import ModelZoo, SmallModel, Sampling
+from deltapref_jax.config import ModelZoo, Sampling, SmallModel
 
 OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
 CURRICULUM = (
@@ -51,7 +51,7 @@ def get_config() -> ModelZoo:
         seed=1,
     )
     return ModelZoo(
-        pupils=(
+        models=(
             SmallModel(
                 name="oak",
                 tasks=CURRICULUM,
@@ -70,7 +70,7 @@ def get_config() -> ModelZoo:
             SmallModel(
                 name="judge",
                 base="oak-strong",
-                lesson="judge",
+                curriculum="judge",
                 tasks=IN_DOMAIN,
                 layers=5,
                 steps=1100,

@@ -34,7 +34,7 @@ OUT_OF_DOMAIN = (
 )  # none of the models can do "bases"
 
 
-def pupil(name: str) -> Model:
+def small_model(name: str) -> Model:
     return Model(path=os.path.join(NURSERY, name))
 
 
@@ -107,7 +107,7 @@ def get_config() -> Experiment:
         generators=tuple(
             Generator(
                 name=r,
-                model=pupil(f"oak-{r}"),
+                model=small_model(f"oak-{r}"),
                 samples=2 if r == "weak" else 1,
                 about=f"learnt from solutions with {careless} careless steps",
             )
@@ -115,11 +115,13 @@ def get_config() -> Experiment:
         )
         + (
             Generator(
-                name="elm", model=pupil("elm"), about="another architecture; 9% careless steps"
+                name="elm",
+                model=small_model("elm"),
+                about="another architecture; 9% careless steps",
             ),
         ),
-        judges=(Judge(name="exact"), Judge(name="model", kind="model", model=pupil("judge"))),
-        student=pupil("student"),
+        judges=(Judge(name="exact"), Judge(name="model", kind="model", model=small_model("judge"))),
+        student=small_model("student"),
         objectives=(
             Objective(name="dpo"),
             Objective(name="kto", kind="kto"),

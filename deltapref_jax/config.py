@@ -86,7 +86,7 @@ class ConfigError(ValueError):
     """A field has a value that cannot work; the message names field, value and remedy."""
 
 
-def choose(field: str, value: str, known: Iterable[str]) -> str:
+def check_choice(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`; otherwise raises `ConfigError` listing them."""
     known = tuple(known)
     if value not in known:
@@ -184,7 +184,8 @@ class Objective:
     label_smoothing: float = 0.0
     # In simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6).
     gamma: float = 0.5
-    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token.
+    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood per
+    # token.
     nll_weight: float = 0.0
     # In kto and apo_zero_unpaired: w_D, 0 upward.
     desirable_weight: float = 1.0
@@ -224,7 +225,7 @@ class Arm:
 
 @dataclasses.dataclass
 class Lora:
-    """Low-rank adapters: W + (alpha / rank) A B, of which A and B are trained (arXiv 2106.09685)."""
+    """Low-rank adapters: W + (alpha / rank) A B, where A and B are trained (arXiv 2106.09685)."""
 
     # Columns of A and rows of B; 0: all weights are trained, and there are no adapters.
     rank: int = 0
@@ -407,7 +408,7 @@ class SmallModel:
     # SmallModel whose weights it starts from; "": its own random ones.
     base: str = ""
     # "solve": worked solutions; "judge": the five ratings of flawed solutions.
-    lesson: str = "solve"
+    curriculum: str = "solve"
     # Sizes are the base's where there is one; more layers than it has are grown on top.
     layers: int = 3
     width: int = 128
@@ -435,12 +436,12 @@ class ModelZoo:
 
     name: str = "nursery"
     workspace: str = "workspace"
-    # Folder that receives one Hugging Face folder per released pupil.
+    # Folder that receives one Hugging Face folder per released model.
     output: str = NURSERY
-    # Tokens of the tokenizer that all pupils share.
+    # Tokens of the tokenizer that all models share.
     vocab: int = 640
-    pupils: tuple[SmallModel, ...] = ()
-    # Names of the pupils to ship.
+    models: tuple[SmallModel, ...] = ()
+    # Names of the models to ship.
     release: tuple[str, ...] = ()
     # Measured for every released solver.
     suites: tuple[Suite, ...] = ()
@@ -451,3 +452,8 @@ class ModelZoo:
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's."""
     return dataclasses.replace(model, path=model.path or experiment.student.path)
+
+
+def reference_of(student: Model, reference: Model) -> Model:
+    """The reference model: the student before training where none is named."""
+    return reference if reference.path else student

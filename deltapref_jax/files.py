@@ -25,8 +25,16 @@ os.environ.setdefault(
 from etils import epath  # noqa: E402
 
 from deltapref_jax.config import ConfigError  # noqa: E402
+from deltapref_jax.records import digest  # noqa: E402
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+UNWRITABLE_ERRNOS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+)
 """Errors of a file system that takes no more."""
 
 
@@ -34,7 +42,7 @@ class ArtifactError(RuntimeError):
     """An artifact is damaged or cannot be written; the message names the file and the remedy."""
 
 
-def write_whole(path: epath.Path, data: bytes) -> None:
+def write_atomic(path: epath.Path, data: bytes) -> None:
     """Puts `data` at `path`, on disk before it has the name.
 
     Raises:
@@ -125,7 +133,7 @@ def _unreadable(path: Any, e: Exception) -> ArtifactError:
     )
 
 
-def reach(root: str | os.PathLike[str]) -> None:
+def check_bucket(root: str | os.PathLike[str]) -> None:
     """Refuses a workspace in a bucket that cannot be used, before anything is made.
 
     Raises:
@@ -148,7 +156,7 @@ def reach(root: str | os.PathLike[str]) -> None:
             )
 
 
-def local(path: str) -> str:
+def local_copy(path: str) -> str:
     """`path` itself, or for a file or folder in a bucket its copy on this machine, made once for the same content.
 
     Copies lie in `~/.cache/deltapref-jax` (`XDG_CACHE_HOME`), named by the generations of their objects; nothing there
@@ -205,13 +213,13 @@ def download(files: Mapping[str, Path]) -> None:
                 [str(file) for file in files.values()],
             )
         except OSError as e:
-            if e.errno in NO_ROOM:
+            if e.errno in UNWRITABLE_ERRNOS:
                 raise unwritable(e.filename or next(iter(files.values())), e) from e
             raise
 
 
 @contextlib.contextmanager
-def written(folder: epath.Path) -> Iterator[Path]:
+def staged_dir(folder: epath.Path) -> Iterator[Path]:
     """A local folder to write into that becomes `folder`: that itself, or for a bucket one that is uploaded at the end.
 
     Raises:
@@ -228,3 +236,10 @@ def written(folder: epath.Path) -> Iterator[Path]:
             _bucket().put(
                 [str(file) for file in files], [name.removeprefix("gs://") for name in targets]
             )
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits of a file's or folder's name and contents: a moved one has the same."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    parts = [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
+    return digest(path.name, parts)

@@ -1,6 +1,5 @@
 """Devices as a mesh with the axes data, fsdp, tensor and context; several processes as one job."""
 
-import os
 from typing import Any
 
 import jax
@@ -9,29 +8,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
-from deltapref_jax.host import keep_company
-from deltapref_jax.lease import release_all
 
 AXES = ("data", "fsdp", "tensor", "context")
-
-
-def start_processes() -> None:
-    """Joins the multi-process job if the environment names a coordinator; otherwise does nothing.
-
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed where no cluster manager that JAX knows tells them. What stops one
-    process of the job stops all (`host.Company`).
-    """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        given: dict[str, Any] = {
-            name: int(os.environ[key])
-            for name, key in (
-                ("num_processes", "JAX_NUM_PROCESSES"),
-                ("process_id", "JAX_PROCESS_ID"),
-            )
-            if key in os.environ
-        }
-        jax.distributed.initialize(**given)
-        keep_company(release_all)
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
@@ -75,7 +53,7 @@ def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
         )
 
 
-def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+def shard(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Host arrays, the same on every process, as global arrays laid out by `spec`; None leaves stay None."""
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
@@ -90,7 +68,7 @@ def platform_of(mesh: Mesh | None) -> str:
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
-def fetch(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Global arrays as whole host arrays, on every process; all of them must ask."""
     if jax.process_count() == 1:
         return jax.device_get(tree)

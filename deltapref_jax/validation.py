@@ -30,11 +30,11 @@ from deltapref_jax.config import (
     ModelZoo,
     Objective,
     Pairs,
+    PairTraining,
     Prompts,
     Scoring,
-    PairTraining,
     Training,
-    choose,
+    check_choice,
 )
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
@@ -88,8 +88,8 @@ def _number(field: str, value: float, low: float, high: float = math.inf) -> Non
 
 
 def _prompts(field: str, prompts: Prompts) -> None:
-    choose(f"{field}.kind", prompts.kind, PROMPT_KINDS)
-    choose(f"{field}.checker", prompts.checker, CHECKERS)
+    check_choice(f"{field}.kind", prompts.kind, PROMPT_KINDS)
+    check_choice(f"{field}.checker", prompts.checker, CHECKERS)
     _number(f"{field}.count", prompts.count, 0)
     _number(f"{field}.difficulty", prompts.difficulty, 1)
     _number(f"{field}.seed", prompts.seed, 0)
@@ -119,13 +119,13 @@ def validate_nursery(nursery: ModelZoo) -> ModelZoo:
         raise ConfigError(
             f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine."
         )
-    _unique("pupil", [p.name for p in nursery.pupils])
+    _unique("model", [p.name for p in nursery.models])
     known: list[str] = []
-    for p in nursery.pupils:
-        where = f"of pupil {p.name!r}"
+    for p in nursery.models:
+        where = f"of model {p.name!r}"
         if p.base:
-            choose(f"base {where} (a pupil listed before it)", p.base, known)
-        choose(f"lesson {where}", p.lesson, ("solve", "judge"))
+            check_choice(f"base {where} (a model listed before it)", p.base, known)
+        check_choice(f"curriculum {where}", p.curriculum, ("solve", "judge"))
         if not p.tasks or not p.difficulties:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
         _number(f"error_rate {where}", p.error_rate, 0, 1)
@@ -138,7 +138,7 @@ def validate_nursery(nursery: ModelZoo) -> ModelZoo:
             )
         known.append(p.name)
     for name in nursery.release:
-        choose("config.release", name, known)
+        check_choice("config.release", name, known)
     for s, suite in enumerate(nursery.suites):
         _prompts(f"config.suites[{s}].prompts", suite.prompts)
     return nursery
@@ -156,9 +156,9 @@ def validate_single(single: PairTraining) -> PairTraining:
             "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder."
         )
     _number("config.data.workers", single.data.workers, 0)
-    choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
-    choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
-    choose("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
+    check_choice("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
+    check_choice("config.training.over_length", single.training.over_length, OVER_LENGTHS)
+    check_choice("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
     _objective(single.objective, "in config.objective")
     # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
     validate(
@@ -233,7 +233,7 @@ def validate(experiment: Experiment) -> Experiment:
     _whole(e, Experiment)
     _number("config.seed", e.seed, 0)
     for tracker in e.trackers:
-        package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]
+        package = TRACKERS[check_choice("config.trackers", tracker, TRACKERS)]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}."
@@ -263,7 +263,7 @@ def validate(experiment: Experiment) -> Experiment:
         _prompts(f"config.prompts[{i}]", prompts)
     for s, suite in enumerate(e.suites):
         _prompts(f"config.suites[{s}].prompts", suite.prompts)
-        choose(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
+        check_choice(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
         _number(f"config.suites[{s}].samples", suite.samples, 1)
         _number(f"config.suites[{s}].temperature", suite.temperature, 0)
     for model, field in (
@@ -271,14 +271,14 @@ def validate(experiment: Experiment) -> Experiment:
         + [(g.model, f"generator {g.name}") for g in e.generators]
         + [(j.model, f"judge {j.name}") for j in e.judges]
     ):
-        choose(f"dtype of {field}", model.dtype, DTYPES)
+        check_choice(f"dtype of {field}", model.dtype, DTYPES)
     for g in e.generators:
         _number(f"temperature of generator {g.name!r}", g.temperature, 0)
         _number(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
         _number(f"top_k of generator {g.name!r}", g.top_k, 0)
         _number(f"samples of generator {g.name!r}", g.samples, 1)
     for j in e.judges:
-        choose(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
+        check_choice(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
         _number(f"noise of judge {j.name!r}", j.noise, 0)
         _number(f"seed of judge {j.name!r}", j.seed, 0)
         if not j.dimensions:
@@ -286,13 +286,13 @@ def validate(experiment: Experiment) -> Experiment:
                 f"Judge {j.name!r} has no dimensions; name at least one of {', '.join(DIMENSIONS)}."
             )
         for dimension in j.dimensions:
-            choose(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
+            check_choice(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
         if j.kind == "exact" and any(p.kind != "synthetic" for p in e.prompts):
             raise ConfigError(
                 f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for others."
             )
     for o in e.objectives:
-        choose(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
+        check_choice(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
         _objective(o, f"of objective {o.name!r}")
     _validate_arms(e)
     _validate_sizes(e)
@@ -327,13 +327,13 @@ def _validate_arms(e: Experiment) -> None:
     judges = {j.name: j for j in e.judges}
     for a in e.arms:
         where = f"of arm {a.name!r}"
-        choose(f"chosen {where}", a.chosen, generators)
-        choose(f"rejected {where}", a.rejected, generators)
-        choose(f"direction {where}", a.direction, ("generator", *judges))
-        choose(f"keep {where}", a.keep, KEEPS)
-        choose(f"stratum {where}", a.stratum, STRATA)
-        choose(f"objective {where}", a.objective, [o.name for o in e.objectives])
-        choose(f"group {where}", a.group, ("ladder", "selection", "control"))
+        check_choice(f"chosen {where}", a.chosen, generators)
+        check_choice(f"rejected {where}", a.rejected, generators)
+        check_choice(f"direction {where}", a.direction, ("generator", *judges))
+        check_choice(f"keep {where}", a.keep, KEEPS)
+        check_choice(f"stratum {where}", a.stratum, STRATA)
+        check_choice(f"objective {where}", a.objective, [o.name for o in e.objectives])
+        check_choice(f"group {where}", a.group, ("ladder", "selection", "control"))
         _number(f"fraction {where}", a.fraction, 1e-9, 1)
         if not a.seeds or len(set(a.seeds)) < len(a.seeds) or min(a.seeds) < 0:
             raise ConfigError(
@@ -348,15 +348,15 @@ def _validate_arms(e: Experiment) -> None:
                 raise ConfigError(
                     f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
                 )
-            judge = judges[choose(f"judge {where}", a.judge or next(iter(judges)), judges)]
-            choose(f"by {where}", a.by, ("sum", *judge.dimensions))
+            judge = judges[check_choice(f"judge {where}", a.judge or next(iter(judges)), judges)]
+            check_choice(f"by {where}", a.by, ("sum", *judge.dimensions))
 
 
 def _lora(lora: Lora) -> None:
     _number("config.training.lora.rank", lora.rank, 0)
     _number("config.training.lora.alpha", lora.alpha, 1e-9)
     for target in lora.targets:
-        choose("config.training.lora.targets", target, LORA_TARGETS)
+        check_choice("config.training.lora.targets", target, LORA_TARGETS)
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise ConfigError(
             f"config.training.lora.targets is {lora.targets!r}; name at least one of "
@@ -371,12 +371,12 @@ def _lora(lora: Lora) -> None:
 
 def _validate_sizes(e: Experiment) -> None:
     t, s = e.training, e.sampling
-    choose("config.training.budget", t.budget, BUDGETS)
-    choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
-    choose("config.training.remat", t.remat, REMATS)
-    choose("config.training.moments", t.moments, DTYPES)
+    check_choice("config.training.budget", t.budget, BUDGETS)
+    check_choice("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
+    check_choice("config.training.remat", t.remat, REMATS)
+    check_choice("config.training.moments", t.moments, DTYPES)
     _lora(t.lora)
-    choose(
+    check_choice(
         "config.training.over_length", t.over_length, ("drop", "error")
     )  # traces are scored whole: none is cut
     for field, value in (
@@ -393,7 +393,7 @@ def _validate_sizes(e: Experiment) -> None:
     _number("config.training.clip", t.clip, 1e-9)
     _number("config.training.weight_decay", t.weight_decay, 0)
     for finish in t.finishes:
-        choose("config.training.finishes", finish, ("eos", "stop", "length"))
+        check_choice("config.training.finishes", finish, ("eos", "stop", "length"))
     for field, value in (
         ("max_prompt", s.max_prompt),
         ("max_tokens", s.max_tokens),

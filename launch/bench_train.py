@@ -106,7 +106,9 @@ def make_model(folder: Path) -> None:
         _ROPE,
         max_positions=8192 * _SCALE.value,
     )
-    export(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, ChatTokenizer(fast, "the bench"), folder)
+    export(
+        nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, ChatTokenizer(fast, "the bench"), folder
+    )
 
 
 def pairs_of(shape: str, count: int) -> list[dict[str, list[int]]]:

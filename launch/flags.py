@@ -12,10 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
+from deltapref_jax.files import ArtifactError
 
 from deltapref_jax import config
-from deltapref_jax.host import Preempted, crashed, finished, leave, leave_on_sigterm
-from deltapref_jax.workspace import ArtifactError
+from deltapref_jax.preemption import (
+    Preempted,
+    abort_all_on_error,
+    exit_all,
+    exit_process,
+    raise_on_sigterm,
+)
 
 flags.disclaim_key_flags()  # what is defined here belongs to the entry point that asks for it, and to its --help
 _PROJECT = tuple(
@@ -73,15 +79,15 @@ def _fail(sentence: str, code: int = 2) -> int:
 
 def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
-        leave_on_sigterm()
+        raise_on_sigterm()
         if argv[1:]:
-            leave(
+            exit_all(
                 2,
                 f"{argv[1]!r} is no flag; flags begin with -- and have = before their value (--help lists them).",
             )
         try:
             main(argv)
-            finished()
+            exit_process()
         except Exception as e:
             raised = traceback.extract_tb(e.__traceback__)[-1].filename
             if (
@@ -89,13 +95,14 @@ def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]
                 and not logging.level_debug()
                 and raised.startswith(_PROJECT)
             ):
-                leave(2, str(e))
-            crashed(e)
+                exit_all(2, str(e))
+            abort_all_on_error(e)
             raise  # a library's complaint about us is ours to mend, and needs its traceback
         except KeyboardInterrupt:
-            leave(130, "Stopped. Run the same command to continue; finished shards are kept.")
+            exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
         except Preempted as e:
-            leave(Preempted.code, str(e), tell=False)  # each process saves and leaves by itself
+            # Each process has received the signal, and saves and exits by itself.
+            exit_all(Preempted.code, str(e), notify_others=False)
 
     return wrapped
 

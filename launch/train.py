@@ -51,9 +51,10 @@ from pathlib import Path
 from ml_collections import config_flags
 from rich.console import Console
 
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
 from deltapref_jax.validation import validate_single
-from deltapref_jax.workspace import Workspace, run
 from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -66,23 +67,26 @@ _PROFILE = define_profile_steps()
 
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
-    single: PairTraining = validate_single(_CONFIG.value)
+    p: PairTraining = validate_single(_CONFIG.value)
     profile = window(_PROFILE.value)
-    from deltapref_jax.mesh import check_rows, is_first, make_mesh, start_processes
-    from deltapref_jax.stages.single import STAGES, check, plan
+    # JAX is imported only now, so that a wrong flag or config is refused at once
+    from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.mesh import check_rows, is_first, make_mesh
+    from deltapref_jax.preemption import install_group_shutdown
+    from deltapref_jax.processes import start_processes
+    from deltapref_jax.stages.pairs_file import check, plan
     from launch.trained import show
 
     start_processes()
-    check_rows(
-        "config.training", single.training.rows, single.training.row_length, make_mesh(single.mesh)
-    )
-    workspace = Workspace(single.workspace)
-    nodes = plan(single, profile)
-    run({"tokens": nodes["tokens"]}, STAGES, workspace)
-    check(workspace, nodes)
-    run(nodes, STAGES, workspace)
+    install_group_shutdown(release_all)
+    check_rows("config.training", p.training.rows, p.training.row_length, make_mesh(p.mesh))
+    workspace = Workspace(p.workspace)
+    policy = plan(p, profile)
+    run(list(policy.sequences.values()), workspace, p.name)
+    check(p, policy, workspace)
+    run([policy], workspace, p.name)
     if is_first():
-        show(Console(), workspace, nodes)
+        show(Console(), workspace, policy)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import time
 import urllib.request
 
 import pytest
+from deltapref_jax.workspace import Workspace
 
 from deltapref_jax import files
 from deltapref_jax.config import ConfigError
-from deltapref_jax.files import ArtifactError, local, reach, remote, written
-from deltapref_jax.host import Preempted
-from deltapref_jax.workspace import Workspace
+from deltapref_jax.files import ArtifactError, check_bucket, local_copy, remote, staged_dir
+from deltapref_jax.preemption import Preempted
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
     "false"  # else gcsfs asks Google what kind of bucket it is
@@ -127,7 +127,7 @@ def here(bucket, monkeypatch):
 def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     files._bucket.cache_clear()
-    for use in (Workspace, local):
+    for use in (Workspace, local_copy):
         with pytest.raises(
             ConfigError,
             match=r"^A path begins with gs:// and the package gcsfs is not installed; "
@@ -141,17 +141,17 @@ def test_other_stores_and_missing_buckets_are_refused(here):
     with pytest.raises(
         ConfigError, match=r"^The workspace s3://bucket/w is in no bucket of Google Cloud Storage; "
     ):
-        reach("s3://bucket/w")
+        check_bucket("s3://bucket/w")
     with pytest.raises(
         ConfigError, match=r"^There is no bucket gs://elsewhere, or this machine's credentials "
     ):
-        reach("gs://elsewhere/w")
+        check_bucket("gs://elsewhere/w")
     with pytest.raises(
         FileNotFoundError, match=r"^There is nothing at gs://bucket/no/model; check the path\.$"
     ):
-        local("gs://bucket/no/model")
-    reach("gs://bucket/w")
-    reach("folder")
+        local_copy("gs://bucket/no/model")
+    check_bucket("gs://bucket/w")
+    check_bucket("folder")
     assert (remote("gs://bucket/w"), remote("folder")) == (True, False)
 
 
@@ -160,33 +160,33 @@ def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploade
 ):
     from etils import epath
 
-    with written(epath.Path("gs://bucket/made")) as place:
+    with staged_dir(epath.Path("gs://bucket/made")) as place:
         (place / "deep").mkdir()
         (place / "deep" / "a.txt").write_text("one")
         (place / "b.txt").write_text("two")
         assert there(here, "made/") == []
     assert sorted(there(here, "made/")) == ["made/b.txt", "made/deep/a.txt"]
-    copy = pathlib.Path(local("gs://bucket/made"))
+    copy = pathlib.Path(local_copy("gs://bucket/made"))
     assert (copy.name, (copy / "deep" / "a.txt").read_text(), (copy / "b.txt").read_text()) == (
         "made",
         "one",
         "two",
     )
-    assert pathlib.Path(local("gs://bucket/made/b.txt")).name == "b.txt"
+    assert pathlib.Path(local_copy("gs://bucket/made/b.txt")).name == "b.txt"
     with monkeypatch.context() as m:
         m.setattr(files, "download", lambda _: pytest.fail("downloaded again"))
-        assert local("gs://bucket/made/") == str(copy)
+        assert local_copy("gs://bucket/made/") == str(copy)
     write(here, "made/b.txt", b"2")
-    assert (pathlib.Path(local("gs://bucket/made")) / "b.txt").read_text() == "2"
+    assert (pathlib.Path(local_copy("gs://bucket/made")) / "b.txt").read_text() == "2"
     with (
         pytest.raises(RuntimeError, match="stop"),
-        written(epath.Path("gs://bucket/half")) as place,
+        staged_dir(epath.Path("gs://bucket/half")) as place,
     ):
         (place / "a").write_text("x")
         raise RuntimeError("stop")
     assert there(here, "half") == []
     with pytest.raises(ArtifactError, match=r"^gs://nowhere/x cannot be written \("):
-        files.write_whole(epath.Path("gs://nowhere/x"), b"x")
+        files.write_atomic(epath.Path("gs://nowhere/x"), b"x")
 
 
 @pytest.mark.slow

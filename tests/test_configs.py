@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evals.evaluate import describe
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -26,7 +27,6 @@ from deltapref_jax.stages.study import plan
 from deltapref_jax.training.state import Optimizer, TrainState
 from deltapref_jax.training.step import Examples, Hyper, programs
 from deltapref_jax.validation import validate, validate_nursery, validate_single
-from evals.evaluate import describe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")

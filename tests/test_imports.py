@@ -8,8 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config"},
-    {"records", "progress", "files", "host", "lease", "validation"},
-    {"node"},
+    {"records", "progress", "files", "processes", "lease", "validation"},
+    {"node", "preemption"},
     {"mesh", "workspace"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},

@@ -11,11 +11,11 @@ import time
 
 import pyarrow as pa
 import pytest
+from deltapref_jax.workspace import ArtifactError, Job, Node, Workspace, in_order, run
 from etils import epath
 
-from deltapref_jax import workspace as workspaces
-from deltapref_jax.lease import Lease, _here
-from deltapref_jax.workspace import ArtifactError, Job, Node, Workspace, in_order, run
+from deltapref_jax.artifacts.lease import Lease, _here
+from deltapref_jax.processes import process_count, process_index
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TOY.parent.parent)}
@@ -412,4 +412,4 @@ def test_planning_needs_no_jax():
         subprocess.check_output([sys.executable, "-c", asked], text=True, env=ENVIRONMENT)
         == "False\n"
     )
-    assert workspaces.process() == (0, 1)
+    assert (process_index(), process_count()) == (0, 1)

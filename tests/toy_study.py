@@ -13,9 +13,9 @@ import sys
 import time
 
 import pyarrow as pa
-
-from deltapref_jax.host import versions
 from deltapref_jax.workspace import Job, Node, Workspace, run
+
+from deltapref_jax.processes import versions
 
 SHARDS, ROWS = 3, 40
 

@@ -1,6 +1,7 @@
 """Figures as inline SVG: one palette, text as text, nothing fetched."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,6 +12,9 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+
+from deltapref_jax.analysis.findings import DOMAIN_WORDS  # noqa: E402
+from deltapref_jax.analysis.statistics import Estimate, GapBin  # noqa: E402
 
 COLOURS = {
     "dpo": "#1f6f8b",
@@ -23,7 +27,6 @@ COLOURS = {
     "chosen": "#1f6f8b",
     "rejected": "#d1495b",
 }
-DOMAINS = {"in": "in domain", "out": "out of domain"}
 
 plt.rcParams.update(
     {
@@ -40,8 +43,6 @@ plt.rcParams.update(
         "svg.hashsalt": "deltapref",
     }
 )
-
-Estimate = Sequence[float]  # value, low, high
 
 
 class Point(NamedTuple):
@@ -87,8 +88,8 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
         )  # arms at one x stand side by side
         points = sorted(line.points, key=lambda p: p.x)
         x = [p.x + shift for p in points]
-        y = [p.y[0] for p in points]
-        bars = [[p.y[0] - p.y[1] for p in points], [p.y[2] - p.y[0] for p in points]]
+        y = [p.y.value for p in points]
+        bars = [[p.y.value - p.y.low for p in points], [p.y.high - p.y.value for p in points]]
         colour = COLOURS.get(line.colour, "#555555")
         joined = line.trend is None and len(points) > 1
         axes.errorbar(
@@ -117,7 +118,7 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
         named = [p for line in lines for p in line.points if p.label == label]
         axes.annotate(
             label,
-            (named[0].x, max(p.y[2] for p in named)),
+            (named[0].x, max(p.y.high for p in named)),
             textcoords="offset points",
             xytext=(0, 4),
             ha="center",
@@ -136,7 +137,7 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
         for axes, (domain, lines) in zip(cells, domains.items(), strict=True):
             _lines(axes, lines)
             axes.set_title(
-                f"{name}, {DOMAINS[domain]}" if name else DOMAINS[domain],
+                f"{name}, {DOMAIN_WORDS[domain]}" if name else DOMAIN_WORDS[domain],
                 loc="left",
                 fontweight="bold",
             )
@@ -149,15 +150,19 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
     return _svg(figure)
 
 
-def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
-    """Mean rating of the corrupted dimension against degree: judge → dimension → ratings at degrees 0, 1, …"""
+def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Mean rating of the corrupted dimension against the degree of corruption, a panel per judge.
+
+    Args:
+      curves: judge → dimension → ratings at degrees 0, 1, …; points of NaN are left out.
+    """
     figure, axes = plt.subplots(
         1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False, sharey=True
     )
     palette = plt.get_cmap("viridis")
     for panel, (judge, dimensions) in zip(axes[0], curves.items(), strict=True):
         for i, (dimension, means) in enumerate(dimensions.items()):
-            shown = [(degree, mean) for degree, mean in enumerate(means) if mean is not None]
+            shown = [(degree, mean) for degree, mean in enumerate(means) if not math.isnan(mean)]
             panel.plot(
                 *zip(*shown, strict=True),
                 marker="o",
@@ -175,11 +180,11 @@ def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) ->
     return _svg(figure)
 
 
-def agreement(bins: Sequence[Sequence[float]], first: str, second: str) -> str:
-    """Share of pairs that `second` orders as `first` does, by how far apart `first` puts them: (gap, share, pairs)."""
+def agreement(bins: Sequence[GapBin], first: str, second: str) -> str:
+    """Share of pairs that `second` orders as `first` does, by how far apart `first` puts them."""
     figure, axes = plt.subplots(figsize=(4.6, 3.0))
     axes.axhline(0.5, color="#999999", linewidth=1, linestyle="--")
-    axes.plot([b[0] for b in bins], [b[1] for b in bins], marker="o", color=COLOURS["dpo"])
+    axes.plot([b.gap for b in bins], [b.share for b in bins], marker="o", color=COLOURS["dpo"])
     axes.set_ylim(0, 1.03)
     axes.set_xlabel(f"|sample delta| by judge {first} (mean of dimensions)")
     axes.set_ylabel(f"share ordered alike by {second}")
@@ -187,7 +192,7 @@ def agreement(bins: Sequence[Sequence[float]], first: str, second: str) -> str:
     return _svg(figure)
 
 
-def training_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+def training_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
     """Log-probabilities by step: run → side → (step, nats); small multiples, one per run."""
     columns = min(4, len(runs))
     rows = -(-len(runs) // columns)

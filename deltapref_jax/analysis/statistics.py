@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
+from deltapref_jax.analysis.study import columns
+
 DRAWS = 2000
 _NORMAL = NormalDist()
 _Z95 = _NORMAL.inv_cdf(0.975)
@@ -42,17 +44,16 @@ class Answers(NamedTuple):
 
 def by_question(results: pa.Table, domain: str) -> dict[str, Answers]:
     """suite → answers of a RESULT table's rows in `domain`; empty where it has none."""
-    column = {
-        name: results[name].to_numpy(zero_copy_only=False)
-        for name in ("suite", "domain", "prompt_id", "correct")
-    }
+    suite_of, domain_of, prompts, correct = columns(
+        results, "suite", "domain", "prompt_id", "correct"
+    )
     suites = {}
-    for suite in sorted(set(column["suite"][column["domain"] == domain])):
-        rows = (column["suite"] == suite) & (column["domain"] == domain)
+    for suite in sorted(set(suite_of[domain_of == domain])):
+        rows = (suite_of == suite) & (domain_of == domain)
         questions, index, k = np.unique(
-            column["prompt_id"][rows].astype(str), return_inverse=True, return_counts=True
+            prompts[rows].astype(str), return_inverse=True, return_counts=True
         )
-        right = np.bincount(index, weights=column["correct"][rows].astype(float))
+        right = np.bincount(index, weights=correct[rows].astype(float))
         suites[suite] = Answers(questions, right / k, k)
     return suites
 
@@ -309,8 +310,16 @@ def top_overlap(a: ArrayLike, b: ArrayLike, k: int) -> float:
     return len(tops[0] & tops[1]) / k
 
 
-def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[tuple[float, float, int]]:
-    """Share of pairs that judge b orders as judge a does, by quantile of |gap of a|: (mean |gap|, share, pairs).
+class GapBin(NamedTuple):
+    """Pairs that one judge puts about equally far apart."""
+
+    gap: float  # mean |gap| by the first judge
+    share: float  # ordered alike by the second judge, 0 to 1
+    pairs: int
+
+
+def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[GapBin]:
+    """Share of pairs that judge b orders as judge a does, by quantile of |gap of a|.
 
     Pairs that a rates equal are left out; a tie of b counts half.
     """
@@ -321,6 +330,6 @@ def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[tuple[fl
     order = np.argsort(np.abs(x), kind="stable")
     agree = np.where(y == 0, 0.5, np.sign(x) == np.sign(y))
     return [
-        (float(np.abs(x[part]).mean()), float(agree[part].mean()), len(part))
+        GapBin(float(np.abs(x[part]).mean()), float(agree[part].mean()), len(part))
         for part in np.array_split(order, min(bins, len(x)))
     ]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deltapref_jax.answers.extract import final_answer
-from deltapref_jax.config import CHECKERS, choose
+from deltapref_jax.config import CHECKERS, check_choice
 
 MATH_SECONDS = 5.0
 
@@ -31,7 +31,7 @@ def check(prompt: Mapping[str, Any], text: str) -> Verdict:
     Raises:
       ConfigError: the prompt names an unknown checker.
     """
-    kind = choose("checker", prompt["checker"], CHECKERS)
+    kind = check_choice("checker", prompt["checker"], CHECKERS)
     if kind == "":
         return Verdict(None, "", "")
     answer = final_answer(text)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Pairs
-from deltapref_jax.files import local
+from deltapref_jax.files import local_copy
 
 BLOCK = 256  # rows that are read and tokenised together
 
@@ -30,7 +30,7 @@ class Blocks:
 
     def __init__(self, path: str, rows: int):
         self.path, self.rows = path, rows
-        self._file = local(path)
+        self._file = local_copy(path)
 
     def __len__(self) -> int:
         return math.ceil(self.rows / BLOCK)
@@ -46,7 +46,7 @@ class Blocks:
 class _Jsonl(Blocks):
     def __init__(self, path: str):
         found, at = [], 0
-        with open(local(path), "rb") as file:
+        with open(local_copy(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     found.append((at, number))
@@ -65,7 +65,7 @@ class _Parquet(Blocks):
     """A Parquet file; row numbers start at 0, and reading a damaged page raises ConfigError."""
 
     def __init__(self, path: str, columns: Sequence[str]):
-        meta = pq.read_metadata(local(path))
+        meta = pq.read_metadata(local_copy(path))
         self._columns = columns
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
@@ -117,14 +117,14 @@ def open_blocks(
       ConfigError: the source is missing or damaged.
     """
     path = source.path
-    if not os.path.isfile(local(path)):
+    if not os.path.isfile(local_copy(path)):
         data = _dataset(path, source.split)
         wanted = read(data.column_names)
         return _Arrow(
             path, data.select_columns([c for c in data.column_names if c in wanted])
         ), data.column_names
     try:
-        names = pq.read_schema(local(path)).names if path.endswith(".parquet") else None
+        names = pq.read_schema(local_copy(path)).names if path.endswith(".parquet") else None
     except Exception as e:  # pyarrow raises many types for a damaged file
         raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
     if names is not None:
@@ -156,7 +156,7 @@ def check_place(path: str) -> None:
         or path.count("/") > 1
         or path.startswith((".", "/"))
     )
-    if here and not os.path.exists(local(path)):
+    if here and not os.path.exists(local_copy(path)):
         raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
 
 
@@ -165,7 +165,7 @@ def _dataset(path: str, split: str) -> Any:
     import datasets
 
     check_place(path)
-    path = local(path)
+    path = local_copy(path)
     folder = Path(path)
     try:
         saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from deltapref_jax.config import ConfigError, Prompts, choose
-from deltapref_jax.files import local
+from deltapref_jax.config import ConfigError, Prompts, check_choice
+from deltapref_jax.files import local_copy
 from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic import world
 from deltapref_jax.synthetic.families import FAMILIES
@@ -25,7 +25,7 @@ def read_prompts(source: Prompts) -> tuple[list[Prompt], dict[str, int]]:
     Raises:
       ConfigError: the source is missing, damaged, or lacks a column; the sentence says where.
     """
-    rows = list(SOURCES[choose("prompts.kind", source.kind, SOURCES)](source))
+    rows = list(SOURCES[check_choice("prompts.kind", source.kind, SOURCES)](source))
     kept: dict[str, Prompt] = {}
     empty = 0
     for row in rows:
@@ -69,7 +69,7 @@ def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
     import reasoning_gym
 
     for place, task in enumerate(source.tasks):
-        choose("reasoning_gym task", task, task_names("reasoning_gym"))
+        check_choice("reasoning_gym task", task, task_names("reasoning_gym"))
         share = source.count // len(source.tasks) + (place < source.count % len(source.tasks))
         for entry in reasoning_gym.create_dataset(task, size=share, seed=source.seed):
             kept = json.loads(json.dumps(entry, default=str))
@@ -127,7 +127,7 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
 
 
 def _existing(source: Prompts) -> Path:
-    path = Path(local(source.path))
+    path = Path(local_copy(source.path))
     if not path.exists():
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     return path

@@ -59,7 +59,11 @@ def neutralise(trace: str, strings: Sequence[str]) -> str:
 
 
 def trunk_and_suffixes(
-    text: ChatTokenizer, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric = RUBRIC
+    text: ChatTokenizer,
+    problem: str,
+    trace: str,
+    dimensions: Sequence[str],
+    rubric: Rubric = RUBRIC,
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the trunk, and of one suffix per dimension; a suffix's last position predicts the label.
 

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import Scoring
 from deltapref_jax.judging.rubric import RUBRIC, Rubric, label_ids, trunk_and_suffixes
-from deltapref_jax.mesh import put
+from deltapref_jax.mesh import shard
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import Loaded, abstract
-from deltapref_jax.scoring.packing import PackedBatch, Sample, pack, trimmed
+from deltapref_jax.scoring.packing import PackedBatch, PackedSample, drop_empty_half, pack
 
 
 class Ratings(NamedTuple):
@@ -44,7 +44,7 @@ def summarise(probabilities: np.ndarray) -> Ratings:
 
 def rating_sample(
     model: Loaded, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric
-) -> Sample:
+) -> PackedSample:
     """Trunk and branches of one trace; the targets mark the last position of every branch, where the label is read."""
     trunk, suffixes = trunk_and_suffixes(model.text, problem, trace, dimensions, rubric)
     tokens, positions, branches, ends = (
@@ -58,7 +58,7 @@ def rating_sample(
         positions += range(len(trunk), len(trunk) + len(suffix))
         branches += [b + 1] * len(suffix)
         ends += [False] * (len(suffix) - 1) + [True]
-    return Sample(
+    return PackedSample(
         np.asarray(tokens, np.int32),
         np.asarray(ends),
         np.asarray(positions, np.int32),
@@ -137,7 +137,7 @@ def rate_traces(
     )  # labels read per batch: one compiled shape
     positions = 0.0
     for micro in micros:
-        batch = trimmed(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])
+        batch = drop_empty_half(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])
         positions += batch.tokens.size
         rows, columns = np.nonzero(batch.targets)
         owner = micro.order[batch.targets[rows, columns] - 1]
@@ -146,7 +146,7 @@ def rate_traces(
             part = slice(start, start + most)
             at = np.zeros((2, most), np.int32)
             at[:, : len(rows[part])] = rows[part], columns[part]
-            p = np.asarray(read(params, put(batch, mesh, BATCH), at, labels))
+            p = np.asarray(read(params, shard(batch, mesh, BATCH), at, labels))
             found[owner[part], branch[part]] = p[: len(rows[part])]
     tokens = float(sum(len(s.tokens) for s in samples))
     return summarise(found), {"tokens": tokens, "positions": positions, "filled": tokens}

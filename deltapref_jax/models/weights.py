@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from deltapref_jax.files import local, remote
+from deltapref_jax.files import local_copy, remote
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
@@ -67,7 +67,7 @@ def resolve(path: str) -> str:
       FileNotFoundError: neither a local path nor a model that the hub or the bucket gives us.
     """
     if remote(path):
-        return local(path)
+        return local_copy(path)
     if os.path.exists(path):
         return path
     if path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(".gguf"):
@@ -239,7 +239,11 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     place, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
     return Loaded(
-        abstract(spec, jnp.dtype(dtype))[0], state, spec, ChatTokenizer.load(place), weights_hash(place)
+        abstract(spec, jnp.dtype(dtype))[0],
+        state,
+        spec,
+        ChatTokenizer.load(place),
+        weights_hash(place),
     )
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from deltapref_jax.config import DIMENSIONS, choose
+from deltapref_jax.config import DIMENSIONS, check_choice
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.world import FILLERS, Problem, solve, write
 
@@ -20,7 +20,7 @@ def corrupt(problem: Problem, dimension: str, degree: int, rng: random.Random) -
     Raises:
       ConfigError: unknown dimension.
     """
-    choose("dimension", dimension, DIMENSIONS)
+    check_choice("dimension", dimension, DIMENSIONS)
     count = len(solve(problem)[0])
     plan = FAMILIES[problem.family].plan
     wrong: dict[int, str] = {}

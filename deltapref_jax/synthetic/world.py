@@ -13,7 +13,7 @@ import json
 import random
 from typing import Any
 
-from deltapref_jax.config import ConfigError, choose
+from deltapref_jax.config import ConfigError, check_choice
 from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic.families import DAYS, FAMILIES, MAX_STEPS, Step, evaluate
 
@@ -55,7 +55,7 @@ def problem(family: str, difficulty: int, seed: int, index: int) -> Problem:
     Raises:
       ConfigError: unknown family; the sentence lists the known ones.
     """
-    choose("synthetic task", family, FAMILIES)
+    check_choice("synthetic task", family, FAMILIES)
     rng = random.Random(
         f"{family}|{difficulty}|{seed}|{index}"
     )  # a string seeds by its SHA-512 on every platform

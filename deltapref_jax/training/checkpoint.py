@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
-from deltapref_jax.files import ArtifactError, unwritable, write_whole
+from deltapref_jax.files import ArtifactError, unwritable, write_atomic
 from deltapref_jax.training.state import TrainState
 
 Array = jax.Array
@@ -223,7 +223,7 @@ class Metrics:
                 f"{self._path.parent} and run again: only that run is made anew."
             )
         self._remote = "://" in os.fspath(self._path)
-        write_whole(self._path, self._text())
+        write_atomic(self._path, self._text())
         if not self._remote:
             self._rows.clear()
 
@@ -248,7 +248,7 @@ class Metrics:
     def flush(self) -> None:
         """What was written so far is safe: to be called before the checkpoint that it belongs to."""
         if self._remote:
-            write_whole(self._path, self._text())
+            write_atomic(self._path, self._text())
             return
         with self._path.open("rb") as file:
             os.fsync(file.fileno())

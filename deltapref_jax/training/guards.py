@@ -14,7 +14,7 @@ NOISE = {"float32": 1e-3, "bfloat16": 5e-2}
 L tokens adds up like √L, so a completion may differ by √L times this."""
 
 WINDOW = 10
-"""Steps whose mean is held against that of as many steps before them, see `Fall`."""
+"""Steps whose mean is held against that of as many steps before them, see `LikelihoodDisplacement`."""
 
 
 def _shifts(
@@ -112,26 +112,26 @@ def check_finite(
     )
 
 
-class Fall:
+class LikelihoodDisplacement:
     """Notices that the log-probabilities of chosen and rejected fall together (a known failure, arXiv 2402.13228).
 
     Steps hold different traces, so what is watched are the mean log-ratios to the reference: both below 0 over the last
     `WINDOW` steps, and both lower than over the `WINDOW` before by more than three standard errors.
 
     Attributes:
-      at: step at which that was first seen; 0: never.
+      step: step at which that was first seen; 0: never.
     """
 
     def __init__(self, beta: float, reference: bool = True) -> None:
         """`beta`: of the rewards; `reference`: whether they are ratios to one, as otherwise nothing can be said."""
-        self.at = 0
+        self.step = 0
         self._beta, self._reference = beta, reference
         self._seen: list[tuple[float, float]] = []
 
     def __call__(self, row: Mapping[str, float]) -> str:
         """Takes a step's metrics; returns the warning the first time, "" otherwise. One-sided steps are passed over."""
         if (
-            self.at
+            self.step
             or not self._reference
             or not {"rewards/chosen", "rewards/rejected"} <= row.keys()
         ):
@@ -144,10 +144,10 @@ class Fall:
         error = np.sqrt((before.var(axis=0, ddof=1) + last.var(axis=0, ddof=1)) / WINDOW)
         if not ((change < -3 * error) & (last.mean(axis=0) < 0)).all():
             return ""
-        self.at = int(row["step"])
+        self.step = int(row["step"])
         chosen, rejected = last.mean(axis=0)
         return (
-            f"Up to step {self.at} the log-probabilities of chosen and rejected traces fall together (last "
+            f"Up to step {self.step} the log-probabilities of chosen and rejected traces fall together (last "
             f"{WINDOW} steps: {chosen:.2f} and {rejected:.2f} nats from the reference): the policy leaves both; a "
             "lower learning rate, a higher beta, nll_weight or rejected traces of the student's own may hold it."
         )

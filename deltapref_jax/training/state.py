@@ -110,7 +110,7 @@ class Optimizer:
         )
 
 
-def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+def init_state(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """A state at step 0 on `mesh`; `params`, those that are trained, are copied, not consumed."""
     transform = optimizer.transform()
     place = shardings(params, mesh)

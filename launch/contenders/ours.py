@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,42 @@ import numpy as np
 
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.flops import forward_flops
-from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.weights import load
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.scoring.logprobs import score_sequences
-from deltapref_jax.scoring.packing import capacity
-from deltapref_jax.training.data import Group, Row, pack_step
-from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.scoring.packing import max_segments
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
+from deltapref_jax.training.loop import train_step
+from deltapref_jax.training.monitor import batch_flops, step_flops
+from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.training.step import programs
-from deltapref_jax.training.watch import batch_flops, step_flops
+
+Score = Callable[[list[TokenSequence]], list[ReferencedSequence]]
 
 
-def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Any) -> list[Group]:
-    """The step's pairs, or its examples with mismatched partners; `score` gives every row its reference."""
-    rows = [Row(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")]
+def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Score) -> list[Group]:
+    """The step's pairs, or its examples with mismatched partners; `score` gives the references."""
+    rows = [
+        TokenSequence(np.asarray(pair["prompt"]), np.asarray(pair[side]))
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
     if kind == "dpo":
-        flat = score(rows)
-        return [Group(pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
-    partner = derange([str(i // 2) for i in range(len(rows))], 0)
-    flat = score(
-        rows
-        + [
-            row._replace(completion=rows[j].completion)
-            for row, j in zip(rows, partner, strict=True)
-        ]
-    )
-    own, others = flat[: len(rows)], flat[len(rows) :]
+        scored = score(rows)
+        return [Group(pair) for pair in zip(scored[::2], scored[1::2], strict=True)]
+    partners = derange([str(i // 2) for i in range(len(rows))], 0)
+    mismatched = [
+        row._replace(completion_ids=rows[j].completion_ids)
+        for row, j in zip(rows, partners, strict=True)
+    ]
+    scored = score(rows + mismatched)
+    matched, others = scored[: len(rows)], scored[len(rows) :]
     return [
         Group((row,), 1.0 - i % 2, other)
-        for i, (row, other) in enumerate(zip(own, others, strict=True))
+        for i, (row, other) in enumerate(zip(matched, others, strict=True))
     ]
 
 
@@ -65,21 +71,22 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     optimizer, objective = Optimizer(), Objective(kind=c["kind"], beta=c["beta"])
     steps = programs(
-        model.spec, c["dtype"], c["kind"], optimizer, capacity(rows, length), mesh, c["remat"]
+        model.spec, c["dtype"], c["kind"], optimizer, max_segments(rows, length), mesh, c["remat"]
     )
     ceiling = product_flops(c["dtype"])
     reference_seconds = 0.0
 
-    def score(wanted: list[Row]) -> list[Row | None]:
+    def score(sequences: list[TokenSequence]) -> list[ReferencedSequence]:
         nonlocal reference_seconds
         began = time.perf_counter()
-        found = score_sequences(
-            model.spec, model.state, [r.pieces for r in wanted], rows, length, mesh, c["dtype"]
-        )
+        scores = score_sequences(model.spec, model.state, sequences, rows, length, mesh, c["dtype"])
         reference_seconds += time.perf_counter() - began
+        if None in scores.sums:
+            raise ValueError(f"A sequence of the bench is longer than {length} tokens.")
         return [
-            None if value is None else row._replace(reference=value)  # None: longer than a row
-            for row, value in zip(wanted, found.sums, strict=True)
+            ReferencedSequence(sequence, logprob)
+            for sequence, logprob in zip(sequences, scores.sums, strict=True)
+            if logprob is not None
         ]
 
     data, n = [], c["pairs"]
@@ -87,15 +94,15 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         data.append(groups_of(c["kind"], pairs[at : at + n], score))
         if not at:  # compiles
             reference_seconds = 0.0
-    state, spec = start(model.state, optimizer, mesh), model.spec
+    state, spec = init_state(model.state, optimizer, mesh), model.spec
     del model
     seconds, losses, shares, flops, reference_flops = [], [], [], [], []
     for groups in data:
         began = time.perf_counter()
         batch = pack_step(
             groups, c["kind"], rows, length, share=shares_prompts(mesh, length)
-        ).trimmed(1)
-        state, sums, _ = run_step(steps, state, batch, objective, c["learning_rate"], mesh)
+        ).drop_empty_halves(1)
+        state, sums, _ = train_step(steps, state, batch, objective, c["learning_rate"], mesh)
         jax.block_until_ready(state.params)
         seconds.append(time.perf_counter() - began)
         losses.append(float(sums["loss"]))

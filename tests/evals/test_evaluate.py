@@ -3,6 +3,8 @@ import shutil
 
 import jax
 import pytest
+from deltapref_jax.workspace import Node, Workspace, run
+from evals.evaluate import describe, evaluate
 from flax import nnx
 
 from deltapref_jax.config import Experiment, Generator, MeshShape, Model, Sampling, Suite
@@ -15,8 +17,6 @@ from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import prompts
 from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.validation import validate
-from deltapref_jax.workspace import Node, Workspace, run
-from evals.evaluate import describe, evaluate
 from evals.suites import reasoning_gym, synthetic
 
 SUITES = (Suite(name="chain", samples=3), Suite(name="logic", domain="out", temperature=0.0))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from deltapref_jax.workspace import Workspace, run
+from evals.evaluate import describe
 from rich.console import Console
 
 from deltapref_jax.config import (
@@ -22,8 +24,6 @@ from deltapref_jax.config import (
 from deltapref_jax.stages import prompts
 from deltapref_jax.stages.study import plan
 from deltapref_jax.validation import validate
-from deltapref_jax.workspace import Workspace, run
-from evals.evaluate import describe
 from launch.cost import Cost, plan_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent

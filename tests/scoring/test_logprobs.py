@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deltapref_jax.config import MeshShape
-from deltapref_jax.mesh import make_mesh, put
+from deltapref_jax.mesh import make_mesh, shard
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.scoring import logprobs, projection
 from deltapref_jax.scoring.packing import Sample, capacity, layout, pack, pack_sequences, sample
@@ -39,8 +39,8 @@ def naive(model, params, rows):
 
 
 def tiles(monkeypatch, tokens, entries):
-    monkeypatch.setattr(projection, "_ENTRIES", entries)
-    monkeypatch.setattr(projection, "_NUMBERS", entries * tokens)
+    monkeypatch.setattr(projection, "_MAX_TILE_ENTRIES", entries)
+    monkeypatch.setattr(projection, "_CPU_TILE_LOGITS", entries * tokens)
 
 
 @pytest.mark.parametrize(("tokens", "shares"), [(1, 1), (7, 4), (4096, 2)])
@@ -82,7 +82,9 @@ def test_eight_devices_equal_one(tiny, one_device, shape):
     mesh = make_mesh(MeshShape(*shape))
     want, counts = logprobs.scorer(tiny.spec, "float32", 128, one_device)(tiny.state, micro.batch)
     params = jax.device_put(tiny.state, shardings(tiny.state, mesh))
-    got, _ = logprobs.scorer(tiny.spec, "float32", 128, mesh)(params, put(micro.batch, mesh, BATCH))
+    got, _ = logprobs.scorer(tiny.spec, "float32", 128, mesh)(
+        params, shard(micro.batch, mesh, BATCH)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(counts[: len(rows)], [rows[i].targets.sum() for i in micro.order])
 
@@ -106,8 +108,8 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
 
     got = run(
         lambda h, w: projection.token_logprobs(h, w, labels, mask, mesh),
-        put(hidden, mesh, BATCH),
-        put(matrix, mesh, PartitionSpec("tensor", "fsdp")),
+        shard(hidden, mesh, BATCH),
+        shard(matrix, mesh, PartitionSpec("tensor", "fsdp")),
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix)
@@ -139,7 +141,9 @@ def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
 @pytest.mark.parametrize("vocab", [509, 510])
 def test_a_vocabulary_without_a_fitting_divisor_is_one_share(monkeypatch, vocab):
     tiles(monkeypatch, 3, 100)
-    assert projection._tile(64, vocab, projection._NUMBERS)[1] == (509 if vocab == 509 else 85)
+    assert projection._tile_shape(64, vocab, projection._CPU_TILE_LOGITS)[1] == (
+        509 if vocab == 509 else 85
+    )
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():

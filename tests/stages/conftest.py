@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from deltapref_jax.workspace import Node, Workspace, run
 
 from deltapref_jax import records
 from deltapref_jax.config import MeshShape, Scoring
@@ -10,7 +11,6 @@ from deltapref_jax.models.weights import weights_hash
 from deltapref_jax.records import digest, table
 from deltapref_jax.stages import audit, judge, pair, score, train
 from deltapref_jax.synthetic import world
-from deltapref_jax.workspace import Node, Workspace, run
 
 QUESTIONS = world.prompts(("chain", "shop"), 6, 1, 3)
 

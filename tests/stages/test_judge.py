@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from deltapref_jax.workspace import Node
 
 from deltapref_jax.config import DIMENSIONS, Judge, MeshShape, Scoring
 from deltapref_jax.judging.exact import rate_exactly
@@ -13,7 +14,6 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.records import AUDIT, RATING
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.synthetic.world import from_meta, solution
-from deltapref_jax.workspace import Node
 
 SHAPE = Scoring(rows=8, row_length=1024, shard=4)
 

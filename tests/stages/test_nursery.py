@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deltapref_jax.workspace import Workspace
 from flax import nnx
 
 import launch.nursery
@@ -17,8 +18,8 @@ from deltapref_jax.config import (
     ConfigError,
     ModelZoo,
     Prompts,
-    SmallModel,
     Sampling,
+    SmallModel,
     Suite,
 )
 from deltapref_jax.judging.rubric import RUBRIC, label_ids
@@ -28,7 +29,6 @@ from deltapref_jax.stages import nursery
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.validation import validate_nursery
-from deltapref_jax.workspace import Workspace
 
 OAK = SmallModel(
     name="oak",

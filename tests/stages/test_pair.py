@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from deltapref_jax.workspace import Node
 
 from deltapref_jax.records import PAIR
-from deltapref_jax.workspace import Node
 
 DIMENSIONS = ("factuality", "signal_to_noise")
 CONFIG = {

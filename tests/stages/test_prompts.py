@@ -2,11 +2,11 @@ import dataclasses
 import json
 
 import pytest
+from deltapref_jax.workspace import Node, Workspace, run
 
 from deltapref_jax.config import ConfigError, Prompts
 from deltapref_jax.stages.prompts import prompts
 from deltapref_jax.synthetic import world
-from deltapref_jax.workspace import Node, Workspace, run
 
 
 def node(label, sources, suites=None):

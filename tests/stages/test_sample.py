@@ -3,6 +3,7 @@ import json
 
 import jax
 import pytest
+from deltapref_jax.workspace import Node, Workspace, run
 from flax import nnx
 
 from deltapref_jax.config import Generator, MeshShape, Model, Sampling
@@ -15,7 +16,6 @@ from deltapref_jax.stages.verify import verify
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import prompts
 from deltapref_jax.text.template import ChatTokenizer
-from deltapref_jax.workspace import Node, Workspace, run
 
 SAMPLING = Sampling(max_prompt=300, max_tokens=12, slots=8, chunk=4, shard=3)
 QUESTIONS = prompts(("chain", "sorting"), 8, 1, 0)

@@ -3,6 +3,7 @@ import dataclasses
 import shutil
 
 import pytest
+from evals.evaluate import describe
 
 from deltapref_jax.config import (
     Arm,
@@ -17,7 +18,6 @@ from deltapref_jax.config import (
 )
 from deltapref_jax.stages.study import check_models, ladder_of, plan
 from deltapref_jax.validation import validate
-from evals.evaluate import describe
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import math
 import jax
 import numpy as np
 import pytest
+from deltapref_jax.workspace import Node
 from flax import nnx
 from safetensors.numpy import load_file
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, Objective, Training
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import digest
-from deltapref_jax.workspace import Node
 
 LOCAL_ROWS = 8
 

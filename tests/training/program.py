@@ -18,20 +18,22 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from deltapref_jax.workspace import Node, Workspace, run
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from deltapref_jax.artifacts.lease import release_all
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.host import Notice, Preempted
-from deltapref_jax.mesh import fetch, make_mesh, start_processes
+from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
+from deltapref_jax.preemption import Preempted, PreemptionGuard, install_group_shutdown
+from deltapref_jax.processes import start_processes
 from deltapref_jax.training.checkpoint import Checkpoints
 from deltapref_jax.training.data import Group, Row, pack_step
 from deltapref_jax.training.loop import Run, train
-from deltapref_jax.training.state import Optimizer, start
-from deltapref_jax.workspace import Node, Workspace, run
+from deltapref_jax.training.state import Optimizer, init_state
 from launch.flags import run_main
 
 SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
@@ -73,7 +75,7 @@ def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None
     params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
     mesh = mesh or make_mesh(MeshShape(), jax.devices()[:1])
     params, counts = train(SPEC, params, source or data(kind, rows), how, mesh, folder, **more)
-    return fetch(params), counts
+    return gather_to_host(params), counts
 
 
 def save(params, path):
@@ -137,7 +139,7 @@ def both(root, port, index):
             save(params, root / kind / "params.npz")
 
 
-def leave(root, port, index):
+def preempt(root, port, index):
     """One of two processes; the second is told to leave at step 3, and both save the same step."""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     steps = data("dpo", 32)
@@ -174,13 +176,13 @@ def shards(root, index, together):
 
 def global_state(mesh):
     """What training starts from."""
-    return start(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
+    return init_state(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
 
 
 def full(root, index):
     """A second checkpoint finds the disk of process 1 full; the loop would go on to the third before it looks."""
     state = global_state(make_mesh(MeshShape(2, 2, 2)))
-    with Notice(), Checkpoints(root, 1) as checkpoints:
+    with PreemptionGuard(), Checkpoints(root, 1) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
         if index == 1:
@@ -191,7 +193,7 @@ def full(root, index):
 
 def view(root, index):
     """Process `index` goes on from the checkpoints that it sees in `root/INDEX`."""
-    with Notice(), Checkpoints(root / str(index), 1) as checkpoints:
+    with PreemptionGuard(), Checkpoints(root / str(index), 1) as checkpoints:
         checkpoints.restore(global_state(make_mesh(MeshShape(2, 2, 2))))
 
 
@@ -200,19 +202,20 @@ def fine(root, index):
     multihost_utils.sync_global_devices("done")
 
 
-def company(mode, root):
+def in_group(mode, root):
     """One of the processes that the environment describes, ended as `launch` ends them."""
 
     def job(_):
         start_processes()
+        install_group_shutdown(release_all)
         mode(root, jax.process_index())
 
     sys.argv = sys.argv[:1]
     run_main(job)
 
 
-MODES = {"kill": kill, "both": both, "leave": leave} | {
-    name: functools.partial(company, mode)
+MODES = {"kill": kill, "both": both, "preempt": preempt} | {
+    name: functools.partial(in_group, mode)
     for name, mode in {
         "alone": functools.partial(shards, together=False),
         "together": functools.partial(shards, together=True),
@@ -224,7 +227,7 @@ MODES = {"kill": kill, "both": both, "leave": leave} | {
 
 
 def main(mode, root, *numbers):
-    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX`, `leave ROOT PORT INDEX`, or one of the rest with `ROOT`."""
+    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX`, `preempt ROOT PORT INDEX`, or one of the rest with `ROOT`."""
     MODES[mode](Path(root), *map(int, numbers))
 
 

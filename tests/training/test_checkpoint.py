@@ -17,10 +17,10 @@ from absl import logging
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.files import ArtifactError
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 # Orbax leaves half-run coroutines of a failed save or restore to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -105,7 +105,7 @@ def test_sigterm_at_the_last_step_is_not_lost(program, tmp_path):
 @pytest.fixture
 def state(program, one_device):
     spec = program.SPEC
-    return start(
+    return init_state(
         program.nnx.state(program.Decoder(spec, rngs=program.nnx.Rngs(0))), Optimizer(), one_device
     )
 
@@ -246,7 +246,7 @@ def test_another_model_is_refused_and_an_older_checkpoint_is_named(tmp_path, sta
 
 def test_the_checksum_sees_one_bit_and_no_mesh(state):
     params = jax.device_get(state.params)
-    spread = start(params, Optimizer(), make_mesh(MeshShape(2, 2, 2)))
+    spread = init_state(params, Optimizer(), make_mesh(MeshShape(2, 2, 2)))
     assert int(checksum(spread)) == int(checksum(state)) != 0
     leaves, tree = jax.tree.flatten(jax.device_get(state))
     bits = leaves[0].view(np.uint32).copy()

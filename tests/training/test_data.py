@@ -9,7 +9,7 @@ from deltapref_jax.config import ConfigError, Objective, Training
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training.data import Data, Group, Row, pack_step
 from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.training.step import programs
 
 
@@ -69,7 +69,7 @@ def test_empty_rows_left_out_change_nothing(tiny, one_device):
     ends = [
         run_step(
             steps,
-            start(tiny.state, Optimizer(), one_device),
+            init_state(tiny.state, Optimizer(), one_device),
             batch,
             Objective(kind="dpo"),
             1e-3,
@@ -142,7 +142,7 @@ def test_prompts_read_once_change_no_loss_and_no_weight(tiny, one_device, kind):
     ends = [
         run_step(
             steps,
-            start(tiny.state, Optimizer(), one_device),
+            init_state(tiny.state, Optimizer(), one_device),
             batch,
             Objective(kind=kind),
             1e-3,

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 
 def same_run(one, other):
@@ -72,7 +72,7 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(program, spaw
 def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(
     program, spawn, tmp_path
 ):
-    said = two(spawn, "leave", tmp_path)
+    said = two(spawn, "preempt", tmp_path)
     assert [code for _, _, code in said] == [Preempted.code] * 2, said
     last = [out.splitlines()[-1] for out, _, _ in said]  # after what gloo says
     assert last[0] == last[1]
@@ -107,7 +107,7 @@ def test_twenty_arms_compile_once(program, one_device, kind):
             desirable_weight=1 + arm / 10,
             undesirable_weight=1 - arm / 40,
         )
-        state = start(params, Optimizer(), one_device)
+        state = init_state(params, Optimizer(), one_device)
         for step in range(2):
             state, sums, *_ = run_step(
                 steps, state, batch(step), objective, 1e-3 / (arm + 1), one_device

@@ -9,9 +9,15 @@ import pytest
 from deltapref_jax.config import ConfigError, Objective
 from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
 from deltapref_jax.training.data import Group, Row, pack_step
-from deltapref_jax.training.guards import NOISE, WINDOW, Fall, check_finite, check_reference
+from deltapref_jax.training.guards import (
+    NOISE,
+    WINDOW,
+    LikelihoodDisplacement,
+    check_finite,
+    check_reference,
+)
 from deltapref_jax.training.loop import Run, train
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 LENGTH = 64
 
@@ -112,7 +118,7 @@ def test_the_last_checkpoint_is_of_finite_steps(tiny, one_device, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         assert checkpoints.newest() == 3
-        state, _ = checkpoints.restore(start(tiny.state, Optimizer(), one_device))
+        state, _ = checkpoints.restore(init_state(tiny.state, Optimizer(), one_device))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
@@ -125,10 +131,10 @@ def metrics(chosen, rejected, beta=0.1):
 
 def test_both_falling_is_said_once():
     down, noise = -np.arange(40.0), np.random.default_rng(0).normal(0, 0.1, (2, 40))
-    fall = Fall(beta=0.1)
+    fall = LikelihoodDisplacement(beta=0.1)
     said = [fall(row) for row in metrics(down + noise[0], 2 * down + noise[1])]
     assert [bool(s) for s in said] == [i == 2 * WINDOW - 1 for i in range(40)]
-    assert fall.at == 2 * WINDOW
+    assert fall.step == 2 * WINDOW
     assert said[2 * WINDOW - 1] == (
         "Up to step 20 the log-probabilities of chosen and rejected traces fall together (last 10 steps: "
         f"{np.mean((down + noise[0])[10:20]):.2f} and {np.mean((2 * down + noise[1])[10:20]):.2f} nats from the "
@@ -140,17 +146,17 @@ def test_both_falling_is_said_once():
 @pytest.mark.parametrize(("chosen", "rejected"), [(1, -1), (-1, 1), (1, 1), (0, -1), (0, 0)])
 def test_anything_else_is_not_a_fall(chosen, rejected):
     time, noise = np.arange(60.0), np.random.default_rng(1).normal(0, 1, (2, 60))
-    fall = Fall(beta=0.1)
+    fall = LikelihoodDisplacement(beta=0.1)
     assert not any(
         fall(row) for row in metrics(chosen * time + noise[0] - 5, rejected * time + noise[1] - 5)
     )
-    assert fall.at == 0
+    assert fall.step == 0
 
 
 def test_what_falls_from_above_the_reference_or_on_one_side_is_passed_over():
-    fall, down = Fall(beta=0.1), -np.arange(40.0)
+    fall, down = LikelihoodDisplacement(beta=0.1), -np.arange(40.0)
     assert not any(fall(row) for row in metrics(down + 100, down))
-    fall = Fall(beta=0.1)
+    fall = LikelihoodDisplacement(beta=0.1)
     assert not any(
         fall({k: v for k, v in row.items() if k != "rewards/rejected"})
         for row in metrics(down, down)
@@ -189,7 +195,7 @@ def test_without_a_reference_nothing_falls_from_it():
     falling = [
         {"step": i, "rewards/chosen": -0.1 * i, "rewards/rejected": -0.2 * i} for i in range(1, 41)
     ]
-    fall, silent = Fall(0.1), Fall(0.1, reference=False)
+    fall, silent = LikelihoodDisplacement(0.1), LikelihoodDisplacement(0.1, reference=False)
     assert any(fall(row) for row in falling)
     assert not any(silent(row) for row in falling)
-    assert fall.at > silent.at == 0
+    assert fall.step > silent.step == 0

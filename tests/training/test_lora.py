@@ -19,7 +19,7 @@ from deltapref_jax.scoring.packing import capacity
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.loop import Run, run_step, train
 from deltapref_jax.training.objectives import Hyper
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 LORA = Lora(4, 8.0)
 
@@ -226,7 +226,7 @@ def test_a_bfloat16_base_stays_what_it_is_and_rates_betas_and_alphas_compile_onc
         kept = nnx.to_pure_dict(frozen)
         assert str(kept["blocks"].pop("scale").dtype) == "float32"
         assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"bfloat16"}
-        state = start(stirred(trained), Optimizer(), one_device)
+        state = init_state(stirred(trained), Optimizer(), one_device)
         state, sums, _ = run_step(
             steps,
             state,

@@ -12,9 +12,9 @@ from rich.console import Console
 from deltapref_jax.models.flops import forward_flops, peak_flops
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
-from deltapref_jax.training import loop, watch
+from deltapref_jax.training import loop, monitor
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.watch import Watch, note, step_flops
+from deltapref_jax.training.monitor import MonitorConfig, note, step_flops
 
 SPEC = ModelSpec(49152, 576, 30, 9, 3, 64, 1536)
 
@@ -114,22 +114,24 @@ def seen(monkeypatch):
         def close(self):
             calls.append("close")
 
-    monkeypatch.setitem(watch.TRACKERS, "wandb", Fake)
+    monkeypatch.setitem(monitor.TRACKERS, "wandb", Fake)
     return calls
 
 
 def test_trackers_see_the_rows_the_padding_and_the_speed(
     program, tmp_path, seen, monkeypatch, one_device
 ):
-    monkeypatch.setattr(watch, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(monitor, "peak_flops", lambda kind: 1e12)
     clock = iter(range(100))
-    monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(
+        monitor, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock)))
+    )
     data = [program.data("dpo", 32)(i) for i in range(3)]
     program.tiny(
         tmp_path / "run",
         steps=3,
         mesh=one_device,
-        watch=Watch(("wandb",)),
+        watch=MonitorConfig(("wandb",)),
         label="arm",
         source=data.__getitem__,
     )
@@ -183,8 +185,8 @@ def test_tensorboard_has_every_scalar(program, tmp_path, monkeypatch):
     # both runs begin within one second, by which the writer names its files
     monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: 1.7e9))
 
-    program.tiny(tmp_path, steps=2, watch=Watch(("tensorboard",)))
-    program.tiny(tmp_path, steps=3, watch=Watch(("tensorboard",)))
+    program.tiny(tmp_path, steps=2, watch=MonitorConfig(("tensorboard",)))
+    program.tiny(tmp_path, steps=3, watch=MonitorConfig(("tensorboard",)))
     found = {}
     for path in sorted((tmp_path / "tensorboard").iterdir()):
         data = path.read_bytes()
@@ -209,7 +211,7 @@ def test_wandb_continues_a_run_under_its_id(program, tmp_path, monkeypatch):
         sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: (calls.append(k), run)[1])
     )
     for steps in (1, 2):
-        program.tiny(tmp_path, steps=steps, watch=Watch(("wandb",)), label="arm")
+        program.tiny(tmp_path, steps=steps, watch=MonitorConfig(("wandb",)), label="arm")
     first, second = (call for call in calls if isinstance(call, dict))
     assert first == second
     assert (first["name"], first["resume"], first["dir"]) == ("arm", "allow", str(tmp_path))
@@ -227,7 +229,7 @@ def test_the_profiler_traces_its_window_and_stops(program, tmp_path, monkeypatch
     program.tiny(
         tmp_path,
         steps=4,
-        watch=Watch(profile=(2, 3)),
+        watch=MonitorConfig(profile=(2, 3)),
         source=lambda step: (calls.append(step), source(step))[1],
     )
     assert calls == [0, str(tmp_path / "profile"), 1, 2, "stop", 3]

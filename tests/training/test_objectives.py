@@ -11,7 +11,7 @@ from deltapref_jax.training import objectives, step
 from deltapref_jax.training.data import Data, Group, Row, pack_step
 from deltapref_jax.training.loop import run_step, summarise
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 HYPER = Hyper(
     beta=0.3,
@@ -172,7 +172,12 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
         for weight in (0.0, 0.7):
             o = Objective(kind=kind, beta=0.2 + weight, nll_weight=weight, gamma=weight)
             state, sums, s = run_step(
-                programs, start(tiny.state, Optimizer(), one_device), batch, o, 1e-3, one_device
+                programs,
+                init_state(tiny.state, Optimizer(), one_device),
+                batch,
+                o,
+                1e-3,
+                one_device,
             )
             found[rows, weight] = {k: float(v) for k, v in sums.items()}, state.params
             sums = found[rows, weight][0]
@@ -212,7 +217,7 @@ def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     first, second = (
         run_step(
             programs,
-            start(tiny.state, Optimizer(), one_device),
+            init_state(tiny.state, Optimizer(), one_device),
             pack_step(g, "simpo", 16, 64),
             Objective(kind="simpo", beta=2.0),
             1e-3,

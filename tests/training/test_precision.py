@@ -16,7 +16,7 @@ from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.objectives import Hyper
-from deltapref_jax.training.state import Optimizer, round_randomly, scale_by_adam, start
+from deltapref_jax.training.state import Optimizer, init_state, round_randomly, scale_by_adam
 
 B2 = 0.999
 
@@ -65,7 +65,7 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(
     ]  # a frequent token's gradient is a sum of thousands
     grads, sums, s = jax.eval_shape(steps.gradient, *arguments)
     assert {x.dtype for x in jax.tree.leaves((grads, sums, s))} == {jnp.dtype("float32")}
-    state = start(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), Optimizer(), one_device)
+    state = init_state(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), Optimizer(), one_device)
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 

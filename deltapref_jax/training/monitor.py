@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from deltapref_jax.files import remote, written
+from deltapref_jax.files import remote, staged_dir
 from deltapref_jax.mesh import is_first
 from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
@@ -22,11 +22,11 @@ from deltapref_jax.training.checkpoint import Metrics
 from deltapref_jax.training.data import StepData
 
 _WINDOW = 20  # steps that a speed is the mean of
-_SILENCE = 30.0  # seconds between lines where a bar cannot be drawn
+LOG_EVERY_SECONDS = 30.0  # seconds between lines where a bar cannot be drawn
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class MonitorConfig:
     """What is asked for besides the bar and `metrics.jsonl`."""
 
     trackers: tuple[str, ...] = ()  # of config.TRACKERS
@@ -112,7 +112,7 @@ def batch_flops(
     )
 
 
-class Live:
+class TrainMonitor:
     """Shows each finished step; use as a context manager, so that trackers and the profiler end.
 
     Args:
@@ -134,7 +134,7 @@ class Live:
         mesh: Mesh,
         folder: epath.Path,
         label: str,
-        watch: Watch,
+        watch: MonitorConfig,
         bar: Any,
         steps: int,
         resumed: int,
@@ -161,14 +161,14 @@ class Live:
             maxlen=_WINDOW + 1
         )
         self._tracing, self._trace = False, contextlib.ExitStack()
-        self._label, self._steps, self._said = label, steps, -_SILENCE
+        self._label, self._steps, self._said = label, steps, -LOG_EVERY_SECONDS
         if watch.profile and not (resumed < watch.profile[1] and watch.profile[0] <= steps):
             first, last = watch.profile
             self.warn(
                 f"--profile_steps={first}:{last} traces nothing: this run does steps {resumed + 1} to {steps}."
             )
 
-    def __enter__(self) -> "Live":
+    def __enter__(self) -> "TrainMonitor":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -181,7 +181,7 @@ class Live:
         """Step `step` (from 1) is about to start."""
         if self._profile and not self._tracing and self._profile[0] <= step <= self._profile[1]:
             jax.profiler.start_trace(
-                str(self._trace.enter_context(written(self.folder / "profile")))
+                str(self._trace.enter_context(staged_dir(self.folder / "profile")))
             )
             self._tracing = True
 
@@ -221,7 +221,7 @@ class Live:
         if (
             is_first()
             and not self._bar.console.is_terminal
-            and (now - self._said >= _SILENCE or step == self._steps)
+            and (now - self._said >= LOG_EVERY_SECONDS or step == self._steps)
         ):
             self._said = now
             left = self._bar.tasks[self._task].time_remaining

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import MeshShape
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
