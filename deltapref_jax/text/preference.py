@@ -65,8 +65,12 @@ class _Rendered(NamedTuple):
     bos: bool = False  # the tokenizer adds its BOS
 
 
-def tokenise(text: ChatTokenizer, examples: Sequence[Example]) -> list[Tokens]:
+def tokenise(text: ChatTokenizer, examples: Sequence[tuple[Any, ...]]) -> list[Tokens]:
     """Ids of examples of text or messages, tokenised in one call.
+
+    Args:
+      text: tokenises and renders.
+      examples: each an `Example`, or its leading fields.
 
     Raises:
       ConfigError: there are messages, and the tokenizer has no chat template.
@@ -74,7 +78,7 @@ def tokenise(text: ChatTokenizer, examples: Sequence[Example]) -> list[Tokens]:
     """
     rendered = [
         _text(text, e.prompt, e.completions) if isinstance(e.prompt, str) else _chat(text, e)
-        for e in examples
+        for e in (Example(*fields) for fields in examples)
     ]
     encoded = iter(text.encode([part for r in rendered for part in (r.prompt, *r.wholes)]))
     bos = added_bos(text.tokenizer)
