@@ -35,6 +35,7 @@ from deltapref_jax.config import (
     Scoring,
     Training,
     check_choice,
+    need_reasoning_gym,
 )
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
@@ -95,6 +96,8 @@ def _check_range(field: str, value: float, low: float, high: float = math.inf) -
 def _check_prompts(field: str, prompts: Prompts) -> None:
     check_choice(f"{field}.kind", prompts.kind, PROMPT_KINDS)
     check_choice(f"{field}.checker", prompts.checker, CHECKERS)
+    if prompts.kind == "reasoning_gym":
+        need_reasoning_gym()
     _check_range(f"{field}.count", prompts.count, 0)
     _check_range(f"{field}.difficulty", prompts.difficulty, 1)
     _check_range(f"{field}.seed", prompts.seed, 0)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+import sys
 
 import pytest
 
@@ -433,4 +434,15 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
     assert str(error.value) == (
         "config.trackers has 'wandb' and no_such_package is not installed; pip install "
         "no_such_package."
+    )
+
+
+def test_reasoning_gym_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    gym = Prompts(kind="reasoning_gym", tasks=("gcd",), count=1)
+    with pytest.raises(ConfigError) as error:
+        validate(dataclasses.replace(GOOD, prompts=(gym,)))
+    assert str(error.value) == (
+        "Prompts of kind 'reasoning_gym' need the package reasoning-gym, which is not installed; "
+        "run pip install 'deltapref-jax[gym]'."
     )

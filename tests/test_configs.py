@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
-from deltapref_jax.judging.scorer import _reader
+from deltapref_jax.judging.scorer import _label_probability_fn
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, spec_to_hf
@@ -79,7 +79,10 @@ def models(e):
 @pytest.fixture
 def study(request, tmp_path):
     """An experiment whose models are folders of the right shape without weights, so that it can be planned."""
-    e = validate(config(request.param))
+    e = config(request.param)
+    if "reasoning_gym" in {p.kind for p in (*e.prompts, *(s.prompts for s in e.suites))}:
+        pytest.importorskip("reasoning_gym")
+    validate(e)
     for model in models(e):
         if model.path:
             folder = tmp_path / pathlib.Path(model.path).name
@@ -155,7 +158,7 @@ def trace_scoring(spec, dtype, rows, length, mesh):
 @functools.cache
 def trace_judging(spec, dtype, rows, length, mesh):
     p = jax.eval_shape(
-        _reader(spec, dtype, mesh),
+        _label_probability_fn(spec, dtype, mesh),
         abstract(spec)[1],
         packed(rows, length, branched=True),
         array(jnp.int32, 2, 77),
@@ -194,7 +197,7 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
     )
     for filtered in (False, True):
         after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered),
+            functools.partial(advance, kept["graphdef"], decode_steps=chunk, filtered=filtered),
             weights,
             longest,
             table,

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from configs.train import get_config
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
-from deltapref_jax.models.weights import export, load, look, weights_hash
+from deltapref_jax.models.weights import export, inspect_model, load, weights_hash
 from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.synthetic import world
 from deltapref_jax.validation import validate_pair_training
@@ -430,8 +430,8 @@ def test_sequences_that_the_reference_was_not_made_for_are_refused(
     run({"tokens": nodes["tokens"]}, STAGES, workspace, show=False)
     check(workspace, nodes)
     monkeypatch.setattr(
-        "deltapref_jax.stages.single.look",
-        lambda path: (dataclasses.replace(look(path)[0], **spec), None),
+        "deltapref_jax.stages.single.inspect_model",
+        lambda path: (dataclasses.replace(inspect_model(path)[0], **spec), None),
     )
     with pytest.raises(ConfigError, match=sentence):
         check(workspace, nodes)
