@@ -66,6 +66,7 @@ class Bench:
     """Makes one stage's artifact in a workspace of its own."""
 
     mesh = MeshShape()
+    given = staticmethod(given)
 
     def __init__(self, root, folder):
         self.workspace, self.folder = Workspace(root), str(folder)
