@@ -1,4 +1,4 @@
-"""Log-probabilities once per sequence, matched and mismatched, in the order of the SEQUENCE table."""
+"""Log-probabilities once per sequence, matched and mismatched, in the order of their table."""
 
 import jax
 import jax.numpy as jnp
