@@ -103,10 +103,13 @@ class Policy(Node, stage="train", version=4):
           ConfigError: a table was made by other weights than the reference, or nothing was scored.
         """
         rows = [row for node in self.sequences.values() for row in job.rows(TokenSequence, node)]
+        counts: Stats = {}
         if self.pairs is None:
             examples = file_examples(rows)
         else:
-            examples = pair_examples(self.objective.kind, job.rows(Pair, self.pairs), rows)
+            pairs = job.rows(Pair, self.pairs)
+            examples = pair_examples(self.objective.kind, pairs, rows)
+            counts["pairs"] = float(len(pairs))
         logprobs = input_logprobs(job, self.logprobs, self.reference_weights)
         groups = referenced(self.objective.kind, examples, rows, logprobs)
         if not groups:
@@ -114,10 +117,7 @@ class Policy(Node, stage="train", version=4):
                 f"None of the {len(examples)} pairs or examples has reference log-probabilities: "
                 "their rows are longer than config.scoring.row_length; raise it."
             )
-        return groups, {
-            "pairs": float(len(examples)),
-            "dropped_long": float(len(examples) - len(groups)),
-        }
+        return groups, counts | {"dropped_long": float(len(examples) - len(groups))}
 
     def data(self, groups: Sequence[Group], mesh: Mesh, models: Mapping[str, ModelSpec]) -> Data:
         """The steps of the run.
