@@ -1,4 +1,4 @@
-"""Ratings read from branches = each dimension alone = by hand from the full logits."""
+"""Ratings from branches equal those of single dimensions and those from the full logits."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SHAPE = Scoring(rows=4, row_length=1024)
 
 @pytest.fixture(scope="module")
 def judge(tiny):
-    """Weights far from uniform labels."""
+    """A judge whose label probabilities are far from uniform."""
     return type(tiny)(
         **vars(tiny) | {"state": jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, tiny.state)}
     )
