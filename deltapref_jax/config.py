@@ -5,6 +5,7 @@ The checks are in `validation`. This module imports nothing of the project.
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -96,6 +97,18 @@ def check_choice(field: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
+def need_reasoning_gym() -> None:
+    """Raises `ConfigError` where reasoning-gym is not installed.
+
+    It is an extra, because one of its dependencies needs a C compiler.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError(
+            "Prompts of kind 'reasoning_gym' need the package reasoning-gym, which is not "
+            "installed; run pip install 'deltapref-jax[gym]'."
+        )
+
+
 @dataclasses.dataclass
 class Prompts:
     """Questions from one source."""
@@ -184,7 +197,8 @@ class Objective:
     label_smoothing: float = 0.0
     # In simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6).
     gamma: float = 0.5
-    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token.
+    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood per
+    # token.
     nll_weight: float = 0.0
     # In kto and apo_zero_unpaired: w_D, 0 upward.
     desirable_weight: float = 1.0
@@ -224,7 +238,7 @@ class Arm:
 
 @dataclasses.dataclass
 class Lora:
-    """Low-rank adapters: W + (alpha / rank) A B, of which A and B are trained (arXiv 2106.09685)."""
+    """Low-rank adapters: W + (alpha / rank) A B, where A and B are trained (arXiv 2106.09685)."""
 
     # Columns of A and rows of B; 0: all weights are trained, and there are no adapters.
     rank: int = 0

@@ -12,8 +12,7 @@ from deltapref_jax.data.preferences import LengthLimit
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.lora import check_rank
-from deltapref_jax.models.weights import look as inspect_model
-from deltapref_jax.models.weights import weights_hash
+from deltapref_jax.models.weights import inspect_model, weights_hash
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.stages.score import LogProbTable, known_table, read_logprobs, table_files
 from deltapref_jax.stages.study import check_same_vocabulary
@@ -95,7 +94,9 @@ def check(p: PairTraining, policy: Policy, workspace: Workspace) -> None:
     examples = file_examples(rows)
     paths = {p.student.path, reference_of(p.student, p.reference).path}
     specs = {path: inspect_model(path)[0] for path in paths if path}
-    zeros = {row.sequence_id: 0.0 for row in rows}
+    zeros: dict[str, dict[str, float]] = {}  # any value will do, since nothing is trained
+    for row in rows:
+        zeros.setdefault(row.trace_id, {})[row.sequence_id] = 0.0
     groups = referenced(p.objective.kind, examples, rows, zeros)
     policy.data(groups, make_mesh(p.mesh), specs)
     if p.table:

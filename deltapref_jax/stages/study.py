@@ -29,8 +29,7 @@ from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import look as inspect_model
-from deltapref_jax.models.weights import weights_hash
+from deltapref_jax.models.weights import inspect_model, weights_hash
 from deltapref_jax.pairs.build import Rules
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
@@ -221,6 +220,7 @@ def _judge(e: Experiment, judge: Judge) -> tuple[Judge, str]:
 def _ratings(
     e: Experiment, judge: Judge, prompts: PromptTable, traces: Mapping[str, TraceTable]
 ) -> dict[str, RatingTable]:
+    """Of one judge, by generator."""
     judge, weights = _judge(e, judge)
     return {
         name: RatingTable(
@@ -237,6 +237,7 @@ def _ratings(
 
 
 def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable:
+    """Node of a judge's audit on the synthetic questions of `prompts`."""
     judge, weights = _judge(e, judge)
     return AuditTable(
         label=("audit", judge.name),

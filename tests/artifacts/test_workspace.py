@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from deltapref_jax.artifacts.job import Job
-from deltapref_jax.artifacts.lease import Lease, _here
+from deltapref_jax.artifacts.lease import Lease, _pid_namespace
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
@@ -353,8 +353,8 @@ def dead_pid():
 def test_live_lease_of_another_host_is_respected_and_stale_ones_are_taken_over(tmp_path):
     path = tmp_path / "claim"
     assert not Lease(claim(path)).take()
-    assert not Lease(claim(path, host=_here(), pid=os.getpid())).take()
-    for stale in ({"expires": time.time() - 1}, {"host": _here(), "pid": dead_pid()}):
+    assert not Lease(claim(path, host=_pid_namespace(), pid=os.getpid())).take()
+    for stale in ({"expires": time.time() - 1}, {"host": _pid_namespace(), "pid": dead_pid()}):
         lease = Lease(claim(path, **stale))
         assert lease.take()
         lease.release()

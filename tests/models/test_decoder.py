@@ -67,7 +67,7 @@ def sequences(seed=0):
 
 def packed(rows=2, length=20):
     samples = [pack_one(TokenSequence(s[:1], s[1:]), i) for i, s in enumerate(sequences())]
-    (micro,) = pack([[[s]] for s in samples], rows, length)
+    (micro,) = pack([[[sample]] for sample in samples], rows, length)
     return micro
 
 
