@@ -56,9 +56,9 @@ def progress(show: bool = True) -> Progress:
     )
 
 
-def log(sentence: str) -> None:
-    """A line with the time of day, where stderr is a log and no terminal."""
-    if not sys.stderr.isatty():
+def log(sentence: str, always: bool = False) -> None:
+    """Prints a line with the time of day if stderr is a log; with `always` in a terminal too."""
+    if always or not sys.stderr.isatty():
         print(f"{time.strftime('%H:%M:%S')} {sentence}", file=sys.stderr, flush=True)
 
 

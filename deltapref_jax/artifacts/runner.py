@@ -14,7 +14,7 @@ from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Manifest, Workspace
 from deltapref_jax.files import UNWRITABLE_ERRNOS, ArtifactError, unwritable
 from deltapref_jax.processes import agreed, process_index
-from deltapref_jax.progress import log
+from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
 _WAIT_SECONDS = 0.5  # between looks at what other runners hold
 _INDEX_SECONDS = 10.0  # between updates of index.json
@@ -40,7 +40,8 @@ def run(
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
     """
     nodes = in_order(wanted)
-    pending, made, indexed = list(nodes), 0, time.monotonic()
+    pending, made = list(nodes), 0
+    waited, indexed = 0.0, time.monotonic()
     while pending:
         before = len(pending)
         for node in list(pending):
@@ -59,9 +60,14 @@ def run(
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
                 workspace.write_index(study, nodes)
                 indexed = time.monotonic()
-        # Other runners hold all that is ready.
-        if len(pending) == before:
+        if len(pending) < before:
+            waited = 0.0
+        else:  # other runners hold all that is ready
             time.sleep(_WAIT_SECONDS)
+            waited += _WAIT_SECONDS
+            if show and process_index() == 0 and waited % LOG_EVERY_SECONDS < _WAIT_SECONDS:
+                held = [node.name for node in pending if workspace.key(node) is not None]
+                log(f"Waiting for other runners, who hold {', '.join(held[:3])} …", always=True)
     if study and process_index() == 0:
         workspace.write_index(study, nodes)
     if show and process_index() == 0:
