@@ -184,7 +184,8 @@ class Objective:
     label_smoothing: float = 0.0
     # In simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6).
     gamma: float = 0.5
-    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token.
+    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood per
+    # token.
     nll_weight: float = 0.0
     # In kto and apo_zero_unpaired: w_D, 0 upward.
     desirable_weight: float = 1.0
@@ -224,7 +225,7 @@ class Arm:
 
 @dataclasses.dataclass
 class Lora:
-    """Low-rank adapters: W + (alpha / rank) A B, of which A and B are trained (arXiv 2106.09685)."""
+    """Low-rank adapters: W + (alpha / rank) A B, where A and B are trained (arXiv 2106.09685)."""
 
     # Columns of A and rows of B; 0: all weights are trained, and there are no adapters.
     rank: int = 0

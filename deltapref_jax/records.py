@@ -1,7 +1,8 @@
-"""Records that stages exchange, and their Parquet tables: one row per trace wherever work is per trace.
+"""Records that stages exchange, and their Parquet tables: one row per trace wherever work is.
 
-A record type declares its table: `schema` reads the columns from the annotations, `to_table` and `from_table` convert.
-Joins go by `prompt_id` and `trace_id`; both are content hashes, so they mean the same in every workspace.
+A record type declares its table: `schema` reads the columns from the annotations, `to_table` and
+`from_table` convert. Joins go by `prompt_id`, `trace_id` and `sequence_id`; all are content hashes,
+so they mean the same in every workspace.
 """
 
 import functools
@@ -103,7 +104,7 @@ class TokenSequence(NamedTuple):
 
     @property
     def targets(self) -> np.ndarray:
-        """bool [length]: tokens that are scored; a first token is none, having nothing before it."""
+        """bool [length]: tokens that are scored; a first token never is, nothing predicts it."""
         targets = np.zeros(self.length, bool)
         targets[len(self.prompt_ids) :] = True if self.scored is None else self.scored
         targets[:1] = False
@@ -118,7 +119,10 @@ class TokenSequence(NamedTuple):
 
 
 class LogProb(NamedTuple):
-    """Log-probability of a sequence's targets under one model; the schema's metadata names its weights."""
+    """Log-probability of a sequence's targets under one model.
+
+    The metadata of the table's schema names the weights and the dtype of the model.
+    """
 
     prompt_id: str  # of the prompt in front of the completion
     trace_id: str  # of the completion
@@ -210,7 +214,7 @@ def to_table(record: type[Record], rows: Iterable[Record]) -> pa.Table:
 
 
 def from_table(record: type[Record], table: pa.Table) -> list[Record]:
-    """Rows of a table; columns that `record` does not have are passed over, lists of ids are arrays."""
+    """Rows of a table; columns that `record` does not have are left out, lists of ids are arrays."""
     columns = [
         _arrays(table[field.name])
         if field.type in (pa.list_(pa.int32()), pa.list_(pa.bool_()))

@@ -1,4 +1,4 @@
-"""Runs a delta study: every artifact that the config calls for and that is not there yet, then the page.
+"""Runs a delta study: every artifact of the config that is not there yet, then the page.
 
     python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify]
         [--config.training.steps=60 …]

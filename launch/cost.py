@@ -1,4 +1,4 @@
-"""The plan of a dry run: every artifact wanted, which exist, and what the rest will cost at most."""
+"""The plan of a dry run: every artifact, which exist, and what the rest will cost at most."""
 
 from rich.table import Table
 

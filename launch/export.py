@@ -37,8 +37,8 @@ def main(_: list[str]) -> None:
     needed = [node, *(report.sequences[generator] for generator in both if _IDS.value)]
     if not all(workspace.complete(table) for table in needed):
         raise FileNotFoundError(
-            f"The pairs of arm {name!r} are not in {e.workspace}; run launch.ablate with this config "
-            "first."
+            f"The pairs of arm {name!r} are not in {e.workspace}; run launch.ablate with this "
+            "config first."
         )
     pairs = workspace.rows(Pair, node)
     if _IDS.value:

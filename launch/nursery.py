@@ -1,6 +1,6 @@
-"""Trains the small models that ship with the project, measures them, and puts them where they ship from.
+"""Trains the small models that ship with the project, and measures them.
 
-    python -m launch.nursery --config=configs/nursery.py                  # over an hour on two cores
+    python -m launch.nursery --config=configs/nursery.py                 # over an hour on two cores
     python -m launch.nursery --config=configs/nursery.py --measure_only   # what is there, again
 
 Beside the models stands `measured.json`: how each was trained, a solver's accuracy in percent and a

@@ -1,4 +1,4 @@
-"""Artifacts wanted, before any is made: a stage with its config and its inputs, as one typed object.
+"""Artifacts wanted, before any is made: a stage with its config and inputs, as one typed object.
 
 A stage is a subclass of `Node`, and a node is an instance of it. Three kinds of fields make a node:
 
@@ -62,11 +62,11 @@ class Node(_Dataclasses):
             cls.stage, cls.version = stage, version
 
     def make(self, job: "Job") -> None:
-        """Makes the artifact in `job.dir`: writes its table or files, and counts into `job.stats`."""
+        """Makes the artifact: writes its table or files, and puts counts into `job.stats`."""
         raise NotImplementedError(f"The stage {self.stage!r} has no make().")
 
     def batch(self) -> Any:
-        """Nodes with an equal answer are handed to `make_batch` together; None: each is made alone."""
+        """Nodes that return the same go to `make_batch` together; None: each is made alone."""
         return None
 
     @classmethod

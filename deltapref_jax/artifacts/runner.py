@@ -1,12 +1,13 @@
 """The runner: makes what is missing of the artifacts wanted, taking whatever is ready.
 
-A node is ready when its inputs are complete. What another runner of the workspace holds is skipped and asked for again
-later, so that several runners finish a study together. In a JAX job of several processes process 0 decides, and the
-others are told; all of them run every stage.
+A node is ready when its inputs are complete. What another runner of the workspace holds is skipped
+and asked for again later, so that several runners finish a study together. In a JAX job of several
+processes process 0 decides, and the others are told; all of them run every stage.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from deltapref_jax.artifacts.job import Busy, Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
@@ -38,81 +39,80 @@ def run(
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
     """
     nodes = in_order(wanted)
-    pending = list(nodes)
-    indexed = time.monotonic()
-
-    def index() -> None:
-        if study and process_index() == 0:
-            workspace.write_index(study, nodes)
-
+    pending, indexed = list(nodes), time.monotonic()
     while pending:
-        advanced = False
+        before = len(pending)
         for node in list(pending):
-            # an artifact that was made in a batch, or whose inputs are not there yet
+            # A node is passed over while an input is missing, or after its batch was made.
             if node not in pending or not agreed(workspace.key(node) is not None):
                 continue
-            if agreed(workspace.complete(node, verify)):
+            if not agreed(workspace.complete(node, verify)):
+                with _making(_batch(node, pending, workspace), workspace, show) as jobs:
+                    if node.batch() is None:
+                        node.make(jobs[0])
+                    elif jobs:
+                        node.make_batch([(job.node, job) for job in jobs])
+            if agreed(workspace.complete(node)):
                 pending.remove(node)
-                advanced = True
-                continue
-            advanced |= _make(_batch(node, pending, workspace), workspace, show)
-            if time.monotonic() - indexed > _INDEX_SECONDS:
-                index()
+            if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
+                workspace.write_index(study, nodes)
                 indexed = time.monotonic()
-        if pending and not advanced:
+        # Other runners hold all that is ready.
+        if len(pending) == before:
             time.sleep(_WAIT_SECONDS)
-    index()
+    if study and process_index() == 0:
+        workspace.write_index(study, nodes)
     agreed(True)  # nobody reads before process 0 has written
 
 
 def _batch(node: Node, pending: Sequence[Node], workspace: Workspace) -> list[Node]:
-    """The node with all that are ready and that its stage would make together with it."""
+    """The node with all that are ready and that its stage makes together with it."""
     if node.batch() is None:
         return [node]
     return [
         other
         for other in pending
         if type(other) is type(node)
-        and agreed(workspace.key(other) is not None)
         and other.batch() == node.batch()
+        and agreed(workspace.key(other) is not None)
         and not agreed(workspace.complete(other))
     ]
 
 
-def _make(nodes: Sequence[Node], workspace: Workspace, show: bool) -> bool:
-    """Makes the nodes that no other runner holds; returns whether anything was made."""
-    jobs = [Job(node, workspace, show) for node in nodes]
-    held = []
+@contextlib.contextmanager
+def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator[list[Job]]:
+    """Jobs of the nodes, or of those of a batch that no other runner holds; finishes them behind.
+
+    What another runner holds or has finished ends the making without an error.
+    """
+    jobs: list[Job] = []
     try:
-        for node, job in zip(nodes, jobs, strict=True):
-            _make_folder(job, workspace)
+        for node in nodes:
+            job = _start(node, workspace, show)
             try:
                 if node.batch() is not None:
                     job.claim()
-                held.append((node, job))
+                jobs.append(job)
             except (Busy, Finished):
                 job.close()
-        if not held:
-            return False
-        type(nodes[0]).make_batch(held)
-        if process_index() == 0:
-            for _, job in held:
-                job.finish()
-        return agreed(True)  # the other processes read only what process 0 has finished
-    except Busy:
-        return False
-    except Finished:
-        return True
+        yield jobs
+        for job in jobs if process_index() == 0 else ():
+            job.finish()
+        agreed(True)  # the other processes read only what process 0 has finished
+    except (Busy, Finished):
+        pass
     except OSError as e:
         if e.errno in UNWRITABLE_ERRNOS:
-            raise unwritable(e.filename or jobs[0].dir, e) from e
+            raise unwritable(e.filename or workspace.root, e) from e
         raise
     finally:
         for job in jobs:
             job.close()
 
 
-def _make_folder(job: Job, workspace: Workspace) -> None:
+def _start(node: Node, workspace: Workspace, show: bool) -> Job:
+    """A job in a folder that is there."""
+    job = Job(node, workspace, show)
     try:
         job.dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -120,3 +120,4 @@ def _make_folder(job: Job, workspace: Workspace) -> None:
             f"The workspace {workspace.root} cannot be written ({e.strerror or e}); "
             "choose another with --config.workspace=…"
         ) from e
+    return job

@@ -1,8 +1,8 @@
-"""Content-addressed artifacts on disk or in a bucket: what a stage made, looked up by what it was made from.
+"""Content-addressed artifacts on disk or in a bucket: looked up by what they were made from.
 
     workspace/<stage>/<key>/
       shard-00000-of-00004.parquet    written under a temporary name, put in place whole
-      shard-00000-of-00004.json       its checksum, rows and counts; the shard is done when this stands
+      shard-00000-of-00004.json       checksum, rows and counts; the shard is done when this stands
       claims/…                        leases of running work; they expire (`lease`)
       manifest.json                   written last: the artifact is complete when it stands
     workspace/index.json              names of a study's artifacts and their folders, for people

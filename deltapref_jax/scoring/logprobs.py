@@ -1,4 +1,4 @@
-"""Log-probabilities of packed rows: sums per sequence, and the scoring of a whole list of sequences."""
+"""Log-probabilities of packed rows: sums per sequence, and the scoring of a list of sequences."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,7 +25,9 @@ from deltapref_jax.scoring.projection import token_logprobs
 def sequence_logprobs(
     model: Decoder, batch: PackedBatch, segments: int, remat: str = "none", mesh: Mesh | None = None
 ) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
-    """Sum of the target tokens' log-probabilities (nats) and their number, per sequence; target i + 1 at index i.
+    """Sum of the target tokens' log-probabilities (nats) and their number, per sequence.
+
+    Index i holds the sequence whose tokens have target i + 1.
 
     Args:
       model: the decoder.
@@ -37,7 +39,8 @@ def sequence_logprobs(
     hidden = model.hidden(
         batch.tokens, batch.positions, batch.segments, batch.branches, remat=remat, mesh=mesh
     )
-    # position i - 1 scores token i: labels and owners stand where they are scored; padded to whole rows, which divide
+    # Position i - 1 scores token i, so labels and owners move there; rows are padded to their old
+    # length, which divides over the mesh.
     labels, owner = (
         jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.targets)
     )

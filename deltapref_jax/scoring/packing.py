@@ -124,7 +124,7 @@ def candidate_layouts(
 
 
 def max_segments(rows: int, length: int) -> int:
-    """S: sequences that one micro-batch may hold, fixed by the shape so that one program serves all."""
+    """S: sequences that one micro-batch may hold; a function of its shape alone."""
     return max(rows, rows * length // 8)
 
 
@@ -134,7 +134,7 @@ def layout(
     """First-fit decreasing, by a group's sum and by its longest sample, whichever needs fewer rows.
 
     Args:
-      groups: the candidate layouts of every group; the first that fits a micro-batch is taken there.
+      groups: the candidate layouts of every group; the first that fits a micro-batch is taken.
       rows: B.
       length: L.
 

@@ -22,7 +22,7 @@ _IDENTITY = digest("evaluation")
 
 
 class ResultTable(Node, stage="evaluate", version=4):
-    """RESULT: one model on one suite. All suites of a model that are missing are sampled in one pass.
+    """RESULT: one model on one suite. Missing suites of one model are sampled in one pass.
 
     Attributes:
       policy: what is evaluated, where it was trained here; None: the model at `model.path`.
@@ -49,7 +49,7 @@ class ResultTable(Node, stage="evaluate", version=4):
     mesh: MeshShape = runtime()
 
     def batch(self) -> object:
-        """All suites of one model are decoded together: slots stay filled, weights are loaded once."""
+        """All suites of one model: slots stay filled, and its weights are loaded once."""
         return self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
 
     @classmethod
@@ -63,10 +63,8 @@ class ResultTable(Node, stage="evaluate", version=4):
         questions = [each_job.rows(Prompt, node.questions) for node, each_job in work]
         for (node, _), prompts in zip(work, questions, strict=True):
             node._check_checkers(prompts)
-        if first.policy:
-            path = str(job.local_input(first.policy, "policy"))
-        else:
-            path = first.model.path
+        trained = first.policy and job.local_input(first.policy, "policy")
+        path = str(trained or first.model.path)
         model = load(path, dtype=first.model.dtype, params=first.model.dtype)
         mesh = make_mesh(first.mesh, jax.local_devices())
         engine = Engine(model, first.sampling, first.seed, _IDENTITY, mesh)

@@ -1,4 +1,4 @@
-"""nursery: the small models that ship with the project, from their tokenizer to Hugging Face folders.
+"""nursery: the small models that ship with the project, as Hugging Face folders.
 
 Solvers learn from worked solutions, a judge from rated ones (`SmallModel.curriculum`).
 """
@@ -168,7 +168,7 @@ CURRICULA = {"solve": solving, "judge": rating}
 
 
 def training_batch(model: SmallModel, text: ChatTokenizer, step: int) -> StepData:
-    """Step `step` of training: one micro-batch of fresh samples, a pure function of model and step."""
+    """One micro-batch of fresh samples for step `step`; a pure function of model and step."""
     rng = random.Random(f"{model.name}|{model.seed}|{step}")
     samples: list[PackedSample] = []
     room = int(0.93 * model.rows * model.row_length)

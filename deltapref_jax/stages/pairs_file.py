@@ -94,7 +94,9 @@ def check(p: PairTraining, policy: Policy, workspace: Workspace) -> None:
     examples = file_examples(rows)
     paths = {p.student.path, reference_of(p.student, p.reference).path}
     specs = {path: inspect_model(path)[0] for path in paths if path}
-    zeros = {row.sequence_id: 0.0 for row in rows}
+    zeros: dict[str, dict[str, float]] = {}  # any value will do, since nothing is trained
+    for row in rows:
+        zeros.setdefault(row.trace_id, {})[row.sequence_id] = 0.0
     groups = referenced(p.objective.kind, examples, rows, zeros)
     policy.data(groups, make_mesh(p.mesh), specs)
     if p.table:

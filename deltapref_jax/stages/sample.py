@@ -112,7 +112,7 @@ class TraceTable(Node, stage="sample", version=3):
 
 
 def asked(prompt: Prompt, system: str, prefix: str) -> list[dict[str, str]]:
-    """The conversation as a generator is asked: its system message, its prefix before the question."""
+    """The conversation as a generator is asked: with its system message and question prefix."""
     messages = prompt.chat()
     messages[-1]["content"] = prefix + messages[-1]["content"]
     if system:

@@ -1,7 +1,6 @@
 """score: log-probabilities of sequences under one model, the reference of DPO and KTO."""
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -104,8 +103,9 @@ def check_weights(table: pa.Schema, weights: str, where: object) -> None:
     """
     if not {"sequence_id", "logprob"} <= set(table.names):
         raise ConfigError(
-            f"{where} has the columns {', '.join(table.names)} and is no table of log-probabilities, "
-            "which has sequence_id and logprob; leave config.table empty to have them computed."
+            f"{where} has the columns {', '.join(table.names)} and is no table of "
+            "log-probabilities, which has sequence_id and logprob; leave config.table empty to have "
+            "them computed."
         )
     made = (table.metadata or {}).get(b"weights", b"").decode()
     if made != weights:
@@ -126,8 +126,8 @@ def table_files(path: str) -> list[Path]:
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
     if not files:
         raise ConfigError(
-            f"There is no Parquet file at {path}; check config.table, or leave it empty to have the "
-            "log-probabilities computed."
+            f"There is no Parquet file at {path}; check config.table, or leave it empty to have "
+            "the log-probabilities computed."
         )
     return files
 
@@ -171,11 +171,12 @@ def check_table_file(file: Path, weights: str) -> None:
     check_weights(schema, weights, file)
 
 
-def input_logprobs(job: Job, nodes: Mapping[str, LogProbTable], weights: str) -> dict[str, float]:
-    """Log-probability by sequence id, from input tables, each checked to be made by `weights`."""
-    known: dict[str, float] = {}
-    for node in nodes.values():
-        table = job.table(node)
-        check_weights(table.schema, weights, job.workspace.path(node))
-        known |= logprobs_of(table)
-    return known
+def input_logprobs(job: Job, node: LogProbTable, weights: str) -> dict[str, float]:
+    """Log-probability by sequence id, from an input table.
+
+    Raises:
+      ConfigError: other weights than `weights` made it.
+    """
+    table = job.table(node)
+    check_weights(table.schema, weights, job.workspace.path(node))
+    return logprobs_of(table)

@@ -220,6 +220,7 @@ def _judge(e: Experiment, judge: Judge) -> tuple[Judge, str]:
 def _ratings(
     e: Experiment, judge: Judge, prompts: PromptTable, traces: Mapping[str, TraceTable]
 ) -> dict[str, RatingTable]:
+    """Of one judge, by generator."""
     judge, weights = _judge(e, judge)
     return {
         name: RatingTable(
@@ -236,6 +237,7 @@ def _ratings(
 
 
 def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable:
+    """Node of a judge's audit on the synthetic questions of `prompts`."""
     judge, weights = _judge(e, judge)
     return AuditTable(
         label=("audit", judge.name),

@@ -1,4 +1,4 @@
-"""train: one arm and seed. Pairs, sequences and their reference log-probabilities become a policy."""
+"""train: one arm and seed; pairs, sequences and reference log-probabilities become a policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -102,12 +102,18 @@ class Policy(Node, stage="train", version=4):
         Raises:
           ConfigError: a table was made by other weights than the reference, or nothing was scored.
         """
-        rows = [row for node in self.sequences.values() for row in job.rows(TokenSequence, node)]
+        rows: list[TokenSequence] = []
+        logprobs: dict[str, Mapping[str, float]] = {}  # by trace: those of the trace's own table
+        for name, node in self.sequences.items():
+            table_rows = job.rows(TokenSequence, node)
+            if name in self.logprobs:
+                table = input_logprobs(job, self.logprobs[name], self.reference_weights)
+                logprobs |= {row.trace_id: table for row in table_rows}
+            rows += table_rows
         if self.pairs is None:
             examples = file_examples(rows)
         else:
             examples = pair_examples(self.objective.kind, job.rows(Pair, self.pairs), rows)
-        logprobs = input_logprobs(job, self.logprobs, self.reference_weights)
         groups = referenced(self.objective.kind, examples, rows, logprobs)
         if not groups:
             raise ConfigError(
@@ -197,9 +203,12 @@ def referenced(
     kind: str,
     examples: Sequence[Example],
     rows: Sequence[TokenSequence],
-    logprobs: Mapping[str, float],
+    logprobs: Mapping[str, Mapping[str, float]],
 ) -> list[Group]:
     """Examples with their reference log-probabilities and, for KTO's baseline, mismatched rows.
+
+    `logprobs` are by trace id and then by sequence id: equal tokens that two tables hold have equal
+    log-probabilities but for rounding, and a trace keeps to its own table.
 
     An example without a reference that the objective needs (its sequence was too long to be scored)
     is left out; one whose mismatched row was too long to be scored stays, without it.
@@ -215,7 +224,7 @@ def referenced(
     def reference(sequence: TokenSequence | None) -> ReferencedSequence | None:
         if sequence is None or not objective.reference:
             return sequence and ReferencedSequence(sequence)
-        logprob = logprobs.get(sequence.sequence_id)
+        logprob = logprobs[sequence.trace_id].get(sequence.sequence_id)
         return None if logprob is None else ReferencedSequence(sequence, logprob)
 
     groups = []

@@ -134,13 +134,14 @@ class Data:
         if wide:
             raise ConfigError(
                 f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together "
-                f"than config.training.row_length ({training.row_length}), and config.training.rows "
-                "is 1; a pair lies in one micro-batch: make rows 2."
+                f"than config.training.row_length ({training.row_length}), and "
+                "config.training.rows is 1; a pair lies in one micro-batch: make rows 2."
             )
         if self.dropped and training.over_length == "error":
             raise ConfigError(
-                f"{self.dropped} of {len(groups)} groups are longer than config.training.row_length "
-                f"({training.row_length} tokens); raise it, or set over_length to 'drop'."
+                f"{self.dropped} of {len(groups)} groups are longer than "
+                f"config.training.row_length ({training.row_length} tokens); raise it, "
+                "or set over_length to 'drop'."
             )
         self.batch = min(
             training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
@@ -179,13 +180,14 @@ class Data:
             )
         if not self._mismatched:
             raise ConfigError(
-                f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; raise "
-                "config.training.row_length and config.scoring.row_length, or give the rows."
+                f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; "
+                "raise config.training.row_length and config.scoring.row_length, or give the rows."
             )
         if self.batch < 2:
             raise ConfigError(
-                "A step of KTO would hold one example, and its baseline would be that example's own "
-                "log-ratio, so that the loss compares it with itself; give at least two examples."
+                "A step of KTO would hold one example, and its baseline would be that example's "
+                "own log-ratio, so that the loss compares it with itself; give at least two "
+                "examples."
             )
         ids: dict[tuple[int, ...], int] = {}
         prompts = np.array(

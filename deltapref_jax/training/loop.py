@@ -311,8 +311,9 @@ class _Report:
 def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
     """A step's metrics under TRL's names, from the sums over its micro-batches.
 
-    A step of examples may be one-sided: its loss and gradient are right as they are (`objectives.kto`); the means of
-    the side that is not there would be 0/0, so they and the margin are left out of its row.
+    A step of examples may be one-sided: its loss and gradient are right as they are
+    (`objectives.kto`); the means of the side that is not there would be 0/0, so they and the margin
+    are left out of its row.
     """
     row = {name: value for name, value in sums.items() if not name.startswith("count/")}
     if not OBJECTIVE_KINDS[kind].baseline:
