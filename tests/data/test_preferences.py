@@ -211,6 +211,30 @@ def test_implicit_text_keeps_something_of_each_side(tmp_path):
     assert said[0][0] + said[0][2] == "the answer is four<|im_end|>"
 
 
+def test_what_the_user_says_in_an_answer_is_no_target_and_is_counted(tmp_path):
+    again = [{"role": "user", "content": "again?"}]
+    long = [USER + GOOD + again + GOOD, USER + BAD + again + BAD]
+    rows = [{"chosen": long[0], "rejected": long[1]}, CHAT]
+    path = write(rows, tmp_path / "rows.jsonl")
+    t = text().tokenizer
+    for kind, workers in (("dpo", 0), ("dpo", 1), ("kto", 0)):
+        found = read(path, kind=kind, workers=workers)
+        said = [s for group in found.groups for s in group]
+        assert [t.decode(s.completion_ids[s.scored]) for s in said[:2]] == [
+            "four.<|im_end|>\nfour.<|im_end|>\n",
+            "the dog.<|im_end|>\nthe dog.<|im_end|>\n",
+        ]
+        assert [s.scored for s in said[2:]] == [None, None]
+        between = "<|im_start|>user\nagain?<|im_end|>\n<|im_start|>assistant\n"
+        assert found.counts["masked_turns"] == 2 * len(t(between)["input_ids"])
+        assert said[0].targets.sum() == sum(said[0].scored)
+    short = read(path, limit=LengthLimit(len(said[0].prompt_ids) + 8, "truncate"))
+    assert short.counts["masked_turns"] == sum(
+        int((~s.scored).sum()) for g in short.groups for s in g if s.scored is not None
+    )
+    assert 0 < short.counts["masked_turns"] < found.counts["masked_turns"]
+
+
 def many(n):
     return [
         {"prompt": f"two plus {i} is", "chosen": f" {i + 2}.", "rejected": " the dog.", "n": i}
