@@ -265,6 +265,10 @@ def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_
 
 def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):
     assert usable_traces(experiment) == {"mid": 1, "strong": 1, "weak": 2}
+    assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[:2])) == {
+        "mid": 1,
+        "weak": 2,
+    }
     assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {
         "mid": 1,
         "strong": 1,
