@@ -5,6 +5,7 @@ The checks are in `validation`. This module imports nothing of the project.
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -94,6 +95,18 @@ def check_choice(field: str, value: str, known: Iterable[str]) -> str:
             f"{field} is {value!r}; choose one of {', '.join(repr(k) for k in known)}."
         )
     return value
+
+
+def need_reasoning_gym() -> None:
+    """Raises `ConfigError` where reasoning-gym is not installed.
+
+    It is an extra, because one of its dependencies needs a C compiler.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError(
+            "Prompts of kind 'reasoning_gym' need the package reasoning-gym, which is not "
+            "installed; run pip install 'deltapref-jax[gym]'."
+        )
 
 
 @dataclasses.dataclass

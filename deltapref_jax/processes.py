@@ -1,4 +1,4 @@
-"""This process and its place in a multi-process JAX job: joining the job, rank, agreement, versions.
+"""This process in a multi-process JAX job: joining it, rank, agreement, versions.
 
 Importing this module does not import JAX, so that a program can check its flags, or fork, first.
 """

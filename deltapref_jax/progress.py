@@ -1,4 +1,4 @@
-"""One look for all progress bars: what, how far, how fast, how long still."""
+"""The progress bar that all stages share: task, count, rate, elapsed and remaining time."""
 
 from collections.abc import Iterable
 
@@ -19,14 +19,14 @@ from rich.text import Text
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Units per second."""
+        """Renders the rate in the task's units per second."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.1f} {task.fields.get('unit', '')}/s" if speed else "")
 
 
-class _Noted(Progress):
+class _ProgressWithNotes(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bars, and what each has to say below them: its parts, which two spaces divide, are never cut in two."""
+        """Yields the bars, then each task's note, wrapped only where it has two spaces."""
         yield from super().get_renderables()
         for task in self.tasks:
             if task.fields["note"]:
@@ -34,8 +34,11 @@ class _Noted(Progress):
 
 
 def progress(show: bool = True) -> Progress:
-    """A transient bar on stderr, 80 columns wide or less; tasks have the fields `unit` and `note`."""
-    return _Noted(
+    """Returns a transient progress bar on stderr, at most 80 columns wide.
+
+    Tasks must be added with the fields `unit`, such as "steps", and `note`, shown below the bar.
+    """
+    return _ProgressWithNotes(
         TextColumn("{task.description:<20}"),
         BarColumn(16),
         MofNCompleteColumn(),

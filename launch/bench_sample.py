@@ -26,7 +26,7 @@ from rich.table import Table
 from deltapref_jax.config import Sampling
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, load
+from deltapref_jax.models.weights import LoadedModel, load
 from deltapref_jax.records import digest
 from deltapref_jax.sampling.engine import Engine, Request
 
@@ -60,7 +60,7 @@ class _Ids:
         return " ".join(map(str, ids))
 
 
-def random_model() -> Loaded:
+def random_model() -> LoadedModel:
     """A small decoder with random weights, so nearly uniform draws."""
     spec = ModelSpec(
         _VOCAB.value, _WIDTH.value, _LAYERS.value, 4, 2, _WIDTH.value // 4, _WIDTH.value * 11 // 4
@@ -68,7 +68,7 @@ def random_model() -> Loaded:
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0), dtype=jnp.dtype(_DTYPE.value)))
     state = jax.tree.map(lambda x: x.astype(_DTYPE.value), state)
     text: Any = _Ids(spec.vocab)
-    return Loaded(graphdef, state, spec, text, digest("random"))
+    return LoadedModel(graphdef, state, spec, text, digest("random"))
 
 
 def best_seconds(function: Callable[..., jax.Array], *args: jax.Array) -> float:
@@ -101,7 +101,7 @@ def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple
     return slots * (2 * matrices + attention), itemsize * (matrices + slots * cache)
 
 
-def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, float]:
+def measure(model: LoadedModel, slots: int, rates: tuple[float, float]) -> dict[str, float]:
     """One line of the table: a first pass compiles, a second is timed."""
     sampling = Sampling(
         max_prompt=_MAX_PROMPT.value, max_tokens=_MAX_TOKENS.value, slots=slots, chunk=_CHUNK.value

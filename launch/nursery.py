@@ -21,7 +21,7 @@ from rich.console import Console
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment, Judge, Model, ModelZoo, Prompts, SmallModel
-from deltapref_jax.validation import validate_nursery
+from deltapref_jax.validation import validate_model_zoo
 from launch.flags import run_main
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "ModelZoo: a file with get_config().")
@@ -73,7 +73,7 @@ def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str,
 
 def main(_: list[str]) -> None:
     """Train, release, measure."""
-    zoo: ModelZoo = validate_nursery(_CONFIG.value)
+    zoo: ModelZoo = validate_model_zoo(_CONFIG.value)
     workspace = Workspace(zoo.workspace)
     if not _MEASURE_ONLY.value:
         release(zoo, workspace)

@@ -54,7 +54,7 @@ from rich.console import Console
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
-from deltapref_jax.validation import validate_single
+from deltapref_jax.validation import validate_pair_training
 from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -67,7 +67,7 @@ _PROFILE = define_profile_steps()
 
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
-    p: PairTraining = validate_single(_CONFIG.value)
+    p: PairTraining = validate_pair_training(_CONFIG.value)
     profile = window(_PROFILE.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all

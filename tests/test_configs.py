@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
-from deltapref_jax.judging.scorer import _reader
+from deltapref_jax.judging.scorer import _label_probability_fn
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, spec_to_hf
@@ -26,7 +26,7 @@ from deltapref_jax.stages import nursery
 from deltapref_jax.stages.study import plan
 from deltapref_jax.training.state import Optimizer, TrainState
 from deltapref_jax.training.step import Examples, Hyper, programs
-from deltapref_jax.validation import validate, validate_nursery, validate_single
+from deltapref_jax.validation import validate, validate_model_zoo, validate_pair_training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
@@ -79,7 +79,10 @@ def models(e):
 @pytest.fixture
 def study(request, tmp_path):
     """An experiment whose models are folders of the right shape without weights, so that it can be planned."""
-    e = validate(config(request.param))
+    e = config(request.param)
+    if "reasoning_gym" in {p.kind for p in (*e.prompts, *(s.prompts for s in e.suites))}:
+        pytest.importorskip("reasoning_gym")
+    validate(e)
     for model in models(e):
         if model.path:
             folder = tmp_path / pathlib.Path(model.path).name
@@ -155,7 +158,7 @@ def trace_scoring(spec, dtype, rows, length, mesh):
 @functools.cache
 def trace_judging(spec, dtype, rows, length, mesh):
     p = jax.eval_shape(
-        _reader(spec, dtype, mesh),
+        _label_probability_fn(spec, dtype, mesh),
         abstract(spec)[1],
         packed(rows, length, branched=True),
         array(jnp.int32, 2, 77),
@@ -194,7 +197,7 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
     )
     for filtered in (False, True):
         after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered),
+            functools.partial(advance, kept["graphdef"], decode_steps=chunk, filtered=filtered),
             weights,
             longest,
             table,
@@ -253,7 +256,7 @@ def test_programs_of_studies_are_traced(study, one_device):
 
 
 def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
-    found = validate_nursery(config("nursery"))
+    found = validate_model_zoo(config("nursery"))
     assert isinstance(found, ModelZoo)
     assert {"tokenizer"} | {f"pupil/{p.name}" for p in found.pupils} == set(nursery.plan(found))
     s = found.sampling
@@ -278,9 +281,9 @@ def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
 def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_device):
     single = config("train")
     with pytest.raises(ConfigError, match=r"^config\.data\.path is empty; give a "):
-        validate_single(single)
+        validate_pair_training(single)
     single.data.path, (single.student.path, spec) = "pairs.jsonl", next(iter(HUB.items()))
-    t = validate_single(single).training
+    t = validate_pair_training(single).training
     trace_training(
         spec,
         single.student.dtype,

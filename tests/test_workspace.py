@@ -14,7 +14,7 @@ import pytest
 from deltapref_jax.workspace import ArtifactError, Job, Node, Workspace, in_order, run
 from etils import epath
 
-from deltapref_jax.artifacts.lease import Lease, _here
+from deltapref_jax.artifacts.lease import Lease, _pid_namespace
 from deltapref_jax.processes import process_count, process_index
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
@@ -332,8 +332,8 @@ def dead_pid():
 def test_live_lease_of_another_host_is_respected_and_stale_ones_are_taken_over(tmp_path):
     path = tmp_path / "claim"
     assert not Lease(claim(path)).take()
-    assert not Lease(claim(path, host=_here(), pid=os.getpid())).take()
-    for stale in ({"expires": time.time() - 1}, {"host": _here(), "pid": dead_pid()}):
+    assert not Lease(claim(path, host=_pid_namespace(), pid=os.getpid())).take()
+    for stale in ({"expires": time.time() - 1}, {"host": _pid_namespace(), "pid": dead_pid()}):
         lease = Lease(claim(path, **stale))
         assert lease.take()
         lease.release()

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from statistics import NormalDist
 
-import numpy as np
 
 from deltapref_jax.analysis.judges import USELESS_AUC, WANTED_AUC
 from deltapref_jax.analysis.page import Contrast, Finding, JudgeSummary, Summary

@@ -21,10 +21,10 @@ def _boxed(text: str) -> str:
 
 
 def final_answer(text: str) -> str:
-    r"""The last `<answer>…</answer>`, else the last `\boxed{…}`, else the last "Answer: …", else the last number.
+    r"""The last `<answer>…</answer>`, else `\boxed{…}`, else "Answer: …", else the last number.
 
-    "The answer is …" and "answer = …" count as "Answer: …". A sentence's full stop and markdown's asterisks around the
-    answer are taken off; "" if there is nothing.
+    "The answer is …" and "answer = …" count as "Answer: …". A sentence's full stop and markdown's
+    asterisks around the answer are taken off; "" if there is nothing.
     """
     if tags := _TAG.findall(text):
         return tags[-1].strip()

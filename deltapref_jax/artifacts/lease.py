@@ -1,10 +1,11 @@
-"""Leases: processes and hosts share work by claiming pieces of it; a claim that is not renewed expires.
+"""Leases, by which processes and hosts share work: each claims a piece, and claims expire.
 
-A claim is a small JSON file with its owner and the time it runs out; a thread renews it. It is judged and replaced
-under a file lock, so that on one file system two processes never hold it at once. Object stores have no such lock:
-there two hosts may rarely claim the same piece. So may hosts whose clocks differ by most of a lease, and a process that
-slept through its own. Work is then done twice, which costs time and nothing else, since whoever makes a shard makes the
-same bytes.
+A claim is a small JSON file with its owner and its expiry time, which a thread renews. It is read
+and replaced under a file lock, so that on one file system two processes never hold the same lease.
+Object stores have no such lock, so two hosts may rarely claim the same piece there. The same holds
+for hosts whose clocks differ by most of a lease, and for a process that was suspended past its own
+expiry. The work is then done twice. That costs time only, because every process that makes a shard
+writes the same bytes.
 """
 
 import contextlib
@@ -25,34 +26,37 @@ _held: set["Lease"] = set()
 
 
 def release_all() -> None:
-    """Gives back every lease of this process."""
+    """Releases every lease that this process holds."""
     for lease in list(_held):
         lease.release()
 
 
-def _here() -> str:
-    """Host and process namespace: where a process id means something."""
+def _pid_namespace() -> str:
+    """Host name and PID namespace, within which a process id identifies a process.
+
+    Containers on one host have namespaces of their own.
+    """
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 class Lease:
-    """The right to do one piece of work, kept alive until `release`.
+    """The exclusive right to do one piece of work, renewed by a thread until `release`.
 
     Attributes:
-      lost: another process took the lease over because this one did not renew it in time.
+      lost: whether another process took the lease over because it was not renewed in time.
     """
 
     def __init__(self, path: epath.Path, seconds: float = LEASE_SECONDS):
         self._path, self._seconds = path, seconds
-        self._owner = {"host": _here(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._owner = {"host": _pid_namespace(), "pid": os.getpid(), "id": uuid.uuid4().hex}
         self._remote = "://" in os.fspath(path)
         self._stop = threading.Event()
         self.lost = False
 
     def take(self) -> bool:
-        """Whether the lease is ours now; one that expired, or whose process is gone, is taken over."""
+        """Takes the lease if it is free, expired or of a dead process; returns whether it did."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             if self._held_by_another():
@@ -63,13 +67,11 @@ class Lease:
         return True
 
     def release(self) -> None:
-        """Gives the lease back."""
+        """Stops renewal and deletes the claim if it is still this process's own."""
         self._stop.set()
         _held.discard(self)
-        with (
-            contextlib.suppress(Exception),
-            self._locked(),
-        ):  # a bucket's errors are of many kinds; the lease expires
+        # A bucket raises errors of many types. If the claim cannot be deleted, it expires.
+        with contextlib.suppress(Exception), self._locked():
             if self._read().get("id") == self._owner["id"]:
                 self._path.unlink()
 
@@ -79,29 +81,29 @@ class Lease:
             yield
             return
         with open(os.fspath(self._path.parent / ".lock"), "a") as file:
-            with contextlib.suppress(
-                OSError
-            ):  # a file system without locks is treated like an object store
+            # A file system without locks is treated like an object store.
+            with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _read(self) -> dict[str, Any]:
+        """The claim as it is stored, or {} if it is missing, damaged or incomplete."""
         try:
-            held = json.loads(self._path.read_text())
-            return held if {"host", "pid", "id", "expires"} <= held.keys() else {}
+            claim = json.loads(self._path.read_text())
+            return claim if {"host", "pid", "id", "expires"} <= claim.keys() else {}
         except (OSError, ValueError, AttributeError):
             return {}
 
     def _held_by_another(self) -> bool:
-        held = self._read()
-        if not held or held["id"] == self._owner["id"] or held["expires"] < time.time():
+        claim = self._read()
+        if not claim or claim["id"] == self._owner["id"] or claim["expires"] < time.time():
             return False
-        if held["host"] == self._owner["host"]:
+        if claim["host"] == self._owner["host"]:
             try:
-                os.kill(held["pid"], 0)
+                os.kill(claim["pid"], 0)  # Signal 0 only checks whether the process exists.
             except ProcessLookupError:
                 return False
-            except PermissionError:
+            except PermissionError:  # It exists and belongs to another user.
                 pass
         return True
 
@@ -110,11 +112,13 @@ class Lease:
         if self._remote:
             self._path.write_text(text)
             return
+        # The rename prevents half-written claims after a crash, or on a file system without locks.
         temporary = self._path.parent / f".{self._owner['id']}"
         temporary.write_text(text)
         temporary.replace(self._path)
 
     def _renew(self) -> None:
+        """Renews after each quarter of the lease, so that one failed write does not lose it."""
         while not self._stop.wait(self._seconds / 4):
             with contextlib.suppress(Exception), self._locked():
                 if self._stop.is_set():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from deltapref_jax.config import ConfigError, Prompts, check_choice
+from deltapref_jax.config import ConfigError, Prompts, check_choice, need_reasoning_gym
 from deltapref_jax.files import local_copy
 from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic import world
@@ -53,12 +53,17 @@ def _prompt(
 
 
 def task_names(kind: str) -> tuple[str, ...]:
-    """What `Prompts.tasks` may name: the synthetic families, or reasoning-gym's data sets."""
+    """What `tasks` may name: the families of the synthetic world, or reasoning-gym's data sets.
+
+    Raises:
+      ConfigError: reasoning-gym is not installed.
+    """
     if kind == "synthetic":
         return tuple(FAMILIES)
+    need_reasoning_gym()
     from reasoning_gym.factory import DATASETS
 
-    return tuple(sorted(DATASETS))
+    return tuple(sorted(DATASETS.keys() - {"composite"}))  # a mixture, which `tasks` is too
 
 
 def _synthetic(source: Prompts) -> list[Prompt]:
@@ -66,6 +71,7 @@ def _synthetic(source: Prompts) -> list[Prompt]:
 
 
 def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
+    need_reasoning_gym()
     import reasoning_gym
 
     for place, task in enumerate(source.tasks):
@@ -76,7 +82,7 @@ def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
             yield _prompt(
                 task,
                 [{"role": "user", "content": entry["question"]}],
-                str(entry["answer"]),
+                "" if entry["answer"] is None else str(entry["answer"]),  # some tasks name none
                 "reasoning_gym",
                 {"task": task, "entry": kept},
             )

@@ -48,7 +48,7 @@ def _tile_shape(tokens: int, vocab: int, logits: int) -> tuple[int, int]:
 class _Targets(NamedTuple):
     """The tokens of a device with its targets first, padded to whole tiles (M tokens)."""
 
-    order: Array  # int32 [T]: order[i] is the token at place i
+    order: Array  # int32 [T]: the token at each index of the new order
     tiles: Array  # int32 []: number of tiles that hold targets
     hidden: Array  # [M, D]
     labels: Array  # int32 [M], counted from the first entry of this device's vocabulary shard

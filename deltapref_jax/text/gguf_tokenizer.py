@@ -6,7 +6,7 @@
 from typing import Any
 
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 _CONTROL = 3  # llama.cpp's token type of special tokens
 _USER_DEFINED = 4
@@ -56,8 +56,11 @@ def open_gguf(path: str) -> Any:
         raise ValueError(f"{path} is not a readable GGUF file ({e}); fetch it again.") from e
 
 
-def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
-    """The fast tokenizer of a GGUF file: byte-level BPE, control tokens and chat template.
+def tokenizer_from_gguf(path: str) -> tuple[transformers.PreTrainedTokenizerFast, list[int]]:
+    """The fast tokenizer of a GGUF file, with its chat template, and the end tokens besides EOS.
+
+    The tokenizer adds a BOS to plain text where llama.cpp does: where the file says so, and where
+    it says nothing and the pre-tokenizer is that of Llama 3. It never adds an EOS.
 
     Raises:
       ValueError: the file is not a GGUF file, its tokenizer is not a byte-level BPE, or its
@@ -77,7 +80,10 @@ def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     types = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    llama3 = pre == "llama-bpe"
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # With ignore_merges a word that is a token is taken whole, even where no merges lead to it.
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=llama3))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -95,16 +101,22 @@ def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
         ]
     )
 
-    def named(name: str) -> str | None:
-        index = field(reader, f"tokenizer.ggml.{name}_token_id")
-        return None if index is None else tokens[index]
-
-    return transformers.PreTrainedTokenizerFast(
+    named = {
+        name: field(reader, f"tokenizer.ggml.{name}_token_id")
+        for name in ("eos", "bos", "unknown", "padding", "eot", "eom")
+    }
+    special = {name: None if i is None else tokens[i] for name, i in named.items()}
+    if special["bos"] is not None and field(reader, "tokenizer.ggml.add_bos_token", llama3):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[special["bos"], "$A"], special_tokens=[(special["bos"], named["bos"])]
+        )
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=named("eos"),
-        bos_token=named("bos"),
-        unk_token=named("unknown"),
-        pad_token=named("padding"),
+        eos_token=special["eos"],
+        bos_token=special["bos"],
+        unk_token=special["unknown"],
+        pad_token=special["padding"],
         chat_template=field(reader, "tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+    return fast, [named[name] for name in ("eot", "eom") if named[name] is not None]

@@ -15,8 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
 from deltapref_jax.mesh import check_rows, is_first, shard
-from deltapref_jax.models.lora import adapters
-from deltapref_jax.models.lora import attach as add_adapters
+from deltapref_jax.models.lora import adapters, add_adapters
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.preemption import Preempted, PreemptionGuard

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: the bar, `metrics.jsonl`, trackers, a profiler window."""
+"""Monitoring of a training run: progress bar, `metrics.jsonl`, trackers, profiler window."""
 
 import collections
 import contextlib
@@ -21,26 +21,27 @@ from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.checkpoint import Metrics
 from deltapref_jax.training.data import StepData
 
-_WINDOW = 20  # steps that a speed is the mean of
-LOG_EVERY_SECONDS = 30.0  # seconds between lines where a bar cannot be drawn
+_WINDOW = 20  # steps that the displayed speed is a mean over
+LOG_EVERY_SECONDS = 30.0  # interval of log lines if stderr is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
-    """What is asked for besides the bar and `metrics.jsonl`."""
+    """What a run is monitored with, besides the bar and `metrics.jsonl`."""
 
-    trackers: tuple[str, ...] = ()  # of config.TRACKERS
-    profile: tuple[int, int] | None = None  # first and last step (from 1) traced by JAX's profiler
+    trackers: tuple[str, ...] = ()  # names from config.TRACKERS
+    profile: tuple[int, int] | None = None  # first and last profiled step, counted from 1
 
 
 class TensorBoard:
-    """Scalars as TensorBoard events in `tensorboard/` (written by tensorboardX, which needs no TensorFlow)."""
+    """Writes TensorBoard events to `tensorboard/` with tensorboardX, which needs no TensorFlow."""
 
     def __init__(self, folder: epath.Path, label: str, resumed: int):
         from tensorboardX import SummaryWriter
 
-        # events after the step that a run resumes from are taken back: they come again. The writer names its file by
-        # the second: the step keeps a run that resumes within it from writing over the first one's events
+        # `purge_step` hides events after the step that a run resumes from, as they are written
+        # again. The writer names its file by the second; the suffix keeps a run that resumes
+        # within that second from overwriting the earlier events.
         self._writer = SummaryWriter(
             str(folder / "tensorboard"),
             filename_suffix=f".{resumed}",
@@ -48,21 +49,21 @@ class TensorBoard:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One step."""
+        """Writes the metrics of one step."""
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
     def flush(self) -> None:
-        """What was written is safe."""
+        """Flushes events to the file."""
         self._writer.flush()
 
     def close(self) -> None:
-        """The last events."""
+        """Flushes and closes the file."""
         self._writer.close()
 
 
 class WandB:
-    """Scalars to Weights & Biases; a resumed run continues under its id."""
+    """Logs metrics to Weights & Biases; a resumed run continues under the same id."""
 
     def __init__(self, folder: epath.Path, label: str, resumed: int):
         import wandb
@@ -76,14 +77,14 @@ class WandB:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One step."""
+        """Writes the metrics of one step."""
         self._run.log({f"train/{name}": value for name, value in values.items()}, step=step)
 
     def flush(self) -> None:
-        """W&B writes by itself."""
+        """Does nothing: the wandb client sends in the background."""
 
     def close(self) -> None:
-        """The last values."""
+        """Sends the remaining metrics and ends the W&B run."""
         self._run.finish()
 
 
@@ -94,7 +95,10 @@ TRACKERS: dict[str, Callable[[epath.Path, str, int], Any]] = {
 
 
 def step_flops(spec: ModelSpec, data: StepData, adapters: Adapters = NO_ADAPTERS) -> float:
-    """FLOPs of a step: forward and backward of its micro-batches, forward only of KTO's baseline rows."""
+    """Counts the FLOPs of a step.
+
+    Micro-batches run forward and backward, KTO's baseline rows forward only.
+    """
     return sum(
         batch_flops(training_flops, spec, batch, adapters) for batch, _ in data.micros
     ) + sum(batch_flops(forward_flops, spec, batch, adapters) for batch, _, _ in data.baseline)
@@ -106,25 +110,25 @@ def batch_flops(
     batch: PackedBatch,
     adapters: Adapters = NO_ADAPTERS,
 ) -> float:
-    """FLOPs of packed rows; `count`: `forward_flops` or `training_flops`."""
+    """Counts the FLOPs of packed rows by `count`: `forward_flops` or `training_flops`."""
     return count(
         spec, batch.positions[batch.segments > 0], np.count_nonzero(batch.targets), adapters
     )
 
 
 class TrainMonitor:
-    """Shows each finished step; use as a context manager, so that trackers and the profiler end.
+    """Logs each finished step; a context manager, on whose exit trackers and profiler are closed.
 
     Args:
-      spec: of the model, for MFU.
-      adapters: that are trained instead of it, if any.
-      mesh: whose devices' peak MFU is a share of.
-      folder: of the run.
-      label: of the run.
-      watch: what is asked for.
+      spec: the model, for its FLOPs.
+      adapters: the adapters that are trained instead of the model, if any.
+      mesh: the mesh; its devices' peak FLOP/s are what MFU is relative to.
+      folder: directory of the run.
+      label: name of the run.
+      config: trackers and profiler window.
       bar: a started `rich` progress bar.
-      steps: of the run.
-      resumed: steps done before.
+      steps: number of steps of the run.
+      resumed: number of steps done before this process started.
     """
 
     def __init__(
@@ -134,38 +138,31 @@ class TrainMonitor:
         mesh: Mesh,
         folder: epath.Path,
         label: str,
-        watch: MonitorConfig,
+        config: MonitorConfig,
         bar: Any,
         steps: int,
         resumed: int,
     ):
-        self._spec, self._adapters, self.folder, self._profile = (
-            spec,
-            adapters,
-            folder,
-            watch.profile,
-        )
+        self._spec, self._adapters, self.folder = spec, adapters, folder
+        self._profile = config.profile
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak * mesh.devices.size if peak else None
         self._metrics = Metrics(folder / "metrics.jsonl", resumed) if is_first() else None
-        self._trackers = (
-            [TRACKERS[name](folder, label, resumed) for name in watch.trackers]
-            if is_first()
-            else []
-        )
-        self._bar, self._task = (
-            bar,
-            bar.add_task(label, total=steps, completed=resumed, unit="steps", note=""),
-        )
+        names = config.trackers if is_first() else ()
+        self._trackers = [TRACKERS[name](folder, label, resumed) for name in names]
+        self._bar = bar
+        self._task = bar.add_task(label, total=steps, completed=resumed, unit="steps", note="")
+        # Time, tokens and FLOPs of the last steps. The first entry only marks where they begin.
         self._recent: collections.deque[tuple[float, float, float]] = collections.deque(
             maxlen=_WINDOW + 1
         )
         self._tracing, self._trace = False, contextlib.ExitStack()
-        self._label, self._steps, self._said = label, steps, -LOG_EVERY_SECONDS
-        if watch.profile and not (resumed < watch.profile[1] and watch.profile[0] <= steps):
-            first, last = watch.profile
+        self._label, self._steps, self._last_log = label, steps, -LOG_EVERY_SECONDS
+        if config.profile and not (resumed < config.profile[1] and config.profile[0] <= steps):
+            first, last = config.profile
             self.warn(
-                f"--profile_steps={first}:{last} traces nothing: this run does steps {resumed + 1} to {steps}."
+                f"--profile_steps={first}:{last} traces nothing: this run does steps "
+                f"{resumed + 1} to {steps}."
             )
 
     def __enter__(self) -> "TrainMonitor":
@@ -174,11 +171,11 @@ class TrainMonitor:
     def __exit__(self, *_: Any) -> None:
         self._stop_trace()
         for tracker in self._trackers:
-            with contextlib.suppress(Exception):  # a tracker's trouble is not the run's
+            with contextlib.suppress(Exception):  # A failing tracker must not fail the run.
                 tracker.close()
 
     def before(self, step: int) -> None:
-        """Step `step` (from 1) is about to start."""
+        """Starts the profiler if its window begins with `step` (from 1); call before every step."""
         if self._profile and not self._tracing and self._profile[0] <= step <= self._profile[1]:
             jax.profiler.start_trace(
                 str(self._trace.enter_context(staged_dir(self.folder / "profile")))
@@ -186,7 +183,10 @@ class TrainMonitor:
             self._tracing = True
 
     def after(self, step: int, sums: Any) -> None:
-        """Step `step` is on its way to `sums`, for which the host waits at the end of a profiler window."""
+        """Stops the profiler if its window ends with `step`; call after every step's dispatch.
+
+        The host then waits for `sums`, the step's result, so that the trace contains all of it.
+        """
         if self._tracing and self._profile and step >= self._profile[1]:
             jax.block_until_ready(sums)
             self._stop_trace()
@@ -198,12 +198,12 @@ class TrainMonitor:
             self._trace.close()
 
     def flush(self) -> None:
-        """What was shown so far is safe: to be called before a checkpoint."""
-        for place in (*([self._metrics] if self._metrics else []), *self._trackers):
-            place.flush()
+        """Flushes metrics and trackers to disk; to be called before a checkpoint is saved."""
+        for sink in (*([self._metrics] if self._metrics else []), *self._trackers):
+            sink.flush()
 
     def show(self, row: dict[str, Any], data: StepData) -> None:
-        """A finished step's row of metrics."""
+        """Writes and displays the metrics of a finished step, whose data is `data`."""
         if self._metrics:
             self._metrics.write(row)
         self._recent.append(
@@ -213,28 +213,28 @@ class TrainMonitor:
         for tracker in self._trackers:
             tracker.write(row["step"], {k: v for k, v in row.items() if k != "step"} | values)
         self._bar.update(self._task, completed=row["step"], note=note(row | values))
-        self._line(row["step"], note(row | values))
+        self._log_line(row["step"], note(row | values))
 
-    def _line(self, step: int, words: str) -> None:
-        """Where a bar cannot be drawn (a scheduler's log), a line at times."""
+    def _log_line(self, step: int, text: str) -> None:
+        """Prints a line now and then if no bar can be drawn, as in a scheduler's log."""
         now = time.monotonic()
         if (
             is_first()
             and not self._bar.console.is_terminal
-            and (now - self._said >= LOG_EVERY_SECONDS or step == self._steps)
+            and (now - self._last_log >= LOG_EVERY_SECONDS or step == self._steps)
         ):
-            self._said = now
-            left = self._bar.tasks[self._task].time_remaining
-            more = f", {left / 60:.0f} min left" if left else ""
+            self._last_log = now
+            seconds = self._bar.tasks[self._task].time_remaining
+            remaining = f", {seconds / 60:.0f} min left" if seconds else ""
             self._bar.console.print(
-                f"{self._label}: step {step} of {self._steps}, {words}{more}",
+                f"{self._label}: step {step} of {self._steps}, {text}{remaining}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
 
     def warn(self, sentence: str) -> None:
-        """Above the bar."""
+        """Prints a warning above the bar."""
         if is_first():
             self._bar.console.print(
                 f"Warning: {sentence}", markup=False, highlight=False, soft_wrap=True
@@ -251,8 +251,8 @@ class TrainMonitor:
 
 
 def note(values: dict[str, float]) -> str:
-    """The bar's words for a step: what is known of loss, margin, accuracy, speed, padding and MFU."""
-    forms = {
+    """Formats a step's loss, margin, accuracy, speed, padding and MFU, as far as it has them."""
+    formats = {
         "loss": "loss {:.4f}",
         "rewards/margins": "margin {:+.3f}",
         "rewards/accuracies": "accuracy {:.0%}",
@@ -260,4 +260,5 @@ def note(values: dict[str, float]) -> str:
         "padding": "padding {:.0%}",
         "mfu": "MFU {:.1%}",
     }
-    return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
+    known = {name: text for name, text in formats.items() if name in values}
+    return "  ".join(text.format(values[name]) for name, text in known.items())

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS
-from deltapref_jax.models.lora import divide
+from deltapref_jax.models.lora import partition
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
@@ -110,7 +110,7 @@ _UNITS: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Su
 class Programs(NamedTuple):
     """The compiled functions of one objective and shape.
 
-    Parameters are in two parts (`lora.divide`): trained and frozen. Gradients and moments are of
+    Parameters are in two parts (`lora.partition`): trained and frozen. Gradients and moments are of
     the first alone; the second is empty in full fine-tuning, and the base of adapters otherwise.
     """
 
@@ -137,7 +137,7 @@ def programs(
     """Compiles once per model shape, objective, optimizer, row shape and mesh, in one process."""
     transform = optimizer.transform()
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
-    params_shape, frozen_shape = divide(shapes, adapters)
+    params_shape, frozen_shape = partition(shapes, adapters)
     params_place, frozen_place = shardings(params_shape, mesh), shardings(frozen_shape, mesh)
     state_shardings = TrainState(
         params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh)

@@ -14,7 +14,7 @@ from deltapref_jax.config import ConfigError, Pairs
 from deltapref_jax.data.blocks import BLOCK, json_row
 from deltapref_jax.data.preferences import LengthLimit, cut, limit_lengths, read_sequences
 from deltapref_jax.records import TokenSequence
-from deltapref_jax.text.preference import tokenise
+from deltapref_jax.text.preference import Example, tokenise
 from deltapref_jax.text.template import ChatTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "data"
@@ -82,7 +82,7 @@ def test_goldens_of_pairs(case, ending, tmp_path):
             ConfigError, match="^All 1 pairs or examples of .* have an empty answer"
         ):
             read(path, case["tokenizer"])
-        asked = [(row["prompt"], (row["chosen"], row["rejected"])) for row in case["rows"]]
+        asked = [Example(r["prompt"], (r["chosen"], r["rejected"])) for r in case["rows"]]
         got = [
             (t.prompt.tolist(), *(c.tolist() for c in t.completions), True)
             for t in tokenise(text(case["tokenizer"]), asked)
@@ -209,6 +209,30 @@ def test_implicit_text_keeps_something_of_each_side(tmp_path):
     assert said[1] == ("a", " b<|im_end|>", " c<|im_end|>")
     assert said[0][0] + said[0][1] == "the answer is<|im_end|>"
     assert said[0][0] + said[0][2] == "the answer is four<|im_end|>"
+
+
+def test_what_the_user_says_in_an_answer_is_no_target_and_is_counted(tmp_path):
+    again = [{"role": "user", "content": "again?"}]
+    long = [USER + GOOD + again + GOOD, USER + BAD + again + BAD]
+    rows = [{"chosen": long[0], "rejected": long[1]}, CHAT]
+    path = write(rows, tmp_path / "rows.jsonl")
+    t = text().tokenizer
+    for kind, workers in (("dpo", 0), ("dpo", 1), ("kto", 0)):
+        found = read(path, kind=kind, workers=workers)
+        said = [s for group in found.groups for s in group]
+        assert [t.decode(s.completion_ids[s.scored]) for s in said[:2]] == [
+            "four.<|im_end|>\nfour.<|im_end|>\n",
+            "the dog.<|im_end|>\nthe dog.<|im_end|>\n",
+        ]
+        assert [s.scored for s in said[2:]] == [None, None]
+        between = "<|im_start|>user\nagain?<|im_end|>\n<|im_start|>assistant\n"
+        assert found.counts["masked_turns"] == 2 * len(t(between)["input_ids"])
+        assert said[0].targets.sum() == sum(said[0].scored)
+    short = read(path, limit=LengthLimit(len(said[0].prompt_ids) + 8, "truncate"))
+    assert short.counts["masked_turns"] == sum(
+        int((~s.scored).sum()) for g in short.groups for s in g if s.scored is not None
+    )
+    assert 0 < short.counts["masked_turns"] < found.counts["masked_turns"]
 
 
 def many(n):

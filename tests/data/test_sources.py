@@ -1,9 +1,9 @@
 import json
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import reasoning_gym
 
 from deltapref_jax.config import ConfigError, Prompts
 from deltapref_jax.data.sources import read_prompts
@@ -88,6 +88,7 @@ def test_synthetic_is_the_world():
     "task", ["gsm_symbolic", "chain_sum", "gcd", "number_sorting", "word_sorting", "syllogism"]
 )
 def test_reasoning_gym_meta_is_what_its_scorer_needs(task):
+    reasoning_gym = pytest.importorskip("reasoning_gym")
     found, _ = read_prompts(Prompts(kind="reasoning_gym", tasks=(task,), count=3, seed=5))
     score = reasoning_gym.get_score_answer_fn(task)
     for row in found:
@@ -98,6 +99,7 @@ def test_reasoning_gym_meta_is_what_its_scorer_needs(task):
 
 
 def test_reasoning_gym_mixes_tasks_evenly_and_follows_the_seed():
+    pytest.importorskip("reasoning_gym")
     source = Prompts(kind="reasoning_gym", tasks=("gcd", "chain_sum"), count=5, seed=1)
     found = read_prompts(source)[0]
     assert [row.task for row in found] == ["gcd"] * 3 + ["chain_sum"] * 2
@@ -165,8 +167,6 @@ def tfds_folder(tmp_path_factory):
 
 
 def test_tfds_array_record_folder(tfds_folder):
-    import sys
-
     found, counts = read_prompts(
         Prompts(kind="tfds", path=tfds_folder, prompt_field="question", checker="math")
     )
@@ -246,15 +246,36 @@ def test_broken_jsonl_names_the_line(tmp_path, case):
         ),
         (Prompts(kind="csv"), r"^prompts\.kind is 'csv'; choose one of 'synthetic', .*'tfds'\.$"),
         (Prompts(tasks=("nope",), count=1), r"^synthetic task is 'nope'; choose one of .*'chain'"),
-        (
-            Prompts(kind="reasoning_gym", tasks=("nope",), count=1),
-            r"^reasoning_gym task is 'nope'; choose one of .*'gcd'",
-        ),
     ],
 )
 def test_unknown_names_are_listed(source, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_prompts(source)
+
+
+@pytest.mark.parametrize("task", ["nope", "composite"])
+def test_an_unknown_task_of_reasoning_gym_lists_the_known_ones(task):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(
+        ConfigError, match=rf"^reasoning_gym task is '{task}'; choose one of .*'gcd'"
+    ):
+        read_prompts(Prompts(kind="reasoning_gym", tasks=(task,), count=1))
+
+
+def test_an_entry_without_an_answer_of_its_own_has_none():
+    pytest.importorskip("reasoning_gym")
+    found, _ = read_prompts(Prompts(kind="reasoning_gym", tasks=("graph_color",), count=1))
+    assert found[0].answer == ""
+
+
+def test_reasoning_gym_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(
+        ConfigError,
+        match=r"^Prompts of kind 'reasoning_gym' need the package reasoning-gym, which is not "
+        r"installed; run pip install 'deltapref-jax\[gym\]'\.$",
+    ):
+        read_prompts(Prompts(kind="reasoning_gym", tasks=("gcd",), count=1))
 
 
 def test_damaged_files_are_one_sentence(tmp_path):

@@ -89,6 +89,7 @@ def test_questions_need_a_checker(folder, tmp_path):
 
 
 def test_ready_made_suites():
+    pytest.importorskip("reasoning_gym")
     inside, outside = synthetic("in", 5), synthetic("out", 5)
     assert {suite.name for suite in inside + outside} == set(FAMILIES)
     gym = reasoning_gym(("gsm_symbolic", "lcm"), 5)

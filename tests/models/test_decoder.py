@@ -27,7 +27,8 @@ from deltapref_jax.models.rotary import apply_rotary, rotary_angles
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.packing import pack, sample
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import pack, pack_one
 from deltapref_jax.scoring.projection import token_logprobs
 
 SPEC = ModelSpec(40, 16, 3, 4, 2, 8, 24, tied=False)
@@ -65,7 +66,8 @@ def sequences(seed=0):
 
 
 def packed(rows=2, length=20):
-    (micro,) = pack([[[sample(s[:1], s[1:], i)]] for i, s in enumerate(sequences())], rows, length)
+    samples = [pack_one(TokenSequence(s[:1], s[1:]), i) for i, s in enumerate(sequences())]
+    (micro,) = pack([[[sample]] for sample in samples], rows, length)
     return micro
 
 

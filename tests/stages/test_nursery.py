@@ -28,7 +28,7 @@ from deltapref_jax.models.weights import abstract, load
 from deltapref_jax.stages import nursery
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.validation import validate_nursery
+from deltapref_jax.validation import validate_model_zoo
 
 OAK = SmallModel(
     name="oak",
@@ -60,7 +60,7 @@ JUDGE = SmallModel(
 
 
 def small(root):
-    return validate_nursery(
+    return validate_model_zoo(
         ModelZoo(
             workspace=str(root / "workspace"),
             output=str(root / "out"),
@@ -238,7 +238,7 @@ def test_no_sample_in_a_row_is_one_sentence(raised):
 )
 def test_a_bad_pupil_is_one_sentence(changes, sentence):
     with pytest.raises(ConfigError) as error:
-        validate_nursery(ModelZoo(pupils=(dataclasses.replace(OAK, **changes),)))
+        validate_model_zoo(ModelZoo(pupils=(dataclasses.replace(OAK, **changes),)))
     assert str(error.value) == sentence
 
 
@@ -251,4 +251,4 @@ def test_an_unknown_task_is_found_before_anything_is_trained():
 
 def test_release_names_pupils():
     with pytest.raises(ConfigError, match=r"^config\.release is 'ash'; choose one of 'oak'\.$"):
-        validate_nursery(ModelZoo(pupils=(OAK,), release=("ash",)))
+        validate_model_zoo(ModelZoo(pupils=(OAK,), release=("ash",)))

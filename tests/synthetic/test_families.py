@@ -1,4 +1,4 @@
-"""Every family: its question says the problem, its solution is right by another way, and both are pure functions."""
+"""Every family: questions state their problem, solutions are correct, both are pure functions."""
 
 import math
 import random
@@ -85,7 +85,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("difficulty", [1, 2, 4])
-def test_the_solution_is_right_by_another_way(family, difficulty):
+def test_the_solution_is_correct_by_another_computation(family, difficulty):
     for i in range(60):
         p = problem(family, difficulty, 11, i)
         steps, values, answer = solve(p)
@@ -123,9 +123,8 @@ def test_every_step_stands_on_the_question_and_on_earlier_values(family):
 def test_harder_questions_take_more_steps():
     for family in FAMILIES:
         steps = [sum(len(solve(problem(family, d, 0, i))[0]) for i in range(60)) for d in (1, 4)]
-        assert steps[0] < steps[1] or family == "equation", (
-            family
-        )  # its numbers grow, not its steps
+        # In `equation` the numbers grow, and the steps are always three.
+        assert steps[0] < steps[1] or family == "equation", family
 
 
 def test_prompts_are_distinct_even_and_a_pure_function_of_their_arguments():
@@ -142,7 +141,7 @@ def test_prompts_are_distinct_even_and_a_pure_function_of_their_arguments():
         assert (row.answer, row.checker) == (p.answer, "world")
     for other in (prompts(tasks, 83, 2, 6), prompts(tasks, 83, 3, 5)):
         assert len({row.prompt_id for row in rows} & {row.prompt_id for row in other}) < 15
-    assert random.random() != random.random()  # and the global state is nobody's
+    assert random.random() != random.random()  # the global state is not seeded
 
 
 @pytest.mark.parametrize("family", FAMILIES)

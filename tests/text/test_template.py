@@ -1,7 +1,12 @@
 """Prompts and completions: one BOS, the template's end token, a border that no merge crosses."""
 
+import json
+import pickle
+
+import numpy as np
 import pytest
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -12,8 +17,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from deltapref_jax.scoring.packing import sample
-from deltapref_jax.text.template import ChatTokenizer
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import pack_one
+from deltapref_jax.text.template import TEMPLATE_DATE, ChatTokenizer
 
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -104,13 +110,150 @@ def test_the_end_is_the_templates_and_the_tokenizers_ends_a_trace_too():
 def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
     text = made(template, "<s> $A")
     prompt, completion = text.prompt_ids(CHAT), text.completion_ids(answer, ended=True)
-    s = sample(prompt, completion)
+    s = pack_one(TokenSequence(np.asarray(prompt), np.asarray(completion)))
     assert s.tokens[: len(prompt)].tolist() == prompt
     assert s.tokens[s.targets].tolist() == completion
     assert text.decode(completion) == answer
     assert text.tokenizer.decode(s.tokens[:-1]).removeprefix("<s>") == (
         text.render(CHAT) + answer
     ).removeprefix("<s>")
+
+
+def sentencepiece(spaces, template=PLAIN):
+    """A tokenizer like that of Llama 2 or Mistral: it puts a space before the text that it gets."""
+    merges = []
+    for word in ("▁The", "The", "▁sum", "▁is"):
+        merges += [(word[:i], word[i]) for i in range(1, len(word))]
+    characters = ["▁", *(chr(i) for i in range(33, 127))]
+    pieces = ["<unk>", *SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *characters]
+    pieces += [a + b for a, b in merges]
+    bpe = Tokenizer(
+        models.BPE(
+            {p: i for i, p in enumerate(dict.fromkeys(pieces))},
+            list(dict.fromkeys(merges)),
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    if spaces == "prepend":
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        last = [decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+        )
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=spaces, split=False)
+        metaspace = decoders.Metaspace("▁", prepend_scheme=spaces, split=False)
+        bpe.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace])
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return ChatTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=template
+        ),
+        "here",
+    )
+
+
+@pytest.mark.parametrize("spaces", ["prepend", "first", "always", "never"])
+@pytest.mark.parametrize(
+    ("sampled", "said"),
+    [
+        (["The", "▁sum", "▁is", "▁", "4"], "The sum is 4"),
+        (["▁The", "▁sum"], " The sum"),
+        (["▁", "▁The"], "  The"),
+        (["4"], "4"),
+        (["<0x0A>", "4", "<0x0A>", "▁is", "<0xC3>", "<0xA9>"], "\n4\n isé"),
+        (["▁"], " "),
+        ([], ""),
+    ],
+)
+def test_sampled_ids_come_back_where_the_tokenizer_puts_a_space_before_text(spaces, sampled, said):
+    text = sentencepiece(spaces)
+    ids = [text.tokenizer.convert_tokens_to_ids(t) for t in sampled]
+    assert text.decode(ids) == said
+    assert text.completion_ids(said, ended=False) == text.encode_plain(said) == ids
+    assert text.completion_ids(said, ended=True) == [*ids, text.end_ids[0]]
+
+
+@pytest.mark.parametrize("spaces", ["prepend", "first", "always", "never"])
+def test_a_prompt_keeps_the_space_that_the_tokenizer_puts_before_text(spaces):
+    text = sentencepiece(spaces)
+    want = text.tokenizer(text.render(CHAT))["input_ids"]
+    assert text.prompt_ids(CHAT) == want
+    assert (want[1] == text.tokenizer.convert_tokens_to_ids("▁")) == (spaces != "never")
+    assert pickle.loads(pickle.dumps(text)).encode_plain("The") == text.encode_plain("The")
+
+
+def test_a_byte_level_tokenizer_may_put_a_space_before_text_too():
+    text = made(PLAIN)
+    text.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert text.tokenizer.decode(text.prompt_ids(CHAT)).startswith(" [user]")
+    for said in ("4", " 4", "Answer: 4"):
+        assert text.decode(text.completion_ids(said, ended=True)) == said
+
+
+FORMATS = ["%d %b %Y", "%Y-%m-%d", "%B %-d, %Y", "%A %H:%M:%S", "%x %c %j %I %p %y", "none"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_date_in_a_template_is_the_same_every_day(form, monkeypatch, tmp_path):
+    def written(now):
+        return (
+            f"\n  {{% macro day() %}}{{{{ {now} }}}}{{% endmacro %}}\n"
+            f"{{% set d = {now} %}}  {{{{ d }}}}|{{{{ day() }}}}\n" + PLAIN
+        )
+
+    template = written(f"strftime_now('{form}')")
+    text, fixed = made(template), made(written(f"'{TEMPLATE_DATE.strftime(form)}'"))
+    assert text.render(CHAT) == fixed.render(CHAT)
+    assert text.prompt_ids(CHAT) == fixed.prompt_ids(CHAT)
+    assert text.render(CHAT, answered=True) == fixed.render(CHAT, answered=True)
+    text.save(tmp_path)
+    assert ChatTokenizer.load(str(tmp_path)).tokenizer.chat_template == template
+    identity = text.identity
+    monkeypatch.setattr("deltapref_jax.text.template.TEMPLATE_DATE", "another")
+    assert made(template).identity != identity
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "more"),
+    [
+        ({"eos_token_id": [1, 9, 7]}, {"eos_token_id": 1}, (9, 7)),
+        ({"eos_token_id": 9}, {}, (9,)),
+        ({}, {"eos_token_id": [9]}, ()),  # config.json does not count beside the other
+        (None, {"eos_token_id": [9, 8]}, (9, 8)),
+        (None, {"eos_token_id": None}, ()),
+        (None, None, ()),
+    ],
+)
+def test_every_end_token_that_the_models_folder_names_ends_a_trace(
+    generation, config, more, tmp_path
+):
+    made(PLAIN).save(tmp_path)
+    for name, value in (("generation_config", generation), ("config", config)):
+        if value is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    text = ChatTokenizer.load(str(tmp_path))
+    assert text.end_ids == (*made(PLAIN).end_ids, *more)
+    assert text.completion_ids("4", ended=True)[-1] == text.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", ""])
+def test_a_broken_generation_config_is_one_sentence(content, tmp_path):
+    made(PLAIN).save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(
+        ValueError,
+        match=r"^\S+/generation_config\.json is not a JSON object \(.*\); copy the model's file "
+        r"there again\.$",
+    ):
+        ChatTokenizer.load(str(tmp_path))
 
 
 def test_decode_leaves_special_tokens_out_and_words_as_they_are():

@@ -1,6 +1,7 @@
-"""A tiny DPO run as a program, for tests that need processes: `python program.py MODE …` (see `main`).
+"""A tiny DPO run as a program, for tests that need processes: `python program.py MODE …`.
 
-Children are forked before JAX starts its backend, so that importing is paid once; compiled steps come from a cache.
+`main` lists the modes. Children are forked before JAX starts its backend, so that the imports run
+once, and they read compiled steps from a cache.
 """
 
 import functools
@@ -27,7 +28,7 @@ from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
+from deltapref_jax.models.weights import export  # noqa: F401  (before the forks, once)
 from deltapref_jax.preemption import Preempted, PreemptionGuard, install_group_shutdown
 from deltapref_jax.processes import start_processes
 from deltapref_jax.training.checkpoint import Checkpoints
@@ -41,7 +42,7 @@ PAIRS, LENGTH = 16, 64
 
 
 def data(kind, rows):
-    """Step to 32 sequences of 40 to 64 tokens, one in a row of 64: as many micro-batches as 32 / rows."""
+    """The data of a step: 32 sequences of 40 to 64 tokens, one a row, in 32 / rows micro-batches."""
 
     def at(step):
         r = np.random.default_rng(step)
@@ -62,7 +63,7 @@ def data(kind, rows):
 
 
 def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None, **more):
-    """Trains; returns all parameters on the host, and counts."""
+    """Trains; returns all parameters as host arrays, and the counts."""
     how = Run(
         Objective(name=kind, kind=kind, learning_rate=1e-3),
         steps,
@@ -79,12 +80,12 @@ def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None
 
 
 def save(params, path):
-    """Parameters as a file whose bytes can be compared."""
+    """Writes parameters to a file whose bytes can be compared."""
     np.savez(path, *jax.tree.leaves(params))
 
 
 def child(root, folder, delay=None):
-    """Forks a process that trains 12 steps, with a checkpoint every other one; after `delay` s it kills itself."""
+    """Forks a process that trains 12 steps, saves every other one, and dies after `delay` seconds."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -112,10 +113,10 @@ def child(root, folder, delay=None):
 
 
 def kill(root, kills, seed):
-    """One uninterrupted run, then runs that are killed after random times and continued, `kills` times in all."""
+    """Runs uninterrupted once, then with kills at random times until there were `kills`."""
     rng, done, runs = random.Random(seed), 0, 0
     assert child(root, root / "whole") == 0
-    assert child(root, root / "again") == 0  # with the compiled steps from the cache
+    assert child(root, root / "again") == 0  # The compiled steps are in the cache now.
     seconds = float((root / "again" / "seconds").read_text())
     while True:
         folder = root / f"cut-{runs}"
@@ -130,7 +131,7 @@ def kill(root, kills, seed):
 
 
 def both(root, port, index):
-    """One of two processes with four devices each: dpo and kto, 4 steps, a checkpoint at the last."""
+    """Runs one of two processes with four devices each: DPO and KTO, 4 steps, saved at the last."""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     mesh = make_mesh(MeshShape(2, 2, 2))
     for kind in ("dpo", "kto"):
@@ -140,7 +141,7 @@ def both(root, port, index):
 
 
 def preempt(root, port, index):
-    """One of two processes; the second is told to leave at step 3, and both save the same step."""
+    """Runs one of two processes; the second gets SIGTERM at step 3, and both save the same step."""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     steps = data("dpo", 32)
 
@@ -154,11 +155,11 @@ def preempt(root, port, index):
         tiny(root / "left", steps=200, mesh=make_mesh(MeshShape(2, 2, 2)), source=source)
     except Preempted as e:
         print(e, flush=True)
-        os._exit(Preempted.code)  # the other process may be gone before JAX could say good-bye
+        os._exit(Preempted.code)  # JAX's shutdown would fail if the other process has exited.
 
 
 def shards(root, index, together):
-    """A stage whose shards never end: as one, in collectives, or each by itself, in one compiled program."""
+    """Runs a stage whose shards never end, in collectives, or else in one compiled program each."""
     endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
 
     def make(shard):
@@ -175,12 +176,12 @@ def shards(root, index, together):
 
 
 def global_state(mesh):
-    """What training starts from."""
+    """The initial training state."""
     return init_state(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
 
 
 def full(root, index):
-    """A second checkpoint finds the disk of process 1 full; the loop would go on to the third before it looks."""
+    """Saves three checkpoints; from the second on, the disk of process 1 is full."""
     state = global_state(make_mesh(MeshShape(2, 2, 2)))
     with PreemptionGuard(), Checkpoints(root, 1) as checkpoints:
         checkpoints.save(1, state, {})
@@ -192,18 +193,18 @@ def full(root, index):
 
 
 def view(root, index):
-    """Process `index` goes on from the checkpoints that it sees in `root/INDEX`."""
+    """Restores the newest checkpoint in `root/INDEX`."""
     with PreemptionGuard(), Checkpoints(root / str(index), 1) as checkpoints:
         checkpoints.restore(global_state(make_mesh(MeshShape(2, 2, 2))))
 
 
 def fine(root, index):
-    """Nothing stops anyone."""
+    """Runs one collective and exits."""
     multihost_utils.sync_global_devices("done")
 
 
 def in_group(mode, root):
-    """One of the processes that the environment describes, ended as `launch` ends them."""
+    """Runs `mode` as one of the processes that the environment describes, as `launch` does."""
 
     def job(_):
         start_processes()
@@ -227,7 +228,7 @@ MODES = {"kill": kill, "both": both, "preempt": preempt} | {
 
 
 def main(mode, root, *numbers):
-    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX`, `preempt ROOT PORT INDEX`, or one of the rest with `ROOT`."""
+    """Runs `kill ROOT KILLS SEED`, `both|preempt ROOT PORT INDEX`, or another MODE with ROOT."""
     MODES[mode](Path(root), *map(int, numbers))
 
 

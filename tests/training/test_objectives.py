@@ -1,4 +1,4 @@
-"""Every loss against its equation, its gradient against differences, and the whole step against its parts."""
+"""Losses against their equations, gradients against differences, a step against its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def sigmoid(x):
     return np.exp(-np.logaddexp(0, -x))
 
 
-def written_out(kind, t, h=HYPER):
+def expected(kind, t, h=HYPER):
     """The equations, with log σ(x) = -log(1 + e^-x), from the tables of the papers."""
     c, r, b, e = t.first, t.second, h.beta, h.label_smoothing
     n, m = np.maximum(t.first_tokens, 1), np.maximum(t.second_tokens, 1)
@@ -77,7 +77,7 @@ def test_losses_are_their_equations(kind, scale):
     with jax.enable_x64(True):
         got = LOSSES[kind](Terms(*map(jnp.asarray, t)), HYPER)
         assert got.shape == (40,)
-        np.testing.assert_allclose(got, written_out(kind, t), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(got, expected(kind, t), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -88,7 +88,7 @@ def test_gradients_are_differences(kind):
             lambda c, r: LOSSES[kind](t._replace(first=c, second=r), HYPER).sum(), (0, 1)
         )(jnp.asarray(t.first), jnp.asarray(t.second))
     for name, g in zip(("first", "second"), got, strict=True):
-        up, down = (written_out(kind, t._replace(**{name: getattr(t, name) + s})) for s in (h, -h))
+        up, down = (expected(kind, t._replace(**{name: getattr(t, name) + s})) for s in (h, -h))
         np.testing.assert_allclose(g, (up - down) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
@@ -101,9 +101,7 @@ def test_losses_and_gradients_are_right_far_out_in_float32(kind, beta):
     )
     h = HYPER._replace(beta=beta, gamma=0.5)
     narrow = Terms(*(jnp.asarray(x, jnp.float32) for x in t))
-    np.testing.assert_allclose(
-        LOSSES[kind](narrow, h), written_out(kind, t, h), rtol=2e-6, atol=1e-30
-    )
+    np.testing.assert_allclose(LOSSES[kind](narrow, h), expected(kind, t, h), rtol=2e-6, atol=1e-30)
     got = jax.grad(lambda c, r: LOSSES[kind](narrow._replace(first=c, second=r), h).sum(), (0, 1))(
         *narrow[:2]
     )
@@ -163,7 +161,7 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
     tiny, one_device, kind
 ):
     step.programs.cache_clear()
-    found, pairs = {}, groups(tiny.spec.vocab, True)
+    results, pairs = {}, groups(tiny.spec.vocab, True)
     for rows in (16, 2):
         programs = step.programs(
             tiny.spec, "float32", kind, Optimizer(), capacity(rows, 64), one_device
@@ -179,14 +177,14 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
                 1e-3,
                 one_device,
             )
-            found[rows, weight] = {k: float(v) for k, v in sums.items()}, state.params
-            sums = found[rows, weight][0]
-            at = {
+            results[rows, weight] = {k: float(v) for k, v in sums.items()}, state.params
+            sums = results[rows, weight][0]
+            logprobs = {
                 t: float(v)
                 for ts, vs in zip(batch.traces, s, strict=True)
                 for t, v in zip(ts, np.asarray(vs), strict=False)
             }
-            c, r = (np.array([at[g.rows[i].trace] for g in pairs]) for i in (0, 1))
+            c, r = (np.array([logprobs[g.rows[i].trace] for g in pairs]) for i in (0, 1))
             n, m = (np.array([len(g.rows[i].completion) for g in pairs]) for i in (0, 1))
             ref = [
                 np.array([g.rows[i].reference for g in pairs]) * OBJECTIVE_KINDS[kind].reference
@@ -195,16 +193,15 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
             nll = -c.sum() / n.sum()
             t = Terms(c - ref[0], r - ref[1], n, m, np.ones(len(pairs)))
             want = (
-                written_out(kind, t, HYPER._replace(beta=o.beta, gamma=o.gamma)).mean()
-                + weight * nll
+                expected(kind, t, HYPER._replace(beta=o.beta, gamma=o.gamma)).mean() + weight * nll
             )
             np.testing.assert_allclose([sums["loss"], sums["nll_loss"]], [want, nll], rtol=1e-5)
         assert programs.gradient._cache_size() == 1
-    for weight in (0.0, 0.7):  # one micro-batch or several
-        assert found[16, weight][0] == pytest.approx(found[2, weight][0], rel=2e-4, abs=2e-5)
+    for weight in (0.0, 0.7):  # One micro-batch and several give the same.
+        assert results[16, weight][0] == pytest.approx(results[2, weight][0], rel=2e-4, abs=2e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-            *(found[n, weight][1] for n in (16, 2)),
+            *(results[n, weight][1] for n in (16, 2)),
         )
 
 
@@ -235,10 +232,10 @@ def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     )
 
 
-def data(found, **changes):
+def data(examples, **changes):
     fraction = changes.pop("fraction", 1.0)
     return Data(
-        found,
+        examples,
         "kto",
         Training(**{"pairs_per_step": 4, "steps": 6, "rows": 4, "row_length": 64} | changes),
         0,
@@ -265,7 +262,7 @@ def test_the_baseline_may_run_on_a_share_of_the_step():
         tuple(part.members(at).index(int(t[1:])) for t in sorted(measured(part(at))))
         for at in range(4)
     }
-    assert len(kinds) > 1  # not always the same places of the step
+    assert len(kinds) > 1  # The share is not always of the same positions of the step.
 
 
 def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
@@ -274,9 +271,9 @@ def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
         g._replace(mismatched=g.mismatched._replace(prompt=[1] * 60)) if i in (2, 5) else g
         for i, g in enumerate(examples)
     ]
-    found = data(long)
-    assert (len(found.groups), found.dropped, found.dropped_mismatched) == (16, 0, 2)
-    assert {t for at in range(2) for t in measured(found(at))} == {
+    kept = data(long)
+    assert (len(kept.groups), kept.dropped, kept.dropped_mismatched) == (16, 0, 2)
+    assert {t for at in range(2) for t in measured(kept(at))} == {
         f"t{i}" for i in range(16) if i not in (2, 5)
     }
     with pytest.raises(
@@ -295,9 +292,9 @@ def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
 def test_a_step_without_a_mismatched_row_takes_others_of_the_data():
     examples = groups(50, False)
     first = data(examples).members(0)
-    found = data([g._replace(mismatched=None) if i in first else g for i, g in enumerate(examples)])
-    assert len(measured(found(0))) == 8
-    assert set(measured(found(0))).isdisjoint(f"t{i}" for i in first)
+    rest = data([g._replace(mismatched=None) if i in first else g for i, g in enumerate(examples)])
+    assert len(measured(rest(0))) == 8
+    assert set(measured(rest(0))).isdisjoint(f"t{i}" for i in first)
 
 
 def test_one_row_and_one_prompt_are_refused():
@@ -315,10 +312,8 @@ def test_one_row_and_one_prompt_are_refused():
         r"raise config\.training\.pairs_per_step, or use more prompts\.$",
     ):
         data(same)
-    seen = data(
-        same[:15] + examples[15:], pairs_per_step=8
-    )  # every step holds all: one other prompt is enough
-    assert seen.batch == 16
+    # Every step holds all examples, so one other prompt is enough.
+    assert data(same[:15] + examples[15:], pairs_per_step=8).batch == 16
     with pytest.raises(
         ConfigError,
         match=r"^Step \d of KTO \([34] of 6 steps\) would hold 8 examples of one prompt; ",
@@ -333,13 +328,13 @@ def test_one_row_and_one_prompt_are_refused():
 def test_a_one_sided_step_is_its_part_of_the_sum_and_has_no_numbers_for_the_other_side():
     x, label = jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array([1.0, 1.0, 0.0, 0.0])
     both = objectives.kto(x, label, 0.3, 0.5, 1.2, 0.7)
-    apart = jnp.concatenate(
+    parts = jnp.concatenate(
         [
             objectives.kto(x[:2], label[:2], 0.3, 0.5, 1.2, 0.7),
             objectives.kto(x[2:], label[2:], 0.3, 0.5, 1.2, 0.7),
         ]
     )
-    np.testing.assert_array_equal(both, apart)
+    np.testing.assert_array_equal(both, parts)
     sums = {
         "loss": 0.5,
         "kl": 0.0,
