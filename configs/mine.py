@@ -18,15 +18,17 @@ def questions(path: str) -> Prompts:
 
 
 def get_config() -> Experiment:
-    weak, strong = Model(path="models/weak"), Model(path="models/strong")
     quarter = functools.partial(Arm, chosen="strong", rejected="weak", fraction=0.25)
     e = Experiment(
         name="mine",
         question="Does my student learn more from all pairs, or from those of the largest gap?",
         prompts=(questions("questions.jsonl"),),
         student=Model(path="models/student"),
-        generators=(Generator(name="weak", model=weak), Generator(name="strong", model=strong)),
-        judges=(Judge(name="judge", kind="model", model=strong),),
+        generators=(
+            Generator(name="weak", model=Model(path="models/weak")),
+            Generator(name="strong", model=Model(path="models/strong")),
+        ),
+        judges=(Judge(name="judge", kind="model", model=Model(path="models/judge")),),
         objectives=(Objective(name="dpo", learning_rate=5e-6),),
         arms=(
             Arm(name="all", chosen="strong", rejected="weak"),
