@@ -32,7 +32,7 @@ def start_processes() -> None:
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         import jax
 
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             name: int(os.environ[key])
             for name, key in (
                 ("num_processes", "JAX_NUM_PROCESSES"),
@@ -40,7 +40,7 @@ def start_processes() -> None:
             )
             if key in os.environ
         }
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**arguments)
 
 
 def _distributed_jax() -> Any:
@@ -61,14 +61,14 @@ def process_count() -> int:
     return jax.process_count() if jax else 1
 
 
-def agreed(here: bool) -> bool:
+def agreed(value: bool) -> bool:
     """Returns the value that process 0 passes; a collective, so every process must call it."""
     if process_count() == 1:
-        return here
+        return value
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @functools.cache

@@ -11,9 +11,9 @@ import time
 import urllib.request
 
 import pytest
-from deltapref_jax.workspace import Workspace
 
 from deltapref_jax import files
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError
 from deltapref_jax.files import ArtifactError, check_bucket, local_copy, remote, staged_dir
 from deltapref_jax.preemption import Preempted

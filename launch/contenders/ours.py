@@ -1,4 +1,4 @@
-"""This project's part of `launch.bench_train`: one process, one measurement, a line of JSON at the end."""
+"""This project's contender in `launch.bench_train`: measures one run, prints a line of JSON."""
 
 import json
 import sys
@@ -30,7 +30,10 @@ Score = Callable[[list[TokenSequence]], list[ReferencedSequence]]
 
 
 def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Score) -> list[Group]:
-    """The step's pairs, or its examples with mismatched partners; `score` gives the references."""
+    """Returns a step's pairs, or its KTO examples with their mismatched sequences.
+
+    `score` computes the reference log-probabilities.
+    """
     rows = [
         TokenSequence(np.asarray(pair["prompt"]), np.asarray(pair[side]))
         for pair in pairs
@@ -53,10 +56,10 @@ def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Score) -> lis
 
 
 def product_flops(dtype: str) -> float:
-    """FLOP/s of a large matrix product, the best of nine: what no step can exceed."""
+    """Measures the FLOP/s of a large matrix product, the best of nine: no step can exceed it."""
     square = jnp.ones((2048, 2048), dtype)
     product, best = jax.jit(jnp.matmul), float("inf")
-    for _ in range(10):  # the first compiles
+    for _ in range(10):  # The first call compiles, and is never the best.
         began = time.perf_counter()
         product(square, square).block_until_ready()
         best = min(best, time.perf_counter() - began)
@@ -64,7 +67,7 @@ def product_flops(dtype: str) -> float:
 
 
 def main(c: dict[str, Any]) -> dict[str, Any]:
-    """Steps of `c["pairs"]` pairs on the model and the pairs in `c["folder"]`; seconds of each, on one device."""
+    """Trains steps of `c["pairs"]` pairs from `c["folder"]` on one device, and times each."""
     folder = Path(c["folder"])
     model, mesh = load(str(folder / "model"), c["dtype"]), make_mesh(MeshShape(), jax.devices()[:1])
     rows, length = c["rows"], c["row_length"]
@@ -92,7 +95,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     data, n = [], c["pairs"]
     for at in range(0, len(pairs), n):
         data.append(groups_of(c["kind"], pairs[at : at + n], score))
-        if not at:  # compiles
+        if not at:  # The first step's reference pass compiles, and is not counted.
             reference_seconds = 0.0
     state, spec = init_state(model.state, optimizer, mesh), model.spec
     del model
@@ -109,13 +112,13 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         shares.append(batch.filled / batch.positions)
         flops.append(step_flops(spec, batch))
         reference_flops.append(
-            sum(batch_flops(forward_flops, spec, each) for each in batch.batches)
+            sum(batch_flops(forward_flops, spec, packed) for packed in batch.batches)
         )
-    others = max(1, len(data) - 1)
+    counted_steps = max(1, len(data) - 1)
     return {
         "step_seconds": seconds,
         "loss": losses,
-        "reference_seconds": reference_seconds / others,
+        "reference_seconds": reference_seconds / counted_steps,
         "real_share": float(np.mean(shares[1:])),
         "step_flops": flops,
         "reference_flops": float(np.mean(reference_flops[1:] or reference_flops)),

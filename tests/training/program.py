@@ -19,11 +19,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deltapref_jax.workspace import Node, Workspace, run
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.lease import release_all
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
@@ -31,8 +34,9 @@ from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export  # noqa: F401  (before the forks, once)
 from deltapref_jax.preemption import Preempted, PreemptionGuard, install_group_shutdown
 from deltapref_jax.processes import start_processes
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.training.checkpoint import Checkpoints
-from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer, init_state
 from launch.flags import run_main
@@ -41,21 +45,26 @@ SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
 PAIRS, LENGTH = 16, 64
 
 
+def mismatch(row, other):
+    """The completion of `row` behind the prompt of `other`."""
+    return row._replace(sequence=row.sequence._replace(prompt_ids=other.sequence.prompt_ids))
+
+
 def data(kind, rows):
-    """The data of a step: 32 sequences of 40 to 64 tokens, one a row, in 32 / rows micro-batches."""
+    """Data of a step: 32 sequences of 40 to 64 tokens, one a row, in 32 / rows micro-batches."""
 
     def at(step):
         r = np.random.default_rng(step)
-        flat = [
-            Row(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)), -150.0)
+        sequences = [
+            TokenSequence(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)))
             for _ in range(2 * PAIRS)
         ]
+        flat = [ReferencedSequence(sequence, -150.0) for sequence in sequences]
         if kind == "dpo":
             groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
         else:
             groups = [
-                Group((row,), i % 2, row._replace(prompt=flat[i - 1].prompt))
-                for i, row in enumerate(flat)
+                Group((row,), i % 2, mismatch(row, flat[i - 1])) for i, row in enumerate(flat)
             ]
         return pack_step(groups, kind, rows, LENGTH)
 
@@ -85,7 +94,7 @@ def save(params, path):
 
 
 def child(root, folder, delay=None):
-    """Forks a process that trains 12 steps, saves every other one, and dies after `delay` seconds."""
+    """Forks a process that trains 12 steps, saving every other, and dies after `delay` seconds."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -158,21 +167,30 @@ def preempt(root, port, index):
         os._exit(Preempted.code)  # JAX's shutdown would fail if the other process has exited.
 
 
+class Endless(Node, stage="stage", version=1):
+    """A table whose shards never end, in collectives, or else in one compiled program each."""
+
+    root: Path = runtime()
+    index: int = runtime()
+    together: bool = runtime()
+
+    def make(self, job: Job) -> None:
+        endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
+
+        def shard(_):
+            (self.root / f"at-{self.index}").touch()
+            if self.together:
+                while True:
+                    multihost_utils.process_allgather(np.ones(3))
+            return jax.block_until_ready(endless(1.0))
+
+        job.shards(4, shard, together=self.together)
+
+
 def shards(root, index, together):
-    """Runs a stage whose shards never end, in collectives, or else in one compiled program each."""
-    endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
-
-    def make(shard):
-        (root / f"at-{index}").touch()
-        if together:
-            while True:
-                multihost_utils.process_allgather(np.ones(3))
-        return jax.block_until_ready(endless(1.0))
-
-    def stage(job):
-        job.shards(4, make, together=together)
-
-    run({"it": Node("stage", "it", {})}, {"stage": stage}, Workspace(root / "w"), show=False)
+    """Makes an `Endless` table."""
+    node = Endless(label=("it",), root=root, index=index, together=together)
+    run([node], Workspace(root / "w"), show=False)
 
 
 def global_state(mesh):

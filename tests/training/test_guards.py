@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import ConfigError, Objective
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
-from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.guards import (
     NOISE,
     WINDOW,
@@ -24,15 +25,11 @@ LENGTH = 64
 
 def rows(vocab=50, count=16, reference=-40.0):
     r = np.random.default_rng(0)
-    return [
-        Row(
-            r.integers(0, vocab, 6).tolist(),
-            r.integers(0, vocab, 9 + i).tolist(),
-            reference,
-            f"t{i}",
-        )
+    sequences = [
+        TokenSequence(r.integers(0, vocab, 6), r.integers(0, vocab, 9 + i), trace_id=f"t{i}")
         for i in range(count)
     ]
+    return [ReferencedSequence(sequence, reference) for sequence in sequences]
 
 
 def step(kind="dpo", broken=-1, reference=0.0, **changes):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective, Training
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import objectives, step
-from deltapref_jax.training.data import Data, Group, Row, pack_step
-from deltapref_jax.training.loop import run_step, summarise
+from deltapref_jax.training.data import Data, Group, ReferencedSequence, pack_step
+from deltapref_jax.training.loop import summarise, train_step
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, init_state
 
@@ -137,21 +138,25 @@ def test_the_baseline_is_clamped_after_the_mean_and_has_no_gradient():
     np.testing.assert_array_equal(jax.grad(lambda x: objectives.kto_baseline(-x.mean()))(shifts), 0)
 
 
+def behind(row, prompt, reference=None):
+    """The completion of `row` behind another prompt."""
+    sequence = row.sequence._replace(prompt_ids=np.asarray(prompt))
+    return ReferencedSequence(sequence, row.reference if reference is None else reference)
+
+
 def groups(vocab, paired, count=8):
     r = np.random.default_rng(0)
-    rows = [
-        Row(
-            r.integers(0, vocab, 6).tolist(),
-            r.integers(0, vocab, r.integers(3, 24)).tolist(),
-            -40.0 - i,
-            f"t{i}",
+    sequences = [
+        TokenSequence(
+            r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24)), trace_id=f"t{i}"
         )
         for i in range(2 * count)
     ]
+    rows = [ReferencedSequence(sequence, -40.0 - i) for i, sequence in enumerate(sequences)]
     if paired:
         return [Group((rows[i], rows[i + count])) for i in range(count)]
     return [
-        Group((row,), float(i % 2), row._replace(prompt=rows[i - 1].prompt, reference=-50.0))
+        Group((row,), float(i % 2), behind(row, rows[i - 1].sequence.prompt_ids, -50.0))
         for i, row in enumerate(rows)
     ]
 
@@ -164,12 +169,12 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
     results, pairs = {}, groups(tiny.spec.vocab, True)
     for rows in (16, 2):
         programs = step.programs(
-            tiny.spec, "float32", kind, Optimizer(), capacity(rows, 64), one_device
+            tiny.spec, "float32", kind, Optimizer(), max_segments(rows, 64), one_device
         )
         batch = pack_step(pairs, kind, rows, 64)
         for weight in (0.0, 0.7):
             o = Objective(kind=kind, beta=0.2 + weight, nll_weight=weight, gamma=weight)
-            state, sums, s = run_step(
+            state, sums, s = train_step(
                 programs,
                 init_state(tiny.state, Optimizer(), one_device),
                 batch,
@@ -184,8 +189,12 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
                 for ts, vs in zip(batch.traces, s, strict=True)
                 for t, v in zip(ts, np.asarray(vs), strict=False)
             }
-            c, r = (np.array([logprobs[g.rows[i].trace] for g in pairs]) for i in (0, 1))
-            n, m = (np.array([len(g.rows[i].completion) for g in pairs]) for i in (0, 1))
+            c, r = (
+                np.array([logprobs[g.rows[i].sequence.trace_id] for g in pairs]) for i in (0, 1)
+            )
+            n, m = (
+                np.array([len(g.rows[i].sequence.completion_ids) for g in pairs]) for i in (0, 1)
+            )
             ref = [
                 np.array([g.rows[i].reference for g in pairs]) * OBJECTIVE_KINDS[kind].reference
                 for i in (0, 1)
@@ -208,11 +217,11 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
 def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     pairs = groups(tiny.spec.vocab, True)
     programs = step.programs(
-        tiny.spec, "float32", "simpo", Optimizer(), capacity(16, 64), one_device
+        tiny.spec, "float32", "simpo", Optimizer(), max_segments(16, 64), one_device
     )
     plain = [Group(tuple(row._replace(reference=0.0) for row in g.rows)) for g in pairs]
     first, second = (
-        run_step(
+        train_step(
             programs,
             init_state(tiny.state, Optimizer(), one_device),
             pack_step(g, "simpo", 16, 64),
@@ -225,10 +234,12 @@ def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     assert {k: float(v) for k, v in first[1].items()} == {k: float(v) for k, v in second[1].items()}
     s = np.asarray(first[2][0])
     batch = pack_step(pairs, "simpo", 16, 64)
-    tokens = {row.trace: len(row.completion) for g in pairs for row in g.rows}
+    tokens = {
+        row.sequence.trace_id: len(row.sequence.completion_ids) for g in pairs for row in g.rows
+    }
     means = {t: s[i] / tokens[t] for i, t in enumerate(batch.traces[0])}
     assert float(first[1]["rewards/chosen"]) == pytest.approx(
-        2 * np.mean([means[g.rows[0].trace] for g in pairs]), rel=1e-5
+        2 * np.mean([means[g.rows[0].sequence.trace_id] for g in pairs]), rel=1e-5
     )
 
 
@@ -251,7 +262,7 @@ def test_the_baseline_may_run_on_a_share_of_the_step():
     examples = groups(50, False)
     whole, part = data(examples), data(examples, fraction=0.3)
     for at in range(4):
-        members = {examples[i].rows[0].trace for i in whole.members(at)}
+        members = {examples[i].rows[0].sequence.trace_id for i in whole.members(at)}
         assert set(measured(whole(at))) == members
         assert len(measured(part(at))) == 3  # of 8, rounded up
         assert set(measured(part(at))) < members
@@ -268,7 +279,7 @@ def test_the_baseline_may_run_on_a_share_of_the_step():
 def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
     examples = groups(50, False)
     long = [
-        g._replace(mismatched=g.mismatched._replace(prompt=[1] * 60)) if i in (2, 5) else g
+        g._replace(mismatched=behind(g.mismatched, [1] * 60)) if i in (2, 5) else g
         for i, g in enumerate(examples)
     ]
     kept = data(long)
@@ -305,7 +316,7 @@ def test_one_row_and_one_prompt_are_refused():
         r"example's own log-ratio, .*; give at least two examples\.$",
     ):
         data(examples[:1])
-    same = [g._replace(rows=(g.rows[0]._replace(prompt=[7, 8]),)) for g in examples]
+    same = [g._replace(rows=(behind(g.rows[0], [7, 8]),)) for g in examples]
     with pytest.raises(
         ConfigError,
         match=r"^Step 1 of KTO \(6 of 6 steps\) would hold 8 examples of one prompt; .*: "
