@@ -30,8 +30,7 @@ A study is an [Experiment](#experiment), one run from a file of pairs is a
 Any field can be set on the command line by its path, such as `--config.training.steps=60` or
 `--config.generators[0].temperature=0.7`. A field marked *not hashed* says where something is or how
 it is shown: two runs that differ only there share their artifacts. `deltapref_jax/validation.py`
-refuses values that cannot work, before a device is used.
-"""
+refuses values that cannot work, before a device is used."""
 
 
 def _comments(source: str) -> dict[int, str]:
@@ -86,7 +85,7 @@ def _default(node: ast.AnnAssign) -> str:
             factory = given["default_factory"]
             value = factory.body if isinstance(factory, ast.Lambda) else factory
             return ast.unparse(value) + "()" * (not isinstance(value, ast.Call))
-    return ast.unparse(value) if value is not None else ""
+    return ast.unparse(value).replace("'", '"') if value is not None else ""
 
 
 def config_page() -> str:
