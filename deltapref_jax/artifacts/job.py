@@ -29,7 +29,7 @@ from deltapref_jax.files import (
     write_atomic,
 )
 from deltapref_jax.processes import agreed, process_count, process_index, versions
-from deltapref_jax.progress import progress
+from deltapref_jax.progress import Counter
 from deltapref_jax.records import Record
 
 Stats = dict[str, float]
@@ -152,15 +152,14 @@ class Job:
         """
         count = max(count, 1)
         names = [f"shard-{i:05d}-of-{count:05d}" for i in range(count)]
-        with progress(self.show) as bar:
-            task = bar.add_task(self.node.name, total=total, unit=unit, note="")
+        with Counter(self.node.name, total, unit, self.show) as counter:
             done: set[str] = set()
             while len(done) < count:
                 before = len(done)
                 for i, name in enumerate(names):
                     if name not in done and self._shard(i, name, make, together):
                         done.add(name)
-                        bar.advance(task, self._sidecar(name)["rows"])
+                        counter.advance(self._sidecar(name)["rows"])
                 if len(done) == before:
                     if process_count() == 1:
                         raise Busy
@@ -254,8 +253,8 @@ class Job:
             self._lease.release()
         self._lease = None
 
-    def finish(self) -> None:
-        """Writes the manifest.
+    def finish(self) -> Manifest:
+        """Writes the manifest and returns it.
 
         Raises:
           ArtifactError: a file changed since it was made, or another runner took the artifact over.
@@ -296,6 +295,7 @@ class Job:
         text = json.dumps(manifest._asdict(), indent=1)
         write_atomic(self.dir / "manifest.json", text.encode())
         self._remove_leftovers(ended)
+        return manifest
 
     def _matching(self, pattern: str) -> list[str]:
         return sorted(os.path.relpath(file, self.dir) for file in self.dir.glob(pattern))

@@ -273,7 +273,11 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
     read = {name for arm in with_reference for name in (arm.chosen, arm.rejected)}
     reference = reference_of(e.student, e.reference)
     weights = weights_hash(reference.path)
-    known = known_table(e.table, weights) if read else ""
+    if e.table and not read:
+        raise ConfigError(
+            f"config.table is {e.table!r} and no arm's objective has a reference; leave it empty."
+        )
+    known = known_table(e.table, weights)
     return {
         name: LogProbTable(
             label=("score", name),
