@@ -39,7 +39,7 @@ FOREIGN = {  # names of other projects' code, of what readers bring, and of what
     *("CheckpointManager", "experimental", "v1", "finally", "vmap", "shard_map", "topologies"),
     *("query_seq_lengths", "tensorboardX", "clu", "peft", "transformers", "flax", "trl", "torch"),
     *("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "JAX_COORDINATOR_ADDRESS"),
-    *("pytest", "mypy", "ruff", "ratio"),
+    *("questions.jsonl", "shard-00000-of-00001.parquet"),
 }
 WHOLE_CONFIGS = (config.Experiment, config.PairTraining, config.ModelZoo)
 FILE_NAME = re.compile(r"[\w.-]+\.(json|jsonl|html|parquet|gguf|safetensors|md|toml|svg|jinja)")
@@ -73,7 +73,7 @@ def commands():
         code = "\n".join([indented, *(body for _, body in fenced), *spans(page)])
         for line in code.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
-                if part.strip().startswith("python -m "):
+                if part.strip().startswith(("python -m launch.", "python -m docs.")):
                     yield page, part.strip().removesuffix("…")
 
 
@@ -112,17 +112,16 @@ def words():
 
 @functools.cache
 def modules():
-    """Dotted paths of the project's modules and folders, with and without `deltapref_jax.`."""
+    """Dotted names of modules, and what they define; `deltapref_jax.` may be left out."""
     found = {}
-    for path in trees():
-        if path.is_relative_to(ROOT / "tests"):
-            continue
+    for path, tree in trees().items():
         parts = path.relative_to(ROOT).with_suffix("").parts
-        for names in [parts] + ([parts[1:]] if parts[0] == "deltapref_jax" else []):
-            for end in range(1, len(names) + 1):
-                found[".".join(names[:end])] = ".".join(
-                    (*parts[: len(parts) - len(names)], *names[:end])
-                )
+        names = set()
+        for node in tree.body:
+            targets = getattr(node, "targets", [getattr(node, "target", node)])
+            names |= {getattr(each, "id", getattr(each, "name", "")) for each in targets}
+        for start in range(1 + (parts[0] == "deltapref_jax")):
+            found[".".join(parts[start:])] = names
     return found
 
 
@@ -171,25 +170,22 @@ def is_field(path):
 
 
 def is_name(dotted):
-    """Whether a dotted name is a module, or a definition in one, or a member of a class."""
+    """Whether a dotted name is a module, a definition in one, or a member of a class.
+
+    What begins with nothing of the project is looked up in the package of that name.
+    """
     parts = dotted.split(".")
     if parts[0] in classes():
         return parts[1] in members(classes()[parts[0]])
     for end in range(len(parts), 0, -1):
         if (name := ".".join(parts[:end])) in modules():
-            try:
-                target = importlib.import_module(modules()[name])
-                for part in parts[end:]:
-                    target = getattr(target, part)
-            except (ImportError, AttributeError):
-                return False
-            return True
+            return parts[end : end + 1] == [] or parts[end] in modules()[name]
+    if is_variable(parts):
+        return True
     try:
-        target = importlib.import_module(parts[0])
-        for part in parts[1:]:
-            target = getattr(target, part)
+        functools.reduce(getattr, parts[1:], importlib.import_module(parts[0]))
     except (ImportError, AttributeError):
-        return is_variable(parts)
+        return False
     return True
 
 
@@ -235,12 +231,11 @@ def problem_with(span):
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span) and ("/" in span or span.endswith(".py")):
         known = {path.name for path in (*ROOT.iterdir(), *PACKAGE.iterdir())}
         if span.split("/")[0] in known or span.endswith((".py", ".md")):
-            return "" if is_path(span) or is_made_by_a_stage(span) else "no such file or folder"
+            return "" if is_path(span) else "no such file or folder"
         return "" if span.split("/")[0] in words() else "no such folder"
     if FILE_NAME.fullmatch(span):
-        stem = span.split(".")[0]
         known = {path.name for path in ROOT.rglob("*.*") if ".git" not in path.parts}
-        return "" if span in known or span in strings() or stem in words() else "no such file"
+        return "" if span in known or span in strings() else "no such file"
     if re.fullmatch(r"config(\.\w+(\[\d\])?)+", span):
         return "" if is_field(span) or is_name(span) else "no such field"
     if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+(\(.*\))?", span):
@@ -266,11 +261,6 @@ def problem_with_call(name, span):
         unknown = given - {field.name for field in dataclasses.fields(kind)}
         return f"no field {unknown}" if unknown else ""
     return "" if name in words() else "no such function"
-
-
-def is_made_by_a_stage(span):
-    """`policy/`, `train/<key>/`: folders that stages write."""
-    return span.rstrip("/").split("/")[-1] in words() and span.endswith("/")
 
 
 @functools.cache
@@ -407,7 +397,7 @@ def example(heading):
     """The names that the code block under a heading of extend.md defines."""
     text = (ROOT / "docs" / "extend.md").read_text().split(f"\n## {heading}\n")[1]
     code = text.split("\n## ")[0].split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 10
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 10
     names = {}
     exec(compile(code, f"extend.md, {heading}", "exec"), names)
     return argparse.Namespace(**{k: v for k, v in names.items() if k.isidentifier()})
