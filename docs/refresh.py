@@ -23,7 +23,7 @@ PLACE = re.compile(r"`([\w.]+)`\s\(`([\w/]+\.py):(\d+)`\)")
 CONFIG_INTRODUCTION = f"""\
 # Every field of a config
 
-Written by `{COMMAND}` from `deltapref_jax/config.py`; edit that file and not this page.
+Written by `{COMMAND}` from `deltapref_jax/config.py`; edit that file instead.
 
 A study is an [Experiment](#experiment), one run from a file of pairs is a
 [PairTraining](#pairtraining), and the models that ship are described by a [ModelZoo](#modelzoo).
