@@ -69,9 +69,9 @@ def _item(text: str) -> str:
 
 
 def _linked(type_: str, names: set[str]) -> str:
-    """A type in code font, followed by links to the classes of this page that it names."""
+    """A type in code font, or a link to its class on this page."""
     links = [f"[{n}](#{n.lower()})" for n in re.findall(r"\w+", type_) if n in names]
-    return f"`{type_}`" if not links or type_ not in names else links[0]
+    return " of ".join([f"`{type_}`", *links]) if type_ not in names else links[0]
 
 
 def _default(node: ast.AnnAssign) -> str:
@@ -84,7 +84,8 @@ def _default(node: ast.AnnAssign) -> str:
         else:
             factory = given["default_factory"]
             value = factory.body if isinstance(factory, ast.Lambda) else factory
-            return ast.unparse(value) + "()" * (not isinstance(value, ast.Call))
+            text = ast.unparse(value) + "()" * (not isinstance(value, ast.Call))
+            return text.replace("'", '"')
     return ast.unparse(value).replace("'", '"') if value is not None else ""
 
 

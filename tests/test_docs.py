@@ -37,7 +37,7 @@ PAGES = sorted(
 )
 FOREIGN = {  # names of other projects' code, of what readers bring, and of what runs write
     *("CheckpointManager", "experimental", "v1", "finally", "vmap", "shard_map", "topologies"),
-    *("query_seq_lengths", "tensorboardX", "clu", "peft", "transformers", "flax", "trl", "torch"),
+    *("query_seq_lengths", "tensorboardX", "clu", "peft", "transformers", "flax"),
     *("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "JAX_COORDINATOR_ADDRESS"),
     *("questions.jsonl", "shard-00000-of-00001.parquet"),
 }
@@ -285,6 +285,10 @@ def test_what_is_named_exists(page):
         return
     problems = {span: problem_with(span) for span in spans(page)}
     assert {span: problem for span, problem in problems.items() if problem} == {}
+
+
+def test_names_of_others_are_used():
+    assert set() == FOREIGN - {span for page in PAGES for span in spans(page)}
 
 
 @pytest.mark.parametrize(
