@@ -1,4 +1,4 @@
-"""Figures as inline SVG: one palette, text as text, nothing fetched."""
+"""Figures as inline SVG with one palette; text stays text, and nothing is fetched."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from deltapref_jax.analysis.findings import DOMAIN_WORDS  # noqa: E402
 from deltapref_jax.analysis.statistics import Estimate, GapBin  # noqa: E402
 
-COLOURS = {
+COLOURS = {  # by objective, selection, or side of a pair
     "dpo": "#1f6f8b",
     "dpo_norm": "#6a4c93",
     "kto": "#d1495b",
@@ -30,7 +30,7 @@ COLOURS = {
 
 plt.rcParams.update(
     {
-        "svg.fonttype": "none",
+        "svg.fonttype": "none",  # text as <text>, not as outlines
         "font.family": "sans-serif",
         "font.size": 10,
         "axes.spines.top": False,
@@ -40,7 +40,7 @@ plt.rcParams.update(
         "grid.color": "#eeeeee",
         "axes.axisbelow": True,
         "legend.frameon": False,
-        "svg.hashsalt": "deltapref",
+        "svg.hashsalt": "deltapref",  # equal figures are equal bytes
     }
 )
 
@@ -59,13 +59,13 @@ class Line(NamedTuple):
     name: str
     colour: str  # key of COLOURS
     points: Sequence[Point]
-    trend: tuple[float, float, float] | None = (
-        None  # x and y of its centre, slope; None: points are joined
-    )
+    # x and y of the trend's centre, and its slope; without a trend the points are joined.
+    trend: tuple[float, float, float] | None = None
     dashed: bool = False
 
 
 def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that fits its container's width; closes the figure."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
@@ -79,13 +79,13 @@ def _svg(figure: Figure) -> str:
 
 
 def _lines(axes: Axes, lines: Sequence[Line]) -> None:
+    """Points with 95% intervals, trends, and a label above the points of each chosen generator."""
     axes.axhline(0, color="#666666", linewidth=1)
     xs = [p.x for line in lines for p in line.points]
     width = max(xs) - min(xs) if xs else 0.0
     for i, line in enumerate(lines):
-        shift = (
-            (i - (len(lines) - 1) / 2) * 0.012 * (width or 1.0)
-        )  # arms at one x stand side by side
+        # Arms of several lines at one x stand side by side.
+        shift = (i - (len(lines) - 1) / 2) * 0.012 * (width or 1.0)
         points = sorted(line.points, key=lambda p: p.x)
         x = [p.x + shift for p in points]
         y = [p.y.value for p in points]
@@ -133,7 +133,7 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
     figure, grid = plt.subplots(
         len(rows), columns, figsize=(5.4 * columns, 3.5 * len(rows)), squeeze=False
     )
-    for at, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
+    for row, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
         for axes, (domain, lines) in zip(cells, domains.items(), strict=True):
             _lines(axes, lines)
             axes.set_title(
@@ -142,7 +142,7 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
                 fontweight="bold",
             )
             axes.margins(x=0.08, y=0.15)
-            if at == len(rows) - 1:
+            if row == len(rows) - 1:
                 axes.set_xlabel(xlabel)
         cells[0].set_ylabel("change in accuracy (points)")
     grid[0][-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))

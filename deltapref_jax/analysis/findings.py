@@ -1,8 +1,7 @@
-"""Numbers to sentences: direction, size and interval, whatever they are."""
+"""Sentences made from a summary's numbers: direction, size and interval, whatever they are."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
-
 
 from deltapref_jax.analysis.judges import USELESS_AUC, WANTED_AUC
 from deltapref_jax.analysis.page import Contrast, Finding, JudgeSummary, Summary
@@ -26,18 +25,18 @@ def words(name: object) -> str:
 
 
 def points(values: Sequence[float], digits: int = 1) -> str:
-    """`+3.2 [+1.0, +5.4]`."""
+    """Value and interval, such as `+3.2 [+1.0, +5.4]`."""
     value, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in values)  # no "-0.0"
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def outcome(effect: Estimate, digits: int = 1) -> str:
-    """An effect in points, or that none was detected and how large a detected one would have been."""
+    """An effect in points, or that none was detected and which size would have been."""
     if effect.clear:
         return f"{points(effect, digits)} points"
-    detectable = _DETECTABLE * (effect.high - effect.low)
+    size = _DETECTABLE * (effect.high - effect.low)
     return (
-        f"no effect detected ({points(effect, digits)}; an effect of {detectable:.{digits}f} points "
+        f"no effect detected ({points(effect, digits)}; an effect of {size:.{digits}f} points "
         "would have been)"
     )
 
@@ -65,12 +64,12 @@ def findings(s: Summary) -> list[Finding]:
 
 
 def _generator_delta(s: Summary) -> list[Finding]:
-    found = []
+    sentences = []
     for objective in dict.fromkeys(t.objective for t in s.trends):
         trends = [t for t in s.trends if t.objective == objective]
         slopes = "; ".join(f"{DOMAIN_WORDS[t.domain]} {outcome(t.per_10, 2)}" for t in trends)
         ends = "; ".join(f"{DOMAIN_WORDS[t.domain]} {outcome(t.ends)}" for t in trends)
-        found.append(
+        sentences.append(
             Finding(
                 f"Generator delta, {objective.upper()}",
                 "per 10 points by which the chosen traces' author is better than the rejected "
@@ -79,17 +78,17 @@ def _generator_delta(s: Summary) -> list[Finding]:
                 f"{trends[0].low}): {ends}.",
             )
         )
-    return found
+    return sentences
 
 
 def _sample_delta(s: Summary) -> list[Finding]:
-    """One sentence per objective and judge; several fractions are averaged."""
+    """One sentence per objective, judge and dimension; several fractions give a range."""
     arms = {a.name: a for a in s.arms}
     groups: dict[tuple[str, str, str], list[Contrast]] = {}
     for c in s.contrasts:
         a = arms[c.a]
         groups.setdefault((a.arm.objective, a.pair_judge, a.arm.by), []).append(c)
-    found = []
+    sentences = []
     for (objective, judge, ranked_by), contrasts in groups.items():
         fractions = sorted({arms[c.a].arm.fraction for c in contrasts})
         share = _listed([f"{100 * f:.0f}%" for f in fractions])
@@ -98,14 +97,14 @@ def _sample_delta(s: Summary) -> list[Finding]:
             effects = [[c.difference[d] for c in contrasts if c.kind == kind] for d in s.domains]
             clauses.append(f"against {_AGAINST[kind]}: {_per_domain(s, [*map(_several, effects)])}")
         clauses[1:] = [c[0].upper() + c[1:] for c in clauses[1:]]
-        found.append(
+        sentences.append(
             Finding(
                 f"Sample delta, {objective.upper()}, judge {judge}",
                 f"training on the {share} of pairs with the largest gap in {words(ranked_by)}, "
                 f"{'. '.join(clauses)}.",
             )
         )
-    return found
+    return sentences
 
 
 def _several(effects: Sequence[Estimate]) -> str:
@@ -126,35 +125,39 @@ def _verdict(change: Estimate) -> str:
 
 
 def _survival(s: Summary) -> list[Finding]:
-    found = []
+    sentences = []
     for c in s.survival:
         clauses = []
         for change in (c.changes[d] for d in s.domains):
             a, b = _verdict(change.a), _verdict(change.b)
             clauses.append(
-                f"{'the same' if a == b else 'another'} verdict ({c.first}: {a}, {points(change.a)}; "
-                f"{c.second}: {b}, {points(change.b)}; difference {points(change.difference)})"
+                f"{'the same' if a == b else 'another'} verdict "
+                f"({c.first}: {a}, {points(change.a)}; {c.second}: {b}, {points(change.b)}; "
+                f"difference {points(change.difference)})"
             )
-        found.append(
+        sentences.append(
             Finding(
                 "Change of judge",
                 f"{c.a} and {c.b} differ only in the judge that shaped their pairs, and "
                 f"share {c.shared:.0f}% of them: {_per_domain(s, clauses)}.",
             )
         )
-    return found
+    return sentences
 
 
 def _controls(s: Summary) -> list[Finding]:
-    return [
-        Finding(
-            "Control, SFT",
-            f"imitating the chosen traces of {a.arm.chosen} alone, without the rejected ones, "
-            f"changed accuracy: {_per_domain(s, [outcome(a.changes[d].change) for d in s.domains])}.",
-        )
-        for a in s.arms
-        if a.kind == "sft"
-    ]
+    sentences = []
+    for a in s.arms:
+        if a.kind == "sft":
+            outcomes = _per_domain(s, [outcome(a.changes[d].change) for d in s.domains])
+            sentences.append(
+                Finding(
+                    "Control, SFT",
+                    f"imitating the chosen traces of {a.arm.chosen} alone, without the rejected "
+                    f"ones, changed accuracy: {outcomes}.",
+                )
+            )
+    return sentences
 
 
 def _arms(s: Summary) -> list[Finding]:
@@ -180,10 +183,10 @@ def _arms(s: Summary) -> list[Finding]:
 
 
 def _instruments(s: Summary) -> list[Finding]:
-    found = [Finding("Judges", text) for text in s.judge_sentences if "cannot carry" in text]
+    sentences = [Finding("Judges", text) for text in s.judge_sentences if "cannot carry" in text]
     falling = [a.name for a in s.arms if a.training.falling]
     if falling:
-        found.append(
+        sentences.append(
             Finding(
                 "Training",
                 f"in {len(falling)} of {len(s.arms)} arms the log-probabilities of chosen and "
@@ -191,15 +194,20 @@ def _instruments(s: Summary) -> list[Finding]:
                 "of trace less likely.",
             )
         )
-    return found
+    return sentences
 
 
 def judge_sentence(j: JudgeSummary, has_exact: bool) -> str:
-    """What this judge may be used for; `has_exact`: the study has an exact judge to fall back on."""
+    """What this judge may be used for.
+
+    Args:
+      j: the judge.
+      has_exact: whether the study has an exact judge to fall back on.
+    """
     if j.audit is None:
         return (
-            f"Judge {j.name} was not measured against known corruption: the questions have no known "
-            "truth for that."
+            f"Judge {j.name} was not measured against known corruption: the questions have no "
+            "known truth for that."
         )
     auc, useless = j.audit.auc, [words(d) for d in j.audit.useless]
     carried = " The exact judge carries it." if has_exact and j.kind != "exact" else ""
@@ -214,8 +222,8 @@ def judge_sentence(j: JudgeSummary, has_exact: bool) -> str:
     if useless:
         weak = f" It is weak, below {WANTED_AUC}, on {_listed(low)}." if low else ""
         return (
-            f"Judge {j.name} cannot carry a conclusion on {_listed(useless)}: its AUC against known "
-            f"corruption is below {USELESS_AUC} there.{carried}{weak}"
+            f"Judge {j.name} cannot carry a conclusion on {_listed(useless)}: its AUC against "
+            f"known corruption is below {USELESS_AUC} there.{carried}{weak}"
         )
     if low:
         return (

@@ -14,7 +14,7 @@ WANTED_AUC, USELESS_AUC = 0.8, 0.65
 
 
 def describe(study: Study, name: str) -> JudgeSummary:
-    """One judge's numbers: on the generators' traces, and where it was audited on corrupted ones."""
+    """One judge's numbers on the generators' traces, and on corrupted ones if it was audited."""
     rated = study.rated[name]
     has = ~np.isnan(rated.matrix).any(axis=1)
     mean, correct = rated.mean[has], study.correct[has]

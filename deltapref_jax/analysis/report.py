@@ -121,6 +121,7 @@ def _curve(metrics: Sequence[Mapping[str, float]], side: str, beta: float | None
     def series(name: str) -> Curve:
         return [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
 
+    # A reward is beta times the log-probability minus the reference's.
     if beta is not None and (rewards := series(f"rewards/{side}")):
         return [(step, reward / beta) for step, reward in rewards]
     logps = series(f"logps/{side}")

@@ -17,7 +17,7 @@ def columns(table: pa.Table, *names: str) -> list[np.ndarray]:
 
 
 class ArtifactRecord(NamedTuple):
-    """What the manifest of one artifact says; an artifact with several labels has several records."""
+    """What an artifact's manifest says; one record per label that the study has for it."""
 
     stage: str
     label: str  # the planner's, such as "judge/exact/weak"
@@ -74,7 +74,7 @@ class Study:
 
     @functools.cached_property
     def row_of(self) -> dict[str, int]:
-        """Row of every trace id in arrays over all traces: generators in order, then table order."""
+        """Trace id → row in arrays over all traces: the tables of all generators in turn."""
         return {trace: row for row, trace in enumerate(self.trace_column("trace_id"))}
 
     def trace_column(self, name: str) -> np.ndarray:
@@ -86,8 +86,13 @@ class Study:
         return np.array([self.row_of.get(i, -1) for i in trace_ids], int)
 
     def pair_rows(self, arm: str) -> list[np.ndarray]:
-        """Rows of the chosen and of the rejected traces of an arm's pairs, int [P] each."""
-        return [self.rows_of(ids) for ids in columns(self.pairs[arm], "chosen_id", "rejected_id")]
+        """Rows of the chosen and of the rejected traces of an arm's pairs, int [P] each.
+
+        Raises:
+          KeyError: the study does not have a trace of a pair.
+        """
+        sides = columns(self.pairs[arm], "chosen_id", "rejected_id")
+        return [np.array([self.row_of[i] for i in ids], int) for ids in sides]
 
     @functools.cached_property
     def correct(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A study's tables to its numbers: everything that the page and the terminal show."""
+"""Computes a study's summary, everything that the page and the terminal show, from its tables."""
 
 import dataclasses
 import json
@@ -53,6 +53,7 @@ def summarise(study: Study) -> Summary:
     if study.student is not None:
         s.student = _evaluation(study, study.student)
         s.suites = _suites(study)
+        # An arm of few seeds shows the least, so the arm with the fewest sets the plan.
         s.detectable_seeds = min((len(runs) for runs in study.results.values()), default=1)
         s.detectable = st.minimum_detectable(study.student, s.detectable_seeds)
         after = {arm: list(runs.values()) for arm, runs in study.results.items()}
@@ -78,7 +79,11 @@ def summary_json(summary: Summary) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as JSON's types; JSON has no NaN, so that becomes None."""
+    """Dataclasses, mappings and sequences as JSON's types.
+
+    A field marked `page.MERGED` gives its keys to the object that contains it, or none if it is
+    None. Numbers that JSON lacks (NaN, infinities) become None.
+    """
     if dataclasses.is_dataclass(value):
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(value):
@@ -126,13 +131,13 @@ def _suites(study: Study) -> list[SuiteSummary]:
     for d in study.domains:
         by_model = {name: st.by_question(table, d) for name, table in tables.items()}
         for suite, answers in st.by_question(study.student, d).items():
-            asked = from_table(Prompt, study.suites[suite][:1]) if suite in study.suites else []
+            first = from_table(Prompt, study.suites[suite][:1]) if suite in study.suites else []
             summaries.append(
                 SuiteSummary(
                     suite=suite,
                     domain=d,
                     questions=len(answers.questions),
-                    example=asked[0].question if asked else "",
+                    example=first[0].question if first else "",
                     samples=int(answers.samples.max()),
                     accuracy={
                         name: 100 * float(suites[suite].mean.mean())
@@ -228,6 +233,7 @@ def _strata(study: Study, name: str) -> dict[str, float] | None:
 def _training(study: Study, name: str, beta: float) -> TrainingSummary:
     """Metrics of an arm; `beta` 0 says that its rewards are not beta times a log-ratio."""
     runs = [rows for rows in study.metrics.get(name, {}).values() if rows]
+    # The last quarter of every run, where the metrics have settled.
     last = [row for rows in runs for row in rows[-max(1, len(rows) // 4) :]]
 
     def mean(key: str) -> float:
@@ -283,7 +289,7 @@ def _trends(arms: Sequence[ArmSummary], changes: Changes) -> list[Trend]:
 
 
 def _data(arm: Arm) -> tuple[str, ...]:
-    """What an arm trains on, but for labels and selection."""
+    """What an arm trains on, apart from who labels and who selects its pairs."""
     return arm.chosen, arm.rejected, arm.objective, arm.stratum
 
 

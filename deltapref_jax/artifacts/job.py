@@ -29,7 +29,7 @@ from deltapref_jax.files import (
     write_atomic,
 )
 from deltapref_jax.processes import agreed, process_count, process_index, versions
-from deltapref_jax.progress import progress
+from deltapref_jax.progress import Counter
 from deltapref_jax.records import Record
 
 Stats = dict[str, float]
@@ -68,6 +68,8 @@ class Job:
         # checksums of files that went to a bucket, so that they are not fetched back for them
         self._uploaded: dict[str, tuple[int, str]] = {}
         self._open = contextlib.ExitStack()
+        self._counter: Counter | None = None
+        self._advanced = 0  # rows of the shard at hand that the bar counts already
 
     def table(self, node: Node) -> pa.Table:
         """The table of an input."""
@@ -152,15 +154,15 @@ class Job:
         """
         count = max(count, 1)
         names = [f"shard-{i:05d}-of-{count:05d}" for i in range(count)]
-        with progress(self.show) as bar:
-            task = bar.add_task(self.node.name, total=total, unit=unit, note="")
+        with Counter(self.node.name, total, unit, self.show) as self._counter:
             done: set[str] = set()
             while len(done) < count:
                 before = len(done)
                 for i, name in enumerate(names):
                     if name not in done and self._shard(i, name, make, together):
                         done.add(name)
-                        bar.advance(task, self._sidecar(name)["rows"])
+                        self.advance(self._sidecar(name)["rows"] - self._advanced)
+                        self._advanced = 0
                 if len(done) == before:
                     if process_count() == 1:
                         raise Busy
@@ -174,6 +176,12 @@ class Job:
                 self.stats[key] = self.stats.get(key, 0) + value
             self.stats["rows"] = self.stats.get("rows", 0) + side["rows"]
             self._elsewhere += 0 if side["maker"] == self._maker else side["seconds"]
+
+    def advance(self, rows: int) -> None:
+        """Moves the bar within a shard, for a stage whose shards take long."""
+        if self._counter:
+            self._counter.advance(rows)
+            self._advanced += rows
 
     @functools.cached_property
     def _maker(self) -> str:
@@ -254,8 +262,8 @@ class Job:
             self._lease.release()
         self._lease = None
 
-    def finish(self) -> None:
-        """Writes the manifest.
+    def finish(self) -> Manifest:
+        """Writes the manifest and returns it.
 
         Raises:
           ArtifactError: a file changed since it was made, or another runner took the artifact over.
@@ -296,6 +304,7 @@ class Job:
         text = json.dumps(manifest._asdict(), indent=1)
         write_atomic(self.dir / "manifest.json", text.encode())
         self._remove_leftovers(ended)
+        return manifest
 
     def _matching(self, pattern: str) -> list[str]:
         return sorted(os.path.relpath(file, self.dir) for file in self.dir.glob(pattern))

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from deltapref_jax.artifacts.job import Busy, Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
-from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.artifacts.workspace import Manifest, Workspace
 from deltapref_jax.files import UNWRITABLE_ERRNOS, ArtifactError, unwritable
 from deltapref_jax.processes import agreed, process_index
+from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
 _WAIT_SECONDS = 0.5  # between looks at what other runners hold
 _INDEX_SECONDS = 10.0  # between updates of index.json
@@ -38,8 +39,10 @@ def run(
     Raises:
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
     """
-    nodes = in_order(wanted)
-    pending, indexed = list(nodes), time.monotonic()
+    # The inputs of all come first, so that the artifacts of one batch are ready together.
+    nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
+    pending, made = list(nodes), 0
+    waited, indexed = 0.0, time.monotonic()
     while pending:
         before = len(pending)
         for node in list(pending):
@@ -52,16 +55,26 @@ def run(
                         node.make(jobs[0])
                     elif jobs:
                         node.make_batch([(job.node, job) for job in jobs])
+                    made += len(jobs)
             if agreed(workspace.complete(node)):
                 pending.remove(node)
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
                 workspace.write_index(study, nodes)
                 indexed = time.monotonic()
-        # Other runners hold all that is ready.
-        if len(pending) == before:
+        if len(pending) < before:
+            waited = 0.0
+        else:  # other runners hold all that is ready
             time.sleep(_WAIT_SECONDS)
+            waited += _WAIT_SECONDS
+            if show and process_index() == 0 and waited % LOG_EVERY_SECONDS < _WAIT_SECONDS:
+                held = [node.name for node in pending if workspace.key(node) is not None]
+                log(f"Waiting for other runners, who hold {', '.join(held[:3])} …", always=True)
     if study and process_index() == 0:
         workspace.write_index(study, nodes)
+    if show and process_index() == 0:
+        log(
+            f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
+        )
     agreed(True)  # nobody reads before process 0 has written
 
 
@@ -95,9 +108,14 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
                 jobs.append(job)
             except (Busy, Finished):
                 job.close()
+        if show and jobs and process_index() == 0:
+            more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+            log(f"{jobs[0].node.name}{more}: starts")
         yield jobs
         for job in jobs if process_index() == 0 else ():
-            job.finish()
+            manifest = job.finish()
+            if show:
+                log(f"{job.node.name}: {_done(manifest)}")
         agreed(True)  # the other processes read only what process 0 has finished
     except (Busy, Finished):
         pass
@@ -108,6 +126,19 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
     finally:
         for job in jobs:
             job.close()
+
+
+def _done(manifest: Manifest) -> str:
+    """What making the artifact took: rows, steps, seconds and tokens per second."""
+    parts = [
+        f"{manifest.stats[unit]:,.0f} {unit}"
+        for unit in ("rows", "steps")
+        if unit in manifest.stats
+    ]
+    parts.append(f"{manifest.seconds:,.1f} s")
+    if manifest.stats.get("tokens") and manifest.seconds:
+        parts.append(f"{manifest.stats['tokens'] / manifest.seconds:,.0f} tokens/s")
+    return ", ".join(parts)
 
 
 def _start(node: Node, workspace: Workspace, show: bool) -> Job:

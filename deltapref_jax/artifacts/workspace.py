@@ -199,10 +199,9 @@ class Workspace:
             index: dict[str, dict[str, str]] = {}
             with contextlib.suppress(OSError, ValueError):
                 index = json.loads(file.read_text())
-            if index.get(study) == entries:
-                return
-            index[study] = entries
-            write_atomic(file, json.dumps(index, indent=1, sort_keys=True).encode())
+            if index.get(study) != entries:
+                index[study] = entries
+                write_atomic(file, json.dumps(index, indent=1, sort_keys=True).encode())
         finally:
             lease.release()
         if not remote(self.root):

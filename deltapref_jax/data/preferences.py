@@ -17,9 +17,15 @@ from absl import flags
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Pairs
 from deltapref_jax.data.blocks import BLOCK, Blocks, json_row, open_blocks
-from deltapref_jax.data.formats import Example, columns_read, format_of, is_empty, read_example
+from deltapref_jax.data.formats import (
+    columns_read,
+    format_of,
+    is_empty,
+    read_example,
+    without_nulls,
+)
 from deltapref_jax.records import TokenSequence, digest
-from deltapref_jax.text.preference import Tokens, tokenise
+from deltapref_jax.text.preference import Example, Tokens, tokenise
 from deltapref_jax.text.template import ChatTokenizer
 
 Group = list[TokenSequence]
@@ -90,25 +96,30 @@ def read_sequences(
             f"{source.path} holds labelled examples and no pairs, which the objective {kind!r} "
             "needs; set config.objective.kind to 'kto' or 'sft', or give chosen and rejected."
         )
-    prepare = functools.partial(_prepare, blocks=blocks, name=name, tokenizer=tokenizer, unit=unit)
+    prepare = functools.partial(
+        _prepare, blocks=blocks, name=name, known=set(columns), tokenizer=tokenizer, unit=unit
+    )
     read = grain.MapDataset.range(len(blocks)).map(prepare).to_iter_dataset(grain.ReadOptions(0, 0))
     if workers < 0:
         workers = min(source.workers, len(blocks) * BLOCK // 1000)
     if workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which a notebook never parses
     groups: list[Group] = []
-    needed = columns_read(name)
-    ignored, counts = set(columns) - needed, Counter[str](dict.fromkeys(_COUNTED, 0))
+    seen, counts, shared = set(columns), Counter[str](dict.fromkeys(_COUNTED, 0)), ""
     for block in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
         if block.error:
             raise ConfigError(block.error)
         groups += block.groups
-        ignored |= block.columns - needed
+        seen |= block.columns
         counts.update(block.counts)
+        shared = shared or block.shared_prompt
+        if shared and "prompt" in seen:
+            raise ConfigError(f"{shared}: 'prompt' is missing; fix or remove the row.")
     _check_any_left(source.path, len(groups), counts)
     groups, limited = limit_lengths(groups, limit)
     groups = [[s._replace(group=i) for s in group] for i, group in enumerate(groups)]
-    return Preferences(groups, name, sorted(ignored), dict(counts) | limited | _kept(groups))
+    ignored = sorted(seen - columns_read(name))
+    return Preferences(groups, name, ignored, dict(counts) | limited | _kept(groups))
 
 
 def _check_any_left(path: str, groups: int, counts: Counter[str]) -> None:
@@ -151,6 +162,7 @@ class _Prepared:
     groups: list[Group] = dataclasses.field(default_factory=list)
     columns: set[str] = dataclasses.field(default_factory=set)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    shared_prompt: str = ""  # place of a row of text whose prompt is what its answers begin with
     error: str = ""
 
 
@@ -159,19 +171,24 @@ class _BrokenRow(ValueError):
 
 
 def _prepare(
-    number: int, blocks: Blocks, name: str, tokenizer: ChatTokenizer, unit: str
+    number: int, blocks: Blocks, name: str, known: set[str], tokenizer: ChatTokenizer, unit: str
 ) -> _Prepared:
     columns: set[str] = set()
     examples: list[tuple[str, Example]] = []
+    shared_prompt = ""
     try:
         block = blocks[number]
         for where, raw in block:
             try:
                 row = json_row(raw) if isinstance(raw, bytes) else raw
-                example = read_example(row, name, len(tokenizer.tokenizer))
+                if row is raw and "ids" not in name:
+                    row = without_nulls(row)
+                example = read_example(row, name, len(tokenizer.tokenizer), known)
             except ValueError as e:
                 raise _BrokenRow(where, e) from e
             columns |= row.keys()
+            if isinstance(example.prompt, str) and "prompt" not in row:
+                shared_prompt = shared_prompt or where
             examples += _units(where, example, unit)
         tokens = _tokenised(examples, tokenizer)
     except ConfigError as e:  # of the file or the tokenizer, not of one row
@@ -188,7 +205,7 @@ def _prepare(
             counts["empty"] += 1
         else:
             groups.append(list(_sequences(where, example, ids)))
-    return _Prepared(groups, columns, dict(counts))
+    return _Prepared(groups, columns, dict(counts), shared_prompt)
 
 
 def _units(where: str, example: Example, unit: str) -> Iterator[tuple[str, Example]]:
@@ -208,25 +225,25 @@ def _tokenised(
     examples: Sequence[tuple[str, Example]], tokenizer: ChatTokenizer
 ) -> Sequence[Tokens]:
     """Tokens of the examples; a row that the template refuses is found and named."""
-    asked = [(example.prompt, example.completions) for _, example in examples]
-    if any(isinstance(prompt, np.ndarray) for prompt, _ in asked):  # token ids, in every row
-        return [Tokens(prompt, completions) for prompt, completions in asked]
+    asked = [example for _, example in examples]
+    if any(isinstance(example.prompt, np.ndarray) for example in asked):  # token ids in every row
+        return [Tokens(example.prompt, example.completions) for example in asked]
     try:
         return tokenise(tokenizer, asked)
     except ConfigError:
         raise
     except ValueError:
-        for (where, _), one in zip(examples, asked, strict=True):
+        for where, example in examples:
             try:
-                tokenise(tokenizer, [one])
+                tokenise(tokenizer, [example])
             except ValueError as e:
                 raise _BrokenRow(_row_of(where), e) from e
         raise
 
 
 def _sequences(where: str, example: Example, tokens: Tokens) -> Iterator[TokenSequence]:
-    prompt = example.prompt
-    prompt_id = digest(prompt.tolist() if isinstance(prompt, np.ndarray) else prompt)
+    prompt = example.prompt.tolist() if isinstance(example.prompt, np.ndarray) else example.prompt
+    prompt_id = digest(prompt, example.tools) if example.tools else digest(prompt)
     masks = tokens.scored or (None,) * len(tokens.completions)
     for completion, mask, label in zip(tokens.completions, masks, example.labels, strict=True):
         place = where if example.label is not None else f"{where}, {_side(label)}"

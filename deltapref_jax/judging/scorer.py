@@ -94,6 +94,33 @@ def _label_probability_fn(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[.
     )
 
 
+def _rating_samples(
+    model: LoadedModel,
+    problems: Sequence[str],
+    traces: Sequence[str],
+    dimensions: Sequence[str],
+    row_length: int,
+    rubric: Rubric,
+) -> list[PackedSample]:
+    """Builds the packed sequences of all traces.
+
+    Raises:
+      ValueError: the prompt of a trace is longer than a row.
+    """
+    samples = [
+        rating_sample(model, p, t, dimensions, rubric)._replace(members=(i,))
+        for i, (p, t) in enumerate(zip(problems, traces, strict=True))
+    ]
+    for i, s in enumerate(samples):
+        if len(s.tokens) > row_length:
+            raise ValueError(
+                f"The rating prompt of trace {i} has {len(s.tokens)} tokens and "
+                f"config.scoring.row_length is {row_length}; raise it: traces are judged "
+                "whole."
+            )
+    return samples
+
+
 def rate_traces(
     model: LoadedModel,
     problems: Sequence[str],
@@ -125,17 +152,7 @@ def rate_traces(
       ValueError: a label is not a single token, or the prompt of a trace is longer than a row.
     """
     labels = np.asarray(label_ids(model.text), np.int32)
-    samples = [
-        rating_sample(model, p, t, dimensions, rubric)._replace(members=(i,))
-        for i, (p, t) in enumerate(zip(problems, traces, strict=True))
-    ]
-    for i, s in enumerate(samples):
-        if len(s.tokens) > shape.row_length:
-            raise ValueError(
-                f"The rating prompt of trace {i} has {len(s.tokens)} tokens and "
-                f"config.scoring.row_length is {shape.row_length}; raise it: traces are judged "
-                "whole."
-            )
+    samples = _rating_samples(model, problems, traces, dimensions, shape.row_length, rubric)
     label_probabilities = _label_probability_fn(model.spec, dtype, mesh)
     params = jax.device_put(model.state, shardings(model.state, mesh))
     probabilities = np.zeros((len(samples), len(dimensions), len(labels)), np.float32)
@@ -148,6 +165,7 @@ def rate_traces(
         batch = drop_empty_half(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])
         positions += batch.tokens.size
         rows, columns = np.nonzero(batch.targets)
+        # A target holds the number of its segment, and `order` the trace of every segment.
         owner = micro.order[batch.targets[rows, columns] - 1]
         branch = batch.branches[rows, columns] - 1
         for start in range(0, len(rows), size):

@@ -249,6 +249,7 @@ class Decoder(nnx.Module):
             0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32)
         )
 
+        # Layers are stacked, so that a scan over them compiles one layer for any depth.
         @nnx.split_rngs(splits=spec.layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
@@ -304,6 +305,7 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, state)(x, angles, attend), None
 
         x = self._embed(tokens)
+        # Rematerialisation is per layer, so that one layer's activations exist at a time.
         if remat != "none":
             layer = jax.checkpoint(layer, policy=POLICIES[remat])
         x, _ = jax.lax.scan(layer, x, stacked)

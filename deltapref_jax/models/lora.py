@@ -91,6 +91,7 @@ def add_adapters(
         bound = int(np.prod(shape[1:-1])) ** -0.5
         fresh[f"{name}_a"] = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         fresh[f"{name}_b"] = jnp.zeros(shapes[f"{name}_b"].shape, jnp.float32)
+    # `whole` holds shapes so far; its leaves are replaced by the base's arrays and the new ones.
     nnx.replace_by_pure_dict(whole, tree | {"blocks": tree["blocks"] | fresh})
     return partition(whole, adapters(lora))
 
@@ -115,6 +116,7 @@ def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
             "lir,lro->lio",
             as_3d(a, 1),
             as_3d(b, 2),
+            # The merge is computed once, and accelerators would round float32 products by default.
             precision=jax.lax.Precision.HIGHEST,
         )
         delta = lora.alpha / lora.rank * product.reshape(w.shape)
@@ -169,5 +171,6 @@ def export_adapter(
         matrix = stored_name(f"blocks.{target}").removesuffix("weight")
         peft_name = f"base_model.model.{matrix}lora_{side.upper()}.weight"
         for i, layer in enumerate(as_3d(array, 1 if side == "a" else 2)):
+            # PEFT stores [out, in], as Hugging Face does.
             tensors[peft_name.format(i)] = np.ascontiguousarray(layer.T)
     write_tensors(tensors, root / "adapter_model.safetensors", root / "adapter_config.json")

@@ -117,6 +117,7 @@ def _files(path: str) -> list[Path]:
             f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
             "give a complete Hugging Face folder."
         )
+    # A sharded model names its shards in an index; one can be missing after a broken download.
     index = root / "model.safetensors.index.json"
     if index.exists():
         for name in sorted(
@@ -147,6 +148,7 @@ def weights_hash(path: str) -> str:
     digest = hashlib.sha256()
     for file in _files(resolve(path)):
         stat = file.stat()
+        # A GGUF file has the same hash under any name, as a folder has.
         name = "gguf" if file.suffix == ".gguf" else file.name
         digest.update(f"{name} {_file_hash(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:16]

@@ -72,6 +72,7 @@ def prefill(
     graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"], sharding: NamedSharding
 ) -> Cache:
     """Returns keys and values of G prompts, which are padded on the right to T tokens."""
+    # Padding has keys and values too; decoding overwrites them before it reads them.
     model = nnx.merge(graphdef, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     _, cache = model.decode(
@@ -110,6 +111,34 @@ def grow(cache: Cache, length: int) -> Cache:
     )
 
 
+def _empty_chunk(slots: Slots, decode_steps: int) -> Chunk:
+    """Returns the chunk of no steps, with room for `decode_steps` of them."""
+    rows = (decode_steps, slots.token.shape[0])
+    return Chunk(
+        steps=jnp.int32(0),
+        tokens=jnp.zeros(rows, jnp.int32),
+        logprobs=jnp.zeros(rows, jnp.float32),
+        token=jnp.asarray(slots.token),
+        position=jnp.asarray(slots.position),
+        alive=jnp.asarray(slots.alive),
+    )
+
+
+def _next_tokens(
+    hidden: Float[Array, "B D"],
+    unembedding: Float[Array, "V D"],
+    uniform: Float[Array, "decode_steps B"],
+    step: Int[Array, ""],
+    slots: Slots,
+    filtered: bool,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Returns the tokens drawn from the last hidden states, and their log-probabilities."""
+    with jax.named_scope("unembedding"):
+        logits = jnp.einsum("bd,vd->bv", hidden, unembedding, preferred_element_type=jnp.float32)
+    with jax.named_scope("draw"):
+        return draw(logits, uniform[step], slots.temperature, slots.top_p, slots.top_k, filtered)
+
+
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "decode_steps", "filtered"), donate_argnames=("cache",)
 )
@@ -142,6 +171,7 @@ def advance(
     """
     model = nnx.merge(graphdef, weights)
     unembedding = model.unembedding()
+    # All uniforms are drawn before the loop: their cost does not recur at every step.
     uniform = jax.vmap(lambda t: uniforms(slots.keys, slots.generated + t))(
         jnp.arange(decode_steps)
     )
@@ -153,14 +183,9 @@ def advance(
     def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
         cache, out = state
         hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache)
-        with jax.named_scope("unembedding"):
-            logits = jnp.einsum(
-                "bd,vd->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32
-            )
-        with jax.named_scope("draw"):
-            token, logprob = draw(
-                logits, uniform[out.steps], slots.temperature, slots.top_p, slots.top_k, filtered
-            )
+        token, logprob = _next_tokens(
+            hidden[:, 0], unembedding, uniform, out.steps, slots, filtered
+        )
         ended = jnp.any(token[:, None] == end_ids, axis=-1) | (
             slots.generated + out.steps + 1 >= max_new_tokens
         )
@@ -174,13 +199,4 @@ def advance(
             alive=out.alive & ~ended,
         )
 
-    rows = (decode_steps, slots.token.shape[0])
-    init = Chunk(
-        jnp.int32(0),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.asarray(slots.token),
-        jnp.asarray(slots.position),
-        jnp.asarray(slots.alive),
-    )
-    return jax.lax.while_loop(unfinished, step, (cache, init))
+    return jax.lax.while_loop(unfinished, step, (cache, _empty_chunk(slots, decode_steps)))

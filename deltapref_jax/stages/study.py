@@ -190,10 +190,11 @@ def _content(source: Prompts) -> str:
 def usable_traces(e: Experiment) -> dict[str, int]:
     """Usable traces that a prompt must have of every generator, so that all arms share prompts.
 
-    A generator that an arm pairs with itself must have two.
+    A generator that an arm pairs with itself must have two, and one that no arm uses needs none.
     """
+    used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
     paired_with_itself = {arm.chosen for arm in e.arms if arm.chosen == arm.rejected}
-    return {g.name: 1 + (g.name in paired_with_itself) for g in e.generators}
+    return {g.name: 1 + (g.name in paired_with_itself) for g in e.generators if g.name in used}
 
 
 def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
@@ -273,7 +274,11 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
     read = {name for arm in with_reference for name in (arm.chosen, arm.rejected)}
     reference = reference_of(e.student, e.reference)
     weights = weights_hash(reference.path)
-    known = known_table(e.table, weights) if read else ""
+    if e.table and not read:
+        raise ConfigError(
+            f"config.table is {e.table!r} and no arm's objective has a reference; leave it empty."
+        )
+    known = known_table(e.table, weights)
     return {
         name: LogProbTable(
             label=("score", name),

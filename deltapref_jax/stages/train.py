@@ -110,20 +110,20 @@ class Policy(Node, stage="train", version=4):
                 table = input_logprobs(job, self.logprobs[name], self.reference_weights)
                 logprobs |= {row.trace_id: table for row in table_rows}
             rows += table_rows
+        counts: Stats = {}
         if self.pairs is None:
             examples = file_examples(rows)
         else:
-            examples = pair_examples(self.objective.kind, job.rows(Pair, self.pairs), rows)
+            pairs = job.rows(Pair, self.pairs)
+            examples = pair_examples(self.objective.kind, pairs, rows)
+            counts["pairs"] = float(len(pairs))
         groups = referenced(self.objective.kind, examples, rows, logprobs)
         if not groups:
             raise ConfigError(
                 f"None of the {len(examples)} pairs or examples has reference log-probabilities: "
                 "their rows are longer than config.scoring.row_length; raise it."
             )
-        return groups, {
-            "pairs": float(len(examples)),
-            "dropped_long": float(len(examples) - len(groups)),
-        }
+        return groups, counts | {"dropped_long": float(len(examples) - len(groups))}
 
     def data(self, groups: Sequence[Group], mesh: Mesh, models: Mapping[str, ModelSpec]) -> Data:
         """The steps of the run.

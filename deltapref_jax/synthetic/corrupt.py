@@ -40,6 +40,7 @@ def corrupt(problem: Problem, dimension: str, degree: int, rng: random.Random) -
     elif dimension == "numerical_precision":
         errors = dict.fromkeys(rng.sample(range(count), min(degree, count)), "number")
     elif dimension == "strategy_coherence" and degree:
+        # The wrong plan is the first of the errors.
         plan = FAMILIES[rng.choice([name for name in FAMILIES if name != problem.family])].plan
         errors = dict.fromkeys(rng.sample(range(count), min(degree - 1, count)), "op")
     steps, values, answer = solve(problem, errors, rng)

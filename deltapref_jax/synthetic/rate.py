@@ -136,6 +136,7 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
             signal.passed -= 1
             continue
         seen.add(content)
+        # A step left out is charged once, and the line is compared with the step that it is.
         if not _matches(line, step) and (skipped := _skip_step(problem, values, line)):
             values, step = skipped
             steps.add(False)
@@ -145,6 +146,7 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
                 (facts if given else steps).add(operand == right)
         else:
             steps.add(False)
+        # The trace's own value, so that an error is not charged where it propagates.
         values.append(line.value)
     # Steps that are missing at the end are done here, so that the answer can be compared.
     while not isinstance(step := expected(problem, values), str) and len(values) <= MAX_STEPS:

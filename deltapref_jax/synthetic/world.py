@@ -156,6 +156,7 @@ def solution(problem: Problem, rng: random.Random | None = None, error_rate: flo
         if rng.random() < error_rate
     }
     steps, values, answer = solve(problem, slips, rng)
+    # Errors of these kinds change the text of the solution and not its values.
     family = problem.family
     if "plan" in slips.values():
         family = rng.choice([name for name in FAMILIES if name != family])
@@ -192,6 +193,7 @@ def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> l
     position = dict.fromkeys(tasks, 0)
     while len(rows) < count:
         task = tasks[len(rows) % len(tasks)]
+        # The next index whose question is new; a family without one has run out of questions.
         for _ in range(1000):
             p = problem(task, difficulty, seed, position[task])
             position[task] += 1

@@ -18,6 +18,7 @@ where they were sampled, see `template`; a file has no such border.) Where TRL d
   user says and the headers of the turns are not.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,20 @@ from deltapref_jax.text.template import ChatTokenizer, Messages, added_bos
 
 Ids = np.ndarray
 Spans = list[tuple[int, int]]  # start and stop, in characters
+
+
+class Example(NamedTuple):
+    """A prompt with a chosen and a rejected completion, or with one that is labelled."""
+
+    prompt: Any  # text, messages, or int32 token ids, as are the completions
+    completions: tuple[Any, ...]
+    label: bool | None = None  # of a single completion: whether it is desirable
+    tools: list[dict[str, Any]] | None = None  # JSON schemas for the template
+
+    @property
+    def labels(self) -> tuple[bool, ...]:
+        """Whether each completion is desirable."""
+        return (True, False) if self.label is None else (self.label,)
 
 
 class Tokens(NamedTuple):
@@ -50,18 +65,20 @@ class _Rendered(NamedTuple):
     bos: bool = False  # the tokenizer adds its BOS
 
 
-def tokenise(text: ChatTokenizer, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
-    """Ids of (prompt, completions), of which all are `str` or all are `Messages`.
+def tokenise(text: ChatTokenizer, examples: Sequence[tuple[Any, ...]]) -> list[Tokens]:
+    """Ids of examples of text or messages, tokenised in one call.
 
-    All examples are tokenised in one call.
+    Args:
+      text: tokenises and renders.
+      examples: each an `Example`, or its leading fields.
 
     Raises:
       ConfigError: there are messages, and the tokenizer has no chat template.
-      ValueError: the template cannot render the messages, or no answer of several messages.
+      ValueError: the template cannot render the messages, an answer of several messages, or tools.
     """
     rendered = [
-        _text(text, prompt, said) if isinstance(prompt, str) else _chat(text, prompt, said)
-        for prompt, said in examples
+        _text(text, e.prompt, e.completions) if isinstance(e.prompt, str) else _chat(text, e)
+        for e in (Example(*fields) for fields in examples)
     ]
     encoded = iter(text.encode([part for r in rendered for part in (r.prompt, *r.wholes)]))
     bos = added_bos(text.tokenizer)
@@ -123,16 +140,20 @@ def _text(text: ChatTokenizer, prompt: str, completions: Sequence[str]) -> _Rend
     )
 
 
-def _chat(text: ChatTokenizer, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
+def _chat(text: ChatTokenizer, example: Example) -> _Rendered:
     text.check_template()
+    _check_tools(text, example)
     ends = _ends(text)
-    answers = [_without_ends(c, ends) for c in completions]
+    prompt, answers = example.prompt, [_without_ends(c, ends) for c in example.completions]
+    render = functools.partial(text.render, tools=example.tools)
     try:
-        asked = text.render(prompt)
-        wholes = [text.render([*prompt, *a], answered=True) for a in answers]
+        asked = render(prompt)
+        wholes = [render([*prompt, *a], answered=True) for a in answers]
         if all(_kept(asked, whole, a) for whole, a in zip(wholes, answers, strict=True)):
-            ended = [_ended(asked, w, a, ends) for w, a in zip(wholes, answers, strict=True)]
-            turns = [_turns(text, prompt, a, w) for a, w in zip(answers, ended, strict=True)]
+            heads = [render([*prompt, *a[:-1]]) if len(a) > 1 else asked for a in answers]
+            pairs = list(zip(answers, heads, wholes, strict=True))
+            ended = [_ended(head, whole, a, ends) for a, head, whole in pairs]
+            turns = [_turns(text, example, a, w) for a, w in zip(answers, ended, strict=True)]
             return _Rendered(asked, tuple(ended), tuple(turns))
     except _PrefixError as e:
         raise ValueError(str(e)) from e
@@ -140,21 +161,37 @@ def _chat(text: ChatTokenizer, prompt: Messages, completions: Sequence[Messages]
         raise ValueError(
             f"the chat template of {text.where} refuses the messages ({e}); fix their roles"
         ) from e
-    if any(len(a) > 1 for a in answers):
+    several, calls = any(len(a) > 1 for a in answers), any(a[0].get("tool_calls") for a in answers)
+    if several or calls:
+        what = "an answer of several messages" if several else "a tool call"
         raise ValueError(
             f"the chat template of {text.where} renders the prompt otherwise when an answer "
-            "follows, so that an answer of several messages has no place behind it; give one "
-            "assistant message"
+            f"follows, so that {what} has no place behind it; give one assistant message"
+            + " of text"
+            * (not several)
         )
     behind = tuple(_behind(asked, a[0]["content"]) + ends[0] for a in answers)
     return _Rendered(asked, behind, (None,) * len(behind), apart=True)
+
+
+def _check_tools(text: ChatTokenizer, example: Example) -> None:
+    """Refuses tools and tool calls that the template would drop without a word."""
+    template = str(text.tokenizer.chat_template)
+    messages = [m for part in (example.prompt, *example.completions) for m in part]
+    calls = any(message.get("tool_calls") for message in messages)
+    for name, given in (("tools", example.tools), ("tool_calls", calls)):
+        if given and name not in template:
+            raise ValueError(
+                f"the chat template of {text.where} does not write {name!r}; remove them, or use a "
+                "model whose template does"
+            )
 
 
 class _PrefixError(ValueError):
     """The template does not render the beginning of a conversation as its rendering begins."""
 
 
-def _turns(text: ChatTokenizer, prompt: Messages, answer: Messages, whole: str) -> Spans | None:
+def _turns(text: ChatTokenizer, example: Example, answer: Messages, whole: str) -> Spans | None:
     """The assistant's turns in the rendered conversation, with their ends; None for one message.
 
         <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n        prompt
@@ -167,13 +204,14 @@ def _turns(text: ChatTokenizer, prompt: Messages, answer: Messages, whole: str) 
     """
     if len(answer) == 1:
         return None
+    prompt, render = example.prompt, functools.partial(text.render, tools=example.tools)
     turns = []
     for i, message in enumerate(answer):
         if message["role"] != "assistant":
             continue
-        header = text.render([*prompt, *answer[:i]])
+        header = render([*prompt, *answer[:i]])
         possible = [
-            text.render([*prompt, *answer[: i + 1]], answered=True),
+            render([*prompt, *answer[: i + 1]], answered=True),
             # Some templates give the last turn a thought, which earlier turns do not have.
             *(header + message["content"].strip() + end for end in _ends(text)),
         ]
@@ -190,7 +228,7 @@ def _turns(text: ChatTokenizer, prompt: Messages, answer: Messages, whole: str) 
     return turns
 
 
-def _without_ends(messages: Messages, ends: Sequence[str]) -> list[dict[str, str]]:
+def _without_ends(messages: Messages, ends: Sequence[str]) -> list[dict[str, Any]]:
     """The messages without end tokens in the assistant's contents; the template writes them."""
     return [
         dict(m) | {"content": _without_end(m["content"], ends)} if m["role"] == "assistant" else m
@@ -211,10 +249,10 @@ def _kept(asked: str, whole: str, answer: Messages) -> bool:
     return whole.startswith(asked) and all(m["content"].strip() in rest for m in answer)
 
 
-def _ended(asked: str, whole: str, answer: Messages, ends: Sequence[str]) -> str:
-    """The conversation with an end token behind its last message."""
+def _ended(head: str, whole: str, answer: Messages, ends: Sequence[str]) -> str:
+    """The conversation with an end token behind its last message, which `head` precedes."""
     said = answer[-1]["content"].strip()
-    after = whole.rfind(said) + len(said) if said else len(asked)
+    after = whole.rfind(said) + len(said) if said else len(head)
     return whole if any(end in whole[after:] for end in ends) else whole + ends[0]
 
 

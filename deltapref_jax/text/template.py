@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -20,7 +20,7 @@ import transformers
 from deltapref_jax.config import ConfigError
 from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]  # role, content, and tool_calls in some
 
 # Templates end a turn with one of these, which is not always the tokenizer's eos_token.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
@@ -147,21 +147,28 @@ class ChatTokenizer:
         """Ids of a conversation up to the assistant's answer; they hold one BOS at most."""
         return self.encode_with_bos(self.render(messages))
 
-    def render(self, messages: Messages, answered: bool = False) -> str:
+    def render(
+        self,
+        messages: Messages,
+        answered: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
         """Text of a conversation by the template.
 
         Args:
           messages: the conversation.
           answered: the conversation is complete; otherwise the header of an answer follows it.
+          tools: JSON schemas of what the assistant may call, for templates that write them.
 
         Raises:
           ConfigError: the tokenizer has no chat template.
         """
         self.check_template()
-        template = self.tokenizer.get_chat_template()
+        template = self.tokenizer.get_chat_template(tools=tools)
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages),
+                tools=cast(Any, tools),  # functions would be allowed too
                 chat_template=_FIXED_CLOCK * ("strftime_now" in template) + template,
                 tokenize=False,
                 add_generation_prompt=not answered,

@@ -16,13 +16,13 @@ from deltapref_jax.files import remote, staged_dir
 from deltapref_jax.mesh import is_first
 from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
+from deltapref_jax.progress import LOG_EVERY_SECONDS
 from deltapref_jax.records import digest
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.checkpoint import Metrics
 from deltapref_jax.training.data import StepData
 
 _WINDOW = 20  # steps that the displayed speed is a mean over
-LOG_EVERY_SECONDS = 30.0  # interval of log lines if stderr is no terminal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The page of a small study is self-contained, escaped and complete, and says what the numbers do."""
+"""The page of a small study is self-contained, escaped, complete, and follows the numbers."""
 
 import dataclasses
 import html
@@ -242,6 +242,13 @@ def test_json_has_the_fields_of_a_summary_and_null_for_nan(study):
         "truncated": 2.0,
         "tokens": None,
     }
+
+
+def test_a_pair_of_an_unknown_trace_is_an_error(study):
+    known = study.pairs["top"]
+    study.pairs["top"] = known.set_column(2, "chosen_id", [["nobody"] * known.num_rows])
+    with pytest.raises(KeyError, match="nobody"):
+        summarise(study)
 
 
 def test_a_study_that_only_sampled_has_a_page(study):

@@ -387,9 +387,11 @@ def cases(kind: str) -> list[dict]:
     """All combinations in a drawn order, each line of what is said in turn, and every gold."""
     lines = []
     for line in KINDS[kind].strip().splitlines():
-        said, right, wrong = (part.strip() for part in line.rsplit(" | ", 2)) if (
-            line.count(" | ") >= 2
-        ) else (line.split(" | ")[0].strip(), "", line.split(" | ")[-1].strip())
+        said, right, wrong = (
+            (part.strip() for part in line.rsplit(" | ", 2))
+            if (line.count(" | ") >= 2)
+            else (line.split(" | ")[0].strip(), "", line.split(" | ")[-1].strip())
+        )
         algebra = said.startswith("~")
         said = said.removeprefix("~")
         latex = said.startswith("tex ")

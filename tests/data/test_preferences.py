@@ -14,7 +14,7 @@ from deltapref_jax.config import ConfigError, Pairs
 from deltapref_jax.data.blocks import BLOCK, json_row
 from deltapref_jax.data.preferences import LengthLimit, cut, limit_lengths, read_sequences
 from deltapref_jax.records import TokenSequence
-from deltapref_jax.text.preference import tokenise
+from deltapref_jax.text.preference import Example, tokenise
 from deltapref_jax.text.template import ChatTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "data"
@@ -82,7 +82,7 @@ def test_goldens_of_pairs(case, ending, tmp_path):
             ConfigError, match="^All 1 pairs or examples of .* have an empty answer"
         ):
             read(path, case["tokenizer"])
-        asked = [(row["prompt"], (row["chosen"], row["rejected"])) for row in case["rows"]]
+        asked = [Example(r["prompt"], (r["chosen"], r["rejected"])) for r in case["rows"]]
         got = [
             (t.prompt.tolist(), *(c.tolist() for c in t.completions), True)
             for t in tokenise(text(case["tokenizer"]), asked)

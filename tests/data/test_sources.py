@@ -265,7 +265,7 @@ def test_an_unknown_task_of_reasoning_gym_lists_the_known_ones(task):
 def test_an_entry_without_an_answer_of_its_own_has_none():
     pytest.importorskip("reasoning_gym")
     found, _ = read_prompts(Prompts(kind="reasoning_gym", tasks=("graph_color",), count=1))
-    assert found[0]["answer"] == ""
+    assert found[0].answer == ""
 
 
 def test_reasoning_gym_that_is_not_installed_is_one_sentence(monkeypatch):

@@ -145,7 +145,7 @@ def test_a_trace_longer_than_a_row_is_refused_whole(judge, one_device):
 def test_a_judge_whose_labels_are_several_tokens_is_refused(tiny_folder, one_device, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "judge")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "1"}, "content": "01"}
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(

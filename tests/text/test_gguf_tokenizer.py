@@ -5,7 +5,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from deltapref_jax.text.gguf_tokenizer import PRE_TOKENIZERS
-from deltapref_jax.text.preference import tokenise
+from deltapref_jax.text.preference import Example, tokenise
 from deltapref_jax.text.template import ChatTokenizer
 
 TOKENS = ["<bos>", "<eos>", "<eot>", "<eom>", *sorted(ByteLevel.alphabet()), "ab", "cab"]
@@ -82,7 +82,7 @@ def test_bos_is_added_where_the_file_says_so(pre, flags, bos, want, ends, tmp_pa
     text = loaded(tmp_path / "a.gguf", pre, bos, **flags, **ends)
     (two,) = text.encode_plain("2")
     assert text.encode_with_bos("2") == [*want, two]
-    (got,) = tokenise(text, [("2", ("2", "ab"))])
+    (got,) = tokenise(text, [Example("2", ("2", "ab"))])
     assert got.prompt.tolist() == [*want, two]
     assert [c.tolist() for c in got.completions] == [[two, 1], [TOKENS.index("ab"), 1]]
     text.save(tmp_path / "saved")

@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 from tokenizers import (
     AddedToken,
@@ -16,7 +17,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from deltapref_jax.scoring.packing import sample
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import pack_one
 from deltapref_jax.text.template import TEMPLATE_DATE, ChatTokenizer
 
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -108,7 +110,7 @@ def test_the_end_is_the_templates_and_the_tokenizers_ends_a_trace_too():
 def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
     text = made(template, "<s> $A")
     prompt, completion = text.prompt_ids(CHAT), text.completion_ids(answer, ended=True)
-    s = sample(prompt, completion)
+    s = pack_one(TokenSequence(np.asarray(prompt), np.asarray(completion)))
     assert s.tokens[: len(prompt)].tolist() == prompt
     assert s.tokens[s.targets].tolist() == completion
     assert text.decode(completion) == answer

@@ -15,9 +15,9 @@ from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.lora import adapters, add_adapters
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.logprobs import sequence_logprobs
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
-from deltapref_jax.training.loop import Run, run_step, train
+from deltapref_jax.training.loop import Run, train, train_step
 from deltapref_jax.training.objectives import Hyper
 from deltapref_jax.training.state import Optimizer, init_state
 
@@ -44,7 +44,7 @@ def compiled(program, kind, mesh, lora=LORA, dtype="float32", remat="none"):
         dtype,
         kind,
         Optimizer(),
-        capacity(32, program.LENGTH),
+        max_segments(32, program.LENGTH),
         mesh,
         remat,
         adapters(lora),
@@ -87,7 +87,7 @@ def test_a_step_is_that_of_dense_matrices(program, base, one_device, kind, remat
     @jax.jit
     def naive(trained):
         model = nnx.merge(graphdef, dense(program, base, trained, 2.0))
-        s, n = sequence_logprobs(model, batch, capacity(32, program.LENGTH))
+        s, n = sequence_logprobs(model, batch, max_segments(32, program.LENGTH))
         return programs._UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, h)[0], s
 
     (want, scored), wanted = jax.value_and_grad(naive, has_aux=True)(trained)
@@ -227,7 +227,7 @@ def test_a_bfloat16_base_stays_what_it_is_and_rates_betas_and_alphas_compile_onc
         assert str(kept["blocks"].pop("scale").dtype) == "float32"
         assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"bfloat16"}
         state = init_state(stirred(trained), Optimizer(), one_device)
-        state, sums, _ = run_step(
+        state, sums, _ = train_step(
             steps,
             state,
             data,

@@ -160,6 +160,7 @@ def _backward(
     q, k, v, plan, out, lse = saved
     K, scale = k.shape[2], q.shape[-1] ** -0.5
     k_tiles, v_tiles = (_group_heads(x, K, tile) for x in (k, v))
+    # The softmax's backward pass subtracts Σ g * out per query and head.
     delta = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
     lse = lse.reshape(*plan.ranges.first.shape, *lse.shape[1:])
 

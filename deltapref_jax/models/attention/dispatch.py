@@ -84,6 +84,7 @@ def zigzag_columns(device: Array | int, devices: int, share: int) -> Int[Array, 
     if share % 2:
         return device * share + jnp.arange(share)
     mirror = 2 * devices - 1 - device
+    # Of the two blocks one is even and one is odd, because their sum is odd.
     even, odd = (jnp.where(device % 2 == bit, device, mirror) for bit in (0, 1))
     half = share // 2
     return (jnp.stack([even, odd])[:, None] * half + jnp.arange(half)).ravel()
@@ -98,6 +99,8 @@ def _zigzag_exchange(x: Array, devices: int, inverse: bool = False) -> Array:
         return x
     halves = jnp.split(x, 2, axis=1)
     for odd in (0, 1):
+        # Block b = 2d + odd is computed by device min(b, 2 * devices - 1 - b). Every device holds
+        # one even and one odd block, before and after, so each half is a permutation of devices.
         pairs = [(d, min(2 * d + odd, 2 * devices - 1 - (2 * d + odd))) for d in range(devices)]
         halves[odd] = jax.lax.ppermute(
             halves[odd], "context", [pair[::-1] for pair in pairs] if inverse else pairs
@@ -129,6 +132,19 @@ def _run_kernel(kernel: str, q: Array, k: Array, v: Array, visibility: Array, ti
         return splash_attention(q, k, v, visibility)
     tile = min(tile, q.shape[1])
     return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile)
+
+
+def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None, int]:
+    """Returns the mesh axis of the heads, and how often key heads are repeated for it.
+
+    Heads are split over `tensor` if every device then has whole groups of query heads; key heads
+    are repeated where there are fewer of them than devices. Otherwise every device of `tensor`
+    computes all heads.
+    """
+    copies = devices // math.gcd(kv_heads, devices)
+    if heads % devices == 0 and heads % (kv_heads * copies) == 0:
+        return "tensor", copies
+    return None, 1
 
 
 def packed_attention(
@@ -174,14 +190,8 @@ def packed_attention(
         return lambda q, k, v: attend(q, k, v, visibility)
 
     def attend_sharded(q: Array, k: Array, v: Array) -> Array:
-        # Heads are split over `tensor` if that leaves every device whole groups of query heads;
-        # key heads are repeated where there are fewer of them than devices. Otherwise every device
-        # of `tensor` computes all heads.
-        heads, devices = None, mesh.shape["tensor"]
-        copies = devices // math.gcd(k.shape[2], devices)
-        if q.shape[2] % devices == 0 and q.shape[2] % (k.shape[2] * copies) == 0:
-            heads = "tensor"
-            k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+        heads, copies = _head_sharding(q.shape[2], k.shape[2], mesh.shape["tensor"])
+        k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
         tokens = PartitionSpec(*BATCH, heads, None)
         return jax.shard_map(
             attend,

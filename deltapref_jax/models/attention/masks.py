@@ -32,6 +32,7 @@ def packed_mask(
     query's own branch.
     """
     length = segments.shape[1]
+    # The lower triangle is causality: segments are contiguous, so later columns are later tokens.
     mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(
         jnp.ones((length, length), bool)
     )
@@ -107,6 +108,8 @@ def tile_ranges(until: Int[Array, "B L"], columns: Int[Array, "t C"]) -> TileRan
     """
     tile = columns.shape[1]
     low, high = columns.min(axis=1)[:, None], columns.max(axis=1)[:, None]
+    # A key tile is visible to a query tile if it begins at or before the last query, and one of its
+    # keys is visible to the first query or beyond.
     ends = jnp.max(until.reshape(until.shape[0], 1, -1, tile), axis=3)
     j = jnp.arange(ends.shape[2])
     visible, end = (j * tile <= high) & (low < ends), high // tile + 1
@@ -114,6 +117,7 @@ def tile_ranges(until: Int[Array, "B L"], columns: Int[Array, "t C"]) -> TileRan
     def first_where(condition: Array) -> Array:
         return jnp.min(jnp.where(condition, j, end), axis=2)
 
+    # Where nothing is found, the result is `end`, so a range without a gap is [first, end).
     first = first_where(visible)
     gap = first_where(~visible & (j > first[..., None]))
     back = first_where(visible & (j >= gap[..., None]))

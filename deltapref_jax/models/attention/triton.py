@@ -82,6 +82,7 @@ def _forward_kernel(
             q_columns < until_ref[block][None, :]
         )
         s = _scores(q, k_ref[block, :], visible, scale)
+        # Online softmax: sums so far are rescaled to the new maximum.
         new_max = jnp.maximum(row_max, jnp.max(s, axis=1))
         p, rescale = jnp.exp2(s - new_max[:, None]), jnp.exp2(row_max - new_max)
         return (
@@ -93,7 +94,7 @@ def _forward_kernel(
     init = (jnp.full(tile, MASKED_SCORE), jnp.zeros(tile), jnp.zeros(q.shape, jnp.float32))
     row_max, row_sum, out = jax.lax.fori_loop(0, count, key_block, init)
     out_ref[...] = (out / row_sum[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = row_max + jnp.log2(row_sum)
+    lse_ref[...] = row_max + jnp.log2(row_sum)  # in base 2, as the scores are
 
 
 def _dq_kernel(
@@ -153,6 +154,7 @@ def _dkv_kernel(
 
     def query_block(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         dk, dv = carry
+        # Query heads of the group vary fastest, query blocks begin at the key tile's own.
         i, n = j * (tile // step) + jax.lax.div(turn, group), jax.lax.rem(turn, group)
         block = pl.ds(i * step, step)
         q, g = q_ref[block, n, :], g_ref[block, n, :]
@@ -184,6 +186,7 @@ class _Launch:
         B, L, N, H = q.shape
         tile = _tile_size(H)
         self.grid, self.group = (L // tile, N, B), N // k.shape[2]
+        # The block that a loop reads at once is smaller for float32, which takes more registers.
         self.options: dict[str, Any] = {
             "scale": scale,
             "step": tile // 2 if q.dtype.itemsize == 2 else tile // 4,
@@ -260,6 +263,7 @@ def _backward(
 ) -> tuple[Array | None, ...]:
     q, k, v, until, ranges, last, out, lse = saved
     launch = _Launch(q, k, scale, interpret)
+    # The softmax's backward pass subtracts Σ g * out per query and head.
     delta = jnp.einsum("blnh,blnh->bnl", g.astype(jnp.float32), out.astype(jnp.float32))
     (dq,) = pl.pallas_call(
         functools.partial(_dq_kernel, **launch.options),
@@ -282,6 +286,7 @@ def _backward(
     dk, dv = pl.pallas_call(
         functools.partial(_dkv_kernel, **launch.options, group=launch.group),
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        # One program per key head, which sums over the query heads of its group without atomics.
         grid=(launch.grid[0], k.shape[2], launch.grid[2]),
         in_specs=[
             launch.heads,

@@ -8,17 +8,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
-from deltapref_jax.workspace import ArtifactError, Job, Node, Workspace, in_order, run
 from etils import epath
 
+from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.lease import Lease, _pid_namespace
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.files import ArtifactError
 from deltapref_jax.processes import process_count, process_index
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(TOY.parent.parent)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TOY.parents[2])}
 
 
 def load_toy():
@@ -46,11 +51,20 @@ def program(*args):
 def results(root):
     """Contents of every file that a manifest names, by artifact, and all counts."""
     found = {}
-    for manifest in sorted(pathlib.Path(root).glob("*/*/manifest.json")):
+    root = pathlib.Path(root)
+    for manifest in sorted(root.glob("*/*/manifest.json")):
         stated = json.loads(manifest.read_text())
+        label = "/".join(stated["label"])
         for name in stated["files"]:
-            found[stated["label"], name] = (manifest.parent / name).read_bytes()
-        found[stated["label"], "stats"] = stated["stats"]
+            found[label, name] = (manifest.parent / name).read_bytes()
+        found[label, "stats"] = stated["stats"]
+        # the index and its links name every artifact that is complete
+        assert json.loads((root / "index.json").read_text())["toy"][label] == str(
+            manifest.parent.relative_to(root)
+        )
+        link = root / "by_name" / "toy" / label
+        assert link.is_symlink()
+        assert link.resolve() == manifest.parent.resolve()
     return found
 
 
@@ -88,49 +102,40 @@ def test_three_runners_share_the_work(tmp_path, uninterrupted):
 def make(root, names=("a", "c", "d")):
     workspace = Workspace(root)
     wanted = {name: node for name, node in toy.nodes(0.0).items() if name in names}
-    run(wanted, toy.STAGES, workspace, show=False)
+    run(list(wanted.values()), workspace, show=False)
     return workspace, wanted
 
 
 def test_changed_config_is_another_artifact_and_what_stands_is_left_alone(tmp_path):
     workspace, wanted = make(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.parquet")}
-    other = Node("doubled", "again", {"more": 1}, wanted["c"].inputs)
-    assert other.key != wanted["c"].key
-    run(wanted | {"e": other}, toy.STAGES, workspace, show=False)
+    other = toy.Doubled(label=("again",), source=wanted["c"].source, more=1.0)
+    assert workspace.key(other) != workspace.key(wanted["c"])
+    run([*wanted.values(), other], workspace, show=False)
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.parquet")}
     assert {p: t for p, t in after.items() if p in before} == before
     assert len(after) == len(before) + 1
 
 
-def test_key_hashes_stage_version_config_and_inputs_but_not_label_and_local():
-    source = Node("s", "x", {"a": 1})
-    node = Node("t", "y", {"b": 2}, {"in": source})
-    assert (
-        Node("t", "other", {"b": 2}, {"in": Node("s", "z", {"a": 1}, local={"path": 1})}).key
-        == node.key
-    )
-    others = [
-        Node("u", "y", {"b": 2}, {"in": source}),
-        Node("t", "y", {"b": 3}, {"in": source}),
-        Node("t", "y", {"b": 2}, {"in": source}, version=2),
-        Node("t", "y", {"b": 2}, {"out": source}),
-        Node("t", "y", {"b": 2}, {"in": Node("s", "x", {"a": 2})}),
-    ]
-    assert len({n.key for n in [node, *others]}) == 6
-    assert [n.stage for n in in_order({"y": node, "again": node})] == ["s", "t"]
-
-
 def test_manifest_says_how_the_artifact_came_about(tmp_path):
     workspace, wanted = make(tmp_path)
     said = workspace.manifest(wanted["a"])
-    assert said["stats"] == {"tokens": 3.0, "rows": toy.SHARDS * toy.ROWS}
-    assert said["config"] == {"seed": 1}
-    assert said["seconds"] >= 0
-    assert said["started"] <= said["ended"]
-    assert {"python", "pyarrow", "numpy"} <= said["versions"].keys()
-    assert workspace.manifest(wanted["c"])["inputs"] == {"source": wanted["c"].inputs["source"].key}
-    assert set(workspace.manifest(wanted["d"])["files"]) == {"metrics.jsonl", "policy/weights"}
+    assert (said.stage, said.label, said.version) == ("numbers", ["numbers", "a"], 1)
+    assert said.key == workspace.key(wanted["a"]) == workspace.path(wanted["a"]).name
+    assert said.stats == {"tokens": 3.0, "rows": toy.SHARDS * toy.ROWS}
+    assert said.config == {"seed": 1}
+    assert said.described == {"label": ["numbers", "a"], "seed": 1, "nap": 0.0}
+    assert said.seconds >= 0
+    assert said.started <= said.ended
+    assert {"python", "pyarrow", "numpy"} <= said.versions.keys()
+    source = wanted["c"].source
+    assert workspace.manifest(wanted["c"]).inputs == {
+        "source": {
+            "path": f"numbers/{workspace.key(source)}",
+            "content": workspace.manifest(source).content,
+        }
+    }
+    assert set(workspace.manifest(wanted["d"]).files) == {"metrics.jsonl", "policy/weights"}
     assert workspace.table(wanted["a"]).num_rows == toy.SHARDS * toy.ROWS
 
 
@@ -173,7 +178,7 @@ def test_damaged_shard_is_named_and_nothing_else_is_lost(tmp_path, damage, what)
     others = {
         p: p.stat().st_mtime_ns
         for p in tmp_path.rglob("*")
-        if p.is_file() and wanted["a"].key not in str(p)
+        if p.is_file() and workspace.key(wanted["a"]) not in str(p)
     }
     folder.rmtree()
     make(tmp_path)
@@ -189,9 +194,9 @@ def test_edit_with_the_old_time_and_size_is_found_when_read_or_verified(tmp_path
     edit(policy)
     make(tmp_path)
     with pytest.raises(ArtifactError, match="policy/weights .*checksum"):
-        run(wanted, toy.STAGES, workspace, show=False, verify=True)
+        run(list(wanted.values()), workspace, show=False, verify=True)
     with pytest.raises(ArtifactError, match="policy/weights .*checksum"):
-        Job(Node("x", "x", {}, {"policy": wanted["d"]}), workspace, show=False).path("policy")
+        Job(wanted["a"], workspace, show=False).local_input(wanted["d"], "policy")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "of another"}'])
@@ -204,7 +209,7 @@ def test_damaged_manifest_is_named(tmp_path, text):
         make(tmp_path, ("a",))
 
 
-def test_edited_counts_are_noticed_and_a_manifest_of_an_earlier_version_is_taken(tmp_path):
+def test_edited_counts_and_a_manifest_of_an_earlier_version_are_noticed(tmp_path):
     workspace, wanted = make(tmp_path, ("a",))
     place = workspace.path(wanted["a"]) / "manifest.json"
     stated = json.loads(place.read_text())
@@ -217,7 +222,10 @@ def test_edited_counts_are_noticed_and_a_manifest_of_an_earlier_version_is_taken
         workspace.complete(wanted["a"])
     del stated["digest"]
     place.write_text(json.dumps(stated))
-    assert workspace.complete(wanted["a"])
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json \(numbers/a\) is not what was written"
+    ):
+        workspace.complete(wanted["a"])
 
 
 @pytest.mark.parametrize("damage", [cut, edit, pathlib.Path.unlink])
@@ -262,8 +270,8 @@ def test_full_disk_is_one_sentence_and_the_run_continues(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError) as e:
         make(tmp_path, ("a",))
     assert re.fullmatch(
-        r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); make room or "
-        r"choose another workspace, and run the same command: finished work is kept\.",
+        r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); "
+        r"make room or choose another workspace, and run the same command: finished work is kept\.",
         str(e.value),
     )
     monkeypatch.undo()
@@ -274,12 +282,25 @@ def test_full_disk_is_one_sentence_and_the_run_continues(tmp_path, monkeypatch):
     assert len(made) == toy.SHARDS + 2
 
 
+class Adhoc(Node, stage="x", version=1):
+    """Made by a function."""
+
+    function: Callable[[Job], None] = runtime()
+
+    def make(self, job):
+        self.function(job)
+
+
+def adhoc(function=lambda job: None):
+    return Adhoc(label=("x",), function=function)
+
+
 def test_full_disk_inside_a_stage_is_one_sentence(tmp_path):
     def stage(job):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/checkpoint")
 
     with pytest.raises(ArtifactError, match="^/somewhere/checkpoint cannot be written"):
-        run({"x": Node("x", "x", {})}, {"x": stage}, Workspace(tmp_path), show=False)
+        run([adhoc(stage)], Workspace(tmp_path), show=False)
 
 
 def test_workspace_that_is_a_file_is_one_sentence(tmp_path):
@@ -289,26 +310,26 @@ def test_workspace_that_is_a_file_is_one_sentence(tmp_path):
         match=r"^The workspace \S+/file cannot be written \(Not a directory\); choose "
         r"another with --config\.workspace=…$",
     ):
-        run({"x": Node("x", "x", {})}, {}, Workspace(tmp_path / "file"), show=False)
+        run([adhoc()], Workspace(tmp_path / "file"), show=False)
 
 
 def test_empty_table_keeps_its_columns(tmp_path):
     def stage(job):
         job.shards(0, lambda _: (pa.table({"x": pa.array([], pa.int32())}), {}))
 
-    node = Node("x", "x", {})
-    run({"x": node}, {"x": stage}, Workspace(tmp_path), show=False)
+    node = adhoc(stage)
+    run([node], Workspace(tmp_path), show=False)
     assert Workspace(tmp_path).table(node).schema == pa.schema([("x", pa.int32())])
 
 
 def test_failed_stage_leaves_no_claim_and_no_manifest(tmp_path):
     def stage(job):
-        with job.alone():
-            raise RuntimeError("broken")
+        job.claim()
+        raise RuntimeError("broken")
 
-    node = Node("x", "x", {})
+    node = adhoc(stage)
     with pytest.raises(RuntimeError, match="broken"):
-        run({"x": node}, {"x": stage}, Workspace(tmp_path), show=False)
+        run([node], Workspace(tmp_path), show=False)
     assert Lease(Workspace(tmp_path).path(node) / "claims" / "all").take()
     assert not Workspace(tmp_path).complete(node)
 
@@ -364,17 +385,16 @@ def test_lost_lease_is_noticed_and_not_given_back(tmp_path):
 
 
 def test_lost_artifact_is_not_blessed(tmp_path):
-    node = Node("x", "x", {})
-
     def stage(job):
-        with job.alone():
-            job.put("a", b"a")
-            job._lease.lost = True
+        job.claim()
+        job.write_file("a", b"a")
+        job._lease.lost = True
 
+    node = adhoc(stage)
     with pytest.raises(
         ArtifactError, match=r"^Another process took over \S+ \(x\) because this one was silent"
     ):
-        run({"x": node}, {"x": stage}, Workspace(tmp_path), show=False)
+        run([node], Workspace(tmp_path), show=False)
     assert not Workspace(tmp_path).complete(node)
 
 
@@ -407,7 +427,7 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
 
 
 def test_planning_needs_no_jax():
-    asked = "import sys, deltapref_jax.workspace; print('jax' in sys.modules)"
+    asked = "import sys, deltapref_jax.artifacts.runner; print('jax' in sys.modules)"
     assert (
         subprocess.check_output([sys.executable, "-c", asked], text=True, env=ENVIRONMENT)
         == "False\n"
