@@ -1,6 +1,6 @@
 """A bucket on this machine, run as a program: `python bucket.py PORT`.
 
-The emulator on PyPI (`gcp-storage-emulator`) implements the JSON API of Google Cloud Storage without
+The emulator on PyPI (`gcp-storage-emulator`) implements the JSON API of GCS without
 two things that tensorstore needs: a download's response has the object's generation, and a write
 may require one.
 """
