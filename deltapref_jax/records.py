@@ -214,7 +214,7 @@ def to_table(record: type[Record], rows: Iterable[Record]) -> pa.Table:
 
 
 def from_table(record: type[Record], table: pa.Table) -> list[Record]:
-    """Rows of a table; columns that `record` does not have are left out, lists of ids are arrays."""
+    """Rows of a table, without columns that `record` does not have; lists of ids are arrays."""
     columns = [
         _arrays(table[field.name])
         if field.type in (pa.list_(pa.int32()), pa.list_(pa.bool_()))

@@ -68,6 +68,8 @@ class Job:
         # checksums of files that went to a bucket, so that they are not fetched back for them
         self._uploaded: dict[str, tuple[int, str]] = {}
         self._open = contextlib.ExitStack()
+        self._counter: Counter | None = None
+        self._advanced = 0  # rows of the shard at hand that the bar counts already
 
     def table(self, node: Node) -> pa.Table:
         """The table of an input."""
@@ -152,14 +154,15 @@ class Job:
         """
         count = max(count, 1)
         names = [f"shard-{i:05d}-of-{count:05d}" for i in range(count)]
-        with Counter(self.node.name, total, unit, self.show) as counter:
+        with Counter(self.node.name, total, unit, self.show) as self._counter:
             done: set[str] = set()
             while len(done) < count:
                 before = len(done)
                 for i, name in enumerate(names):
                     if name not in done and self._shard(i, name, make, together):
                         done.add(name)
-                        counter.advance(self._sidecar(name)["rows"])
+                        self.advance(self._sidecar(name)["rows"] - self._advanced)
+                        self._advanced = 0
                 if len(done) == before:
                     if process_count() == 1:
                         raise Busy
@@ -173,6 +176,12 @@ class Job:
                 self.stats[key] = self.stats.get(key, 0) + value
             self.stats["rows"] = self.stats.get("rows", 0) + side["rows"]
             self._elsewhere += 0 if side["maker"] == self._maker else side["seconds"]
+
+    def advance(self, rows: int) -> None:
+        """Moves the bar within a shard, for a stage whose shards take long."""
+        if self._counter:
+            self._counter.advance(rows)
+            self._advanced += rows
 
     @functools.cached_property
     def _maker(self) -> str:

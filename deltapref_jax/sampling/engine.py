@@ -15,7 +15,7 @@ import itertools
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -194,8 +194,14 @@ class Engine:
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
         self.stats: dict[str, float] = defaultdict(float)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], advance: Callable[[int], None] | None = None
+    ) -> list[list[Completion]]:
         """Returns the traces of every request, in the order of the requests and their samples.
+
+        Args:
+          requests: what is asked.
+          advance: called with 1 for every trace that ended, such as to move a progress bar.
 
         Raises:
           ValueError: a prompt is empty or longer than `max_prompt`, or a log-probability is not
@@ -206,6 +212,8 @@ class Engine:
         results: list[list[Completion | None]] = [[None] * request.samples for request in requests]
         for trace in self._run(requests):
             results[trace.request][trace.sample] = self._complete(trace)
+            if advance:
+                advance(1)
         self.stats["seconds"] += time.perf_counter() - started
         self.stats["compile_seconds"] += compile_seconds() - compiled
         return [[completion for completion in row if completion is not None] for row in results]

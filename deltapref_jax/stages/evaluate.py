@@ -10,6 +10,7 @@ from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import MeshShape, Model, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import load
+from deltapref_jax.progress import Counter
 from deltapref_jax.records import Prompt, Result, digest, to_table
 from deltapref_jax.sampling.engine import Completion, Engine, Request
 from deltapref_jax.stages.prompts import PromptTable
@@ -73,7 +74,9 @@ class ResultTable(Node, stage="evaluate", version=4):
             for (node, _), prompts in zip(work, questions, strict=True)
             for prompt in prompts
         ]
-        completions = iter(engine.generate(requests))
+        total = sum(request.samples for request in requests)
+        with Counter(first.name, total, "traces", job.show) as counter:
+            completions = iter(engine.generate(requests, counter.advance))
         tokens = engine.stats["tokens"]
         for (node, each_job), prompts in zip(work, questions, strict=True):
             answered = [(prompt, next(completions)) for prompt in prompts]

@@ -81,7 +81,9 @@ class TraceTable(Node, stage="sample", version=3):
             part = requests[shard * size : (shard + 1) * size]
             traces = [
                 self._trace(request.prompt_id, sample, completion)
-                for request, completions in zip(part, sampler.generate(part), strict=True)
+                for request, completions in zip(
+                    part, sampler.generate(part, job.advance), strict=True
+                )
                 for sample, completion in enumerate(completions)
             ]
             return to_table(Trace, traces), dict(sampler.stats)

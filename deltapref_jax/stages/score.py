@@ -104,8 +104,8 @@ def check_weights(table: pa.Schema, weights: str, where: object) -> None:
     if not {"sequence_id", "logprob"} <= set(table.names):
         raise ConfigError(
             f"{where} has the columns {', '.join(table.names)} and is no table of "
-            "log-probabilities, which has sequence_id and logprob; leave config.table empty to have "
-            "them computed."
+            "log-probabilities, which has sequence_id and logprob; leave config.table empty to "
+            "have them computed."
         )
     made = (table.metadata or {}).get(b"weights", b"").decode()
     if made != weights:
