@@ -300,3 +300,81 @@ def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(
     np.testing.assert_allclose(
         got, naive(tiny, tiny.state, [pack_one(sequence) for sequence in sequences]), rtol=2e-5
     )
+
+
+def masked(vocab, seed=0):
+    """`together` with masks: none, all but a few, the ends of a completion, or a single target."""
+    r = np.random.default_rng(seed)
+    found = []
+    for i, sequence in enumerate(together(vocab, seed)):
+        mask = r.random(len(sequence.completion_ids)) < 0.6
+        mask[r.integers(len(mask))] = True
+        found.append(sequence._replace(scored=None if i % 4 == 0 else mask))
+    return found
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_mask_leaves_the_sum_over_its_tokens_and_no_gradient_of_the_others(tiny, share):
+    """Values and gradients are those of unpacked rows with the logits in full, masked by hand."""
+    sequences = masked(tiny.spec.vocab)
+    assert sum(not s.targets[len(s.prompt_ids) :].all() for s in sequences) > 5
+    micros = pack_sequences(sequences, 4, 64, share)
+    assert any(m.batch.branches is not None and m.batch.branches.any() for m in micros) == share
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=len(sequences)))
+
+    def packed(params):
+        model, sums = nnx.merge(tiny.graphdef, params), jnp.zeros(len(sequences))
+        counts = jnp.zeros(len(sequences))
+        for m in micros:
+            found, number = logprobs.sequence_logprobs(model, m.batch, max_segments(4, 64))
+            sums = sums.at[m.order].set(found[: len(m.order)])
+            counts = counts.at[m.order].set(number[: len(m.order)])
+        return sums @ weight, (sums, counts)
+
+    def plain(params):
+        sums = naive(tiny, params, [pack_one(s) for s in sequences])
+        return sums @ weight, sums
+
+    (_, (sums, counts)), ours = jax.jit(jax.value_and_grad(packed, has_aux=True))(tiny.state)
+    (_, want), gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(tiny.state)
+    np.testing.assert_allclose(sums, want, rtol=2e-5)
+    by_hand = [sum(s.scored) if s.scored is not None else len(s.completion_ids) for s in sequences]
+    np.testing.assert_array_equal(counts, by_hand)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())
+        ),
+        ours,
+        gradient,
+    )
+    unmasked = naive(tiny, tiny.state, [pack_one(s._replace(scored=None)) for s in sequences])
+    differs = np.array([not s.targets[len(s.prompt_ids) :].all() for s in sequences])
+    np.testing.assert_array_equal(np.abs(np.asarray(unmasked - sums)) > 1e-3, differs)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_masked_last_token_may_be_any_token(tiny, share):
+    """Nothing follows it, so that neither it as a target nor it as an input has a gradient."""
+    vocab, r = tiny.spec.vocab, np.random.default_rng(2)
+    prompt = r.integers(0, vocab - 2, 5)
+    answers = [r.integers(0, vocab - 2, n) for n in (4, 7)]
+
+    def results(last):
+        sequences = [
+            TokenSequence(prompt, [*answer, last], np.arange(len(answer) + 1) < len(answer))
+            for answer in answers
+        ]
+        (micro,) = pack_sequences(sequences, 2, 32, share)
+
+        def total(params):
+            model = nnx.merge(tiny.graphdef, params)
+            return logprobs.sequence_logprobs(model, micro.batch, max_segments(2, 32))[0].sum()
+
+        return jax.jit(jax.value_and_grad(total))(tiny.state)
+
+    (one, gradient), (other, again) = results(vocab - 1), results(vocab - 2)
+    assert one == other
+    jax.tree.map(np.testing.assert_array_equal, gradient, again)
+    embedding = nnx.to_pure_dict(gradient)["embed"]
+    np.testing.assert_array_equal(embedding[-2:], 0)
+    assert np.abs(embedding[prompt]).max() > 0
