@@ -16,7 +16,7 @@ from deltapref_jax.stages.sample import messages
 from deltapref_jax.stages.verify import verdict
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 3
+VERSION = 4
 _IDENTITY = digest(
     "evaluation"
 )  # for the draws: every policy meets the same uniforms, so that differences pair

@@ -6,7 +6,7 @@ from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.records import PROMPT, table
 from deltapref_jax.workspace import Job
 
-VERSION = 1
+VERSION = 2
 
 
 def prompts(job: Job) -> None:

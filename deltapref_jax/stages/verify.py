@@ -6,7 +6,7 @@ from deltapref_jax.answers.check import check
 from deltapref_jax.records import VERDICT, table
 from deltapref_jax.workspace import Job, Stats
 
-VERSION = 2
+VERSION = 3
 _SHARD = 4096  # traces
 
 
