@@ -93,8 +93,8 @@ def test_any_text_has_an_answer_or_none(text):
     [
         "<answer>", "</answer>", "<think>", "answer", "answer:", "answer is ", "answer is\n", "$",
         "Answer: not 6 ", r"\boxed{", r"\boxed{}", r"\boxed{1},", "{", "}", "\\", "$$", r"\[",
-        r"\(", "(", "*", " ", "\n", "#", "\n####", "#### 1\n", "1", "1,", "1/", "-", "1-", "a ", "≈",
-        ", or about ", "answer to ",
+        r"\(", "(", "*", " ", "\n", "#", "\n####", "#### 1\n", "1", "1,", "1/", "-", "1-", "a ",
+        "≈", ", or about ", "answer to ",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("head", ["", "The answer is ", r"\boxed{", "Answer:"])
