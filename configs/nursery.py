@@ -1,10 +1,10 @@
-"""How the shipped models came about: a base on worked solutions, careless rungs from it, another family, a judge.
+"""How the shipped models came about: a base, careless rungs, another family, a judge.
 
-`oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
-careless steps, so rungs differ in capability and in nothing else. The student is made in the same way. `elm` is
-another architecture and initialisation, raised in three lessons to stand between two rungs. `judge` is `oak-strong`
-with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that are careless, or
-corrupted to a known degree.
+`oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with
+a known rate of careless steps, so rungs differ in capability and in nothing else. The student is
+made in the same way. `elm` is another architecture and initialisation, trained in three stages to
+stand between two rungs. `judge` is `oak-strong` with two more layers; it reads the rubric's prompt
+and learns to rate in-domain solutions that are careless, or corrupted to a known degree.
 
     python -m launch.nursery --config=configs/nursery.py
 """
@@ -12,7 +12,7 @@ corrupted to a known degree.
 import dataclasses
 
 from configs.quickstart import IN_DOMAIN, suites
-from deltapref_jax.config import Nursery, Pupil, Sampling
+from deltapref_jax.config import ModelZoo, Sampling, SmallModel
 
 OUT_OF_DOMAIN = ("euclid", "bases", "equation", "sorting", "logic", "calendar")
 CURRICULUM = (
@@ -22,9 +22,9 @@ CARELESS = {"oak-weak": 0.3, "oak-fair": 0.18, "oak-good": 0.06, "oak-strong": 0
 SEEDS = {"oak-weak": 10, "oak-fair": 11, "oak-good": 13, "oak-strong": 14, "student": 15, "elm": 16}
 
 
-def get_config() -> Nursery:
-    def careless(name: str, base: str, rate: float) -> Pupil:
-        return Pupil(
+def get_config() -> ModelZoo:
+    def careless(name: str, base: str, rate: float) -> SmallModel:
+        return SmallModel(
             name=name,
             base=base,
             tasks=CURRICULUM,
@@ -35,7 +35,7 @@ def get_config() -> Nursery:
             seed=SEEDS[name],
         )
 
-    elm = Pupil(
+    elm = SmallModel(
         name="elm-sapling",
         tasks=CURRICULUM,
         difficulties=(1, 2),
@@ -50,9 +50,9 @@ def get_config() -> Nursery:
         learning_rate=3e-3,
         seed=1,
     )
-    return Nursery(
-        pupils=(
-            Pupil(
+    return ModelZoo(
+        models=(
+            SmallModel(
                 name="oak",
                 tasks=CURRICULUM,
                 difficulties=(1, 2),
@@ -67,10 +67,10 @@ def get_config() -> Nursery:
                 elm, name="elm-tree", base=elm.name, steps=600, learning_rate=2e-3, seed=4
             ),
             careless("elm", "elm-tree", 0.09),
-            Pupil(
+            SmallModel(
                 name="judge",
                 base="oak-strong",
-                lesson="judge",
+                curriculum="judge",
                 tasks=IN_DOMAIN,
                 layers=5,
                 steps=1100,

@@ -1,7 +1,7 @@
 """The experiment as typed data: every field once, with its unit and its reason.
 
-`configs/*.py` build one `Experiment` each; absl's `--config.student.path=...` overrides its fields. The checks are in
-`validation`. This module imports nothing of the project.
+`configs/*.py` build one `Experiment` each; absl's `--config.student.path=...` overrides its fields.
+The checks are in `validation`. This module imports nothing of the project.
 """
 
 import dataclasses
@@ -47,13 +47,23 @@ LORA_TARGETS = (
 )  # Hugging Face's names
 
 
+UNHASHED = {"hashed": False}
+"""Metadata of a field that says where something is or how it is shown, and never what is computed:
+two runs that differ only there share their artifacts."""
+
+
 class ObjectiveKind(NamedTuple):
     """What an objective trains on; its loss has the same name in `training.objectives.LOSSES`."""
 
-    unit: str  # one term of the loss: a "pair", an "example" (either half of a pair, labelled), a "token" of the chosen
-    reference: bool  # needs reference log-probabilities
-    baseline: bool = False  # needs mismatched rows: KTO's z0
-    smoothed: bool = False  # has `label_smoothing`
+    # One term of the loss: a "pair", an "example" (either half of a pair, labelled), a "token" of
+    # the chosen.
+    unit: str
+    # Needs reference log-probabilities.
+    reference: bool
+    # Needs mismatched rows: KTO's z0.
+    baseline: bool = False
+    # Has `label_smoothing`.
+    smoothed: bool = False
 
 
 OBJECTIVE_KINDS = {
@@ -74,10 +84,10 @@ OBJECTIVE_KINDS = {
 
 
 class ConfigError(ValueError):
-    """A field of the experiment has a value that cannot work; the message names field, value and remedy."""
+    """A field has a value that cannot work; the message names field, value and remedy."""
 
 
-def choose(field: str, value: str, known: Iterable[str]) -> str:
+def check_choice(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`; otherwise raises `ConfigError` listing them."""
     known = tuple(known)
     if value not in known:
@@ -103,28 +113,37 @@ def need_reasoning_gym() -> None:
 class Prompts:
     """Questions from one source."""
 
-    kind: str = "synthetic"  # one of PROMPT_KINDS
-    path: str = ""  # file (jsonl, parquet), hub data set name or local data set folder (hub), builder directory (tfds)
-    split: str = "train"  # split of a hub or TFDS data set
-    tasks: tuple[
-        str, ...
-    ] = ()  # synthetic families, or reasoning-gym tasks; mixed in equal numbers
-    count: int = 0  # questions kept; 0: all (files only)
-    difficulty: int = 2  # synthetic difficulty setting, 1 (easy) upward
-    seed: int = (
-        0  # of the question generators, and of the draw when `count` is below what a file holds
-    )
-    prompt_field: str = "prompt"  # column with the question: text or a list of chat messages
-    answer_field: str = "answer"  # column with the reference answer
-    checker: str = ""  # how answers of a file are checked: "math", "exact", or "" (unchecked)
+    # One of PROMPT_KINDS.
+    kind: str = "synthetic"
+    # File (jsonl, parquet), hub data set name or local data set folder (hub), builder directory
+    # (tfds).
+    path: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Split of a hub or TFDS data set.
+    split: str = "train"
+    # Synthetic families, or reasoning-gym tasks; mixed in equal numbers.
+    tasks: tuple[str, ...] = ()
+    # Questions kept; 0: all (files only).
+    count: int = 0
+    # Synthetic difficulty setting, 1 (easy) upward.
+    difficulty: int = 2
+    # Of the question generators, and of the draw when `count` is below what a file holds.
+    seed: int = 0
+    # Column with the question: text or a list of chat messages.
+    prompt_field: str = "prompt"
+    # Column with the reference answer.
+    answer_field: str = "answer"
+    # How answers of a file are checked: "math", "exact", or "" (unchecked).
+    checker: str = ""
 
 
 @dataclasses.dataclass
 class Model:
     """A Hugging Face folder, a hub name or a GGUF file."""
 
-    path: str = ""  # "" means: the student's
-    dtype: str = "float32"  # of activations and weights in forward passes
+    # "" means: the student's.
+    path: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Of activations and weights in forward passes.
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass
@@ -133,13 +152,19 @@ class Generator:
 
     name: str = ""
     model: Model = dataclasses.field(default_factory=Model)
-    temperature: float = 1.0  # 0 is greedy
+    # 0 is greedy.
+    temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    samples: int = 1  # traces per prompt
-    system: str = ""  # system message; "" for none
-    prefix: str = ""  # put before the question inside the user message, such as a worked example
-    about: str = ""  # what it is, for the page
+    # 0: off.
+    top_k: int = 0
+    # Traces per prompt.
+    samples: int = 1
+    # System message; "" for none.
+    system: str = ""
+    # Put before the question inside the user message, such as a worked example.
+    prefix: str = ""
+    # What it is, for the page.
+    about: str = dataclasses.field(default="", metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -147,12 +172,14 @@ class Judge:
     """Rates traces from 1 to 5 on each dimension."""
 
     name: str = ""
-    kind: str = "exact"  # "exact": by program, from the known truth of the synthetic world; "model": by score tokens
-    model: Model = dataclasses.field(default_factory=Model)  # of kind "model"
-    noise: float = (
-        0.0  # standard deviation of normal noise added by the exact judge, in rating points
-    )
-    seed: int = 0  # of that noise
+    # "exact": by program, from the known truth of the synthetic world; "model": by score tokens.
+    kind: str = "exact"
+    # Of kind "model".
+    model: Model = dataclasses.field(default_factory=Model)
+    # Standard deviation of normal noise added by the exact judge, in rating points.
+    noise: float = 0.0
+    # Of that noise.
+    seed: int = 0
     dimensions: tuple[str, ...] = DIMENSIONS
 
 
@@ -161,23 +188,24 @@ class Objective:
     """A loss with its hyperparameters; arms name it."""
 
     name: str = ""
-    kind: str = "dpo"  # one of OBJECTIVE_KINDS
-    beta: float = 0.1  # per nat: 0.01 to 0.5; per nat a token in dpo_norm: 5 to 10, and simpo: 2 to 10; not in sft
+    # One of OBJECTIVE_KINDS.
+    kind: str = "dpo"
+    # Per nat: 0.01 to 0.5; per nat a token in dpo_norm: 5 to 10, and simpo: 2 to 10; not in sft.
+    beta: float = 0.1
     learning_rate: float = 1e-4
-    label_smoothing: float = (
-        0.0  # robust, cdpo: share of pairs whose label is assumed to be flipped, 0 to below 0.5
-    )
-    gamma: float = (
-        0.5  # simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6)
-    )
-    nll_weight: float = (
-        0.0  # pairs: weight, 0 upward, of the chosen traces' negative log-likelihood a token
-    )
-    desirable_weight: float = 1.0  # kto, apo_zero_unpaired: w_D, 0 upward
-    undesirable_weight: float = 1.0  # kto, apo_zero_unpaired: w_U, 0 upward
-    baseline_fraction: float = (
-        1.0  # kto: share of a step's rows that z0 is measured on, above 0 to 1
-    )
+    # In robust and cdpo: share of pairs whose label is assumed to be flipped, 0 to below 0.5.
+    label_smoothing: float = 0.0
+    # In simpo: margin wanted between the two rewards, 0 upward (in the paper 0.3 to 1.6).
+    gamma: float = 0.5
+    # In objectives of pairs: weight, 0 upward, of the chosen traces' negative log-likelihood per
+    # token.
+    nll_weight: float = 0.0
+    # In kto and apo_zero_unpaired: w_D, 0 upward.
+    desirable_weight: float = 1.0
+    # In kto and apo_zero_unpaired: w_U, 0 upward.
+    undesirable_weight: float = 1.0
+    # In kto: share of a step's rows that z0 is measured on, above 0 to 1.
+    baseline_fraction: float = 1.0
 
 
 @dataclasses.dataclass
@@ -185,30 +213,39 @@ class Arm:
     """One data set × one objective × seeds."""
 
     name: str = ""
-    chosen: str = ""  # generator that writes the chosen traces
-    rejected: str = (
-        ""  # generator that writes the rejected traces; the same one: two samples, see `direction`
-    )
-    direction: str = "generator"  # "generator" (as named; two samples of one: the second is chosen) or a judge's name
-    keep: str = "all"  # one of KEEPS
-    by: str = "sum"  # what `top` and `matched` rank by: a dimension, or "sum" of them all, as judged by `judge`
-    judge: str = ""  # whose ratings the selection uses; "": the first judge
-    fraction: float = 1.0  # share of the pool of pairs kept
-    stratum: str = "any"  # one of STRATA: by verified correctness of chosen and rejected
-    objective: str = "dpo"  # name of an Objective
+    # Generator that writes the chosen traces.
+    chosen: str = ""
+    # Generator that writes the rejected traces; the same one: two samples, see `direction`.
+    rejected: str = ""
+    # "generator" (as named; two samples of one: the second is chosen) or a judge's name.
+    direction: str = "generator"
+    # One of KEEPS.
+    keep: str = "all"
+    # What `top` and `matched` rank by: a dimension, or "sum" of them all, as judged by `judge`.
+    by: str = "sum"
+    # Whose ratings the selection uses; "": the first judge.
+    judge: str = ""
+    # Share of the pool of pairs kept.
+    fraction: float = 1.0
+    # One of STRATA: by verified correctness of chosen and rejected.
+    stratum: str = "any"
+    # Name of an Objective.
+    objective: str = "dpo"
     seeds: tuple[int, ...] = (0,)
-    group: str = "ladder"  # figure that the arm belongs to: "ladder", "selection" or "control"
+    # Figure that the arm belongs to: "ladder", "selection" or "control".
+    group: str = "ladder"
 
 
 @dataclasses.dataclass
 class Lora:
-    """Low-rank adapters: W + (alpha / rank) A B, in which only A and B are trained (arXiv 2106.09685)."""
+    """Low-rank adapters: W + (alpha / rank) A B, where A and B are trained (arXiv 2106.09685)."""
 
-    rank: int = (
-        0  # columns of A and rows of B; 0: all weights are trained, and there are no adapters
-    )
-    alpha: float = 16.0  # above 0
-    targets: tuple[str, ...] = LORA_TARGETS  # which matrices of every layer are adapted
+    # Columns of A and rows of B; 0: all weights are trained, and there are no adapters.
+    rank: int = 0
+    # Above 0.
+    alpha: float = 16.0
+    # Which matrices of every layer are adapted.
+    targets: tuple[str, ...] = LORA_TARGETS
 
 
 @dataclasses.dataclass
@@ -216,26 +253,33 @@ class Training:
     """What all arms share."""
 
     pairs_per_step: int = 32
-    budget: str = "steps"  # "steps": `steps` steps; "epochs": an arm's pairs `epochs` times, up to whole steps
+    # "steps": `steps` steps; "epochs": an arm's pairs `epochs` times, up to whole steps.
+    budget: str = "steps"
     steps: int = 30
     epochs: float = 1.0
-    warmup: float = 0.1  # share of the steps
-    schedule: str = "linear"  # "linear", "cosine" or "constant", after warm-up
+    # Share of the steps.
+    warmup: float = 0.1
+    # "linear", "cosine" or "constant", after warm-up.
+    schedule: str = "linear"
     weight_decay: float = 0.0
-    clip: float = 1.0  # global gradient norm
-    rows: int = 16  # rows of one micro-batch over all devices; two per device pad least
-    row_length: int = 512  # tokens in one packed row
-    over_length: str = "drop"  # a sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too
-    remat: str = (
-        "none"  # what the backward pass recomputes, more and more: see models.decoder.POLICIES
-    )
+    # Global gradient norm.
+    clip: float = 1.0
+    # Rows of one micro-batch over all devices; two per device pad least.
+    rows: int = 16
+    # Tokens in one packed row.
+    row_length: int = 512
+    # A sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too.
+    over_length: str = "drop"
+    # What the backward pass recomputes, more and more: see models.decoder.POLICIES.
+    remat: str = "none"
     lora: Lora = dataclasses.field(default_factory=Lora)
-    moments: str = (
-        "float32"  # of Adam's two moments; "bfloat16" halves their memory, rounded stochastically
-    )
-    checkpoint_every: int = 10  # steps
-    keep_checkpoints: int = 1
-    finishes: tuple[str, ...] = ("eos", "stop")  # traces that ended otherwise are not trained on
+    # Of Adam's two moments; "bfloat16" halves their memory, rounded stochastically.
+    moments: str = "float32"
+    # Steps.
+    checkpoint_every: int = dataclasses.field(default=10, metadata=UNHASHED)
+    keep_checkpoints: int = dataclasses.field(default=1, metadata=UNHASHED)
+    # Traces that ended otherwise are not trained on.
+    finishes: tuple[str, ...] = ("eos", "stop")
 
 
 @dataclasses.dataclass
@@ -243,9 +287,11 @@ class Suite:
     """A group of evaluation tasks."""
 
     name: str = ""
-    domain: str = "in"  # "in" or "out" of the training domain
+    # "in" or "out" of the training domain.
+    domain: str = "in"
     prompts: Prompts = dataclasses.field(default_factory=Prompts)
-    samples: int = 1  # k traces per question at `temperature`
+    # K traces per question at `temperature`.
+    samples: int = 1
     temperature: float = 1.0
 
 
@@ -253,12 +299,18 @@ class Suite:
 class Sampling:
     """The decoding loop's fixed shapes."""
 
-    max_prompt: int = 128  # tokens; a longer prompt is an error
-    max_tokens: int = 192  # tokens of one trace
-    slots: int = 64  # rows decoded at once
-    chunk: int = 16  # decode steps per dispatch
-    shard: int = 256  # prompts in one shard: what a killed run may have to repeat
-    stop: tuple[str, ...] = ()  # strings that end a trace, cut from it
+    # Tokens; a longer prompt is an error.
+    max_prompt: int = 128
+    # Tokens of one trace.
+    max_tokens: int = 192
+    # Rows decoded at once.
+    slots: int = 64
+    # Decode steps per dispatch.
+    chunk: int = 16
+    # Prompts in one shard: what a killed run may have to repeat.
+    shard: int = 256
+    # Strings that end a trace, cut from it.
+    stop: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -267,7 +319,8 @@ class Scoring:
 
     rows: int = 16
     row_length: int = 512
-    shard: int = 1024  # traces in one shard
+    # Traces in one shard.
+    shard: int = 1024
 
 
 @dataclasses.dataclass
@@ -277,7 +330,8 @@ class MeshShape:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    context: int = 1  # devices that share one row's columns: for rows too long for one; training and scoring only
+    # Devices that share one row's columns: for rows too long for one; training and scoring only.
+    context: int = 1
 
 
 @dataclasses.dataclass
@@ -285,20 +339,24 @@ class Experiment:
     """One study: what is asked, and everything needed to answer it."""
 
     name: str = ""
-    question: str = ""  # one sentence, shown on top of the page
-    about: str = ""  # what is asked and who answers, for the page
-    workspace: str = "workspace"  # directory or bucket of the artifacts
-    trackers: tuple[
-        str, ...
-    ] = ()  # of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains
+    # One sentence, shown on top of the page.
+    question: str = ""
+    # What is asked and who answers, for the page.
+    about: str = ""
+    # Directory or bucket of the artifacts.
+    workspace: str = dataclasses.field(default="workspace", metadata=UNHASHED)
+    # Of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains.
+    trackers: tuple[str, ...] = dataclasses.field(default=(), metadata=UNHASHED)
     seed: int = 0
-    prompts: tuple[Prompts, ...] = ()  # training questions
+    # Training questions.
+    prompts: tuple[Prompts, ...] = ()
     generators: tuple[Generator, ...] = ()
     judges: tuple[Judge, ...] = ()
     student: Model = dataclasses.field(default_factory=Model)
-    reference: Model = dataclasses.field(
-        default_factory=Model
-    )  # "" path: the student before training
+    # "" path: the student before training.
+    reference: Model = dataclasses.field(default_factory=Model)
+    # Parquet file or folder of the reference's log-probabilities; what it lacks is computed.
+    table: str = dataclasses.field(default="", metadata=UNHASHED)
     objectives: tuple[Objective, ...] = ()
     arms: tuple[Arm, ...] = ()
     suites: tuple[Suite, ...] = ()
@@ -312,85 +370,94 @@ class Experiment:
 class Pairs:
     """A file of preference data that somebody brings; `data.preferences` lists the formats."""
 
-    path: str = ""  # .jsonl or .parquet file, hub data set name, or local data set folder
-    split: str = "train"  # split of a hub data set or folder
-    workers: int = (
-        4  # processes that tokenise; a file of less than a thousand rows each needs fewer
-    )
-    truncation_mode: str = (
-        "keep_start"  # of over_length "truncate": the end of a sequence that stays; TRL's names
-    )
+    # .jsonl or .parquet file, hub data set name, or local data set folder.
+    path: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Split of a hub data set or folder.
+    split: str = "train"
+    # Processes that tokenise; a file of less than a thousand rows each needs fewer.
+    workers: int = dataclasses.field(default=4, metadata=UNHASHED)
+    # Of over_length "truncate": the end of a sequence that stays; TRL's names.
+    truncation_mode: str = "keep_start"
 
 
 @dataclasses.dataclass
-class Single:
+class PairTraining:
     """One arm trained from a file of pairs, without the rest of a study."""
 
     name: str = "train"
-    workspace: str = "workspace"  # directory or bucket of tokens, reference table and policy
-    trackers: tuple[
-        str, ...
-    ] = ()  # of TRACKERS: who is shown its metrics besides metrics.jsonl, while it trains
-    seed: int = 0  # of the order of the data
+    # Directory or bucket of tokens, reference table and policy.
+    workspace: str = "workspace"
+    # Of TRACKERS: who is shown its metrics besides metrics.jsonl, while it trains.
+    trackers: tuple[str, ...] = ()
+    # Of the order of the data.
+    seed: int = 0
     data: Pairs = dataclasses.field(default_factory=Pairs)
     student: Model = dataclasses.field(default_factory=Model)
-    reference: Model = dataclasses.field(
-        default_factory=Model
-    )  # "" path: the student before training
-    table: str = ""  # Parquet file or folder of the reference's log-probabilities; "": computed once and kept
+    # "" path: the student before training.
+    reference: Model = dataclasses.field(default_factory=Model)
+    # Parquet file or folder of the reference's log-probabilities; "": computed once and kept.
+    table: str = ""
     objective: Objective = dataclasses.field(default_factory=lambda: Objective(name="dpo"))
-    training: Training = dataclasses.field(
-        default_factory=Training
-    )  # row_length is the longest sequence too
+    # Row_length is the longest sequence too.
+    training: Training = dataclasses.field(default_factory=Training)
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
 def judge_of(experiment: Experiment, arm: Arm) -> str:
-    """Name of the judge whose ratings count for `arm`: its direction's, its own, or the first; "" if there is none."""
+    """Name of the judge whose ratings count for `arm`; "" if there is none.
+
+    It is the judge that directs the arm's pairs, else the arm's own, else the first.
+    """
     if arm.direction != "generator":
         return arm.direction
     return arm.judge or next((j.name for j in experiment.judges), "")
 
 
 @dataclasses.dataclass
-class Pupil:
+class SmallModel:
     """A small decoder that the nursery raises."""
 
     name: str = ""
-    base: str = ""  # pupil whose weights it starts from; "": its own random ones
-    lesson: str = (
-        "solve"  # "solve": worked solutions; "judge": the five ratings of flawed solutions
-    )
-    layers: int = (
-        3  # sizes are the base's where there is one; more layers than it has are grown on top
-    )
+    # SmallModel whose weights it starts from; "": its own random ones.
+    base: str = ""
+    # "solve": worked solutions; "judge": the five ratings of flawed solutions.
+    curriculum: str = "solve"
+    # Sizes are the base's where there is one; more layers than it has are grown on top.
+    layers: int = 3
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 352
-    tasks: tuple[
-        str, ...
-    ] = ()  # synthetic families, drawn evenly; a family named twice is drawn twice as often
-    difficulties: tuple[int, ...] = (2,)  # drawn evenly
-    error_rate: float = 0.0  # careless steps per step in the solutions it learns from
+    # Synthetic families, drawn evenly; a family named twice is drawn twice as often.
+    tasks: tuple[str, ...] = ()
+    # Drawn evenly.
+    difficulties: tuple[int, ...] = (2,)
+    # Careless steps per step in the solutions it learns from.
+    error_rate: float = 0.0
     steps: int = 1000
-    rows: int = 32  # packed rows of one step
+    # Packed rows of one step.
+    rows: int = 32
     row_length: int = 256
-    learning_rate: float = 2e-3  # peak; 5% warm-up, then cosine to a tenth
+    # Peak; 5% warm-up, then cosine to a tenth.
+    learning_rate: float = 2e-3
     seed: int = 0
 
 
 @dataclasses.dataclass
-class Nursery:
+class ModelZoo:
     """The models that ship with the project, and how they came about."""
 
     name: str = "nursery"
     workspace: str = "workspace"
-    output: str = NURSERY  # folder that receives one Hugging Face folder per released pupil
-    vocab: int = 640  # tokens of the tokenizer that all pupils share
-    pupils: tuple[Pupil, ...] = ()
-    release: tuple[str, ...] = ()  # names of the pupils to ship
-    suites: tuple[Suite, ...] = ()  # measured for every released solver
+    # Folder that receives one Hugging Face folder per released model.
+    output: str = NURSERY
+    # Tokens of the tokenizer that all models share.
+    vocab: int = 640
+    models: tuple[SmallModel, ...] = ()
+    # Names of the models to ship.
+    release: tuple[str, ...] = ()
+    # Measured for every released solver.
+    suites: tuple[Suite, ...] = ()
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
@@ -398,3 +465,8 @@ class Nursery:
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's."""
     return dataclasses.replace(model, path=model.path or experiment.student.path)
+
+
+def reference_of(student: Model, reference: Model) -> Model:
+    """The reference model: the student before training where none is named."""
+    return reference if reference.path else student

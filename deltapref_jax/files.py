@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, and their checksums; files of a bucket, and their copies on this machine.
+"""Atomic writes and checksums; files in a bucket, and their copies on this machine.
 
-A path that begins with `gs://` is in a bucket of Google Cloud Storage. Small files are read and written there through
-`etils.epath`; libraries that know only local files (safetensors, tokenizers, Arrow, the profiler) get a local copy.
+A path that begins with `gs://` is in a bucket of Google Cloud Storage. Small files are read and
+written there through `etils.epath`. Libraries that open only local files (safetensors, tokenizers,
+Arrow, JAX's profiler) get a local copy.
 """
 
 import contextlib
@@ -18,29 +19,37 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "EPATH_USE_TF", "false"
-)  # one way into buckets, whether or not TensorFlow is installed too
+# epath prefers TensorFlow's file system where TensorFlow is installed. With this, buckets are
+# accessed through gcsfs everywhere, so that errors and credentials are the same on all machines.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 from etils import epath  # noqa: E402
 
 from deltapref_jax.config import ConfigError  # noqa: E402
+from deltapref_jax.records import digest  # noqa: E402
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-"""Errors of a file system that takes no more."""
+UNWRITABLE_ERRNOS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+)
+"""Error numbers of a file system that is full, over quota, read-only or not permitted."""
 
 
 class ArtifactError(RuntimeError):
     """An artifact is damaged or cannot be written; the message names the file and the remedy."""
 
 
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Puts `data` at `path`, on disk before it has the name.
+def write_atomic(path: epath.Path, data: bytes) -> None:
+    """Writes `data` to `path`, which either does not change or holds all of it, also after a crash.
 
     Raises:
-      ArtifactError: it cannot be written; nothing of it is left.
+      ArtifactError: the file cannot be written; the temporary file has been removed.
     """
-    if remote(path):  # an object appears whole when its upload ends
+    if remote(path):  # An object store makes an object visible only when its upload is complete.
         with _bucket_errors(path, unwritable):
             path.write_bytes(data)
         return
@@ -49,6 +58,7 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
+            # Without fsync, the rename may reach the disk before the data does.
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as e:
@@ -58,21 +68,21 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def unwritable(path: Any, e: Exception) -> ArtifactError:
-    """The sentence for a file that cannot be written."""
-    why = getattr(e, "strerror", None) or str(e).strip() or type(e).__name__
+    """Returns the error to raise for a file that cannot be written because of `e`."""
+    reason = getattr(e, "strerror", None) or str(e).strip() or type(e).__name__
     return ArtifactError(
-        f"{path} cannot be written ({why.splitlines()[0]}); make room or choose another workspace, "
-        "and run the same command: finished work is kept."
+        f"{path} cannot be written ({reason.splitlines()[0]}); make room or choose another "
+        "workspace, and run the same command: finished work is kept."
     )
 
 
 def sha256(data: bytes) -> str:
-    """64 hex digits."""
+    """Returns the SHA-256 of `data` as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def file_sha256(path: epath.Path) -> str:
-    """64 hex digits, without reading the whole file into memory."""
+    """Returns the SHA-256 of a file as 64 hex digits, reading it in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -83,139 +93,145 @@ def remote(path: str | os.PathLike[str]) -> bool:
 
 
 @functools.cache
-def _bucket() -> Any:
-    """The file system of Google Cloud Storage, as it is used here and by `etils`.
+def _gcs() -> Any:
+    """Returns the fsspec file system of Google Cloud Storage, configured for `etils` too.
 
     Raises:
-      ConfigError: its package is not installed.
+      ConfigError: gcsfs is not installed.
     """
     try:
         import fsspec
-        import gcsfs  # noqa: F401  (brings google-cloud-storage, which Orbax asks about the bucket)
+        import gcsfs  # noqa: F401  (brings google-cloud-storage, with which Orbax looks up buckets)
     except ImportError as e:
         raise ConfigError(
             "A path begins with gs:// and the package gcsfs is not installed; "
             "pip install 'deltapref-jax[gcs]'."
         ) from e
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False} | fsspec.config.conf.get(
-        "gcs", {}
-    )  # others write too
-    logging.getLogger("gcsfs").setLevel(
-        logging.CRITICAL
-    )  # it logs the traceback of what it then raises
+    # A cached listing would not show what other processes have written since.
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False} | fsspec.config.conf.get("gcs", {})
+    # gcsfs logs the traceback of every exception that it raises, also of those handled here.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem("gcs")
 
 
 @contextlib.contextmanager
-def _bucket_errors(path: Any, sentence: Callable[[Any, Exception], Exception]) -> Iterator[None]:
-    """What the network and the bucket raise (gcsfs, aiohttp and google-auth have dozens of kinds) as one sentence."""
+def _bucket_errors(path: Any, to_error: Callable[[Any, Exception], Exception]) -> Iterator[None]:
+    """Turns any exception of network and bucket into `to_error(path, exception)`.
+
+    gcsfs, aiohttp and google-auth raise dozens of unrelated exception types.
+    """
     try:
         yield
     except (ArtifactError, ConfigError):
         raise
     except Exception as e:
-        raise sentence(path, e) from e
+        raise to_error(path, e) from e
 
 
 def _unreadable(path: Any, e: Exception) -> ArtifactError:
-    why = (str(e).strip() or type(e).__name__).splitlines()[0]
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     return ArtifactError(
-        f"{path} cannot be read ({why}); check the name, this machine's credentials for Google Cloud "
-        "Storage and its connection, and run the same command."
+        f"{path} cannot be read ({reason}); check the name, this machine's credentials for Google "
+        "Cloud Storage and its connection, and run the same command."
     )
 
 
-def reach(root: str | os.PathLike[str]) -> None:
-    """Refuses a workspace in a bucket that cannot be used, before anything is made.
+def check_bucket(root: str | os.PathLike[str]) -> None:
+    """Checks, before anything is written, that a workspace in a bucket can be used.
 
     Raises:
-      ConfigError: the package for it is missing, there is no such bucket, or it is not of Google Cloud Storage.
-      ArtifactError: it cannot be read.
+      ConfigError: gcsfs is not installed, the bucket does not exist, or it is not in Google Cloud
+        Storage.
+      ArtifactError: the bucket cannot be read.
     """
     path = os.fspath(root)
     if not remote(path):
         return
     if not path.startswith("gs://"):
         raise ConfigError(
-            f"The workspace {path} is in no bucket of Google Cloud Storage; give a folder or gs://…."
+            f"The workspace {path} is in no bucket of Google Cloud Storage; give a folder or "
+            "gs://…."
         )
-    name = "gs://" + path.removeprefix("gs://").split("/")[0]
-    with _bucket_errors(name, _unreadable):
-        if not _bucket().exists(name):
+    bucket = "gs://" + path.removeprefix("gs://").split("/")[0]
+    with _bucket_errors(bucket, _unreadable):
+        if not _gcs().exists(bucket):
             raise ConfigError(
-                f"There is no bucket {name}, or this machine's credentials may not see it; check the "
-                "name, or make it."
+                f"There is no bucket {bucket}, or this machine's credentials may not see it; check "
+                "the name, or make it."
             )
 
 
-def local(path: str) -> str:
-    """`path` itself, or for a file or folder in a bucket its copy on this machine, made once for the same content.
+def local_copy(path: str) -> str:
+    """Returns a local path to the file or folder at `path`: itself, or a cached copy from a bucket.
 
-    Copies lie in `~/.cache/deltapref-jax` (`XDG_CACHE_HOME`), named by the generations of their objects; nothing there
-    is needed again once the program has ended.
+    Copies are in `~/.cache/deltapref-jax` (or under `XDG_CACHE_HOME`), in a folder named by a hash
+    of the objects' names, sizes and generations, so that changed content is copied again. They
+    may be deleted when the program has ended.
 
     Raises:
-      ConfigError: the package for buckets is missing.
-      FileNotFoundError: there is nothing at `path`.
-      ArtifactError: it cannot be read, or this machine has no room for it.
+      ConfigError: gcsfs is not installed.
+      FileNotFoundError: nothing is at `path`.
+      ArtifactError: `path` cannot be read, or this machine has no room for the copy.
     """
     if not remote(path):
         return path
     root = path.rstrip("/").removeprefix("gs://")
     with _bucket_errors(path, _unreadable):
-        found = {
+        objects = {
             name: info
-            for name, info in _bucket().find(root, detail=True).items()
+            for name, info in _gcs().find(root, detail=True).items()
             if info["type"] == "file"
         }
-    if not found:
+    if not objects:
         raise FileNotFoundError(f"There is nothing at {path}; check the path.")
-    stamp = sha256(
-        json.dumps(
-            sorted((name, info["size"], info.get("generation")) for name, info in found.items())
-        ).encode()
-    )[:16]
+    identity = sorted(
+        (name, info["size"], info.get("generation")) for name, info in objects.items()
+    )
+    key = sha256(json.dumps(identity).encode())[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltapref-jax"
-    place = cache / stamp / os.path.basename(root)
-    if not place.exists():
-        coming = cache / f".{stamp}.{uuid.uuid4().hex}"
+    copy = cache / key / os.path.basename(root)
+    if not copy.exists():
+        incoming = cache / f".{key}.{uuid.uuid4().hex}"
+        parent = os.path.dirname(root)
         try:
-            download(
-                {name: coming / os.path.relpath(name, os.path.dirname(root)) for name in found}
-            )
-            with contextlib.suppress(OSError):  # another process was faster
-                coming.rename(cache / stamp)
+            download({name: incoming / os.path.relpath(name, parent) for name in objects})
+            with contextlib.suppress(OSError):  # Another process has put the same copy there.
+                incoming.rename(cache / key)
         finally:
-            shutil.rmtree(coming, ignore_errors=True)
-    return str(place)
+            shutil.rmtree(incoming, ignore_errors=True)
+    return str(copy)
 
 
 def download(files: Mapping[str, Path]) -> None:
-    """Objects of a bucket, by name, to the files named, whose folders are made.
+    """Downloads objects, given by name, to local files, creating their folders.
 
     Raises:
-      ArtifactError: one cannot be read, or this machine has no room for it.
+      ArtifactError: an object cannot be read, or this machine has no room for it.
     """
     with _bucket_errors(next(iter(files)), _unreadable):
         try:
             for target in files.values():
                 target.parent.mkdir(parents=True, exist_ok=True)
-            _bucket().get(
+            _gcs().get(
                 [name.removeprefix("gs://") for name in files],
                 [str(file) for file in files.values()],
             )
         except OSError as e:
-            if e.errno in NO_ROOM:
+            # gcsfs raises OSError for failed requests too; only these are of the local disk.
+            if e.errno in UNWRITABLE_ERRNOS:
                 raise unwritable(e.filename or next(iter(files.values())), e) from e
             raise
 
 
 @contextlib.contextmanager
-def written(folder: epath.Path) -> Iterator[Path]:
-    """A local folder to write into that becomes `folder`: that itself, or for a bucket one that is uploaded at the end.
+def staged_dir(folder: epath.Path) -> Iterator[Path]:
+    """Yields a local directory whose files end up in `folder`.
+
+    That is `folder` itself if it is local. For a bucket it is a temporary directory, uploaded on
+    exit unless an exception is raised.
 
     Raises:
-      ArtifactError: it cannot be uploaded.
+      ArtifactError: the files cannot be uploaded.
     """
     if not remote(folder):
         yield Path(folder)
@@ -225,6 +241,13 @@ def written(folder: epath.Path) -> Iterator[Path]:
         files = [file for file in sorted(Path(scratch).rglob("*")) if file.is_file()]
         targets = [os.fspath(folder / file.relative_to(scratch).as_posix()) for file in files]
         with _bucket_errors(folder, unwritable):
-            _bucket().put(
+            _gcs().put(
                 [str(file) for file in files], [name.removeprefix("gs://") for name in targets]
             )
+
+
+def content_hash(path: Path) -> str:
+    """Returns 16 hex digits of the name and contents of a file or folder, wherever it is."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    parts = [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
+    return digest(path.name, parts)

@@ -1,6 +1,5 @@
-"""Devices as a mesh with the axes data, fsdp, tensor and context; several processes as one job."""
+"""Device meshes with the axes data, fsdp, tensor and context; host arrays to devices and back."""
 
-import os
 from typing import Any
 
 import jax
@@ -9,33 +8,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
-from deltapref_jax.host import keep_company
-from deltapref_jax.lease import release_all
 
 AXES = ("data", "fsdp", "tensor", "context")
 
 
-def start_processes() -> None:
-    """Joins the multi-process job if the environment names a coordinator; otherwise does nothing.
-
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are needed where no cluster manager that JAX knows tells them. What stops one
-    process of the job stops all (`host.Company`).
-    """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        given: dict[str, Any] = {
-            name: int(os.environ[key])
-            for name, key in (
-                ("num_processes", "JAX_NUM_PROCESSES"),
-                ("process_id", "JAX_PROCESS_ID"),
-            )
-            if key in os.environ
-        }
-        jax.distributed.initialize(**given)
-        keep_company(release_all)
-
-
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (all by default) with Auto axes; one size may be -1 and takes what is left.
+    """Makes a mesh over `devices` (all by default) with Auto axes.
+
+    One size may be -1: it is the number of devices divided by the other sizes.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
@@ -47,9 +27,9 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if int(np.prod(sizes)) != len(devices):
         raise ConfigError(
-            f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} x {shape.context} (data, fsdp, "
-            f"tensor, context) and there are {len(devices)} devices; the sizes must multiply to that, "
-            "one of them may be -1."
+            f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} x {shape.context} (data, "
+            f"fsdp, tensor, context) and there are {len(devices)} devices; the sizes must multiply "
+            "to that, one of them may be -1."
         )
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
@@ -57,46 +37,64 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
 
 
 def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
-    """Whether packed batches [rows, row_length] divide over the mesh.
+    """Checks that packed batches [rows, row_length] divide over the mesh.
+
+    Args:
+      where: the config field that `rows` and `row_length` belong to, for the message.
+      rows: rows of a batch, split over data and fsdp.
+      row_length: tokens of a row, split over context.
+      mesh: the mesh.
 
     Raises:
-      ConfigError: they do not; `where` is what the fields belong to.
+      ConfigError: they do not divide.
     """
-    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
-    if rows % ways:
+    row_shards, context_shards = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    if rows % row_shards:
         raise ConfigError(
-            f"{where}.rows is {rows} and the mesh spreads rows over {ways} devices (data x fsdp); make "
-            "rows a multiple of that."
+            f"{where}.rows is {rows} and the mesh spreads rows over {row_shards} devices (data x "
+            "fsdp); make rows a multiple of that."
         )
-    if row_length % parts:
+    if row_length % context_shards:
         raise ConfigError(
-            f"{where}.row_length is {row_length} and the mesh splits each row over {parts} devices "
-            "(context); make row_length a multiple of that."
+            f"{where}.row_length is {row_length} and the mesh splits each row over "
+            f"{context_shards} devices (context); make row_length a multiple of that."
         )
 
 
-def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Host arrays, the same on every process, as global arrays laid out by `spec`; None leaves stay None."""
+def shard(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Places host arrays on the mesh as global arrays laid out by `spec`.
+
+    Args:
+      tree: arrays, with the same values on every process; None leaves stay None.
+      mesh: the mesh, which may span several processes.
+      spec: the layout of every leaf.
+    """
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
-    )
+    # Each process places its own part; `device_put` would compare the values across processes.
+    # Unlike that, JAX counts this as an implicit transfer, which the training loop disallows.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+        )
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh's devices (which a program may be compiled for without having them)."""
+    """Returns "cpu", "gpu" or "tpu": the mesh's platform, or JAX's default without a mesh.
+
+    They differ when a program is compiled ahead of time for devices that are not attached.
+    """
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
-def fetch(tree: Any) -> Any:
-    """Global arrays as whole host arrays, on every process; all of them must ask."""
+def gather_to_host(tree: Any) -> Any:
+    """Returns global arrays as whole host arrays; a collective, so every process must call it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
 def is_first() -> bool:
-    """Whether this process plans, writes and prints for the job."""
+    """Whether this is process 0, which plans, writes and prints for the job."""
     return jax.process_index() == 0

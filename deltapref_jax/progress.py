@@ -1,5 +1,7 @@
-"""One look for all progress bars: what, how far, how fast, how long still."""
+"""The progress bar that all stages share: task, count, rate, elapsed and remaining time."""
 
+import sys
+import time
 from collections.abc import Iterable
 
 from rich.columns import Columns
@@ -16,17 +18,19 @@ from rich.progress import (
 )
 from rich.text import Text
 
+LOG_EVERY_SECONDS = 30.0  # between lines about work at hand, where no bar can be drawn
+
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Units per second."""
+        """Renders the rate in the task's units per second."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.1f} {task.fields.get('unit', '')}/s" if speed else "")
 
 
-class _Noted(Progress):
+class _ProgressWithNotes(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bars, and what each has to say below them: its parts, which two spaces divide, are never cut in two."""
+        """Yields the bars, then each task's note, wrapped only where it has two spaces."""
         yield from super().get_renderables()
         for task in self.tasks:
             if task.fields["note"]:
@@ -34,15 +38,64 @@ class _Noted(Progress):
 
 
 def progress(show: bool = True) -> Progress:
-    """A transient bar on stderr, 80 columns wide or less; tasks have the fields `unit` and `note`."""
-    return _Noted(
+    """A transient bar on stderr, 80 columns wide or less; tasks have the fields `unit` and `note`.
+
+    Where stderr is no terminal nothing is drawn: a scheduler's log gets lines instead (`log`).
+    """
+    console = Console(stderr=True)
+    return _ProgressWithNotes(
         TextColumn("{task.description:<20}"),
         BarColumn(16),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=not show,
+        disable=not show or not console.is_terminal,
     )
+
+
+def log(sentence: str, always: bool = False) -> None:
+    """Prints a line with the time of day if stderr is a log; with `always` in a terminal too."""
+    if always or not sys.stderr.isatty():
+        print(f"{time.strftime('%H:%M:%S')} {sentence}", file=sys.stderr, flush=True)
+
+
+class Counter:
+    """Counts units of work: a bar in a terminal, and a line every half a minute in a log.
+
+    Args:
+      label: of the work.
+      total: units in all; None hides the time left.
+      unit: in the plural, such as "traces".
+      show: whether anything is shown.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str, show: bool = True):
+        self._label, self._total, self._unit, self._show = label, total, unit, show
+        self._done, self._began = 0, time.monotonic()
+        self._logged = self._began
+        self._bar = progress(show)
+        self._task = self._bar.add_task(label, total=total, unit=unit, note="")
+
+    def __enter__(self) -> "Counter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, units: int) -> None:
+        """So many units more are done."""
+        self._done += units
+        self._bar.advance(self._task, units)
+        now = time.monotonic()
+        if self._show and now - self._logged >= LOG_EVERY_SECONDS:
+            self._logged = now
+            rate = self._done / (now - self._began)
+            of = f" of {self._total:,}" if self._total else ""
+            left = (
+                f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
+            )
+            log(f"{self._label}: {self._done:,}{of} {self._unit}, {rate:,.1f} {self._unit}/s{left}")

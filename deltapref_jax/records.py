@@ -1,13 +1,241 @@
-"""Schemas of the tables that stages exchange (Parquet). One row per trace wherever work is per trace.
+"""Records that stages exchange, and their Parquet tables: one row per trace wherever work is.
 
-Joins go by `prompt_id` and `trace_id`; both are content hashes, so they mean the same in every workspace.
+A record type declares its table: `schema` reads the columns from the annotations, `to_table` and
+`from_table` convert. Joins go by `prompt_id`, `trace_id` and `sequence_id`; all are content hashes,
+so they mean the same in every workspace.
 """
 
+import functools
 import hashlib
 import json
-from typing import Any
+import types
+import typing
+from collections.abc import Iterable
+from typing import Annotated, Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
+
+Float32 = Annotated[float, pa.float32()]
+Floats32 = Annotated[list[float], pa.list_(pa.float32())]
+Mask = Annotated[np.ndarray | None, pa.list_(pa.bool_())]  # bool, read as an array
+TokenIds = Annotated[np.ndarray, pa.list_(pa.int32())]  # int32, read as an array
+
+
+class Prompt(NamedTuple):
+    """A question."""
+
+    prompt_id: str  # digest of task and messages
+    task: str  # synthetic family, reasoning-gym task, or the file's stem
+    messages: str  # JSON list of {"role", "content"}; the last message is the user's
+    answer: str  # reference answer; "" where there is none
+    checker: str  # one of config.CHECKERS
+    meta: str  # JSON that the checker needs (the problem's parameters), "{}" otherwise
+
+    def chat(self) -> list[dict[str, str]]:
+        """The messages, parsed."""
+        return json.loads(self.messages)
+
+    @property
+    def question(self) -> str:
+        """Text of the last message."""
+        return str(self.chat()[-1]["content"])
+
+
+class Trace(NamedTuple):
+    """One completion of a prompt by one generator."""
+
+    trace_id: str  # digest of prompt, generator identity and sample index
+    prompt_id: str
+    generator: str  # name in the config
+    weights: str  # hash of the generator's weights
+    sample: int  # index among the traces of this prompt by this generator
+    text: str  # decoded without special tokens and without the stop string
+    token_ids: TokenIds  # as sampled, the end token included where there is one
+    finish: str  # "eos", "stop" or "length"
+    logprob: float  # nats; sum over token_ids, temperature 1, unfiltered
+    tokens: int  # len(token_ids)
+
+
+class Verdict(NamedTuple):
+    """Whether a trace's answer is right."""
+
+    trace_id: str
+    correct: bool | None  # None where the prompt has no checker
+    answer: str  # what was extracted from the trace; "" if nothing
+    note: str  # "", "no answer", "unfinished", "timeout" or the checker's error
+
+
+class Rating(NamedTuple):
+    """One judge's rating of one trace on one dimension."""
+
+    trace_id: str
+    judge: str
+    dimension: str
+    rating: Float32  # expectation over the labels 1 to 5
+    spread: Float32  # standard deviation over the labels
+    mass: Float32  # probability on the label set before renormalising
+    distribution: Floats32  # [5], over the labels 1 to 5, sums to 1
+
+
+class TokenSequence(NamedTuple):
+    """A prompt with a completion, as token ids: what is scored and trained on.
+
+    The first two fields suffice to build one; the others say where it came from.
+    """
+
+    prompt_ids: TokenIds
+    completion_ids: TokenIds
+    scored: Mask = None  # which completion tokens are targets; None: all of them
+    trace_id: str = (
+        ""  # of the completion; in a file its place, such as "Line 3 of pairs.jsonl, chosen"
+    )
+    prompt_id: str = ""  # of the prompt in front of the completion
+    matched: bool = True  # False: the completion answers another prompt (rows of KTO's baseline)
+    group: int | None = (
+        None  # data from a file: the two sequences of a pair share a number, chosen first
+    )
+    desirable: bool | None = None  # data from a file: chosen, or labelled true
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """bool [length]: tokens that are scored; a first token never is, nothing predicts it."""
+        targets = np.zeros(self.length, bool)
+        targets[len(self.prompt_ids) :] = True if self.scored is None else self.scored
+        targets[:1] = False
+        return targets
+
+    @property
+    def sequence_id(self) -> str:
+        """16 hex digits of the tokens, of where the completion begins and of what is scored."""
+        ids = np.concatenate([[len(self.prompt_ids)], self.prompt_ids, self.completion_ids])
+        mask = b"" if self.scored is None else np.packbits(self.scored).tobytes()
+        return hashlib.sha256(ids.astype("<i4").tobytes() + mask).hexdigest()[:16]
+
+
+class LogProb(NamedTuple):
+    """Log-probability of a sequence's targets under one model.
+
+    The metadata of the table's schema names the weights and the dtype of the model.
+    """
+
+    prompt_id: str  # of the prompt in front of the completion
+    trace_id: str  # of the completion
+    matched: bool  # False: the completion answers another prompt (rows of KTO's baseline)
+    logprob: float | None  # nats; sum over the targets; None where the sequence was too long
+    tokens: int  # targets summed over; 0 where the sequence was too long
+    sequence_id: str  # of the tokens that were scored: what tables are joined by
+
+
+class Pair(NamedTuple):
+    """A chosen and a rejected trace of one prompt."""
+
+    pair_id: str  # digest of chosen_id and rejected_id
+    prompt_id: str
+    chosen_id: str  # trace ids
+    rejected_id: str
+    chosen_model: str  # generator names
+    rejected_model: str
+    chosen_rating: (
+        Floats32 | None
+    )  # by the arm's judge, in its order of dimensions; None if unrated
+    rejected_rating: Floats32 | None
+    chosen_correct: bool | None
+    rejected_correct: bool | None
+
+
+class Result(NamedTuple):
+    """Evaluation: one sample of one question."""
+
+    suite: str
+    domain: str
+    task: str
+    prompt_id: str
+    sample: int
+    correct: bool  # an unfinished trace is wrong
+    finish: str
+    tokens: int
+
+
+class Audit(NamedTuple):
+    """A judge's rating of a solution that was corrupted on purpose."""
+
+    prompt_id: str
+    judge: str
+    target: str  # dimension that was corrupted; "" for the clean solution
+    degree: int  # 0 (clean) to 4
+    dimension: str  # dimension that was rated
+    rating: Float32
+
+
+Record = TypeVar("Record", bound=tuple)
+
+_COLUMNS: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int32(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+}
+
+
+@functools.cache
+def schema(record: type[Any]) -> pa.Schema:
+    """Columns of the table of `record`: names and Arrow types of its fields, in order."""
+    hints = typing.get_type_hints(record, include_extras=True)
+    return pa.schema([(name, _arrow(hints[name])) for name in record._fields])
+
+
+def _arrow(hint: Any) -> pa.DataType:
+    if typing.get_origin(hint) is Annotated:
+        return hint.__metadata__[0]
+    if typing.get_origin(hint) in (
+        types.UnionType,
+        typing.Union,
+    ):  # "or None": every column may hold nulls
+        return next(_arrow(part) for part in typing.get_args(hint) if part is not type(None))
+    return _COLUMNS[hint]
+
+
+def to_table(record: type[Record], rows: Iterable[Record]) -> pa.Table:
+    """Rows as a table of the schema of `record`."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema(record))
+    return pa.table(
+        [
+            pa.array(list(values), field.type)
+            for values, field in zip(columns, schema(record), strict=True)
+        ],
+        schema=schema(record),
+    )
+
+
+def from_table(record: type[Record], table: pa.Table) -> list[Record]:
+    """Rows of a table, without columns that `record` does not have; lists of ids are arrays."""
+    columns = [
+        _arrays(table[field.name])
+        if field.type in (pa.list_(pa.int32()), pa.list_(pa.bool_()))
+        else table[field.name].to_pylist()
+        for field in schema(record)
+    ]
+    return [record(*values) for values in zip(*columns, strict=True)]
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
+    """A column of lists as arrays, without a Python object per element."""
+    arrays: list[np.ndarray | None] = []
+    for chunk in column.chunks:
+        offsets = chunk.offsets.to_numpy()
+        flat = chunk.values.to_numpy(zero_copy_only=False)
+        present = chunk.is_valid().to_pylist()
+        arrays += [
+            flat[start:stop] if valid else None
+            for start, stop, valid in zip(offsets[:-1], offsets[1:], present, strict=True)
+        ]
+    return arrays
 
 
 def digest(*parts: Any) -> str:
@@ -16,123 +244,17 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-PROMPT = pa.schema(
-    [
-        ("prompt_id", pa.string()),  # digest of task and messages
-        ("task", pa.string()),  # synthetic family, reasoning-gym task, or the file's stem
-        ("messages", pa.string()),  # JSON list of {"role", "content"}; the last one is the user's
-        ("answer", pa.string()),  # reference answer; "" where there is none
-        ("checker", pa.string()),  # one of config.CHECKERS
-        (
-            "meta",
-            pa.string(),
-        ),  # JSON that the checker needs (the problem's parameters), "{}" otherwise
-    ]
-)
-
-TRACE = pa.schema(
-    [
-        ("trace_id", pa.string()),  # digest of prompt, generator identity and sample index
-        ("prompt_id", pa.string()),
-        ("generator", pa.string()),  # name in the config
-        ("weights", pa.string()),  # hash of the generator's weights
-        ("sample", pa.int32()),  # index among the traces of this prompt by this generator
-        ("text", pa.string()),  # decoded without special tokens and without the stop string
-        (
-            "token_ids",
-            pa.list_(pa.int32()),
-        ),  # as sampled, the end token included where there is one
-        ("finish", pa.string()),  # "eos", "stop" or "length"
-        ("logprob", pa.float64()),  # nats; sum over token_ids, temperature 1, unfiltered
-        ("tokens", pa.int32()),  # len(token_ids)
-    ]
-)
-
-VERDICT = pa.schema(
-    [
-        ("trace_id", pa.string()),
-        ("correct", pa.bool_()),  # null where the prompt has no checker
-        ("answer", pa.string()),  # what was extracted from the trace; "" if nothing
-        ("note", pa.string()),  # "", "no answer", "unfinished", "timeout" or the checker's error
-    ]
-)
-
-RATING = pa.schema(
-    [
-        ("trace_id", pa.string()),
-        ("judge", pa.string()),
-        ("dimension", pa.string()),
-        ("rating", pa.float32()),  # expectation over the labels 1 to 5
-        ("spread", pa.float32()),  # standard deviation over the labels
-        ("mass", pa.float32()),  # probability on the label set before renormalising
-        ("distribution", pa.list_(pa.float32())),  # [5], over the labels 1 to 5, sums to 1
-    ]
-)
-
-LOGPROB = pa.schema(
-    [
-        ("prompt_id", pa.string()),  # of the context
-        ("trace_id", pa.string()),  # of the completion
-        ("matched", pa.bool_()),  # False: the completion belongs to another prompt (KTO's baseline)
-        ("logprob", pa.float64()),  # nats; sum over the completion's target tokens
-        (
-            "tokens",
-            pa.int32(),
-        ),  # target tokens summed over; 0 with a null logprob where the row was too long
-    ]
-)
-
-PAIR = pa.schema(
-    [
-        ("pair_id", pa.string()),  # digest of chosen_id and rejected_id
-        ("prompt_id", pa.string()),
-        ("chosen_id", pa.string()),  # trace ids
-        ("rejected_id", pa.string()),
-        ("chosen_model", pa.string()),  # generator names
-        ("rejected_model", pa.string()),
-        (
-            "chosen_rating",
-            pa.list_(pa.float32()),
-        ),  # by the arm's judge, in its order of dimensions; null if unrated
-        ("rejected_rating", pa.list_(pa.float32())),
-        ("chosen_correct", pa.bool_()),
-        ("rejected_correct", pa.bool_()),
-    ]
-)
-
+PROMPT, TRACE, VERDICT, RATING = schema(Prompt), schema(Trace), schema(Verdict), schema(Rating)
+PAIR, RESULT, AUDIT = schema(Pair), schema(Result), schema(Audit)
+LOGPROB = schema(LogProb).remove(5)
 SEQUENCE = pa.schema(
-    [  # preference data from a file: one row per prompt with one completion, after the length rule
-        ("group", pa.int32()),  # the two rows of a pair have one number, chosen first
-        ("prompt_id", pa.string()),  # digest of the prompt as it was given
+    [
+        ("group", pa.int32()),
+        ("prompt_id", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),  # all of it is scored
-        ("desirable", pa.bool_()),  # chosen, or labelled true
-        ("where", pa.string()),  # file and line
-    ]
-)
-
-RESULT = pa.schema(
-    [  # evaluation: one row per question and sample
-        ("suite", pa.string()),
-        ("domain", pa.string()),
-        ("task", pa.string()),
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("correct", pa.bool_()),  # an unfinished trace is wrong
-        ("finish", pa.string()),
-        ("tokens", pa.int32()),
-    ]
-)
-
-
-AUDIT = pa.schema(
-    [  # a judge's ratings of solutions corrupted on purpose
-        ("prompt_id", pa.string()),
-        ("judge", pa.string()),
-        ("target", pa.string()),  # dimension that was corrupted; "" for the clean solution
-        ("degree", pa.int32()),  # 0 (clean) to 4
-        ("dimension", pa.string()),  # dimension that was rated
-        ("rating", pa.float32()),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("desirable", pa.bool_()),
+        ("where", pa.string()),
     ]
 )
 

@@ -1,4 +1,4 @@
-"""Checks of a whole experiment or nursery: a bad value is one sentence before any device works."""
+"""Checks of a whole config before a device is used; every bad value gives one sentence."""
 
 import dataclasses
 import functools
@@ -27,75 +27,80 @@ from deltapref_jax.config import (
     Experiment,
     Lora,
     Model,
-    Nursery,
+    ModelZoo,
     Objective,
     Pairs,
+    PairTraining,
     Prompts,
     Scoring,
-    Single,
     Training,
-    choose,
+    check_choice,
     need_reasoning_gym,
 )
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
 
 
-def _whole(config: Any, wanted: type) -> None:
+def _check_class(config: Any, expected: type) -> None:
     """Refuses the config of another entry point."""
-    if not isinstance(config, wanted):
+    if not isinstance(config, expected):
         raise ConfigError(
-            f"--config gives {type(config).__name__} where {wanted.__name__} is needed; its get_config() "
-            f"must return deltapref_jax.config.{wanted.__name__}."
+            f"--config gives {type(config).__name__} where {expected.__name__} is needed; its "
+            f"get_config() must return deltapref_jax.config.{expected.__name__}."
         )
-    _typed("config", config)
+    _check_types("config", config)
 
 
-def _typed(where: str, config: Any) -> None:
-    """Refuses values of another type than their field's: text where a tuple belongs would be read letter by letter."""
-    for field, kind in typing.get_type_hints(type(config)).items():
-        value, at = getattr(config, field), f"{where}.{field}"
-        outer, inner = typing.get_origin(kind) or kind, [(at, kind, value)]
-        if outer is tuple and isinstance(value, tuple):
-            inner = [(f"{at}[{i}]", typing.get_args(kind)[0], each) for i, each in enumerate(value)]
-        for place, wanted, each in inner:
-            plain = typing.get_origin(wanted) or wanted
-            if isinstance(each, bool) or not isinstance(
-                each, int | float if plain is float else plain
-            ):
-                raise ConfigError(
-                    f"{place} is {each!r}; it must be {_KINDS.get(plain, f'a {plain.__name__}')}."
-                )
-            if dataclasses.is_dataclass(each):
-                _typed(place, each)
+def _check_types(path: str, config: Any) -> None:
+    """Refuses values whose type is not that of their field.
+
+    Flags are not typed: a string where a tuple belongs would be iterated letter by letter.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, field = getattr(config, name), f"{path}.{name}"
+        items = [(field, hint, value)]
+        if (typing.get_origin(hint) or hint) is tuple and isinstance(value, tuple):
+            item_hint = typing.get_args(hint)[0]
+            items = [(f"{field}[{i}]", item_hint, item) for i, item in enumerate(value)]
+        for item_field, item_hint, item in items:
+            expected = typing.get_origin(item_hint) or item_hint
+            allowed = int | float if expected is float else expected
+            # isinstance(True, int) holds, and no field is a bool.
+            if isinstance(item, bool) or not isinstance(item, allowed):
+                kind = _KINDS.get(expected, f"a {expected.__name__}")
+                raise ConfigError(f"{item_field} is {item!r}; it must be {kind}.")
+            if dataclasses.is_dataclass(item):
+                _check_types(item_field, item)
 
 
-def _unique(kind: str, names: Sequence[str]) -> None:
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    """Checks that names are there, are unique, and can be part of a label."""
     for name in names:
         if not name:
             raise ConfigError(f"A {kind} has no name; give every {kind} one.")
         if "/" in name:
             raise ConfigError(
-                f"The name of {kind} {name!r} holds a slash, which separates labels; use another sign."
+                f"The name of {kind} {name!r} holds a slash, which separates labels; use another "
+                "sign."
             )
         if names.count(name) > 1:
             raise ConfigError(f"Two {kind}s are named {name!r}; names must differ.")
 
 
-def _number(field: str, value: float, low: float, high: float = math.inf) -> None:
+def _check_range(field: str, value: float, low: float, high: float = math.inf) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
         upper = f" and at most {high:g}" if high < math.inf else ""
         raise ConfigError(f"{field} is {value!r}; it must be at least {low:g}{upper}.")
 
 
-def _prompts(field: str, prompts: Prompts) -> None:
-    choose(f"{field}.kind", prompts.kind, PROMPT_KINDS)
-    choose(f"{field}.checker", prompts.checker, CHECKERS)
+def _check_prompts(field: str, prompts: Prompts) -> None:
+    check_choice(f"{field}.kind", prompts.kind, PROMPT_KINDS)
+    check_choice(f"{field}.checker", prompts.checker, CHECKERS)
     if prompts.kind == "reasoning_gym":
         need_reasoning_gym()
-    _number(f"{field}.count", prompts.count, 0)
-    _number(f"{field}.difficulty", prompts.difficulty, 1)
-    _number(f"{field}.seed", prompts.seed, 0)
+    _check_range(f"{field}.count", prompts.count, 0)
+    _check_range(f"{field}.difficulty", prompts.difficulty, 1)
+    _check_range(f"{field}.seed", prompts.seed, 0)
     if prompts.kind in ("synthetic", "reasoning_gym"):
         if not prompts.tasks:
             raise ConfigError(
@@ -103,7 +108,8 @@ def _prompts(field: str, prompts: Prompts) -> None:
             )
         if prompts.count < len(prompts.tasks):
             raise ConfigError(
-                f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} tasks."
+                f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} "
+                "tasks."
             )
     elif not prompts.path:
         raise ConfigError(
@@ -111,59 +117,61 @@ def _prompts(field: str, prompts: Prompts) -> None:
         )
 
 
-def validate_nursery(nursery: Nursery) -> Nursery:
-    """Checks every name and size of `nursery` and returns it.
+def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
+    """Checks every name and size of `zoo` and returns it.
 
     Raises:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
-    _whole(nursery, Nursery)
-    if "://" in nursery.workspace:
+    _check_class(zoo, ModelZoo)
+    if "://" in zoo.workspace:
         raise ConfigError(
-            f"config.workspace is {nursery.workspace}; the nursery needs a folder on this machine."
+            f"config.workspace is {zoo.workspace}; the nursery needs a folder on this machine."
         )
-    _unique("pupil", [p.name for p in nursery.pupils])
+    _check_names("model", [p.name for p in zoo.models])
     known: list[str] = []
-    for p in nursery.pupils:
-        where = f"of pupil {p.name!r}"
+    for p in zoo.models:
+        where = f"of model {p.name!r}"
         if p.base:
-            choose(f"base {where} (a pupil listed before it)", p.base, known)
-        choose(f"lesson {where}", p.lesson, ("solve", "judge"))
+            check_choice(f"base {where} (a model listed before it)", p.base, known)
+        check_choice(f"curriculum {where}", p.curriculum, ("solve", "judge"))
         if not p.tasks or not p.difficulties:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
-        _number(f"error_rate {where}", p.error_rate, 0, 1)
+        _check_range(f"error_rate {where}", p.error_rate, 0, 1)
         for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
-            _number(f"{field} {where}", getattr(p, field), 1)
+            _check_range(f"{field} {where}", getattr(p, field), 1)
         if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):
             raise ConfigError(
-                f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads must be a "
-                "multiple of kv_heads and divide width into even parts."
+                f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads "
+                "must be a multiple of kv_heads and divide width into even parts."
             )
         known.append(p.name)
-    for name in nursery.release:
-        choose("config.release", name, known)
-    for s, suite in enumerate(nursery.suites):
-        _prompts(f"config.suites[{s}].prompts", suite.prompts)
-    return nursery
+    for name in zoo.release:
+        check_choice("config.release", name, known)
+    for s, suite in enumerate(zoo.suites):
+        _check_prompts(f"config.suites[{s}].prompts", suite.prompts)
+    return zoo
 
 
-def validate_single(single: Single) -> Single:
+def validate_pair_training(single: PairTraining) -> PairTraining:
     """Checks every name and size of `single` and returns it.
 
     Raises:
       ConfigError: one sentence that names the field, its value and the remedy.
     """
-    _whole(single, Single)
+    _check_class(single, PairTraining)
     if not single.data.path:
         raise ConfigError(
-            "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder."
+            "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its "
+            "folder."
         )
-    _number("config.data.workers", single.data.workers, 0)
-    choose("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
-    choose("config.training.over_length", single.training.over_length, OVER_LENGTHS)
-    choose("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
-    _objective(single.objective, "in config.objective")
-    # what it has in common with a study is checked as a study of this objective; there, nothing is truncated
+    _check_range("config.data.workers", single.data.workers, 0)
+    check_choice("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
+    check_choice("config.training.over_length", single.training.over_length, OVER_LENGTHS)
+    check_choice("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
+    _check_objective(single.objective, "in config.objective")
+    # The fields shared with a study are checked as a study of this objective. A study does not
+    # truncate, so over_length is replaced; it has been checked above.
     validate(
         Experiment(
             name=single.name,
@@ -179,20 +187,22 @@ def validate_single(single: Single) -> Single:
             mesh=single.mesh,
         )
     )
-    _unread(single)
+    _check_unused(single)
     kind = single.objective.kind
     for field, value in (("reference.path", single.reference.path), ("table", single.table)):
         if value and not OBJECTIVE_KINDS[kind].reference:
             raise ConfigError(
-                f"config.{field} is {value!r} and objective {kind!r} has no reference; leave it empty."
+                f"config.{field} is {value!r} and objective {kind!r} has no reference; leave it "
+                "empty."
             )
     return single
 
 
-def _unread(single: Single) -> None:
-    """Refuses a value that the run would not read: it would not be what its config says."""
+def _check_unused(single: PairTraining) -> None:
+    """Refuses values that the run would ignore, as they would misdescribe it."""
     t = single.training
-    for field, unset, read, why in (
+    # field, default, whether the run reads it, why not
+    for field, default, is_read, reason in (
         (
             "training.steps",
             Training().steps,
@@ -220,9 +230,10 @@ def _unread(single: Single) -> None:
         ("reference.dtype", Model().dtype, single.reference.path, "config.reference.path is empty"),
     ):
         value = functools.reduce(getattr, field.split("."), single)
-        if value != unset and not read:
+        if value != default and not is_read:
             raise ConfigError(
-                f"config.{field} is {value!r} and nothing reads it, for {why}; leave it at {unset!r}."
+                f"config.{field} is {value!r} and nothing reads it, for {reason}; leave it at "
+                f"{default!r}."
             )
 
 
@@ -230,22 +241,24 @@ def validate(experiment: Experiment) -> Experiment:
     """Checks every name and size of `experiment` and returns it.
 
     Raises:
-      ConfigError: one sentence that names the field, its value and the remedy. Nothing has been read or written.
+      ConfigError: one sentence that names the field, its value and the remedy. Nothing has been
+        read or written.
     """
     e = experiment
-    _whole(e, Experiment)
-    _number("config.seed", e.seed, 0)
+    _check_class(e, Experiment)
+    _check_range("config.seed", e.seed, 0)
     for tracker in e.trackers:
-        package = TRACKERS[choose("config.trackers", tracker, TRACKERS)]
+        package = TRACKERS[check_choice("config.trackers", tracker, TRACKERS)]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"config.trackers has {tracker!r} and {package} is not installed; pip install {package}."
+                f"config.trackers has {tracker!r} and {package} is not installed; pip install "
+                f"{package}."
             )
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
     if not e.workspace:
         raise ConfigError("config.workspace is empty; name a folder or bucket for the artifacts.")
-    _number("config.seed", e.seed, 0, 2**63 - 1)
+    _check_range("config.seed", e.seed, 0, 2**63 - 1)
     if not e.student.path:
         raise ConfigError(
             "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."
@@ -257,59 +270,67 @@ def validate(experiment: Experiment) -> Experiment:
         ("arm", e.arms),
         ("suite", e.suites),
     ):
-        _unique(field, [item.name for item in group])
+        _check_names(field, [item.name for item in group])
     if not e.prompts:
         raise ConfigError(
             "config.prompts is empty; name at least one source of training questions."
         )
     for i, prompts in enumerate(e.prompts):
-        _prompts(f"config.prompts[{i}]", prompts)
+        _check_prompts(f"config.prompts[{i}]", prompts)
     for s, suite in enumerate(e.suites):
-        _prompts(f"config.suites[{s}].prompts", suite.prompts)
-        choose(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
-        _number(f"config.suites[{s}].samples", suite.samples, 1)
-        _number(f"config.suites[{s}].temperature", suite.temperature, 0)
+        _check_prompts(f"config.suites[{s}].prompts", suite.prompts)
+        check_choice(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
+        _check_range(f"config.suites[{s}].samples", suite.samples, 1)
+        _check_range(f"config.suites[{s}].temperature", suite.temperature, 0)
+    _check_models(e)
+    for o in e.objectives:
+        check_choice(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
+        _check_objective(o, f"of objective {o.name!r}")
+    _check_arms(e)
+    _check_training(e.training)
+    _check_sizes(e)
+    return e
+
+
+def _check_models(e: Experiment) -> None:
+    """Checks the dtypes of all models, and the fields of generators and judges."""
     for model, field in (
         [(e.student, "student"), (e.reference, "reference")]
         + [(g.model, f"generator {g.name}") for g in e.generators]
         + [(j.model, f"judge {j.name}") for j in e.judges]
     ):
-        choose(f"dtype of {field}", model.dtype, DTYPES)
+        check_choice(f"dtype of {field}", model.dtype, DTYPES)
     for g in e.generators:
-        _number(f"temperature of generator {g.name!r}", g.temperature, 0)
-        _number(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
-        _number(f"top_k of generator {g.name!r}", g.top_k, 0)
-        _number(f"samples of generator {g.name!r}", g.samples, 1)
+        _check_range(f"temperature of generator {g.name!r}", g.temperature, 0)
+        _check_range(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
+        _check_range(f"top_k of generator {g.name!r}", g.top_k, 0)
+        _check_range(f"samples of generator {g.name!r}", g.samples, 1)
     for j in e.judges:
-        choose(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
-        _number(f"noise of judge {j.name!r}", j.noise, 0)
-        _number(f"seed of judge {j.name!r}", j.seed, 0)
+        check_choice(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
+        _check_range(f"noise of judge {j.name!r}", j.noise, 0)
+        _check_range(f"seed of judge {j.name!r}", j.seed, 0)
         if not j.dimensions:
             raise ConfigError(
                 f"Judge {j.name!r} has no dimensions; name at least one of {', '.join(DIMENSIONS)}."
             )
         for dimension in j.dimensions:
-            choose(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
+            check_choice(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
         if j.kind == "exact" and any(p.kind != "synthetic" for p in e.prompts):
             raise ConfigError(
-                f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for others."
+                f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for "
+                "others."
             )
-    for o in e.objectives:
-        choose(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
-        _objective(o, f"of objective {o.name!r}")
-    _validate_arms(e)
-    _validate_sizes(e)
-    return e
 
 
-def _objective(o: Objective, where: str) -> None:
-    """Numbers in range, and none set that the kind does not read: the arm would not be what its config says."""
-    _number(f"beta {where}", o.beta, 1e-9)
+def _check_objective(o: Objective, where: str) -> None:
+    """Checks ranges, and refuses values that the kind ignores: they would misdescribe the arm."""
+    _check_range(f"beta {where}", o.beta, 1e-9)
     for field in ("learning_rate", "gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
-        _number(f"{field} {where}", getattr(o, field), 0)
-    _number(f"label_smoothing {where}", o.label_smoothing, 0, 0.4999)
-    _number(f"baseline_fraction {where}", o.baseline_fraction, 1e-9, 1)
-    for field, unset, reads in (
+        _check_range(f"{field} {where}", getattr(o, field), 0)
+    _check_range(f"label_smoothing {where}", o.label_smoothing, 0, 0.4999)
+    _check_range(f"baseline_fraction {where}", o.baseline_fraction, 1e-9, 1)
+    # field, default, the kinds that read it
+    for field, default, kinds in (
         ("beta", 0.1, [k for k, v in OBJECTIVE_KINDS.items() if v.unit != "token"]),
         ("gamma", 0.5, ["simpo"]),
         ("desirable_weight", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"]),
@@ -318,26 +339,26 @@ def _objective(o: Objective, where: str) -> None:
         ("nll_weight", 0.0, [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "pair"]),
         ("baseline_fraction", 1.0, [k for k, v in OBJECTIVE_KINDS.items() if v.baseline]),
     ):
-        if getattr(o, field) != unset and o.kind not in reads:
+        if getattr(o, field) != default and o.kind not in kinds:
             raise ConfigError(
-                f"{field} {where} is {getattr(o, field)!r} and its kind {o.kind!r} has none; leave it at "
-                f"{unset} or choose one of {', '.join(map(repr, reads))}."
+                f"{field} {where} is {getattr(o, field)!r} and its kind {o.kind!r} has none; leave "
+                f"it at {default} or choose one of {', '.join(map(repr, kinds))}."
             )
 
 
-def _validate_arms(e: Experiment) -> None:
+def _check_arms(e: Experiment) -> None:
     generators = {g.name: g for g in e.generators}
     judges = {j.name: j for j in e.judges}
     for a in e.arms:
         where = f"of arm {a.name!r}"
-        choose(f"chosen {where}", a.chosen, generators)
-        choose(f"rejected {where}", a.rejected, generators)
-        choose(f"direction {where}", a.direction, ("generator", *judges))
-        choose(f"keep {where}", a.keep, KEEPS)
-        choose(f"stratum {where}", a.stratum, STRATA)
-        choose(f"objective {where}", a.objective, [o.name for o in e.objectives])
-        choose(f"group {where}", a.group, ("ladder", "selection", "control"))
-        _number(f"fraction {where}", a.fraction, 1e-9, 1)
+        check_choice(f"chosen {where}", a.chosen, generators)
+        check_choice(f"rejected {where}", a.rejected, generators)
+        check_choice(f"direction {where}", a.direction, ("generator", *judges))
+        check_choice(f"keep {where}", a.keep, KEEPS)
+        check_choice(f"stratum {where}", a.stratum, STRATA)
+        check_choice(f"objective {where}", a.objective, [o.name for o in e.objectives])
+        check_choice(f"group {where}", a.group, ("ladder", "selection", "control"))
+        _check_range(f"fraction {where}", a.fraction, 1e-9, 1)
         if not a.seeds or len(set(a.seeds)) < len(a.seeds) or min(a.seeds) < 0:
             raise ConfigError(
                 f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once."
@@ -351,15 +372,15 @@ def _validate_arms(e: Experiment) -> None:
                 raise ConfigError(
                     f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
                 )
-            judge = judges[choose(f"judge {where}", a.judge or next(iter(judges)), judges)]
-            choose(f"by {where}", a.by, ("sum", *judge.dimensions))
+            judge = judges[check_choice(f"judge {where}", a.judge or next(iter(judges)), judges)]
+            check_choice(f"by {where}", a.by, ("sum", *judge.dimensions))
 
 
-def _lora(lora: Lora) -> None:
-    _number("config.training.lora.rank", lora.rank, 0)
-    _number("config.training.lora.alpha", lora.alpha, 1e-9)
+def _check_lora(lora: Lora) -> None:
+    _check_range("config.training.lora.rank", lora.rank, 0)
+    _check_range("config.training.lora.alpha", lora.alpha, 1e-9)
     for target in lora.targets:
-        choose("config.training.lora.targets", target, LORA_TARGETS)
+        check_choice("config.training.lora.targets", target, LORA_TARGETS)
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise ConfigError(
             f"config.training.lora.targets is {lora.targets!r}; name at least one of "
@@ -372,16 +393,14 @@ def _lora(lora: Lora) -> None:
         )
 
 
-def _validate_sizes(e: Experiment) -> None:
-    t, s = e.training, e.sampling
-    choose("config.training.budget", t.budget, BUDGETS)
-    choose("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
-    choose("config.training.remat", t.remat, REMATS)
-    choose("config.training.moments", t.moments, DTYPES)
-    _lora(t.lora)
-    choose(
-        "config.training.over_length", t.over_length, ("drop", "error")
-    )  # traces are scored whole: none is cut
+def _check_training(t: Training) -> None:
+    check_choice("config.training.budget", t.budget, BUDGETS)
+    check_choice("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
+    check_choice("config.training.remat", t.remat, REMATS)
+    check_choice("config.training.moments", t.moments, DTYPES)
+    _check_lora(t.lora)
+    # Traces are scored whole, so a study cannot truncate them.
+    check_choice("config.training.over_length", t.over_length, ("drop", "error"))
     for field, value in (
         ("pairs_per_step", t.pairs_per_step),
         ("steps", t.steps),
@@ -390,13 +409,18 @@ def _validate_sizes(e: Experiment) -> None:
         ("checkpoint_every", t.checkpoint_every),
         ("keep_checkpoints", t.keep_checkpoints),
     ):
-        _number(f"config.training.{field}", value, 1)
-    _number("config.training.epochs", t.epochs, 1e-9)
-    _number("config.training.warmup", t.warmup, 0, 1)
-    _number("config.training.clip", t.clip, 1e-9)
-    _number("config.training.weight_decay", t.weight_decay, 0)
+        _check_range(f"config.training.{field}", value, 1)
+    _check_range("config.training.epochs", t.epochs, 1e-9)
+    _check_range("config.training.warmup", t.warmup, 0, 1)
+    _check_range("config.training.clip", t.clip, 1e-9)
+    _check_range("config.training.weight_decay", t.weight_decay, 0)
     for finish in t.finishes:
-        choose("config.training.finishes", finish, ("eos", "stop", "length"))
+        check_choice("config.training.finishes", finish, ("eos", "stop", "length"))
+
+
+def _check_sizes(e: Experiment) -> None:
+    """Checks sampling, scoring and the mesh."""
+    s = e.sampling
     for field, value in (
         ("max_prompt", s.max_prompt),
         ("max_tokens", s.max_tokens),
@@ -404,13 +428,13 @@ def _validate_sizes(e: Experiment) -> None:
         ("chunk", s.chunk),
         ("shard", s.shard),
     ):
-        _number(f"config.sampling.{field}", value, 1)
+        _check_range(f"config.sampling.{field}", value, 1)
     for field, value in (
         ("rows", e.scoring.rows),
         ("row_length", e.scoring.row_length),
         ("shard", e.scoring.shard),
     ):
-        _number(f"config.scoring.{field}", value, 1)
+        _check_range(f"config.scoring.{field}", value, 1)
     if "" in s.stop:
         raise ConfigError(
             "config.sampling.stop holds an empty string, which every text contains; remove it."
@@ -418,9 +442,9 @@ def _validate_sizes(e: Experiment) -> None:
     sizes = dataclasses.astuple(e.mesh)
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")
-    for field, length in (("training", t.row_length), ("scoring", e.scoring.row_length)):
+    for field, length in (("training", e.training.row_length), ("scoring", e.scoring.row_length)):
         if e.mesh.context > 1 and length % e.mesh.context:
             raise ConfigError(
-                f"config.{field}.row_length is {length} and config.mesh.context splits each row over "
-                f"{e.mesh.context} devices; make row_length a multiple of that."
+                f"config.{field}.row_length is {length} and config.mesh.context splits each row "
+                f"over {e.mesh.context} devices; make row_length a multiple of that."
             )

@@ -46,7 +46,7 @@ def reasoning_gym(
     temperature: float = 1.0,
     seed: int = 900,
 ) -> tuple[Suite, ...]:
-    """One suite per reasoning-gym task, `count` questions each; those of `in_domain` are the ones trained on."""
+    """One suite per reasoning-gym task, `count` questions each; `in_domain` are trained on."""
     return tuple(
         Suite(
             name=task,

@@ -1,20 +1,28 @@
-"""Runs a delta study: every artifact that the config calls for and that is not there yet, then the page.
+"""Runs a delta study: every artifact of the config that is not there yet, then the page.
 
-    python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify] [--config.training.steps=60 …]
+    python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify]
+        [--config.training.steps=60 …]
 
-Arms can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
+Several runners may work in one workspace: each takes what is ready and not held by another. Arms
+can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
 """
 
-from collections.abc import Mapping
+import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
+from deltapref_jax.artifacts.node import Node, in_order
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment
 from deltapref_jax.validation import validate
-from deltapref_jax.workspace import Node, Workspace, run
 from launch.flags import define_profile_steps, run_main, window
+
+if TYPE_CHECKING:
+    from deltapref_jax.stages.report import Report
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
@@ -22,101 +30,95 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything 
 _PROFILE = define_profile_steps()
 
 
-def stage_table() -> dict:
-    """Stage names to functions; evals and the package's stages meet here."""
-    from deltapref_jax.stages import (
-        audit,
-        judge,
-        pair,
-        prompts,
-        report,
-        sample,
-        score,
-        train,
-        verify,
-    )
-    from evals.evaluate import evaluate
-
-    return {
-        "prompts": prompts.prompts,
-        "sample": sample.sample,
-        "verify": verify.verify,
-        "judge": judge.judge,
-        "score": score.score,
-        "pair": pair.pair,
-        "train": train.train_arm,
-        "evaluate": evaluate,
-        "audit": audit.audit,
-        "report": report.report,
-    }
-
-
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
-    experiment: Experiment = validate(_CONFIG.value)
+    e: Experiment = validate(_CONFIG.value)
     profile = window(_PROFILE.value)
-    from deltapref_jax.mesh import check_rows, make_mesh, start_processes
-    from deltapref_jax.stages.study import check_models, plan
-    from evals.evaluate import describe
+    # JAX is imported only now, so that a wrong flag or config is refused at once
+    from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.mesh import check_rows, make_mesh
+    from deltapref_jax.preemption import install_group_shutdown
+    from deltapref_jax.processes import start_processes
+    from deltapref_jax.stages.study import plan
 
     start_processes()
-    workspace = Workspace(experiment.workspace)
-    nodes = plan(experiment, describe, profile)
-    check_models(experiment)
+    install_group_shutdown(release_all)
+    workspace = Workspace(e.workspace)
+    report = plan(e, profile)
     console = Console()
     if _DRY_RUN.value:
         from launch.cost import plan_table
 
-        console.print(plan_table(experiment, nodes, workspace))
+        console.print(plan_table(report, workspace))
         return
     mesh = make_mesh(
-        experiment.mesh
+        e.mesh
     )  # sizes that do not fit the devices are refused before anything is made
-    for field in ("training", "scoring"):
-        part = getattr(experiment, field)
-        check_rows(f"config.{field}", part.rows, part.row_length, mesh)
-    before = {
-        name: node
-        for name, node in nodes.items()
-        if not name.startswith(("train/", "evaluate/", "report"))
-    }
-    if "evaluate/student" in nodes:
-        before["evaluate/student"] = nodes["evaluate/student"]
-    run(before, stage_table(), workspace, verify=_VERIFY.value)
-    _say_detectable(console, workspace, nodes, experiment)
-    run(nodes, stage_table(), workspace, verify=_VERIFY.value)
-    _show(console, workspace, nodes)
+    check_rows("config.training", e.training.rows, e.training.row_length, mesh)
+    check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
+    # what the arms train on comes first, so that what they can show is said before they train
+    run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
+    _say_detectable(console, workspace, report)
+    run([report], workspace, e.name, verify=_VERIFY.value)
+    _show(console, workspace, report)
 
 
-def _say_detectable(
-    console: Console, workspace: Workspace, nodes: Mapping[str, Node], e: Experiment
-) -> None:
+def _before_training(report: Node) -> list[Node]:
+    """Every node of the study that no policy is behind."""
+    from deltapref_jax.stages.train import Policy
+
+    return [
+        node
+        for node in in_order([report])
+        if node is not report and not any(isinstance(n, Policy) for n in in_order([node]))
+    ]
+
+
+def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:
     """Before the arms train: the smallest difference to the student that this set-up would find."""
+    import pyarrow as pa
+
     from deltapref_jax.analysis.findings import DOMAIN_WORDS
     from deltapref_jax.analysis.statistics import minimum_detectable
 
-    if "evaluate/student" not in nodes:
+    if not report.student:
         return
-    seeds = min((len(a.seeds) for a in e.arms), default=1)
-    found = minimum_detectable(workspace.table(nodes["evaluate/student"]), seeds)
+    seeds = min((len(arm.seeds) for arm in report.experiment.arms), default=1)
+    student = pa.concat_tables(workspace.table(node) for node in report.student.values())
     changes = ", ".join(
-        f"{points:.1f} points {DOMAIN_WORDS[domain]}" for domain, points in found.items()
+        f"{points:.1f} points {DOMAIN_WORDS[domain]}"
+        for domain, points in minimum_detectable(student, seeds).items()
     )
     console.print(
-        f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% power, "
-        "two-sided 5% level, sampling error alone).",
+        f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% "
+        "power, two-sided 5% level, sampling error alone).",
         soft_wrap=True,
     )
 
 
-def _show(console: Console, workspace: Workspace, nodes: Mapping[str, Node]) -> None:
-    import json
+def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -> None:
+    """How many traces would have had other tokens had their text been read again."""
+    stats = [workspace.manifest(node).stats for node in report.sequences.values()]
+    differently = sum(s["retokenised_differently"] for s in stats)
+    if differently:
+        console.print(
+            f"{differently:,.0f} of {sum(s['traces'] for s in stats):,.0f} traces are scored and "
+            "trained on as the tokens that were sampled, which their text alone would not give.",
+            soft_wrap=True,
+        )
 
+
+def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     from deltapref_jax.analysis.report import terminal_table
 
-    folder = workspace.path(nodes["report"])
+    folder = workspace.path(report)
     console.print(terminal_table(json.loads((folder / "summary.json").read_text())))
+    _say_retokenised(console, workspace, report)
+    if report.experiment.table:
+        held = sum(workspace.manifest(n).stats["from_table"] for n in report.logprobs.values())
+        console.print(f"{held:,.0f} log-probabilities are those of config.table.", soft_wrap=True)
     console.print(f"Page: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"Artifacts by name: {workspace.root / 'index.json'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How fast the sampler is, as a share of what this machine could do at most; prints a table and writes JSON.
+"""Measures the sampler's speed relative to a roofline of this machine; prints a table, writes JSON.
 
     python -m launch.bench_sample --slots=192
     python -m launch.bench_sample --model=path/to/folder --slots=32 --prompts=32 --max_tokens=64
 
-The bound of a decoding step counts the arithmetic and the bytes of weights and cache with every slot busy, and divides
-them by the matrix-product rate and the reading rate measured in the same run; the slower of the two counts. The
-arithmetic of the prompts is added. `ratio` is that bound for the whole run over the seconds that it took. Without
---model a random one is sampled, whose traces end with probability 1/64 at every token.
+The roofline of a decode step is the larger of two times: its FLOPs over the rate of a matrix
+product, and the bytes of weights and KV cache over the memory bandwidth. Every slot counts as busy,
+and both rates are measured in the same run. The FLOPs of prefilling the prompts are added. `ratio`
+is the roofline time of the whole run over the measured time. Without --model, a random model is
+sampled, whose traces end with probability 1/64 at every token.
 """
 
 import dataclasses
@@ -26,53 +27,53 @@ from rich.table import Table
 from deltapref_jax.config import Sampling
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, load
+from deltapref_jax.models.weights import LoadedModel, load
 from deltapref_jax.records import digest
 from deltapref_jax.sampling.engine import Engine, Request
 
 _MODEL = flags.DEFINE_string("model", "", "Model to sample; a random small one if empty.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the computation.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of the computation.")
 _SLOTS = flags.DEFINE_multi_integer(
     "slots", [128, 192], "Rows decoded at once; repeat for several measurements."
 )
 _CHUNK = flags.DEFINE_integer("chunk", 16, "Decode steps per dispatch.")
-_PROMPTS = flags.DEFINE_integer("prompts", 512, "Random prompts.")
+_PROMPTS = flags.DEFINE_integer("prompts", 512, "Number of random prompts.")
 _SAMPLES = flags.DEFINE_integer("samples", 2, "Traces per prompt.")
 _MAX_PROMPT = flags.DEFINE_integer(
-    "max_prompt", 96, "Tokens; prompts have a quarter of this to all of it."
+    "max_prompt", 96, "Longest prompt in tokens; the shortest has a quarter of it."
 )
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens of one trace.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Below 1: measures the filters too.")
-_LAYERS = flags.DEFINE_integer("layers", 3, "Of the random model.")
-_WIDTH = flags.DEFINE_integer("width", 128, "Of the random model.")
-_VOCAB = flags.DEFINE_integer("vocab", 512, "Of the random model.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Longest trace in tokens.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Below 1, the top-p filter is measured too.")
+_LAYERS = flags.DEFINE_integer("layers", 3, "Layers of the random model.")
+_WIDTH = flags.DEFINE_integer("width", 128, "Width of the random model.")
+_VOCAB = flags.DEFINE_integer("vocab", 512, "Vocabulary size of the random model.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 
-class _Ids:
-    """Stands in for a tokenizer: any of the first 1/64 of the vocabulary ends a trace."""
+class _FakeTokenizer:
+    """A tokenizer whose end ids are the first 1/64 of the vocabulary."""
 
     def __init__(self, vocab: int):
         self.end_ids = tuple(range(max(1, vocab // 64)))
 
     def decode(self, ids: list[int]) -> str:
-        """The ids as text."""
+        """Returns the ids as numbers in text."""
         return " ".join(map(str, ids))
 
 
-def random_model() -> Loaded:
-    """A small decoder with random weights, so nearly uniform draws."""
+def random_model() -> LoadedModel:
+    """Returns a small decoder with random weights, whose draws are nearly uniform."""
     spec = ModelSpec(
         _VOCAB.value, _WIDTH.value, _LAYERS.value, 4, 2, _WIDTH.value // 4, _WIDTH.value * 11 // 4
     )
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0), dtype=jnp.dtype(_DTYPE.value)))
     state = jax.tree.map(lambda x: x.astype(_DTYPE.value), state)
-    text: Any = _Ids(spec.vocab)
-    return Loaded(graphdef, state, spec, text, digest("random"))
+    text: Any = _FakeTokenizer(spec.vocab)
+    return LoadedModel(graphdef, state, spec, text, digest("random"))
 
 
 def best_seconds(function: Callable[..., jax.Array], *args: jax.Array) -> float:
-    """The fastest of seven calls, after one that compiles."""
+    """Returns the seconds of the fastest of seven calls, after one that compiles."""
     jitted = jax.jit(function)
     jax.block_until_ready(jitted(*args))
     times = []
@@ -83,26 +84,26 @@ def best_seconds(function: Callable[..., jax.Array], *args: jax.Array) -> float:
     return min(times)
 
 
-def machine(dtype: jnp.dtype) -> tuple[float, float]:
-    """Floating-point operations per second of a square product, bytes per second of a large sum."""
+def machine_rates(dtype: jnp.dtype) -> tuple[float, float]:
+    """Measures the FLOP/s of a square matrix product and the bytes/s of summing a large array."""
     n, size = 1536, 1 << 26
     square = jnp.ones((n, n), dtype)
-    return 2 * n**3 / best_seconds(
-        jnp.matmul, square, square
-    ), size * dtype.itemsize / best_seconds(jnp.sum, jnp.ones(size, dtype))
+    flops = 2 * n**3 / best_seconds(jnp.matmul, square, square)
+    return flops, size * dtype.itemsize / best_seconds(jnp.sum, jnp.ones(size, dtype))
 
 
 def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple[float, float]:
-    """Operations and bytes of one decoding step with `slots` rows over a cache of `length` positions."""
+    """Returns FLOPs and bytes of a decode step of `slots` rows on `length` cached positions."""
     unembedding = spec.vocab * spec.width
+    # The embedding of an untied model is a lookup of a few rows, and counts as no work.
     matrices = spec.parameters - unembedding * (1 if spec.tied else 2) + unembedding
     attention = 4 * spec.layers * spec.heads * spec.head_width * length
     cache = 2 * spec.layers * spec.kv_heads * spec.head_width * length
     return slots * (2 * matrices + attention), itemsize * (matrices + slots * cache)
 
 
-def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, float]:
-    """One line of the table: a first pass compiles, a second is timed."""
+def measure(model: LoadedModel, slots: int, rates: tuple[float, float]) -> dict[str, float]:
+    """Returns one row of the table; a first pass compiles, and a second is timed."""
     sampling = Sampling(
         max_prompt=_MAX_PROMPT.value, max_tokens=_MAX_TOKENS.value, slots=slots, chunk=_CHUNK.value
     )
@@ -146,13 +147,13 @@ def measure(model: Loaded, slots: int, rates: tuple[float, float]) -> dict[str, 
 
 
 def main(_: list[str]) -> None:
-    """Measures every --slots."""
+    """Measures every value of --slots, prints the table and writes the JSON."""
     model = (
         load(_MODEL.value, dtype=_DTYPE.value, params=_DTYPE.value)
         if _MODEL.value
         else random_model()
     )
-    rates = machine(jnp.dtype(_DTYPE.value))
+    rates = machine_rates(jnp.dtype(_DTYPE.value))
     rows = [measure(model, slots, rates) for slots in _SLOTS.value]
     table = Table(
         title=f"{model.spec.parameters:,} parameters; products {rates[0] / 1e9:.0f} GFLOP/s, "

@@ -1,19 +1,24 @@
-"""How fast a training step is beside TRL and Tunix: same weights, same pairs, same machine, in alternation.
+"""Compares a training step's speed and memory with TRL and Tunix, on the same weights and pairs.
 
-    python -m launch.bench_train --trl=TRL_ENVIRONMENT/bin/python --tunix=TUNIX_ENVIRONMENT/bin/python
-    python -m launch.bench_train --layers=2 --width=64 --vocab=512 --steps=2 --rounds=1     (a minute, ours alone)
+    python -m launch.bench_train --trl=TRL_ENV/bin/python --tunix=TUNIX_ENV/bin/python
 
-Each contender is a process of its own that reads a model folder with random weights and a file of pairs, does one step
-that is not counted (it compiles), then `steps - 1` that are; rounds go through all contenders in turn. A prompt is a
-quarter of a pair's mean length. Shapes: `uniform`, all sequences 256 tokens; `lognormal`, median 160, sigma 0.8, cap
-1024; `--scale` multiplies them. Threads: as many as the process may use, for torch (OpenMP) and XLA alike; memory comes
-in huge pages for all (GLIBC_TUNABLES).
+The first command compares all; this one measures this project alone, in a minute:
 
-`tokens/s` are real tokens of both sequences of the pairs over the seconds of a step and of the reference pass of its
-pairs (TRL as it comes and Tunix run it inside the step; KTO's mismatched rows are work, not tokens). `peak` is the
-process's largest resident memory. `of ceiling` is the arithmetic that a step and its reference cannot do without, over
-their time at the rate of one large matrix product: 100% is as fast as this machine can be. `loss` of the second step
-shows that all compute the same.
+    python -m launch.bench_train --layers=2 --width=64 --vocab=512 --steps=2 --rounds=1
+
+Each contender runs in a process of its own, which reads a model folder with random weights and a
+file of pairs. It does one step that is not counted, as it compiles, and then `steps - 1` that are.
+Each round runs all contenders in turn. A prompt has a quarter of its pair's mean length. Sequences
+have 256 tokens with the shape `uniform`, and lognormal lengths with `lognormal`: median 160, sigma
+0.8, at most 1024; `--scale` multiplies them. torch (OpenMP) and XLA get as many threads as the
+process may use, and all contenders use huge pages (GLIBC_TUNABLES).
+
+`tokens/s` counts the real tokens of both sequences of the pairs, over the seconds of a step and of
+the reference pass of its pairs. TRL by default and Tunix run that pass inside the step. KTO's
+mismatched rows cost time and count no tokens. `peak` is the process's largest resident memory. `of
+ceiling` is the time that the FLOPs which a step and its reference pass need would take at the rate
+of a large matrix product, over the measured time: 100% is as fast as this machine can be. `loss` of
+the second step shows that all compute the same.
 """
 
 import json
@@ -31,25 +36,29 @@ from rich.console import Console
 from rich.table import Table
 
 _TRL = flags.DEFINE_string(
-    "trl", "", "Python of an environment with trl and torch; empty: not measured."
+    "trl", "", "Python of an environment with trl and torch; if empty, TRL is not measured."
 )
 _TUNIX = flags.DEFINE_string(
-    "tunix", "", "Python of an environment with google-tunix; empty: not measured."
+    "tunix", "", "Python of an environment with google-tunix; if empty, Tunix is not measured."
 )
 _KINDS = flags.DEFINE_list("kinds", ["dpo", "kto"], "Objectives (Tunix has no KTO).")
-_SHAPES = flags.DEFINE_list("shapes", ["uniform", "lognormal"], "Lengths of the sequences.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["uniform", "lognormal"], "Distributions of sequence lengths."
+)
 _ONLY = flags.DEFINE_list(
-    "only", [], "Contenders to run: ours, trl-precomputed, trl, tunix; empty: all that can."
+    "only", [], "Contenders to run: ours, trl-precomputed, trl, tunix; if empty, all available."
 )
 _STEPS = flags.DEFINE_integer(
-    "steps", 3, "Of one process; the first is not counted.", lower_bound=2
+    "steps", 3, "Steps of one process; the first is not counted.", lower_bound=2
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Processes per contender.", lower_bound=1)
-_PAIRS = flags.DEFINE_integer("pairs", 8, "Of one step.")
+_PAIRS = flags.DEFINE_integer("pairs", 8, "Pairs of one step.")
 _SCALE = flags.DEFINE_integer("scale", 1, "Multiplies all lengths.")
-_ROWS = flags.DEFINE_integer("rows", 2, "Of our micro-batch.")
-_REMAT = flags.DEFINE_string("remat", "projections", "Of ours: see models.decoder.POLICIES.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Of ours; the peers compute in float32.")
+_ROWS = flags.DEFINE_integer("rows", 2, "Rows of our micro-batch.")
+_REMAT = flags.DEFINE_string(
+    "remat", "projections", "Our remat policy, from models.decoder.POLICIES."
+)
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Our dtype; the peers compute in float32.")
 _CHECKPOINTING = flags.DEFINE_bool(
     "trl_gradient_checkpointing", False, "TRL's default is true; false is faster."
 )
@@ -57,23 +66,28 @@ _ACCUMULATE = flags.DEFINE_integer("tunix_accumulate", 1, "Micro-batches of Tuni
 _TUNIX_REMAT = flags.DEFINE_string(
     "tunix_remat", "NONE", "Tunix's RematConfig: NONE, BLOCK or DECODER."
 )
-_LAYERS = flags.DEFINE_integer("layers", 30, "Of the model; the defaults are SmolLM2-135M's.")
-_WIDTH = flags.DEFINE_integer(
-    "width", 576, "Of the model; heads are 64 wide, a third of them for keys if it can be."
+_LAYERS = flags.DEFINE_integer(
+    "layers", 30, "Layers of the model; the defaults are SmolLM2-135M's."
 )
-_MLP = flags.DEFINE_integer("mlp", 1536, "Of the model.")
-_VOCAB = flags.DEFINE_integer("vocab", 49152, "Of the model.")
+_WIDTH = flags.DEFINE_integer(
+    "width", 576, "Width of the model; heads are 64 wide; kv heads are a third of them if possible."
+)
+_MLP = flags.DEFINE_integer("mlp", 1536, "MLP width of the model.")
+_VOCAB = flags.DEFINE_integer("vocab", 49152, "Vocabulary size of the model.")
 _HUGE = flags.DEFINE_bool(
     "huge_pages", True, "GLIBC_TUNABLES=glibc.malloc.hugetlb=1, for all contenders."
 )
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
-_HERE = Path(__file__).parent / "contenders"
-_ROPE = 100_000
+_CONTENDERS = Path(__file__).parent / "contenders"
+_ROPE_THETA = 100_000
 
 
 def make_model(folder: Path) -> None:
-    """A Llama folder with random weights, and a tokenizer whose words are ids: `w7` is 7, `</s>` is 0."""
+    """Writes a Llama folder with random weights.
+
+    Its tokenizer reads ids as words: `w7` is 7, `</s>` is 0.
+    """
     import transformers
     from flax import nnx
     from tokenizers import Tokenizer
@@ -83,7 +97,7 @@ def make_model(folder: Path) -> None:
     from deltapref_jax.models.decoder import Decoder
     from deltapref_jax.models.spec import ModelSpec
     from deltapref_jax.models.weights import export
-    from deltapref_jax.text.template import Text
+    from deltapref_jax.text.template import ChatTokenizer
 
     names = {0: "</s>", 1: "<pad>"}
     tokenizer = Tokenizer(
@@ -103,34 +117,37 @@ def make_model(folder: Path) -> None:
         heads // 3 if heads % 3 == 0 else heads,
         _WIDTH.value // heads,
         _MLP.value,
-        _ROPE,
+        _ROPE_THETA,
         max_positions=8192 * _SCALE.value,
     )
-    export(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, Text(fast, "the bench"), folder)
+    export(
+        nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), spec, ChatTokenizer(fast, "the bench"), folder
+    )
 
 
 def pairs_of(shape: str, count: int) -> list[dict[str, list[int]]]:
-    """Random ids; the last one of a completion ends it."""
+    """Makes pairs of random ids; the last id of a completion is its end token."""
     r = np.random.default_rng(0)
     lengths = np.full((count, 2), 256)
     if shape == "lognormal":
         lengths = np.clip(r.lognormal(np.log(160), 0.8, (count, 2)).astype(int), 8, 1024)
-    found = []
+    pairs = []
     for n in lengths * _SCALE.value:
         prompt = min(int(n.mean()) // 4, int(n.min()) // 2)
-        found.append(
+        pairs.append(
             {"prompt": r.integers(2, _VOCAB.value, prompt).tolist()}
             | {
                 side: [*r.integers(2, _VOCAB.value, m - prompt - 1).tolist(), 0]
                 for side, m in zip(("chosen", "rejected"), n, strict=True)
             }
         )
-    return found
+    return pairs
 
 
 def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """Name to (python, script, configuration)."""
-    # uniform: two pairs behind their prompts
+    """Returns name → (Python executable, script, its configuration)."""
+    # A uniform row holds two pairs that share their prompts, except for the last prompt token,
+    # which precedes each completion: hence the 2.
     length = 896 * _SCALE.value + 2 if shape == "uniform" else 1024 * _SCALE.value
     base = {
         "folder": str(folder),
@@ -149,27 +166,32 @@ def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str,
         "threads": len(os.sched_getaffinity(0)),
         "gradient_checkpointing": _CHECKPOINTING.value,
     }
-    found = {"ours": (sys.executable, "ours.py", ours)}
+    available = {"ours": (sys.executable, "ours.py", ours)}
     if _TRL.value:
-        found |= {
+        available |= {
             "trl-precomputed": (_TRL.value, "with_trl.py", trl | {"precompute": True}),
             "trl": (_TRL.value, "with_trl.py", trl | {"precompute": False}),
         }
     if _TUNIX.value and kind == "dpo":
-        found["tunix"] = (
+        available["tunix"] = (
             _TUNIX.value,
             "with_tunix.py",
             base
-            | {"remat": _TUNIX_REMAT.value, "accumulate": _ACCUMULATE.value, "rope_theta": _ROPE},
+            | {
+                "remat": _TUNIX_REMAT.value,
+                "accumulate": _ACCUMULATE.value,
+                "rope_theta": _ROPE_THETA,
+            },
         )
-    return {name: found[name] for name in _ONLY.value or found if name in found}
+    names = _ONLY.value or list(available)
+    return {name: available[name] for name in names if name in available}
 
 
 def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
-    """One process; its JSON and its peak of resident memory, bytes.
+    """Runs one contender's process; returns its JSON and its peak resident memory in bytes.
 
     Raises:
-      RuntimeError: it failed; the end of what it said.
+      RuntimeError: the process failed; the message ends with the end of its stderr.
     """
     threads = str(len(os.sched_getaffinity(0)))
     environment = os.environ | {
@@ -180,7 +202,7 @@ def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            [python, str(_HERE / script), json.dumps(c)],
+            [python, str(_CONTENDERS / script), json.dumps(c)],
             stdout=out,
             stderr=err,
             env=environment,
@@ -197,7 +219,7 @@ def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[str, Any]]:
-    """All contenders on one objective and shape, in alternation."""
+    """Measures all contenders on one objective and shape, in alternation."""
     pairs = pairs_of(shape, _PAIRS.value * _STEPS.value)
     (model.parent / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tokens = [
@@ -208,39 +230,40 @@ def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[s
         for at in range(0, len(pairs), _PAIRS.value)
     ]
     runs: dict[str, list[dict[str, Any]]] = {}
-    wanted = contenders(kind, shape, model.parent)
+    selected = contenders(kind, shape, model.parent)
     for turn in range(_ROUNDS.value):
-        for name, contender in wanted.items():
+        for name, contender in selected.items():
             try:
-                found = run(*contender)
+                result = run(*contender)
             except RuntimeError as e:
                 console.print(f"[red]{name}[/]: {e}")
                 continue
-            runs.setdefault(name, []).append(found)
+            runs.setdefault(name, []).append(result)
             console.print(
                 f"{kind} {shape} round {turn + 1} {name}: "
-                f"{', '.join(f'{s:.1f}' for s in found['step_seconds'])} s a step, reference "
-                f"{found['reference_seconds']:.1f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB"
+                f"{', '.join(f'{s:.1f}' for s in result['step_seconds'])} s a step, reference "
+                f"{result['reference_seconds']:.1f} s, peak {result['peak_bytes'] / 2**30:.2f} GiB"
             )
-    return [_row(kind, shape, name, several, tokens) for name, several in runs.items()]
+    return [_row(kind, shape, name, own, tokens) for name, own in runs.items()]
 
 
 def _row(
-    kind: str, shape: str, name: str, several: list[dict[str, Any]], tokens: list[int]
+    kind: str, shape: str, name: str, runs: list[dict[str, Any]], tokens: list[int]
 ) -> dict[str, Any]:
+    """Returns a contender's row of the table, from its runs and the tokens of each step."""
     speeds, training = [], []
-    for one in several:
+    for one in runs:
         for count, seconds in list(zip(tokens, one["step_seconds"], strict=True))[1:]:
             training.append(count / seconds)
             speeds.append(
                 count / (seconds + one["reference_seconds"] * count / statistics.mean(tokens))
             )
-    losses = [one["loss"][1] for one in several if len(one["loss"]) > 1]
+    losses = [one["loss"][1] for one in runs if len(one["loss"]) > 1]
     ceilings = [
         (flops + one["reference_flops"])
         / (seconds + one["reference_seconds"])
         / one["product_flops"]
-        for one in several
+        for one in runs
         if "product_flops" in one
         for flops, seconds in list(zip(one["step_flops"], one["step_seconds"], strict=True))[1:]
     ]
@@ -252,11 +275,11 @@ def _row(
         "lowest": min(speeds),
         "highest": max(speeds),
         "training_only": statistics.median(training),
-        "peak_bytes": max(one["peak_bytes"] for one in several),
+        "peak_bytes": max(one["peak_bytes"] for one in runs),
         "loss": losses[0] if losses else None,
         "of_ceiling": statistics.median(ceilings) if ceilings else None,
-        "real_share": several[0].get("real_share"),
-        "runs": several,
+        "real_share": runs[0].get("real_share"),
+        "runs": runs,
     }
 
 
@@ -265,9 +288,13 @@ def _short(value: float) -> str:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    """Ours first; a ratio is ours over the contender (tokens/s: more is better; peak: less is)."""
+    """Prints the table; ratios are ours over the contender's.
+
+    A speed ratio above 1 and a peak ratio below 1 are in our favour.
+    """
     table = Table(
-        title=f"{_PAIRS.value} pairs a step, {_LAYERS.value} layers of {_WIDTH.value}, {_VOCAB.value} words"
+        title=f"{_PAIRS.value} pairs a step, {_LAYERS.value} layers of {_WIDTH.value}, "
+        f"{_VOCAB.value} words"
     )
     table.add_column("", min_width=16)
     for name in (
@@ -308,7 +335,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Measures every objective and shape, prints the table, writes JSON after each."""
+    """Measures every objective and shape, writing the JSON after each, and prints the table."""
     console, rows = Console(), []
     with tempfile.TemporaryDirectory() as root:
         model = Path(root) / "model"

@@ -1,57 +1,61 @@
-"""Writes the pairs of one arm of a study in TRL's columns; ratings are summed over the arm's judge's dimensions.
+"""Writes the pairs of one arm of a study in TRL's columns, or as the token ids that are trained on.
 
-python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pairs.parquet
+    python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=pairs.parquet
+    python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=ids.parquet --ids
+
+In TRL's columns ratings are summed over the dimensions of the arm's judge. The token ids are for
+launch.train, whose --config.table can then be the study's own log-probabilities.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
-from deltapref_jax.config import Experiment, choose, judge_of
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import Experiment, check_choice, judge_of
+from deltapref_jax.records import Pair, Prompt, Rating, TokenSequence, Trace
 from deltapref_jax.validation import validate
-from deltapref_jax.workspace import Workspace
 from launch.flags import run_main
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _ARM = flags.DEFINE_string("arm", None, "Name of the arm.")
 _OUT = flags.DEFINE_string("out", None, "File to write; .parquet or .jsonl.")
+_IDS = flags.DEFINE_bool("ids", False, "Write prompt_ids, chosen_ids and rejected_ids.")
 
 
 def main(_: list[str]) -> None:
     """Find the arm's tables in the workspace and write them."""
-    experiment: Experiment = validate(_CONFIG.value)
-    from deltapref_jax.data.export import trl_rows, write_rows
+    e: Experiment = validate(_CONFIG.value)
+    from deltapref_jax.data.export import token_rows, trl_rows, write_rows
     from deltapref_jax.stages.study import plan
-    from evals.evaluate import describe
 
-    arm = choose("--arm", str(_ARM.value), [a.name for a in experiment.arms])
-    of = next(a for a in experiment.arms if a.name == arm)
-    workspace = Workspace(experiment.workspace)
-    nodes = plan(experiment, describe)
-    node = nodes[f"pair/{arm}"]
-    if not workspace.complete(node):
+    name = check_choice("--arm", str(_ARM.value), [arm.name for arm in e.arms])
+    arm = next(arm for arm in e.arms if arm.name == name)
+    workspace = Workspace(e.workspace)
+    report = plan(e)
+    node = report.pairs[name]
+    both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
+    needed = [node, *(report.sequences[generator] for generator in both if _IDS.value)]
+    if not all(workspace.complete(table) for table in needed):
         raise FileNotFoundError(
-            f"The pairs of arm {arm!r} are not in {experiment.workspace}; run launch.ablate "
-            "with this config first."
+            f"The pairs of arm {name!r} are not in {e.workspace}; run launch.ablate with this "
+            "config first."
         )
-    traces = [
-        t
-        for name, source in node.inputs.items()
-        if name.startswith("sample/")
-        for t in workspace.table(source).to_pylist()
-    ]
-    ratings: dict[str, float] = {}
-    for name in dict.fromkeys((of.chosen, of.rejected)):
-        rated = nodes.get(f"judge/{judge_of(experiment, of)}/{name}")
-        for row in (
-            workspace.table(rated).to_pylist() if rated and workspace.complete(rated) else []
-        ):
-            ratings[row["trace_id"]] = ratings.get(row["trace_id"], 0.0) + row["rating"]
-    rows = trl_rows(
-        workspace.table(node).to_pylist(),
-        workspace.table(node.inputs["prompts"]).to_pylist(),
-        traces,
-        ratings,
-    )
+    pairs = workspace.rows(Pair, node)
+    if _IDS.value:
+        sequences = {
+            row.trace_id: row
+            for generator in both
+            for row in workspace.rows(TokenSequence, report.sequences[generator])
+            if row.matched
+        }
+        rows = token_rows(pairs, sequences)
+    else:
+        traces = [t for generator in both for t in workspace.rows(Trace, node.traces[generator])]
+        ratings: dict[str, float] = {}
+        for table in report.ratings.get(judge_of(e, arm), {}).values():
+            for row in workspace.rows(Rating, table) if workspace.complete(table) else []:
+                ratings[row.trace_id] = ratings.get(row.trace_id, 0.0) + row.rating
+        rows = trl_rows(pairs, workspace.rows(Prompt, node.prompts), traces, ratings)
     write_rows(rows, str(_OUT.value))
     print(f"{len(rows)} pairs: {_OUT.value}")
 

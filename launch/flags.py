@@ -1,6 +1,7 @@
-"""Entry points share one way to start: an error that a user can mend is one sentence on stderr and exit code 2.
+"""The way that all entry points start and exit, and the flags that they share.
 
-Ctrl-C ends with 130; SIGTERM, by which machines are taken back, with `Preempted.code` once the work at hand is safe.
+An error that the user can fix is one sentence on stderr, with exit code 2. Ctrl-C exits with 130,
+and SIGTERM (preemption) with `Preempted.code` once the current work is saved.
 """
 
 import dataclasses
@@ -14,56 +15,67 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
-from deltapref_jax.host import Preempted, crashed, finished, leave, leave_on_sigterm
-from deltapref_jax.workspace import ArtifactError
+from deltapref_jax.files import ArtifactError
+from deltapref_jax.preemption import (
+    Preempted,
+    abort_all_on_error,
+    exit_all,
+    exit_process,
+    raise_on_sigterm,
+)
 
-flags.disclaim_key_flags()  # what is defined here belongs to the entry point that asks for it, and to its --help
+# A flag defined here is listed in the --help of the entry point that calls the function.
+flags.disclaim_key_flags()
 _PROJECT = tuple(
     f"{Path(__file__).resolve().parent.parent / name}{os.sep}"
     for name in ("deltapref_jax", "launch", "evals", "configs")
 )
 
 
-def run_main(main: Callable[[list[str]], None], config: str = "") -> None:
-    """Parses flags and runs `main`; the project's own errors end as their sentence, others with their traceback.
+def run_main(main: Callable[[list[str]], None], default_config: str = "") -> None:
+    """Parses flags and runs `main`.
 
-    `config` is the file that --config means where it is not given. It is put before the other flags and is not their
-    default: a default is read, overrides and all, where no error of it can be caught.
+    The project's own errors exit with their sentence, and others with their traceback.
+
+    Args:
+      main: the entry point's function, called with the arguments that are no flags.
+      default_config: the config file to use without --config.
     """
-    logging.set_verbosity(
-        logging.FATAL
-    )  # Orbax logs a failed save's traceback; what matters of it is in the sentence
-    if config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
-        sys.argv.insert(1, f"--config={config}")
-    app.run(_sentences(main), flags_parser=_parse)
+    # Orbax logs the traceback of a failed save; the sentence has what matters of it.
+    logging.set_verbosity(logging.FATAL)
+    # It is inserted as an argument, and is not the flag's default, because absl would load the
+    # default and its overrides before `_parse` can catch an error.
+    if default_config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={default_config}")
+    app.run(_with_exit_codes(main), flags_parser=_parse)
 
 
 def define_profile_steps() -> flags.FlagHolder[str]:
-    """The flag `--profile_steps`; `window` reads its value."""
+    """Defines the flag `--profile_steps`, whose value `window` parses."""
     return flags.DEFINE_string(
         "profile_steps",
         "",
         "First and last training step, from 1, that JAX's profiler traces, "
-        "such as 10:12; the trace is put into profile/ of the folder of every arm that is still "
+        "such as 10:12; the trace is written to profile/ in the folder of every arm that is still "
         "to be trained, for XProf or Perfetto.",
     )
 
 
 def window(steps: str) -> tuple[int, int] | None:
-    """`10:12` as numbers; None for the empty text.
+    """Parses first and last step, such as "10:12"; returns None for an empty string.
 
     Raises:
-      ConfigError: it is not two steps in order.
+      ConfigError: the value is not two steps in order.
     """
     if not steps:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", steps)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise config.ConfigError(
             f"--profile_steps is {steps!r}; give the first and the last step, from 1, such as "
             "10:12."
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _fail(sentence: str, code: int = 2) -> int:
@@ -71,39 +83,41 @@ def _fail(sentence: str, code: int = 2) -> int:
     return code
 
 
-def _sentences(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
-        leave_on_sigterm()
+        raise_on_sigterm()
         if argv[1:]:
-            leave(
+            exit_all(
                 2,
-                f"{argv[1]!r} is no flag; flags begin with -- and have = before their value (--help lists them).",
+                f"{argv[1]!r} is no flag; flags begin with -- and have = before their value "
+                "(--help lists them).",
             )
         try:
             main(argv)
-            finished()
+            exit_process()
         except Exception as e:
-            raised = traceback.extract_tb(e.__traceback__)[-1].filename
+            raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
             if (
                 isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
                 and not logging.level_debug()
-                and raised.startswith(_PROJECT)
+                and raised_in.startswith(_PROJECT)
             ):
-                leave(2, str(e))
-            crashed(e)
-            raise  # a library's complaint about us is ours to mend, and needs its traceback
+                exit_all(2, str(e))
+            abort_all_on_error(e)
+            raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:
-            leave(130, "Stopped. Run the same command to continue; finished shards are kept.")
+            exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
         except Preempted as e:
-            leave(Preempted.code, str(e), tell=False)  # each process saves and leaves by itself
+            # Each process has received the signal, and saves and exits by itself.
+            exit_all(Preempted.code, str(e), notify_others=False)
 
     return wrapped
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser; what it and the config library raise is turned to one sentence."""
-    given = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
-    path = given.split(":")[0]
+    """Parses flags; an exception of absl or the config library exits with one sentence."""
+    config_flag = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
+    path = config_flag.split(":")[0]
     if path and not (path.endswith(".py") and Path(path).is_file()):
         sys.exit(
             _fail(
@@ -113,36 +127,37 @@ def _parse(argv: list[str]) -> list[str]:
         )
     try:
         return flags.FLAGS(argv)
-    except Exception as e:  # the config file may raise anything
-        sys.exit(_fail(_sentence(e, given, argv)))
+    except Exception as e:  # The config file may raise any type.
+        sys.exit(_fail(_explain(e, config_flag, argv)))
 
 
-def _sentence(e: Exception, given: str, argv: list[str]) -> str:
+def _explain(e: Exception, config_flag: str, argv: list[str]) -> str:
+    """Returns one sentence for an exception from parsing flags or loading the config file."""
     text = str(e.args[0] if isinstance(e, KeyError) else e).replace(
         "module 'config_config'", "the file"
     )
-    if found := (
+    if match := (
         re.search(
             r"Field (?P<name>\w+) not found on dataclass <class '[\w.]+\.(?P<kind>\w+)'>", text
         )
         or re.search(r"<class '[\w.]+\.(?P<kind>\w+)'>\.(?P<name>\w+) does not exist", text)
     ):
-        name, kind = found["name"], found["kind"]
+        name, kind = match["name"], match["kind"]
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
-        at = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
-        return f"{at}: {kind} has no field {name!r}; it has {known}."
+        argument = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
+        return f"{argument}: {kind} has no field {name!r}; it has {known}."
     if isinstance(e, IndexError):
-        at = ", ".join(a for a in argv if re.match(r"--?config\.[^=]*\[", a))
-        return f"{at}: the config has no item of that number; items count from 0."
+        arguments = ", ".join(a for a in argv if re.match(r"--?config\.[^=]*\[", a))
+        return f"{arguments}: the config has no item of that number; items count from 0."
     if isinstance(e, flags.Error) and "Traceback" not in text:
         if "must have a value other than None" in text:
-            return f"{text.split(':')[0].split('=')[0].replace('flag ', '')} is missing; give it a value (--help)."
-        return f"{' '.join(text.split()).removeprefix('flag ').rstrip('.')}; mend the flag (--help lists them)."
-    places = [
-        f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(given.split(":")[0])
-    ]
-    line = getattr(e, "lineno", None) or (places[-1].lineno if places else None)
-    said = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"
-    return (
-        f"The config {given}{f', line {line},' if line else ''} cannot be loaded ({said}); mend it."
-    )
+            flag = text.split(":")[0].split("=")[0].replace("flag ", "")
+            return f"{flag} is missing; give it a value (--help)."
+        problem = " ".join(text.split()).removeprefix("flag ").rstrip(".")
+        return f"{problem}; fix the flag (--help lists them)."
+    path = config_flag.split(":")[0]
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(path)]
+    line = getattr(e, "lineno", None) or (frames[-1].lineno if frames else None)
+    where = f", line {line}," if line else ""
+    reason = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"
+    return f"The config {config_flag}{where} cannot be loaded ({reason}); fix it."

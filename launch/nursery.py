@@ -1,10 +1,10 @@
-"""Raises the small models that ship with the project, measures them, and puts them where they ship from.
+"""Trains the small models that ship with the project, and measures them.
 
-    python -m launch.nursery --config=configs/nursery.py                  # more than an hour on two cores
+    python -m launch.nursery --config=configs/nursery.py                 # over an hour on two cores
     python -m launch.nursery --config=configs/nursery.py --measure_only   # what is there, again
 
-Beside the models stands `measured.json`: how each was raised, a solver's accuracy in percent and a judge's AUC against
-known corruption, each with its 95% interval.
+Beside the models stands `measured.json`: how each was trained, a solver's accuracy in percent and a
+judge's AUC against known corruption, each with its 95% interval.
 """
 
 import dataclasses
@@ -13,102 +13,78 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Judge, Model, Nursery, Prompts, Pupil, Scoring
-from deltapref_jax.validation import validate_nursery
-from deltapref_jax.workspace import Node, Workspace, run
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import Experiment, Judge, Model, ModelZoo, Prompts, SmallModel
+from deltapref_jax.validation import validate_model_zoo
 from launch.flags import run_main
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Nursery: a file with get_config().")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "ModelZoo: a file with get_config().")
 _MEASURE_ONLY = flags.DEFINE_bool(
-    "measure_only", False, "Measure the models in the output folder, and raise none."
+    "measure_only", False, "Measure the models in the output folder, and train none."
 )
 
 _AUDITED = Prompts(count=60, seed=901)  # problems that a judge is measured on, of its own families
 
 
-def release(nursery: Nursery, workspace: Workspace) -> None:
-    """Raises what is missing and copies the released pupils to the output folder."""
-    from deltapref_jax.stages.nursery import plan, pupil, tokenizer
+def release(zoo: ModelZoo, workspace: Workspace) -> None:
+    """Trains what is missing and copies the released models to the output folder."""
+    from deltapref_jax.stages.nursery import plan
 
-    nodes = plan(nursery)
-    run(nodes, {"tokenizer": tokenizer, "pupil": pupil}, workspace)
-    for name in nursery.release:
-        shutil.copytree(
-            workspace.path(nodes[f"pupil/{name}"]) / "model",
-            Path(nursery.output) / name,
-            dirs_exist_ok=True,
-        )
+    nodes = plan(zoo)
+    run(list(nodes.values()), workspace, zoo.name)
+    for name in zoo.release:
+        folder = workspace.path(nodes[name]) / "model"
+        shutil.copytree(folder, Path(zoo.output) / name, dirs_exist_ok=True)
 
 
-def measure(nursery: Nursery, workspace: Workspace, who: Pupil) -> dict[str, Any]:
-    """A released pupil's accuracy by domain, or its AUC by dimension; each [value, low, high]."""
-    from deltapref_jax.analysis.judges import audit as aucs
+def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str, Any]:
+    """A released model's accuracy by domain, or its AUC by dimension; each [value, low, high]."""
+    from deltapref_jax.analysis.judges import audit
     from deltapref_jax.analysis.statistics import accuracy
-    from deltapref_jax.models.weights import weights_hash
-    from deltapref_jax.stages import audit, prompts
-    from deltapref_jax.stages.study import prompts_node
-    from evals.evaluate import describe, evaluate
+    from deltapref_jax.stages.study import audit_table, prompt_table, result_tables
 
-    stages = {"prompts": prompts.prompts, "evaluate": evaluate, "audit": audit.audit}
-    model = Model(path=str(Path(nursery.output) / who.name))
-    if who.lesson == "judge":
-        judge = Judge(name=who.name, kind="model", model=model)
-        fields = dataclasses.asdict(judge)
-        fields.pop("model")
-        asked = prompts_node("prompts", (dataclasses.replace(_AUDITED, tasks=who.tasks),), {})
-        node = Node(
-            "audit",
-            f"audit/{who.name}",
-            {
-                "judge": fields,
-                "scoring": dataclasses.asdict(Scoring()),
-                "weights": weights_hash(model.path),
-                "dtype": model.dtype,
-                "count": _AUDITED.count,
-                "seed": 0,
-            },
-            {"prompts": asked},
-            {"model": dataclasses.asdict(model), "mesh": dataclasses.asdict(nursery.mesh)},
-            audit.VERSION,
-        )
-        run({node.label: node}, stages, workspace)
-        found = aucs(workspace.table(node), judge.dimensions)["auc"]
-        return {dimension: [round(x, 3) for x in estimate] for dimension, estimate in found.items()}
-    if not nursery.suites:
+    path = Model(path=str(Path(zoo.output) / model.name))
+    e = Experiment(student=path, suites=zoo.suites, sampling=zoo.sampling, mesh=zoo.mesh)
+    if model.curriculum == "judge":
+        judge = Judge(name=model.name, kind="model", model=path)
+        problems = (dataclasses.replace(_AUDITED, tasks=model.tasks),)
+        table = audit_table(e, judge, prompt_table(("prompts",), problems, {}))
+        run([table], workspace)
+        found = audit(workspace.table(table), judge.dimensions)
+        auc = found.auc if found else {}
+        return {dimension: [round(x, 3) for x in estimate] for dimension, estimate in auc.items()}
+    suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in zoo.suites}
+    tables = result_tables(e, ("evaluate", model.name), suites, path, None)
+    if not tables:
         return {}
-    suites = {
-        f"suite/{s.name}": prompts_node(f"suite/{s.name}", (s.prompts,), {}) for s in nursery.suites
-    }
-    config, local = describe(nursery.suites, nursery.sampling, 0, nursery.mesh, model, False)
-    node = Node("evaluate", f"evaluate/{who.name}", config, suites, local)
-    run({node.label: node}, stages, workspace)
-    results = workspace.table(node)
+    run(list(tables.values()), workspace)
+    results = pa.concat_tables(workspace.table(table) for table in tables.values())
     return {
         domain: [round(x, 1) for x in accuracy(results, domain)]
-        for domain in dict.fromkeys(s.domain for s in nursery.suites)
+        for domain in dict.fromkeys(suite.domain for suite in zoo.suites)
     }
 
 
 def main(_: list[str]) -> None:
-    """Raise, release, measure."""
-    nursery: Nursery = validate_nursery(_CONFIG.value)
-    workspace = Workspace(nursery.workspace)
+    """Train, release, measure."""
+    zoo: ModelZoo = validate_model_zoo(_CONFIG.value)
+    workspace = Workspace(zoo.workspace)
     if not _MEASURE_ONLY.value:
-        release(nursery, workspace)
-    measured = {
-        p.name: {"pupil": dataclasses.asdict(p)} | measure(nursery, workspace, p)
-        for p in nursery.pupils
-        if p.name in nursery.release
-    }
-    (Path(nursery.output) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
-    console = Console()
-    for name, found in measured.items():
-        console.print(name, {k: v for k, v in found.items() if k != "pupil"})
-    console.print(f"Models: {nursery.output}", soft_wrap=True)
+        release(zoo, workspace)
+    console, measured = Console(), {}
+    for model in zoo.models:
+        if model.name in zoo.release:
+            numbers = measure(zoo, workspace, model)
+            measured[model.name] = {"recipe": dataclasses.asdict(model)} | numbers
+            console.print(model.name, numbers)
+    (Path(zoo.output) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    console.print(f"Models: {zoo.output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,56 @@
-"""Trains one arm from any file of preference pairs; no study, no reference pass during training, resumable.
+"""Trains one arm from any file of preference pairs: no study, resumable.
 
     python -m launch.train --config.data.path=pairs.parquet --config.student.path=FOLDER
 
-Data, by its columns: prompt, chosen, rejected (the prompt may also be what both begin with) · prompt, completion,
-label · prompt_ids, chosen_ids, rejected_ids · prompt_ids, completion_ids, label; text or messages; .jsonl, .parquet, a
-hub name or a data set folder. The reference's log-probabilities are computed once and kept in the workspace, unless
---config.table names a table. Run the same command again to continue a killed run. Most used, with their defaults:
+Data, by its columns: prompt, chosen, rejected (the prompt may also be what both begin with) ·
+prompt, completion, label · prompt_ids, chosen_ids, rejected_ids · prompt_ids, completion_ids,
+label; text or messages; .jsonl, .parquet, a hub name or a data set folder. The reference's
+log-probabilities are computed once and kept in the workspace, unless --config.table names a table.
+Run the same command again to continue a killed run. Most used, with their defaults:
 
     --config.data.path              the pairs: a file, folder or hub name
     --config.data.split             split of a folder or hub data set (train)
     --config.student.path           the model: a Hugging Face folder, hub name or .gguf file
-    --config.student.dtype          float32 or bfloat16, of the computation; trained weights are float32 (float32)
+    --config.student.dtype          float32 or bfloat16, of the computation; weights stay float32
+                                    (float32)
     --config.reference.path         another reference; without it, the student before training
-    --config.table                  Parquet file or folder of the reference's log-probabilities, if there is one
-    --config.workspace              directory, or gs://bucket/place, of everything that is made (workspace)
+    --config.table                  Parquet file or folder of the reference's log-probabilities
+    --config.workspace              directory, or gs://bucket/place, of all that is made (workspace)
 
-    --config.objective.kind         dpo, dpo_norm, hinge, ipo, robust, cdpo, apo_zero, apo_down, simpo; kto,
-                                    apo_zero_unpaired; sft (dpo)
+    --config.objective.kind         dpo, dpo_norm, hinge, ipo, robust, cdpo, apo_zero, apo_down,
+                                    simpo; kto, apo_zero_unpaired; sft (dpo)
     --config.objective.beta         weight of the log-ratio to the reference, per nat (0.1)
     --config.objective.learning_rate    at its peak (5e-07)
-    --config.objective.label_smoothing, .gamma, .nll_weight    of robust and cdpo; of simpo; of pairs (0.0, 0.5, 0.0)
-    --config.objective.desirable_weight, .undesirable_weight, .baseline_fraction    of KTO (1.0, 1.0, 1.0)
+    --config.objective.label_smoothing, .gamma, .nll_weight    of robust and cdpo; of simpo; of
+                                    pairs (0.0, 0.5, 0.0)
+    --config.objective.desirable_weight, .undesirable_weight, .baseline_fraction    of KTO
+                                    (1.0, 1.0, 1.0)
     --config.training.epochs        passes over the data (1.0)
-    --config.training.budget        epochs, or steps: as many optimizer steps as config.training.steps says (epochs)
-    --config.training.pairs_per_step    pairs of one optimizer step; twice as many examples of KTO (32)
+    --config.training.budget        epochs, or steps: as many as config.training.steps (epochs)
+    --config.training.pairs_per_step    pairs of a step; twice as many examples of KTO (32)
     --config.training.warmup        share of the steps in which the learning rate rises (0.1)
     --config.training.schedule      linear, cosine or constant, after the warm-up (linear)
     --config.training.clip          largest norm of a gradient (1.0)
-    --config.training.weight_decay  share of a weight, times the learning rate, taken from it at each step (0.0)
+    --config.training.weight_decay  decay of AdamW (0.0)
     --config.seed                   of the order of the data (0)
 
     --config.training.row_length    tokens of a row, and of the longest sequence (2048)
-    --config.training.over_length   drop (counted), error or truncate, for sequences longer than row_length (drop)
+    --config.training.over_length   drop (counted), error or truncate, for longer sequences (drop)
     --config.data.truncation_mode   keep_start or keep_end, for truncate (keep_start)
-    --config.training.rows          rows of a micro-batch over all devices; two a device pad least (8)
-    --config.training.remat         none, projections, attention or block: less memory, more computed twice (none)
+    --config.training.rows          rows of a micro-batch over all devices; 2 a device pad least (8)
+    --config.training.remat         none, projections, attention or block: less memory, more
+                                    computed twice (none)
     --config.training.moments       float32 or bfloat16, of Adam's moments (float32)
-    --config.training.lora.rank     of adapters, which are trained instead of all weights; 0: none (0)
+    --config.training.lora.rank     of adapters, trained instead of all weights; 0: none (0)
     --config.training.lora.alpha    adapters are scaled by alpha / rank (16.0)
     --config.training.lora.targets  adapted matrices, such as "('q_proj', 'v_proj')" (all seven)
-    --config.mesh.data, .fsdp, .tensor, .context    devices along each axis; -1 takes what is left (-1, 1, 1, 1)
+    --config.mesh.data, .fsdp, .tensor, .context    devices along each axis; -1 takes what is left
+                                    (-1, 1, 1, 1)
     --config.training.checkpoint_every  steps between checkpoints (50)
-    --config.trackers               "('tensorboard',)" or "('wandb',)": metrics while it trains; metrics.jsonl always is
+    --config.trackers               "('tensorboard',)" or "('wandb',)": metrics while it trains;
+                                    metrics.jsonl always is
 
-Every field, with unit and reason: `Single` in deltapref_jax/config.py. A file like configs/train.py holds a whole run.
+Every field, with unit and reason: docs/config.md. A file like configs/train.py holds a whole run.
 """
 
 from pathlib import Path
@@ -51,36 +58,42 @@ from pathlib import Path
 from ml_collections import config_flags
 from rich.console import Console
 
-from deltapref_jax.config import Single
-from deltapref_jax.validation import validate_single
-from deltapref_jax.workspace import Workspace, run
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import PairTraining
+from deltapref_jax.validation import validate_pair_training
 from launch.flags import define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Python file whose get_config() gives a Single; without one, configs/train.py."
+    "config",
+    None,
+    "Python file whose get_config() gives a PairTraining; without one, configs/train.py.",
 )
 _PROFILE = define_profile_steps()
 
 
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
-    single: Single = validate_single(_CONFIG.value)
+    p: PairTraining = validate_pair_training(_CONFIG.value)
     profile = window(_PROFILE.value)
-    from deltapref_jax.mesh import check_rows, is_first, make_mesh, start_processes
-    from deltapref_jax.stages.single import STAGES, check, plan
+    # JAX is imported only now, so that a wrong flag or config is refused at once
+    from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.mesh import check_rows, is_first, make_mesh
+    from deltapref_jax.preemption import install_group_shutdown
+    from deltapref_jax.processes import start_processes
+    from deltapref_jax.stages.pairs_file import check, plan
     from launch.trained import show
 
     start_processes()
-    check_rows(
-        "config.training", single.training.rows, single.training.row_length, make_mesh(single.mesh)
-    )
-    workspace = Workspace(single.workspace)
-    nodes = plan(single, profile)
-    run({"tokens": nodes["tokens"]}, STAGES, workspace)
-    check(workspace, nodes)
-    run(nodes, STAGES, workspace)
+    install_group_shutdown(release_all)
+    check_rows("config.training", p.training.rows, p.training.row_length, make_mesh(p.mesh))
+    workspace = Workspace(p.workspace)
+    policy = plan(p, profile)
+    run(list(policy.sequences.values()), workspace, p.name)
+    check(p, policy, workspace)
+    run([policy], workspace, p.name)
     if is_first():
-        show(Console(), workspace, nodes)
+        show(Console(), workspace, policy)
 
 
 if __name__ == "__main__":

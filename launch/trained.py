@@ -3,11 +3,14 @@
 import json
 from typing import Any
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS
-from deltapref_jax.workspace import Node, Workspace
+from deltapref_jax.stages.tokens import FileSequences
+from deltapref_jax.stages.train import Policy
 
 _WORDS = {  # counts of a manifest, in words; those that are zero are not shown
     "read": "rows read",
@@ -15,52 +18,59 @@ _WORDS = {  # counts of a manifest, in words; those that are zero are not shown
     "same": "of them pairs whose two answers are the same",
     "empty": "an empty answer, dropped",
     "too_long": "longer than row_length, dropped",
-    "cut": "sequences cut to row_length",
-    "cut_away": "no answer within row_length, dropped",
+    "truncated": "sequences cut to row_length",
+    "truncated_to_nothing": "no answer within row_length, dropped",
     "unscored": "nothing to score, dropped",
     "undesirable": "not desirable, left out (SFT)",
-    "apart": "template no prefix, tokenised apart",
-    "mismatched_dropped": "mismatched rows too long, left out",
-    "mismatched_cut": "mismatched rows cut to row_length",
+    "prompt_not_prefix": "template no prefix, tokenised apart",
+    "masked_turns": "tokens of user turns inside answers, not trained on",
+    "dropped_mismatched": "mismatched rows too long, left out",
+    "truncated_mismatched": "mismatched rows cut to row_length",
 }
 
 
-def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None:
+def show(console: Console, workspace: Workspace, policy: Policy) -> None:
     """What was read, left out and cut; the first and the last step; where everything is."""
-    import pyarrow.parquet as pq
-
-    tokens, folder = nodes["tokens"], workspace.path(nodes["policy"])
-    counts = workspace.manifest(tokens)["stats"]
-    stats = workspace.manifest(nodes["policy"])["stats"]
-    with next(workspace.path(tokens).glob("*.parquet")).open("rb") as file:
-        about = pq.read_schema(file).metadata
-    console.print(
-        f"Data: {tokens.local['data']['path']} ({about[b'format'].decode()})", soft_wrap=True
-    )
-    if ignored := json.loads(about[b"ignored"]):
+    sequences = policy.sequences["file"]
+    assert isinstance(sequences, FileSequences)
+    folder = workspace.path(policy)
+    counts, stats = workspace.manifest(sequences).stats, workspace.manifest(policy).stats
+    with next(workspace.path(sequences).glob("*.parquet")).open("rb") as file:
+        about = {key.decode(): text.decode() for key, text in pq.read_schema(file).metadata.items()}
+    console.print(f"Data: {sequences.data.path} ({about['format']})", soft_wrap=True)
+    if ignored := json.loads(about["ignored"]):
         console.print(f"  {len(ignored)} columns ignored: {', '.join(ignored)}", soft_wrap=True)
-    found = counts | {
-        name: stats[name] for name in _WORDS if name.startswith("mismatched") and name in stats
-    }
+    counts |= {"dropped_mismatched": stats["dropped_mismatched"]}
     for name, words in _WORDS.items():
-        if found.get(name):
-            console.print(f"  {found[name]:,.0f} {words}")
+        if counts.get(name):
+            console.print(f"  {counts[name]:,.0f} {words}")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    console.print(_metrics([json.loads(line) for line in lines]))
+    _show_speed(console, policy, stats)
+    for logprobs in policy.logprobs.values():
+        if held := workspace.manifest(logprobs).stats["from_table"]:
+            console.print(f"{held:,.0f} log-probabilities are those of config.table.")
+        console.print(f"Reference table: {workspace.path(logprobs)}", soft_wrap=True)
     console.print(
-        _metrics([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        f"Metrics: {folder / 'metrics.jsonl'}\nPolicy: {folder / 'policy'}", soft_wrap=True
     )
-    asked, batch = nodes["policy"].config["training"]["pairs_per_step"], int(stats["batch"])
-    unit = OBJECTIVE_KINDS[nodes["policy"].config["objective"]["kind"]].unit
-    whole = batch < asked * (2 if unit == "example" else 1)
+    if (folder / "adapter").exists():
+        console.print(f"Adapter: {folder / 'adapter'}", soft_wrap=True)
+
+
+def _show_speed(console: Console, policy: Policy, stats: dict[str, float]) -> None:
+    """Steps, tokens per second, padding, and the time that checkpoints took."""
+    wanted, batch = policy.training.pairs_per_step, int(stats["batch"])
+    unit = OBJECTIVE_KINDS[policy.objective.kind].unit
+    whole = batch < wanted * (2 if unit == "example" else 1)
     console.print(
         f"{stats['steps']:,.0f} steps of {batch:,} {'pairs' if unit == 'pair' else 'examples'}"
-        + f", which are all there are (config.training.pairs_per_step is {asked:,})" * whole,
+        + f", which are all there are (config.training.pairs_per_step is {wanted:,})" * whole,
         soft_wrap=True,
     )
-    if stats.get("seconds_steady"):
-        speed, padding = (
-            stats["tokens_steady"] / stats["seconds_steady"],
-            1 - stats["filled"] / stats["positions"],
-        )
+    if stats["seconds_steady"]:
+        speed = stats["tokens_steady"] / stats["seconds_steady"]
+        padding = 1 - stats["filled"] / stats["positions"]
         console.print(
             f"{speed:,.0f} tokens/s after the first step, which compiles and took "
             f"{stats['seconds_first_step']:.1f} s; {padding:.1%} of the positions were padding",
@@ -71,13 +81,6 @@ def show(console: Console, workspace: Workspace, nodes: dict[str, Node]) -> None
         f"{stats['seconds_checkpoint_background']:.1f} s were written while it went on",
         soft_wrap=True,
     )
-    if "reference" in nodes:
-        console.print(f"Reference table: {workspace.path(nodes['reference'])}", soft_wrap=True)
-    console.print(
-        f"Metrics: {folder / 'metrics.jsonl'}\nPolicy: {folder / 'policy'}", soft_wrap=True
-    )
-    if (folder / "adapter").exists():
-        console.print(f"Adapter: {folder / 'adapter'}", soft_wrap=True)
 
 
 def _metrics(rows: list[dict[str, Any]]) -> Table:

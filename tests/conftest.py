@@ -19,7 +19,7 @@ from deltapref_jax.models.weights import export, load  # noqa: E402
 from deltapref_jax.synthetic.families import FAMILIES  # noqa: E402
 from deltapref_jax.synthetic.tokenizer import build  # noqa: E402
 from deltapref_jax.synthetic.world import problem, solution  # noqa: E402
-from deltapref_jax.text.template import Text  # noqa: E402
+from deltapref_jax.text.template import ChatTokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text(tokenizer_folder):
-    return Text.load(str(tokenizer_folder))
+    return ChatTokenizer.load(str(tokenizer_folder))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Workspace, data and model in a bucket of Google Cloud Storage, whose JSON API a server on this machine speaks."""
+"""Workspace, data and model in a bucket of Google Cloud Storage, emulated by a local server."""
 
 import json
 import os
@@ -13,14 +13,13 @@ import urllib.request
 import pytest
 
 from deltapref_jax import files
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError
-from deltapref_jax.files import ArtifactError, local, reach, remote, written
-from deltapref_jax.host import Preempted
-from deltapref_jax.workspace import Workspace
+from deltapref_jax.files import ArtifactError, check_bucket, local_copy, remote, staged_dir
+from deltapref_jax.preemption import Preempted
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
-    "false"  # else gcsfs asks Google what kind of bucket it is
-)
+# Otherwise gcsfs asks Google, not the emulator, for the type of the bucket.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAIRS = [
     {
@@ -34,7 +33,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-    """The environment in which gs://bucket is there; its objects can be listed and read with `there` and `read`."""
+    """The environment variables with which gs://bucket exists, in an emulator."""
     pytest.importorskip("gcsfs", reason="gcsfs is not installed (extra gcs)")
     pytest.importorskip(
         "gcp_storage_emulator", reason="gcp-storage-emulator is not installed (extra test)"
@@ -42,7 +41,7 @@ def bucket(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    place = f"http://localhost:{port}"
+    url = f"http://localhost:{port}"
     server = subprocess.Popen(
         [sys.executable, str(pathlib.Path(__file__).with_name("bucket.py")), str(port)],
         stdout=subprocess.DEVNULL,
@@ -50,13 +49,13 @@ def bucket(tmp_path_factory):
     )
     while True:
         try:
-            urllib.request.urlopen(place).close()
+            urllib.request.urlopen(url).close()
             break
         except OSError:
             time.sleep(0.05)
     yield os.environ | {
-        "STORAGE_EMULATOR_HOST": place,
-        "TENSORSTORE_GCS_HTTP_URL": place,
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
         "PYTHONPATH": str(ROOT),
@@ -69,25 +68,24 @@ def bucket(tmp_path_factory):
     server.wait()
 
 
-def there(env, prefix=""):
-    """Names of the bucket's objects."""
+def object_names(env, prefix=""):
     with urllib.request.urlopen(
         f"{env['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o?prefix={prefix}"
-    ) as found:
-        return [item["name"] for item in json.load(found)["items"] or []]
+    ) as response:
+        return [item["name"] for item in json.load(response)["items"] or []]
 
 
 def read(env, name):
-    with urllib.request.urlopen(f"{env['STORAGE_EMULATOR_HOST']}/bucket/{name}") as found:
-        return found.read()
+    with urllib.request.urlopen(f"{env['STORAGE_EMULATOR_HOST']}/bucket/{name}") as response:
+        return response.read()
 
 
 def write(env, name, data):
-    place = (
+    url = (
         f"{env['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
     )
     headers = {"Content-Type": "application/octet-stream"}
-    urllib.request.urlopen(urllib.request.Request(place, data, headers, method="POST")).close()
+    urllib.request.urlopen(urllib.request.Request(url, data, headers, method="POST")).close()
 
 
 def train(env, workspace, data, student):
@@ -117,8 +115,8 @@ def train(env, workspace, data, student):
 
 
 @pytest.fixture
-def here(bucket, monkeypatch):
-    """The bucket for this process."""
+def in_process_bucket(bucket, monkeypatch):
+    """`bucket`, for this process too."""
     for name in ("STORAGE_EMULATOR_HOST", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, bucket[name])
     return bucket
@@ -126,71 +124,71 @@ def here(bucket, monkeypatch):
 
 def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    files._bucket.cache_clear()
-    for use in (Workspace, local):
+    files._gcs.cache_clear()
+    for use in (Workspace, local_copy):
         with pytest.raises(
             ConfigError,
             match=r"^A path begins with gs:// and the package gcsfs is not installed; "
             r"pip install 'deltapref-jax\[gcs\]'\.$",
         ):
             use("gs://bucket/place")
-    files._bucket.cache_clear()
+    files._gcs.cache_clear()
 
 
-def test_other_stores_and_missing_buckets_are_refused(here):
+def test_other_stores_and_missing_buckets_are_refused(in_process_bucket):
     with pytest.raises(
         ConfigError, match=r"^The workspace s3://bucket/w is in no bucket of Google Cloud Storage; "
     ):
-        reach("s3://bucket/w")
+        check_bucket("s3://bucket/w")
     with pytest.raises(
         ConfigError, match=r"^There is no bucket gs://elsewhere, or this machine's credentials "
     ):
-        reach("gs://elsewhere/w")
+        check_bucket("gs://elsewhere/w")
     with pytest.raises(
         FileNotFoundError, match=r"^There is nothing at gs://bucket/no/model; check the path\.$"
     ):
-        local("gs://bucket/no/model")
-    reach("gs://bucket/w")
-    reach("folder")
+        local_copy("gs://bucket/no/model")
+    check_bucket("gs://bucket/w")
+    check_bucket("folder")
     assert (remote("gs://bucket/w"), remote("folder")) == (True, False)
 
 
 def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploaded(
-    here, monkeypatch
+    in_process_bucket, monkeypatch
 ):
     from etils import epath
 
-    with written(epath.Path("gs://bucket/made")) as place:
-        (place / "deep").mkdir()
-        (place / "deep" / "a.txt").write_text("one")
-        (place / "b.txt").write_text("two")
-        assert there(here, "made/") == []
-    assert sorted(there(here, "made/")) == ["made/b.txt", "made/deep/a.txt"]
-    copy = pathlib.Path(local("gs://bucket/made"))
+    with staged_dir(epath.Path("gs://bucket/made")) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a.txt").write_text("one")
+        (folder / "b.txt").write_text("two")
+        assert object_names(in_process_bucket, "made/") == []
+    assert sorted(object_names(in_process_bucket, "made/")) == ["made/b.txt", "made/deep/a.txt"]
+    copy = pathlib.Path(local_copy("gs://bucket/made"))
     assert (copy.name, (copy / "deep" / "a.txt").read_text(), (copy / "b.txt").read_text()) == (
         "made",
         "one",
         "two",
     )
-    assert pathlib.Path(local("gs://bucket/made/b.txt")).name == "b.txt"
+    assert pathlib.Path(local_copy("gs://bucket/made/b.txt")).name == "b.txt"
     with monkeypatch.context() as m:
         m.setattr(files, "download", lambda _: pytest.fail("downloaded again"))
-        assert local("gs://bucket/made/") == str(copy)
-    write(here, "made/b.txt", b"2")
-    assert (pathlib.Path(local("gs://bucket/made")) / "b.txt").read_text() == "2"
+        assert local_copy("gs://bucket/made/") == str(copy)
+    write(in_process_bucket, "made/b.txt", b"2")
+    assert (pathlib.Path(local_copy("gs://bucket/made")) / "b.txt").read_text() == "2"
     with (
         pytest.raises(RuntimeError, match="stop"),
-        written(epath.Path("gs://bucket/half")) as place,
+        staged_dir(epath.Path("gs://bucket/half")) as folder,
     ):
-        (place / "a").write_text("x")
+        (folder / "a").write_text("x")
         raise RuntimeError("stop")
-    assert there(here, "half") == []
+    assert object_names(in_process_bucket, "half") == []
     with pytest.raises(ArtifactError, match=r"^gs://nowhere/x cannot be written \("):
-        files.write_whole(epath.Path("gs://nowhere/x"), b"x")
+        files.write_atomic(epath.Path("gs://nowhere/x"), b"x")
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_killed_told_to_leave_continued_and_the_local_one_bit_for_bit(
+def test_a_run_in_a_bucket_is_killed_preempted_continued_and_the_local_one_bit_for_bit(
     bucket, tiny_folder, tmp_path
 ):
     lines = "".join(json.dumps(row) + "\n" for row in PAIRS)
@@ -207,18 +205,17 @@ def test_a_run_in_a_bucket_is_killed_told_to_leave_continued_and_the_local_one_b
     for kill, after in ((signal.SIGKILL, "step_4"), (signal.SIGTERM, "step_10")):
         process = remote()
         while not any(
-            f"/{after}/commit_success.txt" in name for name in there(bucket, "w/policy/")
+            f"/{after}/commit_success.txt" in name for name in object_names(bucket, "w/policy/")
         ):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(kill)
         _, err = process.communicate(timeout=300)
-        assert not any(name.endswith("manifest.json") for name in there(bucket, "w/policy/"))
+        assert not any(name.endswith("manifest.json") for name in object_names(bucket, "w/policy/"))
         assert process.returncode == (-kill if kill == signal.SIGKILL else Preempted.code), err
     assert "which is saved in gs://bucket/w/policy/" in err
-    assert not [
-        name for name in there(bucket, "w/policy/") if "/claims/" in name
-    ]  # the lease was given back
+    # The lease was released.
+    assert not [name for name in object_names(bucket, "w/policy/") if "/claims/" in name]
     for process in (remote(), train(bucket, tmp_path / "w", tmp_path / "pairs.jsonl", tiny_folder)):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -232,6 +229,6 @@ def test_a_run_in_a_bucket_is_killed_told_to_leave_continued_and_the_local_one_b
         assert read(bucket, f"w/policy/{policy.name}/{name}") == (policy / name).read_bytes(), name
     reference = next((tmp_path / "w").glob("reference/*/*.parquet")).relative_to(tmp_path)
     assert read(bucket, reference.as_posix()) == (tmp_path / reference).read_bytes()
-    made = there(bucket, "w/")
-    out, err = remote().communicate(timeout=300)  # everything stands
-    assert there(bucket, "w/") == made, err
+    made = object_names(bucket, "w/")
+    out, err = remote().communicate(timeout=300)  # Every artifact is complete.
+    assert object_names(bucket, "w/") == made, err

@@ -1,4 +1,4 @@
-"""Every bad value is one sentence with field, value and remedy; what is right passes unchanged."""
+"""Every bad value gives one sentence with field, value and remedy; a good config passes."""
 
 import copy
 import dataclasses
@@ -16,14 +16,14 @@ from deltapref_jax.config import (
     Judge,
     Lora,
     Model,
-    Nursery,
+    ModelZoo,
     Objective,
     Prompts,
-    Pupil,
+    SmallModel,
     Suite,
     model_of,
 )
-from deltapref_jax.validation import validate, validate_nursery
+from deltapref_jax.validation import validate, validate_model_zoo
 
 GOOD = Experiment(
     name="good",
@@ -298,14 +298,14 @@ CASES = [  # path of a field, value, sentence
     (
         "mesh.fsdp",
         -1,
-        "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1, context=1); sizes are positive, and at "
-        "most one is -1.",
+        "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1, context=1); sizes are positive, and "
+        "at most one is -1.",
     ),
     (
         "mesh.tensor",
         0,
-        "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and at "
-        "most one is -1.",
+        "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and "
+        "at most one is -1.",
     ),
     (
         "training.remat",
@@ -339,7 +339,8 @@ CASES = [  # path of a field, value, sentence
     (
         "training.lora",
         Lora(8, targets=("q_proj", "q_proj")),
-        "config.training.lora.targets is ('q_proj', 'q_proj'); name at least one of q_proj, *, each once.",
+        "config.training.lora.targets is ('q_proj', 'q_proj'); name at least one of q_proj, *, "
+        "each once.",
     ),
     (
         "training.lora.targets",
@@ -421,9 +422,9 @@ def test_an_empty_path_is_the_students():
 
 def test_a_nursery_is_typed_too():
     with pytest.raises(
-        ConfigError, match=r"^config\.pupils\[0\]\.tasks is 'chain'; it must be a tuple, such as "
+        ConfigError, match=r"^config\.models\[0\]\.tasks is 'chain'; it must be a tuple, such as "
     ):
-        validate_nursery(Nursery(pupils=(Pupil(name="oak", tasks="chain"),)))
+        validate_model_zoo(ModelZoo(models=(SmallModel(name="oak", tasks="chain"),)))
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):

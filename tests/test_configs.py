@@ -1,4 +1,4 @@
-"""Every experiment in configs/ is validated, planned, and its programs traced in full size: nothing is allocated."""
+"""Every config is validated, planned, and its programs traced full-size; nothing is allocated."""
 
 import functools
 import importlib
@@ -12,25 +12,26 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from deltapref_jax.config import NURSERY, ConfigError, Nursery, model_of
-from deltapref_jax.judging.scorer import _reader
+from deltapref_jax import stages
+from deltapref_jax.artifacts.node import in_order
+from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
+from deltapref_jax.judging.scorer import _label_probability_fn
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, spec_to_hf
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.sampling.programs import Slots, advance, grow, insert, prefill
-from deltapref_jax.scoring.logprobs import scorer
-from deltapref_jax.scoring.packing import PackedBatch, capacity
+from deltapref_jax.scoring.logprobs import logprob_fn
+from deltapref_jax.scoring.packing import PackedBatch, max_segments
 from deltapref_jax.stages import nursery
 from deltapref_jax.stages.study import plan
 from deltapref_jax.training.state import Optimizer, TrainState
 from deltapref_jax.training.step import Examples, Hyper, programs
-from deltapref_jax.validation import validate, validate_nursery, validate_single
-from evals.evaluate import describe
+from deltapref_jax.validation import validate, validate_model_zoo, validate_pair_training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
-STUDIES = [name for name in NAMES if name not in ("nursery", "train")]
+STUDIES = [name for name in NAMES if name not in ("mine", "nursery", "train")]  # mine: test_docs
 HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ModelSpec(
         49_152, 576, 30, 9, 3, 64, 1536, 1e5, 1e-5, True, 8192
@@ -42,10 +43,10 @@ def config(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-def pupils():
-    """Shapes of the models that ship, from the config that raises them."""
+def small_models():
+    """Shapes of the models that ship, from the config that trains them."""
     found = {}
-    for p in config("nursery").pupils:
+    for p in config("nursery").models:
         base = found.get(p.base)
         found[p.name] = (
             ModelSpec(
@@ -64,7 +65,8 @@ def pupils():
     return {str(pathlib.Path(NURSERY) / name): spec for name, spec in found.items()}
 
 
-SPECS = pupils() | HUB
+SPECS = small_models() | HUB
+SHAPES = {pathlib.Path(path).name: spec for path, spec in SPECS.items()}
 
 
 def models(e):
@@ -77,8 +79,13 @@ def models(e):
 
 
 @pytest.fixture
-def study(request, tmp_path):
-    """An experiment whose models are folders of the right shape without weights, so that it can be planned."""
+def study(request, text, tmp_path, monkeypatch):
+    """An experiment whose models have the right shape and no weights, so that it can be planned."""
+
+    def inspect_shape(path):
+        return SHAPES[pathlib.Path(path).name], text
+
+    monkeypatch.setattr(stages.study, "inspect_model", inspect_shape)
     e = config(request.param)
     if "reasoning_gym" in {p.kind for p in (*e.prompts, *(s.prompts for s in e.suites))}:
         pytest.importorskip("reasoning_gym")
@@ -97,8 +104,7 @@ def study(request, tmp_path):
 
 
 def shape_of(e, model):
-    path = model_of(e, model).path
-    return next(s for p, s in SPECS.items() if pathlib.Path(p).name == pathlib.Path(path).name)
+    return SHAPES[pathlib.Path(model_of(e, model).path).name]
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +129,7 @@ def shapes(tree):
 
 @functools.cache
 def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=False):
-    segments = capacity(rows, length)
+    segments = max_segments(rows, length)
     steps = programs(spec, dtype, kind, optimizer, segments, mesh)
     params = abstract(spec)[1]
     number, index = array(jnp.float32, segments), array(jnp.int32, segments)
@@ -147,9 +153,9 @@ def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=Fa
 
 @functools.cache
 def trace_scoring(spec, dtype, rows, length, mesh):
-    segments = capacity(rows, length)
+    segments = max_segments(rows, length)
     sums, counts = jax.eval_shape(
-        scorer(spec, dtype, segments, mesh), abstract(spec)[1], packed(rows, length)
+        logprob_fn(spec, dtype, segments, mesh), abstract(spec)[1], packed(rows, length)
     )
     assert sums.shape == counts.shape == (segments,)
     assert sums.dtype == jnp.float32
@@ -158,7 +164,7 @@ def trace_scoring(spec, dtype, rows, length, mesh):
 @functools.cache
 def trace_judging(spec, dtype, rows, length, mesh):
     p = jax.eval_shape(
-        _reader(spec, dtype, mesh),
+        _label_probability_fn(spec, dtype, mesh),
         abstract(spec)[1],
         packed(rows, length, branched=True),
         array(jnp.int32, 2, 77),
@@ -197,7 +203,7 @@ def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
     )
     for filtered in (False, True):
         after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], chunk=chunk, filtered=filtered),
+            functools.partial(advance, kept["graphdef"], decode_steps=chunk, filtered=filtered),
             weights,
             longest,
             table,
@@ -218,12 +224,18 @@ def test_the_docstring_says_how_to_run_it(name):
     assert found == config(name)  # nothing is shared between two calls
 
 
+def stand_in_key(node):
+    """The key, were the contents of every input its key."""
+    return node.key({name: stand_in_key(source) for name, source in node.inputs().items()})
+
+
 @pytest.mark.parametrize("study", STUDIES, indirect=True)
 def test_studies_are_planned(study):
-    nodes = plan(study, describe)
-    wanted = {f"train/{a.name}/{s}" for a in study.arms for s in a.seeds}
-    assert {label for label in nodes if label.startswith("train/")} == wanted
-    assert len({nodes[label].key for label in wanted}) == len(wanted)
+    report = plan(study)
+    policies = {(arm, s): p for arm, seeds in report.policies.items() for s, p in seeds.items()}
+    assert set(policies) == {(a.name, s) for a in study.arms for s in a.seeds}
+    hashed = {stand_in_key(policy) for policy in policies.values()}
+    assert len(hashed) == len(policies)
     assert {"in", "out"} == {s.domain for s in study.suites}
     used = {a.chosen for a in study.arms} | {a.rejected for a in study.arms}
     assert used == {g.name for g in study.generators}
@@ -256,11 +268,14 @@ def test_programs_of_studies_are_traced(study, one_device):
 
 
 def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
-    found = validate_nursery(config("nursery"))
-    assert isinstance(found, Nursery)
-    assert {"tokenizer"} | {f"pupil/{p.name}" for p in found.pupils} == set(nursery.plan(found))
+    found = validate_model_zoo(config("nursery"))
+    assert isinstance(found, ModelZoo)
+    models = nursery.plan(found)
+    assert {p.name for p in found.models} == set(models)
+    planned = in_order(models.values())
+    assert {"tokenizer"} | {f"model/{name}" for name in models} == {n.name for n in planned}
     s = found.sampling
-    for p in found.pupils:
+    for p in found.models:
         spec = SPECS[str(pathlib.Path(NURSERY) / p.name)]
         trace_training(
             spec,
@@ -270,9 +285,9 @@ def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
             p.rows,
             p.row_length,
             one_device,
-            branched=p.lesson == "judge",
+            branched=p.curriculum == "judge",
         )
-        if p.name in found.release and p.lesson == "solve":
+        if p.name in found.release and p.curriculum == "solve":
             trace_sampling(
                 spec, "float32", s.slots, s.chunk, s.max_prompt, s.max_tokens, one_device
             )
@@ -281,9 +296,9 @@ def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
 def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_device):
     single = config("train")
     with pytest.raises(ConfigError, match=r"^config\.data\.path is empty; give a "):
-        validate_single(single)
+        validate_pair_training(single)
     single.data.path, (single.student.path, spec) = "pairs.jsonl", next(iter(HUB.items()))
-    t = validate_single(single).training
+    t = validate_pair_training(single).training
     trace_training(
         spec,
         single.student.dtype,

@@ -1,6 +1,7 @@
-"""Figures as inline SVG: one palette, text as text, nothing fetched."""
+"""Figures as inline SVG with one palette; text stays text, and nothing is fetched."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +13,10 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-COLOURS = {
+from deltapref_jax.analysis.findings import DOMAIN_WORDS  # noqa: E402
+from deltapref_jax.analysis.statistics import Estimate, GapBin  # noqa: E402
+
+COLOURS = {  # by objective, selection, or side of a pair
     "dpo": "#1f6f8b",
     "dpo_norm": "#6a4c93",
     "kto": "#d1495b",
@@ -23,11 +27,10 @@ COLOURS = {
     "chosen": "#1f6f8b",
     "rejected": "#d1495b",
 }
-DOMAINS = {"in": "in domain", "out": "out of domain"}
 
 plt.rcParams.update(
     {
-        "svg.fonttype": "none",
+        "svg.fonttype": "none",  # text as <text>, not as outlines
         "font.family": "sans-serif",
         "font.size": 10,
         "axes.spines.top": False,
@@ -37,11 +40,9 @@ plt.rcParams.update(
         "grid.color": "#eeeeee",
         "axes.axisbelow": True,
         "legend.frameon": False,
-        "svg.hashsalt": "deltapref",
+        "svg.hashsalt": "deltapref",  # equal figures are equal bytes
     }
 )
-
-Estimate = Sequence[float]  # value, low, high
 
 
 class Point(NamedTuple):
@@ -58,13 +59,13 @@ class Line(NamedTuple):
     name: str
     colour: str  # key of COLOURS
     points: Sequence[Point]
-    trend: tuple[float, float, float] | None = (
-        None  # x and y of its centre, slope; None: points are joined
-    )
+    # x and y of the trend's centre, and its slope; without a trend the points are joined.
+    trend: tuple[float, float, float] | None = None
     dashed: bool = False
 
 
 def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that fits its container's width; closes the figure."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
@@ -78,17 +79,17 @@ def _svg(figure: Figure) -> str:
 
 
 def _lines(axes: Axes, lines: Sequence[Line]) -> None:
+    """Points with 95% intervals, trends, and a label above the points of each chosen generator."""
     axes.axhline(0, color="#666666", linewidth=1)
     xs = [p.x for line in lines for p in line.points]
     width = max(xs) - min(xs) if xs else 0.0
     for i, line in enumerate(lines):
-        shift = (
-            (i - (len(lines) - 1) / 2) * 0.012 * (width or 1.0)
-        )  # arms at one x stand side by side
+        # Arms of several lines at one x stand side by side.
+        shift = (i - (len(lines) - 1) / 2) * 0.012 * (width or 1.0)
         points = sorted(line.points, key=lambda p: p.x)
         x = [p.x + shift for p in points]
-        y = [p.y[0] for p in points]
-        bars = [[p.y[0] - p.y[1] for p in points], [p.y[2] - p.y[0] for p in points]]
+        y = [p.y.value for p in points]
+        bars = [[p.y.value - p.y.low for p in points], [p.y.high - p.y.value for p in points]]
         colour = COLOURS.get(line.colour, "#555555")
         joined = line.trend is None and len(points) > 1
         axes.errorbar(
@@ -117,7 +118,7 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
         named = [p for line in lines for p in line.points if p.label == label]
         axes.annotate(
             label,
-            (named[0].x, max(p.y[2] for p in named)),
+            (named[0].x, max(p.y.high for p in named)),
             textcoords="offset points",
             xytext=(0, 4),
             ha="center",
@@ -132,16 +133,16 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
     figure, grid = plt.subplots(
         len(rows), columns, figsize=(5.4 * columns, 3.5 * len(rows)), squeeze=False
     )
-    for at, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
+    for row, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
         for axes, (domain, lines) in zip(cells, domains.items(), strict=True):
             _lines(axes, lines)
             axes.set_title(
-                f"{name}, {DOMAINS[domain]}" if name else DOMAINS[domain],
+                f"{name}, {DOMAIN_WORDS[domain]}" if name else DOMAIN_WORDS[domain],
                 loc="left",
                 fontweight="bold",
             )
             axes.margins(x=0.08, y=0.15)
-            if at == len(rows) - 1:
+            if row == len(rows) - 1:
                 axes.set_xlabel(xlabel)
         cells[0].set_ylabel("change in accuracy (points)")
     grid[0][-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -149,15 +150,19 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
     return _svg(figure)
 
 
-def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
-    """Mean rating of the corrupted dimension against degree: judge → dimension → ratings at degrees 0, 1, …"""
+def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Mean rating of the corrupted dimension against the degree of corruption, a panel per judge.
+
+    Args:
+      curves: judge → dimension → ratings at degrees 0, 1, …; points of NaN are left out.
+    """
     figure, axes = plt.subplots(
         1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False, sharey=True
     )
     palette = plt.get_cmap("viridis")
     for panel, (judge, dimensions) in zip(axes[0], curves.items(), strict=True):
         for i, (dimension, means) in enumerate(dimensions.items()):
-            shown = [(degree, mean) for degree, mean in enumerate(means) if mean is not None]
+            shown = [(degree, mean) for degree, mean in enumerate(means) if not math.isnan(mean)]
             panel.plot(
                 *zip(*shown, strict=True),
                 marker="o",
@@ -175,11 +180,11 @@ def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) ->
     return _svg(figure)
 
 
-def agreement(bins: Sequence[Sequence[float]], first: str, second: str) -> str:
-    """Share of pairs that `second` orders as `first` does, by how far apart `first` puts them: (gap, share, pairs)."""
+def agreement(bins: Sequence[GapBin], first: str, second: str) -> str:
+    """Share of pairs that `second` orders as `first` does, by how far apart `first` puts them."""
     figure, axes = plt.subplots(figsize=(4.6, 3.0))
     axes.axhline(0.5, color="#999999", linewidth=1, linestyle="--")
-    axes.plot([b[0] for b in bins], [b[1] for b in bins], marker="o", color=COLOURS["dpo"])
+    axes.plot([b.gap for b in bins], [b.share for b in bins], marker="o", color=COLOURS["dpo"])
     axes.set_ylim(0, 1.03)
     axes.set_xlabel(f"|sample delta| by judge {first} (mean of dimensions)")
     axes.set_ylabel(f"share ordered alike by {second}")
@@ -187,7 +192,7 @@ def agreement(bins: Sequence[Sequence[float]], first: str, second: str) -> str:
     return _svg(figure)
 
 
-def training_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+def training_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
     """Log-probabilities by step: run → side → (step, nats); small multiples, one per run."""
     columns = min(4, len(runs))
     rows = -(-len(runs) // columns)

@@ -1,7 +1,9 @@
-"""The page: one self-contained HTML file that someone who sees nothing else can understand."""
+"""The page: one self-contained HTML file that a reader who sees nothing else can understand."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -12,124 +14,123 @@ from deltapref_jax.analysis import figures
 from deltapref_jax.analysis.figures import Line, Point
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, points, words
 from deltapref_jax.analysis.judges import USELESS_AUC
+from deltapref_jax.analysis.page import ArmSummary, Summary
 from deltapref_jax.analysis.study import Study
-from deltapref_jax.config import OBJECTIVE_KINDS
+from deltapref_jax.analysis.summary import plain
+from deltapref_jax.config import OBJECTIVE_KINDS, Experiment
+from deltapref_jax.records import Pair, Prompt, from_table
 
 _PAIRS_SHOWN = 120
 _CURVES_SHOWN = 32
 
+Curve = list[tuple[float, float]]  # step, nats
 
-def _ladder(s: Mapping[str, Any]) -> str | None:
+
+def _ladder(s: Summary) -> str | None:
     """Change against measured generator delta; a line per objective, SFT as single points."""
     rungs = [
-        a
-        for a in s["arms"]
-        if a["generator_delta"]
-        and "in" in a["generator_delta"]
-        and a["keep"] == "all"
-        and a["stratum"] == "any"
-        and a["direction"] == "generator"
+        (a.delta, a)
+        for a in s.arms
+        if a.delta is not None
+        and (a.arm.keep, a.arm.stratum, a.arm.direction) == ("all", "any", "generator")
     ]
     if not rungs:
         return None
-    trend = {
-        (t["objective"], t["domain"]): (*t["centre"], t["per_10"][0] / 10) for t in s["trends"]
-    }
-    return figures.panels(
-        {
-            "": {
-                d: [
-                    Line(
-                        objective.upper(),
-                        kind,
-                        [
-                            Point(a["generator_delta"]["in"][0], a[d]["change"], a["chosen"])
-                            for a in rungs
-                            if a["objective"] == objective
-                        ],
-                        trend.get((objective, d)),
-                    )
-                    for objective, kind in dict.fromkeys((a["objective"], a["kind"]) for a in rungs)
-                ]
-                for d in s["domains"]
-            }
-        },
-        "generator delta, points of in-domain accuracy",
-    )
+    trends = {(t.objective, t.domain): (*t.centre, t.per_10.value / 10) for t in s.trends}
+    objectives = dict.fromkeys((a.arm.objective, a.kind) for _, a in rungs)
+
+    def line(objective: str, kind: str, domain: str) -> Line:
+        arms = [
+            Point(delta, a.changes[domain].change, a.arm.chosen)
+            for delta, a in rungs
+            if a.arm.objective == objective
+        ]
+        return Line(objective.upper(), kind, arms, trends.get((objective, domain)))
+
+    panels = {d: [line(objective, kind, d) for objective, kind in objectives] for d in s.domains}
+    return figures.panels({"": panels}, "generator delta, points of in-domain accuracy")
 
 
-def _selection(s: Mapping[str, Any]) -> str | None:
-    """Change against the fraction kept; a row per objective, a line per way of keeping, all pairs at 100%."""
-    chosen = [a for a in s["arms"] if a["group"] == "selection"]
-    if not chosen:
+def _selection(s: Summary) -> str | None:
+    """Change against the share of pairs kept: a row of panels per objective, a line per selection.
+
+    Arms that keep all pairs of the same generators are the points at 100%.
+    """
+    selected = [a for a in s.arms if a.arm.group == "selection"]
+    if not selected:
         return None
-    rows: dict[str, dict[str, list[Line]]] = {}
-    judges = [j["name"] for j in s["judges"]]
-    for objective in dict.fromkeys(a["objective"] for a in chosen):
-        here = [a for a in chosen if a["objective"] == objective]
+    judges = [j.name for j in s.judges]
+    rows = {}
+    for objective in dict.fromkeys(a.arm.objective for a in selected):
+        arms = [a for a in selected if a.arm.objective == objective]
+        generators = {(a.arm.chosen, a.arm.rejected) for a in arms}
         everything = [
             a
-            for a in s["arms"]
-            if a["keep"] == "all"
-            and a["group"] == "ladder"
-            and any(all(a[k] == b[k] for k in ("chosen", "rejected", "objective")) for b in here)
+            for a in s.arms
+            if (a.arm.keep, a.arm.group, a.arm.objective) == ("all", "ladder", objective)
+            and (a.arm.chosen, a.arm.rejected) in generators
         ]
-        ways = dict.fromkeys((a["keep"], a["rater"]) for a in here)
+        selections = dict.fromkeys((a.arm.keep, a.pair_judge) for a in arms)
         rows[objective.upper()] = {
-            d: [
-                Line(
-                    f"{keep}, judge {rater}" if rater and len(judges) > 1 else keep,
-                    keep,
-                    [
-                        Point(100 * a["fraction"], a[d]["change"])
-                        for a in here
-                        if (a["keep"], a["rater"]) == (keep, rater)
-                    ]
-                    + [Point(100, a[d]["change"]) for a in everything],
-                    dashed=bool(rater) and rater != judges[0],
-                )
-                for keep, rater in ways
-            ]
-            for d in s["domains"]
+            d: [_kept_line(*selection, d, arms, everything, judges) for selection in selections]
+            for d in s.domains
         }
     return figures.panels(rows, "pairs kept, percent of the pool")
 
 
-def _curves(study: Study, s: Mapping[str, Any]) -> str | None:
-    """First seeds: log-probabilities minus the reference's; where there is none, since the first step (SFT, SimPO)."""
-    runs: dict[str, dict[str, list[tuple[int, float]]]] = {}
+def _kept_line(
+    keep: str,
+    judge: str,
+    domain: str,
+    arms: Sequence[ArmSummary],
+    everything: Sequence[ArmSummary],
+    judges: Sequence[str],
+) -> Line:
+    """Arms of one selection by one judge, with those that keep all pairs."""
+    selected = [a for a in arms if (a.arm.keep, a.pair_judge) == (keep, judge)]
+    shares = [(100 * a.arm.fraction, a) for a in selected] + [(100.0, a) for a in everything]
+    return Line(
+        f"{keep}, judge {judge}" if judge and len(judges) > 1 else keep,
+        keep,
+        [Point(share, a.changes[domain].change) for share, a in shares],
+        dashed=bool(judge) and judge != judges[0],
+    )
+
+
+def _curves(study: Study, s: Summary) -> str | None:
+    """Log-probabilities of chosen and rejected traces while the first seed of every arm trains.
+
+    They are relative to the reference's; without one (SFT, SimPO), to those at the first step.
+    """
     betas = {
-        o["name"]: o["beta"]
-        for o in study.experiment["objectives"]
-        if OBJECTIVE_KINDS[o["kind"]].reference
+        o.name: o.beta for o in study.experiment.objectives if OBJECTIVE_KINDS[o.kind].reference
     }
-    for a in s["arms"][:_CURVES_SHOWN]:
-        metrics = next(
-            (rows for label, rows in study.metrics.items() if label.rsplit("/", 1)[0] == a["name"]),
-            [],
-        )
-        sides: dict[str, list[tuple[int, float]]] = {}
-        for side in ("chosen", "rejected"):
-            values = [
-                (row["step"], row[f"rewards/{side}"] / betas[a["objective"]])
-                for row in metrics
-                if a["objective"] in betas and row.get(f"rewards/{side}") is not None
-            ]
-            raw = [
-                (row["step"], row[f"logps/{side}"])
-                for row in metrics
-                if row.get(f"logps/{side}") is not None
-            ]
-            if values := values or [(step, v - raw[0][1]) for step, v in raw]:
-                sides[side] = values
-        if sides:
-            runs[a["name"]] = sides
+    runs = {}
+    for a in s.arms[:_CURVES_SHOWN]:
+        metrics = next(iter(study.metrics.get(a.name, {}).values()), [])
+        sides = {
+            side: _curve(metrics, side, betas.get(a.arm.objective))
+            for side in ("chosen", "rejected")
+        }
+        if shown := {side: curve for side, curve in sides.items() if curve}:
+            runs[a.name] = shown
     return figures.training_curves(runs) if runs else None
 
 
-def draw(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
+def _curve(metrics: Sequence[Mapping[str, float]], side: str, beta: float | None) -> Curve:
+    def series(name: str) -> Curve:
+        return [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+
+    # A reward is beta times the log-probability minus the reference's.
+    if beta is not None and (rewards := series(f"rewards/{side}")):
+        return [(step, reward / beta) for step, reward in rewards]
+    logps = series(f"logps/{side}")
+    return [(step, logp - logps[0][1]) for step, logp in logps]
+
+
+def draw(study: Study, s: Summary) -> dict[str, str]:
     """The page's figures as SVG, by name; those that the study has data for."""
-    curves = {j["name"]: j["curves"] for j in s["judges"] if "curves" in j}
+    curves = {j.name: j.audit.curves for j in s.judges if j.audit}
     drawn = {
         "ladder": _ladder(s),
         "selection": _selection(s),
@@ -137,61 +138,83 @@ def draw(study: Study, s: Mapping[str, Any]) -> dict[str, str]:
         "audit": figures.degree_curves(curves) if curves else None,
     }
     drawn |= {
-        f"agreement-{a['second']}": figures.agreement(a["bins"], a["first"], a["second"])
-        for a in s["agreement"]
-        if a["bins"]
+        f"agreement-{a.second}": figures.agreement(a.bins, a.first, a.second)
+        for a in s.agreement
+        if a.bins
     }
     return {name: svg for name, svg in drawn.items() if svg}
 
 
-def _browser(study: Study) -> list[dict[str, Any]]:
-    """Pairs for the page, spread over the arms; plain data, escaped where it is shown."""
-    asked = {
-        p["prompt_id"]: (json.loads(p["messages"])[-1]["content"], p["answer"])
-        for p in study.prompts.select(["prompt_id", "messages", "answer"]).to_pylist()
-    }
-    text = study.column("text")
+@dataclasses.dataclass
+class _ShownTrace:
+    text: str
+    model: str  # generator
+    correct: bool | None
+    ratings: dict[str, dict[str, float]]  # judge → dimension → rating
 
-    def side(trace_id: str, model: str) -> dict[str, Any]:
-        row = study.place[trace_id]
+
+@dataclasses.dataclass
+class _ShownPair:
+    """A pair for the page's script, which reads these names."""
+
+    arms: list[str]
+    question: str
+    answer: str
+    chosen: _ShownTrace
+    rejected: _ShownTrace
+
+
+def _shown_pairs(study: Study) -> list[_ShownPair]:
+    """Pairs for the page, spread evenly over the arms; the script escapes what it shows."""
+    prompts = {p.prompt_id: p for p in from_table(Prompt, study.prompts)}
+    text = study.trace_column("text")
+
+    def side(trace_id: str, model: str) -> _ShownTrace:
+        row = study.row_of[trace_id]
         correct = study.correct[row]
-        rated = {
+        ratings = {
             judge: {
-                d: None if r != r else round(float(r), 2)
-                for d, r in zip(of.dimensions, of.matrix[row], strict=True)
+                d: round(float(r), 2)
+                for d, r in zip(rated.dimensions, rated.matrix[row], strict=True)
             }
-            for judge, of in study.rated.items()
+            for judge, rated in study.rated.items()
         }
-        return {
-            "text": text[row],
-            "model": model,
-            "correct": None if correct != correct else bool(correct),
-            "ratings": rated,
-        }
+        return _ShownTrace(
+            text[row], model, None if math.isnan(correct) else bool(correct), ratings
+        )
 
-    shown: dict[str, dict[str, Any]] = {}
-    each = max(2, _PAIRS_SHOWN // max(1, len(study.pairs)))
-    for arm, pairs in study.pairs.items():
-        for p in pairs.to_pylist()[:: max(1, pairs.num_rows // each)][:each]:
-            question, answer = asked[p["prompt_id"]]
-            entry = shown.setdefault(
-                p["pair_id"],
-                {
-                    "arms": [],
-                    "question": question,
-                    "answer": answer,
-                    "chosen": side(p["chosen_id"], p["chosen_model"]),
-                    "rejected": side(p["rejected_id"], p["rejected_model"]),
-                },
-            )
-            entry["arms"].append(arm)
+    shown: dict[str, _ShownPair] = {}
+    per_arm = max(2, _PAIRS_SHOWN // max(1, len(study.pairs)))
+    for arm, table in study.pairs.items():
+        rows = range(0, table.num_rows, max(1, table.num_rows // per_arm))[:per_arm]
+        for p in from_table(Pair, table.take(list(rows))):
+            if p.pair_id not in shown:
+                shown[p.pair_id] = _ShownPair(
+                    [],
+                    prompts[p.prompt_id].question,
+                    prompts[p.prompt_id].answer,
+                    side(p.chosen_id, p.chosen_model),
+                    side(p.rejected_id, p.rejected_model),
+                )
+            shown[p.pair_id].arms.append(arm)
     return list(shown.values())
 
 
+def _number(value: float | None, form: str) -> str:
+    """A template filter: a number formatted, "" where it is None or NaN."""
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _config(experiment: Experiment) -> str:
+    """The config as JSON, without where the run kept its files and who was shown its metrics."""
+    hashed = [f.name for f in dataclasses.fields(experiment) if f.metadata.get("hashed", True)]
+    return json.dumps({name: plain(getattr(experiment, name)) for name in hashed}, indent=1)
+
+
 def render(
-    study: Study, summary: Mapping[str, Any], drawn: Mapping[str, str], rubric: Mapping[str, str]
+    study: Study, summary: Summary, drawn: Mapping[str, str], rubric: Mapping[str, str]
 ) -> str:
-    """The page as text; what traces and configs say is escaped, and nothing is fetched.
+    """The page as text; text of traces and configs is escaped, and the page fetches nothing.
 
     Args:
       study: tables.
@@ -207,33 +230,32 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"points": points, "words": words}
-    versions: dict[str, str] = {}
-    for manifest in study.manifests.values():
-        versions |= manifest["versions"]
-    # inside <script>, JSON must not be able to end the element
-    embedded = (
-        json.dumps(_browser(study))
-        .replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("&", "\\u0026")
-    )
+    environment.filters |= {"points": points, "words": words, "number": _number}
+    # Inside <script>, JSON must not be able to end the element.
+    pairs = json.dumps(plain(_shown_pairs(study)))
+    for character in "<>&":
+        pairs = pairs.replace(character, f"\\u{ord(character):04x}")
     return environment.from_string(template).render(
         s=summary,
         figures=drawn,
-        pairs=embedded,
-        versions=versions,
+        pairs=pairs,
+        versions=study.versions,
         domain_words=DOMAIN_WORDS,
         useless=USELESS_AUC,
         rubric=rubric,
-        hidden_curves=max(0, len(summary["arms"]) - _CURVES_SHOWN),
+        hidden_curves=max(0, len(summary.arms) - _CURVES_SHOWN),
         experiment=study.experiment,
-        config=json.dumps(study.experiment, indent=1),
+        config=_config(study.experiment),
     )
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:
-    """The short table that a run ends with."""
+    """The short table that a run ends with.
+
+    Args:
+      summary: content of `summary.json`.
+    """
+    domains = summary["domains"]
     table = Table(
         title=summary["question"],
         title_justify="left",
@@ -242,15 +264,11 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
     )
     table.add_column("arm", overflow="fold")
     table.add_column("pairs", justify="right")
-    for d in summary["domains"]:
+    for d in domains:
         table.add_column(DOMAIN_WORDS[d], justify="right", no_wrap=True)
-    if summary["student"]:
-        table.add_row(
-            "student before", "", *(f"{summary['student'][d][0]:.1f}%" for d in summary["domains"])
-        )
+    if student := summary["student"]:
+        table.add_row("student before", "", *(f"{student[d][0]:.1f}%" for d in domains))
         table.add_section()
-    for a in summary["arms"]:
-        table.add_row(
-            a["name"], str(a["pairs"]), *(points(a[d]["change"]) for d in summary["domains"])
-        )
+    for arm in summary["arms"]:
+        table.add_row(arm["name"], str(arm["pairs"]), *(points(arm[d]["change"]) for d in domains))
     return table

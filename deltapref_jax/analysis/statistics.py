@@ -1,8 +1,9 @@
-"""Statistics of a study: questions are clusters, differences are paired, everything is seeded.
+"""Statistics of a study: questions are clusters, differences are paired, and all draws are seeded.
 
-Accuracy of a domain is the mean over its suites of the mean over questions of the mean over samples (avg@k). The k
-samples of one question are not independent, so intervals come from resampling questions within suites, and the seeds of
-an arm above them (arXiv 2411.00640 on clustered and paired errors of evaluations). NumPy only.
+The accuracy of a domain is the mean over its suites of the mean over questions of the mean over
+samples (avg@k). The k samples of one question are not independent, so intervals come from
+resampling questions within suites, and the seeds of an arm above them (arXiv 2411.00640 on
+clustered and paired errors of evaluations). All of it is NumPy.
 """
 
 import math
@@ -14,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-DRAWS = 2000
+from deltapref_jax.analysis.study import columns
+
+DRAWS = 2000  # of every bootstrap
 _NORMAL = NormalDist()
-_Z95 = _NORMAL.inv_cdf(0.975)
+_Z95 = _NORMAL.inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
 
 
 class Estimate(NamedTuple):
@@ -41,24 +44,26 @@ class Answers(NamedTuple):
 
 
 def by_question(results: pa.Table, domain: str) -> dict[str, Answers]:
-    """suite → answers of a RESULT table's rows in `domain`; empty where it has none."""
-    column = {
-        name: results[name].to_numpy(zero_copy_only=False)
-        for name in ("suite", "domain", "prompt_id", "correct")
-    }
+    """Suite → answers in `domain`, from rows of `records.Result`; empty where there are none."""
+    suite_of, domain_of, prompts, correct = columns(
+        results, "suite", "domain", "prompt_id", "correct"
+    )
     suites = {}
-    for suite in sorted(set(column["suite"][column["domain"] == domain])):
-        rows = (column["suite"] == suite) & (column["domain"] == domain)
+    for suite in sorted(set(suite_of[domain_of == domain])):
+        rows = (suite_of == suite) & (domain_of == domain)
         questions, index, k = np.unique(
-            column["prompt_id"][rows].astype(str), return_inverse=True, return_counts=True
+            prompts[rows].astype(str), return_inverse=True, return_counts=True
         )
-        right = np.bincount(index, weights=column["correct"][rows].astype(float))
+        right = np.bincount(index, weights=correct[rows].astype(float))
         suites[suite] = Answers(questions, right / k, k)
     return suites
 
 
 def _weights(suites: Mapping[str, Answers], draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Bootstrap weight of every question, [draws, n] per suite; one set for all arms, so that contrasts are paired."""
+    """Bootstrap weight of every question, float [draws, n] per suite.
+
+    All arms use the same weights, so that their contrasts are paired.
+    """
     rng = np.random.default_rng(seed)
     return {
         suite: rng.multinomial(len(a.questions), [1 / len(a.questions)] * len(a.questions), draws)
@@ -70,11 +75,12 @@ def _weights(suites: Mapping[str, Answers], draws: int, seed: int) -> dict[str, 
 def _estimate(value: float, drawn: np.ndarray, questions: int) -> Estimate:
     """Percentile interval of bootstrap draws in points.
 
-    Where no draw differs from another (no question changed, say), the rule of three stands in: with 95% confidence at
-    most 3/n of all questions are other than the n seen (Hanley & Lippman-Hand, JAMA 1983).
+    Where all draws are equal (because no question changed, say), the rule of three replaces it:
+    with 95% confidence at most 3/n of all questions differ from the n seen (Hanley &
+    Lippman-Hand, JAMA 1983).
     """
     low, high = np.percentile(drawn, [2.5, 97.5])
-    if high - low < 1e-9:
+    if high - low < 1e-9:  # equal draws, up to rounding
         low, high = value - 300 / questions, value + 300 / questions
     return Estimate(float(value), max(float(low), -100.0), min(float(high), 100.0))
 
@@ -91,15 +97,15 @@ def accuracy(results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0) 
     weights = _weights(suites, draws, seed)
     drawn = np.mean([weights[suite] @ a.mean for suite, a in suites.items()], axis=0)
     value = float(np.mean([a.mean.mean() for a in suites.values()]))
-    found = _estimate(100 * value, 100 * drawn, sum(len(a.questions) for a in suites.values()))
-    return Estimate(found.value, max(found.low, 0.0), min(found.high, 100.0))
+    estimate = _estimate(100 * value, 100 * drawn, sum(len(a.questions) for a in suites.values()))
+    return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 100.0))
 
 
 class Change(NamedTuple):
-    """Difference of an arm to the student before training, in points."""
+    """Difference between an arm and the student before training, in points."""
 
     estimate: Estimate
-    draws: np.ndarray  # [draws], bootstrap; those of all arms share their questions
+    draws: np.ndarray  # [draws] of the bootstrap; a draw has the same questions in all arms
     p: float  # two-sided, normal approximation with the bootstrap's standard error
     questions: int
 
@@ -111,15 +117,15 @@ def changes(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Change]:
-    """Paired change of every arm; where an arm has several seeds they are resampled above the questions.
+    """Paired change of every arm; several seeds of an arm are resampled above the questions.
 
-    Of S seeds S - 1 are drawn, which makes the bootstrap's variance over seeds unbiased (Rao & Wu, JASA 1988); drawing
-    S would understate it by a half where S = 2. Seeds and questions are crossed, and resampling both is slightly
-    conservative (Owen, Annals of Applied Statistics 2007).
+    Of S seeds S - 1 are drawn, which makes the bootstrap's variance over seeds unbiased (Rao & Wu,
+    JASA 1988); drawing S would understate it by a half where S = 2. Seeds and questions are
+    crossed, and resampling both is slightly conservative (Owen, Annals of Applied Statistics 2007).
 
     Args:
-      before: RESULT of the student before training.
-      after: arm to RESULT tables, one per seed, on the same questions.
+      before: rows of `records.Result`, of the student before training.
+      after: arm to tables of `records.Result`, one per seed, on the same questions.
       domain: "in" or "out".
       draws: of the bootstrap.
       seed: of the bootstrap.
@@ -130,13 +136,13 @@ def changes(
     base = by_question(before, domain)
     weights = _weights(base, draws, seed)
     count = sum(len(a.questions) for a in base.values())
-    found = {}
-    for place, (arm, tables) in enumerate(after.items()):
+    changed = {}
+    for index, (arm, tables) in enumerate(after.items()):
         gaps = _gaps(arm, base, [by_question(results, domain) for results in tables])
         runs = len(tables)
         picked = max(runs - 1, 1)
         share = (
-            np.random.default_rng([seed, place]).multinomial(picked, [1 / runs] * runs, draws)
+            np.random.default_rng([seed, index]).multinomial(picked, [1 / runs] * runs, draws)
             / picked
         )
         drawn = 100 * np.mean(
@@ -144,15 +150,16 @@ def changes(
         )
         value = 100 * float(np.mean([g.mean() for g in gaps.values()]))
         estimate = _estimate(value, drawn, count)
+        # Equal draws have no spread; the rule of three's interval gives the error then.
         error = float(drawn.std(ddof=1)) or (estimate.high - estimate.low) / (2 * _Z95)
-        found[arm] = Change(estimate, drawn, two_sided(value, error), count)
-    return found
+        changed[arm] = Change(estimate, drawn, two_sided(value, error), count)
+    return changed
 
 
 def _gaps(
     arm: str, base: Mapping[str, Answers], runs: Sequence[Mapping[str, Answers]]
 ) -> dict[str, np.ndarray]:
-    """After minus before, [seeds, n] per suite."""
+    """Accuracy after minus before of every question, float [seeds, n] per suite."""
     for suite, a in base.items():
         for run in runs:
             if suite not in run or not np.array_equal(run[suite].questions, a.questions):
@@ -166,7 +173,7 @@ def _gaps(
 
 
 def two_sided(value: float, error: float) -> float:
-    """p of a value under a normal null of that standard error; 1 where both are 0."""
+    """P value of `value` under a normal null with standard error `error`; 1 where both are 0."""
     if error == 0:
         return 1.0 if value == 0 else 0.0
     return 2 * (1 - _NORMAL.cdf(abs(value) / error))
@@ -175,42 +182,43 @@ def two_sided(value: float, error: float) -> float:
 def minimum_detectable(
     before: pa.Table, seeds: int = 1, power: float = 0.8, level: float = 0.05
 ) -> dict[str, float]:
-    """Smallest true change, in points, that one arm would show with `power` at a two-sided `level`, by domain.
+    """Smallest true change in points that one arm would show, by domain.
 
-    Assumes that training shifts every question alike and every seed alike, so that the error of a paired difference is
-    sampling alone: the within-question variance over k of the student and again of the arm, the latter shrinking with
-    the seeds. It is estimated from the student's own k samples; where k = 1, or where no question has both right and
-    wrong samples (greedy decoding), p(1 - p) stands in, its largest value, with p pulled off 0 and 1 by two right and
-    two wrong answers (Agresti & Coull 1998). Questions or seeds that react differently make the true number larger;
-    that policies share their draws makes it smaller.
+    This assumes that training shifts all questions and all seeds equally, so that the error of a
+    paired difference is sampling alone: the within-question variance over k of the student, plus
+    that of the arm, which shrinks with the seeds. The variance is estimated from the student's own
+    k samples. Where k = 1, or where no question has both right and wrong samples (greedy decoding),
+    its largest value p(1 - p) replaces it, with p pulled away from 0 and 1 by two right and two
+    wrong answers (Agresti & Coull 1998). Questions or seeds that react differently make the true
+    number larger; that policies share their draws makes it smaller.
 
     Args:
-      before: RESULT of the student; an arm is taken to be evaluated on as many questions and samples.
+      before: rows of `records.Result`, of the student; the arm is assumed to be evaluated on as
+        many questions and samples.
       seeds: of the arm.
       power: chance of finding a change of the returned size.
-      level: chance of finding one where there is none.
+      level: chance of finding a change where there is none, two-sided.
     """
     factor = _NORMAL.inv_cdf(1 - level / 2) + _NORMAL.inv_cdf(power)
-    found = {}
+    smallest = {}
     for domain in ("in", "out"):
         suites = by_question(before, domain)
         variance = 0.0
         for a in suites.values():
             n = len(a.questions)
-            within = float(
-                np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1))
-            )  # of the mean
+            # Unbiased variance of a question's mean: p(1 - p) / (k - 1).
+            within = float(np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1)))
             if a.samples.min() == 1 or within == 0:
                 p = (float(a.mean.sum()) + 2) / (n + 4)
                 within = p * (1 - p)
             variance += (1 + 1 / seeds) * within / n
         if suites:
-            found[domain] = 100 * factor * math.sqrt(variance) / len(suites)
-    return found
+            smallest[domain] = 100 * factor * math.sqrt(variance) / len(suites)
+    return smallest
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: p values that hold for the whole family of tests (Holm 1979)."""
+    """P values that hold for the whole family of tests, by Holm's step-down method (1979)."""
     ordered = sorted(p, key=lambda name: p[name])
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(ordered):
@@ -220,20 +228,21 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def benjamini_hochberg(p: Mapping[str, float]) -> dict[str, float]:
-    """Adjusted p values that bound the share of false discoveries (Benjamini & Hochberg 1995)."""
+    """P values that bound the share of false discoveries (Benjamini & Hochberg 1995)."""
     ordered = sorted(p, key=lambda name: p[name], reverse=True)
     adjusted, smallest = {}, 1.0
-    for place, name in enumerate(ordered):
-        smallest = min(smallest, p[name] * len(ordered) / (len(ordered) - place))
+    for larger, name in enumerate(ordered):  # so many p values are larger
+        smallest = min(smallest, p[name] * len(ordered) / (len(ordered) - larger))
         adjusted[name] = smallest
     return {name: adjusted[name] for name in p}
 
 
 def slope(x: Sequence[float], y: Sequence[Change]) -> Estimate | None:
-    """Least-squares slope of changes on x (points per unit), interval from the joint bootstrap; None below 3 arms.
+    """Least-squares slope of changes on x, in points per unit; None below 3 arms or at one x.
 
-    The test for "a larger delta helps more". The arms' errors are correlated (same questions, same student), which the
-    joint draws carry; the error of x is not in the interval.
+    It tests "a larger delta helps more". The arms' errors are correlated (they share questions and
+    student), which the interval respects because it comes from the arms' joint bootstrap draws. The
+    error of x is not in the interval.
     """
     centred = np.asarray(x, float) - np.mean(x) if len(x) else np.zeros(0)
     if len(x) < 3 or not centred.any():
@@ -244,12 +253,12 @@ def slope(x: Sequence[float], y: Sequence[Change]) -> Estimate | None:
 
 
 def contrast(a: Change, b: Change) -> Estimate:
-    """a minus b, in points; paired by the shared questions."""
+    """Change a minus change b in points, paired by the shared questions."""
     return _estimate(a.estimate.value - b.estimate.value, a.draws - b.draws, a.questions)
 
 
 def ranks(x: ArrayLike) -> np.ndarray:
-    """Ranks from 1, ties share their mean."""
+    """Ranks from 1; ties share the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(x, float), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
@@ -264,7 +273,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def kendall(a: ArrayLike, b: ArrayLike) -> float:
-    """Kendall's tau-b, for few items: it compares all pairs of them; NaN where one side is constant."""
+    """Kendall's tau-b; NaN where one side is constant. It compares all pairs of items: O(n²)."""
     x, y = np.asarray(a, float), np.asarray(b, float)
     upper = np.triu_indices(len(x), 1)
     s, t = (np.sign(v[:, None] - v[None, :])[upper] for v in (x, y))
@@ -273,9 +282,10 @@ def kendall(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def auc(higher: ArrayLike, lower: ArrayLike) -> Estimate:
-    """Probability that a draw of `higher` exceeds one of `lower`, ties half (Mann–Whitney); NaN if one is empty.
+    """Probability that a draw of `higher` exceeds one of `lower`; ties count half (Mann–Whitney).
 
-    The interval is DeLong's (Biometrics 1988), by midranks; the two samples are taken as independent.
+    The interval is DeLong's (Biometrics 1988), computed from midranks; it takes the two samples as
+    independent. All three numbers are NaN if a sample is empty.
     """
     x, y = np.asarray(higher, float), np.asarray(lower, float)
     m, n = len(x), len(y)
@@ -292,9 +302,10 @@ def auc(higher: ArrayLike, lower: ArrayLike) -> Estimate:
 
 
 def halo(ratings: np.ndarray) -> float:
-    """Mean rank correlation between the dimensions of ratings [traces, dimensions]; NaN if none is defined.
+    """Mean rank correlation between the dimensions of ratings [traces, dimensions].
 
-    Near 1, a judge has one opinion and not several.
+    Near 1, the judge has one opinion and not several (halo effect). NaN if no correlation is
+    defined.
     """
     pairs = [
         spearman(ratings[:, i], ratings[:, j]) for i in range(ratings.shape[1]) for j in range(i)
@@ -304,15 +315,26 @@ def halo(ratings: np.ndarray) -> float:
 
 
 def top_overlap(a: ArrayLike, b: ArrayLike, k: int) -> float:
-    """Share of the k largest of `a` that are among the k largest of `b`; ties go to the earlier place."""
+    """Share of the k largest of `a` that are among the k largest of `b`; earlier items win ties."""
     tops = [set(np.argsort(-np.asarray(v, float), kind="stable")[:k].tolist()) for v in (a, b)]
     return len(tops[0] & tops[1]) / k
 
 
-def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[tuple[float, float, int]]:
-    """Share of pairs that judge b orders as judge a does, by quantile of |gap of a|: (mean |gap|, share, pairs).
+class GapBin(NamedTuple):
+    """Pairs that one judge puts about equally far apart."""
 
-    Pairs that a rates equal are left out; a tie of b counts half.
+    gap: float  # mean |gap| by the first judge
+    share: float  # ordered alike by the second judge, 0 to 1
+    pairs: int
+
+
+def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[GapBin]:
+    """Share of pairs that judge b orders as judge a does, by quantile of a's absolute gap.
+
+    Args:
+      a: gaps by the first judge, [P]; pairs of gap 0 are left out.
+      b: gaps by the second judge, [P]; gaps of 0 count half.
+      bins: quantiles; fewer where there are fewer pairs.
     """
     x, y = np.asarray(a, float), np.asarray(b, float)
     x, y = x[x != 0], y[x != 0]
@@ -321,6 +343,6 @@ def agreement_by_gap(a: ArrayLike, b: ArrayLike, bins: int = 4) -> list[tuple[fl
     order = np.argsort(np.abs(x), kind="stable")
     agree = np.where(y == 0, 0.5, np.sign(x) == np.sign(y))
     return [
-        (float(np.abs(x[part]).mean()), float(agree[part].mean()), len(part))
+        GapBin(float(np.abs(x[part]).mean()), float(agree[part].mean()), len(part))
         for part in np.array_split(order, min(bins, len(x)))
     ]

@@ -1,15 +1,32 @@
-"""What a page is made from, and its tables lined up by trace."""
+"""The tables that a page is made from, and their traces lined up in one order."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from deltapref_jax.config import Experiment
 
-class Rated(NamedTuple):
+
+def columns(table: pa.Table, *names: str) -> list[np.ndarray]:
+    """Columns of a table as NumPy arrays [rows]; strings, and booleans with nulls, are objects."""
+    return [table.column(name).to_numpy() for name in names]
+
+
+class ArtifactRecord(NamedTuple):
+    """What an artifact's manifest says; one record per label that the study has for it."""
+
+    stage: str
+    label: str  # the planner's, such as "judge/exact/weak"
+    key: str  # name of its directory
+    seconds: float
+    stats: Mapping[str, float]
+
+
+class RatingMatrix(NamedTuple):
     """One judge's ratings of all traces."""
 
     dimensions: tuple[str, ...]
@@ -18,88 +35,87 @@ class Rated(NamedTuple):
 
     @property
     def mean(self) -> np.ndarray:
-        """[traces], over the dimensions."""
+        """Rating of every trace, averaged over the dimensions, [traces]."""
         return self.matrix.mean(axis=1)
 
 
 @dataclasses.dataclass
 class Study:
-    """Tables and manifests; every mapping is by the planner's labels without their first part."""
+    """A study's config, tables and artifact records; the names are the record types of the rows."""
 
-    experiment: dict[str, Any]  # the config as plain data
-    prompts: pa.Table
-    suites: Mapping[str, pa.Table]  # suite → PROMPT
-    traces: Mapping[str, pa.Table]  # generator → TRACE; token ids are not needed
-    verdicts: Mapping[str, pa.Table]  # generator → VERDICT
-    ratings: Mapping[str, Mapping[str, pa.Table]]  # judge → generator → RATING
-    audits: Mapping[str, pa.Table]  # judge → AUDIT
-    pairs: Mapping[str, pa.Table]  # arm → PAIR
-    results: Mapping[str, Mapping[str, pa.Table]]  # arm → seed → RESULT
-    student: pa.Table | None
-    capability: Mapping[str, pa.Table]  # generator → RESULT
-    metrics: Mapping[str, list[dict]]  # "arm/seed" → rows of metrics.jsonl
-    manifests: Mapping[str, dict]  # label → manifest
+    experiment: Experiment
+    prompts: pa.Table  # Prompt
+    suites: Mapping[str, pa.Table]  # suite → Prompt
+    traces: Mapping[str, pa.Table]  # generator → Trace; token ids are not needed
+    verdicts: Mapping[str, pa.Table]  # generator → Verdict
+    ratings: Mapping[str, Mapping[str, pa.Table]]  # judge → generator → Rating
+    audits: Mapping[str, pa.Table]  # judge → Audit
+    pairs: Mapping[str, pa.Table]  # arm → Pair
+    results: Mapping[str, Mapping[int, pa.Table]]  # arm → seed → Result, all suites
+    student: pa.Table | None  # Result, before training
+    capability: Mapping[str, pa.Table]  # generator → Result
+    metrics: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm → seed → metrics.jsonl
+    pair_counts: Mapping[str, Mapping[str, float]]  # arm → stats of its pairs
+    artifacts: Sequence[ArtifactRecord]
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # library → version
 
     @functools.cached_property
     def domains(self) -> list[str]:
-        """Those that the suites have, "in" before "out"."""
-        return [
-            d for d in ("in", "out") if any(s["domain"] == d for s in self.experiment["suites"])
-        ]
+        """Domains of the suites, "in" before "out"."""
+        return [d for d in ("in", "out") if any(s.domain == d for s in self.experiment.suites)]
 
     @functools.cached_property
-    def place(self) -> dict[str, int]:
-        """Trace id to row, over all generators in order."""
-        ids = [i for table in self.traces.values() for i in table["trace_id"].to_pylist()]
-        return {trace: row for row, trace in enumerate(ids)}
+    def distinct_artifacts(self) -> list[ArtifactRecord]:
+        """Every artifact once, under its first label."""
+        by_key: dict[str, ArtifactRecord] = {}
+        for artifact in self.artifacts:
+            by_key.setdefault(artifact.key, artifact)
+        return list(by_key.values())
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of all traces, in the order of `place`."""
-        if not self.traces:
-            return np.zeros(0)
-        return np.concatenate(
-            [t[name].to_numpy(zero_copy_only=False) for t in self.traces.values()]
-        )
+    @functools.cached_property
+    def row_of(self) -> dict[str, int]:
+        """Trace id → row in arrays over all traces: the tables of all generators in turn."""
+        return {trace: row for row, trace in enumerate(self.trace_column("trace_id"))}
+
+    def trace_column(self, name: str) -> np.ndarray:
+        """A column of all traces, in the order of `row_of`."""
+        return np.concatenate([np.zeros(0), *(columns(t, name)[0] for t in self.traces.values())])
+
+    def rows_of(self, trace_ids: np.ndarray) -> np.ndarray:
+        """Rows of traces by id, int [n]; -1 where an id is unknown."""
+        return np.array([self.row_of.get(i, -1) for i in trace_ids], int)
+
+    def pair_rows(self, arm: str) -> list[np.ndarray]:
+        """Rows of the chosen and of the rejected traces of an arm's pairs, int [P] each.
+
+        Raises:
+          KeyError: the study does not have a trace of a pair.
+        """
+        sides = columns(self.pairs[arm], "chosen_id", "rejected_id")
+        return [np.array([self.row_of[i] for i in ids], int) for ids in sides]
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
-        """Verdict of every trace: 1, 0, or NaN where there is none."""
-        found = np.full(len(self.place), np.nan)
+        """Verdict of every trace, [traces]: 1, 0, or NaN where there is none."""
+        correct = np.full(len(self.row_of), np.nan)
         for table in self.verdicts.values():
-            for trace, correct in zip(
-                table["trace_id"].to_pylist(), table["correct"].to_pylist(), strict=True
-            ):
-                if correct is not None and trace in self.place:
-                    found[self.place[trace]] = correct
-        return found
+            ids, verdicts = columns(table, "trace_id", "correct")
+            rows = self.rows_of(ids)
+            correct[rows[rows >= 0]] = verdicts[rows >= 0].astype(float)  # None becomes NaN
+        return correct
 
     @functools.cached_property
-    def rated(self) -> dict[str, Rated]:
-        """Ratings by judge, lined up with `place`."""
-        return {
-            judge: _lined_up(tables, self.place) for judge, tables in self.ratings.items() if tables
-        }
+    def rated(self) -> dict[str, RatingMatrix]:
+        """Ratings by judge, with a row per trace as in `row_of`."""
+        return {judge: self._matrix(tables) for judge, tables in self.ratings.items() if tables}
 
-    def rows(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the chosen and of the rejected traces of an arm's pairs, [P] each."""
-        pairs = self.pairs[arm]
-        return tuple(
-            np.array([self.place[i] for i in pairs[side].to_pylist()], int)  # type: ignore[return-value]
-            for side in ("chosen_id", "rejected_id")
-        )
-
-    def stats(self, label: str) -> dict[str, Any]:
-        """Counts of an artifact; empty if it is not in the study."""
-        return self.manifests.get(label, {}).get("stats", {})
-
-
-def _lined_up(tables: Mapping[str, pa.Table], place: Mapping[str, int]) -> Rated:
-    table = pa.concat_tables(tables.values())
-    dimension = table["dimension"].to_numpy(zero_copy_only=False).astype(str)
-    dimensions = tuple(dict.fromkeys(dimension.tolist()))
-    matrix = np.full((len(place), len(dimensions)), np.nan)
-    rows = np.array([place.get(i, -1) for i in table["trace_id"].to_pylist()], int)
-    columns = np.array([dimensions.index(d) for d in dimension.tolist()], int)
-    known = rows >= 0
-    matrix[rows[known], columns[known]] = table["rating"].to_numpy()[known]
-    return Rated(dimensions, matrix, float(np.mean(table["mass"].to_numpy())))
+    def _matrix(self, tables: Mapping[str, pa.Table]) -> RatingMatrix:
+        table = pa.concat_tables(tables.values())
+        ids, dimension, rating, mass = columns(table, "trace_id", "dimension", "rating", "mass")
+        dimensions = tuple(dict.fromkeys(dimension))
+        rows = self.rows_of(ids)
+        known = rows >= 0
+        places = np.array([dimensions.index(d) for d in dimension], int)
+        matrix = np.full((len(self.row_of), len(dimensions)), np.nan)
+        matrix[rows[known], places[known]] = rating[known]
+        return RatingMatrix(dimensions, matrix, float(np.mean(mass)))

@@ -1,9 +1,9 @@
-"""A study's tables to its numbers: everything that the page and the terminal show, as one JSON-able summary."""
+"""Computes a study's summary, everything that the page and the terminal show, from its tables."""
 
+import dataclasses
 import json
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,208 +12,202 @@ import pyarrow as pa
 from deltapref_jax.analysis import judges
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.findings import findings, judge_sentence
-from deltapref_jax.analysis.study import Study
-from deltapref_jax.config import OBJECTIVE_KINDS
-
-_ARM_FIELDS = (
-    "name",
-    "chosen",
-    "rejected",
-    "direction",
-    "keep",
-    "by",
-    "judge",
-    "fraction",
-    "stratum",
-    "objective",
-    "group",
+from deltapref_jax.analysis.page import (
+    ArmChange,
+    ArmSummary,
+    ByDomain,
+    Contrast,
+    DropCount,
+    Evaluation,
+    GeneratorSummary,
+    StageSummary,
+    SuiteSummary,
+    Summary,
+    Survival,
+    SurvivalChange,
+    TrainingSummary,
+    Trend,
 )
+from deltapref_jax.analysis.study import ArtifactRecord, Study, columns
+from deltapref_jax.config import OBJECTIVE_KINDS, Arm, judge_of
+from deltapref_jax.records import Prompt, from_table
+
 Changes = Mapping[str, Mapping[str, st.Change]]  # domain → arm → change
 
+_WATERFALL = (
+    "prompts",
+    "dropped_unfinished",
+    "dropped_identical",
+    "dropped_tie",
+    "dropped_stratum",
+    "pool",
+    "kept",
+)
+_DROP_COUNTS = ("empty", "duplicate", "too_long", "truncated", "unfinished")
 
-def summarise(study: Study) -> dict[str, Any]:
-    """All numbers of the page, and its sentences. What a study lacks is an empty list, or None."""
-    e = study.experiment
-    s: dict[str, Any] = {
-        "name": e["name"],
-        "question": e["question"],
-        "domains": study.domains,
-        "student": None,
-        "suites": [],
-        "detectable": {},
-        "arms": [],
-        "trends": [],
-        "contrasts": [],
-        "survival": [],
-        "controls": [],
-    }
-    s["generators"] = [_generator(study, name) for name in study.traces]
+
+def summarise(study: Study) -> Summary:
+    """All numbers of the page, and its sentences."""
+    s = Summary(study.experiment.name, study.experiment.question, study.domains)
+    s.generators = [_generator(study, name) for name in study.traces]
     if study.student is not None:
-        seeds = min((len(runs) for runs in study.results.values()), default=1)
-        s["student"] = {d: list(st.accuracy(study.student, d)) for d in study.domains} | _shape(
-            study.student
-        )
-        s["suites"] = _suites(study)
-        s["detectable"] = st.minimum_detectable(study.student, seeds)
-        s["detectable_seeds"] = seeds
+        s.student = _evaluation(study, study.student)
+        s.suites = _suites(study)
+        # An arm of few seeds shows the least, so the arm with the fewest sets the plan.
+        s.detectable_seeds = min((len(runs) for runs in study.results.values()), default=1)
+        s.detectable = st.minimum_detectable(study.student, s.detectable_seeds)
         after = {arm: list(runs.values()) for arm, runs in study.results.items()}
         changes = {d: st.changes(study.student, after, d) for d in study.domains}
-        s["arms"] = [_arm(study, changes, arm) for arm in e["arms"] if arm["name"] in study.results]
-        s["trends"] = _trends(s, changes)
-        s["contrasts"] = _contrasts(s, changes)
-        s["survival"] = _survival(study, s, changes)
-        s["controls"] = _controls(s, changes)
-    s["judges"] = [judges.describe(study, name) for name in study.rated]
-    s["agreement"] = judges.agreement(study)
-    s["stages"] = _stages(study)
-    s["dropped"] = _dropped(study)
-    exact = any(j["kind"] == "exact" for j in s["judges"])
-    s["judge_sentences"] = [judge_sentence(j, exact) for j in s["judges"]]
-    s["findings"] = findings(s)
-    return _plain(s)
+        s.arms = _arms(study, changes)
+        s.trends = _trends(s.arms, changes)
+        s.contrasts = _contrasts(s.arms, changes)
+        s.survival = _survival(study, s.arms, changes)
+        s.controls = _controls(s.arms, changes)
+    s.judges = [judges.describe(study, name) for name in study.rated]
+    s.agreement = judges.agreement(study)
+    s.stages = _stages(study.distinct_artifacts)
+    s.dropped = _dropped(study.distinct_artifacts)
+    has_exact = any(j.kind == "exact" for j in s.judges)
+    s.judge_sentences = [judge_sentence(j, has_exact) for j in s.judges]
+    s.findings = findings(s)
+    return s
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: an undefined number is null."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+def summary_json(summary: Summary) -> str:
+    """Text of `summary.json`."""
+    return json.dumps(plain(summary), indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as JSON's types.
+
+    A field marked `page.MERGED` gives its keys to the object that contains it, or none if it is
+    None. Numbers that JSON lacks (NaN, infinities) become None.
+    """
+    if dataclasses.is_dataclass(value):
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(value):
+            inner = plain(getattr(value, field.name))
+            fields |= (inner or {}) if field.metadata.get("merged") else {field.name: inner}
+        return fields
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _shape(table: pa.Table) -> dict[str, float]:
-    """Truncation rate in percent and mean length in tokens: what stands beside every accuracy."""
-    finish = table["finish"].to_pylist()
-    return {
-        "truncated": 100 * finish.count("length") / max(len(finish), 1),
-        "tokens": float(np.mean(table["tokens"].to_numpy())) if finish else math.nan,
-    }
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
 
 
-def _generator(study: Study, name: str) -> dict[str, Any]:
-    shape = _shape(study.traces[name])
-    verdicts = study.verdicts[name]["correct"].to_pylist() if name in study.verdicts else []
-    correct = [c for c in verdicts if c is not None]
-    about = next((g["about"] for g in study.experiment["generators"] if g["name"] == name), "")
-    found: dict[str, Any] = {
-        "name": name,
-        "about": about,
-        "traces": study.traces[name].num_rows,
-        "train_truncated": shape["truncated"],
-        "train_tokens": shape["tokens"],
-        "train_correct": 100 * float(np.mean(correct)) if correct else None,
-    }
-    if name in study.capability:
-        table = study.capability[name]
-        found |= {d: list(st.accuracy(table, d)) for d in study.domains} | _shape(table)
-    return found
+def _lengths(table: pa.Table) -> tuple[float, float]:
+    """Percent of traces cut at the token limit, and mean length in tokens."""
+    finish, tokens = columns(table, "finish", "tokens")
+    return 100 * int(np.sum(finish == "length")) / max(len(finish), 1), _mean(tokens)
 
 
-def _suites(study: Study) -> list[dict[str, Any]]:
-    """Accuracy in percent of the student and of every generator, by suite."""
-    assert study.student is not None
+def _evaluation(study: Study, table: pa.Table) -> Evaluation:
+    return Evaluation({d: st.accuracy(table, d) for d in study.domains}, *_lengths(table))
+
+
+def _generator(study: Study, name: str) -> GeneratorSummary:
+    correct = study.correct[study.rows_of(columns(study.traces[name], "trace_id")[0])]
+    capability = study.capability.get(name)
+    return GeneratorSummary(
+        name,
+        next((g.about for g in study.experiment.generators if g.name == name), ""),
+        study.traces[name].num_rows,
+        *_lengths(study.traces[name]),
+        100 * _mean(correct[~np.isnan(correct)]),
+        None if capability is None else _evaluation(study, capability),
+    )
+
+
+def _suites(study: Study) -> list[SuiteSummary]:
+    """Accuracy of the student and of every generator, by suite."""
     tables = {"student": study.student} | dict(study.capability)
-    found = []
+    summaries = []
     for d in study.domains:
         by_model = {name: st.by_question(table, d) for name, table in tables.items()}
-        for suite, answers in by_model["student"].items():
-            asked = study.suites[suite]["messages"] if suite in study.suites else []
-            example = json.loads(asked[0].as_py())[-1]["content"] if len(asked) else ""
-            found.append(
-                {
-                    "suite": suite,
-                    "domain": d,
-                    "questions": len(answers.questions),
-                    "example": example,
-                    "samples": int(answers.samples.max()),
-                    "accuracy": {
-                        name: 100 * float(of[suite].mean.mean())
-                        for name, of in by_model.items()
-                        if suite in of
+        for suite, answers in st.by_question(study.student, d).items():
+            first = from_table(Prompt, study.suites[suite][:1]) if suite in study.suites else []
+            summaries.append(
+                SuiteSummary(
+                    suite=suite,
+                    domain=d,
+                    questions=len(answers.questions),
+                    example=first[0].question if first else "",
+                    samples=int(answers.samples.max()),
+                    accuracy={
+                        name: 100 * float(suites[suite].mean.mean())
+                        for name, suites in by_model.items()
+                        if suite in suites
                     },
-                }
+                )
             )
-    return found
+    return summaries
 
 
-def _arm(study: Study, changes: Changes, arm: dict) -> dict[str, Any]:
-    name = arm["name"]
-    objective = next(o for o in study.experiment["objectives"] if o["name"] == arm["objective"])
-    shapes = [_shape(t) for t in study.results[name].values()]
-    stats = study.stats(f"pair/{name}")
-    found = {key: arm[key] for key in _ARM_FIELDS}
-    found |= {
-        "kind": objective["kind"],
-        "seeds": len(study.results[name]),
-        "rater": _rater(study, arm),
-        "generator_delta": _generator_delta(study, arm),
-        "sample_delta": _sample_delta(study, name),
-        "pairs": study.pairs[name].num_rows if name in study.pairs else None,
-        "strata": _strata(study, name),
-        "waterfall": {
-            k: int(stats[k])
-            for k in (
-                "prompts",
-                "dropped_unfinished",
-                "dropped_identical",
-                "dropped_tie",
-                "dropped_stratum",
-                "pool",
-                "kept",
-            )
-            if k in stats
-        },
-        "chosen_tokens": stats.get("chosen_tokens"),
-        "rejected_tokens": stats.get("rejected_tokens"),
-        "truncated": float(np.mean([s["truncated"] for s in shapes])),
-        "tokens": float(np.mean([s["tokens"] for s in shapes])),
-        "training": _training(
-            study, name, objective["beta"] if OBJECTIVE_KINDS[objective["kind"]].reference else 0.0
-        ),
-    }
+def _arms(study: Study, changes: Changes) -> list[ArmSummary]:
+    """Every arm that was evaluated, its p values adjusted over all of them."""
+    by_domain: dict[str, dict[str, ArmChange]] = {}
     for d, of_arms in changes.items():
-        p = {a: c.p for a, c in of_arms.items()}
-        found[d] = {
-            "change": list(of_arms[name].estimate),
-            "p": p[name],
-            "p_holm": st.holm(p)[name],
-            "p_bh": st.benjamini_hochberg(p)[name],
+        p = {name: change.p for name, change in of_arms.items()}
+        p_holm, p_bh = st.holm(p), st.benjamini_hochberg(p)
+        by_domain[d] = {
+            name: ArmChange(change.estimate, change.p, p_holm[name], p_bh[name])
+            for name, change in of_arms.items()
         }
-    return found
+    return [
+        _arm(study, arm, {d: of_arms[arm.name] for d, of_arms in by_domain.items()})
+        for arm in study.experiment.arms
+        if arm.name in study.results
+    ]
 
 
-def _rater(study: Study, arm: dict) -> str:
-    """The judge whose ratings shaped the arm's pairs; "" if none did."""
-    if arm["direction"] != "generator":
-        return arm["direction"]
-    if arm["keep"] in ("top", "matched"):
-        return arm["judge"] or next((j["name"] for j in study.experiment["judges"]), "")
-    return ""
+def _arm(study: Study, arm: Arm, changes: dict[str, ArmChange]) -> ArmSummary:
+    objective = next(o for o in study.experiment.objectives if o.name == arm.objective)
+    runs = study.results[arm.name].values()
+    truncated, tokens = zip(*(_lengths(run) for run in runs), strict=True)
+    counts = study.pair_counts.get(arm.name, {})
+    shaped = arm.direction != "generator" or arm.keep in ("top", "matched")
+    return ArmSummary(
+        arm=arm,
+        kind=objective.kind,
+        seeds=len(runs),
+        pair_judge=judge_of(study.experiment, arm) if shaped else "",
+        generator_delta=_generator_delta(study, arm),
+        sample_delta=_sample_delta(study, arm.name),
+        pairs=study.pairs[arm.name].num_rows if arm.name in study.pairs else None,
+        strata=_strata(study, arm.name),
+        waterfall={name: int(counts[name]) for name in _WATERFALL if name in counts},
+        chosen_tokens=counts.get("chosen_tokens", math.nan),
+        rejected_tokens=counts.get("rejected_tokens", math.nan),
+        truncated=_mean(truncated),
+        tokens=_mean(tokens),
+        training=_training(
+            study, arm.name, objective.beta if OBJECTIVE_KINDS[objective.kind].reference else 0.0
+        ),
+        changes=changes,
+    )
 
 
-def _generator_delta(study: Study, arm: dict) -> dict[str, list[float]] | None:
-    """Measured accuracy of the chosen traces' author minus that of the rejected ones', by domain, with interval."""
-    chosen, rejected = arm["chosen"], arm["rejected"]
-    if not {chosen, rejected} <= study.capability.keys():
+def _generator_delta(study: Study, arm: Arm) -> ByDomain | None:
+    """Accuracy of the chosen traces' generator minus that of the rejected ones', by domain."""
+    if not {arm.chosen, arm.rejected} <= study.capability.keys():
         return None
-    if chosen == rejected:
-        return {d: [0.0, 0.0, 0.0] for d in study.domains}
-    return {
-        d: list(
-            st.changes(study.capability[rejected], {chosen: [study.capability[chosen]]}, d)[
-                chosen
-            ].estimate
-        )
-        for d in study.domains
-    }
+    if arm.chosen == arm.rejected:
+        return {d: st.Estimate(0.0, 0.0, 0.0) for d in study.domains}
+    low, high = study.capability[arm.rejected], study.capability[arm.chosen]
+    return {d: st.changes(low, {arm.chosen: [high]}, d)[arm.chosen].estimate for d in study.domains}
 
 
 def _sample_delta(study: Study, name: str) -> dict[str, float]:
     """Mean gap of an arm's pairs by every judge, in rating points, over the dimensions."""
     if name not in study.pairs:
         return {}
-    chosen, rejected = study.rows(name)
+    chosen, rejected = study.pair_rows(name)
     gaps = {
         judge: rated.mean[chosen] - rated.mean[rejected] for judge, rated in study.rated.items()
     }
@@ -224,219 +218,187 @@ def _strata(study: Study, name: str) -> dict[str, float] | None:
     """Shares of an arm's pairs, in percent, by verified correctness of chosen and rejected."""
     if name not in study.pairs:
         return None
-    c, r = (study.correct[rows] for rows in study.rows(name))
-    known = ~np.isnan(c) & ~np.isnan(r)
+    chosen, rejected = (study.correct[rows] for rows in study.pair_rows(name))
+    known = ~np.isnan(chosen) & ~np.isnan(rejected)
     if not known.any():
         return None
+    verdicts = {"right": 1, "wrong": 0}
     return {
-        f"{a}_{b}": 100
-        * float(np.mean((c[known] == (a == "right")) & (r[known] == (b == "right"))))
-        for a in ("right", "wrong")
-        for b in ("right", "wrong")
+        f"{a}_{b}": 100 * float(np.mean((chosen[known] == x) & (rejected[known] == y)))
+        for a, x in verdicts.items()
+        for b, y in verdicts.items()
     }
 
 
-def _training(study: Study, name: str, beta: float) -> dict[str, Any]:
-    """Means over the last quarter of the steps of all seeds; shifts are log-probabilities minus reference, in nats."""
-    runs = [
-        rows for label, rows in study.metrics.items() if label.rsplit("/", 1)[0] == name and rows
-    ]
+def _training(study: Study, name: str, beta: float) -> TrainingSummary:
+    """Metrics of an arm; `beta` 0 says that its rewards are not beta times a log-ratio."""
+    runs = [rows for rows in study.metrics.get(name, {}).values() if rows]
+    # The last quarter of every run, where the metrics have settled.
     last = [row for rows in runs for row in rows[-max(1, len(rows) // 4) :]]
 
-    def mean(key: str) -> float | None:
-        values = [row[key] for row in last if row.get(key) is not None]
-        return float(np.mean(values)) if values else None
+    def mean(key: str) -> float:
+        return _mean([row[key] for row in last if row.get(key) is not None])
 
-    shift = {
-        side: None if (v := mean(f"rewards/{side}")) is None or not beta else v / beta
-        for side in ("chosen", "rejected")
-    }
-    fell = [v is not None and v < 0 for v in shift.values()]
-    return {
-        "steps": max((rows[-1]["step"] for rows in runs), default=None),
-        "loss": mean("loss"),
-        "grad_norm": mean("grad_norm"),
-        "accuracy": mean("rewards/accuracies"),
-        "margin": mean("rewards/margins"),
-        "kl": mean("kl"),
-        **shift,
-        "falling": all(fell),
-    }
+    chosen, rejected = (
+        mean(f"rewards/{side}") / beta if beta else math.nan for side in ("chosen", "rejected")
+    )
+    return TrainingSummary(
+        steps=max((int(rows[-1]["step"]) for rows in runs), default=None),
+        loss=mean("loss"),
+        grad_norm=mean("grad_norm"),
+        accuracy=mean("rewards/accuracies"),
+        margin=mean("rewards/margins"),
+        kl=mean("kl"),
+        chosen=chosen,
+        rejected=rejected,
+        falling=chosen < 0 and rejected < 0,
+    )
 
 
-def _trends(s: dict, changes: Changes) -> list[dict[str, Any]]:
-    """Slope of change on measured generator delta over the rungs of each objective's ladder, and its two ends."""
-    found = []
-    for objective in dict.fromkeys(a["objective"] for a in s["arms"]):
-        rungs = sorted(
-            (
-                a
-                for a in s["arms"]
-                if a["objective"] == objective
-                and a["group"] == "ladder"
-                and a["generator_delta"]
-                and "in" in a["generator_delta"]
-            ),
-            key=lambda a: a["generator_delta"]["in"][0],
-        )
-        for d in s["domains"]:
-            deltas = [a["generator_delta"]["in"][0] for a in rungs]
-            slope = st.slope(deltas, [changes[d][a["name"]] for a in rungs])
-            if slope:
-                values = [changes[d][a["name"]].estimate.value for a in rungs]
-                ends = st.contrast(changes[d][rungs[-1]["name"]], changes[d][rungs[0]["name"]])
-                found.append(
-                    {
-                        "objective": objective,
-                        "domain": d,
-                        "rungs": len(rungs),
-                        "low": rungs[0]["name"],
-                        "high": rungs[-1]["name"],
-                        "per_10": [10 * v for v in slope],
-                        "ends": list(ends),
-                        "kendall": st.kendall(deltas, values),
-                        "centre": [float(np.mean(deltas)), float(np.mean(values))],
-                    }
-                )
-    return found
-
-
-def _alike(a: dict, b: dict, *but: str) -> bool:
-    keys = {
-        "chosen",
-        "rejected",
-        "objective",
-        "stratum",
-        "direction",
-        "keep",
-        "by",
-        "fraction",
-    } - set(but)
-    return all(a[k] == b[k] for k in keys)
-
-
-def _contrasts(s: dict, changes: Changes) -> list[dict[str, Any]]:
-    """Selected pairs against as many random or length-matched ones, and against all of the pool."""
-    found = []
-    for a in s["arms"]:
-        for b in s["arms"]:
-            if a["keep"] != "top" or not _alike(a, b, "keep", "by", "fraction"):
+def _trends(arms: Sequence[ArmSummary], changes: Changes) -> list[Trend]:
+    """Slope of change on measured generator delta over each objective's ladder, and its ends."""
+    trends = []
+    for objective in dict.fromkeys(a.arm.objective for a in arms):
+        ladder = [
+            (a.delta, a.name)
+            for a in arms
+            if a.arm.objective == objective and a.arm.group == "ladder" and a.delta is not None
+        ]
+        ladder.sort(key=lambda rung: rung[0])  # arms of equal delta stay in the config's order
+        deltas = [delta for delta, _ in ladder]
+        for d, of_arms in changes.items():
+            rungs = [of_arms[name] for _, name in ladder]
+            slope = st.slope(deltas, rungs)
+            if slope is None:
                 continue
-            if b["keep"] == "random":
-                fits = b["fraction"] == a["fraction"]
-            elif b["keep"] == "matched":
-                fits = (
-                    b["fraction"] == a["fraction"]
-                    and b["by"] == a["by"]
-                    and b["rater"] == a["rater"]
+            values = [change.estimate.value for change in rungs]
+            trends.append(
+                Trend(
+                    objective=objective,
+                    domain=d,
+                    rungs=len(rungs),
+                    low=ladder[0][1],
+                    high=ladder[-1][1],
+                    per_10=st.Estimate(*(10 * v for v in slope)),
+                    ends=st.contrast(rungs[-1], rungs[0]),
+                    kendall=st.kendall(deltas, values),
+                    centre=(_mean(deltas), _mean(values)),
                 )
-            else:
-                fits = b["keep"] == "all"
-            if fits:
-                found.append(
-                    {"a": a["name"], "b": b["name"], "kind": b["keep"]}
-                    | {
-                        d: list(st.contrast(changes[d][a["name"]], changes[d][b["name"]]))
-                        for d in s["domains"]
-                    }
-                )
-    return found
-
-
-def _survival(study: Study, s: dict, changes: Changes) -> list[dict[str, Any]]:
-    """Arms that differ only in the judge who selected or directed their pairs."""
-    found = []
-    shaped = [a for a in s["arms"] if a["rater"]]
-    for i, a in enumerate(shaped):
-        for b in shaped[i + 1 :]:
-            if a["rater"] == b["rater"] or not _alike(a, b, "direction"):
-                continue
-            sets = [set(study.pairs[x["name"]]["pair_id"].to_pylist()) for x in (a, b)]
-            found.append(
-                {
-                    "a": a["name"],
-                    "b": b["name"],
-                    "first": a["rater"],
-                    "second": b["rater"],
-                    "shared": 100 * len(sets[0] & sets[1]) / max(1, min(len(x) for x in sets)),
-                }
-                | {
-                    d: {
-                        "a": a[d]["change"],
-                        "b": b[d]["change"],
-                        "difference": list(
-                            st.contrast(changes[d][a["name"]], changes[d][b["name"]])
-                        ),
-                    }
-                    for d in s["domains"]
-                }
             )
-    return found
+    return trends
 
 
-def _controls(s: dict, changes: Changes) -> list[dict[str, Any]]:
-    """Control arms against the ladder arms of the same two generators: SFT, strata of correctness, other directions."""
-    found = []
-    for a in s["arms"]:
-        for b in s["arms"]:
-            same = a["chosen"] == b["chosen"] and a["rejected"] == b["rejected"]
-            if (
-                a["group"] == "control"
-                and b["group"] == "ladder"
-                and b["keep"] == "all"
-                and same
-                and (a["objective"] == b["objective"] or a["kind"] == "sft")
-            ):
-                found.append(
-                    {"a": a["name"], "b": b["name"]}
-                    | {
-                        d: list(st.contrast(changes[d][a["name"]], changes[d][b["name"]]))
-                        for d in s["domains"]
-                    }
-                )
-    return found
+def _data(arm: Arm) -> tuple[str, ...]:
+    """What an arm trains on, apart from who labels and who selects its pairs."""
+    return arm.chosen, arm.rejected, arm.objective, arm.stratum
 
 
-def _stages(study: Study) -> list[dict[str, Any]]:
-    """Seconds of every stage as shares of the total; tokens per second, padding and compile time where counted."""
-    totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for manifest in {m["key"]: m for m in study.manifests.values()}.values():
-        stage, stats = totals[manifest["stage"]], manifest["stats"]
-        stage["artifacts"] += 1
-        stage["seconds"] += manifest["seconds"]
-        for name in ("tokens", "positions", "filled", "compile_seconds"):
-            stage[name] += stats.get(name, 0)
-    everything = sum(stage["seconds"] for stage in totals.values()) or 1.0
+def _difference(a: ArmSummary, b: ArmSummary, changes: Changes) -> ByDomain:
+    return {d: st.contrast(of_arms[a.name], of_arms[b.name]) for d, of_arms in changes.items()}
+
+
+def _contrasts(arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
+    """Selected pairs against as many random or length-matched ones, and against all of the pool."""
+
+    def comparable(a: ArmSummary, b: ArmSummary) -> bool:
+        if (*_data(a.arm), a.arm.direction) != (*_data(b.arm), b.arm.direction):
+            return False
+        if b.arm.keep == "random":
+            return b.arm.fraction == a.arm.fraction
+        if b.arm.keep == "matched":
+            ranked_by = (a.arm.fraction, a.arm.by, a.pair_judge)
+            return ranked_by == (b.arm.fraction, b.arm.by, b.pair_judge)
+        return b.arm.keep == "all"
+
     return [
-        {
-            "stage": name,
-            "artifacts": int(t["artifacts"]),
-            "seconds": t["seconds"],
-            "share": 100 * t["seconds"] / everything,
-            "tokens": int(t["tokens"]) or None,
-            "compile_seconds": t["compile_seconds"] or None,
-            "tokens_per_second": t["tokens"] / t["seconds"]
-            if t["tokens"] and t["seconds"]
-            else None,
-            "padding": 100 * (1 - t["filled"] / t["positions"]) if t["positions"] else None,
-        }
-        for name, t in sorted(totals.items(), key=lambda item: -item[1]["seconds"])
+        Contrast(a.name, b.name, b.arm.keep, _difference(a, b, changes))
+        for a in arms
+        if a.arm.keep == "top"
+        for b in arms
+        if comparable(a, b)
     ]
 
 
-def _dropped(study: Study) -> list[dict[str, Any]]:
-    """Every count of something dropped, cut or skipped that is not 0, with where; an artifact once."""
-    found, seen = [], set()
-    for label, manifest in study.manifests.items():
-        for name, count in manifest["stats"].items():
-            named = name.startswith(("dropped_", "overlap_")) or name in (
-                "empty",
-                "duplicate",
-                "too_long",
-                "truncated",
-                "unfinished",
+def _survival(study: Study, arms: Sequence[ArmSummary], changes: Changes) -> list[Survival]:
+    """Arms that differ only in the judge who selected or labelled their pairs."""
+
+    def setup(arm: Arm) -> tuple[object, ...]:
+        return *_data(arm), arm.keep, arm.by, arm.fraction
+
+    survival = []
+    shaped = [a for a in arms if a.pair_judge]
+    for i, a in enumerate(shaped):
+        for b in shaped[i + 1 :]:
+            if a.pair_judge == b.pair_judge or setup(a.arm) != setup(b.arm):
+                continue
+            pairs_a, pairs_b = (set(columns(study.pairs[x.name], "pair_id")[0]) for x in (a, b))
+            smaller = max(1, min(len(pairs_a), len(pairs_b)))
+            difference = _difference(a, b, changes)
+            survival.append(
+                Survival(
+                    a=a.name,
+                    b=b.name,
+                    first=a.pair_judge,
+                    second=b.pair_judge,
+                    shared=100 * len(pairs_a & pairs_b) / smaller,
+                    changes={
+                        d: SurvivalChange(a.changes[d].change, b.changes[d].change, difference[d])
+                        for d in changes
+                    },
+                )
             )
-            if count and named and (manifest["key"], name) not in seen:
-                seen.add((manifest["key"], name))
-                found.append({"where": label, "what": name.replace("_", " "), "count": int(count)})
-    return found
+    return survival
+
+
+def _controls(arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
+    """Control arms against the ladder arms of the same two generators.
+
+    Controls are SFT, strata of correctness, and other directions.
+    """
+    return [
+        Contrast(a.name, b.name, b.arm.keep, _difference(a, b, changes))
+        for a in arms
+        if a.arm.group == "control"
+        for b in arms
+        if (b.arm.group, b.arm.keep) == ("ladder", "all")
+        and (a.arm.chosen, a.arm.rejected) == (b.arm.chosen, b.arm.rejected)
+        and (a.arm.objective == b.arm.objective or a.kind == "sft")
+    ]
+
+
+def _stages(artifacts: Iterable[ArtifactRecord]) -> list[StageSummary]:
+    """Seconds of every stage as shares of the total, with tokens, padding and compile time."""
+    by_stage: dict[str, list[ArtifactRecord]] = {}
+    for artifact in artifacts:
+        by_stage.setdefault(artifact.stage, []).append(artifact)
+    seconds = {stage: sum(a.seconds for a in of_stage) for stage, of_stage in by_stage.items()}
+    everything = sum(seconds.values()) or 1.0
+    summaries = []
+    for stage in sorted(by_stage, key=lambda stage: -seconds[stage]):
+        tokens, positions, filled, compiling = (
+            sum(a.stats.get(name, 0) for a in by_stage[stage])
+            for name in ("tokens", "positions", "filled", "compile_seconds")
+        )
+        summaries.append(
+            StageSummary(
+                stage=stage,
+                artifacts=len(by_stage[stage]),
+                seconds=seconds[stage],
+                share=100 * seconds[stage] / everything,
+                tokens=int(tokens) or None,
+                compile_seconds=compiling or None,
+                tokens_per_second=tokens / seconds[stage] if tokens and seconds[stage] else None,
+                padding=100 * (1 - filled / positions) if positions else None,
+            )
+        )
+    return summaries
+
+
+def _dropped(artifacts: Iterable[ArtifactRecord]) -> list[DropCount]:
+    """Every count of something dropped, cut or skipped that is not 0."""
+    return [
+        DropCount(artifact.label, name.replace("_", " "), int(count))
+        for artifact in artifacts
+        for name, count in artifact.stats.items()
+        if count and (name.startswith(("dropped_", "overlap_")) or name in _DROP_COUNTS)
+    ]

@@ -19,7 +19,7 @@ from deltapref_jax.answers.extract import (
     without_thoughts,
 )
 from deltapref_jax.answers.worker import Worker
-from deltapref_jax.config import CHECKERS, choose, need_reasoning_gym
+from deltapref_jax.config import CHECKERS, check_choice, need_reasoning_gym
 
 _MAX_ANSWER = 10_000  # characters that are read of an answer
 _worker = Worker()
@@ -42,7 +42,7 @@ def check(prompt: Mapping[str, Any], text: str) -> Verdict:
     Raises:
       ConfigError: the prompt names an unknown checker, or one whose library is not installed.
     """
-    kind = choose("checker", prompt["checker"], CHECKERS)
+    kind = check_choice("checker", prompt["checker"], CHECKERS)
     if kind == "":
         return Verdict(None, "", "")
     if kind in ("math", "exact"):

@@ -1,4 +1,7 @@
-"""Rows of a file, folder or hub data set in blocks that Grain draws at random places, with the place of each row."""
+"""Rows of a file, folder or hub data set, in blocks that Grain reads in any order.
+
+Every row comes with its place in the source, for messages.
+"""
 
 import functools
 import json
@@ -12,22 +15,22 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Pairs
-from deltapref_jax.files import local
+from deltapref_jax.files import local_copy
 
 BLOCK = 256  # rows that are read and tokenised together
 
 
 class Blocks:
-    """Random access to blocks of (where, row) for Grain; subclasses read rows start to stop.
+    """Random access to blocks of (place, row) for Grain; subclasses read rows start to stop.
 
     Attributes:
-      path: as it was given, for words; what is read may be a copy of it on this machine.
-      rows: in all.
+      path: as it was given, for messages; the file read may be a copy of it on this machine.
+      rows: number of rows.
     """
 
     def __init__(self, path: str, rows: int):
         self.path, self.rows = path, rows
-        self._file = local(path)
+        self._file = local_copy(path)
 
     def __len__(self) -> int:
         return math.ceil(self.rows / BLOCK)
@@ -43,7 +46,7 @@ class Blocks:
 class _Jsonl(Blocks):
     def __init__(self, path: str):
         found, at = [], 0
-        with open(local(path), "rb") as file:
+        with open(local_copy(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     found.append((at, number))
@@ -59,10 +62,10 @@ class _Jsonl(Blocks):
 
 
 class _Parquet(Blocks):
-    """Row numbers count from 0; reading a damaged page raises ConfigError."""
+    """A Parquet file; row numbers start at 0, and reading a damaged page raises ConfigError."""
 
     def __init__(self, path: str, columns: Sequence[str]):
-        meta = pq.read_metadata(local(path))
+        meta = pq.read_metadata(local_copy(path))
         self._columns = columns
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
@@ -74,10 +77,10 @@ class _Parquet(Blocks):
         try:
             table = _row_groups(self._file, first, last, tuple(self._columns))
             rows = table.slice(start - self._starts[first], stop - start).to_pylist()
-        except Exception as e:  # pyarrow raises many kinds for a damaged page
+        except Exception as e:  # pyarrow raises many types for a damaged page
             raise ConfigError(
-                f"Rows {start} to {stop - 1} of {self.path} cannot be read ({_first_line(e)}); write the "
-                "file again."
+                f"Rows {start} to {stop - 1} of {self.path} cannot be read ({_first_line(e)}); "
+                "write the file again."
             ) from e
         for i, row in enumerate(rows, start):
             yield f"Row {i} of {self.path}", row
@@ -90,7 +93,7 @@ def _row_groups(path: str, first: int, last: int, columns: tuple[str, ...]) -> A
 
 
 class _Arrow(Blocks):
-    """A data set of the `datasets` library; row numbers count from 0."""
+    """A data set of the `datasets` library; row numbers start at 0."""
 
     def __init__(self, path: str, data: Any):
         self._data = data
@@ -107,29 +110,30 @@ def open_blocks(
     """The rows of a source, and its columns.
 
     Args:
-      source: file, folder or hub name.
-      read: all columns to those that are read.
+      source: a file, folder or hub name.
+      read: maps the names of all columns to those of the columns that are read.
 
     Raises:
       ConfigError: the source is missing or damaged.
     """
     path = source.path
-    if not os.path.isfile(local(path)):
+    if not os.path.isfile(local_copy(path)):
         data = _dataset(path, source.split)
         wanted = read(data.column_names)
         return _Arrow(
             path, data.select_columns([c for c in data.column_names if c in wanted])
         ), data.column_names
     try:
-        names = pq.read_schema(local(path)).names if path.endswith(".parquet") else None
-    except Exception as e:  # pyarrow raises many kinds for a damaged file
+        names = pq.read_schema(local_copy(path)).names if path.endswith(".parquet") else None
+    except Exception as e:  # pyarrow raises many types for a damaged file
         raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
     if names is not None:
         wanted = read(names)
         return _Parquet(path, [c for c in names if c in wanted]), names
     if not path.endswith((".jsonl", ".json")):
         raise ConfigError(
-            f"The data file {path} ends in neither .jsonl nor .parquet; convert it to one of the two."
+            f"The data file {path} ends in neither .jsonl nor .parquet; convert it to one of the "
+            "two."
         )
     lines = _Jsonl(path)
     if not lines.rows:
@@ -138,36 +142,36 @@ def open_blocks(
     try:
         return lines, list(json_row(first))
     except ValueError as e:
-        raise ConfigError(f"{where}: {e}; mend or remove the row.") from e
+        raise ConfigError(f"{where}: {e}; fix or remove the row.") from e
 
 
 def check_place(path: str) -> None:
     """Refuses a path that is not there and cannot be a hub name.
 
     Raises:
-      ConfigError: so it is.
+      ConfigError: there is nothing at `path`, which looks like a path and not like a hub name.
     """
     here = (
         path.endswith((".jsonl", ".json", ".parquet"))
         or path.count("/") > 1
         or path.startswith((".", "/"))
     )
-    if here and not os.path.exists(local(path)):
+    if here and not os.path.exists(local_copy(path)):
         raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
 
 
 def _dataset(path: str, split: str) -> Any:
-    """A local folder (saved by `datasets`, or of data files) or a hub name."""
+    """The data set in a local folder (saved by `datasets`, or of data files) or of a hub name."""
     import datasets
 
     check_place(path)
-    path = local(path)
+    path = local_copy(path)
     folder = Path(path)
     try:
         saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
         return data[split] if isinstance(data, dict) else data
-    except Exception as e:  # the library and the hub raise dozens of kinds
+    except Exception as e:  # the library and the hub raise dozens of types
         raise ConfigError(
             f"The data set {path!r} (split {split!r}) cannot be loaded "
             f"({_first_line(e)}); check name, split and connection, or give a local folder."
@@ -182,7 +186,7 @@ def json_row(line: bytes) -> dict[str, Any]:
     """A line of a JSON lines file.
 
     Raises:
-      ValueError: it is not a JSON object, or holds half of a surrogate pair, which is no text.
+      ValueError: the line is not a JSON object, or has half of a surrogate pair, which is no text.
     """
     try:
         row = json.loads(line.strip())
@@ -190,7 +194,7 @@ def json_row(line: bytes) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError as e:
         raise ValueError(f"not JSON ({e})") from e
-    except (ValueError, RecursionError) as e:  # a piece of a longer value, or nested too deep
+    except (ValueError, RecursionError) as e:  # part of a longer value, or nested too deep
         raise ValueError(f"not JSON ({e}); a file has one object a line") from e
     if not isinstance(row, dict):
         raise ValueError("not a JSON object; a file has one object a line")

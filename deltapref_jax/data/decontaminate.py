@@ -1,16 +1,16 @@
-"""Training questions that overlap evaluation questions are found here, to be dropped and counted."""
+"""Finds the training questions that overlap evaluation questions, to be dropped and counted."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from deltapref_jax.records import Prompt
 
 NGRAM = 13
-"""Words in a row that make an overlap (GPT-3, arXiv 2005.14165, appendix C)."""
+"""Consecutive words that make an overlap (GPT-3, arXiv 2005.14165, appendix C)."""
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Lower-case words and numbers; punctuation and spacing do not matter."""
+    """The words and numbers of a text in lower case, without punctuation and spacing."""
     return tuple(re.findall(r"\w+", text.lower()))
 
 
@@ -18,28 +18,23 @@ def _ngrams(text: tuple[str, ...]) -> set[tuple[str, ...]]:
     return {text[i : i + NGRAM] for i in range(len(text) - NGRAM + 1)}
 
 
-def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return words(json.loads(row["messages"])[-1]["content"])
+def overlapping(training: Iterable[Prompt], evaluation: Iterable[Prompt]) -> dict[str, str]:
+    """Ids of the training prompts that overlap an evaluation prompt, with the reason.
 
-
-def overlapping(
-    training: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]]
-) -> dict[str, str]:
-    """Ids of training prompts that overlap, with the reason: "exact" (same words) or "13-gram" (13 words in a row).
-
-    Both arguments are rows of `records.PROMPT`. Questions of fewer than 13 words can only overlap exactly.
+    The reason is "exact" (the same words) or "13-gram" (13 consecutive words in common). Questions
+    of fewer than 13 words can only overlap exactly.
     """
     exact: set[tuple[str, ...]] = set()
     shared: set[tuple[str, ...]] = set()
-    for row in evaluation:
-        question = _question(row)
+    for prompt in evaluation:
+        question = words(prompt.question)
         exact.add(question)
         shared |= _ngrams(question)
     found = {}
-    for row in training:
-        question = _question(row)
+    for prompt in training:
+        question = words(prompt.question)
         if question in exact:
-            found[row["prompt_id"]] = "exact"
+            found[prompt.prompt_id] = "exact"
         elif not shared.isdisjoint(_ngrams(question)):
-            found[row["prompt_id"]] = "13-gram"
+            found[prompt.prompt_id] = "13-gram"
     return found

@@ -1,59 +1,95 @@
-"""Pairs in the columns that TRL and its kin read."""
+"""Pairs in the columns that TRL and other trainers read, as messages or as token ids."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError
+from deltapref_jax.records import Pair, Prompt, TokenSequence, Trace
 
 Row = dict[str, Any]
 
 
 def trl_rows(
-    pairs: Sequence[Row],
-    prompts: Sequence[Row],
-    traces: Sequence[Row],
+    pairs: Sequence[Pair],
+    prompts: Sequence[Prompt],
+    traces: Sequence[Trace],
     ratings: Mapping[str, float],
 ) -> list[Row]:
-    """{prompt, chosen, rejected} as message lists (explicit prompt), with models, ratings and correctness.
+    """{prompt, chosen, rejected} as message lists, with models, ratings and correctness.
 
     Args:
-      pairs: of PAIR.
-      prompts: of PROMPT.
-      traces: of TRACE.
-      ratings: trace id to rating points; null in the rows of other traces.
+      pairs: become one row each.
+      prompts: at least those of the pairs.
+      traces: at least those of the pairs.
+      ratings: trace id to rating points; the rating of any other trace is null.
     """
-    asked = {row["prompt_id"]: json.loads(row["messages"]) for row in prompts}
-    text = {row["trace_id"]: row["text"] for row in traces}
+    asked = {prompt.prompt_id: prompt.chat() for prompt in prompts}
+    text = {trace.trace_id: trace.text for trace in traces}
 
     def answer(trace_id: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": text[trace_id]}]
 
     return [
         {
-            "prompt": asked[p["prompt_id"]],
-            "chosen": answer(p["chosen_id"]),
-            "rejected": answer(p["rejected_id"]),
-            "chosen_model": p["chosen_model"],
-            "rejected_model": p["rejected_model"],
-            "chosen_rating": ratings.get(p["chosen_id"]),
-            "rejected_rating": ratings.get(p["rejected_id"]),
-            "chosen_correct": p["chosen_correct"],
-            "rejected_correct": p["rejected_correct"],
+            "prompt": asked[p.prompt_id],
+            "chosen": answer(p.chosen_id),
+            "rejected": answer(p.rejected_id),
+            "chosen_model": p.chosen_model,
+            "rejected_model": p.rejected_model,
+            "chosen_rating": ratings.get(p.chosen_id),
+            "rejected_rating": ratings.get(p.rejected_id),
+            "chosen_correct": p.chosen_correct,
+            "rejected_correct": p.rejected_correct,
         }
         for p in pairs
     ]
+
+
+def token_rows(pairs: Sequence[Pair], sequences: Mapping[str, TokenSequence]) -> list[Row]:
+    """{prompt_ids, chosen_ids, rejected_ids} rows: exactly the tokens that were scored.
+
+    Args:
+      pairs: become one row each.
+      sequences: trace id to its sequence, for at least the traces of the pairs.
+
+    Raises:
+      ConfigError: a sequence has tokens that are no targets, or the two prompts of a pair differ;
+        neither can be written in these columns.
+    """
+    rows = []
+    for pair in pairs:
+        chosen, rejected = sequences[pair.chosen_id], sequences[pair.rejected_id]
+        if chosen.scored is not None or rejected.scored is not None:
+            raise ConfigError(
+                f"Pair {pair.pair_id} has completion tokens that are no targets, which token ids "
+                "cannot express; export it as messages."
+            )
+        if not np.array_equal(chosen.prompt_ids, rejected.prompt_ids):
+            raise ConfigError(
+                f"Pair {pair.pair_id} has different prompt tokens before its chosen and its "
+                "rejected trace; export it as messages."
+            )
+        rows.append(
+            {
+                "prompt_ids": chosen.prompt_ids.tolist(),
+                "chosen_ids": chosen.completion_ids.tolist(),
+                "rejected_ids": rejected.completion_ids.tolist(),
+            }
+        )
+    return rows
 
 
 def write_rows(rows: Sequence[Row], path: str) -> None:
     """Writes Parquet or JSON lines, by the file's ending.
 
     Raises:
-      ConfigError: another ending, or the file cannot be written.
+      ConfigError: the path has another ending, or the file cannot be written.
     """
     if not path.endswith((".parquet", ".jsonl")):
         raise ConfigError(
@@ -67,6 +103,6 @@ def write_rows(rows: Sequence[Row], path: str) -> None:
             Path(path).write_text(lines, encoding="utf-8")
     except OSError as e:
         raise ConfigError(
-            f"The output {path} cannot be written ({e.strerror or e}); name a file in a folder that is "
-            "there."
+            f"The output {path} cannot be written ({e.strerror or e}); name a file in a folder "
+            "that is there."
         ) from e

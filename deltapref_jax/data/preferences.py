@@ -1,42 +1,44 @@
-"""Preference data in the formats that people bring, as tokenised sequences under one length rule.
+"""A source of preference data as token sequences, under one rule of length.
 
-    {prompt, chosen, rejected}         TRL paired; text or messages
-    {chosen, rejected}                 the prompt is what both begin with: TRL implicit, open-instruct, UltraFeedback
-    {prompt, completion, label}        TRL unpaired; text or messages
-    {prompt_ids, chosen_ids, rejected_ids}, {prompt_ids, completion_ids, label}      token ids
-
-from JSON lines, Parquet, a hub name or a data set folder. A `prompt` of text in front of whole conversations
-(UltraFeedback-binarized) and a list of messages that both conversations repeat are understood too. Blocks of rows are
-read and tokenised by Grain, in worker processes where the file is large; the order is the file's, with any number.
+The source is a JSON lines or Parquet file, a hub name or a data set folder; `data.formats` lists
+the formats. Grain reads and tokenises blocks of rows, in worker processes where the source is
+large; the order is the source's with any number of workers.
 """
 
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from deltapref_jax.config import ConfigError, Pairs
+from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Pairs
 from deltapref_jax.data.blocks import BLOCK, Blocks, json_row, open_blocks
-from deltapref_jax.records import digest
+from deltapref_jax.data.formats import (
+    columns_read,
+    format_of,
+    is_empty,
+    read_example,
+    without_nulls,
+)
+from deltapref_jax.records import TokenSequence, digest
+from deltapref_jax.text.preference import Example, Tokens, tokenise
+from deltapref_jax.text.template import ChatTokenizer
 
-FORMATS = {  # columns that decide, first match wins; then the columns that are read
-    "token ids, paired": (("prompt_ids", "chosen_ids", "rejected_ids"), ()),
-    "token ids, unpaired": (("prompt_ids", "completion_ids", "label"), ()),
-    "paired": (("chosen", "rejected"), ("prompt",)),
-    "unpaired": (("prompt", "completion", "label"), ()),
-}
-Row = dict[str, Any]
-Example = tuple[
-    Any, tuple[Any, ...], bool | None
-]  # prompt, completions, label; text, messages or ids
-Tokenise = Callable[
-    [list[tuple[Any, tuple[Any, ...]]]], Sequence[Any]
-]  # to .prompt, .completions, .apart
+Group = list[TokenSequence]
+
+_COUNTED = ("read", "prompt_not_prefix", "undesirable", "empty")  # while blocks are read
+
+
+class LengthLimit(NamedTuple):
+    """What happens to sequences that are too long."""
+
+    length: int  # tokens of prompt and completion that a sequence may have
+    rule: str  # one of config.OVER_LENGTHS
+    mode: str = "keep_start"  # one of config.TRUNCATION_MODES, for the rule "truncate"
 
 
 @dataclasses.dataclass
@@ -44,369 +46,272 @@ class Preferences:
     """What a source holds.
 
     Attributes:
-      groups: pairs (two rows) or examples (one) in the order of the file; rows of `records.SEQUENCE` without `group`,
-        and whether the answer is `empty`: no id, or white space, of which at most the end token would be trained.
-      format: one of `FORMATS`.
+      groups: pairs (chosen, rejected) or single examples, in the order of the source.
+      format: one of `formats.FORMATS`.
       ignored: columns that are not read.
-      counts: `read` rows of the source, `apart` (see `text.preference`).
+      counts: what was read, dropped and changed; see `read_sequences`.
     """
 
-    groups: list[list[Row]]
+    groups: list[Group]
     format: str
     ignored: list[str]
     counts: dict[str, int]
 
 
-def read_preferences(
-    source: Pairs, tokenise: Tokenise, unpair: bool, vocab: int = 0, workers: int = -1
+def read_sequences(
+    source: Pairs, tokenizer: ChatTokenizer, kind: str, limit: LengthLimit, workers: int = -1
 ) -> Preferences:
-    """Reads and tokenises all of `source`.
+    """Reads and tokenises `source` for an objective, and drops what cannot be trained on.
+
+    Objectives of examples (KTO, SFT) get a pair as two groups, each of which has its own border
+    between prompt and completion, as in TRL. `counts` has
+
+        read                  rows of the source
+        prompt_not_prefix     groups whose prompt and answers were tokenised apart, by
+                              `text.preference`
+        undesirable           examples dropped because SFT trains on desirable ones only
+        empty                 groups dropped because an answer is empty
+        too_long, truncated, truncated_to_nothing, unscored     see `limit_lengths`
+        same                  pairs kept whose two answers have the same tokens
+        masked_turns          completion tokens kept that are no targets: the user says them
+        groups                groups kept
 
     Args:
-      source: where, and with how many processes.
-      tokenise: (prompt, completions) to ids, such as `text.preference.tokenise` of a model; it is pickled.
-      unpair: a pair becomes two examples (KTO, SFT), each with a border of its own, as in TRL.
-      vocab: token ids given must be below it; 0: not checked.
-      workers: overrides `source.workers` and the rule that small files need fewer.
+      source: place of the data, and number of worker processes.
+      tokenizer: of the student; it is pickled for the workers.
+      kind: one of `config.OBJECTIVE_KINDS`.
+      limit: on the length of sequences.
+      workers: overrides `source.workers` and the rule that small sources need fewer.
 
     Raises:
-      ConfigError: the source is missing, damaged or of no known format, or a row is broken; file, line and remedy.
+      ConfigError: the source is missing, damaged or of no known format, a row cannot be read (the
+        sentence gives file, line and remedy), the objective needs pairs and there are none, a
+        sequence is too long and the rule is "error", or no group is left.
     """
-    blocks, columns = open_blocks(source, lambda columns: _read(_format(source.path, columns)))
-    name = _format(source.path, columns)
-    needed = _read(name)
-    if workers < 0:
-        workers = min(source.workers, len(blocks) * BLOCK // 1000)
+    unit = OBJECTIVE_KINDS[kind].unit
+    blocks, columns = open_blocks(source, lambda names: columns_read(format_of(source.path, names)))
+    name = format_of(source.path, columns)
+    if "unpaired" in name and unit == "pair":
+        raise ConfigError(
+            f"{source.path} holds labelled examples and no pairs, which the objective {kind!r} "
+            "needs; set config.objective.kind to 'kto' or 'sft', or give chosen and rejected."
+        )
     prepare = functools.partial(
-        _prepare,
-        blocks=blocks,
-        name=name,
-        needed=needed,
-        tokenise=tokenise,
-        unpair=unpair,
-        vocab=vocab,
+        _prepare, blocks=blocks, name=name, known=set(columns), tokenizer=tokenizer, unit=unit
     )
     read = grain.MapDataset.range(len(blocks)).map(prepare).to_iter_dataset(grain.ReadOptions(0, 0))
-    groups: list[list[Row]] = []
-    ignored, counts = set(columns) - needed, Counter[str](read=0, apart=0)
-    if (
-        workers and not flags.FLAGS.is_parsed()
-    ):  # Grain asks absl's flags, which a notebook or test never parses
-        flags.FLAGS.mark_as_parsed()
-    for done in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
-        if done.broken:
-            raise ConfigError(done.broken)
-        groups += done.groups
-        ignored |= done.columns - needed
-        counts.update(done.counts)
-    if not groups:
-        raise ConfigError(f"{source.path} holds no row; give it some.")
-    return Preferences(groups, name, sorted(ignored), dict(counts))
+    if workers < 0:
+        workers = min(source.workers, len(blocks) * BLOCK // 1000)
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which a notebook never parses
+    groups: list[Group] = []
+    seen, counts, shared = set(columns), Counter[str](dict.fromkeys(_COUNTED, 0)), ""
+    for block in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
+        if block.error:
+            raise ConfigError(block.error)
+        groups += block.groups
+        seen |= block.columns
+        counts.update(block.counts)
+        shared = shared or block.shared_prompt
+        if shared and "prompt" in seen:
+            raise ConfigError(f"{shared}: 'prompt' is missing; fix or remove the row.")
+    _check_any_left(source.path, len(groups), counts)
+    groups, limited = limit_lengths(groups, limit)
+    groups = [[s._replace(group=i) for s in group] for i, group in enumerate(groups)]
+    ignored = sorted(seen - columns_read(name))
+    return Preferences(groups, name, ignored, dict(counts) | limited | _kept(groups))
+
+
+def _check_any_left(path: str, groups: int, counts: Counter[str]) -> None:
+    if groups:
+        return
+    if not counts["read"]:
+        raise ConfigError(f"{path} holds no row; give it some.")
+    if not counts["empty"]:
+        raise ConfigError(
+            f"{path} has no example that is chosen or labelled true, which SFT trains on; choose "
+            "another objective."
+        )
+    raise ConfigError(
+        f"All {counts['empty']} pairs or examples of {path} have an empty answer; give it some "
+        "that have none."
+    )
+
+
+def _kept(groups: Sequence[Group]) -> dict[str, int]:
+    """Counts of what is trained on."""
+    masks = [s.scored for group in groups for s in group if s.scored is not None]
+    return {
+        "same": sum(
+            np.array_equal(group[0].completion_ids, group[1].completion_ids)
+            for group in groups
+            if len(group) == 2
+        ),
+        "masked_turns": sum(int(np.sum(~mask)) for mask in masks),
+        "groups": len(groups),
+    }
 
 
 @dataclasses.dataclass
-class _Done:
-    """A block prepared; an error travels as its sentence, because workers raise it with their own tracebacks."""
+class _Prepared:
+    """A block of rows as groups.
 
-    groups: list[list[Row]] = dataclasses.field(default_factory=list)
+    An error travels as its sentence, because an exception in a worker gets Grain's traceback.
+    """
+
+    groups: list[Group] = dataclasses.field(default_factory=list)
     columns: set[str] = dataclasses.field(default_factory=set)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    broken: str = ""
+    shared_prompt: str = ""  # place of a row of text whose prompt is what its answers begin with
+    error: str = ""
+
+
+class _BrokenRow(ValueError):
+    """A row that cannot be used: its place, and what is wrong with it."""
 
 
 def _prepare(
-    number: int,
-    blocks: Blocks,
-    name: str,
-    needed: set[str],
-    tokenise: Tokenise,
-    unpair: bool,
-    vocab: int,
-) -> _Done:
-    examples: list[tuple[str, Example]] = []
+    number: int, blocks: Blocks, name: str, known: set[str], tokenizer: ChatTokenizer, unit: str
+) -> _Prepared:
     columns: set[str] = set()
-    where = ""
+    examples: list[tuple[str, Example]] = []
+    shared_prompt = ""
     try:
         block = blocks[number]
         for where, raw in block:
-            row = json_row(raw) if isinstance(raw, bytes) else raw
+            try:
+                row = json_row(raw) if isinstance(raw, bytes) else raw
+                if row is raw and "ids" not in name:
+                    row = without_nulls(row)
+                example = read_example(row, name, len(tokenizer.tokenizer), known)
+            except ValueError as e:
+                raise _BrokenRow(where, e) from e
             columns |= row.keys()
-            found = (
-                _ids(row, name, vocab)
-                if "ids" in name
-                else _paired(row)
-                if name == "paired"
-                else _unpaired(row)
-            )
-            prompt, completions, label = found
-            if unpair and len(completions) == 2:
-                examples += [
-                    (where, (prompt, (c,), good))
-                    for c, good in zip(completions, (True, False), strict=True)
-                ]
-            else:
-                examples.append((where, (prompt, completions, label)))
-        if "ids" in name:
-            tokens = [(prompt, completions, False) for _, (prompt, completions, _) in examples]
+            if isinstance(example.prompt, str) and "prompt" not in row:
+                shared_prompt = shared_prompt or where
+            examples += _units(where, example, unit)
+        tokens = _tokenised(examples, tokenizer)
+    except ConfigError as e:  # of the file or the tokenizer, not of one row
+        return _Prepared(error=str(e))
+    except _BrokenRow as e:
+        where, what = e.args
+        return _Prepared(error=f"{where}: {what}; fix or remove the row.")
+    groups: list[Group] = []
+    counts = Counter(read=len(block), prompt_not_prefix=sum(t.prompt_not_prefix for t in tokens))
+    for (where, example), ids in zip(examples, tokens, strict=True):
+        if unit == "token" and not example.labels[0]:
+            counts["undesirable"] += 1
+        elif any(map(is_empty, example.completions)):
+            counts["empty"] += 1
         else:
-            asked = [(prompt, completions) for _, (prompt, completions, _) in examples]
-            tokens = [
-                (t.prompt, t.completions, t.apart) for t in _tokenised(tokenise, asked, examples)
-            ]
-    except ConfigError as e:  # of the file or the tokenizer, not of a row
-        return _Done(broken=str(e))
-    except ValueError as e:
-        at, _, what = str(e).rpartition(" ¦ ")
-        return _Done(broken=f"{at or where}: {what}; mend or remove the row.")
-    groups = []
-    for (place, (prompt, said, label)), (ids, completions, _) in zip(examples, tokens, strict=True):
-        key = digest(prompt.tolist() if isinstance(prompt, np.ndarray) else prompt)
-        labels = (label,) if len(completions) == 1 else (True, False)
-        groups.append(
-            [
-                {
-                    "prompt_id": key,
-                    "prompt_ids": ids,
-                    "completion_ids": c,
-                    "desirable": good,
-                    "where": place,
-                    "empty": _empty(answer),
-                }
-                for c, good, answer in zip(completions, labels, said, strict=True)
-            ]
-        )
-    return _Done(
-        groups, columns, {"read": len(block), "apart": sum(apart for _, _, apart in tokens)}
-    )
+            groups.append(list(_sequences(where, example, ids)))
+    return _Prepared(groups, columns, dict(counts), shared_prompt)
+
+
+def _units(where: str, example: Example, unit: str) -> Iterator[tuple[str, Example]]:
+    """An example with its place, or each side of a pair where the objective is one of examples."""
+    if unit == "pair" or example.label is not None:
+        yield where, example
+        return
+    for completion, label in zip(example.completions, example.labels, strict=True):
+        yield f"{where}, {_side(label)}", example._replace(completions=(completion,), label=label)
+
+
+def _side(desirable: bool) -> str:
+    return "chosen" if desirable else "rejected"
 
 
 def _tokenised(
-    tokenise: Tokenise,
-    asked: list[tuple[Any, tuple[Any, ...]]],
-    examples: list[tuple[str, Example]],
-) -> Sequence[Any]:
+    examples: Sequence[tuple[str, Example]], tokenizer: ChatTokenizer
+) -> Sequence[Tokens]:
+    """Tokens of the examples; a row that the template refuses is found and named."""
+    asked = [example for _, example in examples]
+    if any(isinstance(example.prompt, np.ndarray) for example in asked):  # token ids in every row
+        return [Tokens(example.prompt, example.completions) for example in asked]
     try:
-        return tokenise(asked)
-    except ConfigError:  # of the tokenizer, not of a row
+        return tokenise(tokenizer, asked)
+    except ConfigError:
         raise
-    except ValueError:  # find the row
-        for (where, _), each in zip(examples, asked, strict=True):
+    except ValueError:
+        for where, example in examples:
             try:
-                tokenise([each])
+                tokenise(tokenizer, [example])
             except ValueError as e:
-                raise ValueError(f"{where} ¦ {e}") from e
+                raise _BrokenRow(_row_of(where), e) from e
         raise
 
 
-def _read(name: str) -> set[str]:
-    """Columns of a format that are read."""
-    return {*FORMATS[name][0], *FORMATS[name][1]}
-
-
-def _format(path: str, columns: Sequence[str]) -> str:
-    for name, (deciding, _) in FORMATS.items():
-        if set(deciding) <= set(columns):
-            return name
-    known = "; ".join(", ".join(deciding) for deciding, _ in FORMATS.values())
-    raise ConfigError(
-        f"{path} has the columns {', '.join(sorted(columns)) or '(none)'}, which are no preference data; "
-        f"rename them to one of: {known}."
-    )
-
-
-def _label(value: Any) -> bool:
-    if value in (True, False):  # 0 and 1 are equal to them
-        return bool(value)
-    raise ValueError(f"'label' is {value!r} and must be true or false")
-
-
-def _ids(row: Row, name: str, vocab: int) -> Example:
-    def ids(column: str) -> np.ndarray:
-        value = row.get(column)
-        try:
-            array = np.asarray(value if value is not None else "missing")
-            fine = not len(array) or array.dtype.kind in "iu"
-        except (ValueError, TypeError):
-            fine = False
-        if (
-            not fine
-            or array.ndim != 1
-            or (len(array) and (array.min() < 0 or (vocab and array.max() >= vocab)))
-        ):
-            below = f" from 0 to {vocab - 1}, the model's vocabulary" if vocab else ""
-            raise ValueError(f"{column!r} is not a list of token ids{below}")
-        return array.astype(np.int32)
-
-    if "unpaired" in name:
-        return ids("prompt_ids"), (ids("completion_ids"),), _label(row.get("label"))
-    return ids("prompt_ids"), (ids("chosen_ids"), ids("rejected_ids")), None
-
-
-def _empty(answer: Any) -> bool:
-    """Of ids, text or messages."""
-    if isinstance(answer, str):
-        return not answer.strip()
-    return (
-        not any(m["content"].strip() for m in answer)
-        if isinstance(answer, list)
-        else not len(answer)
-    )
-
-
-def _said(row: Row, column: str) -> Any:
-    """Text, or a list of messages with text."""
-    value = row.get(column)
-    if isinstance(value, str):
-        return value
-    if (
-        isinstance(value, dict) and {"role", "content"} <= value.keys()
-    ):  # a list of messages, column-wise
-        value = [
-            {"role": r, "content": c} for r, c in zip(value["role"], value["content"], strict=True)
-        ]
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(
-            f"{column!r} is {'missing' if value is None else 'neither text nor a list of messages'}"
+def _sequences(where: str, example: Example, tokens: Tokens) -> Iterator[TokenSequence]:
+    prompt = example.prompt.tolist() if isinstance(example.prompt, np.ndarray) else example.prompt
+    prompt_id = digest(prompt, example.tools) if example.tools else digest(prompt)
+    masks = tokens.scored or (None,) * len(tokens.completions)
+    for completion, mask, label in zip(tokens.completions, masks, example.labels, strict=True):
+        place = where if example.label is not None else f"{where}, {_side(label)}"
+        yield TokenSequence(
+            tokens.prompt, completion, mask, trace_id=place, prompt_id=prompt_id, desirable=label
         )
-    for message in value:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            raise ValueError(f"{column!r} has a message without 'role' and 'content' as text")
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 
-def _answer(value: Any, column: str) -> list[Row]:
-    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{column!r} ends with a message of the {messages[-1]['role']} and must end with the "
-            "assistant's"
-        )
-    return messages
+def _row_of(place: str) -> str:
+    """The place of a row from that of one of its completions."""
+    return place.removesuffix(", chosen").removesuffix(", rejected")
 
 
-def _paired(row: Row) -> Example:
-    chosen, rejected = _said(row, "chosen"), _said(row, "rejected")
-    prompt = None if row.get("prompt") is None else _said(row, "prompt")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("one of 'chosen' and 'rejected' is text and the other is messages")
-    if isinstance(chosen, str) and not isinstance(prompt, list):
-        if prompt is None and "prompt" in row:
-            raise ValueError("'prompt' is missing")
-        border = _shared(chosen, rejected) if prompt is None else 0
-        return (
-            (prompt if prompt is not None else chosen[:border]),
-            (chosen[border:], rejected[border:]),
-            None,
-        )
-    chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
-    whole = chosen[0]["role"] != "assistant"
-    if isinstance(prompt, str) and not whole:
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):
-        n = (
-            len(prompt)
-            if whole and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
-            else 0
-        )
-    else:  # whole conversations; a prompt of text repeats their question
-        n = _shared(chosen, rejected)
-        prompt = chosen[:n]
-        if not n:
-            raise ValueError(
-                "the conversations in 'chosen' and 'rejected' share no first message, so there is no "
-                "prompt"
-            )
-    if n == min(len(chosen), len(rejected)):
-        raise ValueError("'chosen' or 'rejected' has no answer behind the prompt")
-    return prompt, (chosen[n:], rejected[n:]), None
+def limit_lengths(
+    groups: Sequence[Group], limit: LengthLimit
+) -> tuple[list[Group], dict[str, int]]:
+    """Groups whose sequences have `limit.length` tokens at most, and counts of what was done.
 
-
-def _shared(chosen: Any, rejected: Any) -> int:
-    """What both begin with, in characters or messages, as TRL's `extract_prompt`: something of each stays, and in text
-    a space before the border belongs to the completions."""
-    most = min(len(chosen), len(rejected)) - 1
-    n = next((i for i in range(most) if chosen[i] != rejected[i]), max(most, 0))
-    if n > 0 and isinstance(chosen, str) and chosen[n] != rejected[n] and chosen[n - 1] == " ":
-        n -= 1
-    return n
-
-
-def _unpaired(row: Row) -> Example:
-    prompt, completion = _said(row, "prompt"), _said(row, "completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        completion = _answer(completion, "completion")
-    return prompt, (completion,), _label(row.get("label"))
-
-
-def limit(
-    preferences: Preferences, length: int, rule: str, mode: str
-) -> tuple[list[list[Row]], dict[str, int]]:
-    """The length rule: groups whose sequences have `length` tokens at most, and counts of what was done.
-
-    Counts are `too_long` (groups dropped), `cut` (sequences shortened), `cut_away` (groups dropped because nothing of a
-    completion, or no scored token, would stay) and `unscored` (groups dropped because a completion of one token has
-    no token before it to be scored by).
-
-    Args:
-      preferences: as read.
-      length: tokens, prompt and completion.
-      rule: one of `config.OVER_LENGTHS`.
-      mode: one of `config.TRUNCATION_MODES`, for "truncate".
+    Counts are `too_long` (groups dropped), `truncated` (sequences shortened),
+    `truncated_to_nothing` (groups dropped because no target of a completion would stay) and
+    `unscored` (groups dropped because a sequence has no target: a first token has none before it).
 
     Raises:
       ConfigError: the rule is "error" and a sequence is too long, or nothing is left.
     """
-    kept, counts = [], Counter[str](too_long=0, cut=0, cut_away=0, unscored=0)
-    for group in preferences.groups:
-        if any(_unscored(row["prompt_ids"], row["completion_ids"]) for row in group):
+    kept: list[Group] = []
+    counts = Counter[str](too_long=0, truncated=0, truncated_to_nothing=0, unscored=0)
+    for group in groups:
+        if not all(s.targets.any() for s in group):
             counts["unscored"] += 1
             continue
-        sizes = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in group]
-        long = sum(size > length for size in sizes)
-        if long and rule == "error":
+        sizes = [s.length for s in group]
+        long = sum(size > limit.length for size in sizes)
+        if long and limit.rule == "error":
             raise ConfigError(
-                f"{group[0]['where']} has a sequence of {max(sizes)} tokens, and "
-                f"config.training.row_length is {length}; raise it, or set config.training.over_length "
-                "to 'drop' or 'truncate'."
+                f"{_row_of(group[0].trace_id)} has a sequence of {max(sizes)} tokens, and "
+                f"config.training.row_length is {limit.length}; raise it, or set "
+                "config.training.over_length to 'drop' or 'truncate'."
             )
-        if long and rule == "drop":
+        if long and limit.rule == "drop":
             counts["too_long"] += 1
             continue
-        cuts = [cut(row["prompt_ids"], row["completion_ids"], length, mode) for row in group]
-        if any(c is None for c in cuts):
-            counts["cut_away"] += 1
+        cuts = [s for s in (cut(s, limit) for s in group) if s is not None]
+        if len(cuts) < len(group):
+            counts["truncated_to_nothing"] += 1
             continue
-        counts["cut"] += long
-        kept.append(
-            [
-                row | {"prompt_ids": c[0], "completion_ids": c[1]}
-                for row, c in zip(group, cuts, strict=True)
-                if c is not None
-            ]
-        )
+        counts["truncated"] += long
+        kept.append(cuts)
     if not kept:
         raise ConfigError(
-            f"None of the {len(preferences.groups)} pairs or examples is left: {counts['too_long']} are "
-            f"longer than config.training.row_length ({length} tokens), {counts['cut_away']} have no "
-            f"answer within it and {counts['unscored']} have nothing to score; raise it."
+            f"None of the {len(groups)} pairs or examples is left: {counts['too_long']} are longer "
+            f"than config.training.row_length ({limit.length} tokens), "
+            f"{counts['truncated_to_nothing']} have no answer within it and {counts['unscored']} "
+            "have nothing to score; raise it."
         )
     return kept, dict(counts)
 
 
-def _unscored(prompt: np.ndarray, completion: np.ndarray) -> bool:
-    return len(completion) == 0 or len(prompt) + len(completion) < 2
-
-
-def cut(
-    prompt: np.ndarray, completion: np.ndarray, length: int, mode: str
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """A sequence within `length` tokens: its start (TRL's default) or its end; None if no scored token stays."""
-    over = max(0, len(prompt) + len(completion) - length)
-    if mode == "keep_end":
-        prompt, completion = prompt[over:], completion[max(0, over - len(prompt)) :]
+def cut(sequence: TokenSequence, limit: LengthLimit) -> TokenSequence | None:
+    """The start (TRL's default) or the end of a sequence; None if no target stays."""
+    over = max(0, sequence.length - limit.length)
+    prompt, completion, scored = sequence.prompt_ids, sequence.completion_ids, sequence.scored
+    if limit.mode == "keep_end":
+        answer = slice(max(0, over - len(prompt)), None)
+        prompt = prompt[over:]
     else:
-        prompt, completion = prompt[:length], completion[: max(0, len(completion) - over)]
-    return None if _unscored(prompt, completion) else (prompt, completion)
+        answer = slice(0, max(0, len(completion) - over))
+        prompt = prompt[: limit.length]
+    mask = None if scored is None or scored[answer].all() else scored[answer]
+    shorter = sequence._replace(prompt_ids=prompt, completion_ids=completion[answer], scored=mask)
+    return shorter if shorter.targets.any() else None

@@ -1,4 +1,4 @@
-"""Questions as rows of `records.PROMPT`: one function per kind of source."""
+"""Prompts from files, data sets and generators of questions: one function per kind of source."""
 
 import json
 import math
@@ -10,32 +10,32 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from deltapref_jax.config import ConfigError, Prompts, choose, need_reasoning_gym
-from deltapref_jax.files import local
-from deltapref_jax.records import digest
+from deltapref_jax.config import ConfigError, Prompts, check_choice, need_reasoning_gym
+from deltapref_jax.files import local_copy
+from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic import world
 from deltapref_jax.synthetic.families import FAMILIES
 
 Row = dict[str, Any]
 
 
-def read_prompts(source: Prompts) -> tuple[list[Row], dict[str, int]]:
-    """Rows of one source, and counts of rows.
+def read_prompts(source: Prompts) -> tuple[list[Prompt], dict[str, int]]:
+    """Distinct prompts of one source, and counts of its rows.
 
-    The counts are `read`, `empty` (questions without text, dropped) and `duplicate` (dropped).
+    Counts are `read`, `empty` (dropped: the question has no text) and `duplicate` (dropped).
 
     Raises:
       ConfigError: the source is missing, damaged, or lacks a column or an answer; the sentence
-        names file, line and column.
+        says where.
     """
-    rows = list(SOURCES[choose("prompts.kind", source.kind, SOURCES)](source))
-    kept: dict[str, Row] = {}
+    rows = list(SOURCES[check_choice("prompts.kind", source.kind, SOURCES)](source))
+    kept: dict[str, Prompt] = {}
     empty = 0
     for row in rows:
-        if not str(json.loads(row["messages"])[-1]["content"]).strip():
+        if not row.question.strip():
             empty += 1
             continue
-        kept.setdefault(row["prompt_id"], row)
+        kept.setdefault(row.prompt_id, row)
     unique = list(kept.values())
     if source.count and source.count < len(unique):
         order = np.random.default_rng(source.seed).permutation(len(unique))[: source.count]
@@ -47,18 +47,12 @@ def read_prompts(source: Prompts) -> tuple[list[Row], dict[str, int]]:
     return unique, {"read": len(rows), "empty": empty, "duplicate": len(rows) - empty - len(kept)}
 
 
-def _row(
+def _prompt(
     task: str, messages: list[dict[str, str]], answer: str, checker: str, meta: dict[str, Any]
-) -> Row:
+) -> Prompt:
     text = json.dumps(messages, ensure_ascii=False)
-    return {
-        "prompt_id": digest(task, text),
-        "task": task,
-        "messages": text,
-        "answer": answer,
-        "checker": checker,
-        "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False),
-    }
+    described = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+    return Prompt(digest(task, text), task, text, answer, checker, described)
 
 
 def task_names(kind: str) -> tuple[str, ...]:
@@ -75,20 +69,20 @@ def task_names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(DATASETS.keys() - {"composite"}))  # a mixture, which `tasks` is too
 
 
-def _synthetic(source: Prompts) -> list[Row]:
+def _synthetic(source: Prompts) -> list[Prompt]:
     return world.prompts(source.tasks, source.count, source.difficulty, source.seed)
 
 
-def _reasoning_gym(source: Prompts) -> Iterable[Row]:
+def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
     need_reasoning_gym()
     import reasoning_gym
 
     for place, task in enumerate(source.tasks):
-        choose("reasoning_gym task", task, task_names("reasoning_gym"))
+        check_choice("reasoning_gym task", task, task_names("reasoning_gym"))
         share = source.count // len(source.tasks) + (place < source.count % len(source.tasks))
         for entry in reasoning_gym.create_dataset(task, size=share, seed=source.seed):
             kept = json.loads(json.dumps(entry, default=str))
-            yield _row(
+            yield _prompt(
                 task,
                 [{"role": "user", "content": entry["question"]}],
                 "" if entry["answer"] is None else str(entry["answer"]),  # some tasks name none
@@ -136,10 +130,13 @@ def _reference_answers(answer: Any, where: str, source: Prompts) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Row]:
-    """Rows of a table by `prompt_field` and `answer_field`.
+def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Prompt]:
+    """Prompts from a table's `prompt_field` and `answer_field`.
 
-    `where` of each row goes into the sentence of an error.
+    Args:
+      source: names the columns.
+      rows: the place of each row, for messages, and the row.
+      task: of all the prompts.
     """
     for where, row in rows:
         if source.prompt_field not in row:
@@ -154,9 +151,8 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
             golds = ["" if answer is None else str(answer)]
         if prompt is None or isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt or ""}]
-        elif (
-            isinstance(prompt, dict) and {"role", "content"} <= prompt.keys()
-        ):  # a list of messages, column-wise
+        elif isinstance(prompt, dict) and {"role", "content"} <= prompt.keys():
+            # Arrow stores a list of messages as one list per key in some files.
             prompt = [
                 {"role": r, "content": c}
                 for r, c in zip(prompt["role"], prompt["content"], strict=True)
@@ -175,21 +171,21 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
                 f"{where} has a prompt whose last message is not the user's; cut the answer off."
             )
         meta = {"answers": golds} if len(golds) > 1 else {}
-        yield _row(task, messages, golds[0], source.checker, meta)
+        yield _prompt(task, messages, golds[0], source.checker, meta)
 
 
 def _existing(source: Prompts) -> Path:
-    path = Path(local(source.path))
+    path = Path(local_copy(source.path))
     if not path.exists():
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     return path
 
 
-def _jsonl(source: Prompts) -> Iterable[Row]:
+def _jsonl(source: Prompts) -> Iterable[Prompt]:
     path = _existing(source)
 
     def lines() -> Iterable[tuple[str, Row]]:
-        with path.open("rb") as file:  # bytes, so that a wrong encoding is found in its line
+        with path.open("rb") as file:  # as bytes, so that an encoding error has its line
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -197,34 +193,34 @@ def _jsonl(source: Prompts) -> Iterable[Row]:
                     row = json.loads(line)
                 except ValueError as e:
                     raise ConfigError(
-                        f"Line {number} of {path} is not JSON ({e}); mend or remove it."
+                        f"Line {number} of {path} is not JSON ({e}); fix or remove it."
                     ) from e
                 if not isinstance(row, dict):
                     raise ConfigError(
-                        f"Line {number} of {path} is not a JSON object; mend or remove it."
+                        f"Line {number} of {path} is not a JSON object; fix or remove it."
                     )
                 yield f"Line {number} of {path}", row
 
     return _from_columns(source, lines(), path.stem)
 
 
-def _parquet(source: Prompts) -> Iterable[Row]:
+def _parquet(source: Prompts) -> Iterable[Prompt]:
     path = _existing(source)
     try:
         rows = pq.read_table(path).to_pylist()
-    except Exception as e:  # pyarrow raises many kinds for a damaged file
+    except Exception as e:  # pyarrow raises many types for a damaged file
         raise ConfigError(f"{path} is not a readable Parquet file ({e}); write it again.") from e
     return _from_columns(
         source, ((f"Row {i} of {path}", row) for i, row in enumerate(rows)), path.stem
     )
 
 
-def _hub(source: Prompts) -> Iterable[Row]:
+def _hub(source: Prompts) -> Iterable[Prompt]:
     import datasets
 
     try:
         data = datasets.load_dataset(source.path, split=source.split)
-    except Exception as e:  # the library and the hub raise dozens of kinds
+    except Exception as e:  # the library and the hub raise dozens of types
         raise ConfigError(
             f"The data set {source.path!r} (split {source.split!r}) cannot be loaded "
             f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split "
@@ -237,7 +233,7 @@ def _hub(source: Prompts) -> Iterable[Row]:
     )
 
 
-def _tfds(source: Prompts) -> Iterable[Row]:
+def _tfds(source: Prompts) -> Iterable[Prompt]:
     import tensorflow_datasets as tfds
 
     try:
@@ -245,7 +241,7 @@ def _tfds(source: Prompts) -> Iterable[Row]:
         data = builder.as_data_source(split=source.split)
     except ConfigError:
         raise
-    except Exception as e:  # tfds raises many kinds
+    except Exception as e:  # tfds raises many types
         raise ConfigError(
             f"The TFDS data set in {source.path} (split {source.split!r}) cannot be read "
             f"({type(e).__name__}: {e}); give the builder's version directory, in array_record "
@@ -270,7 +266,7 @@ def _tfds(source: Prompts) -> Iterable[Row]:
     )
 
 
-SOURCES: dict[str, Callable[[Prompts], Iterable[Row]]] = {
+SOURCES: dict[str, Callable[[Prompts], Iterable[Prompt]]] = {
     "synthetic": _synthetic,
     "reasoning_gym": _reasoning_gym,
     "jsonl": _jsonl,

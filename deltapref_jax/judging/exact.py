@@ -1,4 +1,8 @@
-"""The exact judge: the world knows the truth of every step, so a program rates, with a settable noise."""
+"""The exact judge: a program rates traces of synthetic problems, with normal noise added.
+
+The synthetic world knows the right value of every step, so these ratings are the ground truth that
+model judges are compared with.
+"""
 
 import numpy as np
 
@@ -16,23 +20,32 @@ def rate_exactly(
     noise: float,
     seed: int,
 ) -> Ratings:
-    """Ratings by `synthetic.rate` plus normal noise of standard deviation `noise`, kept within 1 to 5.
+    """Rates by `synthetic.rate` plus normal noise, clipped to 1 to 5.
 
-    Noise depends on (seed, trace, dimension) only. The distribution lies on the two labels around the rating, so that
-    its expectation is the rating.
+    The noise is a function of (seed, trace, dimension) alone. The distribution puts its mass on the
+    two labels around the rating, so that its expectation is the rating.
+
+    Args:
+      metas: `world.meta` of each trace's problem.
+      traces: texts to rate.
+      trace_ids: id of each trace, hexadecimal.
+      dimensions: dimensions of `config.DIMENSIONS`.
+      noise: standard deviation of the noise, on the scale of 1 to 5.
+      seed: seed of the noise.
     """
     ratings = np.zeros((len(traces), len(dimensions)))
     for i, (meta, trace, trace_id) in enumerate(zip(metas, traces, trace_ids, strict=True)):
         exact = rate(from_meta(meta), trace)
+        # Noise for all dimensions is drawn, so that it does not depend on which are asked for.
         draws = np.random.default_rng([seed, int(trace_id, 16)]).normal(0.0, 1.0, len(DIMENSIONS))
         ratings[i] = [
             np.clip(exact[d] + noise * draws[DIMENSIONS.index(d)], 1, 5) for d in dimensions
         ]
-    low = np.minimum(np.floor(ratings), 4)
-    upper = ratings - low
+    lower = np.minimum(np.floor(ratings), 4)
+    upper_share = ratings - lower  # probability of the label lower + 1
     distribution = np.zeros((*ratings.shape, 5))
-    np.put_along_axis(
-        distribution, (low - 1).astype(int)[..., None], (1 - upper)[..., None], axis=-1
-    )
-    np.put_along_axis(distribution, low.astype(int)[..., None], upper[..., None], axis=-1)
-    return Ratings(ratings, np.sqrt(upper * (1 - upper)), np.ones_like(ratings), distribution)
+    lower_index = (lower - 1).astype(int)[..., None]
+    np.put_along_axis(distribution, lower_index, (1 - upper_share)[..., None], axis=-1)
+    np.put_along_axis(distribution, lower_index + 1, upper_share[..., None], axis=-1)
+    spread = np.sqrt(upper_share * (1 - upper_share))
+    return Ratings(ratings, spread, np.ones_like(ratings), distribution)

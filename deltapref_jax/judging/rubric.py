@@ -1,7 +1,8 @@
-"""The judge's prompt: header, problem and trace are one trunk; each dimension asks its question in a short suffix.
+"""The judge's prompt: a trunk of header, problem and trace, and one question per dimension.
 
-The same words serve a judge of a million parameters and one of a hundred billion, so they are few. The trace is marked
-as data, and what could end a turn or the delimiters inside it is broken up: text in a trace must not steer its rating.
+The prompt is short because it serves judges of a million parameters as well as large ones. The
+trace is marked as data, and strings in it that could end a turn or close its delimiters are broken
+up: text in a trace must not influence its rating other than by its quality.
 """
 
 import dataclasses
@@ -9,14 +10,14 @@ import re
 from collections.abc import Sequence
 
 from deltapref_jax.config import DIMENSIONS
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 LABELS = ("1", "2", "3", "4", "5")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-    """The words of a rating prompt."""
+    """The texts of a rating prompt."""
 
     header: str = (
         "Rate one quality of the solution from 1 (poor) to 5 (flawless). "
@@ -35,13 +36,22 @@ class Rubric:
     )  # in the order of config.DIMENSIONS
 
     def question(self, dimension: str) -> str:
-        """The question of one dimension."""
+        """Returns the question of a dimension."""
         return self.questions[DIMENSIONS.index(dimension)]
 
     def trunk(self, problem: str, trace: str, special: Sequence[str] = ()) -> str:
-        """Everything before the question; `trace` is neutralised."""
+        """Returns the prompt up to the question.
+
+        Args:
+          problem: question that the trace answers.
+          trace: text to rate; see `neutralise`.
+          special: special tokens of the tokenizer, as strings.
+        """
         body = neutralise(trace, (*special, self.opening, self.closing))
-        return f"{self.header}\n{self.problem}\n{problem}\n{self.solution}\n{self.opening}\n{body}\n{self.closing}\n"
+        return (
+            f"{self.header}\n{self.problem}\n{problem}\n{self.solution}\n"
+            f"{self.opening}\n{body}\n{self.closing}\n"
+        )
 
 
 RUBRIC = Rubric()
@@ -49,7 +59,8 @@ _CONTROL = re.compile(r"<\|([^|<>]*)\|>")
 
 
 def neutralise(trace: str, strings: Sequence[str]) -> str:
-    """`trace` with every string of `strings`, and every `<|...|>`, broken up by spaces into plain text."""
+    """Breaks up every string of `strings`, and every `<|...|>`, in a trace by spaces."""
+    # Longest first, so that a string that contains another is broken up as a whole.
     for string in sorted(set(strings), key=len, reverse=True):
         if len(string) > 1:
             trace = trace.replace(
@@ -59,11 +70,16 @@ def neutralise(trace: str, strings: Sequence[str]) -> str:
 
 
 def trunk_and_suffixes(
-    text: Text, problem: str, trace: str, dimensions: Sequence[str], rubric: Rubric = RUBRIC
+    text: ChatTokenizer,
+    problem: str,
+    trace: str,
+    dimensions: Sequence[str],
+    rubric: Rubric = RUBRIC,
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the trunk, and of one suffix per dimension; a suffix's last position predicts the label.
+    """Returns the token ids of the trunk, and of one suffix per dimension.
 
-    Trunk and suffixes are tokenised apart at the border between them, so that all dimensions share the trunk's tokens.
+    The last position of a suffix predicts the label. Trunk and suffixes are tokenised separately,
+    so that all dimensions share the tokens of the trunk.
     """
     trunk = rubric.trunk(problem, trace, text.special)
     suffixes = []
@@ -73,23 +89,23 @@ def trunk_and_suffixes(
         rendered = text.render([{"role": "user", "content": trunk + question}])
         border = rendered.rindex(question)
         start = rendered[:border]
-        suffixes.append(text.pieces(rendered[border:]))
-    return text.beginning(start), suffixes
+        suffixes.append(text.encode_plain(rendered[border:]))
+    return text.encode_with_bos(start), suffixes
 
 
-def label_ids(text: Text) -> list[int]:
-    """The single-token ids of the labels 1 to 5, as they stand at the start of an answer.
+def label_ids(text: ChatTokenizer) -> list[int]:
+    """Returns the ids of the labels 1 to 5 as first token of an answer.
 
     Raises:
-      ValueError: a label is not one token of this tokenizer; the sentence names both.
+      ValueError: a label is not a single token of this tokenizer.
     """
     ids = []
     for label in LABELS:
-        pieces = text.pieces(label)
+        pieces = text.encode_plain(label)
         if len(pieces) != 1:
             raise ValueError(
-                f"The label {label!r} is {len(pieces)} tokens in the tokenizer of {text.where}; a judge "
-                "needs labels of one token each: use another judge model."
+                f"The label {label!r} is {len(pieces)} tokens in the tokenizer of {text.where}; "
+                "a judge needs labels of one token each: use another judge model."
             )
         ids.append(pieces[0])
     return ids

@@ -1,4 +1,7 @@
-"""Arithmetic of a decoder by formula, and what chips can do: XLA's own count reads a scanned layer once."""
+"""FLOPs of a decoder by formula, and peak FLOP/s of devices.
+
+XLA's own cost analysis cannot replace the formula: it counts the body of a scan once.
+"""
 
 import numpy as np
 from jaxtyping import Int
@@ -9,18 +12,21 @@ PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),  # v5e
     ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p; after v5 lite, whose name starts alike
+    ("TPU v5", 459e12),  # v5p; its name is a prefix of v5 lite's, which therefore comes first
     ("TPU v6", 918e12),  # v6e, "TPU v6 lite"
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100", 989e12),
     ("NVIDIA H200", 989e12),
     ("NVIDIA A100", 312e12),
 )
-"""Start of `device_kind` to bfloat16 multiply-adds of one device, dense, in FLOP/s (vendors' data sheets)."""
+"""Prefix of a `device_kind` to the device's dense bfloat16 peak in FLOP/s (vendors' data sheets).
+
+The first match counts.
+"""
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device in bfloat16, FLOP/s; None where it is not known."""
+    """Returns the bfloat16 peak of one device in FLOP/s, or None if it is not known."""
     return next((peak for name, peak in PEAK_FLOPS if device_kind.startswith(name)), None)
 
 
@@ -30,18 +36,18 @@ def forward_flops(
     targets: int,
     adapters: Adapters = NO_ADAPTERS,
 ) -> float:
-    """FLOPs of the matrix products of one forward pass.
+    """Returns the FLOPs of the matrix products of one forward pass.
 
-    2 per token and weight; in attention the two products over the causal half, 2 · N · H · length² per layer and
-    sequence (a kernel that computes the masked half too does no more useful work); the vocabulary only at target
-    positions.
-    Recomputed activations do not count (model FLOPs, arXiv 2204.02311, appendix B).
+    These are model FLOPs (arXiv 2204.02311, appendix B), so recomputed activations do not count:
+    2 per token and weight; 2 * N * H * length² per layer and sequence for attention's two products
+    over the causal half (a kernel that computes the masked half does no more useful work); and the
+    projection to the vocabulary at target positions alone.
 
     Args:
-      spec: of the model.
-      positions: of every real token in its own sequence: it sees as many keys, and itself.
-      targets: how many positions are projected to the vocabulary.
-      adapters: beside the weights; their products are with activations.
+      spec: sizes of the decoder.
+      positions: position of every real token in its own sequence; token i sees i + 1 keys.
+      targets: number of positions that are projected to the vocabulary.
+      adapters: shape of the adapters, whose products are with activations.
     """
     return sum(_products(spec, positions, targets, adapters))
 
@@ -52,10 +58,10 @@ def training_flops(
     targets: int,
     adapters: Adapters = NO_ADAPTERS,
 ) -> float:
-    """FLOPs of a forward and a backward pass: see `forward_flops` for what counts, and for the arguments.
+    """Returns the FLOPs of a forward and a backward pass; arguments as in `forward_flops`.
 
-    Backward, every product is taken twice, for the gradients of its two factors; with adapters the weights are frozen,
-    and a product with them is taken once.
+    The backward pass computes two products for each of the forward pass, one for the gradient of
+    each factor. With adapters the weights are frozen, and a product with them costs only one.
     """
     weights, attention, low_rank = _products(spec, positions, targets, adapters)
     return (2 if adapters.rank else 3) * weights + 3 * (attention + low_rank)
@@ -64,7 +70,7 @@ def training_flops(
 def _products(
     spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int, adapters: Adapters
 ) -> tuple[float, float, float]:
-    """Forward FLOPs of products with weights, of attention, and of products with adapters."""
+    """Returns forward FLOPs of products with weights, of attention and of adapters' products."""
     D, inner, F = spec.width, spec.heads * spec.head_width, spec.mlp
     kv = spec.kv_heads * spec.head_width
     sizes = {
@@ -78,10 +84,8 @@ def _products(
     }
     per_token = 2.0 * spec.layers * len(positions)
     weights = per_token * sum(a * b for a, b in sizes.values()) + 2.0 * D * spec.vocab * targets
-    seen = 2 * np.asarray(positions, np.float64).sum() + len(positions)  # of one sequence: length²
-    attention = 2.0 * spec.layers * inner * seen
-    return (
-        float(weights),
-        float(attention),
-        float(per_token * adapters.rank * sum(sum(sizes[t]) for t in adapters.targets)),
-    )
+    # Σ (2i + 1) over the positions i of a sequence is its length squared.
+    squared_lengths = 2 * np.asarray(positions, np.float64).sum() + len(positions)
+    attention = 2.0 * spec.layers * inner * squared_lengths
+    low_rank = per_token * adapters.rank * sum(sum(sizes[t]) for t in adapters.targets)
+    return float(weights), float(attention), float(low_rank)

@@ -1,12 +1,12 @@
-"""Low-rank adapters: W + (alpha / rank) A B, A and B trained, W left as it is (LoRA, arXiv 2106.09685).
+"""Low-rank adapters: W + (alpha / rank) A B with A and B trained and W frozen (arXiv 2106.09685).
 
-    blocks.q   [layers, D, N, H]    the base's, frozen, in the dtype that it is stored in
-    blocks.q_a [layers, D, rank]    trained, float32; `sharding.RULES` places it where W's inputs lie
-    blocks.q_b [layers, rank, N, H] trained, float32, 0 at the start; where W's outputs lie
-    blocks.scale [layers]           alpha / rank, frozen with the base
+    blocks.q     [layers, D, N, H]     the base's W, frozen, in its stored dtype
+    blocks.q_a   [layers, D, rank]     A, trained, float32; sharded like the inputs of W
+    blocks.q_b   [layers, rank, N, H]  B, trained, float32, 0 at first; sharded like W's outputs
+    blocks.scale [layers]              alpha / rank, frozen
 
-A decoder (`decoder.Decoder`) holds them beside their matrices. Full fine-tuning is the case without adapters: all
-parameters are trained and nothing is frozen.
+A decoder (`decoder.Decoder`) holds them beside their matrices; `sharding.RULES` places them. Full
+fine-tuning is the case without adapters: all parameters are trained and nothing is frozen.
 """
 
 import json
@@ -28,57 +28,56 @@ TARGETS = {
     stored_name(f"blocks.{name}").split(".")[-2]: name
     for name in ("q", "k", "v", "o", "gate", "up", "down")
 }
-"""Hugging Face's name of a matrix to ours."""
+"""Hugging Face's name of a matrix to the decoder's, such as "q_proj" to "q"."""
 
 
 def adapters(lora: Lora) -> Adapters:
-    """The shape that a config asks for; alpha is no part of it."""
-    return (
-        Adapters(lora.rank, tuple(TARGETS[t] for t in TARGETS if t in lora.targets))
-        if lora.rank
-        else NO_ADAPTERS
-    )
+    """Returns the shape of a config's adapters; alpha is not part of a shape."""
+    if not lora.rank:
+        return NO_ADAPTERS
+    return Adapters(lora.rank, tuple(TARGETS[t] for t in TARGETS if t in lora.targets))
 
 
 def check_rank(lora: Lora, spec: ModelSpec) -> None:
-    """A product of rank r adds nothing to a matrix with fewer than r rows or columns.
+    """Checks that the rank is useful: a matrix with fewer rows or columns than r has a lower rank.
 
     Raises:
-      ConfigError: the rank is larger than the narrowest of the adapted matrices.
+      ConfigError: the rank is larger than the narrowest side of an adapted matrix.
     """
     heads, kv_heads = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
-    other = {
-        "q": heads,
-        "k": kv_heads,
-        "v": kv_heads,
-        "o": heads,
-    }  # the side that is not the model's width
-    width, name = min((min(spec.width, other.get(TARGETS[t], spec.mlp)), t) for t in lora.targets)
+    # One side of every matrix is the model's width; this is the other side, MLP width by default.
+    other_side = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}
+    width, name = min(
+        (min(spec.width, other_side.get(TARGETS[t], spec.mlp)), t) for t in lora.targets
+    )
     if lora.rank > width:
         raise ConfigError(
-            f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; make "
-            "rank that at most, or train all weights with rank 0."
+            f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; "
+            "make rank that at most, or train all weights with rank 0."
         )
 
 
-def divide(params: nnx.State, shape: Adapters) -> tuple[nnx.State, nnx.State]:
-    """A decoder's parameters as (trained, frozen); frozen is empty where there are no adapters."""
+def partition(params: nnx.State, shape: Adapters) -> tuple[nnx.State, nnx.State]:
+    """Splits a decoder's parameters into (trained, frozen).
+
+    With adapters they alone are trained; without, everything is, and frozen is empty.
+    """
     trained, frozen = nnx.split_state(params, nnx.LoRAParam if shape.rank else nnx.Param, ...)
     return trained, frozen
 
 
-def attach(
+def add_adapters(
     spec: ModelSpec, params: nnx.State, lora: Lora, seed: int
 ) -> tuple[nnx.State, nnx.State]:
-    """What is trained from `params`, and what stays: fresh adapters and the base, or all parameters and nothing.
+    """Initialises adapters and returns (trained, frozen) parameters, see `partition`.
 
-    A is uniform in ±1/√inputs (as PEFT draws it: Kaiming's with a = √5), from `seed` and its path; B is 0, so that the
-    adapted decoder is its base.
+    A is uniform within ±1/√inputs, as in PEFT (Kaiming's uniform initialisation with a = √5), drawn
+    from `seed` and the parameter's path. B is 0, so that the adapted decoder starts as its base.
 
     Args:
-      spec: of the model.
-      params: of the base; its arrays are kept, not copied.
-      lora: rank, alpha, targets.
+      spec: sizes of the decoder.
+      params: parameters of the base; its arrays are shared and not copied.
+      lora: rank, alpha and targets; rank 0 trains all of `params`.
       seed: 0 to 2³² - 1.
     """
     if not lora.rank:
@@ -92,52 +91,62 @@ def attach(
         bound = int(np.prod(shape[1:-1])) ** -0.5
         fresh[f"{name}_a"] = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         fresh[f"{name}_b"] = jnp.zeros(shapes[f"{name}_b"].shape, jnp.float32)
+    # `whole` holds shapes so far; its leaves are replaced by the base's arrays and the new ones.
     nnx.replace_by_pure_dict(whole, tree | {"blocks": tree["blocks"] | fresh})
-    return divide(whole, adapters(lora))
+    return partition(whole, adapters(lora))
 
 
 def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
-    """Parameters of the decoder that was trained, float32 where adapted: base and adapters as one, or `trained` itself.
+    """Returns the parameters of the trained decoder without adapters.
+
+    Adapted matrices are W + (alpha / rank) A B in float32; without adapters this is `trained`.
 
     Args:
-      params: of the base.
+      params: parameters of the base.
       trained: adapters, or all parameters where there are none.
-      lora: rank, alpha, targets.
+      lora: rank, alpha and targets.
     """
     if not lora.rank:
         return trained
-    tree, parts = nnx.to_pure_dict(params), nnx.to_pure_dict(trained)["blocks"]
+    tree, trained_blocks = nnx.to_pure_dict(params), nnx.to_pure_dict(trained)["blocks"]
     for name in adapters(lora).targets:
-        a, b, w = parts[f"{name}_a"], parts[f"{name}_b"], tree["blocks"][name]
+        a, b = trained_blocks[f"{name}_a"], trained_blocks[f"{name}_b"]
+        w = tree["blocks"][name]
         product = jnp.einsum(
             "lir,lro->lio",
-            a.reshape(spread(a, 1)),
-            b.reshape(spread(b, 2)),
+            as_3d(a, 1),
+            as_3d(b, 2),
+            # The merge is computed once, and accelerators would round float32 products by default.
             precision=jax.lax.Precision.HIGHEST,
         )
-        tree["blocks"][name] = w.astype(jnp.float32) + lora.alpha / lora.rank * product.reshape(
-            w.shape
-        )
-    merged = jax.tree.map(lambda x: x, params)
+        delta = lora.alpha / lora.rank * product.reshape(w.shape)
+        tree["blocks"][name] = w.astype(jnp.float32) + delta
+    merged = jax.tree.map(lambda x: x, params)  # a new tree: `params` keeps its arrays
     nnx.replace_by_pure_dict(merged, tree)
     return merged
 
 
-def spread(x: Any, axis: int) -> tuple[int, int, int]:
-    """Shape [layers, in, rank] of A (`axis` 1) or [layers, rank, out] of B (2): heads and their widths as one axis."""
-    return (x.shape[0], -1, x.shape[-1]) if axis == 1 else (x.shape[0], x.shape[1], -1)
+def as_3d(x: Any, axis: int) -> Any:
+    """Merges heads and their widths into one axis.
+
+    Returns A as [layers, in, rank] (`axis` 1) or B as [layers, rank, out] (`axis` 2).
+    """
+    shape = (x.shape[0], -1, x.shape[-1]) if axis == 1 else (x.shape[0], x.shape[1], -1)
+    return x.reshape(shape)
 
 
 def export_adapter(
     trained: nnx.State, lora: Lora, base: str, folder: str | os.PathLike[str]
 ) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads.
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads.
+
+    It holds adapter_config.json and adapter_model.safetensors.
 
     Args:
       trained: adapters.
-      lora: rank, alpha, targets.
-      base: path or hub name of the base, for those who load it by the config alone.
-      folder: is made.
+      lora: rank, alpha and targets.
+      base: path or hub name of the base, which PEFT can load it by.
+      folder: is created if it does not exist.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
@@ -159,9 +168,9 @@ def export_adapter(
     for name, leaf in nnx.to_pure_dict(trained)["blocks"].items():
         target, side = name.split("_")
         array = np.asarray(jax.device_get(leaf), np.float32)
-        place = (
-            stored_name(f"blocks.{target}").removesuffix("weight") + f"lora_{side.upper()}.weight"
-        )
-        for i, layer in enumerate(array.reshape(spread(array, 1 if side == "a" else 2))):
-            tensors[f"base_model.model.{place.format(i)}"] = np.ascontiguousarray(layer.T)
+        matrix = stored_name(f"blocks.{target}").removesuffix("weight")
+        peft_name = f"base_model.model.{matrix}lora_{side.upper()}.weight"
+        for i, layer in enumerate(as_3d(array, 1 if side == "a" else 2)):
+            # PEFT stores [out, in], as Hugging Face does.
+            tensors[peft_name.format(i)] = np.ascontiguousarray(layer.T)
     write_tensors(tensors, root / "adapter_model.safetensors", root / "adapter_config.json")

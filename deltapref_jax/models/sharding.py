@@ -1,6 +1,6 @@
-"""Where parameters lie on a mesh: one table of path pattern to axes.
+"""Sharding of parameters over a mesh: one table from path patterns to mesh axes.
 
-Optimizer moments have their parameter's path inside their own, so the same table places them.
+The path of an optimizer moment ends with its parameter's path, so the same table shards both.
 """
 
 import re
@@ -16,25 +16,27 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\bblocks\.(gate|up)$", (None, "fsdp", "tensor")),  # [layers, D, F]
     (r"\bblocks\.down$", (None, "tensor", "fsdp")),  # [layers, F, D]
     (r"\bblocks\.(q|k|v|gate|up)_a$", (None, "fsdp", None)),  # [layers, D, rank]
-    (
-        r"\bblocks\.(q|k|v|gate|up)_b$",
-        (None, None, "tensor"),
-    ),  # [layers, rank, N or K, H] or [layers, rank, F]
+    # [layers, rank, N or K, H] or [layers, rank, F]
+    (r"\bblocks\.(q|k|v|gate|up)_b$", (None, None, "tensor")),
     (r"\bblocks\.(o|down)_a$", (None, "tensor")),  # [layers, N, H, rank] or [layers, F, rank]
     (r"\bblocks\.(o|down)_b$", (None, None, "fsdp")),  # [layers, rank, D]
     (r"(norm|\bblocks\.scale)$", ()),  # replicated
     (r"\b(count|step)$", ()),  # scalars of the optimizer
 )
+"""(Pattern of a parameter's path, mesh axis of each leading dimension): see `spec_for`."""
 
 BATCH = PartitionSpec(("data", "fsdp"), "context")
-"""Rows and columns of a packed batch."""
+"""Sharding of rows and columns of a packed batch."""
 
 ROWS = PartitionSpec(("data", "fsdp"))
-"""Rows alone: slots of the sampler."""
+"""Sharding of rows alone, such as the slots of the sampler."""
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """`blocks.q` of a tree path, whatever the containers; nnx's trailing `value` is dropped."""
+    """Returns the name of a tree path, such as `blocks.q`, for containers of any kind.
+
+    The `value` that NNX appends to the path of a variable is dropped.
+    """
     parts = [
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))).lstrip(".")
         for key in path
@@ -43,18 +45,20 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The one rule that matches `name`; an axis that does not divide its dimension is replicated.
+    """Returns the sharding of a parameter, by the one rule that matches its name.
+
+    A dimension that its mesh axis does not divide is replicated.
 
     Raises:
       ValueError: no rule matches, or several do.
     """
-    found = [axes for pattern, axes in RULES if re.search(pattern, name)]
-    if len(found) != 1:
+    matches = [axes for pattern, axes in RULES if re.search(pattern, name)]
+    if len(matches) != 1:
         raise ValueError(
-            f"{len(found)} sharding rules match the parameter {name!r} of shape {shape}; "
+            f"{len(matches)} sharding rules match the parameter {name!r} of shape {shape}; "
             "exactly one must: see models.sharding.RULES."
         )
-    axes = found[0]
+    (axes,) = matches
     return PartitionSpec(
         *(
             axis if axis and size % mesh.shape[axis] == 0 else None
@@ -64,7 +68,10 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A tree of NamedSharding for parameters or for a whole training state (arrays or their shapes)."""
+    """Returns the NamedSharding of every leaf of a tree of parameters or of a training state.
+
+    Leaves are arrays or their shapes.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh)), tree
     )

@@ -1,11 +1,12 @@
-"""Shape of a decoder, read from and written to a Hugging Face `config.json`."""
+"""Sizes of a decoder, read from and written to a Hugging Face `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 SUPPORTED = ("llama",)
-_NEEDED = (
+"""Values of `model_type` that the decoder covers."""
+_REQUIRED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -16,19 +17,22 @@ _NEEDED = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Sizes and constants of one decoder; hashable, so that jitted functions are shared by models of one shape."""
+    """Sizes and constants of a decoder.
 
-    vocab: int
-    width: int
+    It is hashable, so that models of one shape share their compiled functions.
+    """
+
+    vocab: int  # V
+    width: int  # D
     layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp: int
-    rope_theta: float = 10_000.0
+    heads: int  # N, query heads
+    kv_heads: int  # K, key and value heads; divides `heads`
+    head_width: int  # H, even; heads * head_width may differ from width
+    mlp: int  # F
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
     norm_eps: float = 1e-5
-    tied: bool = True  # the output projection is the embedding
-    max_positions: int = 2048
+    tied: bool = True  # whether the embedding is the output projection too
+    max_positions: int = 2048  # the longest sequence, in tokens
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -42,37 +46,37 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """The number of parameters."""
         attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
         block = attention + 3 * self.width * self.mlp + 2 * self.width
         return self.vocab * self.width * (1 if self.tied else 2) + self.layers * block + self.width
 
 
 class Adapters(NamedTuple):
-    """Shape of a decoder's low-rank adapters; hashable. What they are is in `models.lora`."""
+    """Shape of a decoder's low-rank adapters (`models.lora`); hashable."""
 
-    rank: int = 0  # 0: there are none
-    targets: tuple[str, ...] = ()  # matrices of a block by our names, such as "q"
+    rank: int = 0  # 0 means no adapters
+    targets: tuple[str, ...] = ()  # names of the adapted matrices in `decoder.Block`, such as "q"
 
 
 NO_ADAPTERS = Adapters()
-"""All weights are the model's own."""
+"""A decoder without adapters."""
 
 
 def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
-    """Reads the dictionary of a `config.json`.
+    """Reads a spec from the contents of a `config.json`.
 
     Raises:
-      ValueError: the architecture, or one of its options, is not supported; the sentence names it.
+      ValueError: the architecture or one of its options is not supported, or a field is missing.
     """
     kind = config.get("model_type", "")
     if kind not in SUPPORTED:
         raise ValueError(
             f"model_type is {kind!r} in config.json; supported: {', '.join(SUPPORTED)}."
         )
-    if lacking := [name for name in _NEEDED if name not in config]:
+    if missing := [name for name in _REQUIRED if name not in config]:
         raise ValueError(
-            f"config.json has no {', '.join(lacking)}; give the config of a whole {kind} model."
+            f"config.json has no {', '.join(missing)}; give the config of a whole {kind} model."
         )
     for option in ("attention_bias", "mlp_bias"):
         if config.get(option):
@@ -83,6 +87,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
         raise ValueError(
             f"hidden_act is {config['hidden_act']!r} in config.json; only 'silu' is supported."
         )
+    # transformers 5 writes rope_parameters, 4 writes rope_scaling and a rope_theta of its own.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(
@@ -106,7 +111,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
-    """The `config.json` that `transformers` (4 and 5) and vLLM read back as the same model."""
+    """Returns the contents of a `config.json` that `transformers` (4 and 5) and vLLM read."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,7 +1,8 @@
-"""Weights in and out: Hugging Face folders and GGUF files to a stacked decoder, and back to a folder.
+"""Loads Hugging Face folders and GGUF files into a stacked decoder, and exports a folder.
 
-`_NAMES` is the one table of names: our parameter, its name in safetensors and in GGUF. Hugging Face stores a projection
-as [out, in]; ours are [in, heads, width] or [in, out], so a tensor is transposed and reshaped on the way.
+`_NAMES` is the only table of tensor names: a decoder's parameter, its name in safetensors and its
+name in GGUF. Hugging Face stores a projection as [out, in]; the decoder's are [in, heads, width] or
+[in, out], so tensors are transposed and reshaped when they are read or written.
 """
 
 import dataclasses
@@ -20,13 +21,14 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from deltapref_jax.files import local, remote
+from deltapref_jax.files import local_copy, remote
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
-_NAMES = {  # ours: (safetensors, GGUF)
+# Parameter of `Decoder`: (name in safetensors, name in GGUF); {} stands for the layer.
+_NAMES = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
     "final_norm": ("model.norm.weight", "output_norm.weight"),
     "head": ("lm_head.weight", "output.weight"),
@@ -44,30 +46,42 @@ _NAMES = {  # ours: (safetensors, GGUF)
     "blocks.down": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
 }
 _TRANSPOSED = ("q", "k", "v", "o", "gate", "up", "down")
+"""Parameters whose last two axes (after reshaping) are transposed in a file."""
 _SHARD_BYTES = 4 << 30
+"""A file of safetensors is at most this large, unless one tensor is larger."""
 
 Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model ready for pure functions: `nnx.merge(graphdef, state)` inside `jax.jit`."""
+class LoadedModel:
+    """A model for pure functions: use `nnx.merge(graphdef, state)` inside `jax.jit`.
+
+    Attributes:
+      graphdef: structure of the decoder.
+      state: its parameters as host arrays; callers place them on their devices.
+      spec: its sizes.
+      text: its tokenizer and chat template.
+      weights: `weights_hash` of the files that it was loaded from.
+    """
 
     graphdef: nnx.GraphDef
-    state: nnx.State  # of host arrays: whoever computes places them on its devices
+    state: nnx.State
     spec: ModelSpec
-    text: Text
-    weights: str  # `weights_hash` of where it came from
+    text: ChatTokenizer
+    weights: str
 
 
 def resolve(path: str) -> str:
-    """A local folder or file for `path`; a name like `organisation/model` is fetched from the hub, `gs://…` copied.
+    """Returns a local folder or file for `path`.
+
+    A name like `organisation/model` is downloaded from the hub; a `gs://` path is copied.
 
     Raises:
-      FileNotFoundError: neither a local path nor a model that the hub or the bucket gives us.
+      FileNotFoundError: `path` does not exist locally, on the hub or in the bucket.
     """
     if remote(path):
-        return local(path)
+        return local_copy(path)
     if os.path.exists(path):
         return path
     if path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(".gguf"):
@@ -77,9 +91,8 @@ def resolve(path: str) -> str:
             return snapshot_download(
                 path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
             )
-        except (
-            Exception
-        ) as e:  # the hub's client raises dozens of kinds; all mean that we do not have the model
+        # The hub's client raises dozens of types; all of them mean that the model is not available.
+        except Exception as e:
             raise FileNotFoundError(
                 f"The hub did not give {path!r} ({type(e).__name__}) and there is no such folder; "
                 "give a local Hugging Face folder or a .gguf file."
@@ -90,7 +103,11 @@ def resolve(path: str) -> str:
 
 
 def _files(path: str) -> list[Path]:
-    """The files that make a model what it is: its weights, its shape and its tokenizer."""
+    """Returns the files that define a model: its weights, its config and its tokenizer.
+
+    Raises:
+      FileNotFoundError: a Hugging Face folder is incomplete.
+    """
     root = Path(path)
     if root.is_file():
         return [root]
@@ -100,6 +117,7 @@ def _files(path: str) -> list[Path]:
             f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
             "give a complete Hugging Face folder."
         )
+    # A sharded model names its shards in an index; one can be missing after a broken download.
     index = root / "model.safetensors.index.json"
     if index.exists():
         for name in sorted(
@@ -110,78 +128,73 @@ def _files(path: str) -> list[Path]:
                 f"The folder {path} has no {name}, which {index.name} names; "
                 "give a complete Hugging Face folder."
             )
-    extra = [
-        root / name
-        for name in (
-            "config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        )
-    ]
-    return weights + [file for file in extra if file.exists()]
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return weights + [root / name for name in names if (root / name).exists()]
 
 
 @functools.lru_cache(maxsize=256)
 def _file_hash(path: str, size: int, mtime: int) -> str:
+    """Hashes a file; size and time of modification are keys of the cache."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(path: str) -> str:
-    """16 hex digits over weights, config and tokenizer: equal for equal content, wherever it lies.
+    """Returns 16 hex digits over weights, config and tokenizer, independent of their location.
 
     Raises:
-      FileNotFoundError: no model at `path`.
+      FileNotFoundError: there is no model at `path`.
     """
     digest = hashlib.sha256()
     for file in _files(resolve(path)):
         stat = file.stat()
+        # A GGUF file has the same hash under any name, as a folder has.
         name = "gguf" if file.suffix == ".gguf" else file.name
         digest.update(f"{name} {_file_hash(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _read_folder(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]:
-    """Spec, a reader of one tensor by name, and the names."""
+    """Returns the spec, a function that reads a tensor by name, and the names of all tensors."""
     try:
         config = json.loads((path / "config.json").read_text())
         handles = [safe_open(file, framework="flax") for file in sorted(path.glob("*.safetensors"))]
-    except Exception as e:  # a cut file fails in json or in safetensors' own ways
+    except Exception as e:  # json and safetensors raise different types on a truncated file
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    return spec_from_hf(config), lambda name: np.asarray(where[name].get_tensor(name)), set(where)
+    owners = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    return spec_from_hf(config), lambda name: np.asarray(owners[name].get_tensor(name)), set(owners)
 
 
 def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]:
+    """Returns what `_read_folder` does; the function dequantises the tensor that it reads."""
     from gguf.quants import dequantize
 
     reader = open_gguf(str(path))
     kind = field(reader, "general.architecture")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def size(name: str, default: Any = None) -> Any:
+    def metadata(name: str, default: Any = None) -> Any:
         return field(reader, f"{kind}.{name}", default)
 
-    heads, width = size("attention.head_count"), size("embedding_length")
-    epsilon = size("attention.layer_norm_rms_epsilon", 1e-5)
-    scaling = "llama3" if "rope_freqs.weight" in tensors else size("rope.scaling.type", "none")
+    heads, width = metadata("attention.head_count"), metadata("embedding_length")
+    epsilon = metadata("attention.layer_norm_rms_epsilon", 1e-5)
+    # Llama 3's scaling of frequencies is a tensor in GGUF, other scalings are a name.
+    scaling = "llama3" if "rope_freqs.weight" in tensors else metadata("rope.scaling.type", "none")
     spec = spec_from_hf(
         {
             "model_type": kind,
             "vocab_size": len(field(reader, "tokenizer.ggml.tokens")),
             "hidden_size": width,
-            "num_hidden_layers": size("block_count"),
+            "num_hidden_layers": metadata("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": size("attention.head_count_kv", heads),
-            "head_dim": size("attention.key_length"),
-            "intermediate_size": size("feed_forward_length"),
-            "rope_theta": size("rope.freq_base", 1e4),
-            "rms_norm_eps": float(
-                str(np.float32(epsilon))
-            ),  # stored in float32: 1e-5 and not 9.99…e-6
+            "num_key_value_heads": metadata("attention.head_count_kv", heads),
+            "head_dim": metadata("attention.key_length"),
+            "intermediate_size": metadata("feed_forward_length"),
+            "rope_theta": metadata("rope.freq_base", 1e4),
+            # GGUF stores float32: the shortest decimal gives 1e-5 and not 9.99e-6.
+            "rms_norm_eps": float(str(np.float32(epsilon))),
             "tie_word_embeddings": "output.weight" not in tensors,
-            "max_position_embeddings": size("context_length"),
+            "max_position_embeddings": metadata("context_length"),
             "rope_parameters": {"rope_type": "default" if scaling == "none" else scaling},
         }
     )
@@ -190,12 +203,10 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[
         tensor = tensors[name]
         array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         for part, count in (("attn_q", spec.heads), ("attn_k", spec.kv_heads)):
-            if (
-                part in name
-            ):  # llama.cpp interleaves the two halves of every head of a Llama; undo it
-                array = (
-                    array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-                )
+            # llama.cpp interleaves the two halves of every head of a Llama; this inverts it.
+            if part in name:
+                pairs = array.reshape(count, -1, 2, array.shape[-1])
+                array = pairs.swapaxes(1, 2).reshape(array.shape)
         return array
 
     return spec, read, set(tensors)
@@ -204,68 +215,79 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[
 def abstract(
     spec: ModelSpec, dtype: Any = jnp.float32, adapters: Adapters = NO_ADAPTERS
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and shapes of a decoder without its arrays."""
+    """Returns the structure and the shapes of a decoder, without allocating its arrays."""
     return nnx.split(
         nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), dtype=dtype, adapters=adapters))
     )
 
 
 def stored_name(parameter: str) -> str:
-    """Name in safetensors of one of our parameters, such as "blocks.q"; {} stands for the layer."""
+    """Returns the name in safetensors of a parameter such as "blocks.q"; {} is the layer."""
     return _NAMES[parameter][0]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Joins the keys of nested mappings by dots."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def load(path: str, dtype: str = "float32", params: str | None = "float32") -> Loaded:
-    """A model from a Hugging Face folder, a GGUF file (dequantised) or a hub name.
+def load(path: str, dtype: str = "float32", params: str | None = "float32") -> LoadedModel:
+    """Loads a Hugging Face folder, a GGUF file (dequantised) or a model of the hub.
 
     Args:
-      path: see `resolve`.
-      dtype: of the computation.
-      params: of the weights kept: those to be trained are float32; None leaves each tensor as it is stored.
+      path: a path or a name, see `resolve`.
+      dtype: dtype of the computation.
+      params: dtype of the parameters; float32 for parameters that are trained, None for each
+        tensor's stored dtype.
 
     Raises:
-      FileNotFoundError: nothing there, or an incomplete folder.
-      ValueError: an unsupported architecture, or a tensor that is missing or has another shape; it is named.
+      FileNotFoundError: there is no model, or the folder is incomplete.
+      ValueError: the architecture is not supported, or a tensor is missing or has another shape.
     """
-    place, gguf, (spec, read, names) = _open(path)
+    local_path, gguf, (spec, read, names) = _open(path)
     state = assemble(spec, read, gguf, path, names, params)
-    return Loaded(
-        abstract(spec, jnp.dtype(dtype))[0], state, spec, Text.load(place), weights_hash(place)
+    graphdef = abstract(spec, jnp.dtype(dtype))[0]
+    return LoadedModel(
+        graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(local_path)
     )
 
 
-def look(path: str) -> tuple[ModelSpec, Text]:
-    """The shape and the tokenizer of a model that `load` would take, as far as that shows without reading its numbers.
+def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
+    """Returns the sizes and the tokenizer of a model, and checks it without reading its weights.
+
+    A model that this accepts can still fail in `load` if a tensor has another shape.
 
     Raises:
-      FileNotFoundError: nothing there, or an incomplete folder.
-      ValueError: an unsupported architecture, a missing tensor, or a tokenizer that cannot be used.
+      FileNotFoundError: there is no model, or the folder is incomplete.
+      ValueError: the architecture is not supported, a tensor is missing, or the tokenizer cannot
+        be used.
     """
-    place, gguf, (spec, _, names) = _open(path)
-    for name in _flat(nnx.to_pure_dict(abstract(spec)[1])):
+    local_path, gguf, (spec, _, names) = _open(path)
+    for name in _flatten(nnx.to_pure_dict(abstract(spec)[1])):
         _stored_names(name, spec, gguf, path, names)
-    return spec, Text.load(place)
+    return spec, ChatTokenizer.load(local_path)
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:
-    """Where a model is, whether it is a GGUF file, and its spec, reader and tensor names."""
-    place = resolve(path)
-    _files(place)
-    gguf = os.path.isfile(place)
-    return place, gguf, (_read_gguf if gguf else _read_folder)(Path(place))
+    """Returns a model's local path, whether it is a GGUF file, and its spec, reader and names."""
+    local_path = resolve(path)
+    _files(local_path)
+    gguf = os.path.isfile(local_path)
+    return local_path, gguf, (_read_gguf if gguf else _read_folder)(Path(local_path))
 
 
 def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[str]) -> list[str]:
-    """Stored tensors of a parameter, one per layer if it is stacked; all are among `names`, or `ValueError`."""
+    """Returns the stored tensors of a parameter, one per layer if it is stacked.
+
+    Raises:
+      ValueError: one of them is not among `names`.
+    """
     source = _NAMES[name][gguf]
     stored = [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]
     missing = [s for s in stored if s not in names]
@@ -284,21 +306,34 @@ def assemble(
     names: set[str],
     params: str | None = "float32",
 ) -> nnx.State:
-    """Parameters of a decoder, host arrays, from a reader of stored tensors; see `load` for what is raised."""
+    """Builds the parameters of a decoder, as host arrays, from a function that reads a tensor.
+
+    Args:
+      spec: sizes of the decoder.
+      read: maps a stored name to its array.
+      gguf: whether the names are GGUF's.
+      path: the model's path, for error messages.
+      names: names of all stored tensors.
+      params: dtype of the parameters, see `load`.
+
+    Raises:
+      ValueError: see `load`; or there is a tensor that the decoder has no use for.
+    """
     shapes = abstract(spec)[1]
     flat: dict[str, Any] = {}
-    wanted = set()
-    for name, leaf in _flat(nnx.to_pure_dict(shapes)).items():
+    expected = set()
+    for name, leaf in _flatten(nnx.to_pure_dict(shapes)).items():
         source = _NAMES[name][gguf]
         layers = _stored_names(name, spec, gguf, path, names)
-        wanted |= set(layers)
+        expected |= set(layers)
         shape = leaf.shape[1:] if "{}" in source else leaf.shape
-        tensors = [_shaped(read(s), name, shape, f"{s} of {path}") for s in layers]
+        tensors = [_from_stored(read(s), name, shape, f"{s} of {path}") for s in layers]
         array = np.stack(tensors) if "{}" in source else tensors[0]
         flat[name] = array.astype(jnp.dtype(params or array.dtype), copy=False)
+    # Old checkpoints hold rotary frequencies; a tied model may hold its output projection twice.
     unexpected = sorted(
         n
-        for n in names - wanted
+        for n in names - expected
         if not n.endswith("rotary_emb.inv_freq") and not (spec.tied and n in _NAMES["head"])
     )
     if unexpected:
@@ -311,29 +346,28 @@ def assemble(
         for name, array in flat.items()
         if name.startswith("blocks.")
     }
-    tree = {name: array for name, array in flat.items() if not name.startswith("blocks.")} | {
-        "blocks": blocks
-    }
-    nnx.replace_by_pure_dict(shapes, tree)
+    tree = {name: array for name, array in flat.items() if not name.startswith("blocks.")}
+    nnx.replace_by_pure_dict(shapes, tree | {"blocks": blocks})
     return shapes
 
 
-def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
+def _from_stored(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """Converts a stored tensor to the layout of a parameter of `shape`.
+
+    Raises:
+      ValueError: the tensor has another shape than `where`'s config calls for.
+    """
     last = name.split(".")[-1]
-    flat: tuple[int, ...]
+    flat: tuple[int, ...] = shape
     if last in _TRANSPOSED:
         array = array.T
-        flat = (
-            (int(np.prod(shape[:-1])), shape[-1])
-            if last == "o"
-            else (shape[0], int(np.prod(shape[1:])))
-        )
-    else:
-        flat = shape
+        # Heads and their widths are one axis in a file: the input of o, the output of q, k and v.
+        split = len(shape) - 1 if last == "o" else 1
+        flat = (int(np.prod(shape[:split])), int(np.prod(shape[split:])))
     if array.shape != flat:
-        stored, wanted = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
+        stored, expected = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
         raise ValueError(
-            f"Tensor {where} has the shape {stored}; its config.json calls for {wanted}."
+            f"Tensor {where} has the shape {stored}; its config.json calls for {expected}."
         )
     return array.reshape(shape)
 
@@ -341,22 +375,30 @@ def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) ->
 def export(
     state: nnx.State,
     spec: ModelSpec,
-    text: Text,
+    text: ChatTokenizer,
     folder: str | os.PathLike[str],
     dtype: str = "float32",
 ) -> str:
-    """Writes config.json, safetensors (with an index above 4 GiB) and the tokenizer; returns its `weights_hash`.
+    """Writes a Hugging Face folder and returns its `weights_hash`.
 
-    `transformers` and vLLM load the folder as a `LlamaForCausalLM`.
+    The folder holds config.json, generation_config.json, safetensors (with an index above 4 GiB)
+    and the tokenizer; `transformers` and vLLM load it as a `LlamaForCausalLM`.
+
+    Args:
+      state: parameters of a decoder without adapters.
+      spec: its sizes.
+      text: its tokenizer and chat template.
+      folder: is created if it does not exist.
+      dtype: dtype of the stored tensors.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
-    for name, leaf in _flat(nnx.to_pure_dict(state)).items():
+    for name, leaf in _flatten(nnx.to_pure_dict(state)).items():
         target = _NAMES[name][0]
         array = np.asarray(jax.device_get(leaf)).astype(jnp.dtype(dtype))
         for i, part in enumerate(array if "{}" in target else [array]):
-            tensors[target.format(i)] = _stored(part, name)
+            tensors[target.format(i)] = _to_stored(part, name)
     config = spec_to_hf(spec) | {
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -372,8 +414,8 @@ def export(
     return weights_hash(str(root))
 
 
-def _stored(array: np.ndarray, name: str) -> np.ndarray:
-    """Our layout to the [out, in] that is stored: the first axis of q, k, v, gate, up, down and the last of o is D."""
+def _to_stored(array: np.ndarray, name: str) -> np.ndarray:
+    """Converts a parameter to the stored layout, [out, in] for a matrix; inverts `_from_stored`."""
     last = name.split(".")[-1]
     if last == "o":
         array = array.reshape(-1, array.shape[-1])
@@ -382,13 +424,14 @@ def _stored(array: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(array.T if last in _TRANSPOSED else array)
 
 
-def write_tensors(tensors: dict[str, np.ndarray], path: Path, beside: Path) -> None:
-    """A safetensors file that whoever may read the file `beside` may read."""
+def write_tensors(tensors: dict[str, np.ndarray], path: Path, mode_from: Path) -> None:
+    """Writes a safetensors file with the permissions of the file `mode_from`."""
     save_file(tensors, path, metadata={"format": "pt"})
-    os.chmod(path, beside.stat().st_mode)  # safetensors makes it the owner's alone
+    os.chmod(path, mode_from.stat().st_mode)  # safetensors makes files that only the owner can read
 
 
 def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
+    """Writes model.safetensors, or shards of at most `_SHARD_BYTES` and their index."""
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, array in tensors.items():
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > _SHARD_BYTES:

@@ -1,11 +1,12 @@
-"""Continuous batching: a fixed number of slots, refilled as traces end.
+"""Continuous batching: a fixed number of slots, which are refilled as traces end.
 
-    requests ──▶ prefill (once per prompt) ──▶ insert into free slots ──▶ advance by a chunk ──▶ ended? ──▶ traces
-                                                     ▲                          │
-                                                     └──────────────────────────┘
+    requests ──▶ prefill (once per prompt) ──▶ insert into free slots ──▶ advance ──▶ traces
+                                                     ▲                       │
+                                                     └─────── next chunk ────┘
 
-The host waits for a chunk's tokens, refills, dispatches the next chunk, and turns ended traces into text while the
-device works. Prompts are taken longest first, which is also what is expected to take longest.
+The host waits for the tokens of a chunk (some decoding steps), refills slots, dispatches the next
+chunk, and detokenises the traces that ended while the device works. Prompts are taken longest
+first, because these are expected to take longest.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import itertools
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded
+from deltapref_jax.models.weights import LoadedModel
 from deltapref_jax.sampling.draw import request_keys
 from deltapref_jax.sampling.programs import (
     Chunk,
@@ -43,54 +44,55 @@ from deltapref_jax.sampling.stopping import before_stop, stopped_length
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt and how it is to be answered."""
+    """A prompt and its sampling parameters."""
 
     prompt_id: str  # hexadecimal, 16 digits; the draws depend on it
-    tokens: Sequence[int]
-    samples: int = 1
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    tokens: Sequence[int]  # the prompt
+    samples: int = 1  # number of traces
+    temperature: float = 1.0  # 0 decodes greedily
+    top_p: float = 1.0  # 1 turns the filter off
+    top_k: int = 0  # 0 turns the filter off
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One trace."""
+    """A finished trace."""
 
-    tokens: list[int]  # the end token included where there is one
-    text: str  # without end token and stop string
-    finish: str  # "eos", "stop" or "length"
-    logprob: float  # nats; sum over `tokens`, temperature 1, unfiltered
+    tokens: list[int]  # with the end token, if it ended with one
+    text: str  # without the end token and the stop string
+    finish: str  # the reason that it ended: "eos", "stop" or "length"
+    logprob: float  # sum over `tokens` in nats, unfiltered and at temperature 1
 
 
 @dataclasses.dataclass
 class _Trace:
-    """A sample on its way: which one it is, where its prompt was prefilled, and what it has so far."""
+    """An unfinished trace: its identity, its prefilled prompt and its tokens so far."""
 
-    request: int
-    sample: int
+    request: int  # index of the request
+    sample: int  # index among the traces of the request
     key: np.ndarray
-    prompts: Cache | None  # None once it is in a slot
-    row: int
+    prompts: Cache | None  # the cache that holds its prompt; None once the trace is in a slot
+    row: int  # row of the prompt in `prompts`
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish: str = ""
 
 
 @dataclasses.dataclass
-class _Table:
-    """The host's view of the slots."""
+class _SlotTable:
+    """The host's copy of the slots' state, and the traces in them."""
 
     slots: Slots
-    occupants: dict[int, _Trace]
+    traces: dict[int, _Trace]
 
     @classmethod
-    def empty(cls, count: int) -> "_Table":
+    def empty(cls, count: int) -> "_SlotTable":
+        """Returns a table of `count` free slots."""
         return cls(
             Slots(
                 token=np.zeros(count, np.int32),
                 position=np.zeros(count, np.int32),
-                produced=np.zeros(count, np.int32),
+                generated=np.zeros(count, np.int32),
                 alive=np.zeros(count, bool),
                 keys=np.zeros((count, 2), np.uint32),
                 temperature=np.ones(count, np.float32),
@@ -100,8 +102,8 @@ class _Table:
             {},
         )
 
-    def place(self, slot: int, trace: _Trace, request: Request) -> None:
-        """Starts a trace: the last prompt token is fed first."""
+    def assign(self, slot: int, trace: _Trace, request: Request) -> None:
+        """Starts a trace in a slot; the first decoding step feeds the last prompt token."""
         values = (
             request.tokens[-1],
             len(request.tokens) - 1,
@@ -114,7 +116,7 @@ class _Table:
         )
         for column, value in zip(self.slots, values, strict=True):
             column[slot] = value
-        self.occupants[slot] = trace
+        self.traces[slot] = trace
 
 
 def _batched(items: Iterator[int], size: int) -> Iterator[list[int]]:
@@ -130,30 +132,39 @@ def _new_cache(
 
 
 class Engine:
-    """Samples traces of one model. The result of a request depends on no other request, and not on their order.
+    """Samples traces of one model.
 
-    Engines of models of one shape share their compiled programs.
+    The result of a request does not depend on other requests or on their order. Engines of models
+    of one shape share their compiled programs.
 
     Attributes:
-      stats: sums over all calls since it was last cleared: `tokens` kept, `truncated` traces, decoding `steps`,
-        `slot_steps` (steps × slots: what the tokens cost), `prompt_tokens`, `padded_prompt_tokens`, `seconds` and, of
-        these, `compile_seconds`.
+      stats: sums over all calls since it was last cleared: `tokens` kept, `truncated` traces,
+        decoding `steps`, `slot_steps` (steps times slots, the cost of the tokens),
+        `prompt_tokens`, `padded_prompt_tokens`, `seconds`, and `compile_seconds` within these.
     """
 
     def __init__(
-        self, model: Loaded, sampling: Sampling, seed: int, generator: str, mesh: Mesh | None = None
+        self,
+        model: LoadedModel,
+        sampling: Sampling,
+        seed: int,
+        generator: str,
+        mesh: Mesh | None = None,
     ):
         """Places the weights on the mesh.
 
         Args:
-          model: its weights are copied; drop it to save memory.
+          model: its weights are copied to the devices; drop it to save host memory.
           sampling: shapes and stop strings.
-          seed: of the draws.
-          generator: identity of the generator (hexadecimal); draws of different generators are independent.
-          mesh: slots lie along data and fsdp, weights as the sharding table says. None: the first device.
+          seed: seed of the draws.
+          generator: identity of the generator (hexadecimal); draws of different generators are
+            independent.
+          mesh: slots lie along data and fsdp, weights as `sharding.RULES` says; None means the
+            first local device.
 
         Raises:
-          ValueError: slots do not divide over the mesh, the model has too few positions, or a stop string is empty.
+          ValueError: slots do not divide over the mesh, the model has too few positions, or a stop
+            string is empty.
         """
         self.spec, self.text, self.sampling = model.spec, model.text, sampling
         self.seed, self.generator = seed, generator
@@ -168,15 +179,14 @@ class Engine:
                 "config.sampling.stop holds an empty string, which every text contains; remove it."
             )
         self.mesh = mesh or make_mesh(MeshShape(), jax.local_devices()[:1])
-        across = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if sampling.slots % across:
+        row_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if sampling.slots % row_shards:
             raise ValueError(
-                f"config.sampling.slots is {sampling.slots}; it must be a multiple of the {across} "
-                "devices along data and fsdp."
+                f"config.sampling.slots is {sampling.slots}; it must be a multiple of the "
+                f"{row_shards} devices along data and fsdp."
             )
-        self.group = across * max(
-            1, min(16, sampling.slots // 8) // across
-        )  # prompts of one prefill
+        # Prompts of one prefill: about an eighth of the slots, at most 16, in whole shards.
+        self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
         state = jax.device_put(model.state, shardings(model.state, self.mesh))
         self.graphdef, self.weights = unstacked(model.graphdef, state)
         self.dtype = nnx.merge(model.graphdef, model.state).dtype
@@ -184,23 +194,36 @@ class Engine:
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
         self.stats: dict[str, float] = defaultdict(float)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """The traces of every request, in the order of the requests and their samples.
+    def generate(
+        self, requests: Sequence[Request], advance: Callable[[int], None] | None = None
+    ) -> list[list[Completion]]:
+        """Returns the traces of every request, in the order of the requests and their samples.
+
+        Args:
+          requests: what is asked.
+          advance: called with 1 for every trace that ended, such as to move a progress bar.
 
         Raises:
-          ValueError: a prompt is empty or longer than `max_prompt`; a log-probability is not finite.
+          ValueError: a prompt is empty or longer than `max_prompt`, or a log-probability is not
+            finite.
         """
         started, compiled = time.perf_counter(), compile_seconds()
         self.check(requests)
-        done: list[list[Completion | None]] = [[None] * request.samples for request in requests]
+        results: list[list[Completion | None]] = [[None] * request.samples for request in requests]
         for trace in self._run(requests):
-            done[trace.request][trace.sample] = self._complete(trace)
+            results[trace.request][trace.sample] = self._complete(trace)
+            if advance:
+                advance(1)
         self.stats["seconds"] += time.perf_counter() - started
         self.stats["compile_seconds"] += compile_seconds() - compiled
-        return [[completion for completion in row if completion is not None] for row in done]
+        return [[completion for completion in row if completion is not None] for row in results]
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises `ValueError`, naming the first prompt that is empty or longer than `max_prompt`."""
+        """Checks the lengths of prompts.
+
+        Raises:
+          ValueError: a prompt is empty or longer than `max_prompt`; the first one is named.
+        """
         for request in requests:
             if not 0 < len(request.tokens) <= self.sampling.max_prompt:
                 raise ValueError(
@@ -209,24 +232,29 @@ class Engine:
                 )
 
     def _run(self, requests: Sequence[Request]) -> Iterator[_Trace]:
-        """Traces as they end; while the caller handles one, the device works on the next chunk."""
+        """Yields traces as they end; the device works on the next chunk in the meantime."""
         self._reserve(0)
-        table, groups = _Table.empty(self.sampling.slots), self._groups(requests)
+        table, prefilled = _SlotTable.empty(self.sampling.slots), self._prefill(requests)
         filtered = any(0 < r.top_k < self.spec.vocab or r.top_p < 1 for r in requests)
         remaining = sum(request.samples for request in requests)
-        ready: deque[_Trace] = deque()
+        waiting: deque[_Trace] = deque()
         ended: list[_Trace] = []
         while True:
-            remaining -= self._refill(requests, table, ready, groups)
+            remaining -= self._refill(requests, table, waiting, prefilled)
             if not table.slots.alive.any():
                 break
             chunk = self._advance(table.slots, filtered, more=remaining > 0)
+            # The traces of the last chunk: yielding them overlaps with the chunk just dispatched.
             yield from ended
             ended = self._collect(jax.device_get(chunk), table)
         yield from ended
 
-    def _groups(self, requests: Sequence[Request]) -> Iterator[list[_Trace]]:
-        """Prefills prompts, a group at a time and only when asked for, longest first; yields the traces to sample."""
+    def _prefill(self, requests: Sequence[Request]) -> Iterator[list[_Trace]]:
+        """Prefills prompts, longest first, and yields the traces to sample of one group at a time.
+
+        A group is prefilled only when the caller asks for it.
+        """
+        # Few padded lengths (max_prompt, its half, its quarter), so that few programs are compiled.
         lengths = sorted({-(-self.sampling.max_prompt // (8 * part)) * 8 for part in (1, 2, 4)})
         pairs = [(r, s) for r, request in enumerate(requests) for s in range(request.samples)]
         keys = request_keys(
@@ -235,17 +263,17 @@ class Engine:
             [requests[r].prompt_id for r, _ in pairs],
             [s for _, s in pairs],
         )
-        first = np.cumsum([0] + [request.samples for request in requests])
+        first_key = np.cumsum([0] + [request.samples for request in requests])
 
-        def padded(r: int) -> int:
+        def padded_length(r: int) -> int:
             return next(length for length in lengths if length >= len(requests[r].tokens))
 
         order = sorted(
             range(len(requests)), key=lambda r: (-len(requests[r].tokens), requests[r].prompt_id)
         )
-        for length, members in itertools.groupby(order, key=padded):
-            for group in _batched(members, self.group):
-                tokens = np.zeros((self.group, length), np.int32)
+        for length, members in itertools.groupby(order, key=padded_length):
+            for group in _batched(members, self.prefill_rows):
+                tokens = np.zeros((self.prefill_rows, length), np.int32)
                 for row, r in enumerate(group):
                     tokens[row, : len(requests[r].tokens)] = requests[r].tokens
                     self.stats["prompt_tokens"] += len(requests[r].tokens)
@@ -254,7 +282,7 @@ class Engine:
                     self.graphdef, self.weights, tokens, self._sharding(PartitionSpec())
                 )
                 yield [
-                    _Trace(r, s, keys[first[r] + s], prompts, row)
+                    _Trace(r, s, keys[first_key[r] + s], prompts, row)
                     for row, r in enumerate(group)
                     for s in range(requests[r].samples)
                 ]
@@ -262,33 +290,35 @@ class Engine:
     def _refill(
         self,
         requests: Sequence[Request],
-        table: "_Table",
-        ready: deque[_Trace],
-        groups: Iterator[list[_Trace]],
+        table: "_SlotTable",
+        waiting: deque[_Trace],
+        prefilled: Iterator[list[_Trace]],
     ) -> int:
-        """Puts waiting traces into free slots; returns how many."""
+        """Assigns waiting traces to free slots; returns their number."""
         free = np.flatnonzero(~table.slots.alive)
-        while len(ready) < len(free) and (group := next(groups, None)) is not None:
-            ready.extend(group)
-        taken = [(int(b), ready.popleft()) for b in free[: len(ready)]]
-        for _, same in itertools.groupby(taken, key=lambda pair: id(pair[1].prompts)):
-            placed = list(same)
-            where = np.zeros((2, self.sampling.slots), np.int32)
-            where[:, : len(placed)] = np.transpose([(b, trace.row) for b, trace in placed])
-            self.cache = insert(self.cache, placed[0][1].prompts, where[0], where[1], len(placed))
-        for b, trace in taken:
-            table.place(b, trace, requests[trace.request])
-            trace.prompts = None
-        return len(taken)
+        while len(waiting) < len(free) and (group := next(prefilled, None)) is not None:
+            waiting.extend(group)
+        assigned = [(int(b), waiting.popleft()) for b in free[: len(waiting)]]
+        # One call of `insert` per group of prompts that were prefilled together.
+        for _, pairs in itertools.groupby(assigned, key=lambda pair: id(pair[1].prompts)):
+            group_pairs = list(pairs)
+            indices = np.zeros((2, self.sampling.slots), np.int32)
+            indices[:, : len(group_pairs)] = np.transpose([(b, t.row) for b, t in group_pairs])
+            prompts = group_pairs[0][1].prompts
+            self.cache = insert(self.cache, prompts, indices[0], indices[1], len(group_pairs))
+        for b, trace in assigned:
+            table.assign(b, trace, requests[trace.request])
+            trace.prompts = None  # frees the group's cache with its last trace
+        return len(assigned)
 
-    def _reserve(self, reach: int) -> None:
-        """Makes room for `reach` positions, doubling the length; 0 starts again with the shortest cache.
+    def _reserve(self, positions: int) -> None:
+        """Makes the cache hold `positions` positions, doubling it; 0 resets it to the shortest.
 
-        Every step reads the whole cache, so it is as long as what has been reached, not as what may be.
+        The cache grows with the longest live sequence, because every step reads all of it.
         """
         shortest = min(self.length, max(256, 1 << (self.sampling.max_prompt - 1).bit_length()))
-        if self.cache is None or (reach == 0 and self.cache.v[0].shape[2] > shortest):
-            self.cache = None  # frees the longer one first
+        if self.cache is None or (positions == 0 and self.cache.v[0].shape[2] > shortest):
+            self.cache = None  # frees the longer cache before the shorter one is allocated
             heads = "tensor" if self.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
             self.cache = _new_cache(
                 self.spec,
@@ -297,32 +327,42 @@ class Engine:
                 self.dtype,
                 self._sharding(PartitionSpec(*ROWS, heads)),
             )
-        while (length := self.cache.v[0].shape[2]) < min(reach, self.length):
+        while (length := self.cache.v[0].shape[2]) < min(positions, self.length):
             self.cache = grow(self.cache, min(self.length, 2 * length))
 
     def _advance(self, slots: Slots, filtered: bool, more: bool) -> Chunk:
-        """Dispatches one chunk; the returned arrays are not there yet."""
-        B, chunk = self.sampling.slots, self.sampling.chunk
-        self._reserve(int(slots.position[slots.alive].max()) + chunk)
-        patience = min(B // 16, B - 1) if more else B - 1
-        sent = jax.device_put(
-            jax.tree.map(np.copy, slots), self._sharding(ROWS)
-        )  # a copy: the host goes on writing
+        """Dispatches one chunk; the device computes the returned arrays asynchronously.
+
+        Args:
+          slots: state of the slots.
+          filtered: whether any request uses top-p or top-k.
+          more: whether traces are waiting for a slot. If so, the chunk ends early once more than
+            1/16 of the slots are idle.
+        """
+        B, steps = self.sampling.slots, self.sampling.chunk
+        self._reserve(int(slots.position[slots.alive].max()) + steps)
+        max_idle_slots = min(B // 16, B - 1) if more else B - 1
+        # A copy, because the transfer may be asynchronous and the host goes on writing to `slots`.
+        device_slots = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(ROWS))
         self.cache, out = advance(
             self.graphdef,
             self.weights,
             self.cache,
-            sent,
+            device_slots,
             self.end_ids,
-            np.int32(self.sampling.max_tokens),
-            np.int32(patience),
-            chunk=chunk,
+            max_new_tokens=np.int32(self.sampling.max_tokens),
+            max_idle_slots=np.int32(max_idle_slots),
+            decode_steps=steps,
             filtered=filtered,
         )
         return out
 
-    def _collect(self, chunk: Chunk, table: "_Table") -> list[_Trace]:
-        """Books a chunk's tokens and frees the slots of the traces that ended with it."""
+    def _collect(self, chunk: Chunk, table: "_SlotTable") -> list[_Trace]:
+        """Appends a chunk's tokens to their traces; frees the slots of the traces that ended.
+
+        Raises:
+          ValueError: a log-probability is not finite.
+        """
         steps, slots = int(chunk.steps), table.slots
         self.stats["steps"] += steps
         self.stats["slot_steps"] += steps * self.sampling.slots
@@ -330,11 +370,11 @@ class Engine:
         alive = chunk.alive.copy()
         ended = []
         for b in np.flatnonzero(slots.alive):
-            trace, n = table.occupants[int(b)], counts[b]
+            trace, n = table.traces[int(b)], counts[b]
             if not np.isfinite(chunk.logprobs[:n, b]).all():
                 raise ValueError(
-                    f"The model gives a log-probability that is not finite after {len(trace.tokens)} "
-                    "tokens; check its weights, or use float32."
+                    "The model gives a log-probability that is not finite after "
+                    f"{len(trace.tokens)} tokens; check its weights, or use float32."
                 )
             checked = len(trace.tokens)
             trace.tokens.extend(chunk.tokens[:n, b].tolist())
@@ -344,23 +384,21 @@ class Engine:
             if self.sampling.stop:
                 length = stopped_length(trace.tokens, checked, self.sampling.stop, self.text.decode)
                 if length is not None:
-                    trace.tokens, trace.logprobs, trace.finish = (
-                        trace.tokens[:length],
-                        trace.logprobs[:length],
-                        "stop",
-                    )
+                    trace.tokens, trace.logprobs = trace.tokens[:length], trace.logprobs[:length]
+                    trace.finish = "stop"
                     alive[b] = False
             if not alive[b]:
                 ended.append(trace)
         table.slots = slots._replace(
             token=chunk.token.copy(),
             position=chunk.position.copy(),
-            produced=slots.produced + counts,
+            generated=slots.generated + counts,
             alive=alive,
         )
         return ended
 
     def _complete(self, trace: _Trace) -> Completion:
+        """Detokenises an ended trace and adds it to the statistics."""
         text = self.text.decode(trace.tokens[:-1] if trace.finish == "eos" else trace.tokens)
         if trace.finish == "stop":
             text = before_stop(text, self.sampling.stop) or ""

@@ -1,12 +1,14 @@
-"""The three compiled programs of the sampler: prefill prompts, insert them into slots, advance all slots by a chunk.
+"""The sampler's compiled programs: prefill prompts, insert them into slots, advance all slots.
 
-Weights are an argument and everything static is hashable, so models of one shape share the compilation, also across
-engines.
+Weights are an argument and everything static is hashable, so models of one shape share their
+compiled programs, also across engines.
 
-    prefill:  G prompts, padded to one of a few lengths  ──▶  their keys and values
-    insert:   those of one prompt into each slot that takes one of its n traces (the last prompt token is fed again
-              by the first decoding step, which draws the trace's first token)
-    advance:  up to `chunk` tokens in every slot, cache donated; returns early when too many slots stand idle
+    prefill:  computes keys and values of G prompts, padded to one of a few lengths
+    insert:   copies those of a prompt into every slot that takes one of its n traces; the first
+              decoding step feeds the last prompt token again, and draws the trace's first token
+    advance:  samples up to `decode_steps` tokens in every slot (the cache is donated); returns
+              early when too many slots are idle
+    grow:     copies the cache into a longer one
 """
 
 import functools
@@ -21,42 +23,46 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from deltapref_jax.models.decoder import Cache, empty_cache
 from deltapref_jax.sampling.draw import draw, uniforms
 
-_COMPILED = [0.0]
+_COMPILE_SECONDS = [0.0]
 
 
-def _listen(event: str, duration_secs: float, **_: str | int) -> None:
+def _add_compile_seconds(event: str, duration_secs: float, **_: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _COMPILED[0] += duration_secs
+        _COMPILE_SECONDS[0] += duration_secs
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_duration_secs_listener(_add_compile_seconds)
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent in compilation so far, of whatever."""
-    return _COMPILED[0]
+    """Returns the seconds that this process has spent in XLA's compiler, for all programs."""
+    return _COMPILE_SECONDS[0]
 
 
 class Slots(NamedTuple):
-    """What the device must know of every slot; the host keeps it and sends it with each chunk."""
+    """The state of all slots; the host keeps it and sends it with every call of `advance`."""
 
-    token: Int[Any, " B"]  # fed next
-    position: Int[Any, " B"]  # of that token in its sequence
-    produced: Int[Any, " B"]  # tokens of the trace so far
-    alive: Bool[Any, " B"]
-    keys: UInt32[Any, "B 2"]
+    token: Int[Any, " B"]  # the token that is fed next
+    position: Int[Any, " B"]  # the position of that token in its sequence
+    generated: Int[Any, " B"]  # tokens of the trace so far
+    alive: Bool[Any, " B"]  # False for a slot that is free
+    keys: UInt32[Any, "B 2"]  # `draw.request_keys` of the traces
     temperature: Float[Any, " B"]
     top_p: Float[Any, " B"]
     top_k: Int[Any, " B"]
 
 
 class Chunk(NamedTuple):
-    """What one `advance` did; entries of `tokens` and `logprobs` count up to a slot's newly produced."""
+    """The result of `advance`.
 
-    steps: Int[Any, ""]
-    tokens: Int[Any, "chunk B"]
-    logprobs: Float[Any, "chunk B"]
-    token: Int[Any, " B"]
+    The first n entries of a slot's `tokens` and `logprobs` are valid, where n is the increase of
+    its position.
+    """
+
+    steps: Int[Any, ""]  # decoding steps that ran
+    tokens: Int[Any, "decode_steps B"]
+    logprobs: Float[Any, "decode_steps B"]
+    token: Int[Any, " B"]  # this and the next two as in `Slots`
     position: Int[Any, " B"]
     alive: Bool[Any, " B"]
 
@@ -65,7 +71,8 @@ class Chunk(NamedTuple):
 def prefill(
     graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"], sharding: NamedSharding
 ) -> Cache:
-    """Keys and values of G prompts, padded on the right to T tokens."""
+    """Returns keys and values of G prompts, which are padded on the right to T tokens."""
+    # Padding has keys and values too; decoding overwrites them before it reads them.
     model = nnx.merge(graphdef, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     _, cache = model.decode(
@@ -82,21 +89,21 @@ def insert(
     rows: Int[Array, " B"],
     count: Int[Array, ""],
 ) -> Cache:
-    """Copies prompt rows[i] into slot slots[i] for i < count."""
+    """Copies row rows[i] of `prompts` into slot slots[i] of the cache, for i < count."""
 
-    def one(i: Array, cache: Cache) -> Cache:
-        def copy(into: Array, source: Array) -> Array:
+    def insert_row(i: Array, cache: Cache) -> Cache:
+        def copy(target: Array, source: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(source, rows[i], 1)
-            return jax.lax.dynamic_update_slice(into, row, (slots[i], 0, 0, 0))
+            return jax.lax.dynamic_update_slice(target, row, (slots[i], 0, 0, 0))
 
         return jax.tree.map(copy, cache, prompts)
 
-    return jax.lax.fori_loop(0, count, one, cache)
+    return jax.lax.fori_loop(0, count, insert_row, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
 def grow(cache: Cache, length: int) -> Cache:
-    """The same cache with room for `length` positions."""
+    """Returns the cache, padded to `length` positions."""
     more = length - cache.v[0].shape[2]
     return Cache(
         tuple(jnp.pad(k, ((0, 0),) * 3 + ((0, more),)) for k in cache.k),
@@ -104,8 +111,36 @@ def grow(cache: Cache, length: int) -> Cache:
     )
 
 
+def _empty_chunk(slots: Slots, decode_steps: int) -> Chunk:
+    """Returns the chunk of no steps, with room for `decode_steps` of them."""
+    rows = (decode_steps, slots.token.shape[0])
+    return Chunk(
+        steps=jnp.int32(0),
+        tokens=jnp.zeros(rows, jnp.int32),
+        logprobs=jnp.zeros(rows, jnp.float32),
+        token=jnp.asarray(slots.token),
+        position=jnp.asarray(slots.position),
+        alive=jnp.asarray(slots.alive),
+    )
+
+
+def _next_tokens(
+    hidden: Float[Array, "B D"],
+    unembedding: Float[Array, "V D"],
+    uniform: Float[Array, "decode_steps B"],
+    step: Int[Array, ""],
+    slots: Slots,
+    filtered: bool,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Returns the tokens drawn from the last hidden states, and their log-probabilities."""
+    with jax.named_scope("unembedding"):
+        logits = jnp.einsum("bd,vd->bv", hidden, unembedding, preferred_element_type=jnp.float32)
+    with jax.named_scope("draw"):
+        return draw(logits, uniform[step], slots.temperature, slots.top_p, slots.top_k, filtered)
+
+
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "chunk", "filtered"), donate_argnames=("cache",)
+    jax.jit, static_argnames=("graphdef", "decode_steps", "filtered"), donate_argnames=("cache",)
 )
 def advance(
     graphdef: nnx.GraphDef,
@@ -113,45 +148,48 @@ def advance(
     cache: Cache,
     slots: Slots,
     end_ids: Int[Array, " E"],
-    budget: Int[Array, ""],
-    patience: Int[Array, ""],
+    max_new_tokens: Int[Array, ""],
+    max_idle_slots: Int[Array, ""],
     *,
-    chunk: int,
+    decode_steps: int,
     filtered: bool,
 ) -> tuple[Cache, Chunk]:
-    """Samples up to `chunk` tokens in every living slot.
+    """Samples up to `decode_steps` tokens in every live slot.
 
     Args:
-      graphdef: of an unstacked decoder.
+      graphdef: structure of a decoder whose layers are unstacked (`decoder.unstacked`).
       weights: its parameters.
-      cache: of all slots, with room for every position that the chunk can reach; donated.
-      slots: their state.
+      cache: keys and values of all slots, with room for every position that `decode_steps` steps
+        can reach; donated.
+      slots: state of the slots.
       end_ids: tokens that end a trace.
-      budget: tokens after which a trace ends anyway.
-      patience: idle slots tolerated; with more of them the chunk ends early, so that they can be refilled.
-      chunk: static; steps at most.
-      filtered: static; whether any slot uses top-p or top-k.
+      max_new_tokens: a trace ends after this many tokens.
+      max_idle_slots: with more idle slots than this the loop ends early, so that the host can
+        refill them.
+      decode_steps: the largest number of steps; static.
+      filtered: whether any slot uses top-p or top-k; static.
     """
     model = nnx.merge(graphdef, weights)
     unembedding = model.unembedding()
-    uniform = jax.vmap(lambda t: uniforms(slots.keys, slots.produced + t))(jnp.arange(chunk))
+    # All uniforms are drawn before the loop: their cost does not recur at every step.
+    uniform = jax.vmap(lambda t: uniforms(slots.keys, slots.generated + t))(
+        jnp.arange(decode_steps)
+    )
 
-    def going(state: tuple[Cache, Chunk]) -> Array:
+    def unfinished(state: tuple[Cache, Chunk]) -> Array:
         out = state[1]
-        return (out.steps < chunk) & (jnp.sum(~out.alive) <= patience)
+        return (out.steps < decode_steps) & (jnp.sum(~out.alive) <= max_idle_slots)
 
     def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
         cache, out = state
         hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache)
-        logits = jnp.einsum(
-            "bd,vd->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32
-        )
-        token, logprob = draw(
-            logits, uniform[out.steps], slots.temperature, slots.top_p, slots.top_k, filtered
+        token, logprob = _next_tokens(
+            hidden[:, 0], unembedding, uniform, out.steps, slots, filtered
         )
         ended = jnp.any(token[:, None] == end_ids, axis=-1) | (
-            slots.produced + out.steps + 1 >= budget
+            slots.generated + out.steps + 1 >= max_new_tokens
         )
+        # Free slots are computed too, but their tokens and positions stay as they are.
         return cache, Chunk(
             steps=out.steps + 1,
             tokens=out.tokens.at[out.steps].set(token),
@@ -161,13 +199,4 @@ def advance(
             alive=out.alive & ~ended,
         )
 
-    rows = (chunk, slots.token.shape[0])
-    start = Chunk(
-        jnp.int32(0),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.asarray(slots.token),
-        jnp.asarray(slots.position),
-        jnp.asarray(slots.alive),
-    )
-    return jax.lax.while_loop(going, step, (cache, start))
+    return jax.lax.while_loop(unfinished, step, (cache, _empty_chunk(slots, decode_steps)))

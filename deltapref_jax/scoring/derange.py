@@ -1,4 +1,4 @@
-"""Mismatched partners for KTO's baseline: every completion once more, behind a prompt that is not its own."""
+"""Mismatched partners for KTO's baseline: every completion once more, behind another prompt."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from deltapref_jax.config import ConfigError
 
 
 def derange(prompt_ids: Sequence[str], seed: int) -> list[int]:
-    """For every trace another trace of another prompt, each used once; a pure function of both arguments.
+    """For every trace a trace of another prompt, each used once; a pure function of its arguments.
 
-    Traces are put in seeded order with equal prompts next to each other and shifted by the largest group: no trace can
-    meet its own prompt.
+    Traces are put in seeded order with equal prompts next to each other, and shifted by the size of
+    the largest group: no trace can meet its own prompt.
 
     Raises:
-      ConfigError: more than half of the traces belong to one prompt, so that there is no such arrangement.
+      ConfigError: more than half of the traces belong to one prompt, so that no arrangement exists.
     """
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompt_ids):
@@ -25,8 +25,8 @@ def derange(prompt_ids: Sequence[str], seed: int) -> list[int]:
     shift = max(map(len, groups.values()))
     if 2 * shift > len(order):
         raise ConfigError(
-            f"{shift} of {len(order)} traces belong to one prompt, so KTO's baseline cannot pair every "
-            "trace with another prompt; use more prompts."
+            f"{shift} of {len(order)} traces belong to one prompt, so KTO's baseline cannot pair "
+            "every trace with another prompt; use more prompts."
         )
     partner = [0] * len(order)
     for place, i in enumerate(order):

@@ -1,4 +1,4 @@
-"""Log-probabilities of packed rows: sums per sequence, and the scoring of a whole list of sequences."""
+"""Log-probabilities of packed rows: sums per sequence, and the scoring of a list of sequences."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,32 +11,36 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from deltapref_jax.mesh import put
+from deltapref_jax.mesh import shard
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.kernels import shares_prompts
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.packing import PackedBatch, Pieces, capacity, pack_sequences, trimmed
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import PackedBatch, drop_empty_half, max_segments, pack_sequences
 from deltapref_jax.scoring.projection import token_logprobs
 
 
 def sequence_logprobs(
     model: Decoder, batch: PackedBatch, segments: int, remat: str = "none", mesh: Mesh | None = None
 ) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
-    """Sum of the target tokens' log-probabilities (nats) and their number, per sequence; target i + 1 at index i.
+    """Sum of the target tokens' log-probabilities (nats) and their number, per sequence.
+
+    Index i holds the sequence whose tokens have target i + 1.
 
     Args:
       model: the decoder.
       batch: packed rows.
-      segments: S, static; at least the number of sequences in the batch (`packing.capacity`).
+      segments: S, static; at least the number of sequences in the batch (`packing.max_segments`).
       remat: see `Decoder.hidden`.
       mesh: over which the batch lies; None: one device.
     """
     hidden = model.hidden(
         batch.tokens, batch.positions, batch.segments, batch.branches, remat=remat, mesh=mesh
     )
-    # position i - 1 scores token i: labels and owners stand where they are scored; padded to whole rows, which divide
+    # Position i - 1 scores token i, so labels and owners move there; rows are padded to their old
+    # length, which divides over the mesh.
     labels, owner = (
         jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.targets)
     )
@@ -48,10 +52,10 @@ def sequence_logprobs(
 
 
 @functools.cache
-def scorer(
+def logprob_fn(
     spec: ModelSpec, dtype: str, segments: int, mesh: Mesh, adapters: Adapters = NO_ADAPTERS
 ) -> Callable[..., Any]:
-    """The compiled (params, batch) -> (sums [S], counts [S]); one per model and row shape in the process."""
+    """The compiled (params, batch) -> (sums [S], counts [S]), one per model and row shape."""
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
 
     def run(params: nnx.State, batch: PackedBatch) -> tuple[Array, Array]:
@@ -65,25 +69,25 @@ def scorer(
 
 
 class Scores(NamedTuple):
-    """Of n sequences."""
+    """Log-probabilities of n sequences, and what computing them took."""
 
-    sums: list[
-        float | None
-    ]  # log-probability of a sequence's targets, nats; None: longer than a row
-    positions: int  # computed, real or padding
-    filled: int  # of them, real
+    sums: list[float | None]  # of a sequence's targets, nats; None: longer than a row
+    positions: int  # computed, with padding
+    filled: int  # computed, without padding
 
 
 def score_sequences(
     spec: ModelSpec,
     params: nnx.State,
-    sequences: Sequence[Pieces],
+    sequences: Sequence[TokenSequence],
     rows: int,
     length: int,
     mesh: Mesh,
     dtype: str,
 ) -> Scores:
-    """Summed log-probability of every completion behind its prompt, in packed rows; one prompt is read once for many.
+    """Summed log-probability of every sequence's targets, in packed rows.
+
+    A prompt is read once for all sequences of one batch that have it.
 
     Args:
       spec: of the model.
@@ -94,24 +98,19 @@ def score_sequences(
       mesh: rows are spread over data and fsdp.
       dtype: of the computation.
     """
-    run = scorer(
-        spec, dtype, capacity(rows, length), mesh, NO_ADAPTERS
-    )  # named: training's key of the cache
+    # all arguments are given, as in training, so that both find one program in the cache
+    run = logprob_fn(spec, dtype, max_segments(rows, length), mesh, NO_ADAPTERS)
     params = jax.device_put(params, shardings(params, mesh))
-    fits = [
-        i
-        for i, (prompt, completion) in enumerate(sequences)
-        if len(prompt) + len(completion) <= length
-    ]
+    fits = [i for i, sequence in enumerate(sequences) if sequence.length <= length]
     sums: list[float | None] = [None] * len(sequences)
-    positions, filled, ways = 0, 0, mesh.shape["data"] * mesh.shape["fsdp"]
-    for micro in pack_sequences(
-        [sequences[i] for i in fits], rows, length, shares_prompts(mesh, length)
-    ):
-        batch = trimmed(micro.batch, ways)
+    positions = filled = 0
+    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = shares_prompts(mesh, length)
+    for micro in pack_sequences([sequences[i] for i in fits], rows, length, share):
+        batch = drop_empty_half(micro.batch, row_shards)
         positions += batch.tokens.size
         filled += int(np.count_nonzero(batch.segments))
-        got = np.asarray(run(params, put(batch, mesh, BATCH))[0], np.float64)
-        for place, j in enumerate(micro.order):
-            sums[fits[j]] = float(got[place])
+        logprobs = np.asarray(run(params, shard(batch, mesh, BATCH))[0], np.float64)
+        for logprob, j in zip(logprobs, micro.order, strict=False):  # S may be more than there are
+            sums[fits[j]] = float(logprob)
     return Scores(sums, positions, filled)

@@ -1,18 +1,20 @@
 """Many sequences in fixed rows: the one layout of every forward pass that does not decode.
 
-    sequences (prompt, completion) ──groups──▶ samples ──first fit──▶ micro-batches of one shape [rows, length]
+    sequences ──groups──▶ packed samples ──first fit──▶ micro-batches of one shape [rows, length]
 
-A step is a set of groups (a pair is a group of two sequences). It runs as however many micro-batches of the fixed shape
-it needs, all members of a group in the same one; one whose second half is empty runs as half of it. The layout is a
-pure function of the lengths.
+A step is a set of groups (a pair is a group of two sequences). It runs as however many
+micro-batches of the fixed shape it needs, all members of a group in the same one; a micro-batch
+whose second half is empty runs as half of it. The layout is a pure function of the lengths.
 
-Sequences with the same prompt can lie behind one copy of it, which is then read once, forward and backward (as in
-"Prefix Sharing", arXiv 2410.20305; here inside packed rows):
+Sequences with the same prompt can lie behind one copy of it, which is then read once, forward and
+backward (as in "Prefix Sharing", arXiv 2410.20305; here inside packed rows):
 
-    tokens     p p p p | p c c c | p r r          p: the prompt, its last token once more in every branch, from where
-    branches   0 0 0 0   1 1 1 1   2 2 2          the completion's first token is scored
-    positions  0 1 2 3   4 5 6 7   4 5 6          a branch sees the trunk (branch 0) and itself
+    tokens     p p p p | p c c c | p r r          p: the prompt, its last token once more in every
+    branches   0 0 0 0   1 1 1 1   2 2 2             branch, where the completion's first token is
+    positions  0 1 2 3   4 5 6 7   4 5 6             scored
     targets    . . . .   . 1 1 1   . 2 2          which sequence a scored token belongs to
+
+A branch sees the trunk (branch 0) and itself.
 """
 
 from collections.abc import Sequence
@@ -20,26 +22,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deltapref_jax.records import TokenSequence
 
-class Sample(NamedTuple):
-    """What a row holds whole: one sequence, or several behind one prompt; all arrays have its length."""
+
+class PackedSample(NamedTuple):
+    """What a row holds whole: one sequence, or several behind one prompt. Arrays are [length]."""
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # bool: this token is scored (by the position before it)
-    positions: np.ndarray  # int32, in its own sequence
+    positions: np.ndarray  # int32, counted from the start of the token's own sequence
     branches: np.ndarray  # int32, 0 for the trunk
-    members: tuple[int, ...] = (
-        0,
-    )  # its sequences by number; of several, each is the branch at its place
+    members: tuple[int, ...] = (0,)  # numbers of its sequences; of several, one for each branch
 
 
 class PackedBatch(NamedTuple):
-    """Packed rows, each array [B, L], on the host or on devices; see `models.attention` for segments and branches."""
+    """Packed rows on the host or on devices, arrays [B, L].
+
+    `models.attention.masks` says how segments and branches mask.
+    """
 
     tokens: Any  # int32
-    positions: Any  # int32, in the token's own sequence
-    segments: Any  # int32, 1 upward within the batch, a number per sample; 0 is padding
-    targets: Any  # int32: of a scored token its sequence's place in `Micro.order`, from 1; 0 is not scored
+    positions: Any  # int32, counted from the start of the token's own sequence
+    segments: Any  # int32, from 1 within the batch, one number per sample; 0 is padding
+    targets: Any  # int32: index in `Micro.order` of a scored token's sequence, plus 1; else 0
     branches: Any = None  # int32, or None where no sample has branches
 
 
@@ -47,94 +52,89 @@ class Micro(NamedTuple):
     """One micro-batch: the arrays, and the numbers of the sequences in it."""
 
     batch: PackedBatch
-    order: np.ndarray  # [n]: tokens with target i + 1 are of sequence order[i]
+    order: np.ndarray  # [n]: tokens with target i + 1 belong to sequence order[i]
 
 
-Pieces = tuple[Sequence[int], Sequence[int]]  # a sequence's prompt and completion, token ids
+def pack_one(sequence: TokenSequence, number: int = 0) -> PackedSample:
+    """A sequence as a sample of its own."""
+    n = sequence.length
+    tokens = np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int32)
+    branches = np.zeros(n, np.int32)
+    return PackedSample(tokens, sequence.targets, np.arange(n, dtype=np.int32), branches, (number,))
 
 
-def sample(prompt: Sequence[int], completion: Sequence[int], number: int = 0) -> Sample:
-    """A prompt with its completion, whose tokens are the targets; a first token is none, having nothing before it."""
-    n = len(prompt) + len(completion)
-    return Sample(
-        np.asarray([*prompt, *completion], np.int32),
-        np.arange(n) >= max(1, len(prompt)),
-        np.arange(n, dtype=np.int32),
-        np.zeros(n, np.int32),
-        (number,),
+def share_prompt(sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> PackedSample:
+    """Sequences of one prompt (two tokens or more) behind one copy of it.
+
+    Each is a branch that begins with the prompt's last token; the trunk is the prompt without it.
+    """
+    prompt = np.asarray(sequences[0].prompt_ids)
+    trunk = len(prompt) - 1
+    sizes = [1 + len(sequence.completion_ids) for sequence in sequences]
+    tokens = np.concatenate(
+        [prompt[:-1], *(ids for s in sequences for ids in (prompt[-1:], s.completion_ids))]
     )
-
-
-def shared(
-    prompt: Sequence[int], completions: Sequence[Sequence[int]], numbers: Sequence[int]
-) -> Sample:
-    """Several completions behind one prompt (of two tokens or more), each a branch of the prompt but its last token."""
-    trunk, sizes = len(prompt) - 1, [1 + len(completion) for completion in completions]
-    tokens = [
-        *prompt[:-1],
-        *(token for completion in completions for token in (prompt[-1], *completion)),
-    ]
-    within = np.concatenate(
-        [np.arange(n) for n in (trunk, *sizes)]
-    )  # the place in the trunk or in the branch
+    targets = np.concatenate([np.zeros(trunk, bool), *(s.targets[trunk:] for s in sequences)])
+    # places counted from the start of the trunk or of the branch
+    within = np.concatenate([np.arange(n) for n in (trunk, *sizes)])
     branches = np.repeat(np.arange(1 + len(sizes)), (trunk, *sizes))
-    behind = branches > 0
-    return Sample(
-        np.asarray(tokens, np.int32),
-        behind & (within > 0),
-        (within + trunk * behind).astype(np.int32),
+    return PackedSample(
+        tokens.astype(np.int32),
+        targets,
+        (within + trunk * (branches > 0)).astype(np.int32),
         branches.astype(np.int32),
         tuple(numbers),
     )
 
 
-def by_prompt(sequences: Sequence[Pieces], length: int, most: int) -> list[list[int]]:
-    """The numbers of sequences that have one prompt, as many as fit a row behind it, and `most` at most."""
-    found: list[list[int]] = []
-    newest: dict[
-        bytes, tuple[list[int], int]
-    ] = {}  # by prompt: its last group, and the room left in it
-    for i, (prompt, completion) in enumerate(sequences):
-        key, size = np.asarray(prompt, np.int32).tobytes(), 1 + len(completion)
+def by_prompt(sequences: Sequence[TokenSequence], length: int, most: int) -> list[list[int]]:
+    """Groups of sequences of one prompt that fit a row behind it, at most `most` in a group."""
+    groups: list[list[int]] = []
+    # by prompt: its newest group, and the room left in it
+    newest: dict[bytes, tuple[list[int], int]] = {}
+    for i, sequence in enumerate(sequences):
+        key = np.asarray(sequence.prompt_ids, np.int32).tobytes()
+        size = 1 + len(sequence.completion_ids)
         group, room = newest.get(key, ([], 0))
         if size > room or len(group) == most:
-            group, room = [], length - max(0, len(prompt) - 1)
-            found.append(group)
+            group, room = [], length - max(0, len(sequence.prompt_ids) - 1)
+            groups.append(group)
         group.append(i)
         newest[key] = group, room - size
-    return found
+    return groups
 
 
-def ways(
-    numbers: Sequence[int], sequences: Sequence[Pieces], length: int, share: bool
-) -> list[list[Sample]]:
-    """How a group can be packed, the best first: behind one prompt, if all have the same and fit a row; one by one."""
-    each = [sample(*sequences[i], i) for i in numbers]
-    prompt = list(sequences[numbers[0]][0])
-    if (
-        not share
-        or len(numbers) < 2
-        or len(prompt) < 2
-        or any(list(sequences[i][0]) != prompt for i in numbers[1:])
-    ):
-        return [each]
-    together = shared(prompt, [sequences[i][1] for i in numbers], numbers)
-    return [[together], each] if len(together.tokens) <= length else [each]
+def candidate_layouts(
+    numbers: Sequence[int], sequences: Sequence[TokenSequence], length: int, share: bool
+) -> list[list[PackedSample]]:
+    """How a group can be packed, best first.
+
+    Behind one prompt, if all members have the same and fit a row together; else one by one.
+    """
+    members = [sequences[i] for i in numbers]
+    apart = [pack_one(sequence, i) for i, sequence in zip(numbers, members, strict=True)]
+    prompt = members[0].prompt_ids
+    one_prompt = len(prompt) > 1 and all(
+        np.array_equal(member.prompt_ids, prompt) for member in members[1:]
+    )
+    if not share or len(members) < 2 or not one_prompt:
+        return [apart]
+    together = share_prompt(members, numbers)
+    return [[together], apart] if len(together.tokens) <= length else [apart]
 
 
-def capacity(rows: int, length: int) -> int:
-    """Sequences that one micro-batch may hold: S, fixed by the shape so that one program serves all batches."""
+def max_segments(rows: int, length: int) -> int:
+    """S: sequences that one micro-batch may hold; a function of its shape alone."""
     return max(rows, rows * length // 8)
 
 
 def layout(
-    groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int
-) -> list[list[list[Sample]]]:
+    groups: Sequence[Sequence[Sequence[PackedSample]]], rows: int, length: int
+) -> list[list[list[PackedSample]]]:
     """First-fit decreasing, by a group's sum and by its longest sample, whichever needs fewer rows.
 
     Args:
-      groups: the ways of every group (see `ways`): samples that share a micro-batch. The first way that fits a
-        micro-batch is taken there.
+      groups: the candidate layouts of every group; the first that fits a micro-batch is taken.
       rows: B.
       length: L.
 
@@ -144,70 +144,77 @@ def layout(
     Raises:
       ValueError: a sample is longer than a row, or a group does not fit one micro-batch.
     """
-    by_sum = sorted(
-        groups, key=lambda g: -sum(len(s.tokens) for s in g[0])
-    )  # stable: ties keep their order
+    # stable sorts: ties keep the order of the groups
+    by_sum = sorted(groups, key=lambda g: -sum(len(s.tokens) for s in g[0]))
     by_longest = sorted(by_sum, key=lambda g: -max(len(s.tokens) for s in g[0]))
-    found = [_first_fit(order, rows, length) for order in (by_sum, by_longest)]
-    return min(
-        found,
-        key=lambda micros: (len(micros), sum(bool(row) for row in micros[-1]) if micros else 0),
-    )
+    layouts = [_first_fit(order, rows, length) for order in (by_sum, by_longest)]
+
+    def size(micros: list[list[list[PackedSample]]]) -> tuple[int, int]:
+        return len(micros), sum(bool(row) for row in micros[-1]) if micros else 0
+
+    return min(layouts, key=size)
 
 
 def _first_fit(
-    groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int
-) -> list[list[list[Sample]]]:
-    micros: list[list[list[Sample]]] = []
-    free: list[list[int]] = []
-    held: list[int] = []
-    most = capacity(rows, length)
+    groups: Sequence[Sequence[Sequence[PackedSample]]], rows: int, length: int
+) -> list[list[list[PackedSample]]]:
+    micros: list[list[list[PackedSample]]] = []
+    free: list[list[int]] = []  # tokens left in every row of every micro-batch
+    held: list[int] = []  # sequences in every micro-batch
+    most = max_segments(rows, length)
     for group in groups:
         members = sum(len(s.members) for s in group[0])
-        for m, (places, spaces) in enumerate(zip(micros, free, strict=True)):
-            if held[m] + members <= most and any(_place(way, places, spaces) for way in group):
+        for m, (micro, spaces) in enumerate(zip(micros, free, strict=True)):
+            fits = held[m] + members <= most
+            if fits and any(_insert(layout, micro, spaces) for layout in group):
                 held[m] += members
                 break
         else:
             micros.append([[] for _ in range(rows)])
             free.append([length] * rows)
             held.append(members)
-            if not any(_place(way, micros[-1], free[-1]) for way in group):
+            if not any(_insert(layout, micros[-1], free[-1]) for layout in group):
                 raise ValueError(
-                    f"Sequences of {[len(s.tokens) for s in group[-1]]} tokens belong together and do "
-                    f"not fit {rows} rows of {length}; raise row_length or rows."
+                    f"Sequences of {[len(s.tokens) for s in group[-1]]} tokens belong together and "
+                    f"do not fit {rows} rows of {length}; raise row_length or rows."
                 )
     return micros
 
 
-def _place(way: Sequence[Sample], places: list[list[Sample]], spaces: list[int]) -> bool:
+def _insert(
+    samples: Sequence[PackedSample], micro: list[list[PackedSample]], spaces: list[int]
+) -> bool:
     """Puts every sample into the first row with room, or none of them."""
-    done: list[int] = []
-    for s in sorted(way, key=lambda s: -len(s.tokens)):
+    filled: list[int] = []
+    for s in sorted(samples, key=lambda s: -len(s.tokens)):
         row = next((r for r, space in enumerate(spaces) if space >= len(s.tokens)), None)
         if row is None:
-            for r in reversed(done):
-                spaces[r] += len(places[r].pop().tokens)
+            for r in reversed(filled):
+                spaces[r] += len(micro[r].pop().tokens)
             return False
-        places[row].append(s)
+        micro[row].append(s)
         spaces[row] -= len(s.tokens)
-        done.append(row)
+        filled.append(row)
     return True
 
 
 def pack(
-    groups: Sequence[Sequence[Sequence[Sample]]], rows: int, length: int, branched: bool = False
+    groups: Sequence[Sequence[Sequence[PackedSample]]],
+    rows: int,
+    length: int,
+    branched: bool = False,
 ) -> list[Micro]:
     """Micro-batches of shape [rows, length] that hold every group once (see `layout`).
 
-    `branched`: branches are told even where no sample has any, so that all batches run in one program.
+    With `branched` the batches have branches even where no sample has any, so that all of them run
+    in one program.
     """
     branched = branched or any(s.branches.any() for group in groups for s in group[0])
     return [_fill(micro, rows, length, branched) for micro in layout(groups, rows, length)]
 
 
 def pack_sequences(
-    sequences: Sequence[Pieces],
+    sequences: Sequence[TokenSequence],
     rows: int,
     length: int,
     share: bool,
@@ -220,33 +227,33 @@ def pack_sequences(
       rows: B.
       length: L.
       share: reads a prompt once for the sequences of a group that have it in common.
-      groups: numbers of the sequences that share a micro-batch; None: sequences are free, and shared by prompt.
+      groups: numbers of the sequences that share a micro-batch; None: sequences are free, and are
+        grouped by prompt where `share` is set.
     """
-    if groups is None:
-        groups = (
-            by_prompt(sequences, length, capacity(rows, length))
-            if share
-            else [[i] for i in range(len(sequences))]
-        )
-    return pack([ways(group, sequences, length, share) for group in groups], rows, length, share)
+    if groups is None and share:
+        groups = by_prompt(sequences, length, max_segments(rows, length))
+    elif groups is None:
+        groups = [[i] for i in range(len(sequences))]
+    candidates = [candidate_layouts(group, sequences, length, share) for group in groups]
+    return pack(candidates, rows, length, share)
 
 
-def trimmed(batch: PackedBatch, ways: int) -> PackedBatch:
-    """The first half of the rows where the second is empty and the half divides over `ways` devices; else all.
+def drop_empty_half(batch: PackedBatch, row_shards: int) -> PackedBatch:
+    """The first half of the rows, where the second is empty and the half divides over `row_shards`.
 
-    A step's last micro-batch is half full on average, and a pair needs two rows where it fills more than one: half of
-    it is what keeps padding small in small steps, for one more compiled shape.
+    A step's last micro-batch is half full on average, and a pair needs two rows where it fills more
+    than one: half a micro-batch is what keeps padding small in small steps, for one more compiled
+    shape.
     """
     half, odd = divmod(batch.tokens.shape[0], 2)
-    if odd or half % ways or batch.segments[half:].any():
+    if odd or half % row_shards or batch.segments[half:].any():
         return batch
     return PackedBatch(*(None if x is None else x[:half] for x in batch))
 
 
-def _fill(micro: list[list[Sample]], rows: int, length: int, branched: bool) -> Micro:
-    tokens, positions, segments, targets, branches = (
-        np.zeros((rows, length), np.int32) for _ in range(5)
-    )
+def _fill(micro: list[list[PackedSample]], rows: int, length: int, branched: bool) -> Micro:
+    shape = (rows, length)
+    tokens, positions, segments, targets, branches = (np.zeros(shape, np.int32) for _ in range(5))
     order: list[int] = []
     number = 0
     for r, row in enumerate(micro):
@@ -254,12 +261,11 @@ def _fill(micro: list[list[Sample]], rows: int, length: int, branched: bool) -> 
         for s in row:
             number += 1
             span = (r, slice(start, start + len(s.tokens)))
-            tokens[span], positions[span], branches[span], segments[span] = (
-                s.tokens,
-                s.positions,
-                s.branches,
-                number,
-            )
+            tokens[span] = s.tokens
+            positions[span] = s.positions
+            branches[span] = s.branches
+            segments[span] = number
+            # a branch is one member; a sample without branches is its only member
             member = s.branches if len(s.members) > 1 else 1
             targets[span] = np.where(s.targets, len(order) + member, 0)
             order.extend(s.members)

@@ -1,13 +1,15 @@
-"""Log-probabilities of target tokens without a logits tensor: a tiled projection with its own backward pass.
+"""Log-probabilities of target tokens without a logits tensor [B, L, V].
 
-          vocabulary ->        the targets of a device's rows, moved to the front (the rest is not projected), times the
-    targets | x x x x          vocabulary, one tile of logits [C, E] at a time (x). Shares of the vocabulary are the
-        |   | x x x x          outer loop, so the gradient of the unembedding is written once; tiles of targets are the
-        v   | . . . .          inner one, which ends behind the last target.
+          vocabulary ->        The targets of a device's rows are moved to the front (other tokens
+    targets | x x x x          are not projected) and multiplied by the vocabulary, one tile of
+        |   | x x x x          logits [C, E] at a time (x). The outer loop runs over slices of the
+        v   | . . . .          vocabulary, so that the gradient of the unembedding is written once;
+                               the inner loop runs over tiles of targets and ends at the last one.
 
-Operations: 2·V·D per target forward, 6·V·D backward (the logits are computed again; 4·V·D where the unembedding is
-frozen). Extra memory: up to three float32 buffers of one tile (logits, their exponentials, their gradient), and the
-hidden states in their new order; backward, their gradient in float32 too.
+Operations: 2 * V * D per target forward and 6 * V * D backward, where the logits are computed again
+(4 * V * D where the unembedding is frozen). Extra memory: up to three float32 buffers of one tile
+(logits, their exponentials, their gradient) and the reordered hidden states; backward, the gradient
+of these in float32 too.
 """
 
 import functools
@@ -21,54 +23,60 @@ from jaxtyping import Array, Bool, Float, Int
 from deltapref_jax.mesh import platform_of
 from deltapref_jax.models.sharding import BATCH
 
-_ENTRIES = 2048  # of the vocabulary in one tile, at most
-_NUMBERS = (
-    3 << 17
-)  # logits of one tile on CPU: 192 targets, 1.5 MiB in float32, which stay in the caches
-_ACCELERATOR = 1 << 24  # elsewhere, where a tile must outweigh reading its share of the unembedding
-_LOW = -1e30  # log of nothing: finite, so that no difference of two is NaN
+_MAX_TILE_ENTRIES = 2048
+"""Vocabulary entries of a tile, at most."""
+_CPU_TILE_LOGITS = 3 << 17
+"""Logits of a tile on CPU: 192 targets of 2048 entries, 1.5 MiB in float32, fit the caches."""
+_TILE_LOGITS = 1 << 24
+"""Logits of a tile on accelerators, where a tile must outweigh reading its unembedding slice."""
+_LOG_ZERO = -1e30
+"""Logarithm of an empty sum. It is finite, so that no difference of two of them is NaN."""
 
 
-def _tile(tokens: int, vocab: int, numbers: int) -> tuple[int, int]:
-    """Tokens and vocabulary entries of a tile: the latter divide the vocabulary, which is not padded."""
-    entries = max(n for n in range(1, min(vocab, _ENTRIES) + 1) if vocab % n == 0)
-    if entries < min(vocab, _ENTRIES // 8):  # a prime, or nearly
+def _tile_shape(tokens: int, vocab: int, logits: int) -> tuple[int, int]:
+    """Returns targets and vocabulary entries of a tile of about `logits` numbers.
+
+    The entries divide the vocabulary, which is not padded.
+    """
+    entries = max(n for n in range(1, min(vocab, _MAX_TILE_ENTRIES) + 1) if vocab % n == 0)
+    # Slices of a vocabulary whose size is prime, or nearly, would be too narrow.
+    if entries < min(vocab, _MAX_TILE_ENTRIES // 8):
         entries = vocab
-    return max(1, min(tokens, numbers // entries)), entries
+    return max(1, min(tokens, logits // entries)), entries
 
 
 class _Targets(NamedTuple):
-    """The tokens of a device, targets first, in whole tiles (M); what is behind them is padding."""
+    """The tokens of a device with its targets first, padded to whole tiles (M tokens)."""
 
-    order: Array  # int32 [T]: the token at each place
-    tiles: Array  # int32, how many tiles hold targets
+    order: Array  # int32 [T]: the token at each index of the new order
+    tiles: Array  # int32 []: number of tiles that hold targets
     hidden: Array  # [M, D]
-    labels: Array  # int32 [M], from the first entry of this device's share of the vocabulary
+    labels: Array  # int32 [M], counted from the first entry of this device's vocabulary shard
 
 
-def _targets(
+def _targets_first(
     hidden: Array, labels: Array, mask: Array, tile: int, axis: str | None, vocab: int
 ) -> _Targets:
     order = jnp.argsort(~mask.reshape(-1), stable=True)
-    first = jax.lax.axis_index(axis) * vocab if axis else 0
+    first_entry = jax.lax.axis_index(axis) * vocab if axis else 0
     return _Targets(
         order,
         -(-mask.sum() // tile),
-        _whole(hidden.reshape(-1, hidden.shape[-1])[order], tile),
-        _whole(labels.reshape(-1)[order] - first, tile),
+        _pad_to_tiles(hidden.reshape(-1, hidden.shape[-1])[order], tile),
+        _pad_to_tiles(labels.reshape(-1)[order] - first_entry, tile),
     )
 
 
-def _whole(x: Array, tile: int) -> Array:
+def _pad_to_tiles(x: Array, tile: int) -> Array:
     return jnp.pad(x, ((0, -x.shape[0] % tile), *((0, 0),) * (x.ndim - 1)))
 
 
-def _at(x: Array, tile: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, tile * size, size)
+def _get_tile(x: Array, i: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size)
 
 
-def _put(x: Array, tile: Array, values: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, values, tile * values.shape[0], 0)
+def _set_tile(x: Array, i: Array, values: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, values, i * values.shape[0], 0)
 
 
 def _logits(hidden: Float[Array, "C D"], entries: Float[Array, "E D"]) -> Float[Array, "C E"]:
@@ -79,99 +87,116 @@ def _logits(hidden: Float[Array, "C D"], entries: Float[Array, "E D"]) -> Float[
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _token_logprobs(
-    hidden: Array, unembedding: Array, labels: Array, mask: Array, axis: str | None, numbers: int
+    hidden: Array,
+    unembedding: Array,
+    labels: Array,
+    mask: Array,
+    axis: str | None,
+    tile_logits: int,
 ) -> Array:
-    """`token_logprobs` on one device; `axis`: the mesh axis that `unembedding` is one share of, or None."""
-    return _forward(hidden, unembedding, labels, mask, axis, numbers)[0]
+    """`token_logprobs` on one device.
+
+    `axis` is the mesh axis that `unembedding` is one shard of, or None where it is whole.
+    """
+    return _forward(hidden, unembedding, labels, mask, axis, tile_logits)[0]
 
 
 def _forward(
-    hidden: Array, unembedding: Array, labels: Array, mask: Array, axis: str | None, numbers: int
+    hidden: Array,
+    unembedding: Array,
+    labels: Array,
+    mask: Array,
+    axis: str | None,
+    tile_logits: int,
 ) -> tuple[Array, tuple[Array, ...]]:
     vocab, width = unembedding.shape
-    size, entries = _tile(mask.size, vocab, numbers)
-    t = _targets(hidden, labels, mask, size, axis, vocab)
+    size, entries = _tile_shape(mask.size, vocab, tile_logits)
+    t = _targets_first(hidden, labels, mask, size, axis, vocab)
 
-    def share(
+    def vocab_slice(
         carry: tuple[Array, Array], x: tuple[Array, Array]
     ) -> tuple[tuple[Array, Array], None]:
         first, w = x
 
         def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            picked, lse = carry
-            logits = _logits(_at(t.hidden, i, size), w)
-            # compared, not gathered, so that it fuses
-            is_label = jnp.arange(entries) == (_at(t.labels, i, size) - first)[:, None]
-            more = jnp.where(is_label, logits, 0.0).sum(axis=1), jax.nn.logsumexp(logits, axis=1)
+            label_logits, lse = carry
+            logits = _logits(_get_tile(t.hidden, i, size), w)
+            # The label's logit is selected by a comparison, which XLA fuses, unlike a gather.
+            is_label = jnp.arange(entries) == (_get_tile(t.labels, i, size) - first)[:, None]
+            label_logit = jnp.where(is_label, logits, 0.0).sum(axis=1)
+            slice_lse = jax.nn.logsumexp(logits, axis=1)
             return (
-                _put(picked, i, _at(picked, i, size) + more[0]),
-                _put(lse, i, jnp.logaddexp(_at(lse, i, size), more[1])),
+                _set_tile(label_logits, i, _get_tile(label_logits, i, size) + label_logit),
+                _set_tile(lse, i, jnp.logaddexp(_get_tile(lse, i, size), slice_lse)),
             )
 
         return jax.lax.fori_loop(0, t.tiles, tile, carry), None
 
-    start = jnp.zeros(t.labels.shape), jnp.full(t.labels.shape, _LOW)
-    (picked, lse), _ = jax.lax.scan(
-        share, start, (jnp.arange(0, vocab, entries), unembedding.reshape(-1, entries, width))
+    init = jnp.zeros(t.labels.shape), jnp.full(t.labels.shape, _LOG_ZERO)
+    (label_logits, lse), _ = jax.lax.scan(
+        vocab_slice, init, (jnp.arange(0, vocab, entries), unembedding.reshape(-1, entries, width))
     )
     if axis:
-        top = jax.lax.pmax(lse, axis)
-        lse = top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
-        picked = jax.lax.psum(picked, axis)
-    logprobs = jnp.zeros(mask.size).at[t.order].set((picked - lse)[: mask.size])
-    return jnp.where(mask, logprobs.reshape(mask.shape), 0.0), (
-        hidden,
-        unembedding,
-        labels,
-        mask,
-        lse,
-    )
+        # Joins the log-sum-exps of the vocabulary shards; one of them alone holds the label.
+        max_lse = jax.lax.pmax(lse, axis)
+        lse = max_lse + jnp.log(jax.lax.psum(jnp.exp(lse - max_lse), axis))
+        label_logits = jax.lax.psum(label_logits, axis)
+    logprobs = jnp.zeros(mask.size).at[t.order].set((label_logits - lse)[: mask.size])
+    saved = (hidden, unembedding, labels, mask, lse)
+    return jnp.where(mask, logprobs.reshape(mask.shape), 0.0), saved
 
 
-def _forward_saving(
-    hidden: Any, unembedding: Any, labels: Any, mask: Any, axis: str | None, numbers: int
+def _forward_for_vjp(
+    hidden: Any, unembedding: Any, labels: Any, mask: Any, axis: str | None, tile_logits: int
 ) -> tuple[Array, tuple[Any, ...]]:
-    """`_forward` of arguments that say whether they are differentiated: a frozen unembedding has no gradient."""
-    out, saved = _forward(hidden.value, unembedding.value, labels.value, mask.value, axis, numbers)
+    """`_forward` of arguments that say whether they are differentiated (`symbolic_zeros`).
+
+    A frozen unembedding has no gradient. That is static, so it is saved as () or None.
+    """
+    out, saved = _forward(
+        hidden.value, unembedding.value, labels.value, mask.value, axis, tile_logits
+    )
     return out, (*saved, () if unembedding.perturbed else None)
 
 
 def _backward(
-    axis: str | None, numbers: int, saved: tuple[Any, ...], g: Float[Array, "B L"]
+    axis: str | None, tile_logits: int, saved: tuple[Any, ...], g: Float[Array, "B L"]
 ) -> tuple[Array, Array | None, None, None]:
+    """Gradients by d logits = g * (onehot(label) - softmax(logits)), tile by tile."""
     hidden, unembedding, labels, mask, lse, trained = saved
     vocab, width = unembedding.shape
-    size, entries = _tile(mask.size, vocab, numbers)
-    t = _targets(hidden, labels, mask, size, axis, vocab)
-    # a shard_map hands each of the devices with the same output its share of the gradient, and adds up what they return
-    g = _whole(
+    size, entries = _tile_shape(mask.size, vocab, tile_logits)
+    t = _targets_first(hidden, labels, mask, size, axis, vocab)
+    # Devices along `axis` have the same output: shard_map hands each of them its share of the
+    # gradient, and adds up what they return.
+    g = _pad_to_tiles(
         jnp.where(mask, jax.lax.psum(g, axis) if axis else g, 0.0).reshape(-1)[t.order], size
     )
 
-    def share(d_hidden: Array, x: tuple[Array, Array]) -> tuple[Array, Array | None]:
+    def vocab_slice(d_hidden: Array, x: tuple[Array, Array]) -> tuple[Array, Array | None]:
         first, w = x
 
         def tile(i: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             d_hidden, d_w = carry
-            h = _at(t.hidden, i, size)
-            p = jnp.exp(_logits(h, w) - _at(lse, i, size)[:, None])
-            is_label = jnp.arange(entries) == (_at(t.labels, i, size) - first)[:, None]
-            d_logits = (jnp.where(is_label, 1 - p, -p) * _at(g, i, size)[:, None]).astype(
+            h = _get_tile(t.hidden, i, size)
+            p = jnp.exp(_logits(h, w) - _get_tile(lse, i, size)[:, None])
+            is_label = jnp.arange(entries) == (_get_tile(t.labels, i, size) - first)[:, None]
+            d_logits = (jnp.where(is_label, 1 - p, -p) * _get_tile(g, i, size)[:, None]).astype(
                 hidden.dtype
             )
-            dh = jax.lax.dot(d_logits, w, preferred_element_type=jnp.float32)
+            d_h = jax.lax.dot(d_logits, w, preferred_element_type=jnp.float32)
             if d_w is not None:
                 d_w += jax.lax.dot_general(
                     d_logits, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
                 )
-            return _put(d_hidden, i, _at(d_hidden, i, size) + dh), d_w
+            return _set_tile(d_hidden, i, _get_tile(d_hidden, i, size) + d_h), d_w
 
         zeros = None if trained is None else jnp.zeros(w.shape, jnp.float32)
         d_hidden, d_w = jax.lax.fori_loop(0, t.tiles, tile, (d_hidden, zeros))
         return d_hidden, None if d_w is None else d_w.astype(w.dtype)
 
     d_hidden, d_w = jax.lax.scan(
-        share,
+        vocab_slice,
         jnp.zeros(t.hidden.shape, jnp.float32),
         (jnp.arange(0, vocab, entries), unembedding.reshape(-1, entries, width)),
     )
@@ -180,9 +205,10 @@ def _backward(
     return d_hidden.astype(hidden.dtype).reshape(hidden.shape), d_w, None, None
 
 
-_token_logprobs.defvjp(_forward_saving, _backward, symbolic_zeros=True)
+_token_logprobs.defvjp(_forward_for_vjp, _backward, symbolic_zeros=True)
 
 
+@jax.named_scope("unembedding")
 def token_logprobs(
     hidden: Float[Array, "B L D"],
     unembedding: Float[Array, "V D"],
@@ -190,22 +216,26 @@ def token_logprobs(
     mask: Bool[Array, "B L"],
     mesh: Mesh | None = None,
 ) -> Float[Array, "B L"]:
-    """log softmax(hidden · unembeddingᵀ)[label] where `mask`, float32 nats; 0 elsewhere.
+    """Returns log softmax(hidden * unembeddingᵀ)[label] in nats where `mask`, and 0 elsewhere.
 
-    On a mesh every device projects its own rows and columns (data, fsdp, context) on its share of the vocabulary
-    (tensor); the log-sum-exps of the shares are joined once, and gradients of the unembedding are added up once, both
-    behind the loops.
+    The result is float32. On a mesh every device projects its own rows and columns (data, fsdp,
+    context) on its shard of the vocabulary (tensor). The log-sum-exps of the shards are joined
+    once, and gradients of the unembedding are added up once, both after the loops.
+
+    Args:
+      hidden: hidden states after the final norm.
+      unembedding: rows of the output projection (`Decoder.unembedding`).
+      labels: the token that each position predicts; read where `mask` alone.
+      mask: positions to project.
+      mesh: the mesh over which the batch lies; None means one device.
     """
-    numbers = _NUMBERS if platform_of(mesh) == "cpu" else _ACCELERATOR
+    tile_logits = _CPU_TILE_LOGITS if platform_of(mesh) == "cpu" else _TILE_LOGITS
     if mesh is None or mesh.size == 1:
-        return _token_logprobs(hidden, unembedding, labels, mask, None, numbers)
-    axis = (
-        "tensor"
-        if mesh.shape["tensor"] > 1 and unembedding.shape[0] % mesh.shape["tensor"] == 0
-        else None
-    )
+        return _token_logprobs(hidden, unembedding, labels, mask, None, tile_logits)
+    divides = unembedding.shape[0] % mesh.shape["tensor"] == 0
+    axis = "tensor" if mesh.shape["tensor"] > 1 and divides else None
     return jax.shard_map(
-        lambda *local: _token_logprobs(*local, axis, numbers),
+        lambda *local: _token_logprobs(*local, axis, tile_logits),
         mesh=mesh,
         in_specs=(PartitionSpec(*BATCH, None), PartitionSpec(axis, None), BATCH, BATCH),
         out_specs=BATCH,

@@ -1,80 +1,100 @@
 """judge: one judge over one generator's traces, every dimension."""
 
-import json
+import functools
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from deltapref_jax.config import Judge, MeshShape, Model, Scoring
+from deltapref_jax.artifacts.job import Job, Stats
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.config import Judge, MeshShape, Scoring
 from deltapref_jax.judging.exact import rate_exactly
 from deltapref_jax.judging.scorer import Ratings, rate_traces
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import Loaded, load
-from deltapref_jax.records import RATING
-from deltapref_jax.workspace import Job, Stats
+from deltapref_jax.models.weights import load
+from deltapref_jax.records import Prompt, Rating, Trace, from_table, schema
+from deltapref_jax.stages.prompts import PromptTable
+from deltapref_jax.stages.sample import TraceTable
 
-VERSION = 2
+# (prompts, ids of the texts, texts) to ratings and counts
+Rate = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], tuple[Ratings, Stats]]
 
 
-def judge(job: Job) -> None:
-    """TRACE and PROMPT to RATING; config: the judge's fields and the batch shape."""
-    traces = job.table("sample")
-    prompts = {row["prompt_id"]: row for row in job.table("prompts").to_pylist()}
-    fields = dict(job.config["judge"])
-    who = Judge(
-        **fields
-        | {"model": Model(**job.local.get("model", {})), "dimensions": tuple(fields["dimensions"])}
-    )
-    shape = Scoring(**job.config["scoring"])
-    loaded: list[Loaded] = []
+class RatingTable(Node, stage="judge", version=3):
+    """RATING: every trace on every dimension of the judge.
 
-    def rate(rows: list[dict]) -> tuple[Ratings, Stats]:
-        asked = [prompts[row["prompt_id"]] for row in rows]
-        texts = [row["text"] for row in rows]
-        if who.kind == "exact":
+    Attributes:
+      weights: hash of the judge's weights; "" of the exact judge, which has none.
+    """
+
+    prompts: PromptTable
+    traces: TraceTable
+    judge: Judge
+    weights: str
+    scoring: Scoring
+    mesh: MeshShape = runtime()
+
+    def make(self, job: Job) -> None:
+        """Rates one shard of `scoring.shard` traces at a time."""
+        traces = job.table(self.traces)
+        prompts = {prompt.prompt_id: prompt for prompt in job.rows(Prompt, self.prompts)}
+        size, dimensions = self.scoring.shard, self.judge.dimensions
+        rate = rater(self.judge, self.scoring, self.mesh)
+
+        def make(shard: int) -> tuple[pa.Table, Stats]:
+            part = from_table(Trace, traces.slice(shard * size, size))
+            ids = [trace.trace_id for trace in part]
+            texts = [trace.text for trace in part]
+            ratings, stats = rate([prompts[trace.prompt_id] for trace in part], ids, texts)
+            return rating_table(self.judge, ids, ratings), stats | {"traces": len(part)}
+
+        total = traces.num_rows * len(dimensions)
+        job.shards(-(-traces.num_rows // size), make, "ratings", total, together=True)
+
+
+def rater(judge: Judge, scoring: Scoring, mesh: MeshShape) -> Rate:
+    """The function that rates texts as `judge` does; its model is loaded with the first of them."""
+    if judge.kind == "exact":
+
+        def exactly(
+            prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]
+        ) -> tuple[Ratings, Stats]:
+            metas = [prompt.meta for prompt in prompts]
             return rate_exactly(
-                [p["meta"] for p in asked],
-                texts,
-                [row["trace_id"] for row in rows],
-                who.dimensions,
-                who.noise,
-                who.seed,
+                metas, list(texts), list(ids), judge.dimensions, judge.noise, judge.seed
             ), {}
-        if not loaded:
-            loaded.append(load(who.model.path, who.model.dtype))
-        questions = [json.loads(p["messages"])[-1]["content"] for p in asked]
-        mesh = make_mesh(MeshShape(**job.local["mesh"]))
+
+        return exactly
+
+    model = functools.cache(lambda: load(judge.model.path, judge.model.dtype))
+
+    def by_model(
+        prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]
+    ) -> tuple[Ratings, Stats]:
+        questions = [prompt.question for prompt in prompts]
         return rate_traces(
-            loaded[0], questions, texts, who.dimensions, shape, mesh, who.model.dtype
+            model(),
+            questions,
+            texts,
+            judge.dimensions,
+            scoring,
+            make_mesh(mesh),
+            judge.model.dtype,
         )
 
-    def make(shard: int) -> tuple[pa.Table, Stats]:
-        rows = traces.slice(shard * shape.shard, shape.shard).to_pylist()
-        ratings, stats = rate(rows)
-        return rating_table(who, [row["trace_id"] for row in rows], ratings), stats | {
-            "traces": len(rows)
-        }
-
-    job.shards(
-        -(-traces.num_rows // shape.shard),
-        make,
-        "ratings",
-        traces.num_rows * len(who.dimensions),
-        together=True,
-    )
+    return by_model
 
 
-def rating_table(who: Judge, trace_ids: list[str], ratings: Ratings) -> pa.Table:
+def rating_table(judge: Judge, trace_ids: Sequence[str], ratings: Ratings) -> pa.Table:
     """RATING rows, trace by trace, dimension by dimension."""
-    d = len(who.dimensions)
-    flat = ratings.distribution.reshape(-1, 5)
-    return pa.table(
-        {
-            "trace_id": [t for t in trace_ids for _ in range(d)],
-            "judge": [who.name] * (len(trace_ids) * d),
-            "dimension": list(who.dimensions) * len(trace_ids),
-            "rating": ratings.expectation.reshape(-1),
-            "spread": ratings.spread.reshape(-1),
-            "mass": ratings.mass.reshape(-1),
-            "distribution": flat.tolist(),
-        }
-    ).cast(RATING)
+    d = len(judge.dimensions)
+    columns = {
+        "trace_id": [trace for trace in trace_ids for _ in range(d)],
+        "judge": [judge.name] * (len(trace_ids) * d),
+        "dimension": list(judge.dimensions) * len(trace_ids),
+        "rating": ratings.expectation.reshape(-1),
+        "spread": ratings.spread.reshape(-1),
+        "mass": ratings.mass.reshape(-1),
+        "distribution": ratings.distribution.reshape(-1, 5).tolist(),
+    }
+    return pa.table(columns).cast(schema(Rating))

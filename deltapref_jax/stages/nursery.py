@@ -1,4 +1,7 @@
-"""The nursery: tokenizer, small decoders on worked solutions, a judge on rated ones; all as Hugging Face folders."""
+"""nursery: the small models that ship with the project, as Hugging Face folders.
+
+Solvers learn from worked solutions, a judge from rated ones (`SmallModel.curriculum`).
+"""
 
 import dataclasses
 import json
@@ -10,39 +13,93 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deltapref_jax.artifacts.job import Job, Stats
+from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import (
     DIMENSIONS,
     ConfigError,
     MeshShape,
-    Nursery,
+    ModelZoo,
     Objective,
-    Pupil,
-    choose,
+    SmallModel,
+    check_choice,
 )
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export, load
-from deltapref_jax.scoring.packing import Sample, pack, sample
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import PackedSample, pack, pack_one
 from deltapref_jax.synthetic.corrupt import DEGREES, corrupt
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import Problem, problem, solution
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.training.data import StepData
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer
 from deltapref_jax.training.step import Examples
-from deltapref_jax.workspace import Job, Node
 
-VERSION = 1
 _TOKENIZER_TEXTS = 20_000
 
 
+class SmallTokenizer(Node, stage="tokenizer", version=2):
+    """The tokenizer that all small models share, as the folder `model/`."""
+
+    vocab: int
+
+    def make(self, job: Job) -> None:
+        """Trains it on questions, solutions and the rubric."""
+        make_tokenizer(self.vocab, Path(job.dir / "model"))
+        job.files.append("model/*")
+
+
+class SmallModelFolder(Node, stage="small_model", version=2):
+    """One small model, as the Hugging Face folder `model/`.
+
+    Attributes:
+      base: whose weights it starts from; None: random ones.
+    """
+
+    model: SmallModel
+    tokenizer: SmallTokenizer
+    base: "SmallModelFolder | None"
+    mesh: MeshShape = runtime()
+
+    def make(self, job: Job) -> None:
+        """Trains, or continues a killed run, and exports in bfloat16."""
+        job.claim()
+        text = ChatTokenizer.load(str(job.local_input(self.tokenizer, "model")))
+        base = job.local_input(self.base, "model") if self.base else None
+        job.stats |= train_small_model(self.model, text, base, Path(job.dir), self.mesh)
+        job.files.append("model/*")
+
+
+def plan(zoo: ModelZoo) -> dict[str, SmallModelFolder]:
+    """The models by name, in the order of the config, so that a base stands before what needs it.
+
+    Raises:
+      ConfigError: a model's task is no family of the synthetic world.
+    """
+    tokenizer = SmallTokenizer(label=("tokenizer",), vocab=zoo.vocab)
+    nodes: dict[str, SmallModelFolder] = {}
+    for model in zoo.models:
+        for task in model.tasks:
+            check_choice(f"tasks of model {model.name!r}", task, FAMILIES)
+        nodes[model.name] = SmallModelFolder(
+            label=("model", model.name),
+            model=model,
+            tokenizer=tokenizer,
+            base=nodes[model.base] if model.base else None,
+            mesh=zoo.mesh,
+        )
+    return nodes
+
+
 def make_tokenizer(vocab: int, folder: Path) -> None:
-    """Trains the pupils' tokenizer on questions, solutions and the rubric, in the chat template's form."""
+    """Trains the tokenizer on questions, solutions and the rubric, in the chat template's form."""
 
     def texts() -> Iterator[str]:
         for i in range(_TOKENIZER_TEXTS):
@@ -55,30 +112,34 @@ def make_tokenizer(vocab: int, folder: Path) -> None:
     build(texts(), vocab, folder)
 
 
-def draw(pupil: Pupil, rng: random.Random) -> Problem:
-    """A problem of the pupil's curriculum; its seed keeps it apart from every study's questions (theirs are ≥ 0)."""
+def draw(model: SmallModel, rng: random.Random) -> Problem:
+    """A problem of the model's curriculum.
+
+    Its seed is negative, which keeps it apart from every study's questions.
+    """
     return problem(
-        rng.choice(pupil.tasks),
-        rng.choice(pupil.difficulties),
-        -1 - pupil.seed,
+        rng.choice(model.tasks),
+        rng.choice(model.difficulties),
+        -1 - model.seed,
         rng.getrandbits(62),
     )
 
 
-def solving(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
-    """A question and a worked solution, careless at the pupil's error rate."""
-    p = draw(pupil, rng)
+def solving(model: SmallModel, text: ChatTokenizer, rng: random.Random) -> PackedSample:
+    """A question and a worked solution, careless at the model's error rate."""
+    p = draw(model, rng)
     prompt = text.prompt_ids([{"role": "user", "content": p.question}])
-    return sample(prompt, text.completion_ids(solution(p, rng, pupil.error_rate), ended=True))
+    completion = text.completion_ids(solution(p, rng, model.error_rate), ended=True)
+    return pack_one(TokenSequence(np.asarray(prompt), np.asarray(completion)))
 
 
-def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
+def rating(model: SmallModel, text: ChatTokenizer, rng: random.Random) -> PackedSample:
     """A rubric prompt and its five labels, each in a branch of its own.
 
-    Half of the solutions are careless, half are corrupted in one dimension. The label is the exact rating rounded at
-    random to a neighbour, so that the expectation a judge learns is the rating.
+    Half of the solutions are careless, half are corrupted in one dimension. The label is the exact
+    rating rounded at random to a neighbour, so that the expectation a judge learns is the rating.
     """
-    p = draw(pupil, rng)
+    p = draw(model, rng)
     if rng.random() < 0.5:
         worked = solution(p, rng, rng.random() * 0.8)
     else:
@@ -95,7 +156,7 @@ def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
         positions += range(len(trunk), len(trunk) + len(branch))
         branches += [b + 1] * len(branch)
         targets += [False] * len(suffix) + [True]
-    return Sample(
+    return PackedSample(
         np.asarray(tokens, np.int32),
         np.asarray(targets),
         np.asarray(positions, np.int32),
@@ -103,92 +164,81 @@ def rating(pupil: Pupil, text: Text, rng: random.Random) -> Sample:
     )
 
 
-LESSONS = {"solve": solving, "judge": rating}
+CURRICULA = {"solve": solving, "judge": rating}
 
 
-def lesson(pupil: Pupil, text: Text, step: int) -> StepData:
-    """Step `step` of a pupil's education: one micro-batch filled with fresh samples; a pure function of both."""
-    rng = random.Random(f"{pupil.name}|{pupil.seed}|{step}")
-    samples: list[Sample] = []
-    room = int(0.93 * pupil.rows * pupil.row_length)
+def training_batch(model: SmallModel, text: ChatTokenizer, step: int) -> StepData:
+    """One micro-batch of fresh samples for step `step`; a pure function of model and step."""
+    rng = random.Random(f"{model.name}|{model.seed}|{step}")
+    samples: list[PackedSample] = []
+    room = int(0.93 * model.rows * model.row_length)
     while True:
-        s = LESSONS[pupil.lesson](pupil, text, rng)
+        s = CURRICULA[model.curriculum](model, text, rng)
         room -= len(s.tokens)
         if room < 0:
             break
-        if len(s.tokens) <= pupil.row_length:
+        if len(s.tokens) <= model.row_length:
             samples.append(s)
     if not samples:
         raise ConfigError(
-            f"No sample of pupil {pupil.name!r} fits its row_length of {pupil.row_length} tokens; raise "
-            "it."
+            f"No sample of model {model.name!r} fits its row_length of {model.row_length} tokens; "
+            "raise it."
         )
-    micros = pack([[[s]] for s in samples], pupil.rows, pupil.row_length)[:1]
-    batch, order = micros[0]
-    blank = np.zeros(len(order), np.float32)
-    most = pupil.rows * pupil.row_length // 16  # samples of a step, padded: one shape for all steps
-    pad = (0, most - len(order))
-    examples = Examples(
-        np.pad(np.arange(len(order), dtype=np.int32), pad),
-        np.zeros(most, np.int32),
-        np.pad(blank, pad),
-        np.pad(blank, pad),
-        np.pad(blank, pad),
-        np.pad(blank + 1, pad),
-    )
-    return StepData(
-        [(batch, examples)],
-        [],
-        float(np.count_nonzero(batch.targets)),
-        int(np.count_nonzero(batch.segments)),
-        0.0,
-    )
+    batch, order = pack([[[s]] for s in samples], model.rows, model.row_length)[0]
+    # all steps have one shape: the samples of a step are padded to the most that there can be
+    most = model.rows * model.row_length // 16
+    first, weight = np.zeros(most, np.int32), np.zeros(most, np.float32)
+    first[: len(order)] = np.arange(len(order))
+    weight[: len(order)] = 1.0
+    blank = np.zeros(most, np.float32)
+    examples = Examples(first, np.zeros(most, np.int32), blank, blank, blank, weight)
+    targets = float(np.count_nonzero(batch.targets))
+    return StepData([(batch, examples)], [], targets, int(np.count_nonzero(batch.segments)), 0.0)
 
 
 def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[ModelSpec, nnx.State]:
-    """The same function with more layers: new blocks on top whose outputs start at 0, so that they pass everything on.
+    """The same function with more layers on top, whose outputs start at 0.
 
-    A judge grown from a solver has layers left to compare what it would have written with what stands there.
+    A judge grown from a solver has layers left to compare what it would have written with what
+    stands there.
     """
     deeper = dataclasses.replace(spec, layers=layers)
-    fresh = nnx.state(Decoder(deeper, rngs=nnx.Rngs(seed), dtype=jnp.float32))
-    old, new = nnx.to_pure_dict(params), nnx.to_pure_dict(fresh)
+    grown = nnx.state(Decoder(deeper, rngs=nnx.Rngs(seed), dtype=jnp.float32))
+    old, new = nnx.to_pure_dict(params), nnx.to_pure_dict(grown)
     for name, array in new["blocks"].items():
-        top = (
-            jnp.zeros_like(array[spec.layers :]) if name in ("o", "down") else array[spec.layers :]
-        )
+        top = array[spec.layers :]
+        top = jnp.zeros_like(top) if name in ("o", "down") else top
         old["blocks"][name] = jnp.concatenate([old["blocks"][name], top])
-    nnx.replace_by_pure_dict(fresh, old)
-    return deeper, fresh
+    nnx.replace_by_pure_dict(grown, old)
+    return deeper, grown
 
 
-def raise_pupil(
-    pupil: Pupil, tokenizer: Path, base: Path | None, folder: Path, mesh: MeshShape
-) -> dict[str, float]:
-    """Trains one pupil and exports it, in bfloat16, to `folder/model`; returns counts."""
-    text = Text.load(str(tokenizer))
+def train_small_model(
+    model: SmallModel, text: ChatTokenizer, base: Path | None, folder: Path, mesh: MeshShape
+) -> Stats:
+    """Trains one model and exports it, in bfloat16, to `folder/model`; returns counts."""
     if base is not None:
         loaded = load(str(base))
         spec, params = loaded.spec, loaded.state
-        if pupil.layers > spec.layers:
-            spec, params = grow(spec, params, pupil.layers, pupil.seed)
+        if model.layers > spec.layers:
+            spec, params = grow(spec, params, model.layers, model.seed)
     else:
         spec = ModelSpec(
             len(text.tokenizer),
-            pupil.width,
-            pupil.layers,
-            pupil.heads,
-            pupil.kv_heads,
-            pupil.width // pupil.heads,
-            pupil.mlp,
+            model.width,
+            model.layers,
+            model.heads,
+            model.kv_heads,
+            model.width // model.heads,
+            model.mlp,
             max_positions=1024,
         )
-        params = nnx.state(Decoder(spec, rngs=nnx.Rngs(pupil.seed), dtype=jnp.float32))
+        params = nnx.state(Decoder(spec, rngs=nnx.Rngs(model.seed), dtype=jnp.float32))
     run = Run(
-        Objective(name=pupil.name, kind="sft", learning_rate=pupil.learning_rate),
-        pupil.steps,
-        pupil.rows,
-        pupil.row_length,
+        Objective(name=model.name, kind="sft", learning_rate=model.learning_rate),
+        model.steps,
+        model.rows,
+        model.row_length,
         warmup=0.05,
         schedule="cosine",
         floor=0.1,
@@ -198,66 +248,13 @@ def raise_pupil(
     params, counts = train(
         spec,
         params,
-        lambda step: lesson(pupil, text, step),
+        lambda step: training_batch(model, text, step),
         run,
         make_mesh(mesh),
         folder,
-        f"nursery {pupil.name}",
+        f"nursery {model.name}",
     )
     export(params, spec, text, folder / "model", "bfloat16")
-    (folder / "model" / "pupil.json").write_text(
-        json.dumps(dataclasses.asdict(pupil), indent=2) + "\n"
-    )
+    recipe = json.dumps(dataclasses.asdict(model), indent=2)
+    (folder / "model" / "recipe.json").write_text(recipe + "\n")
     return counts
-
-
-def tokenizer(job: Job) -> None:
-    """The pupils' tokenizer, as a folder."""
-    make_tokenizer(job.config["vocab"], Path(job.dir / "model"))
-    job.files += _files(job)
-
-
-def pupil(job: Job) -> None:
-    """One pupil, as a Hugging Face folder `model/`; inputs: the tokenizer, and the base if it has one."""
-    fields = dict(job.config["pupil"])
-    who = Pupil(
-        **fields | {"tasks": tuple(fields["tasks"]), "difficulties": tuple(fields["difficulties"])}
-    )
-    base = Path(job.path("base") / "model") if "base" in job.node.inputs else None
-    with job.alone():
-        job.stats |= raise_pupil(
-            who,
-            Path(job.path("tokenizer") / "model"),
-            base,
-            Path(job.dir),
-            MeshShape(**job.local["mesh"]),
-        )
-    job.files += _files(job)
-
-
-def _files(job: Job) -> list[str]:
-    return sorted(f"model/{file.name}" for file in (job.dir / "model").iterdir())
-
-
-def plan(nursery: Nursery) -> dict[str, Node]:
-    """Nodes by label: `tokenizer`, and `pupil/<name>` in the order of the config.
-
-    Raises:
-      ConfigError: a pupil's task is no family of the synthetic world.
-    """
-    nodes = {"tokenizer": Node("tokenizer", "tokenizer", {"vocab": nursery.vocab}, version=VERSION)}
-    for p in nursery.pupils:
-        for task in p.tasks:
-            choose(f"tasks of pupil {p.name!r}", task, FAMILIES)
-        inputs = {"tokenizer": nodes["tokenizer"]} | (
-            {"base": nodes[f"pupil/{p.base}"]} if p.base else {}
-        )
-        nodes[f"pupil/{p.name}"] = Node(
-            "pupil",
-            f"pupil/{p.name}",
-            {"pupil": dataclasses.asdict(p)},
-            inputs,
-            {"mesh": dataclasses.asdict(nursery.mesh)},
-            VERSION,
-        )
-    return nodes

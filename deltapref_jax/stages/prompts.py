@@ -1,35 +1,49 @@
-"""prompts: sources to one table of distinct questions, without those that overlap an evaluation question."""
+"""prompts: sources to one table of distinct questions, apart from every evaluation question."""
 
+from collections.abc import Mapping
+
+from deltapref_jax.artifacts.job import Job
+from deltapref_jax.artifacts.node import Node
 from deltapref_jax.config import ConfigError, Prompts
 from deltapref_jax.data.decontaminate import overlapping
 from deltapref_jax.data.sources import read_prompts
-from deltapref_jax.records import PROMPT, table
-from deltapref_jax.workspace import Job
-
-VERSION = 2
+from deltapref_jax.records import Prompt, to_table
 
 
-def prompts(job: Job) -> None:
-    """The config's `sources` to PROMPT; inputs `suite/…`, if any, are what the questions must not overlap."""
-    rows: dict[str, dict] = {}
-    counts = dict.fromkeys(("read", "empty", "duplicate", "overlap_exact", "overlap_13_gram"), 0)
-    for fields, path in zip(job.config["sources"], job.local["paths"], strict=True):
-        found, seen = read_prompts(
-            Prompts(**dict(fields) | {"tasks": tuple(fields["tasks"]), "path": path})
-        )
-        for name, count in seen.items():
-            counts[name] += count
-        counts["duplicate"] += sum(row["prompt_id"] in rows for row in found)
-        rows |= {row["prompt_id"]: row for row in found}
-    evaluation = [row for suite in job.tables("suite").values() for row in suite.to_pylist()]
-    overlap = overlapping(rows.values(), evaluation)
-    for reason in overlap.values():
-        counts["overlap_" + reason.replace("-", "_")] += 1
-    kept = [row for key, row in rows.items() if key not in overlap]
-    if not kept:
-        raise ConfigError(
-            f"All {len(rows)} training questions overlap evaluation questions; give other sources, or "
-            "another seed."
-        )
-    job.stats |= {name: float(count) for name, count in counts.items()}
-    job.write(table(PROMPT, kept))
+class PromptTable(Node, stage="prompts", version=3):
+    """PROMPT: the distinct questions of all sources that do not overlap a question of `suites`.
+
+    Attributes:
+      sources: where the questions are, in order.
+      contents: what the path of every source holds: a content hash, or a name on the hub.
+      suites: questions that must stay out of this table, by suite.
+    """
+
+    sources: tuple[Prompts, ...]
+    contents: tuple[str, ...]
+    suites: Mapping[str, "PromptTable"]
+
+    def make(self, job: Job) -> None:
+        """Reads the sources; an equal question of a later source is a duplicate."""
+        prompts: dict[str, Prompt] = {}
+        counts = dict.fromkeys(("read", "empty", "duplicate"), 0)
+        for source in self.sources:
+            found, seen = read_prompts(source)
+            for name, count in seen.items():
+                counts[name] += count
+            counts["duplicate"] += sum(prompt.prompt_id in prompts for prompt in found)
+            prompts |= {prompt.prompt_id: prompt for prompt in found}
+        held_out = [prompt for suite in self.suites.values() for prompt in job.rows(Prompt, suite)]
+        overlap = overlapping(prompts.values(), held_out)
+        kept = [prompt for prompt in prompts.values() if prompt.prompt_id not in overlap]
+        if not kept:
+            raise ConfigError(
+                f"All {len(prompts)} training questions overlap evaluation questions; give other "
+                "sources, or another seed."
+            )
+        reasons = list(overlap.values())
+        job.stats |= {name: float(count) for name, count in counts.items()} | {
+            "overlap_exact": float(reasons.count("exact")),
+            "overlap_13_gram": float(reasons.count("13-gram")),
+        }
+        job.write(to_table(Prompt, kept))

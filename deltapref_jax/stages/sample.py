@@ -1,111 +1,123 @@
-"""Prompts and a generator to traces."""
+"""sample: prompts and a generator to traces."""
 
-import dataclasses
 import functools
-import json
-from typing import Any
 
 import jax
+import numpy as np
 import pyarrow as pa
 
+from deltapref_jax.artifacts.job import Job, Stats
+from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import Generator, MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load, weights_hash
-from deltapref_jax.records import TRACE, digest, table
-from deltapref_jax.sampling.engine import Engine, Request
-from deltapref_jax.workspace import Job, Stats
-
-VERSION = 2
+from deltapref_jax.models.weights import load
+from deltapref_jax.records import Prompt, Trace, digest, to_table
+from deltapref_jax.sampling.engine import Completion, Engine, Request
+from deltapref_jax.stages.prompts import PromptTable
 
 
-def describe(
-    generator: Generator, sampling: Sampling, seed: int, mesh: MeshShape
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a `sample` node of `generator` hashes, and what it only carries (`Node.config` and `Node.local`).
+class TraceTable(Node, stage="sample", version=3):
+    """TRACE: `generator.samples` traces of every prompt.
 
-    Raises:
-      FileNotFoundError: there is no model at `generator.model.path`.
+    A trace is a function of seed, generator, weights, prompt and sample index; slots, chunk and
+    shard change it by rounding at most.
+
+    Attributes:
+      weights: hash of the generator's weights.
     """
-    asked = dataclasses.asdict(generator)
-    model = asked.pop("model")
-    asked.pop("about")  # words for the page change no trace
-    config = {
-        "generator": asked,
-        "weights": weights_hash(model["path"]),
-        "dtype": model["dtype"],
-        "sampling": dataclasses.asdict(sampling),
-        "seed": seed,
-    }
-    return config, {"model": {"path": model["path"]}, "mesh": dataclasses.asdict(mesh)}
+
+    prompts: PromptTable
+    generator: Generator
+    weights: str
+    sampling: Sampling
+    seed: int
+    mesh: MeshShape = runtime()
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits of what makes the generator: draws and trace ids depend on it."""
+        g = self.generator
+        manner = {
+            "name": g.name,
+            "temperature": g.temperature,
+            "top_p": g.top_p,
+            "top_k": g.top_k,
+            "system": g.system,
+            "prefix": g.prefix,
+        }
+        return digest(manner, self.weights, g.model.dtype)
+
+    def make(self, job: Job) -> None:
+        """Samples one shard of `sampling.shard` prompts at a time.
+
+        Raises:
+          ValueError: a prompt is longer than config.sampling.max_prompt; nothing has been sampled.
+        """
+        prompts = job.rows(Prompt, self.prompts)
+        g, size = self.generator, self.sampling.shard
+
+        @functools.cache
+        def engine() -> tuple[Engine, list[Request]]:
+            model = load(g.model.path, dtype=g.model.dtype, params=g.model.dtype)
+            mesh = make_mesh(self.mesh, jax.local_devices())
+            engine = Engine(model, self.sampling, self.seed, self.identity, mesh)
+            requests = [
+                Request(
+                    prompt.prompt_id,
+                    model.text.prompt_ids(asked(prompt, g.system, g.prefix)),
+                    g.samples,
+                    g.temperature,
+                    g.top_p,
+                    g.top_k,
+                )
+                for prompt in prompts
+            ]
+            engine.check(requests)
+            return engine, requests
+
+        def make(shard: int) -> tuple[pa.Table, Stats]:
+            sampler, requests = engine()
+            sampler.stats.clear()
+            part = requests[shard * size : (shard + 1) * size]
+            traces = [
+                self._trace(request.prompt_id, sample, completion)
+                for request, completions in zip(
+                    part, sampler.generate(part, job.advance), strict=True
+                )
+                for sample, completion in enumerate(completions)
+            ]
+            return to_table(Trace, traces), dict(sampler.stats)
+
+        job.shards(-(-len(prompts) // size), make, total=len(prompts) * g.samples)
+        stats = job.stats
+        stats["utilisation"] = stats["tokens"] / max(stats["slot_steps"], 1)
+        stats["tokens_per_second"] = stats["tokens"] / max(stats["seconds"], 1e-9)
+
+    def _trace(self, prompt_id: str, sample: int, completion: Completion) -> Trace:
+        limits = (
+            self.sampling.max_prompt,
+            self.sampling.max_tokens,
+            list(self.sampling.stop),
+        )
+        return Trace(
+            trace_id=digest(prompt_id, self.identity, self.seed, limits, sample),
+            prompt_id=prompt_id,
+            generator=self.generator.name,
+            weights=self.weights,
+            sample=sample,
+            text=completion.text,
+            token_ids=np.asarray(completion.tokens, np.int32),
+            finish=completion.finish,
+            logprob=completion.logprob,
+            tokens=len(completion.tokens),
+        )
 
 
-def sample(job: Job) -> None:
-    """Samples every prompt of the input `prompts`; one shard is `sampling.shard` prompts.
-
-    A trace is a function of seed, generator, weights, prompt and sample index; slots, chunk and shard change it by
-    rounding at most.
-
-    Raises:
-      ValueError: a prompt is longer than config.sampling.max_prompt; nothing has been sampled.
-    """
-    config = dict(job.config)
-    sampling, generator = Sampling(**config["sampling"]), config["generator"]
-    prompts = job.table("prompts").to_pylist()
-    limits = (sampling.max_prompt, sampling.max_tokens, list(sampling.stop))
-    manner = {name: value for name, value in generator.items() if name != "samples"}
-    identity = digest(manner, config["weights"], config["dtype"])
-
-    @functools.cache
-    def engine() -> tuple[Engine, list[Request]]:
-        model = load(job.local["model"]["path"], dtype=config["dtype"], params=config["dtype"])
-        mesh = make_mesh(MeshShape(**job.local["mesh"]), jax.local_devices())
-        engine = Engine(model, sampling, config["seed"], identity, mesh)
-        requests = [
-            Request(
-                prompt["prompt_id"],
-                model.text.prompt_ids(messages(prompt, generator)),
-                generator["samples"],
-                generator["temperature"],
-                generator["top_p"],
-                generator["top_k"],
-            )
-            for prompt in prompts
-        ]
-        engine.check(requests)
-        return engine, requests
-
-    def make(shard: int) -> tuple[pa.Table, Stats]:
-        sampler, requests = engine()
-        sampler.stats.clear()
-        mine = requests[shard * sampling.shard : (shard + 1) * sampling.shard]
-        rows = [
-            {
-                "trace_id": digest(request.prompt_id, identity, config["seed"], limits, s),
-                "prompt_id": request.prompt_id,
-                "generator": generator["name"],
-                "weights": config["weights"],
-                "sample": s,
-                "text": trace.text,
-                "token_ids": trace.tokens,
-                "finish": trace.finish,
-                "logprob": trace.logprob,
-                "tokens": len(trace.tokens),
-            }
-            for request, traces in zip(mine, sampler.generate(mine), strict=True)
-            for s, trace in enumerate(traces)
-        ]
-        return table(TRACE, rows), dict(sampler.stats)
-
-    job.shards(-(-len(prompts) // sampling.shard), make, total=len(prompts) * generator["samples"])
-    job.stats["utilisation"] = job.stats["tokens"] / max(job.stats["slot_steps"], 1)
-    job.stats["tokens_per_second"] = job.stats["tokens"] / max(job.stats["seconds"], 1e-9)
-
-
-def messages(prompt: dict[str, Any], generator: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation as this generator is asked: its system message first, its prefix before the question."""
-    asked = [dict(message) for message in json.loads(prompt["messages"])]
-    asked[-1]["content"] = generator["prefix"] + asked[-1]["content"]
-    if generator["system"]:
-        others = [message for message in asked if message["role"] != "system"]
-        return [{"role": "system", "content": generator["system"]}, *others]
-    return asked
+def asked(prompt: Prompt, system: str, prefix: str) -> list[dict[str, str]]:
+    """The conversation as a generator is asked: with its system message and question prefix."""
+    messages = prompt.chat()
+    messages[-1]["content"] = prefix + messages[-1]["content"]
+    if system:
+        others = [message for message in messages if message["role"] != "system"]
+        return [{"role": "system", "content": system}, *others]
+    return messages

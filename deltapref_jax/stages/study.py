@@ -1,16 +1,13 @@
 """Experiment to artifacts: the graph of everything a study needs, each thing once.
 
-Labels: prompts · suite/S · sample/G · verify/G · judge/J/G · score/G · capability/G · audit/J · pair/A · train/A/seed ·
-evaluate/A/seed · evaluate/student · report.
+`plan` returns the node of the report, whose inputs are all tables and policies of the study; what
+they are of (judge, generator, arm, seed, suite) are the keys of its mappings.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from etils import epath
 
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
@@ -21,264 +18,382 @@ from deltapref_jax.config import (
     Judge,
     Model,
     Prompts,
-    choose,
+    Suite,
+    check_choice,
     judge_of,
     model_of,
+    reference_of,
 )
 from deltapref_jax.data.sources import task_names
-from deltapref_jax.files import file_sha256, local
+from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
-from deltapref_jax.models.weights import look, weights_hash
-from deltapref_jax.records import digest
-from deltapref_jax.stages import audit, judge, pair, prompts, report, sample, score, train, verify
-from deltapref_jax.workspace import Node
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import inspect_model, weights_hash
+from deltapref_jax.pairs.build import Rules
+from deltapref_jax.stages.audit import AuditTable
+from deltapref_jax.stages.evaluate import ResultTable
+from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.pair import PairTable
+from deltapref_jax.stages.prompts import PromptTable
+from deltapref_jax.stages.report import Report
+from deltapref_jax.stages.sample import TraceTable
+from deltapref_jax.stages.score import LogProbTable, known_table
+from deltapref_jax.stages.tokens import SequenceTable, TraceSequences
+from deltapref_jax.stages.train import Policy
+from deltapref_jax.stages.verify import VerdictTable
+from deltapref_jax.text.template import ChatTokenizer
+from deltapref_jax.training.monitor import MonitorConfig
 
-Describe = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 _AUDIT_COUNT = 60  # problems a judge is audited on
 
-
-def _source(source: Prompts) -> dict[str, Any]:
-    """A source's fields with its path replaced by name and content: moved files are the same source."""
-    fields = dataclasses.asdict(source)
-    path = Path(local(source.path))
-    if source.kind in ("synthetic", "reasoning_gym"):
-        known = task_names(source.kind)
-        for task in source.tasks:
-            choose(f"{source.kind} task", task, known)
-    if source.kind in ("jsonl", "parquet") and not path.is_file():
-        raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
-    if source.kind == "tfds" and not path.is_dir():
-        raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
-    if source.path and path.exists():  # what is not here is a name on the hub
-        fields["path"] = content(path)
-    return fields
+# A model's path to its shape and tokenizer; the weights are not read.
+Inspect = Callable[[str], tuple[ModelSpec, ChatTokenizer]]
 
 
-def content(path: Path) -> str:
-    """16 hex digits of a file's or folder's name and content: a moved one is the same."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    return digest(
-        path.name, [[f.relative_to(path).as_posix(), file_sha256(epath.Path(f))] for f in files]
+def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
+    """Every artifact of the study, as the inputs of its report.
+
+    Args:
+      e: validated.
+      profile: first and last training step, from 1, that JAX's profiler traces in every arm.
+
+    Raises:
+      FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
+      ConfigError: a prompt file or table is not there, or a task is not known.
+    """
+    inspect: Inspect = functools.cache(inspect_model)
+    check_models(e, inspect)
+    suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
+    prompts = prompt_table(("prompts",), e.prompts, suites)
+
+    # What is known of every trace: its verdict, its ratings, its tokens, its reference.
+    traces = {g.name: _traces(e, g, prompts) for g in e.generators}
+    verdicts = {
+        name: VerdictTable(label=("verify", name), prompts=prompts, traces=table)
+        for name, table in traces.items()
+    }
+    ratings = {j.name: _ratings(e, j, prompts, traces) for j in e.judges}
+    used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
+    sequences: dict[str, SequenceTable] = {
+        g.name: _sequences(e, g, prompts, traces[g.name], inspect)
+        for g in e.generators
+        if g.name in used
+    }
+    logprobs = _logprobs(e, sequences)
+
+    # The models before training.
+    student = result_tables(e, ("evaluate", "student"), suites, e.student, None)
+    capability = {
+        g.name: result_tables(e, ("capability", g.name), suites, model_of(e, g.model), None, g)
+        for g in e.generators
+    }
+    synthetic = any(source.kind == "synthetic" for source in e.prompts)
+    audits = {j.name: audit_table(e, j, prompts) for j in e.judges if synthetic}
+
+    # Arms.
+    pairs = {arm.name: _pairs(e, arm, prompts, traces, verdicts, ratings) for arm in e.arms}
+    monitor = MonitorConfig(e.trackers, profile)
+    policies = {
+        arm.name: {
+            seed: _policy(e, arm, seed, pairs[arm.name], sequences, logprobs, monitor)
+            for seed in arm.seeds
+        }
+        for arm in e.arms
+    }
+    results = {
+        arm: {
+            seed: result_tables(e, ("evaluate", arm, str(seed)), suites, e.student, policy)
+            for seed, policy in seeds.items()
+        }
+        for arm, seeds in policies.items()
+    }
+    return Report(
+        label=("report",),
+        experiment=e,
+        suites=suites,
+        prompts=prompts,
+        traces=traces,
+        verdicts=verdicts,
+        ratings=ratings,
+        sequences=sequences,
+        logprobs=logprobs,
+        student=student,
+        capability=capability,
+        audits=audits,
+        pairs=pairs,
+        policies=policies,
+        results=results,
     )
 
 
-def prompts_node(label: str, sources: tuple[Prompts, ...], suites: Mapping[str, Node]) -> Node:
+def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
+    """Refuses models that the study cannot use, before anything is made.
+
+    Looked at are architecture, tensors, tokenizer, template and a judge's labels.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence that names the model and the remedy.
+    """
+    for model in (e.student, e.reference, *(g.model for g in e.generators)):
+        inspect(model_of(e, model).path)[1].check_template()
+    spec, tokenizer = inspect(e.student.path)
+    check_rank(e.training.lora, spec)
+    check_same_vocabulary(tokenizer, inspect(model_of(e, e.reference).path)[1])
+    for judge in e.judges:
+        if judge.kind == "model":
+            text = inspect(model_of(e, judge.model).path)[1]
+            text.check_template()
+            label_ids(text)
+
+
+def check_same_vocabulary(student: ChatTokenizer, reference: ChatTokenizer) -> None:
+    """Refuses a reference that reads the student's token ids as other tokens.
+
+    Raises:
+      ConfigError: a token of the student has another id under the reference.
+    """
+    known = reference.tokenizer.get_vocab()
+    if any(known.get(token, i) != i for token, i in student.tokenizer.get_vocab().items()):
+        raise ConfigError(
+            f"The reference {reference.where} has another tokenizer than the student "
+            f"{student.where}, so that it cannot score the student's tokens; choose a reference "
+            "with the same tokenizer."
+        )
+
+
+def prompt_table(
+    label: tuple[str, ...], sources: tuple[Prompts, ...], suites: Mapping[str, PromptTable]
+) -> PromptTable:
     """Node of a table of questions; `suites` are what they must not overlap.
 
     Raises:
       ConfigError: a file or builder directory is not there, or a task is not known.
     """
-    return Node(
-        "prompts",
-        label,
-        {"sources": [_source(s) for s in sources]},
-        suites,
-        {"paths": [s.path for s in sources]},
-        prompts.VERSION,
+    contents = tuple(_content(source) for source in sources)
+    return PromptTable(label=label, sources=sources, contents=contents, suites=suites)
+
+
+def _content(source: Prompts) -> str:
+    """What a source's path holds; what is not on this machine is a name on the hub."""
+    path = Path(local_copy(source.path))
+    if source.kind in ("synthetic", "reasoning_gym"):
+        for task in source.tasks:
+            check_choice(f"{source.kind} task", task, task_names(source.kind))
+    if source.kind in ("jsonl", "parquet") and not path.is_file():
+        raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
+    if source.kind == "tfds" and not path.is_dir():
+        raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
+    return content_hash(path) if source.path and path.exists() else source.path
+
+
+def usable_traces(e: Experiment) -> dict[str, int]:
+    """Usable traces that a prompt must have of every generator, so that all arms share prompts.
+
+    A generator that an arm pairs with itself must have two, and one that no arm uses needs none.
+    """
+    used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
+    paired_with_itself = {arm.chosen for arm in e.arms if arm.chosen == arm.rejected}
+    return {g.name: 1 + (g.name in paired_with_itself) for g in e.generators if g.name in used}
+
+
+def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
+    model = model_of(e, g.model)
+    return TraceTable(
+        label=("sample", g.name),
+        prompts=prompts,
+        generator=dataclasses.replace(g, model=model),
+        weights=weights_hash(model.path),
+        sampling=e.sampling,
+        seed=e.seed,
+        mesh=e.mesh,
     )
 
 
-def ladder_of(e: Experiment) -> dict[str, int]:
-    """Usable traces that a prompt must have of every generator, so that all arms share their prompts.
-
-    A generator that an arm pairs with itself must have two.
-    """
-    zero = {a.chosen for a in e.arms if a.chosen == a.rejected}
-    return {g.name: 1 + (g.name in zero) for g in e.generators}
-
-
-def check_models(e: Experiment) -> None:
-    """Looks at every model once before anything is made: architecture, tensors, tokenizer, template, a judge's labels.
-
-    Raises:
-      FileNotFoundError, ValueError: one sentence that names the model and the remedy.
-    """
-    see = functools.cache(look)
-    for model in (e.student, e.reference, *(g.model for g in e.generators)):
-        see(model_of(e, model).path)[1].check_template()
-    check_rank(e.training.lora, see(e.student.path)[0])
-    for j in e.judges:
-        if j.kind == "model":
-            text = see(model_of(e, j.model).path)[1]
-            text.check_template()
-            label_ids(text)
+def _judge(e: Experiment, judge: Judge) -> tuple[Judge, str]:
+    """The judge with its model's path, and the hash of its weights."""
+    if judge.kind == "exact":
+        return judge, ""
+    model = model_of(e, judge.model)
+    return dataclasses.replace(judge, model=model), weights_hash(model.path)
 
 
-def plan(
-    e: Experiment, describe_evaluation: Describe, profile: tuple[int, int] | None = None
-) -> dict[str, Node]:
-    """Every artifact of the study by label, inputs before what needs them.
-
-    Args:
-      e: validated.
-      describe_evaluation: `evals.evaluate.describe` (the package does not import evals).
-      profile: first and last training step, from 1, that JAX's profiler traces in every arm.
-
-    Raises:
-      FileNotFoundError: a model that the study names is not there.
-      ConfigError: a prompt file is not there.
-    """
-    nodes: dict[str, Node] = {}
-    mesh = dataclasses.asdict(e.mesh)
-    student, reference = e.student, e.reference if e.reference.path else e.student
-    for s in e.suites:
-        nodes[f"suite/{s.name}"] = prompts_node(f"suite/{s.name}", (s.prompts,), {})
-    suites = {label: node for label, node in nodes.items() if label.startswith("suite/")}
-    nodes["prompts"] = prompts_node("prompts", e.prompts, suites)
-    for g in e.generators:
-        _generator(nodes, e, dataclasses.replace(g, model=model_of(e, g.model)), reference, mesh)
-
-    def evaluation(
-        label: str, model: Model, policy: Node | None, generator: Generator | None = None
-    ) -> None:
-        config, local = describe_evaluation(
-            e.suites, e.sampling, e.seed, e.mesh, model, policy is not None, generator
+def _ratings(
+    e: Experiment, judge: Judge, prompts: PromptTable, traces: Mapping[str, TraceTable]
+) -> dict[str, RatingTable]:
+    """Of one judge, by generator."""
+    judge, weights = _judge(e, judge)
+    return {
+        name: RatingTable(
+            label=("judge", judge.name, name),
+            prompts=prompts,
+            traces=table,
+            judge=judge,
+            weights=weights,
+            scoring=e.scoring,
+            mesh=e.mesh,
         )
-        inputs = suites | ({} if policy is None else {"policy": policy})
-        nodes[label] = Node("evaluate", label, config, inputs, local)
+        for name, table in traces.items()
+    }
 
-    if e.suites:
-        evaluation("evaluate/student", student, None)
-        for g in e.generators:
-            evaluation(f"capability/{g.name}", model_of(e, g.model), None, g)
-    if any(p.kind == "synthetic" for p in e.prompts):
-        for j in e.judges:
-            config, local = _judge(e, j, mesh)
-            nodes[f"audit/{j.name}"] = Node(
-                "audit",
-                f"audit/{j.name}",
-                config | {"count": _AUDIT_COUNT, "seed": e.seed},
-                {"prompts": nodes["prompts"]},
-                local,
-                audit.VERSION,
-            )
-    for a in e.arms:
-        node = nodes[f"pair/{a.name}"] = _pair(nodes, e, a)
-        for seed in a.seeds:
-            label = f"train/{a.name}/{seed}"
-            nodes[label] = _train(nodes, e, a, seed, node, student, reference, label, profile)
-            if e.suites:
-                evaluation(f"evaluate/{a.name}/{seed}", student, nodes[label])
-    described = dataclasses.asdict(e)
-    described.pop("workspace")
-    described.pop("trackers")
-    nodes["report"] = Node(
-        "report", "report", {"experiment": described}, dict(nodes), {}, report.VERSION
+
+def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable:
+    """Node of a judge's audit on the synthetic questions of `prompts`."""
+    judge, weights = _judge(e, judge)
+    return AuditTable(
+        label=("audit", judge.name),
+        prompts=prompts,
+        judge=judge,
+        weights=weights,
+        scoring=e.scoring,
+        count=_AUDIT_COUNT,
+        seed=e.seed,
+        mesh=e.mesh,
     )
-    return nodes
 
 
-def _generator(
-    nodes: dict[str, Node], e: Experiment, g: Generator, reference: Model, mesh: dict[str, int]
-) -> None:
-    """Nodes of one generator: its traces, and what is known of every trace."""
-    config, local = sample.describe(g, e.sampling, e.seed, e.mesh)
-    traces = nodes[f"sample/{g.name}"] = Node(
-        "sample", f"sample/{g.name}", config, {"prompts": nodes["prompts"]}, local, sample.VERSION
+def _sequences(
+    e: Experiment, g: Generator, prompts: PromptTable, traces: TraceTable, inspect: Inspect
+) -> TraceSequences:
+    tokenizer = inspect(e.student.path)[1].identity
+    return TraceSequences(
+        label=("tokens", g.name),
+        prompts=prompts,
+        traces=traces,
+        tokenizer=tokenizer,
+        sampled=inspect(model_of(e, g.model).path)[1].identity == tokenizer,
+        shard=e.scoring.shard,
+        model=e.student,
     )
-    inputs = {"sample": traces, "prompts": nodes["prompts"]}
-    nodes[f"verify/{g.name}"] = Node("verify", f"verify/{g.name}", {}, inputs, {}, verify.VERSION)
-    for j in e.judges:
-        config, local = _judge(e, j, mesh)
-        label = f"judge/{j.name}/{g.name}"
-        nodes[label] = Node("judge", label, config, inputs, local, judge.VERSION)
+
+
+def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str, LogProbTable]:
+    """Under the reference, of the generators whose traces an objective with a reference reads."""
     kinds = {o.name: o.kind for o in e.objectives}
-    if any(
-        OBJECTIVE_KINDS[kinds[a.objective]].reference and g.name in (a.chosen, a.rejected)
-        for a in e.arms
-    ):
-        nodes[f"score/{g.name}"] = Node(
-            "score",
-            f"score/{g.name}",
-            {
-                "weights": weights_hash(reference.path),
-                "dtype": reference.dtype,
-                "seed": e.seed,
-                "scoring": dataclasses.asdict(e.scoring),
-            },
-            inputs,
-            {"model": dataclasses.asdict(reference), "mesh": mesh},
-            score.VERSION,
+    with_reference = [a for a in e.arms if OBJECTIVE_KINDS[kinds[a.objective]].reference]
+    read = {name for arm in with_reference for name in (arm.chosen, arm.rejected)}
+    reference = reference_of(e.student, e.reference)
+    weights = weights_hash(reference.path)
+    if e.table and not read:
+        raise ConfigError(
+            f"config.table is {e.table!r} and no arm's objective has a reference; leave it empty."
+        )
+    known = known_table(e.table, weights)
+    return {
+        name: LogProbTable(
+            label=("score", name),
+            sequences=table,
+            weights=weights,
+            dtype=reference.dtype,
+            rows=e.scoring.rows,
+            row_length=e.scoring.row_length,
+            shard=2 * e.scoring.shard,  # matched and mismatched
+            known=known,
+            model=reference,
+            table=e.table,
+            mesh=e.mesh,
+        )
+        for name, table in sequences.items()
+        if name in read
+    }
+
+
+def result_tables(
+    e: Experiment,
+    label: tuple[str, ...],
+    suites: Mapping[str, PromptTable],
+    model: Model,
+    policy: Policy | None,
+    generator: Generator | None = None,
+) -> dict[str, ResultTable]:
+    """Results of a model on every suite; a generator is asked and sampled in its own manner."""
+
+    def of(suite: Suite) -> ResultTable:
+        asked = generator or Generator(temperature=suite.temperature)
+        return ResultTable(
+            label=(*label, suite.name),
+            questions=suites[suite.name],
+            policy=policy,
+            weights="" if policy else weights_hash(model.path),
+            suite=suite.name,
+            domain=suite.domain,
+            samples=suite.samples,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            system=asked.system,
+            prefix=asked.prefix,
+            sampling=e.sampling,
+            seed=e.seed,
+            model=model,
+            mesh=e.mesh,
         )
 
-
-def _judge(e: Experiment, j: Judge, mesh: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields = dataclasses.asdict(j)
-    fields.pop("model")
-    config: dict[str, Any] = {"judge": fields, "scoring": dataclasses.asdict(e.scoring)}
-    if j.kind == "exact":
-        return config, {"mesh": mesh}
-    model = model_of(e, j.model)
-    return config | {"weights": weights_hash(model.path), "dtype": model.dtype}, {
-        "model": dataclasses.asdict(model),
-        "mesh": mesh,
-    }
+    return {suite.name: of(suite) for suite in e.suites}
 
 
-def _pair(nodes: dict[str, Node], e: Experiment, a: Arm) -> Node:
-    """Arms that differ only in objective or seeds share this node; ratings are an input where they shape the pairs."""
-    ladder = ladder_of(e)
-    by_judge = a.direction != "generator"
-    rated = by_judge or a.keep in ("top", "matched")
-    who = next((j for j in e.judges if rated and j.name == judge_of(e, a)), None)
-    config = {
-        "chosen": a.chosen,
-        "rejected": a.rejected,
-        "ladder": ladder,
-        "direction": "judge" if by_judge else "generator",
-        "keep": a.keep,
-        "by": a.by if rated else "sum",
-        "fraction": 1.0 if a.keep == "all" else a.fraction,
-        "stratum": a.stratum,
-        "finishes": list(e.training.finishes),
-        "seed": e.seed,
-        "dimensions": list(who.dimensions) if who else [],
-    }
-    inputs = {"prompts": nodes["prompts"]}
-    for name in ladder:
-        inputs[f"sample/{name}"] = nodes[f"sample/{name}"]
-    for name in dict.fromkeys((a.chosen, a.rejected)):
-        inputs[f"verify/{name}"] = nodes[f"verify/{name}"]
-        if who:
-            inputs[f"judge/{name}"] = nodes[f"judge/{who.name}/{name}"]
-    return Node("pair", f"pair/{a.name}", config, inputs, {}, pair.VERSION)
-
-
-def _train(
-    nodes: dict[str, Node],
+def _pairs(
     e: Experiment,
-    a: Arm,
+    arm: Arm,
+    prompts: PromptTable,
+    traces: Mapping[str, TraceTable],
+    verdicts: Mapping[str, VerdictTable],
+    ratings: Mapping[str, Mapping[str, RatingTable]],
+) -> PairTable:
+    """Arms that differ only in objective or seeds get equal nodes.
+
+    Ratings are an input where they shape the pairs, and only then.
+    """
+    by_judge = arm.direction != "generator"
+    rated = by_judge or arm.keep in ("top", "matched")
+    judge = next((j for j in e.judges if rated and j.name == judge_of(e, arm)), None)
+    both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
+    needed = usable_traces(e)
+    return PairTable(
+        label=("pair", arm.name),
+        prompts=prompts,
+        traces={name: traces[name] for name in needed},
+        verdicts={name: verdicts[name] for name in both},
+        ratings={name: ratings[judge.name][name] for name in both} if judge else {},
+        rules=Rules(
+            arm.chosen,
+            arm.rejected,
+            needed,
+            tuple(e.training.finishes),
+            "judge" if by_judge else "generator",
+            arm.stratum,
+        ),
+        dimensions=judge.dimensions if judge else (),
+        keep=arm.keep,
+        rank_by=arm.by if rated else "sum",
+        fraction=1.0 if arm.keep == "all" else arm.fraction,
+        seed=e.seed,
+    )
+
+
+def _policy(
+    e: Experiment,
+    arm: Arm,
     seed: int,
-    pairs: Node,
-    student: Model,
-    reference: Model,
-    label: str,
-    profile: tuple[int, int] | None,
-) -> Node:
-    objective = next(o for o in e.objectives if o.name == a.objective)
-    config = {
-        "objective": dataclasses.asdict(objective),
-        "training": dataclasses.asdict(e.training),
-        "seed": seed,
-        "student": weights_hash(student.path),
-        "reference": weights_hash(reference.path),
-        "dtype": student.dtype,
-    }
-    inputs = {"pairs": pairs, "prompts": nodes["prompts"]}
-    for name in dict.fromkeys((a.chosen, a.rejected)):
-        inputs[f"sample/{name}"] = nodes[f"sample/{name}"]
-        if f"score/{name}" in nodes and OBJECTIVE_KINDS[objective.kind].reference:
-            inputs[f"score/{name}"] = nodes[f"score/{name}"]
-    return Node(
-        "train",
-        label,
-        config,
-        inputs,
-        {
-            "student": dataclasses.asdict(student),
-            "mesh": dataclasses.asdict(e.mesh),
-            "watch": {"trackers": e.trackers, "profile": profile},
-        },
-        train.VERSION,
+    pairs: PairTable,
+    sequences: Mapping[str, SequenceTable],
+    logprobs: Mapping[str, LogProbTable],
+    monitor: MonitorConfig,
+) -> Policy:
+    objective = next(o for o in e.objectives if o.name == arm.objective)
+    both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
+    with_reference = OBJECTIVE_KINDS[objective.kind].reference
+    return Policy(
+        label=("train", arm.name, str(seed)),
+        pairs=pairs,
+        sequences={name: sequences[name] for name in both},
+        logprobs={name: logprobs[name] for name in both} if with_reference else {},
+        student_weights=weights_hash(e.student.path),
+        reference_weights=weights_hash(reference_of(e.student, e.reference).path),
+        objective=objective,
+        training=e.training,
+        seed=seed,
+        student=e.student,
+        mesh=e.mesh,
+        monitor=monitor,
     )

@@ -1,218 +1,264 @@
-"""train: one arm and seed. Pairs join traces and reference log-probabilities; a policy folder comes out."""
+"""train: one arm and seed; pairs, sequences and reference log-probabilities become a policy."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
-from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, MeshShape, Objective, Training
-from deltapref_jax.mesh import fetch, is_first, make_mesh
-from deltapref_jax.models.kernels import shares_prompts
+from deltapref_jax.artifacts.job import Job, Stats
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.config import (
+    OBJECTIVE_KINDS,
+    ConfigError,
+    MeshShape,
+    Model,
+    Objective,
+    Training,
+)
+from deltapref_jax.mesh import gather_to_host, is_first, make_mesh
+from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, export, load
-from deltapref_jax.stages.score import Sequences
-from deltapref_jax.training.data import Data, Group, Row
+from deltapref_jax.models.weights import export, load
+from deltapref_jax.records import Pair, TokenSequence
+from deltapref_jax.stages.pair import PairTable
+from deltapref_jax.stages.score import LogProbTable, input_logprobs
+from deltapref_jax.stages.tokens import SequenceTable
+from deltapref_jax.training.data import Data, Group, ReferencedSequence
 from deltapref_jax.training.loop import Run, train
+from deltapref_jax.training.monitor import MonitorConfig
 from deltapref_jax.training.state import Optimizer
-from deltapref_jax.training.watch import Watch
-from deltapref_jax.workspace import Job, Stats
-
-VERSION = 3
 
 
-def groups_of(
-    kind: str,
-    pairs: list[dict],
-    sequences: Sequences,
-    matched: dict[str, float],
-    mismatched: dict[str, tuple[str, float]],
-) -> list[Group]:
-    """Pairs as the objective reads them: DPO takes pairs, KTO both halves of each, SFT the chosen ones.
+class Policy(Node, stage="train", version=4):
+    """metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder) of one training run.
 
-    A pair without a reference that the objective needs (its row was too long to be scored) is left out; an example
-    whose mismatched row was too long to be scored stays, without it.
+    Of a run of adapters the policy is base and adapters merged, and the adapters alone lie in
+    adapter/, in PEFT's format.
+
+    Attributes:
+      pairs: of the arm; None: the groups are those of the sequences (data from a file).
+      sequences: of all completions, by generator.
+      logprobs: of the same sequences under the reference; empty where the objective needs none.
+      student_weights: hash of the weights that training starts from.
+      reference_weights: hash of the weights that `logprobs` must be made by.
+      student: where the student is; its dtype is that of the computation.
     """
-    unit, reference, baseline, _ = OBJECTIVE_KINDS[kind]
 
-    def row(prompt: str, trace: str) -> Row:
-        return sequences.row(prompt, trace, matched.get(trace, 0.0))
+    pairs: PairTable | None
+    sequences: Mapping[str, SequenceTable]
+    logprobs: Mapping[str, LogProbTable]
+    student_weights: str
+    reference_weights: str
+    objective: Objective
+    training: Training
+    seed: int
+    student: Model
+    mesh: MeshShape = runtime()
+    monitor: MonitorConfig = runtime(default=MonitorConfig())
 
-    groups: list[Group] = []
-    for p in pairs:
-        prompt, sides = p["prompt_id"], (p["chosen_id"], p["rejected_id"])
-        if unit == "token":
-            groups.append(Group((row(prompt, sides[0]),)))
-        elif reference and not all(trace in matched for trace in sides):
-            continue
-        elif unit == "example":
-            for trace, label in zip(sides, (1.0, 0.0), strict=True):
-                other = (
-                    sequences.row(mismatched[trace][0], trace, mismatched[trace][1])
-                    if (baseline and trace in mismatched)
-                    else None
-                )
-                groups.append(Group((row(prompt, trace),), label, other))
+    def make(self, job: Job) -> None:
+        """Trains, or continues a killed run, and exports."""
+        job.claim()
+        adapters = self.training.lora
+        model = load(self.student.path, self.student.dtype, None if adapters.rank else "float32")
+        groups, counts = self.groups(job)
+        mesh = make_mesh(self.mesh)
+        data = self.data(groups, mesh, {self.student.path: model.spec})
+        trained, metrics = train(
+            model.spec,
+            model.state,
+            data,
+            self.run(data.steps),
+            mesh,
+            job.dir,
+            label=self.name,
+            dtype=self.student.dtype,
+            guard=self.reference_weights == self.student_weights,
+            monitor=self.monitor,
+            base=model.weights if adapters.rank else "",
+        )
+        trained = gather_to_host(trained)
+        if is_first():
+            with job.output_dir("policy") as folder:
+                export(merge(model.state, trained, adapters), model.spec, model.text, folder)
+            if adapters.rank:
+                with job.output_dir("adapter") as folder:
+                    export_adapter(trained, adapters, self.student.path, folder)
+        job.stats |= metrics | counts
+        job.stats |= {
+            "groups": float(len(data.groups)),
+            "steps": float(data.steps),
+            "batch": float(data.batch),
+            "dropped_long": data.dropped + counts["dropped_long"],
+            "dropped_mismatched": float(data.dropped_mismatched),
+        }
+        job.files += ["metrics.jsonl", "policy/*", "adapter/*"]
+
+    def groups(self, job: Job) -> tuple[list[Group], Stats]:
+        """What the objective reads, with references, and counts for the manifest.
+
+        Raises:
+          ConfigError: a table was made by other weights than the reference, or nothing was scored.
+        """
+        rows: list[TokenSequence] = []
+        logprobs: dict[str, Mapping[str, float]] = {}  # by trace: those of the trace's own table
+        for name, node in self.sequences.items():
+            table_rows = job.rows(TokenSequence, node)
+            if name in self.logprobs:
+                table = input_logprobs(job, self.logprobs[name], self.reference_weights)
+                logprobs |= {row.trace_id: table for row in table_rows}
+            rows += table_rows
+        counts: Stats = {}
+        if self.pairs is None:
+            examples = file_examples(rows)
         else:
-            groups.append(Group((row(prompt, sides[0]), row(prompt, sides[1]))))
+            pairs = job.rows(Pair, self.pairs)
+            examples = pair_examples(self.objective.kind, pairs, rows)
+            counts["pairs"] = float(len(pairs))
+        groups = referenced(self.objective.kind, examples, rows, logprobs)
+        if not groups:
+            raise ConfigError(
+                f"None of the {len(examples)} pairs or examples has reference log-probabilities: "
+                "their rows are longer than config.scoring.row_length; raise it."
+            )
+        return groups, counts | {"dropped_long": float(len(examples) - len(groups))}
+
+    def data(self, groups: Sequence[Group], mesh: Mesh, models: Mapping[str, ModelSpec]) -> Data:
+        """The steps of the run.
+
+        Args:
+          groups: of the whole data set.
+          mesh: that the policy is trained on.
+          models: that read the sequences, by path.
+
+        Raises:
+          ConfigError: what `Data` refuses, or a sequence that a model was not made for.
+        """
+        data = Data(
+            groups,
+            self.objective.kind,
+            self.training,
+            self.seed,
+            self.objective.baseline_fraction,
+            shares_prompts(mesh, self.training.row_length),
+        )
+        check_sequences([row.sequence for group in data.groups for row in group.all_rows], models)
+        return data
+
+    def run(self, steps: int) -> Run:
+        """What of objective and training config reaches the loop."""
+        t = self.training
+        return Run(
+            self.objective,
+            steps,
+            t.rows,
+            t.row_length,
+            t.warmup,
+            t.schedule,
+            optimizer=Optimizer(t.clip, t.weight_decay, moments=t.moments),
+            checkpoint_every=t.checkpoint_every,
+            keep_checkpoints=t.keep_checkpoints,
+            remat=t.remat,
+            lora=t.lora,
+            seed=self.seed % 2**32,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """The sequences of one term of the loss: a pair, chosen first, or a single one with a label."""
+
+    sequences: tuple[TokenSequence, ...]
+    desirable: float = 1.0  # KTO's label, 1 or 0
+
+
+def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]) -> list[Example]:
+    """Pairs as the objective reads them: DPO takes pairs, KTO both halves, SFT the chosen ones."""
+    needed = {trace for pair in pairs for trace in (pair.chosen_id, pair.rejected_id)}
+    by_trace = {row.trace_id: row for row in rows if row.matched and row.trace_id in needed}
+    examples = []
+    for pair in pairs:
+        chosen, rejected = by_trace[pair.chosen_id], by_trace[pair.rejected_id]
+        if OBJECTIVE_KINDS[kind].unit == "pair":
+            examples.append(Example((chosen, rejected)))
+        elif OBJECTIVE_KINDS[kind].unit == "example":
+            examples += [Example((chosen,), 1.0), Example((rejected,), 0.0)]
+        else:
+            examples.append(Example((chosen,)))
+    return examples
+
+
+def file_examples(rows: Sequence[TokenSequence]) -> list[Example]:
+    """Groups of a file, which was read for the objective: sequences of one group number."""
+    groups: dict[int | None, list[TokenSequence]] = {}
+    for row in rows:
+        if row.matched:
+            groups.setdefault(row.group, []).append(row)
+    return [Example(tuple(group), float(bool(group[0].desirable))) for group in groups.values()]
+
+
+def referenced(
+    kind: str,
+    examples: Sequence[Example],
+    rows: Sequence[TokenSequence],
+    logprobs: Mapping[str, Mapping[str, float]],
+) -> list[Group]:
+    """Examples with their reference log-probabilities and, for KTO's baseline, mismatched rows.
+
+    `logprobs` are by trace id and then by sequence id: equal tokens that two tables hold have equal
+    log-probabilities but for rounding, and a trace keeps to its own table.
+
+    An example without a reference that the objective needs (its sequence was too long to be scored)
+    is left out; one whose mismatched row was too long to be scored stays, without it.
+    """
+    objective = OBJECTIVE_KINDS[kind]
+    used = {s.trace_id for example in examples for s in example.sequences}
+    mismatched = {
+        row.trace_id: row
+        for row in rows
+        if objective.baseline and not row.matched and row.trace_id in used
+    }
+
+    def reference(sequence: TokenSequence | None) -> ReferencedSequence | None:
+        if sequence is None or not objective.reference:
+            return sequence and ReferencedSequence(sequence)
+        logprob = logprobs[sequence.trace_id].get(sequence.sequence_id)
+        return None if logprob is None else ReferencedSequence(sequence, logprob)
+
+    groups = []
+    for example in examples:
+        scored = [reference(sequence) for sequence in example.sequences]
+        complete = tuple(row for row in scored if row is not None)
+        if len(complete) == len(scored):
+            other = reference(mismatched.get(example.sequences[0].trace_id))
+            groups.append(Group(complete, example.desirable, other))
     return groups
 
 
-def references(job: Job, wanted: str) -> tuple[dict[str, float], dict[str, tuple[str, float]]]:
-    """Reference log-probabilities by trace, and (prompt, log-probability) of its mismatched row.
+def check_sequences(sequences: Sequence[TokenSequence], models: Mapping[str, ModelSpec]) -> None:
+    """Refuses sequences that a model was not made for.
 
     Raises:
-      ConfigError: a table was made by other weights than the reference that this arm names.
+      ConfigError: a sequence is longer than the model's positions, or has an id that it has not.
     """
-    matched: dict[str, float] = {}
-    mismatched: dict[str, tuple[str, float]] = {}
-    for name, node in job.node.inputs.items():
-        if not name.startswith("score/"):
-            continue
-        made = node.config["weights"]
-        if made != wanted:
-            raise ConfigError(
-                f"The log-probabilities of {name.removeprefix('score/')!r} were made by the weights "
-                f"{made} and this arm's reference has the weights {wanted}; score the traces with the "
-                "reference."
-            )
-        for row in job.table(name).to_pylist():
-            if row["logprob"] is None:
-                continue
-            if row["matched"]:
-                matched[row["trace_id"]] = row["logprob"]
-            else:
-                mismatched[row["trace_id"]] = (row["prompt_id"], row["logprob"])
-    return matched, mismatched
-
-
-def arm_groups(job: Job, model: Loaded) -> tuple[list[Group], Stats]:
-    """PAIR, TRACE, LOGPROB and PROMPT of an arm as the objective reads them, and counts for the manifest."""
-    c = job.config
-    kind, pairs = c["objective"]["kind"], job.table("pairs").to_pylist()
-    needed = {p[side] for p in pairs for side in ("chosen_id", "rejected_id")}
-    traces = [
-        t
-        for table in job.tables("sample").values()
-        for t in table.to_pylist()
-        if t["trace_id"] in needed
-    ]
-    matched, mismatched = references(job, c["reference"])
-    sequences = Sequences(model.text, job.table("prompts").to_pylist(), traces)
-    groups = groups_of(kind, pairs, sequences, matched, mismatched)
-    if not groups:
-        raise ConfigError(
-            f"None of the {len(pairs)} pairs has reference log-probabilities: their rows are longer "
-            "than config.scoring.row_length; raise it."
-        )
-    unscored = len(pairs) * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1) - len(groups)
-    return groups, {"pairs": float(len(pairs)), "dropped_long": float(unscored)}
-
-
-def data_of(
-    groups: list[Group], config: Mapping[str, Any], mesh: Mesh, models: Mapping[str, ModelSpec]
-) -> Data:
-    """The steps of an arm.
-
-    Args:
-      groups: of the whole data set.
-      config: of the arm's node: objective, training, seed.
-      mesh: that it is trained on.
-      models: whose sequences these are, by path.
-
-    Raises:
-      ConfigError: what `Data` refuses, or a sequence that a model was not made for.
-    """
-    training, objective = config["training"], Objective(**config["objective"])
-    data = Data(
-        groups,
-        objective.kind,
-        Training(**training | {"lora": Lora(**training["lora"])}),
-        config["seed"],
-        objective.baseline_fraction,
-        shares_prompts(mesh, training["row_length"]),
+    longest = max(sequence.length for sequence in sequences)
+    largest = max(
+        int(np.max(ids))
+        for sequence in sequences
+        for ids in (sequence.prompt_ids, sequence.completion_ids)
+        if len(ids)
     )
-    rows = [row for group in data.groups for row in (*group.rows, group.mismatched) if row]
-    longest = max(row.tokens for row in rows)
-    largest = max(int(np.max(ids)) for row in rows for ids in row.pieces if len(ids))
     for path, spec in models.items():
         if longest > spec.max_positions:
             raise ConfigError(
-                f"A sequence of {longest} tokens is longer than the {spec.max_positions} positions that "
-                f"the model {path} was made for; lower config.training.row_length, so that over_length "
-                "applies."
+                f"A sequence of {longest} tokens is longer than the {spec.max_positions} positions "
+                f"that the model {path} was made for; lower config.training.row_length, so that "
+                "over_length applies."
             )
         if largest >= spec.vocab:
             raise ConfigError(
                 f"The data have the token id {largest} and the model {path} has the ids 0 to "
                 f"{spec.vocab - 1}; use the tokenizer of that model."
             )
-    return data
-
-
-def train_arm(
-    job: Job, read: Callable[[Job, Loaded], tuple[list[Group], Stats]] = arm_groups
-) -> None:
-    """What `read` finds to metrics.jsonl, checkpoints/ and policy/ (a Hugging Face folder).
-
-    Of a run of adapters the policy is base and adapters merged; the adapters alone lie in adapter/, in PEFT's format.
-    """
-    c = job.config
-    folder = job.dir
-    lora = Lora(**c["training"]["lora"])
-    with job.alone():
-        path = job.local["student"]["path"]
-        model = load(path, c["dtype"], None if lora.rank else "float32")
-        groups, stats = read(job, model)
-        training = Training(**c["training"] | {"lora": lora})
-        mesh = make_mesh(MeshShape(**job.local["mesh"]))
-        data = data_of(groups, c, mesh, {path: model.spec})
-        run = Run(
-            Objective(**c["objective"]),
-            data.steps,
-            training.rows,
-            training.row_length,
-            training.warmup,
-            training.schedule,
-            optimizer=Optimizer(training.clip, training.weight_decay, moments=training.moments),
-            checkpoint_every=training.checkpoint_every,
-            keep_checkpoints=training.keep_checkpoints,
-            remat=training.remat,
-            lora=lora,
-            seed=c["seed"] % 2**32,
-        )
-        guard = c["reference"] == c["student"]
-        trained, counts = train(
-            model.spec,
-            model.state,
-            data,
-            run,
-            mesh,
-            folder,
-            job.node.label,
-            c["dtype"],
-            guard,
-            Watch(**job.local.get("watch", {})),
-            model.weights if lora.rank else "",
-        )
-        trained = fetch(trained)
-        if is_first():
-            with job.making("policy") as place:
-                export(merge(model.state, trained, lora), model.spec, model.text, place)
-            if lora.rank:
-                with job.making("adapter") as place:
-                    export_adapter(trained, lora, path, place)
-    dropped = data.dropped + stats.pop("dropped_long", 0.0)
-    job.stats |= (
-        counts
-        | stats
-        | {
-            "groups": float(len(data.groups)),
-            "steps": float(data.steps),
-            "batch": float(data.batch),
-            "dropped_long": dropped,
-            "dropped_mismatched": float(data.dropped_mismatched),
-        }
-    )
-    job.files += ["metrics.jsonl", "policy/*", "adapter/*"]

@@ -1,41 +1,46 @@
-"""Traces to verdicts: is the answer right?"""
+"""verify: traces to verdicts. Is the answer right?"""
 
 import pyarrow as pa
 
 from deltapref_jax.answers.check import check
-from deltapref_jax.records import VERDICT, table
-from deltapref_jax.workspace import Job, Stats
+from deltapref_jax.artifacts.job import Job, Stats
+from deltapref_jax.artifacts.node import Node
+from deltapref_jax.records import Prompt, Trace, Verdict, from_table, to_table
+from deltapref_jax.stages.prompts import PromptTable
+from deltapref_jax.stages.sample import TraceTable
 
-VERSION = 3
 _SHARD = 4096  # traces
 
 
-def verdict(prompt: dict, trace: dict) -> dict:
-    """One row of VERDICT. A trace that its budget cut off is wrong, whatever stands in it."""
-    if trace["finish"] == "length" and prompt["checker"]:
-        return {"trace_id": trace["trace_id"], "correct": False, "answer": "", "note": "unfinished"}
-    found = check(prompt, trace["text"])
-    return {
-        "trace_id": trace["trace_id"],
-        "correct": found.correct,
-        "answer": found.answer,
-        "note": found.note,
-    }
+class VerdictTable(Node, stage="verify", version=4):
+    """VERDICT: every trace against the reference answer of its prompt."""
+
+    prompts: PromptTable
+    traces: TraceTable
+
+    def make(self, job: Job) -> None:
+        """Checks one shard of traces at a time."""
+        prompts = {prompt.prompt_id: prompt for prompt in job.rows(Prompt, self.prompts)}
+        traces = job.table(self.traces)
+
+        def make(shard: int) -> tuple[pa.Table, Stats]:
+            part = from_table(Trace, traces.slice(shard * _SHARD, _SHARD))
+            verdicts = [
+                verdict(prompts[trace.prompt_id], trace.trace_id, trace.text, trace.finish)
+                for trace in part
+            ]
+            return to_table(Verdict, verdicts), {
+                "correct": float(sum(v.correct is True for v in verdicts)),
+                "checked": float(sum(v.correct is not None for v in verdicts)),
+                "unfinished": float(sum(v.note == "unfinished" for v in verdicts)),
+            }
+
+        job.shards(-(-traces.num_rows // _SHARD), make, total=traces.num_rows)
 
 
-def verify(job: Job) -> None:
-    """Checks the input `sample` against the answers of the input `prompts`."""
-    prompts = {prompt["prompt_id"]: prompt for prompt in job.table("prompts").to_pylist()}
-    traces = job.table("sample").select(["trace_id", "prompt_id", "text", "finish"])
-
-    def make(shard: int) -> tuple[pa.Table, Stats]:
-        mine = traces.slice(shard * _SHARD, _SHARD).to_pylist()
-        rows = [verdict(prompts[trace["prompt_id"]], trace) for trace in mine]
-        counts = {
-            "correct": sum(row["correct"] is True for row in rows),
-            "checked": sum(row["correct"] is not None for row in rows),
-            "unfinished": sum(row["note"] == "unfinished" for row in rows),
-        }
-        return table(VERDICT, rows), {name: float(count) for name, count in counts.items()}
-
-    job.shards(-(-traces.num_rows // _SHARD), make, total=traces.num_rows)
+def verdict(prompt: Prompt, trace_id: str, text: str, finish: str) -> Verdict:
+    """Whether a trace is right. One that its budget cut off is wrong, whatever stands in it."""
+    if finish == "length" and prompt.checker:
+        return Verdict(trace_id, False, "", "unfinished")
+    checked = check(prompt._asdict(), text)
+    return Verdict(trace_id, checked.correct, checked.answer, checked.note)

@@ -1,41 +1,52 @@
-"""Corruptions of a known dimension and degree: what an audit holds a judge against, and what a judge learns from."""
+"""Corruptions of a known dimension and degree, for auditing and training judges."""
 
 import random
 
-from deltapref_jax.config import DIMENSIONS, choose
+from deltapref_jax.config import DIMENSIONS, check_choice
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.world import FILLERS, Problem, solve, write
 
 DEGREES = 4
-"""The largest degree; 0 leaves the solution clean."""
+"""The largest degree of corruption; degree 0 leaves a solution as it is."""
 
 
 def corrupt(problem: Problem, dimension: str, degree: int, rng: random.Random) -> str:
-    """The worked solution with `degree` places spoiled in `dimension` (fewer where it has fewer places).
+    """Returns the worked solution with `degree` errors in one dimension.
 
-    factuality: misread givens, calculated with consistently. strategy_coherence: another method's plan, then other
-    operations. step_coherence: steps swapped, left out or repeated. numerical_precision: wrong values, which propagate.
-    signal_to_noise: lines that say nothing.
+    The errors, of which there are fewer if the solution has fewer steps to corrupt:
+
+    factuality: given values are misread, and calculated with consistently.
+    strategy_coherence: the plan of another method, then other operations.
+    step_coherence: steps are swapped, left out or repeated.
+    numerical_precision: wrong values, which propagate.
+    signal_to_noise: lines without content.
+
+    Args:
+      problem: to solve.
+      dimension: one of `config.DIMENSIONS`.
+      degree: 0 to `DEGREES`.
+      rng: draws the errors.
 
     Raises:
-      ConfigError: unknown dimension.
+      ConfigError: the dimension is unknown.
     """
-    choose("dimension", dimension, DIMENSIONS)
+    check_choice("dimension", dimension, DIMENSIONS)
     count = len(solve(problem)[0])
     plan = FAMILIES[problem.family].plan
-    wrong: dict[int, str] = {}
+    errors: dict[int, str] = {}  # step to kind of error, see `world.solve`
     if dimension == "factuality":
-        places = [i for i, step in enumerate(solve(problem)[0]) if any(step.given)]
-        wrong = dict.fromkeys(rng.sample(places, min(degree, len(places))), "copy")
+        with_given = [i for i, step in enumerate(solve(problem)[0]) if any(step.given)]
+        errors = dict.fromkeys(rng.sample(with_given, min(degree, len(with_given))), "copy")
     elif dimension == "numerical_precision":
-        wrong = dict.fromkeys(rng.sample(range(count), min(degree, count)), "number")
+        errors = dict.fromkeys(rng.sample(range(count), min(degree, count)), "number")
     elif dimension == "strategy_coherence" and degree:
+        # The wrong plan is the first of the errors.
         plan = FAMILIES[rng.choice([name for name in FAMILIES if name != problem.family])].plan
-        wrong = dict.fromkeys(rng.sample(range(count), min(degree - 1, count)), "op")
-    steps, values, answer = solve(problem, wrong, rng)
+        errors = dict.fromkeys(rng.sample(range(count), min(degree - 1, count)), "op")
+    steps, values, answer = solve(problem, errors, rng)
     lines = [step.text(value) for step, value in zip(steps, values, strict=True)]
     if dimension == "step_coherence":
-        lines = _shuffle(lines, degree, rng)
+        lines = _disorder(lines, degree, rng)
     lines = [f"{i + 1}. {line}" for i, line in enumerate(lines)]
     if dimension == "signal_to_noise":
         for filler in rng.sample(FILLERS, min(degree, len(FILLERS))):
@@ -43,17 +54,20 @@ def corrupt(problem: Problem, dimension: str, degree: int, rng: random.Random) -
     return write(plan, lines, answer)
 
 
-def _shuffle(lines: list[str], degree: int, rng: random.Random) -> list[str]:
-    """`degree` times: swap two neighbours, leave a line out, or repeat one; never empties the solution."""
+def _disorder(lines: list[str], degree: int, rng: random.Random) -> list[str]:
+    """Swaps two neighbouring lines, leaves one out or repeats one, `degree` times.
+
+    At least one line remains.
+    """
     lines = list(lines)
     for _ in range(degree):
         kind = rng.choice(("swap", "omit", "repeat"))
-        place = rng.randrange(len(lines))
+        index = rng.randrange(len(lines))
         if kind == "swap" and len(lines) > 1:
-            place = rng.randrange(len(lines) - 1)
-            lines[place], lines[place + 1] = lines[place + 1], lines[place]
+            index = rng.randrange(len(lines) - 1)
+            lines[index], lines[index + 1] = lines[index + 1], lines[index]
         elif kind == "omit" and len(lines) > 1:
-            del lines[place]
+            del lines[index]
         else:
-            lines.insert(rng.randint(place, len(lines)), lines[place])
+            lines.insert(rng.randint(index, len(lines)), lines[index])
     return lines

@@ -1,10 +1,11 @@
-"""Problem families: questions, and the method that solves each as a program of steps.
+"""Families of synthetic problems: questions, and the method of each family as a program of steps.
 
-A *method* is a generator function: it yields the next `Step` it wants done, receives the value that was written for it
-(right or wrong) and returns the answer. So one definition solves a problem, lets a slip propagate, and lets a judge
-follow a trace step by step on the trace's own values.
+A method is a generator function. It yields the next `Step`, receives the value that was written
+for it (correct or not), and returns the answer. So one definition solves a problem, lets an error
+propagate, and lets the exact judge follow a trace step by step on the trace's own values.
 
-Numbers are small and every step is one operation, so that a decoder of half a million parameters can learn them.
+Numbers are small and every step is one operation, so that a decoder of half a million parameters
+can learn them.
 """
 
 import dataclasses
@@ -15,19 +16,22 @@ from typing import Any
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 WORD_OPS = ("xor", "and", "or")
 MAX_STEPS = 12
-"""A method stops here: wrong values can send Euclid's algorithm in circles."""
+"""Methods end after this many steps, because wrong values can make Euclid's algorithm loop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation on written values. `given[i]`: operand i comes from the question, otherwise from earlier steps."""
+    """One operation on values as they are written.
+
+    `given[i]` says whether operand i comes from the question and not from an earlier step.
+    """
 
     op: str
     operands: tuple[str, ...]
     given: tuple[bool, ...]
 
     def text(self, value: str) -> str:
-        """The step as it stands in a solution, without its number: `12 + 7 = 19`."""
+        """Returns the step's line in a solution without its number, such as `12 + 7 = 19`."""
         if self.op == "min":
             return f"min {' '.join(self.operands)} = {value}"
         return f"{self.operands[0]} {self.op} {self.operands[1]} = {value}"
@@ -37,7 +41,11 @@ Method = Generator[Step, str, str]
 
 
 def evaluate(op: str, operands: tuple[str, ...]) -> str | None:
-    """The right value of an operation on written operands; None where they make no sense."""
+    """Returns the correct value of an operation on written operands, or None if it has none.
+
+    Operations are +, -, *, /, %, div (quotient and remainder), min, and, or, xor (on bits); + adds
+    days to a weekday too. Operands are a trace's text: any string must give a value or None.
+    """
     try:
         if op == "min":
             return min(operands, key=int)
@@ -69,17 +77,18 @@ def _step(op: str, *operands: tuple[Any, bool]) -> Step:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of problem."""
+    """A family of problems that one method solves."""
 
     name: str
     domain: str  # "in" or "out" of the training domain
-    plan: str  # the method in words, first line of every solution
-    draw: Callable[[random.Random, int], dict[str, Any]]  # parameters at a difficulty, 1 upward
-    ask: Callable[[dict[str, Any]], str]  # parameters to question text
+    plan: str  # the method in words, the first line of every solution
+    draw: Callable[[random.Random, int], dict[str, Any]]  # draws parameters of a difficulty ≥ 1
+    ask: Callable[[dict[str, Any]], str]  # maps parameters to the text of the question
     method: Callable[[dict[str, Any]], Method]
 
 
 def _pick(templates: tuple[str, ...], spec: dict[str, Any]) -> str:
+    """Chooses the wording of a question by the problem's style."""
     return templates[spec["style"] % len(templates)]
 
 
@@ -90,7 +99,7 @@ def _draw_chain(rng: random.Random, difficulty: int) -> dict[str, Any]:
         op = rng.choice("+-+-*")
         n = rng.randint(2, 3) if op == "*" else rng.randint(2, 20)
         result = int(evaluate(op, (str(value), str(n))) or 0)
-        if 1 <= result <= 99:
+        if 1 <= result <= 99:  # other operations are drawn again
             spec["ops"].append([op, n])
             value = result
     return spec
@@ -244,6 +253,7 @@ def _sorting(spec: dict[str, Any]) -> Method:
     while len(rest) > 1:
         low = yield _step("min", *((item, not done) for item in rest))
         done.append(low)
+        # A wrong value that is no item removes the first one, so that the method ends.
         rest = [item for item in rest if item != low] if low in rest else rest[1:]
     return " ".join(done + rest)
 

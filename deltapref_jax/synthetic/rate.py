@@ -1,7 +1,8 @@
-"""The exact judge's measurement: five shares of a trace, by following it step by step on its own values.
+"""Exact ratings of a trace on five dimensions, by following it step by step on its own values.
 
-The family's method is run on the values that the trace wrote, so a slip is charged where it was made and not again
-where it propagates. Each rating is 1 + 4 · share, in [1, 5]; a trace without any step rates 1 except for its plan.
+The family's method runs on the values that the trace wrote, so an error is charged where it was
+made and not again where it propagates. Each rating is 1 + 4 * share in [1, 5], where the share is
+that of the checks which the trace passes; a trace without steps rates 1 except for its plan.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ _PLAN = re.compile(r"^\s*plan:\s*(.*?)\s*$", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """A parsed line `3. a op b = c`; `number` is 0 where the line has none."""
+    """A parsed line `3. a op b = c`; `number` is 0 if the line has none."""
 
     number: int
     op: str
@@ -27,42 +28,51 @@ class Equation:
     value: str
 
     @property
-    def right(self) -> bool:
-        """Whether the value follows from the operands as written."""
+    def correct(self) -> bool:
+        """Whether the value is that of the operation on the operands as written."""
         return evaluate(self.op, self.operands) == self.value
 
 
 def parse(text: str) -> tuple[str, list[Equation], str, int, int]:
-    """Plan, equations, answer, and the numbers of lines that say something and of lines in all; never raises."""
+    """Parses a trace; any text can be parsed.
+
+    Returns:
+      plan: "" if there is none.
+      equations: in the order of the trace.
+      answer: "" if there is none.
+      useful: number of lines that are a plan, an equation or an answer; a second plan or answer
+        does not count.
+      lines: number of all lines that are not blank.
+    """
     plan, answer, equations, useful, lines = "", "", [], 0, 0
     for line in text.splitlines():
         if not line.strip():
             continue
         lines += 1
-        if found := _PLAN.match(line):
+        if match := _PLAN.match(line):
             useful += not plan
-            plan = plan or found[1]
-        elif found := _ANSWER.match(line):
+            plan = plan or match[1]
+        elif match := _ANSWER.match(line):
             useful += not answer
-            answer = answer or found[1]
-        elif (found := _LINE.match(line)) and (equation := _equation(found)):
+            answer = answer or match[1]
+        elif (match := _LINE.match(line)) and (equation := _equation(match)):
             useful += 1
             equations.append(equation)
     return plan, equations, answer, useful, lines
 
 
-def _equation(found: re.Match[str]) -> Equation | None:
-    words = found[2].split()
-    number = int(found[1] or 0)
+def _equation(match: re.Match[str]) -> Equation | None:
+    words = match[2].split()
+    number = int(match[1] or 0)
     if words[:1] == ["min"] and len(words) > 1:
-        return Equation(number, "min", tuple(words[1:]), found[3])
+        return Equation(number, "min", tuple(words[1:]), match[3])
     if len(words) == 3:
-        return Equation(number, words[1], (words[0], words[2]), found[3])
+        return Equation(number, words[1], (words[0], words[2]), match[3])
     return None
 
 
 def expected(problem: Problem, values: list[str]) -> Step | str:
-    """What the method wants next after `values`; the answer (text) once it is done."""
+    """Returns the method's next step after `values`, or its answer (text) if there is none."""
     method = FAMILIES[problem.family].method(problem.spec)
     try:
         step = next(method)
@@ -75,81 +85,98 @@ def expected(problem: Problem, values: list[str]) -> Step | str:
 
 @dataclasses.dataclass
 class _Tally:
-    good: float = 0.0
+    """Counts of the checks of one dimension."""
+
+    passed: float = 0.0
     total: float = 0.0
 
-    def add(self, good: bool) -> None:
-        self.good += good
+    def add(self, passed: bool) -> None:
+        self.passed += passed
         self.total += 1
 
     def rating(self) -> float:
-        return 1 + 4 * (self.good / self.total if self.total else 0.0)
+        return 1 + 4 * (self.passed / self.total if self.total else 0.0)
 
 
 def rate(problem: Problem, text: str) -> dict[str, float]:
-    """Ratings in [1, 5] on every dimension of `config.DIMENSIONS`.
+    """Rates a trace on every dimension of `config.DIMENSIONS`, each in [1, 5].
 
-    factuality: given numbers and words copied as the question has them. strategy_coherence: the family's plan, and its
-    operations. step_coherence: numbered in order, each step on what earlier ones produced, none missing, the answer
-    drawn from them. numerical_precision: values that follow from their operands. signal_to_noise: lines that are
-    needed.
+    factuality: given numbers and words are copied as the question has them.
+    strategy_coherence: the plan and the operations are those of the family.
+    step_coherence: steps are numbered in order, use the values of earlier steps, none is missing,
+      and the answer follows from them.
+    numerical_precision: values are those of their operations.
+    signal_to_noise: lines are needed.
+
+    Args:
+      problem: the problem that the trace answers.
+      text: the trace; any text has ratings.
     """
     plan, equations, answer, useful, lines = parse(text)
     tally = {dimension: _Tally() for dimension in DIMENSIONS}
     facts, strategy, steps, numbers, signal = tally.values()
+    # The plan weighs as much as two operations.
     strategy.add(plan == FAMILIES[problem.family].plan)
     strategy.add(plan == FAMILIES[problem.family].plan)
-    signal.good, signal.total = useful, max(lines, 1)
+    signal.passed, signal.total = useful, max(lines, 1)
     values: list[str] = []
     seen: set[tuple[Any, ...]] = set()
-    for place, line in enumerate(equations):
-        numbers.add(line.right)
-        steps.add(line.number == place + 1)
+    for i, line in enumerate(equations):
+        numbers.add(line.correct)
+        steps.add(line.number == i + 1)
         content = (line.op, line.operands, line.value)
-        want = expected(problem, values)
+        step = expected(problem, values)
         if (
-            isinstance(want, str)
+            isinstance(step, str)
             or len(values) > MAX_STEPS
-            or (content in seen and (line.op, line.operands) != (want.op, want.operands))
+            or (content in seen and (line.op, line.operands) != (step.op, step.operands))
         ):
-            steps.add(False)  # beyond the end, or a repetition: not needed
-            signal.good -= 1
+            # The line is not needed: it comes after the last step, or it is a repetition.
+            steps.add(False)
+            signal.passed -= 1
             continue
         seen.add(content)
-        if not _fits(line, want) and (skipped := _skip(problem, values, line)):
-            values, want = skipped
+        # A step left out is charged once, and the line is compared with the step that it is.
+        if not _matches(line, step) and (skipped := _skip_step(problem, values, line)):
+            values, step = skipped
             steps.add(False)
-        strategy.add(line.op == want.op)
-        if len(line.operands) == len(want.operands):
-            for have, need, given in zip(line.operands, want.operands, want.given, strict=True):
-                (facts if given else steps).add(have == need)
+        strategy.add(line.op == step.op)
+        if len(line.operands) == len(step.operands):
+            for operand, right, given in zip(line.operands, step.operands, step.given, strict=True):
+                (facts if given else steps).add(operand == right)
         else:
             steps.add(False)
+        # The trace's own value, so that an error is not charged where it propagates.
         values.append(line.value)
-    while not isinstance(want := expected(problem, values), str) and len(values) <= MAX_STEPS:
-        steps.add(False)  # missing at the end
-        values.append(evaluate(want.op, want.operands) or want.operands[0])
-    steps.add(bool(equations) and answer == want)
+    # Steps that are missing at the end are done here, so that the answer can be compared.
+    while not isinstance(step := expected(problem, values), str) and len(values) <= MAX_STEPS:
+        steps.add(False)
+        values.append(evaluate(step.op, step.operands) or step.operands[0])
+    steps.add(bool(equations) and answer == step)
     return {dimension: t.rating() for dimension, t in tally.items()}
 
 
-def _fits(line: Equation, want: Step) -> bool:
-    """Whether `line` does `want`, up to one miscopied operand."""
-    if line.op != want.op or len(line.operands) != len(want.operands):
+def _matches(line: Equation, step: Step) -> bool:
+    """Returns whether `line` is `step`, with at most half of the operands miscopied."""
+    if line.op != step.op or len(line.operands) != len(step.operands):
         return False
-    return (
-        sum(a != b for a, b in zip(line.operands, want.operands, strict=True))
-        <= len(want.operands) // 2
-    )
+    miscopied = sum(a != b for a, b in zip(line.operands, step.operands, strict=True))
+    return miscopied <= len(step.operands) // 2
 
 
-def _skip(problem: Problem, values: list[str], line: Equation) -> tuple[list[str], Step] | None:
-    """The values with one step done silently, and the step after it, if `line` is exactly that step."""
-    want = expected(problem, values)
-    if isinstance(want, str):
+def _skip_step(
+    problem: Problem, values: list[str], line: Equation
+) -> tuple[list[str], Step] | None:
+    """Handles a trace that left out one step.
+
+    If `line` is exactly the step after the next one, returns the values with that of the next step
+    and the step that `line` is; otherwise None.
+    """
+    step = expected(problem, values)
+    if isinstance(step, str):
         return None
-    ahead = [*values, evaluate(want.op, want.operands) or want.operands[0]]
-    after = expected(problem, ahead)
-    if isinstance(after, str) or (line.op, line.operands) != (after.op, after.operands):
+    values_after = [*values, evaluate(step.op, step.operands) or step.operands[0]]
+    following = expected(problem, values_after)
+    if isinstance(following, str) or (line.op, line.operands) != (following.op, following.operands):
         return None
-    return ahead, after
+    return values_after, following

@@ -1,4 +1,4 @@
-"""The pupils' tokenizer: a small byte-level BPE with single digits and a chat template, as a Hugging Face folder."""
+"""The small models' tokenizer: byte-level BPE with single digits, and a chat template."""
 
 import os
 from collections.abc import Iterable
@@ -8,15 +8,25 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
+# The ChatML format.
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def build(texts: Iterable[str], vocab: int, folder: str | os.PathLike[str]) -> None:
-    """Trains on `texts` and saves to `folder`. Digits (with the space before them) and line ends are tokens of their
-    own, so nothing merges over the border between a prompt and its completion, and digits never merge into numbers.
+    """Trains a tokenizer and saves it as a Hugging Face folder.
+
+    Every digit (with the space before it) and every line end is a token of its own. So digits do
+    not merge into numbers, and no token crosses the border between a prompt and its completion.
+
+    Args:
+      texts: texts to train on.
+      vocab: size of the vocabulary, special tokens included.
+      folder: is created if it does not exist.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""The synthetic world: problems, worked solutions (clean or careless) and prompt rows.
+"""The synthetic world: problems, worked solutions (correct or with errors) and prompts.
 
 A solution reads
 
@@ -13,13 +13,16 @@ import json
 import random
 from typing import Any
 
-from deltapref_jax.config import ConfigError, choose
-from deltapref_jax.records import digest
+from deltapref_jax.config import ConfigError, check_choice
+from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic.families import DAYS, FAMILIES, MAX_STEPS, Step, evaluate
 
 SLIPS = {"number": 0.6, "copy": 0.15, "skip": 0.1, "filler": 0.1, "plan": 0.05}
-"""What a careless step is, and how often: a wrong value (it propagates), a miscopied given, a step left out, a line
-that says nothing, another method's plan."""
+"""Kinds of errors of a careless step, with their probabilities.
+
+"number" is a wrong value, which propagates; "copy" a miscopied given; "skip" a step left out;
+"filler" a line without content; "plan" another method's plan.
+"""
 
 FILLERS = (
     "Let me think about this for a moment.",
@@ -33,46 +36,43 @@ FILLERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One question of the world; `spec` holds its parameters and rebuilds it."""
+    """One problem; `spec` holds the parameters that `Family.draw` drew."""
 
     family: str
     spec: dict[str, Any]
 
     @property
     def question(self) -> str:
-        """The question as the user asks it."""
+        """The text of the question."""
         return FAMILIES[self.family].ask(self.spec)
 
     @property
     def answer(self) -> str:
-        """The right answer."""
+        """The correct answer."""
         return solve(self)[2]
 
 
 def problem(family: str, difficulty: int, seed: int, index: int) -> Problem:
-    """Question `index` of a family: a pure function of its arguments.
+    """Returns problem `index` of a family, which is a pure function of the arguments.
 
     Raises:
-      ConfigError: unknown family; the sentence lists the known ones.
+      ConfigError: the family is unknown.
     """
-    choose("synthetic task", family, FAMILIES)
-    rng = random.Random(
-        f"{family}|{difficulty}|{seed}|{index}"
-    )  # a string seeds by its SHA-512 on every platform
+    check_choice("synthetic task", family, FAMILIES)
+    # A string seeds by its SHA-512, which is the same on every platform.
+    rng = random.Random(f"{family}|{difficulty}|{seed}|{index}")
     return Problem(family, FAMILIES[family].draw(rng, difficulty) | {"style": rng.randrange(4)})
 
 
 def slip(value: str, rng: random.Random) -> str:
-    """A wrong value that looks like `value`: a number near it, another day, a flipped bit."""
+    """Returns a wrong value of the same kind: a number near it, another day, a flipped bit."""
     if value in DAYS:
         return DAYS[(DAYS.index(value) + rng.randint(1, 6)) % 7]
     if " r " in value:
         quotient, rest = value.split(" r ")
-        return (
-            f"{slip(quotient, rng)} r {rest}"
-            if rng.random() < 0.5
-            else f"{quotient} r {slip(rest, rng)}"
-        )
+        if rng.random() < 0.5:
+            return f"{slip(quotient, rng)} r {rest}"
+        return f"{quotient} r {slip(rest, rng)}"
     if len(value) == 4 and not set(value) - {"0", "1"}:
         bit = rng.randrange(4)
         return value[:bit] + "10"[int(value[bit])] + value[bit + 1 :]
@@ -82,32 +82,33 @@ def slip(value: str, rng: random.Random) -> str:
 
 
 def miscopy(step: Step, rng: random.Random) -> Step:
-    """`step` with one of its given operands misread; unchanged if it has none."""
-    places = [i for i, given in enumerate(step.given) if given]
-    if not places:
+    """Returns the step with one of its given operands misread, or as it is if it has none."""
+    given_operands = [i for i, given in enumerate(step.given) if given]
+    if not given_operands:
         return step
-    place = rng.choice(places)
+    i = rng.choice(given_operands)
     operands = list(step.operands)
-    operands[place] = slip(operands[place], rng)
+    operands[i] = slip(operands[i], rng)
     return dataclasses.replace(step, operands=tuple(operands))
 
 
 def solve(
-    problem: Problem, wrong: dict[int, str] | None = None, rng: random.Random | None = None
+    problem: Problem, errors: dict[int, str] | None = None, rng: random.Random | None = None
 ) -> tuple[list[Step], list[str], str]:
-    """Steps as written, their values, and the answer.
+    """Solves a problem; returns the steps as written, their values, and the answer.
 
     Args:
-      problem: to solve.
-      wrong: step index to "number" (a wrong value), "copy" (a misread given) or "op" (another operation).
-      rng: draws the mistakes.
+      problem: the problem.
+      errors: step index to "number" (a wrong value), "copy" (a misread given) or "op" (another
+        operation); other kinds are ignored.
+      rng: draws the errors; without it there are none.
     """
     method = FAMILIES[problem.family].method(problem.spec)
     steps: list[Step] = []
     values: list[str] = []
     step = next(method)
     while True:
-        kind = (wrong or {}).get(len(steps), "")
+        kind = (errors or {}).get(len(steps), "")
         if kind and rng:
             if kind == "copy":
                 step = miscopy(step, rng)
@@ -119,9 +120,8 @@ def solve(
                 ]
                 step = dataclasses.replace(step, op=rng.choice(others)) if others else step
         value = evaluate(step.op, step.operands)
-        if (
-            value is None
-        ):  # a wrong value led to an impossible step: write what a careless solver would
+        # An error can lead to an operation without a value: the solution repeats the operand.
+        if value is None:
             value = step.operands[0]
         if kind == "number" and rng:
             value = slip(value, rng)
@@ -136,20 +136,27 @@ def solve(
 
 
 def write(plan: str, lines: list[str], answer: str) -> str:
-    """The text of a solution from its plan, its lines (numbered where they are) and its answer."""
+    """Returns the text of a solution."""
     return "\n".join([f"Plan: {plan}", *lines, f"Answer: {answer}"])
 
 
 def solution(problem: Problem, rng: random.Random | None = None, error_rate: float = 0.0) -> str:
-    """A worked solution; every step is careless with probability `error_rate` (kinds and weights: `SLIPS`)."""
+    """Returns a worked solution.
+
+    Args:
+      problem: the problem.
+      rng: draws the errors.
+      error_rate: probability that a step is careless, which is one of `SLIPS`.
+    """
     rng = rng or random.Random(0)
-    clean = solve(problem)[0]
+    correct_steps = solve(problem)[0]
     slips = {
         i: rng.choices(tuple(SLIPS), tuple(SLIPS.values()))[0]
-        for i in range(len(clean))
+        for i in range(len(correct_steps))
         if rng.random() < error_rate
     }
     steps, values, answer = solve(problem, slips, rng)
+    # Errors of these kinds change the text of the solution and not its values.
     family = problem.family
     if "plan" in slips.values():
         family = rng.choice([name for name in FAMILIES if name != family])
@@ -166,26 +173,27 @@ def solution(problem: Problem, rng: random.Random | None = None, error_rate: flo
 
 
 def meta(problem: Problem) -> str:
-    """JSON from which `from_meta` rebuilds the problem."""
+    """Returns the JSON from which `from_meta` restores the problem."""
     return json.dumps(dataclasses.asdict(problem), sort_keys=True)
 
 
 def from_meta(text: str) -> Problem:
-    """The problem that `meta` wrote."""
+    """Returns the problem of a `meta`."""
     return Problem(**json.loads(text))
 
 
-def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> list[dict[str, Any]]:
-    """`count` distinct questions, families in turn, as rows of `records.PROMPT`.
+def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> list[Prompt]:
+    """Returns `count` distinct questions, from the families in turn.
 
     Raises:
-      ConfigError: unknown family, or a family has fewer distinct questions at this difficulty than asked for.
+      ConfigError: a family is unknown, or has too few distinct questions at this difficulty.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Prompt] = []
     seen: set[str] = set()
     position = dict.fromkeys(tasks, 0)
     while len(rows) < count:
         task = tasks[len(rows) % len(tasks)]
+        # The next index whose question is new; a family without one has run out of questions.
         for _ in range(1000):
             p = problem(task, difficulty, seed, position[task])
             position[task] += 1
@@ -198,14 +206,5 @@ def prompts(tasks: tuple[str, ...], count: int, difficulty: int, seed: int) -> l
             )
         seen.add(p.question)
         messages = json.dumps([{"role": "user", "content": p.question}])
-        rows.append(
-            {
-                "prompt_id": digest(task, messages),
-                "task": task,
-                "messages": messages,
-                "answer": p.answer,
-                "checker": "world",
-                "meta": meta(p),
-            }
-        )
+        rows.append(Prompt(digest(task, messages), task, messages, p.answer, "world", meta(p)))
     return rows

@@ -1,9 +1,12 @@
-"""The tokenizer inside a GGUF file, rebuilt with `tokenizers`: `transformers` needs torch to read one."""
+"""The tokenizer inside a GGUF file, rebuilt with `tokenizers`.
+
+`transformers` can read one too, but needs torch to do so.
+"""
 
 from typing import Any
 
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 _CONTROL = 3  # llama.cpp's token type of special tokens
 _USER_DEFINED = 4
@@ -24,16 +27,17 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-PRE_TOKENIZERS = {  # by the name that GGUF gives them: the file names its pre-tokenizer and does not contain it
+PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
     "llama-bpe": _split(_LLAMA3),
     "qwen2": _split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
+"""By llama.cpp's names: a GGUF file names its pre-tokenizer without containing it."""
 
 
 def field(reader: Any, name: str, default: Any = None) -> Any:
-    """Value of a metadata field of a `gguf.GGUFReader`: number, text or list."""
+    """Value (number, text or list) of a metadata field of a `gguf.GGUFReader`."""
     found = reader.get_field(name)
     return default if found is None else found.contents()
 
@@ -42,7 +46,7 @@ def open_gguf(path: str) -> Any:
     """A reader of a GGUF file.
 
     Raises:
-      ValueError: not a GGUF file, or cut short.
+      ValueError: the file is not a GGUF file, or is incomplete.
     """
     import gguf
 
@@ -52,11 +56,15 @@ def open_gguf(path: str) -> Any:
         raise ValueError(f"{path} is not a readable GGUF file ({e}); fetch it again.") from e
 
 
-def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE, control tokens and chat template of the file.
+def tokenizer_from_gguf(path: str) -> tuple[transformers.PreTrainedTokenizerFast, list[int]]:
+    """The fast tokenizer of a GGUF file, with its chat template, and the end tokens besides EOS.
+
+    The tokenizer adds a BOS to plain text where llama.cpp does: where the file says so, and where
+    it says nothing and the pre-tokenizer is that of Llama 3. It never adds an EOS.
 
     Raises:
-      ValueError: not a GGUF file, not a byte-level BPE, or a pre-tokenizer that is not in `PRE_TOKENIZERS`.
+      ValueError: the file is not a GGUF file, its tokenizer is not a byte-level BPE, or its
+        pre-tokenizer is not in `PRE_TOKENIZERS`.
     """
     reader = open_gguf(path)
     model, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "gpt-2")
@@ -72,7 +80,10 @@ def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     types = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    llama3 = pre == "llama-bpe"
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # With ignore_merges a word that is a token is taken whole, even where no merges lead to it.
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=llama3))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -90,16 +101,22 @@ def tokenizer_from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
         ]
     )
 
-    def named(name: str) -> str | None:
-        index = field(reader, f"tokenizer.ggml.{name}_token_id")
-        return None if index is None else tokens[index]
-
-    return transformers.PreTrainedTokenizerFast(
+    named = {
+        name: field(reader, f"tokenizer.ggml.{name}_token_id")
+        for name in ("eos", "bos", "unknown", "padding", "eot", "eom")
+    }
+    special = {name: None if i is None else tokens[i] for name, i in named.items()}
+    if special["bos"] is not None and field(reader, "tokenizer.ggml.add_bos_token", llama3):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[special["bos"], "$A"], special_tokens=[(special["bos"], named["bos"])]
+        )
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=named("eos"),
-        bos_token=named("bos"),
-        unk_token=named("unknown"),
-        pad_token=named("padding"),
+        eos_token=special["eos"],
+        bos_token=special["bos"],
+        unk_token=special["unknown"],
+        pad_token=special["padding"],
         chat_template=field(reader, "tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+    return fast, [named[name] for name in ("eot", "eom") if named[name] is not None]

@@ -1,70 +1,110 @@
-"""Tokens of preference data that others wrote: a prompt and its completions, as text or as messages.
+"""Tokens of preference data that others wrote: a prompt and its completions, text or messages.
 
-The tokens are TRL's (1.16): prompt + completion is tokenised as one text, and the completion begins where its tokens
-and those of the prompt alone part, for the two sides of a pair at the same place. (Traces of this project's own
-generators are tokenised at the fixed border where they were sampled, see `template`; a file has no such border.)
-Where peers are wrong, we are not, and tests hold the difference:
+The tokens are those of TRL 1.16: prompt and completion are tokenised as one text, and the
+completion begins where its tokens and those of the prompt alone differ, at the same place on the
+two sides of a pair. (Traces of this project's own generators are tokenised at the fixed border
+where they were sampled, see `template`; a file has no such border.) Where TRL differs:
 
-- One BOS at most: a text that begins with the BOS that the tokenizer adds does not get a second one.
-- One end token, always: TRL leaves it out where the template writes none, and doubles it where the text ends with
-  another end token than `eos_token`, with the end token and white space, or where the message itself holds it.
-- Nothing that the tokenizer's post-processor puts *behind* text (an EOS of its own) moves the border.
-- A template that renders the prompt otherwise once an answer follows, or rewrites the answer (thinking templates drop
-  the thoughts), gives a context that the model never meets when it is asked. Then the prompt is rendered as it is
-  asked, and the answer stands behind it as it was written; such rows are counted (`apart`).
+- There is one BOS at most: a text that begins with the BOS that the tokenizer adds gets no other.
+- There is always one end token. TRL leaves it out where the template writes none, and doubles it
+  where the text ends with another end token than `eos_token`, with the end token and white space,
+  or where the message itself holds it.
+- Nothing that the tokenizer's post-processor puts behind text (an EOS of its own) moves the border.
+- Some templates render the prompt differently once an answer follows, or rewrite the answer
+  (thinking templates drop the thoughts), which gives a context that the model never meets when it
+  samples. Then the prompt is rendered alone, and the answer follows it as it was written; such rows
+  are counted (`prompt_not_prefix`).
+- In an answer of several messages the assistant's turns are targets, with their ends, and what the
+  user says and the headers of the turns are not.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltapref_jax.text.template import Messages, Text, added_bos
+from deltapref_jax.text.template import ChatTokenizer, Messages, added_bos
 
 Ids = np.ndarray
+Spans = list[tuple[int, int]]  # start and stop, in characters
+
+
+class Example(NamedTuple):
+    """A prompt with a chosen and a rejected completion, or with one that is labelled."""
+
+    prompt: Any  # text, messages, or int32 token ids, as are the completions
+    completions: tuple[Any, ...]
+    label: bool | None = None  # of a single completion: whether it is desirable
+    tools: list[dict[str, Any]] | None = None  # JSON schemas for the template
+
+    @property
+    def labels(self) -> tuple[bool, ...]:
+        """Whether each completion is desirable."""
+        return (True, False) if self.label is None else (self.label,)
 
 
 class Tokens(NamedTuple):
     """One prompt with one completion (an example) or two (a pair)."""
 
     prompt: Ids  # int32
-    completions: tuple[Ids, ...]  # int32; all of it is scored, the end token too
-    apart: bool = False  # the template is no prefix: prompt and completion were tokenised apart
+    completions: tuple[Ids, ...]  # int32, the end token included
+    prompt_not_prefix: bool = False  # prompt and completions were tokenised apart
+    # bool, for each token of a completion: whether it is a target. None: all are; (): all are None.
+    scored: tuple[np.ndarray | None, ...] = ()
 
 
 class _Rendered(NamedTuple):
     prompt: str
     wholes: tuple[str, ...]  # prompt and completion; the completion alone where `apart`
+    turns: tuple[
+        Spans | None, ...
+    ]  # what is scored of each of `wholes`; None: all behind the prompt
     apart: bool = False
     bos: bool = False  # the tokenizer adds its BOS
 
 
-def tokenise(text: Text, examples: Sequence[tuple[Any, Sequence[Any]]]) -> list[Tokens]:
-    """Ids of (prompt, completions), all three `str` or all three `Messages`; many are tokenised in one call.
+def tokenise(text: ChatTokenizer, examples: Sequence[tuple[Any, ...]]) -> list[Tokens]:
+    """Ids of examples of text or messages, tokenised in one call.
+
+    Args:
+      text: tokenises and renders.
+      examples: each an `Example`, or its leading fields.
 
     Raises:
-      ConfigError: messages, and the tokenizer has no chat template.
-      ValueError: the template cannot render the messages, or an answer of several messages has no place in it.
+      ConfigError: there are messages, and the tokenizer has no chat template.
+      ValueError: the template cannot render the messages, an answer of several messages, or tools.
     """
     rendered = [
-        _text(text, prompt, said) if isinstance(prompt, str) else _chat(text, prompt, said)
-        for prompt, said in examples
+        _text(text, e.prompt, e.completions) if isinstance(e.prompt, str) else _chat(text, e)
+        for e in (Example(*fields) for fields in examples)
     ]
-    encoded = iter(text.encode([each for r in rendered for each in (r.prompt, *r.wholes)]))
+    encoded = iter(text.encode([part for r in rendered for part in (r.prompt, *r.wholes)]))
     bos = added_bos(text.tokenizer)
     return [
-        _split([next(encoded) for _ in range(1 + len(r.wholes))], r.apart, bos * r.bos)
+        _split(r, [next(encoded) for _ in range(1 + len(r.wholes))], bos * r.bos, text)
         for r in rendered
     ]
 
 
-def _split(encoded: list[list[int]], apart: bool, bos: list[int]) -> Tokens:
+def _split(
+    rendered: _Rendered, encoded: list[list[int]], bos: list[int], text: ChatTokenizer
+) -> Tokens:
     prompt, *wholes = (np.asarray([*bos, *ids], np.int32) for ids in encoded)
-    if apart:
-        return Tokens(prompt, tuple(wholes), True)
+    if rendered.apart:
+        alone = text.encode_continued(list(rendered.wholes))
+        return Tokens(prompt, tuple(np.asarray(ids, np.int32) for ids in alone), True)
     border = min(_common(prompt, whole) for whole in wholes)
-    return Tokens(prompt[:border], tuple(whole[border:] for whole in wholes))
+    masks = (
+        None if turns is None else _mask(text.offsets(whole), turns)[border:]
+        for whole, turns in zip(rendered.wholes, rendered.turns, strict=True)
+    )
+    return Tokens(
+        prompt[:border],
+        tuple(whole[border:] for whole in wholes),
+        scored=tuple(None if mask is None or mask.all() else mask for mask in masks),
+    )
 
 
 def _common(a: Ids, b: Ids) -> int:
@@ -73,11 +113,20 @@ def _common(a: Ids, b: Ids) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _ends(text: Text) -> list[str]:
-    return [str(text.tokenizer.convert_ids_to_tokens(i)) for i in text.end_ids]
+def _mask(offsets: np.ndarray, turns: Spans) -> np.ndarray:
+    """Which tokens are scored; a token over the border of a turn goes by its last character."""
+    # Byte-level tokenizers trim white space from offsets, so that only the end of a span is sure.
+    last = np.maximum(offsets[:, 1] - 1, 0)
+    return np.logical_or.reduce([(start <= last) & (last < stop) for start, stop in turns])
 
 
-def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
+def _ends(text: ChatTokenizer) -> list[str]:
+    """End tokens as they may stand in text; ordinary tokens, such as a line end, are left out."""
+    special = [i for i in text.end_ids[1:] if i in text.tokenizer.added_tokens_decoder]
+    return [str(text.tokenizer.convert_ids_to_tokens(i)) for i in (text.end_ids[0], *special)]
+
+
+def _text(text: ChatTokenizer, prompt: str, completions: Sequence[str]) -> _Rendered:
     bos = str(text.tokenizer.bos_token) if added_bos(text.tokenizer) else ""
     ends = tuple(_ends(text))
     ended = [
@@ -86,56 +135,124 @@ def _text(text: Text, prompt: str, completions: Sequence[str]) -> _Rendered:
     return _Rendered(
         prompt.removeprefix(bos),
         tuple((prompt + c).removeprefix(bos) for c in ended),
+        (None,) * len(ended),
         bos=bool(bos),
     )
 
 
-def _chat(text: Text, prompt: Messages, completions: Sequence[Messages]) -> _Rendered:
+def _chat(text: ChatTokenizer, example: Example) -> _Rendered:
     text.check_template()
+    _check_tools(text, example)
     ends = _ends(text)
-    answers = [_without_end(c, ends) for c in completions]
+    prompt, answers = example.prompt, [_without_ends(c, ends) for c in example.completions]
+    render = functools.partial(text.render, tools=example.tools)
     try:
-        asked = text.render(prompt)
-        wholes = [
-            str(text.tokenizer.apply_chat_template([*prompt, *a], tokenize=False)) for a in answers
-        ]
+        asked = render(prompt)
+        wholes = [render([*prompt, *a], answered=True) for a in answers]
+        if all(_kept(asked, whole, a) for whole, a in zip(wholes, answers, strict=True)):
+            heads = [render([*prompt, *a[:-1]]) if len(a) > 1 else asked for a in answers]
+            pairs = list(zip(answers, heads, wholes, strict=True))
+            ended = [_ended(head, whole, a, ends) for a, head, whole in pairs]
+            turns = [_turns(text, example, a, w) for a, w in zip(answers, ended, strict=True)]
+            return _Rendered(asked, tuple(ended), tuple(turns))
+    except _PrefixError as e:
+        raise ValueError(str(e)) from e
     except Exception as e:  # a template raises whatever its author chose
         raise ValueError(
-            f"the chat template of {text.where} refuses the messages ({e}); mend their roles"
+            f"the chat template of {text.where} refuses the messages ({e}); fix their roles"
         ) from e
-    if all(_kept(asked, whole, a) for whole, a in zip(wholes, answers, strict=True)):
-        return _Rendered(
-            asked, tuple(_ended(asked, w, a, ends) for w, a in zip(wholes, answers, strict=True))
-        )
-    if any(len(a) > 1 for a in answers):
+    several, calls = any(len(a) > 1 for a in answers), any(a[0].get("tool_calls") for a in answers)
+    if several or calls:
+        what = "an answer of several messages" if several else "a tool call"
         raise ValueError(
-            f"the chat template of {text.where} renders the prompt otherwise when an answer follows, so "
-            "that an answer of several messages has no place behind it; give one assistant message"
+            f"the chat template of {text.where} renders the prompt otherwise when an answer "
+            f"follows, so that {what} has no place behind it; give one assistant message"
+            + " of text"
+            * (not several)
         )
-    return _Rendered(
-        asked, tuple(_behind(asked, a[0]["content"]) + ends[0] for a in answers), apart=True
-    )
+    behind = tuple(_behind(asked, a[0]["content"]) + ends[0] for a in answers)
+    return _Rendered(asked, behind, (None,) * len(behind), apart=True)
 
 
-def _without_end(messages: Messages, ends: Sequence[str]) -> list[dict[str, str]]:
-    """The messages without an end token that the last one holds already; the template writes it."""
-    content = messages[-1]["content"]
+def _check_tools(text: ChatTokenizer, example: Example) -> None:
+    """Refuses tools and tool calls that the template would drop without a word."""
+    template = str(text.tokenizer.chat_template)
+    messages = [m for part in (example.prompt, *example.completions) for m in part]
+    calls = any(message.get("tool_calls") for message in messages)
+    for name, given in (("tools", example.tools), ("tool_calls", calls)):
+        if given and name not in template:
+            raise ValueError(
+                f"the chat template of {text.where} does not write {name!r}; remove them, or use a "
+                "model whose template does"
+            )
+
+
+class _PrefixError(ValueError):
+    """The template does not render the beginning of a conversation as its rendering begins."""
+
+
+def _turns(text: ChatTokenizer, example: Example, answer: Messages, whole: str) -> Spans | None:
+    """The assistant's turns in the rendered conversation, with their ends; None for one message.
+
+        <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n        prompt
+        4<|im_end|>\\n                                                     turn, scored
+        <|im_start|>user\\nSure?<|im_end|>\\n<|im_start|>assistant\\n
+        4!<|im_end|>\\n                                                    turn, scored
+
+    A turn begins where the messages before it end with a generation prompt, and ends where the
+    messages up to it end.
+    """
+    if len(answer) == 1:
+        return None
+    prompt, render = example.prompt, functools.partial(text.render, tools=example.tools)
+    turns = []
+    for i, message in enumerate(answer):
+        if message["role"] != "assistant":
+            continue
+        header = render([*prompt, *answer[:i]])
+        possible = [
+            render([*prompt, *answer[: i + 1]], answered=True),
+            # Some templates give the last turn a thought, which earlier turns do not have.
+            *(header + message["content"].strip() + end for end in _ends(text)),
+        ]
+        if i == len(answer) - 1:
+            possible = [whole]
+        until = next((p for p in possible if whole.startswith(p) and p.startswith(header)), None)
+        if until is None:
+            raise _PrefixError(
+                f"the chat template of {text.where} renders a message otherwise when others "
+                "follow, so that the assistant's turns in an answer of several messages cannot be "
+                "found; give one assistant message"
+            )
+        turns.append((len(header) if i else 0, len(until)))
+    return turns
+
+
+def _without_ends(messages: Messages, ends: Sequence[str]) -> list[dict[str, Any]]:
+    """The messages without end tokens in the assistant's contents; the template writes them."""
+    return [
+        dict(m) | {"content": _without_end(m["content"], ends)} if m["role"] == "assistant" else m
+        for m in messages
+    ]
+
+
+def _without_end(content: str, ends: Sequence[str]) -> str:
     for end in ends:
         if content.rstrip().endswith(end):
-            content = content.rstrip().removesuffix(end)
-            break
-    return [*messages[:-1], dict(messages[-1]) | {"content": content}]
+            return content.rstrip().removesuffix(end)
+    return content
 
 
 def _kept(asked: str, whole: str, answer: Messages) -> bool:
-    """Whether the rendered conversation goes on from the prompt as it is asked, with the answer as it was written."""
+    """Whether the rendering is that of the prompt alone, then the answer as it was written."""
     rest = whole[len(asked) :]
     return whole.startswith(asked) and all(m["content"].strip() in rest for m in answer)
 
 
-def _ended(asked: str, whole: str, answer: Messages, ends: Sequence[str]) -> str:
+def _ended(head: str, whole: str, answer: Messages, ends: Sequence[str]) -> str:
+    """The conversation with an end token behind its last message, which `head` precedes."""
     said = answer[-1]["content"].strip()
-    after = whole.rfind(said) + len(said) if said else len(asked)
+    after = whole.rfind(said) + len(said) if said else len(head)
     return whole if any(end in whole[after:] for end in ends) else whole + ends[0]
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: asynchronous Orbax saves, the newest few kept, and a metrics file that matches them.
+"""Checkpoints of a run: asynchronous Orbax saves, and a metrics file that matches them.
 
-The position in the data is the step number, so a checkpoint is the training state, a sum that proves it, and the run's
-counts so far. Orbax writes under a temporary name and deletes older ones when the new one stands, so that whatever
-happens to a save, the one before it is untouched.
+The position in the data is the step number, so a checkpoint holds the training state, its checksum
+and the run's counts so far. Orbax writes under a temporary name, and deletes older checkpoints only
+when the new one is complete, so a failed save leaves the checkpoint before it untouched.
 """
 
 import gc
@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
-from deltapref_jax.files import ArtifactError, unwritable, write_whole
+from deltapref_jax.files import ArtifactError, unwritable, write_atomic
 from deltapref_jax.training.state import TrainState
 
 Array = jax.Array
@@ -30,21 +30,24 @@ Array = jax.Array
 
 @jax.jit
 def checksum(state: TrainState) -> Array:
-    """Sum of all bits of `state`, read as integers modulo 2³²: uint32, the same on every mesh, for the order is free.
+    """Sums the bits of all numbers in `state`, read as unsigned integers, modulo 2³².
 
-    Files are compressed without a checksum of their own: one flipped bit would be read as another number.
+    Integer addition is associative, so the uint32 result is the same on every mesh. It is needed
+    because the files are compressed without a checksum: a flipped bit would restore as another
+    number.
     """
-    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    uints = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = [
-        jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]) for x in jax.tree.leaves(state)
+        jax.lax.bitcast_convert_type(x, uints[x.dtype.itemsize]) for x in jax.tree.leaves(state)
     ]
     return sum((jnp.sum(b, dtype=jnp.uint32) for b in bits), jnp.uint32(0))
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Where the processes' writers wait for each other; one whose save failed would wait in vain, and does not.
+    """The barrier at which the processes' writer threads wait for each other.
 
-    Orbax passes its barriers in a `finally`, and only then says that a save failed.
+    Orbax enters its barriers in a `finally`, and raises a save's exception only after them. So a
+    writer whose save failed would wait in vain for others that have stopped; it raises at once.
     """
     failure = sys.exc_info()[1]
     if failure and threading.current_thread() is not threading.main_thread():
@@ -53,24 +56,25 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; use as a context manager so that the last save is finished.
+    """The checkpoints of one run in `folder`; a context manager that waits for the last save.
 
     Attributes:
-      seconds: `seconds_checkpoint_blocked`, in which training stood still for saves, and
-        `seconds_checkpoint_background`, in which files were written while it went on; of earlier processes too.
+      seconds: `seconds_checkpoint_blocked`, during which training waited for saves, and
+        `seconds_checkpoint_background`, during which files were written while it continued. They
+        include earlier processes of the run.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int, base: str = ""):
-        self._base = base  # hash of the weights that the states need besides themselves
+        self._base = base  # hash of the base weights, if the states are adapters
         self.seconds = {"seconds_checkpoint_blocked": 0.0, "seconds_checkpoint_background": 0.0}
-        self._saving, self._returned, self._failed = 0, 0.0, False
+        self._saving_step, self._save_returned_at, self._failed = 0, 0.0, False
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(keep),
             step_prefix="step",
             create=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._written, barrier_sync_fn=_barrier
+                post_finalization_callback=self._count_background, barrier_sync_fn=_barrier
             ),
         )
         path = epath.Path(folder)
@@ -85,15 +89,18 @@ class Checkpoints:
         try:
             self.wait()
         except ArtifactError:
-            if kind is None:  # what ended the run is the better sentence
+            if kind is None:  # Otherwise the exception that ended the run is more useful.
                 raise
         finally:
             self._manager.close()
             if self._failed:
-                self._discard()
+                self._collect_coroutines()
 
-    def _discard(self) -> None:
-        """Half-run coroutines of a failure, which Orbax leaves behind: they would complain when collected later."""
+    def _collect_coroutines(self) -> None:
+        """Collects the unfinished coroutines that Orbax leaves after a failure.
+
+        Collected later, they would print warnings at a random place.
+        """
         del self._manager
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
@@ -101,75 +108,84 @@ class Checkpoints:
         finally:
             sys.unraisablehook = hook
 
-    def _written(self) -> None:
-        if self._returned:
-            self.seconds["seconds_checkpoint_background"] += time.monotonic() - self._returned
+    def _count_background(self) -> None:
+        # Orbax calls this when a save is complete.
+        if self._save_returned_at:
+            self.seconds["seconds_checkpoint_background"] += (
+                time.monotonic() - self._save_returned_at
+            )
 
     def newest(self) -> int:
-        """Steps done in the newest complete checkpoint; 0 if there is none."""
+        """Returns the steps done in the newest complete checkpoint, 0 if there is none."""
         return self._manager.latest_step() or 0
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """The newest state and its counts, with the shapes, dtypes and shardings of `like` (another mesh is fine).
+        """Returns the newest state and its counts.
+
+        The state has the shapes, dtypes and shardings of `like`, whose mesh may differ from the
+        mesh that it was saved from.
 
         Raises:
-          ArtifactError: a file is missing, cut or changed, or the checkpoint is of another model, optimizer or base.
+          ArtifactError: a file is missing, truncated or changed, or the checkpoint is of another
+            model, optimizer or base.
         """
         step = self.newest()
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         mesh = jax.tree.leaves(like)[0].sharding.mesh
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        wanted = {
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        target = {
             "state": shapes,
-            "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
+            "checksum": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated),
         }
         try:
-            found = self._manager.restore(
-                step, args=Composite(state=StandardRestore(wanted), counts=JsonRestore())
+            restored = self._manager.restore(
+                step, args=Composite(state=StandardRestore(target), counts=JsonRestore())
             )
-            if int(checksum(found["state"]["state"])) != int(found["state"]["checksum"]):
+            if int(checksum(restored["state"]["state"])) != int(restored["state"]["checksum"]):
                 raise ValueError("its checksum is another than when it was written")
-        except Exception as e:  # tensorstore and orbax raise many kinds for a damaged file
+        except Exception as e:  # Tensorstore and Orbax raise many types for a damaged file.
             older = [s for s in self._manager.all_steps() if s < step]
             remedy = f"continue from step {max(older)}" if older else "train from the start"
             raise ArtifactError(
-                f"The checkpoint {self._place(step)} cannot be read ({self._why(e)}); delete that "
-                f"folder and run the same command to {remedy}."
+                f"The checkpoint {self._path(step)} cannot be read ({self._summarize(e)}); delete "
+                f"that folder and run the same command to {remedy}."
             ) from None
-        counts = found["counts"]
-        if (made := counts.pop("base", "")) != self._base:
+        counts = restored["counts"]
+        if (saved_base := counts.pop("base", "")) != self._base:
             raise ArtifactError(
-                f"The checkpoint {self._place(step)} holds adapters of the base weights {made!r} and "
-                f"this run's base has the weights {self._base!r}; train from that base, or delete the "
-                "folder of checkpoints to train from the start."
+                f"The checkpoint {self._path(step)} holds adapters of the base weights "
+                f"{saved_base!r} and this run's base has the weights {self._base!r}; train from "
+                "that base, or delete the folder of checkpoints to train from the start."
             )
         self.seconds = {name: counts[name] for name in self.seconds}
-        return found["state"]["state"], counts
+        return restored["state"]["state"], counts
 
     def save(self, steps_done: int, state: TrainState, counts: dict[str, float]) -> None:
         """Starts to write `state` and `counts`; returns once the state is copied to the host.
 
         Raises:
-          ArtifactError: this or the previous save cannot be written; the last complete checkpoint is untouched.
+          ArtifactError: this or the previous save cannot be written. The last complete checkpoint
+            is untouched.
         """
         self.wait()
         began = time.monotonic()
-        self._saving, self._returned = steps_done, 0.0
+        self._saving_step, self._save_returned_at = steps_done, 0.0
         try:
             tree = {"state": state, "checksum": checksum(state)}
-            about = counts | self.seconds | {"base": self._base}
+            saved_counts = counts | self.seconds | {"base": self._base}
             self._manager.save(
-                steps_done, args=Composite(state=StandardSave(tree), counts=JsonSave(about))
+                steps_done,
+                args=Composite(state=StandardSave(tree), counts=JsonSave(saved_counts)),
             )
         except Exception as e:
-            raise self._unwritten(e) from None
-        self._returned = time.monotonic()
-        self.seconds["seconds_checkpoint_blocked"] += self._returned - began
+            raise self._save_error(e) from None
+        self._save_returned_at = time.monotonic()
+        self.seconds["seconds_checkpoint_blocked"] += self._save_returned_at - began
 
     def wait(self) -> None:
-        """Until the last save is complete.
+        """Waits until the last save is complete.
 
         Raises:
           ArtifactError: it cannot be written.
@@ -178,38 +194,40 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as e:
-            raise self._unwritten(e) from None
+            raise self._save_error(e) from None
         self.seconds["seconds_checkpoint_blocked"] += time.monotonic() - began
 
-    def _why(self, e: BaseException) -> str:
-        """The first line of an error, without the essay that tensorstore adds to it."""
+    def _summarize(self, e: BaseException) -> str:
+        """Returns the first line of an error, without the details that tensorstore adds to it."""
         self._failed = True
-        e.__traceback__ = e.__cause__ = e.__context__ = (
-            None  # they would keep what `_discard` is to collect
-        )
+        # These would keep alive what `_collect_coroutines` is to collect.
+        e.__traceback__ = e.__cause__ = e.__context__ = None
         if system := re.search(r"([A-Z][\w ]+) \[os_error_code='\d+'\]", str(e)):
             return system.group(1)
         lines = str(e).strip().splitlines()
         return lines[0].split(". See full")[0][:200].rstrip(".: ") if lines else type(e).__name__
 
-    def _place(self, step: int) -> str:
+    def _path(self, step: int) -> str:
         return os.fspath(self._manager.directory / f"step_{step}")
 
-    def _unwritten(self, e: BaseException) -> ArtifactError:
-        why = self._why(e)
+    def _save_error(self, e: BaseException) -> ArtifactError:
+        reason = self._summarize(e)
         self._manager.reload()
         last = self.newest()
         kept = f"the checkpoint of step {last} is untouched" if last else "there is no earlier one"
         return ArtifactError(
-            f"The checkpoint {self._place(self._saving)} cannot be written ({why}); make room "
-            f"or choose another workspace, and run the same command: {kept}."
+            f"The checkpoint {self._path(self._saving_step)} cannot be written ({reason}); make "
+            f"room or choose another workspace, and run the same command: {kept}."
         )
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object per step, cut back to the step that a run resumes from.
+    """`metrics.jsonl`: one JSON object per step, truncated to the step that a run resumes from.
 
-    A bucket's objects cannot be appended to: there the file is written whole at every `flush`.
+    A bucket's objects cannot be appended to, so the whole file is written there at every `flush`.
+
+    Raises:
+      ArtifactError: the rows of the steps done are not all there, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], resumed: int):
@@ -223,7 +241,7 @@ class Metrics:
                 f"{self._path.parent} and run again: only that run is made anew."
             )
         self._remote = "://" in os.fspath(self._path)
-        write_whole(self._path, self._text())
+        write_atomic(self._path, self._text())
         if not self._remote:
             self._rows.clear()
 
@@ -246,16 +264,19 @@ class Metrics:
             raise unwritable(self._path, e) from e
 
     def flush(self) -> None:
-        """What was written so far is safe: to be called before the checkpoint that it belongs to."""
+        """Makes the rows so far durable; to be called before the checkpoint of the same step."""
         if self._remote:
-            write_whole(self._path, self._text())
+            write_atomic(self._path, self._text())
             return
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut by a crash is passed over, a missing file has none."""
+    """Yields the rows of a metrics file, which may be missing.
+
+    A last line without its newline was cut by a crash, and is skipped.
+    """
     if not epath.Path(path).exists():
         return
     for line in epath.Path(path).read_text(encoding="utf-8").splitlines(keepends=True):

@@ -1,8 +1,10 @@
-"""What a policy is trained on: rows with their references, drawn into steps; a step's number is its place in the data.
+"""What a policy is trained on: sequences with their references, drawn into steps.
 
-    groups ──seeded epochs──▶ the groups of a step ──first fit──▶ micro-batches of one shape (and KTO's baseline rows)
+    groups ──seeded epochs──▶ groups of a step ──first fit──▶ micro-batches of one shape
+                                                              (and KTO's baseline rows)
 
-All of it is a pure function of (groups, seed, shape), so resuming needs nothing but the step number.
+All of it is a pure function of (groups, seed, shape): a step's number is its position in the data,
+and resuming needs nothing else.
 """
 
 from collections.abc import Sequence
@@ -11,66 +13,51 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Training
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.packing import (
     Micro,
     PackedBatch,
-    Pieces,
-    capacity,
+    candidate_layouts,
+    drop_empty_half,
+    max_segments,
     pack_sequences,
-    trimmed,
-    ways,
 )
 from deltapref_jax.training.step import Examples
 
 
-class Row(NamedTuple):
-    """One prompt with one completion."""
+class ReferencedSequence(NamedTuple):
+    """A sequence with its reference."""
 
-    prompt: Sequence[int]  # token ids
-    completion: Sequence[int]  # token ids; the targets
-    reference: float = 0.0  # log-probability of the completion under the reference, nats
-    trace: str = ""  # trace_id of the completion, for messages
-
-    @property
-    def tokens(self) -> int:
-        """Of both."""
-        return len(self.prompt) + len(self.completion)
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are scored (see `packing.sample`)."""
-        return max(0, self.tokens - max(1, len(self.prompt)))
-
-    @property
-    def pieces(self) -> Pieces:
-        """The packed form's input."""
-        return self.prompt, self.completion
+    sequence: TokenSequence
+    reference: float = 0.0  # log-probability of the targets under the reference model, nats
 
 
 class Group(NamedTuple):
-    """What one term of the loss is made of: the chosen and the rejected row of a pair, or the row of an example."""
+    """One term of the loss: chosen and rejected of a pair, or the one sequence of an example."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ReferencedSequence, ...]
     desirable: float = 1.0  # KTO's label, 1 or 0
-    mismatched: Row | None = (
-        None  # KTO: a row for the baseline, such as the completion behind another prompt
-    )
+    # KTO's baseline: the completion behind another prompt
+    mismatched: ReferencedSequence | None = None
+
+    @property
+    def all_rows(self) -> tuple[ReferencedSequence, ...]:
+        """The mismatched row last, if there is one."""
+        return self.rows if self.mismatched is None else (*self.rows, self.mismatched)
 
 
 class StepData(NamedTuple):
     """One step, packed."""
 
     micros: Sequence[tuple[PackedBatch, Examples]]
-    baseline: Sequence[
-        tuple[PackedBatch, np.ndarray, np.ndarray]
-    ]  # KTO: mismatched rows, reference [S], weight [S]
+    # KTO's mismatched rows, with their references [S] and weights [S]
+    baseline: Sequence[tuple[PackedBatch, np.ndarray, np.ndarray]]
     total: float  # pairs, examples or target tokens
-    tokens: int  # of its sequences, a prompt as often as it is asked, baseline rows included
+    tokens: int  # of all sequences, baseline rows included; a shared prompt counts for each of them
     epoch: float  # passes over the data after this step
     chosen_tokens: float = 1.0  # target tokens of the first rows of all groups
-    traces: Sequence[
-        Sequence[str]
-    ] = ()  # trace_id by place in `Micro.order`, of `micros`, then of `baseline`
+    # trace ids in the order of `Micro.order`, for every batch of `micros` and then of `baseline`
+    traces: Sequence[Sequence[str]] = ()
 
     @property
     def positions(self) -> int:
@@ -79,7 +66,7 @@ class StepData(NamedTuple):
 
     @property
     def filled(self) -> int:
-        """Of them, real: a prompt counts as often as it is read."""
+        """Positions that hold a token; a shared prompt counts as often as it is read."""
         return sum(int(np.count_nonzero(batch.segments)) for batch in self.batches)
 
     @property
@@ -87,11 +74,15 @@ class StepData(NamedTuple):
         """Of `micros`, then of `baseline`."""
         return [*(batch for batch, _ in self.micros), *(batch for batch, _, _ in self.baseline)]
 
-    def trimmed(self, ways: int) -> "StepData":
-        """Without empty halves of micro-batches, on a mesh that spreads rows over `ways` devices."""
+    def drop_empty_halves(self, row_shards: int) -> "StepData":
+        """Micro-batches without empty halves, for rows that lie over `row_shards` devices."""
         return self._replace(
-            micros=[(trimmed(batch, ways), examples) for batch, examples in self.micros],
-            baseline=[(trimmed(batch, ways), ref, w) for batch, ref, w in self.baseline],
+            micros=[
+                (drop_empty_half(batch, row_shards), examples) for batch, examples in self.micros
+            ],
+            baseline=[
+                (drop_empty_half(batch, row_shards), ref, w) for batch, ref, w in self.baseline
+            ],
         )
 
 
@@ -100,8 +91,8 @@ class Data:
 
     Attributes:
       dropped: groups left out because one of their rows is longer than a packed row.
-      dropped_mismatched: KTO examples that are trained on and whose mismatched row is not there, being longer than a
-        packed row or than what was scored: the baseline is measured on the others.
+      dropped_mismatched: KTO examples that are trained on without a mismatched row, because it is
+        longer than a packed row or than what was scored; the baseline is measured on the others.
       steps: of the run that `training` asks for.
     """
 
@@ -122,20 +113,15 @@ class Data:
           training: shapes and budget; `pairs_per_step` pairs are twice as many examples of KTO.
           seed: of the order.
           baseline_fraction: share of a step's rows that KTO's baseline is measured on.
-          share: reads a prompt once for the sequences of a step that have it in common (see `packing`).
+          share: reads a prompt once for the sequences of a step that have it (see `packing`).
 
         Raises:
-          ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are; a pair needs two rows
-          where a micro-batch has one; a step of KTO holds
-            one example, or one prompt only.
+          ConfigError: a row is longer than `row_length` and `over_length` is "error", or all are; a
+            pair needs two rows where a micro-batch has one; a step of KTO holds one example, or one
+            prompt only.
         """
-        self.kind, self._training, self._seed, self._fraction = (
-            kind,
-            training,
-            seed,
-            baseline_fraction,
-        )
-        self._share = share
+        self.kind, self._training, self._seed = kind, training, seed
+        self._fraction, self._share = baseline_fraction, share
         fits = [group for group in groups if all(map(self._fits, group.rows))]
         self.groups = [
             group
@@ -147,14 +133,15 @@ class Data:
         wide = sum(map(self._wide, self.groups)) if training.rows == 1 else 0
         if wide:
             raise ConfigError(
-                f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together than "
-                f"config.training.row_length ({training.row_length}), and config.training.rows is 1; a "
-                "pair lies in one micro-batch: make rows 2."
+                f"{wide} of {len(self.groups)} pairs have more tokens in both sequences together "
+                f"than config.training.row_length ({training.row_length}), and "
+                "config.training.rows is 1; a pair lies in one micro-batch: make rows 2."
             )
         if self.dropped and training.over_length == "error":
             raise ConfigError(
-                f"{self.dropped} of {len(groups)} groups are longer than config.training.row_length "
-                f"({training.row_length} tokens); raise it, or set over_length to 'drop'."
+                f"{self.dropped} of {len(groups)} groups are longer than "
+                f"config.training.row_length ({training.row_length} tokens); raise it, "
+                "or set over_length to 'drop'."
             )
         self.batch = min(
             training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
@@ -171,42 +158,43 @@ class Data:
         if OBJECTIVE_KINDS[kind].baseline:
             self._check_baseline(fits)
 
-    def _fits(self, row: Row) -> bool:
-        return row.tokens <= self._training.row_length
+    def _fits(self, row: ReferencedSequence) -> bool:
+        return row.sequence.length <= self._training.row_length
 
     def _wide(self, group: Group) -> bool:
-        best = ways(
-            range(len(group.rows)),
-            [row.pieces for row in group.rows],
-            self._training.row_length,
-            self._share,
-        )
+        sequences = [row.sequence for row in group.rows]
+        numbers, length = range(len(sequences)), self._training.row_length
+        best = candidate_layouts(numbers, sequences, length, self._share)
         return sum(len(s.tokens) for s in best[0]) > self._training.row_length
 
     def _check_baseline(self, fits: Sequence[Group]) -> None:
-        """Refuses what z0 cannot be measured on; counts the rows it does without."""
+        """Refuses data that z0 cannot be measured on; counts the rows that are missing."""
         self._mismatched = [group.mismatched for group in self.groups if group.mismatched]
         self.dropped_mismatched = len(self.groups) - len(self._mismatched)
         long = sum(group.mismatched is not None for group in fits) - len(self._mismatched)
         if long and self._training.over_length == "error":
             raise ConfigError(
-                f"{long} of {len(fits)} mismatched rows (a completion behind another prompt, for KTO's "
-                f"baseline) are longer than config.training.row_length ({self._training.row_length} "
-                "tokens); raise it, or set over_length to 'drop'."
+                f"{long} of {len(fits)} mismatched rows (a completion behind another prompt, for "
+                f"KTO's baseline) are longer than config.training.row_length "
+                f"({self._training.row_length} tokens); raise it, or set over_length to 'drop'."
             )
         if not self._mismatched:
             raise ConfigError(
-                f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; raise "
-                "config.training.row_length and config.scoring.row_length, or give the rows."
+                f"None of the {len(fits)} KTO examples has a mismatched row for the baseline; "
+                "raise config.training.row_length and config.scoring.row_length, or give the rows."
             )
         if self.batch < 2:
             raise ConfigError(
-                "A step of KTO would hold one example, and its baseline would be that example's own "
-                "log-ratio, so that the loss compares it with itself; give at least two examples."
+                "A step of KTO would hold one example, and its baseline would be that example's "
+                "own log-ratio, so that the loss compares it with itself; give at least two "
+                "examples."
             )
         ids: dict[tuple[int, ...], int] = {}
         prompts = np.array(
-            [ids.setdefault(tuple(map(int, g.rows[0].prompt)), len(ids)) for g in self.groups]
+            [
+                ids.setdefault(tuple(map(int, g.rows[0].sequence.prompt_ids)), len(ids))
+                for g in self.groups
+            ]
         )
         epochs = -(-self.steps * self.batch // len(self.groups))
         order = np.concatenate([self._order(epoch) for epoch in range(epochs)])[
@@ -217,9 +205,9 @@ class Data:
         if len(alone):
             raise ConfigError(
                 f"Step {alone[0] + 1} of KTO ({len(alone)} of {self.steps} steps) would hold "
-                f"{self.batch} examples of one prompt; its baseline would follow these very completions "
-                "instead of the policy's drift elsewhere: raise config.training.pairs_per_step, or use "
-                "more prompts."
+                f"{self.batch} examples of one prompt; its baseline would follow these very "
+                "completions instead of the policy's drift elsewhere: raise "
+                "config.training.pairs_per_step, or use more prompts."
             )
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -227,14 +215,15 @@ class Data:
 
     def members(self, step: int) -> list[int]:
         """Groups of a step: epochs are seeded permutations laid end to end."""
-        n, found = len(self.groups), []
+        n = len(self.groups)
+        members: list[int] = []
         orders: dict[int, np.ndarray] = {}
-        for place in range(step * self.batch, (step + 1) * self.batch):
-            epoch, at = divmod(place, n)
+        for draw in range(step * self.batch, (step + 1) * self.batch):
+            epoch, position = divmod(draw, n)
             if epoch not in orders:
                 orders[epoch] = self._order(epoch)
-            found.append(int(orders[epoch][at]))
-        return found
+            members.append(int(orders[epoch][position]))
+        return members
 
     def __call__(self, step: int) -> StepData:
         """The step's micro-batches, and KTO's baseline rows."""
@@ -249,10 +238,11 @@ class Data:
             self._share,
         )
 
-    def _baseline_rows(self, step: int, groups: Sequence[Group]) -> list[Row]:
-        """The mismatched rows that z0 of a step is measured on: a share of its own, drawn by (seed, step).
+    def _baseline_rows(self, step: int, groups: Sequence[Group]) -> list[ReferencedSequence]:
+        """The mismatched rows that z0 of a step is measured on, drawn by (seed, step).
 
-        A step none of whose mismatched rows fits takes others of the data: each is as good a sample of the drift.
+        A step none of whose mismatched rows fits takes others of the data: every row samples the
+        same drift.
         """
         rows = [group.mismatched for group in groups if group.mismatched] or self._mismatched
         count = min(len(rows), -int(-self._fraction * len(groups) // 1))
@@ -266,7 +256,7 @@ def pack_step(
     rows: int,
     length: int,
     epoch: float = 0.0,
-    mismatched: Sequence[Row] | None = None,
+    mismatched: Sequence[ReferencedSequence] | None = None,
     share: bool = False,
 ) -> StepData:
     """A step's groups in micro-batches of [rows, length], every group whole in one of them.
@@ -285,27 +275,26 @@ def pack_step(
     indices = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
     pairs = OBJECTIVE_KINDS[kind].unit == "pair"
     packed = pack_sequences(
-        [row.pieces for row in flat], rows, length, share, indices if pairs else None
+        [row.sequence for row in flat], rows, length, share, indices if pairs else None
     )
-    micros = [
-        (m.batch, _examples(m.order, indices, groups, capacity(rows, length))) for m in packed
-    ]
+    size = max_segments(rows, length)
+    batches = [(micro.batch, _examples(micro.order, indices, groups, size)) for micro in packed]
     if mismatched is None:
         mismatched = [group.mismatched for group in groups if group.mismatched]
     if not OBJECTIVE_KINDS[kind].baseline:
         mismatched = []
-    others = pack_sequences([row.pieces for row in mismatched], rows, length, share)
-    chosen = float(max(1, sum(group.rows[0].targets for group in groups)))
+    others = pack_sequences([row.sequence for row in mismatched], rows, length, share)
+    chosen = float(max(1, sum(int(group.rows[0].sequence.targets.sum()) for group in groups)))
     total = chosen if OBJECTIVE_KINDS[kind].unit == "token" else float(len(groups))
-    tokens = sum(row.tokens for row in (*flat, *mismatched))
+    tokens = sum(row.sequence.length for row in (*flat, *mismatched))
     traces = [
-        [each[i].trace for i in m.order]
-        for each, ms in ((flat, packed), (mismatched, others))
-        for m in ms
+        [source[i].sequence.trace_id for i in micro.order]
+        for source, micros in ((flat, packed), (mismatched, others))
+        for micro in micros
     ]
     return StepData(
-        micros,
-        [_baseline(m, mismatched, capacity(rows, length)) for m in others],
+        batches,
+        [_baseline(micro, mismatched, size) for micro in others],
         total,
         tokens,
         epoch,
@@ -329,7 +318,7 @@ def _examples(
 
 
 def _baseline(
-    micro: Micro, mismatched: Sequence[Row], size: int
+    micro: Micro, mismatched: Sequence[ReferencedSequence], size: int
 ) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
     reference, weight = np.zeros(size, np.float32), np.zeros(size, np.float32)
     reference[: len(micro.order)] = [mismatched[i].reference for i in micro.order]

@@ -1,11 +1,10 @@
-"""The loop: fetch a step's data, run the compiled step, write metrics and checkpoints. Side effects live here."""
+"""Training: one linear function from initial parameters to trained ones. Side effects live here."""
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +14,22 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
-from deltapref_jax.host import Notice, Preempted
-from deltapref_jax.mesh import check_rows, is_first, put
-from deltapref_jax.models.lora import adapters, attach
+from deltapref_jax.mesh import check_rows, is_first, shard
+from deltapref_jax.models.lora import adapters, add_adapters
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.preemption import Preempted, PreemptionGuard
 from deltapref_jax.progress import progress
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
 from deltapref_jax.training.data import StepData
-from deltapref_jax.training.guards import Fall, check_finite, check_reference
+from deltapref_jax.training.guards import LikelihoodDisplacement, check_finite, check_reference
+from deltapref_jax.training.monitor import MonitorConfig, TrainMonitor
 from deltapref_jax.training.objectives import Hyper, kto_baseline
-from deltapref_jax.training.state import Optimizer, TrainState, learning_rate, start
+from deltapref_jax.training.state import Optimizer, TrainState, init_state, learning_rate
 from deltapref_jax.training.step import Programs, programs
-from deltapref_jax.training.watch import Live, Watch
 
-Advance = Callable[
-    [TrainState, StepData, float], tuple[TrainState, Any, Any]
-]  # to state, sums, log-probabilities
+Counts = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +51,16 @@ class Run:
     seed: int = 0  # of adapters and of the rounding of bfloat16 moments, 0 to 2³² - 1
 
 
+class _Step(NamedTuple):
+    """A step that was dispatched: its arrays are on the device and may not be there yet."""
+
+    number: int  # from 1
+    learning_rate: float
+    batch: StepData
+    sums: dict[str, jax.Array]  # of the metrics
+    logprobs: list[jax.Array]  # [S] before the update, of micro-batches and of KTO's baseline
+
+
 def train(
     spec: ModelSpec,
     params: nnx.State,
@@ -64,166 +71,128 @@ def train(
     label: str = "train",
     dtype: str = "float32",
     guard: bool = False,
-    watch: Watch | None = None,
+    monitor: MonitorConfig | None = None,
     base: str = "",
-) -> tuple[nnx.State, dict[str, float]]:
-    """Trains from `params`, or from the newest checkpoint in `folder`; returns what was trained and counts.
+) -> tuple[nnx.State, Counts]:
+    """Trains from `params`, or from the newest checkpoint in `folder`.
 
-    What is trained are all parameters, or the adapters of `run.lora` (`models.lora.merge` joins them with `params`). A
-    SIGTERM, or the notice of another process of the job, is answered by a checkpoint after the step at hand.
+    What is trained are all parameters, or the adapters of `run.lora` (`models.lora.merge` joins
+    them with `params`). A SIGTERM to any process of the job is answered by a checkpoint after the
+    step at hand.
 
     Args:
       spec: of the model.
       params: initial parameters.
-      data: step (0 first) to its data; a pure function, so that a resumed run continues where it was.
+      data: step (0 first) to its data; a pure function, so that a resumed run continues where it
+        was.
       run: objective, schedule, shapes.
       mesh: rows are spread over data and fsdp.
       folder: receives `checkpoints/` and `metrics.jsonl` (TRL's metric names, one row a step).
       label: of the progress bar.
-      dtype: of the computation; what is trained is float32, the frozen base of adapters keeps its own.
-      guard: refuse to train if the policy differs from its reference before the first step (`guards`).
-      watch: trackers and profiler window.
-      base: hash of the weights that adapters belong to; checkpoints of another base's are refused.
+      dtype: of the computation; what is trained is float32, the frozen base of adapters keeps its
+        own.
+      guard: refuse to train if the policy differs from its reference before the first step.
+      monitor: trackers and profiler window.
+      base: hash of the weights that adapters belong to; checkpoints of another base are refused.
+
+    Returns:
+      What was trained, and counts: tokens, positions, filled positions, seconds, and the step at
+      which likelihood displacement was first seen (`both_fell_at`, 0: never).
 
     Raises:
       ConfigError: rows do not divide over the mesh, or the guard's refusal with the likely reasons.
-      FloatingPointError: the loss or gradient is not finite; the sentence names the step and its traces, and no
-        checkpoint holds it.
+      FloatingPointError: the loss or gradient is not finite; the sentence names the step and its
+        traces, and no checkpoint holds it.
       ArtifactError: a checkpoint cannot be read or written.
-      Preempted: the machine is wanted back; what was done is saved.
+      Preempted: SIGTERM; what was done is saved.
     """
+    # Shapes are checked before any device works.
     check_rows("config.training", run.rows, run.row_length, mesh)
-    place = epath.Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    state, advance = _prepare(spec, params, run, mesh, dtype)
+    root = epath.Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    kind, lora = run.objective.kind, adapters(run.lora)
+
+    # Compiled programs, the trained state and the frozen parameters (the base of adapters).
+    segments = max_segments(run.rows, run.row_length)
+    compiled = programs(spec, dtype, kind, run.optimizer, segments, mesh, run.remat, lora)
+    trained, frozen = add_adapters(spec, params, run.lora, run.seed)
+    state = init_state(trained, run.optimizer, mesh)
+    frozen = jax.device_put(frozen, shardings(frozen, mesh))
     counts = dict.fromkeys(
         ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"),
         0.0,
     )
     with (
-        Notice() as notice,
-        Checkpoints(place / "checkpoints", run.keep_checkpoints, base) as checkpoints,
+        PreemptionGuard() as preemption,
+        Checkpoints(root / "checkpoints", run.keep_checkpoints, base) as checkpoints,
         progress(is_first()) as bar,
     ):
+        # A run that was stopped continues from its newest checkpoint, which may be its last step.
         done = checkpoints.newest()
         if done:
             state, counts = checkpoints.restore(state)
-        with Live(
-            spec, adapters(run.lora), mesh, place, label, watch or Watch(), bar, run.steps, done
-        ) as live:
-            fall = Fall(run.objective.beta, OBJECTIVE_KINDS[run.objective.kind].reference)
-            for row in read_metrics(place / "metrics.jsonl") if is_first() else ():
-                fall(row)
-            check = (
-                functools.partial(check_reference, run.objective.kind, dtype=dtype)
-                if (guard and not done and OBJECTIVE_KINDS[run.objective.kind].reference)
-                else None
-            )
-            state = _loop(
-                advance,
-                state,
-                lambda step: data(step).trimmed(mesh.shape["data"] * mesh.shape["fsdp"]),
-                run,
-                done,
-                counts,
-                checkpoints,
-                live,
-                notice,
-                fall,
-                check,
-            )
-    # both_fell_at: step at which the warning came; 0: never
-    return state.params, counts | checkpoints.seconds | {"both_fell_at": float(fall.at)}
+        with TrainMonitor(
+            spec, lora, mesh, root, label, monitor or MonitorConfig(), bar, run.steps, done
+        ) as shown:
+            report = _Report(run, counts, shown)
+            if is_first():
+                report.replay(root)
+            previous: _Step | None = None
+            for number in range(done + 1, run.steps + 1):
+                # The step's data is a pure function of its number.
+                began = time.monotonic()
+                shown.before(number)
+                batch = data(number - 1).drop_empty_halves(mesh.shape["data"] * mesh.shape["fsdp"])
 
+                # The step itself. What it needs is sent explicitly: a hidden transfer is an error.
+                rate = learning_rate(
+                    number - 1,
+                    run.steps,
+                    run.objective.learning_rate,
+                    run.warmup,
+                    run.schedule,
+                    run.floor,
+                )
+                with jax.transfer_guard("disallow"):
+                    state, sums, logprobs = train_step(
+                        compiled, state, batch, run.objective, rate, mesh, frozen, run.seed
+                    )
+                shown.after(number, sums)
 
-def _prepare(
-    spec: ModelSpec, params: nnx.State, run: Run, mesh: Mesh, dtype: str
-) -> tuple[TrainState, Advance]:
-    """The state before the first step, and what a step's data and learning rate make of a state."""
-    segments = capacity(run.rows, run.row_length)
-    steps = programs(
-        spec,
-        dtype,
-        run.objective.kind,
-        run.optimizer,
-        segments,
-        mesh,
-        run.remat,
-        adapters(run.lora),
-    )
-    trained, frozen = attach(spec, params, run.lora, run.seed)
-    state, frozen = (
-        start(trained, run.optimizer, mesh),
-        jax.device_put(frozen, shardings(frozen, mesh)),
-    )
+                # The host reads the step before while the device works on this one.
+                if previous:
+                    report(previous)
+                previous = _Step(number, rate, batch, sums, logprobs)
+                if number == done + 1:
+                    jax.block_until_ready(sums)  # the first step compiles: its time is kept apart
+                    if guard and not done and OBJECTIVE_KINDS[kind].reference:
+                        check_reference(kind, batch, jax.device_get(logprobs), dtype)
 
-    def advance(state: TrainState, batch: StepData, rate: float) -> tuple[TrainState, Any, Any]:
-        return run_step(steps, state, batch, run.objective, rate, mesh, frozen, run.seed)
-
-    return state, advance
-
-
-def _loop(
-    advance: Advance,
-    state: TrainState,
-    data: Callable[[int], StepData],
-    run: Run,
-    done: int,
-    counts: dict[str, float],
-    checkpoints: Checkpoints,
-    live: Live,
-    notice: Notice,
-    fall: Fall,
-    check: Callable[[StepData, Any], None] | None,
-) -> TrainState:
-    pending: dict[str, Any] | None = None
-    for step in range(done, run.steps):
-        began = time.monotonic()
-        live.before(step + 1)
-        batch = data(step)
-        rate = learning_rate(
-            step, run.steps, run.objective.learning_rate, run.warmup, run.schedule, run.floor
-        )
-        state, sums, s = advance(state, batch, rate)
-        live.after(step + 1, sums)
-        if pending is not None:  # the host reads step n while the device works on step n + 1
-            _finish(pending, run, counts, live, fall)
-        pending = {
-            "step": step + 1,
-            "learning_rate": rate,
-            "epoch": batch.epoch,
-            "sums": sums,
-            "s": s,
-            "batch": batch,
-        }
-        if step == done:
-            jax.block_until_ready(sums)
-            if check:
-                check(batch, jax.device_get(s))
-        leave = notice.reached(step + 1)
-        save = leave or step + 1 == run.steps or (step + 1) % run.checkpoint_every == 0
-        if save:  # copying the state waits for the device anyway
-            _finish(pending, run, counts, live, fall)
-            pending = None
-        counts["seconds_first_step" if step == done else "seconds_steady"] += (
-            time.monotonic() - began
-        )
-        counts["tokens_steady"] += batch.tokens if step > done else 0
-        if save:
-            live.flush()
-            checkpoints.save(step + 1, state, counts)
-        if leave:
+                # A checkpoint: copying the state waits for the device, so its row is read first.
+                stop = preemption.should_stop(number)
+                save = stop or number == run.steps or number % run.checkpoint_every == 0
+                if save:
+                    report(previous)
+                    previous = None
+                seconds = time.monotonic() - began
+                counts["seconds_first_step" if number == done + 1 else "seconds_steady"] += seconds
+                counts["tokens_steady"] += batch.tokens if number > done + 1 else 0
+                if save:
+                    shown.flush()
+                    checkpoints.save(number, state, counts)
+                if stop:
+                    checkpoints.wait()
+                    raise Preempted(
+                        f"Stopped by SIGTERM after step {number} of {run.steps}, which is saved in "
+                        f"{root}. Run the same command to continue."
+                    )
             checkpoints.wait()
-            raise Preempted(
-                f"Stopped by SIGTERM after step {step + 1} of {run.steps}, which is saved in "
-                f"{live.folder}. Run the same command to continue."
-            )
-    checkpoints.wait()
-    return state
+    both_fell = {"both_fell_at": float(report.displacement.step)}
+    return state.params, counts | checkpoints.seconds | both_fell
 
 
-def run_step(
-    steps: Programs,
+def train_step(
+    compiled: Programs,
     state: TrainState,
     batch: StepData,
     objective: Objective,
@@ -237,85 +206,114 @@ def run_step(
     `frozen` are the parameters that are not trained, if any; `seed` is that of `Run`.
 
     Returns:
-      The new state; sums of metrics; log-probabilities [S] before the update, of micro-batches and of KTO's baseline.
+      The new state; sums of metrics; log-probabilities [S] before the update, of micro-batches and
+      of KTO's baseline.
     """
+    everywhere = PartitionSpec()
     frozen = nnx.State({}) if frozen is None else frozen
-    baseline, drifts = (
-        jnp.zeros(()),
-        [
-            steps.logprobs(nnx.merge_state(state.params, frozen), put(rows, mesh, BATCH))[0]
-            for rows, _, _ in batch.baseline
-        ],
-    )
+
+    # KTO's z0 is measured first, over the mismatched rows of the whole step.
+    whole = nnx.merge_state(state.params, frozen) if batch.baseline else None
+    drifts = [
+        compiled.logprobs(whole, shard(rows, mesh, BATCH))[0] for rows, _, _ in batch.baseline
+    ]
+    z0 = shard(np.zeros((), np.float32), mesh, everywhere)
     if drifts:
-        weight = sum(float(w.sum()) for _, _, w in batch.baseline)
+        weight = np.float32(sum(float(w.sum()) for _, _, w in batch.baseline))
         shifts = [
-            jnp.vdot(s - ref, w) for s, (_, ref, w) in zip(drifts, batch.baseline, strict=True)
+            jnp.vdot(s - shard(ref, mesh, everywhere), shard(w, mesh, everywhere))
+            for s, (_, ref, w) in zip(drifts, batch.baseline, strict=True)
         ]
-        baseline = kto_baseline(sum(shifts[1:], shifts[0]) / weight)
-    o = objective
-    hyper = Hyper(
-        *map(
-            np.float32,
-            (
-                o.beta,
-                o.label_smoothing,
-                o.gamma,
-                o.nll_weight,
-                o.desirable_weight,
-                o.undesirable_weight,
-                0,
-                batch.total,
-                batch.chosen_tokens,
-            ),
-        )
-    )._replace(z0=baseline)
+        z0 = _clamp(sum(shifts[1:], shifts[0]) / shard(weight, mesh, everywhere))
+
+    # Gradients of the micro-batches add up to the step's.
+    hyper = _hyper(objective, batch, z0, mesh)
     grads: Any = None
     sums: dict[str, jax.Array] = {}
-    scored: list[jax.Array] = []
+    logprobs: list[jax.Array] = []
     for rows, examples in batch.micros:
-        g, more, s = steps.gradient(
+        more_grads, more_sums, s = compiled.gradient(
             state.params,
             frozen,
-            put(rows, mesh, BATCH),
-            put(examples, mesh, PartitionSpec()),
+            shard(rows, mesh, BATCH),
+            shard(examples, mesh, everywhere),
             hyper,
         )
-        grads = g if grads is None else steps.add(grads, g)
-        sums = {name: sums[name] + value if name in sums else value for name, value in more.items()}
-        scored.append(s)
-    state, norm = steps.apply(state, grads, np.float32(rate), np.uint32(seed))
-    return state, sums | {"grad_norm": norm, "kl": baseline}, scored + drifts
+        grads = more_grads if grads is None else compiled.add(grads, more_grads)
+        sums = {name: sums[name] + x if name in sums else x for name, x in more_sums.items()}
+        logprobs.append(s)
+
+    # One update.
+    rate_and_seed = shard((np.float32(rate), np.uint32(seed)), mesh, everywhere)
+    state, norm = compiled.apply(state, grads, *rate_and_seed)
+    return state, sums | {"grad_norm": norm, "kl": z0}, logprobs + drifts
 
 
-def _finish(
-    pending: dict[str, Any], run: Run, counts: dict[str, float], live: Live, fall: Fall
-) -> None:
-    """Fetches a step's sums, checks them and shows its row."""
-    step, batch = pending["step"], pending["batch"]
-    row = summarise(
-        run.objective.kind, {k: float(v) for k, v in jax.device_get(pending["sums"]).items()}
+_clamp = jax.jit(kto_baseline)
+
+
+def _hyper(objective: Objective, batch: StepData, z0: jax.Array, mesh: Mesh) -> Hyper:
+    """The scalars of a step on the devices."""
+    o = objective
+    scalars = (
+        o.beta,
+        o.label_smoothing,
+        o.gamma,
+        o.nll_weight,
+        o.desirable_weight,
+        o.undesirable_weight,
+        0,
+        batch.total,
+        batch.chosen_tokens,
     )
-    check_finite(run.objective.kind, step, row, batch, pending["s"])
-    counts["tokens"] += batch.tokens
-    counts["positions"] += batch.positions
-    counts["filled"] += batch.filled
-    row |= {
-        "step": step,
-        "epoch": round(pending["epoch"], 6),
-        "learning_rate": pending["learning_rate"],
-        "num_tokens": int(counts["tokens"]),
-    }
-    live.show(row, batch)
-    if warning := fall(row):
-        live.warn(warning)
+    hyper = Hyper(*shard(tuple(map(np.float32, scalars)), mesh, PartitionSpec()))
+    return hyper._replace(z0=z0)
+
+
+class _Report:
+    """Fetches finished steps, checks them and shows their metrics."""
+
+    def __init__(self, run: Run, counts: Counts, monitor: TrainMonitor):
+        objective = run.objective
+        self._kind, self._counts, self._monitor = objective.kind, counts, monitor
+        self.displacement = LikelihoodDisplacement(
+            objective.beta, OBJECTIVE_KINDS[objective.kind].reference
+        )
+
+    def replay(self, folder: epath.Path) -> None:
+        """Reads the metrics of the steps before a restart, so that warnings are as without it."""
+        for row in read_metrics(folder / "metrics.jsonl"):
+            self.displacement(row)
+
+    def __call__(self, step: _Step) -> None:
+        """Waits for the step.
+
+        Raises:
+          FloatingPointError: its loss or gradient is not finite.
+        """
+        sums = {name: float(x) for name, x in jax.device_get(step.sums).items()}
+        row = summarise(self._kind, sums)
+        check_finite(self._kind, step.number, row, step.batch, jax.device_get(step.logprobs))
+        self._counts["tokens"] += step.batch.tokens
+        self._counts["positions"] += step.batch.positions
+        self._counts["filled"] += step.batch.filled
+        row |= {
+            "step": step.number,
+            "epoch": round(step.batch.epoch, 6),
+            "learning_rate": step.learning_rate,
+            "num_tokens": int(self._counts["tokens"]),
+        }
+        self._monitor.show(row, step.batch)
+        if warning := self.displacement(row):
+            self._monitor.warn(warning)
 
 
 def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
     """A step's metrics under TRL's names, from the sums over its micro-batches.
 
-    A step of examples may be one-sided: its loss and gradient are right as they are (`objectives.kto`); the means of
-    the side that is not there would be 0/0, so they and the margin are left out of its row.
+    A step of examples may be one-sided: its loss and gradient are right as they are
+    (`objectives.kto`); the means of the side that is not there would be 0/0, so they and the margin
+    are left out of its row.
     """
     row = {name: value for name, value in sums.items() if not name.startswith("count/")}
     if not OBJECTIVE_KINDS[kind].baseline:

@@ -1,4 +1,4 @@
-"""What a training step changes, and the optimizer that changes it."""
+"""The training state, and the optimizer and learning-rate schedule that update it."""
 
 import dataclasses
 import functools
@@ -18,25 +18,33 @@ from deltapref_jax.models.sharding import path_name, shardings
 
 
 class TrainState(NamedTuple):
-    """What is trained and its moments, sharded alike; the frozen base of adapters is no part of it."""
+    """Trained parameters and their optimizer state, sharded alike.
+
+    The frozen base weights of adapters are not part of it.
+    """
 
     params: nnx.State  # float32
     moments: Any  # optax state
 
 
 def round_randomly(x: Float[Array, "*n"], bits: UInt[Array, "*n"]) -> BFloat16[Array, "*n"]:
-    """float32 to one of its two bfloat16 neighbours, with the probabilities that make the mean `x`.
+    """Rounds float32 stochastically to bfloat16, so that the expected value is `x`.
 
     Args:
-      x: finite.
+      x: finite numbers.
       bits: uint32, uniform on 0 to 2¹⁶ - 1.
     """
-    whole = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits
-    return jax.lax.bitcast_convert_type((whole >> 16).astype(jnp.uint16), jnp.bfloat16)
+    # bfloat16 is the upper half of float32. The sum carries into it with probability lower / 2¹⁶.
+    total = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits
+    return jax.lax.bitcast_convert_type((total >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _rounded(mu: Any, nu: Any, seed: Any, count: Array) -> tuple[Any, Any]:
-    """Both moments in bfloat16; bits from (seed, step, path) alone, 16 each of one draw, whatever the mesh."""
+def _round_moments(mu: Any, nu: Any, seed: Any, count: Array) -> tuple[Any, Any]:
+    """Rounds both moments to bfloat16.
+
+    The random bits depend only on seed, step and parameter path, so they are the same on every
+    mesh. One draw of 32 bits serves both moments, with 16 bits each.
+    """
     key = jax.random.fold_in(jax.random.key(seed), count)
     bits = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.random.bits(
@@ -53,13 +61,23 @@ def _rounded(mu: Any, nu: Any, seed: Any, count: Array) -> tuple[Any, Any]:
 def scale_by_adam(
     b1: float, b2: float, eps: float, moments: str = "float32"
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction m̂ / (√v̂ + eps) (arXiv 1412.6980), with bias corrections that are right in float32.
+    """Adam's direction m̂ / (√v̂ + eps) (arXiv 1412.6980), with accurate bias corrections.
 
-    `optax.scale_by_adam` computes 1 - b2ᵗ as written, which has five right digits less than float32 in the first steps
-    (b2 = 0.999): enough to miss a reference run by ten times the noise. -expm1(t log b2) has them all.
+    `optax.scale_by_adam` computes 1 - b2ᵗ as written. With b2 = 0.999, cancellation costs it five
+    of float32's digits in the first steps, enough to miss a reference run by ten times the noise.
+    -expm1(t log b2) keeps them all.
 
-    In bfloat16 the moments are rounded at random: to the nearest, v would never move where a step changes it by less
-    than 2⁻⁹ of itself, which 1 - b2 = 0.001 always does once v is near g². Its update takes `seed`, uint32.
+    bfloat16 moments are rounded stochastically. Rounded to the nearest, v would never change by
+    less than 2⁻⁹ of itself, and with 1 - b2 = 0.001 every change is smaller once v is near g².
+
+    Args:
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the denominator.
+      moments: dtype of the moments, "float32" or "bfloat16".
+
+    Returns:
+      A transformation whose update takes the keyword `seed`, a uint32, for the rounding.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -75,27 +93,30 @@ def scale_by_adam(
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, nu, grads)
         c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
         direction = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu)
-        kept = (mu, nu) if moments == "float32" else _rounded(mu, nu, seed, count)
-        return direction, optax.ScaleByAdamState(count, *kept)
+        stored = (mu, nu) if moments == "float32" else _round_moments(mu, nu, seed, count)
+        return direction, optax.ScaleByAdamState(count, *stored)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW (arXiv 1711.05101) on gradients clipped by their global norm; the learning rate comes with each step."""
+    """AdamW (arXiv 1711.05101) on gradients clipped by their global norm.
 
-    clip: float = 1.0
+    The learning rate is an argument of each step.
+    """
+
+    clip: float = 1.0  # largest global norm
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    moments: str = "float32"  # or "bfloat16"
+    moments: str = "float32"  # dtype of the moments, or "bfloat16"
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        """The optax chain up to the learning rate. Decay is on matrices, not on norm weights.
+        """Returns the optax chain without the learning rate; norm weights are not decayed.
 
-        With bfloat16 moments its update takes a uint32 `seed`.
+        With bfloat16 moments, its update takes the keyword `seed`, a uint32.
         """
 
         def decayed(params: nnx.State) -> Any:
@@ -110,19 +131,26 @@ class Optimizer:
         )
 
 
-def start(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """A state at step 0 on `mesh`; `params`, those that are trained, are copied, not consumed."""
+def init_state(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Returns the state before the first step, sharded over `mesh`.
+
+    Args:
+      params: parameters to train; they are copied, not donated.
+      optimizer: the optimizer.
+      mesh: the mesh.
+    """
     transform = optimizer.transform()
-    place = shardings(params, mesh)
-    params = jax.tree.map(lambda x, s: _place(np.asarray(x), s), params, place)
+    params = jax.tree.map(
+        lambda x, s: _shard_float32(np.asarray(x), s), params, shardings(params, mesh)
+    )
     moments = jax.jit(
         transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh)
     )(params)
     return TrainState(params, moments)
 
 
-def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Each device gets a copy of its own part, float32: the whole never lies on one of them."""
+def _shard_float32(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Gives every device a float32 copy of its own part, so that none ever holds the whole."""
     return jax.make_array_from_callback(
         x.shape, sharding, lambda part: np.array(x[part], np.float32)
     )
@@ -131,27 +159,33 @@ def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def learning_rate(
     step: int, steps: int, peak: float, warmup: float, schedule: str, floor: float = 0.0
 ) -> float:
-    """Rate of step `step` (0 first): linear warm-up over ceil(warmup · steps) steps from 0, then the schedule.
+    """Returns the learning rate of a step.
+
+    It rises linearly from 0 during ceil(warmup · steps) steps, and then follows the schedule.
 
     Args:
-      step: 0 to steps - 1.
-      steps: of the whole run.
+      step: number of the step, 0 to steps - 1.
+      steps: number of steps of the whole run.
       peak: rate after warm-up.
-      warmup: share of the steps.
-      schedule: "linear" (to `floor` after the last step), "cosine" or "constant".
-      floor: share of the peak that the decay ends at.
+      warmup: share of the steps, 0 to 1.
+      schedule: "linear", "cosine" or "constant".
+      floor: share of the peak that the decay would reach at step `steps`.
     """
-    ramp = -int(-warmup * steps // 1)
-    if step < ramp:
-        return peak * step / ramp
+    warmup_steps = -int(-warmup * steps // 1)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
     if schedule == "constant":
         return peak
-    return float(_decay(max(steps - ramp, 1), peak, schedule, floor)[step - ramp])
+    return float(_decay(max(steps - warmup_steps, 1), peak, schedule, floor)[step - warmup_steps])
 
 
 @functools.lru_cache(maxsize=8)
 def _decay(steps: int, peak: float, schedule: str, floor: float) -> np.ndarray:
-    """Rates of all steps after warm-up: one by one the host would wait for the device at every step."""
+    """Returns the rates of all steps after warm-up.
+
+    They are computed at once, because optax schedules run on the device, and the host would wait
+    for it at every step.
+    """
     decay = {
         "linear": optax.linear_schedule(peak, floor * peak, steps),
         "cosine": optax.cosine_decay_schedule(peak, steps, floor),

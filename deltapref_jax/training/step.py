@@ -1,8 +1,9 @@
 """The compiled step: gradients of micro-batches are summed, then applied once.
 
-Everything that differs between arms of one objective and shape (learning rate, beta, weights, KTO's z0, the step's
-size) is an argument, so all of them share one compilation. Every loss is a sum over the micro-batch divided by the
-*step's* pairs, examples or tokens: micro-batches, packing and devices do not change it.
+Everything that differs between arms of one objective and shape (learning rate, beta, weights, KTO's
+z0, the step's size) is an argument, so all of them share one compilation. Every loss is a sum over
+the micro-batch divided by the *step's* pairs, examples or tokens: micro-batches, packing and
+devices do not change it.
 """
 
 import functools
@@ -16,11 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS
-from deltapref_jax.models.lora import divide
+from deltapref_jax.models.lora import partition
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.logprobs import scorer, sequence_logprobs
+from deltapref_jax.scoring.logprobs import logprob_fn, sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, TrainState
@@ -30,10 +31,10 @@ Sums = dict[str, Array]
 
 
 class Examples(NamedTuple):
-    """What the loss needs besides the log-probabilities; one entry per pair (DPO) or example (KTO, SFT), padded.
+    """What the loss needs besides log-probabilities: one entry per pair or example, padded.
 
-    `first` is the place of a pair's chosen sequence in [S], or the example's; `second` the rejected one's (0 where
-    there is none). `weight` is 1, and 0 for padding.
+    `first` is the index in [S] of a pair's chosen sequence, or of the example's; `second` that of
+    the rejected one (0 where there is none). `weight` is 1, and 0 for padding.
     """
 
     first: Any  # int32 [P], index into [S]
@@ -45,7 +46,10 @@ class Examples(NamedTuple):
 
 
 def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
-    """The pair's loss, plus `nll_weight` times the token mean of -log p over the step's chosen (arXiv 2404.19733)."""
+    """The pair's loss plus `nll_weight` times the negative log-likelihood of the chosen.
+
+    The likelihood is a mean over the target tokens of the step's chosen (arXiv 2404.19733).
+    """
     given = OBJECTIVE_KINDS[kind].reference
     c, r = (
         (s[e.first] - e.first_ref, s[e.second] - e.second_ref)
@@ -106,19 +110,17 @@ _UNITS: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Su
 class Programs(NamedTuple):
     """The compiled functions of one objective and shape.
 
-    Parameters are in two parts (`lora.divide`): trained and frozen. Gradients and moments are of the first alone;
-    the second is empty in full fine-tuning, and the base of adapters otherwise.
+    Parameters are in two parts (`lora.partition`): trained and frozen. Gradients and moments are of
+    the first alone; the second is empty in full fine-tuning, and the base of adapters otherwise.
     """
 
-    gradient: Callable[
-        ..., Any
-    ]  # (trained, frozen, batch, examples, hyper) -> (grads, sums, [S] log-probabilities)
+    # (trained, frozen, batch, examples, hyper) -> (grads, sums, log-probabilities [S])
+    gradient: Callable[..., Any]
     add: Callable[..., Any]  # (grads, more grads) -> grads
-    apply: Callable[
-        ..., Any
-    ]  # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
+    # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
+    apply: Callable[..., Any]
     logprobs: Callable[..., Any]  # (both in one, batch) -> ([S] sums, [S] counts)
-    place: Any  # shardings of the whole TrainState
+    state_shardings: Any  # shardings of the whole TrainState
 
 
 @functools.cache
@@ -132,12 +134,14 @@ def programs(
     remat: str = "none",
     adapters: Adapters = NO_ADAPTERS,
 ) -> Programs:
-    """Compiles once per model shape, objective, optimizer, row shape and mesh, for the life of the process."""
+    """Compiles once per model shape, objective, optimizer, row shape and mesh, in one process."""
     transform = optimizer.transform()
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
-    params_shape, frozen_shape = divide(shapes, adapters)
+    params_shape, frozen_shape = partition(shapes, adapters)
     params_place, frozen_place = shardings(params_shape, mesh), shardings(frozen_shape, mesh)
-    place = TrainState(params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh))
+    state_shardings = TrainState(
+        params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh)
+    )
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
     def gradient(
@@ -172,9 +176,9 @@ def programs(
         apply=jax.jit(
             apply,
             donate_argnums=0,
-            in_shardings=(place, params_place, everywhere, everywhere),
-            out_shardings=(place, everywhere),
+            in_shardings=(state_shardings, params_place, everywhere, everywhere),
+            out_shardings=(state_shardings, everywhere),
         ),
-        logprobs=scorer(spec, dtype, segments, mesh, adapters),
-        place=place,
+        logprobs=logprob_fn(spec, dtype, segments, mesh, adapters),
+        state_shardings=state_shardings,
     )

@@ -1,4 +1,4 @@
-"""TRL's part of `launch.bench_train`, run by the interpreter of an environment that has `trl` and `torch`."""
+"""TRL's contender in `launch.bench_train`, run by an environment with `trl` and `torch`."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step, and of the reference passes before the first."""
+    """Records the seconds and the loss of every step."""
 
     def __init__(self) -> None:
         self.began = 0.0
@@ -21,28 +21,28 @@ class Clock(TrainerCallback):
         self.losses: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Before the data of the first step are collated."""
+        """Starts the clock before the data of the first step are collated."""
         self.began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Behind the optimizer."""
+        """Records the seconds of a step, after its optimizer update."""
         now = time.perf_counter()
         self.seconds.append(now - self.began)
         self.began = now
 
     def on_log(self, *_: Any, **more: Any) -> None:
-        """One row a step."""
+        """Records the loss, which is logged at every step."""
         if "loss" in more["logs"]:
             self.losses.append(more["logs"]["loss"])
 
 
 def words(ids: list[int], end: str = "") -> str:
-    """Ids as the bench's tokenizer spells them."""
+    """Returns ids as words of the benchmark's tokenizer."""
     return " ".join([*(f"w{i}" for i in ids), end]).strip()
 
 
 def main(c: dict[str, Any]) -> dict[str, Any]:
-    """Steps of `c["pairs"]` pairs through DPOTrainer or KTOTrainer; text in, as users have it."""
+    """Trains steps of `c["pairs"]` pairs with DPOTrainer or KTOTrainer, from text as users do."""
     torch.set_num_threads(c["threads"])
     folder = Path(c["folder"])
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
@@ -82,15 +82,15 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
     )
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    clock, spent = Clock(), 0.0
+    clock, reference_seconds = Clock(), 0.0
     precompute = trainer._precompute_ref_logps
 
     def timed(*args: Any, **more: Any) -> Any:
-        nonlocal spent
+        nonlocal reference_seconds
         began = time.perf_counter()
-        found = precompute(*args, **more)
-        spent += time.perf_counter() - began
-        return found
+        result = precompute(*args, **more)
+        reference_seconds += time.perf_counter() - began
+        return result
 
     trainer._precompute_ref_logps = timed
     trainer(
@@ -103,7 +103,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     return {
         "step_seconds": clock.seconds,
         "loss": clock.losses,
-        "reference_seconds": spent / len(clock.seconds),
+        "reference_seconds": reference_seconds / len(clock.seconds),
     }
 
 

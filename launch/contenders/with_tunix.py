@@ -1,4 +1,4 @@
-"""Tunix's part of `launch.bench_train`, run by the interpreter of an environment that has `google-tunix`."""
+"""Tunix's contender in `launch.bench_train`, run by an environment with `google-tunix`."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ from tunix.models.llama3 import params as weights
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
 
 
-class Timed(DPOTrainer):
-    """Seconds of every step."""
+class TimedTrainer(DPOTrainer):
+    """A DPOTrainer that records when each step ends."""
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
@@ -29,7 +29,7 @@ class Timed(DPOTrainer):
 
 
 def padded(rows: list[list[int]], size: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [P, size] and their mask."""
+    """Pads ids to [P, size]; returns them and their mask, both int32."""
     ids, mask = np.ones((len(rows), size), np.int32), np.zeros((len(rows), size), np.int32)
     for i, row in enumerate(rows):
         at = slice(size - len(row), size) if left else slice(0, len(row))
@@ -38,7 +38,10 @@ def padded(rows: list[list[int]], size: int, left: bool) -> tuple[np.ndarray, np
 
 
 def main(c: dict[str, Any]) -> dict[str, Any]:
-    """Steps of `c["pairs"]` pairs through DPOTrainer, padded to the longest prompt and completion of the data."""
+    """Trains steps of `c["pairs"]` pairs with DPOTrainer.
+
+    All are padded to the longest prompt and completion of the data.
+    """
     folder = Path(c["folder"])
     h = json.loads((folder / "model" / "config.json").read_text())
     config = llama.ModelConfig(
@@ -56,15 +59,15 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     )
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    part, accumulate = c["pairs"] // c["accumulate"], c["accumulate"]
+    micro_batch, accumulate = c["pairs"] // c["accumulate"], c["accumulate"]
     prompt = max(len(r["prompt"]) for r in rows)
     answer = max(len(r[side]) for r in rows for side in ("chosen", "rejected"))
 
-    def batch(some: list[dict[str, list[int]]]) -> TrainingInput:
+    def batch(pairs: list[dict[str, list[int]]]) -> TrainingInput:
         return TrainingInput(
-            *padded([r["prompt"] for r in some], prompt, True),
-            *padded([r["chosen"] for r in some], answer, False),
-            *padded([r["rejected"] for r in some], answer, False),
+            *padded([r["prompt"] for r in pairs], prompt, True),
+            *padded([r["chosen"] for r in pairs], answer, False),
+            *padded([r["rejected"] for r in pairs], answer, False),
         )
 
     with jax.set_mesh(mesh):
@@ -72,7 +75,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
             weights.create_model_from_safe_tensors(str(folder / "model"), config, mesh, jnp.float32)
             for _ in range(2)
         )
-        trainer = Timed(
+        trainer = TimedTrainer(
             policy,
             reference,
             optax.adamw(c["learning_rate"], weight_decay=0.0),
@@ -84,7 +87,9 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
                 pbar_description=None,
             ),
         )
-        trainer.train([batch(rows[at : at + part]) for at in range(0, len(rows), part)], None)
+        trainer.train(
+            [batch(rows[at : at + micro_batch]) for at in range(0, len(rows), micro_batch)], None
+        )
     ends = trainer.ends[::accumulate]
     return {"step_seconds": np.diff(ends).tolist(), "loss": [], "reference_seconds": 0.0}
 

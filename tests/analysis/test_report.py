@@ -1,17 +1,20 @@
-"""The page of a small study: self-contained, escaped, complete, and its sentences follow the numbers."""
+"""The page of a small study is self-contained, escaped, complete, and follows the numbers."""
 
 import dataclasses
+import html
 import json
+import math
 import re
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from deltapref_jax.analysis.findings import judge_sentence, outcome
+from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary
 from deltapref_jax.analysis.report import draw, render, terminal_table
-from deltapref_jax.analysis.study import Study
-from deltapref_jax.analysis.summary import summarise
+from deltapref_jax.analysis.statistics import Estimate
+from deltapref_jax.analysis.study import ArtifactRecord, Study
+from deltapref_jax.analysis.summary import plain, summarise, summary_json
 from deltapref_jax.config import (
     DIMENSIONS,
     Arm,
@@ -22,32 +25,31 @@ from deltapref_jax.config import (
     Prompts,
     Suite,
 )
-from deltapref_jax.records import AUDIT, PAIR, PROMPT, RATING, RESULT, TRACE, VERDICT, digest
+from deltapref_jax.records import (
+    Audit,
+    Pair,
+    Prompt,
+    Rating,
+    Result,
+    Trace,
+    Verdict,
+    digest,
+    to_table,
+)
 
 QUESTIONS = [f"q{i}" for i in range(12)]
 NASTY = "</script><b>bold</b> & 'quoted'"
-
-
-def made(schema, rows):
-    return pa.Table.from_pylist(rows, schema=schema)
+GENERATORS = {"weak": 2.0, "mid": 3.0, "strong": 4.0}  # rating of the first trace
+DOMAINS = ("in", "out")
 
 
 def evaluated(p, seed):
     right = np.random.default_rng(seed).random((2, 40, 2)) < p
-    return made(
-        RESULT,
+    return to_table(
+        Result,
         [
-            {
-                "suite": f"{d}-suite",
-                "domain": d,
-                "task": "t",
-                "prompt_id": f"{q}",
-                "sample": s,
-                "correct": bool(right[i, q, s]),
-                "finish": "eos" if s else "length",
-                "tokens": 9,
-            }
-            for i, d in enumerate(("in", "out"))
+            Result(f"{d}-suite", d, "t", f"{q}", s, bool(right[i, q, s]), ("length", "eos")[s], 9)
+            for i, d in enumerate(DOMAINS)
             for q in range(40)
             for s in range(2)
         ],
@@ -55,39 +57,27 @@ def evaluated(p, seed):
 
 
 def traces(name):
-    return made(
-        TRACE,
+    ids = np.array([1])
+    return to_table(
+        Trace,
         [
-            {
-                "trace_id": f"{name}-{q}",
-                "prompt_id": q,
-                "generator": name,
-                "weights": "w",
-                "sample": 0,
-                "text": NASTY if q == "q0" else f"{name} says {q}",
-                "token_ids": [1],
-                "finish": "eos",
-                "logprob": -1.0,
-                "tokens": 3,
-            }
+            Trace(f"{name}-{q}", q, name, "w", 0, text, ids, "eos", -1.0, 3)
             for q in QUESTIONS
+            for text in [NASTY if q == "q0" else f"{name} says {q}"]
         ],
     )
 
 
+def verdicts(name):
+    return to_table(Verdict, [Verdict(f"{name}-{q}", name != "weak", "1", "") for q in QUESTIONS])
+
+
 def ratings(judge, name, points):
-    return made(
-        RATING,
+    five = [0.0, 0.0, 0.0, 0.0, 1.0]
+    return to_table(
+        Rating,
         [
-            {
-                "trace_id": f"{name}-{q}",
-                "judge": judge,
-                "dimension": d,
-                "rating": points + i / 20,
-                "spread": 0.0,
-                "mass": 1.0,
-                "distribution": [0, 0, 0, 0, 1.0],
-            }
+            Rating(f"{name}-{q}", judge, d, points + i / 20, 0.0, 1.0, five)
             for i, q in enumerate(QUESTIONS)
             for d in DIMENSIONS
         ],
@@ -95,38 +85,31 @@ def ratings(judge, name, points):
 
 
 def pairs(chosen):
-    return made(
-        PAIR,
+    return to_table(
+        Pair,
         [
-            {
-                "pair_id": digest(chosen, q),
-                "prompt_id": q,
-                "chosen_id": f"{chosen}-{q}",
-                "rejected_id": f"weak-{q}",
-                "chosen_model": chosen,
-                "rejected_model": "weak",
-                "chosen_rating": None,
-                "rejected_rating": None,
-                "chosen_correct": True,
-                "rejected_correct": False,
-            }
+            Pair(
+                pair_id=digest(chosen, q),
+                prompt_id=q,
+                chosen_id=f"{chosen}-{q}",
+                rejected_id=f"weak-{q}",
+                chosen_model=chosen,
+                rejected_model="weak",
+                chosen_rating=None,
+                rejected_rating=None,
+                chosen_correct=True,
+                rejected_correct=False,
+            )
             for q in QUESTIONS
         ],
     )
 
 
 def audited(judge, blind):
-    return made(
-        AUDIT,
+    return to_table(
+        Audit,
         [
-            {
-                "prompt_id": f"{q}",
-                "judge": judge,
-                "target": "" if g == 0 else d,
-                "degree": g,
-                "dimension": d,
-                "rating": 3.0 if d in blind else 5.0 - g,
-            }
+            Audit(f"{q}", judge, d if g else "", g, d, 3.0 if d in blind else 5.0 - g)
             for q in range(6)
             for d in DIMENSIONS
             for g in range(3)
@@ -134,53 +117,38 @@ def audited(judge, blind):
     )
 
 
-@pytest.fixture
-def study():
-    names = {"weak": 2.0, "mid": 3.0, "strong": 4.0}
-    experiment = Experiment(
+def tiny_experiment():
+    strong = Arm(chosen="strong", rejected="weak")
+    half = dataclasses.replace(strong, fraction=0.5, group="selection")
+    return Experiment(
         name="tiny",
         question="Does it <count>?",
         about="A small world.",
         prompts=(Prompts(tasks=("chain",), count=12),),
-        generators=tuple(Generator(name=n, about=f"{n} one") for n in names),
+        generators=tuple(Generator(name=n, about=f"{n} one") for n in GENERATORS),
         judges=(Judge(name="exact"), Judge(name="model", kind="model")),
         objectives=(Objective(name="dpo"), Objective(name="sft", kind="sft")),
         arms=(
-            *(Arm(name=f"dpo-{n}", chosen=n, rejected="weak") for n in ("mid", "strong")),
-            Arm(
-                name="top",
-                chosen="strong",
-                rejected="weak",
-                keep="top",
-                fraction=0.5,
-                group="selection",
-            ),
-            Arm(
-                name="random",
-                chosen="strong",
-                rejected="weak",
-                keep="random",
-                fraction=0.5,
-                group="selection",
-            ),
-            Arm(name="sft", chosen="strong", rejected="weak", objective="sft", group="control"),
+            Arm(name="dpo-mid", chosen="mid", rejected="weak"),
+            dataclasses.replace(strong, name="dpo-strong"),
+            dataclasses.replace(half, name="top", keep="top"),
+            dataclasses.replace(half, name="random", keep="random"),
+            dataclasses.replace(strong, name="sft", objective="sft", group="control"),
         ),
         suites=tuple(
             Suite(name=f"{d}-suite", domain=d, prompts=Prompts(tasks=("shop",), count=40))
-            for d in ("in", "out")
+            for d in DOMAINS
         ),
     )
-    asked = made(
-        PROMPT,
+
+
+@pytest.fixture
+def study():
+    experiment = tiny_experiment()
+    asked = to_table(
+        Prompt,
         [
-            {
-                "prompt_id": q,
-                "task": "chain",
-                "messages": json.dumps([{"role": "user", "content": q}]),
-                "answer": "1",
-                "checker": "world",
-                "meta": "{}",
-            }
+            Prompt(q, "chain", json.dumps([{"role": "user", "content": q}]), "1", "world", "{}")
             for q in QUESTIONS
         ],
     )
@@ -196,64 +164,105 @@ def study():
         }
         for i in range(8)
     ]
+    arms = {a.name: a for a in experiment.arms}
     return Study(
-        experiment=json.loads(json.dumps(dataclasses.asdict(experiment))),
+        experiment=experiment,
         prompts=asked,
-        suites={f"{d}-suite": asked for d in ("in", "out")},
-        traces={n: traces(n) for n in names},
-        verdicts={
-            n: made(
-                VERDICT,
-                [
-                    {"trace_id": f"{n}-{q}", "correct": n != "weak", "answer": "1", "note": ""}
-                    for q in QUESTIONS
-                ],
-            )
-            for n in names
+        suites={f"{d}-suite": asked for d in DOMAINS},
+        traces={n: traces(n) for n in GENERATORS},
+        verdicts={n: verdicts(n) for n in GENERATORS},
+        ratings={
+            j: {n: ratings(j, n, p) for n, p in GENERATORS.items()} for j in ("exact", "model")
         },
-        ratings={j: {n: ratings(j, n, p) for n, p in names.items()} for j in ("exact", "model")},
         audits={"exact": audited("exact", ()), "model": audited("model", ("numerical_precision",))},
-        pairs={a.name: pairs(a.chosen) for a in experiment.arms},
-        results={
-            a.name: {"0": evaluated(0.9 if a.name == "dpo-strong" else 0.4, 7)}
-            for a in experiment.arms
-        },
+        pairs={name: pairs(a.chosen) for name, a in arms.items()},
+        results={name: {0: evaluated(0.9 if name == "dpo-strong" else 0.4, 7)} for name in arms},
         student=evaluated(0.4, 7),
-        capability={n: evaluated(p, 3) for n, p in zip(names, (0.2, 0.5, 0.9), strict=True)},
-        metrics={f"{a.name}/0": metrics for a in experiment.arms},
-        manifests={
-            "prompts": {
-                "key": "k",
-                "stage": "prompts",
-                "seconds": 2.0,
-                "versions": {"jax": "1"},
-                "stats": {"rows": 12.0, "duplicate": 3.0},
-            }
-        },
+        capability={n: evaluated(p, 3) for n, p in zip(GENERATORS, (0.2, 0.5, 0.9), strict=True)},
+        metrics={name: {0: metrics} for name in arms},
+        pair_counts={name: {"prompts": 12.0, "pool": 12.0, "chosen_tokens": 3.5} for name in arms},
+        artifacts=[
+            ArtifactRecord("prompts", "prompts", "k", 2.0, {"rows": 12.0, "duplicate": 3.0}),
+            ArtifactRecord("prompts", "suite/in-suite", "k", 2.0, {"rows": 12.0, "duplicate": 3.0}),
+            ArtifactRecord(
+                "judge", "judge/model/weak", "j", 6.0, {"positions": 8.0, "filled": 6.0}
+            ),
+        ],
+        versions={"jax": "1"},
     )
 
 
 def test_numbers_and_sentences(study):
     s = summarise(study)
-    json.dumps(s, allow_nan=False)
-    arms = {a["name"]: a for a in s["arms"]}
-    assert arms["dpo-strong"]["in"]["change"][1] > 0
-    assert arms["sft"]["in"]["change"][0] == 0
-    assert arms["dpo-strong"]["sample_delta"] == pytest.approx({"exact": 2.0, "model": 2.0})
-    assert {(c["a"], c["b"], c["kind"]) for c in s["contrasts"]} == {
+    arms = {a.name: a for a in s.arms}
+    assert arms["dpo-strong"].changes["in"].change.low > 0
+    assert arms["sft"].changes["in"].change.value == 0
+    assert arms["dpo-strong"].sample_delta == pytest.approx({"exact": 2.0, "model": 2.0})
+    assert arms["top"].pair_judge == "exact" and arms["random"].pair_judge == ""
+    assert arms["top"].waterfall == {"prompts": 12, "pool": 12}
+    assert arms["top"].strata == {
+        "right_right": 0,
+        "right_wrong": 100,
+        "wrong_right": 0,
+        "wrong_wrong": 0,
+    }
+    assert {(c.a, c.b, c.kind) for c in s.contrasts} == {
         ("top", "random", "random"),
         ("top", "dpo-strong", "all"),
     }
-    text = " ".join(f["text"] for f in s["findings"])
+    assert {(c.a, c.b) for c in s.controls} == {("sft", "dpo-strong")}
+    text = " ".join(f.text for f in s.findings)
     assert "no effect detected" in text and "an effect of" in text
     assert "fell together" in text
     assert any(
         "Judge model cannot carry a conclusion on numerical precision" in t
-        for t in s["judge_sentences"]
+        for t in s.judge_sentences
     )
-    assert {(d["where"], d["what"], d["count"]) for d in s["dropped"]} == {
-        ("prompts", "duplicate", 3)
+
+
+def test_an_artifact_of_two_labels_counts_once(study):
+    s = summarise(study)
+    assert [(d.where, d.what, d.count) for d in s.dropped] == [("prompts", "duplicate", 3)]
+    assert [(x.stage, x.artifacts, x.share, x.padding) for x in s.stages] == [
+        ("judge", 1, 75.0, 25.0),
+        ("prompts", 1, 25.0, None),
+    ]
+
+
+def test_json_has_the_fields_of_a_summary_and_null_for_nan(study):
+    s = summarise(study)
+    written = json.loads(summary_json(s))
+    arm = next(a for a in written["arms"] if a["name"] == "top")
+    assert (arm["keep"], arm["seeds"], arm["training"]["kl"]) == ("top", 1, None)
+    assert arm["in"]["change"] == list(s.arms[2].changes["in"].change)
+    assert written["student"].keys() == {"in", "out", "truncated", "tokens"}
+    assert written["judges"][0]["auc"]["factuality"] == [1.0, 1.0, 1.0]
+    assert plain(Evaluation({"in": Estimate(1.0, 0.0, math.nan)}, 2.0, math.inf)) == {
+        "in": [1.0, 0.0, None],
+        "truncated": 2.0,
+        "tokens": None,
     }
+
+
+def test_a_pair_of_an_unknown_trace_is_an_error(study):
+    known = study.pairs["top"]
+    study.pairs["top"] = known.set_column(2, "chosen_id", [["nobody"] * known.num_rows])
+    with pytest.raises(KeyError, match="nobody"):
+        summarise(study)
+
+
+def test_a_study_that_only_sampled_has_a_page(study):
+    bare = dataclasses.replace(
+        study, student=None, ratings={}, audits={}, pairs={}, results={}, capability={}, metrics={}
+    )
+    s = summarise(bare)
+    assert (s.student, s.arms, s.judges, s.findings) == (None, [], [], [])
+    assert [(g.name, g.traces, g.evaluation) for g in s.generators] == [
+        (n, 12, None) for n in GENERATORS
+    ]
+    page = render(bare, s, draw(bare, s), {})
+    assert "there is nothing to conclude yet" in page
+    assert terminal_table(json.loads(summary_json(s))).row_count == 0
 
 
 def test_page_is_self_contained_and_escaped(study):
@@ -266,27 +275,39 @@ def test_page_is_self_contained_and_escaped(study):
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[
         1
     ]
-    assert any(p["chosen"]["text"] == NASTY for p in json.loads(data))
+    shown = json.loads(data)
+    assert any(p["chosen"]["text"] == NASTY for p in shown)
+    assert {arm for p in shown for arm in p["arms"]} == {a.name for a in s.arms}
     assert "<b>bold</b>" not in page
-    table = terminal_table(s)
-    assert table.row_count == 1 + len(s["arms"])
+    config = json.loads(html.unescape(re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)[-1]))
+    assert config["generators"][0]["name"] == "weak"
+    assert not config.keys() & {"workspace", "trackers", "table"}
+    table = terminal_table(json.loads(summary_json(s)))
+    assert table.row_count == 1 + len(s.arms)
 
 
 def test_outcome_says_what_was_not_detected():
-    assert outcome([3.0, 1.0, 5.0]) == "+3.0 [+1.0, +5.0] points"
-    assert outcome([1.0, -1.96, 3.96]) == (
+    assert outcome(Estimate(3.0, 1.0, 5.0)) == "+3.0 [+1.0, +5.0] points"
+    assert outcome(Estimate(1.0, -1.96, 3.96)) == (
         "no effect detected (+1.0 [-2.0, +4.0]; an effect of 4.2 points would have been)"
     )
 
 
 def test_what_a_judge_may_be_used_for():
-    auc = {d: [0.9, 0.8, 1.0] for d in DIMENSIONS}
-    base = {"name": "j", "kind": "model", "auc": auc, "auc_mean": 0.9, "useless": []}
-    assert "in every dimension" in judge_sentence(base, True)
-    weak = base | {"auc": auc | {"factuality": [0.7, 0.6, 0.8]}}
+    auc = {d: Estimate(0.9, 0.8, 1.0) for d in DIMENSIONS}
+    nan = Estimate(math.nan, math.nan, math.nan)
+
+    def sentence(audit, has_exact=True):
+        judge = JudgeSummary("j", "model", 1, DIMENSIONS, {}, 1.0, nan, math.nan, math.nan, audit)
+        return judge_sentence(judge, has_exact)
+
+    good = JudgeAudit(auc, 0.9, {}, [])
+    assert "in every dimension (lowest AUC 0.90; 0.8 was wanted)" in sentence(good)
+    weak = dataclasses.replace(good, auc=auc | {"factuality": Estimate(0.7, 0.6, 0.8)})
     assert (
-        judge_sentence(weak, True)
-        == "Judge j is usable but weak, with an AUC below 0.8, on factuality (0.70)."
+        sentence(weak) == "Judge j is usable but weak, with an AUC below 0.8, on factuality (0.70)."
     )
-    blind = base | {"auc_mean": 0.55, "useless": list(DIMENSIONS)}
-    assert judge_sentence(blind, True).endswith("below 0.65. The exact judge carries it.")
+    blind = dataclasses.replace(good, auc_mean=0.55, useless=list(DIMENSIONS))
+    assert sentence(blind).endswith("below 0.65. The exact judge carries it.")
+    assert sentence(blind, has_exact=False).endswith("below 0.65.")
+    assert "was not measured" in sentence(None)

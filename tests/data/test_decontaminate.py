@@ -2,11 +2,12 @@ import json
 import random
 
 from deltapref_jax.data.decontaminate import NGRAM, overlapping, words
+from deltapref_jax.records import Prompt
 
 
-def row(name, text, before=()):
+def prompt(name, text, before=()):
     messages = [*before, {"role": "user", "content": text}]
-    return {"prompt_id": name, "messages": json.dumps(messages)}
+    return Prompt(name, "task", json.dumps(messages), "", "", "{}")
 
 
 def numbered(a, b):
@@ -18,25 +19,25 @@ def test_words_ignore_case_punctuation_and_spacing():
 
 
 def test_exact_overlap_after_normalising_whatever_the_length():
-    evaluation = [row("e", "What is 2 + 2?")]
+    evaluation = [prompt("e", "What is 2 + 2?")]
     training = [
-        row("same", "what is 2+2"),
-        row("other", "What is 2 + 3?"),
-        row("longer", "So what is 2 + 2?"),
-        row("with system", "What is 2 + 2?", [{"role": "system", "content": "Be brief."}]),
+        prompt("same", "what is 2+2"),
+        prompt("other", "What is 2 + 3?"),
+        prompt("longer", "So what is 2 + 2?"),
+        prompt("with system", "What is 2 + 2?", [{"role": "system", "content": "Be brief."}]),
     ]
     assert overlapping(training, evaluation) == {"same": "exact", "with system": "exact"}
 
 
 def test_thirteen_words_in_a_row_overlap_and_twelve_do_not():
     assert NGRAM == 13
-    evaluation = [row("e", numbered(0, 40))]
+    evaluation = [prompt("e", numbered(0, 40))]
     training = [
-        row("12", "x " + numbered(7, 19) + " y"),
-        row("13", "x " + numbered(7, 20) + " y"),
-        row("start", numbered(0, 13) + " y"),
-        row("end", "x " + numbered(27, 40)),
-        row("apart", numbered(0, 12) + " x " + numbered(12, 24)),
+        prompt("12", "x " + numbered(7, 19) + " y"),
+        prompt("13", "x " + numbered(7, 20) + " y"),
+        prompt("start", numbered(0, 13) + " y"),
+        prompt("end", "x " + numbered(27, 40)),
+        prompt("apart", numbered(0, 12) + " x " + numbered(12, 24)),
     ]
     assert overlapping(training, evaluation) == {
         "13": "13-gram",
@@ -46,7 +47,7 @@ def test_thirteen_words_in_a_row_overlap_and_twelve_do_not():
 
 
 def test_short_evaluation_question_inside_a_long_one_is_no_overlap():
-    assert overlapping([row("t", numbered(0, 30))], [row("e", numbered(3, 15))]) == {}
+    assert overlapping([prompt("t", numbered(0, 30))], [prompt("e", numbered(3, 15))]) == {}
 
 
 def test_agrees_with_a_direct_search():
@@ -61,7 +62,7 @@ def test_agrees_with_a_direct_search():
         )
 
     found = overlapping(
-        [row(str(i), t) for i, t in enumerate(training)], [row("", e) for e in evaluation]
+        [prompt(str(i), t) for i, t in enumerate(training)], [prompt("", e) for e in evaluation]
     )
     assert set(found) == {str(i) for i, t in enumerate(training) if overlaps(t)}
     assert 0 < len(found) < 60

@@ -1,4 +1,4 @@
-"""Formats to token ids: TRL's goldens, formats known by their columns, a sentence for a broken row, a length rule."""
+"""Formats to token ids: TRL's goldens, every format and place, broken rows, the length limit."""
 
 import functools
 import json
@@ -12,9 +12,10 @@ import pytest
 
 from deltapref_jax.config import ConfigError, Pairs
 from deltapref_jax.data.blocks import BLOCK, json_row
-from deltapref_jax.data.preferences import cut, limit, read_preferences
-from deltapref_jax.text.preference import tokenise
-from deltapref_jax.text.template import Text
+from deltapref_jax.data.preferences import LengthLimit, cut, limit_lengths, read_sequences
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.text.preference import Example, tokenise
+from deltapref_jax.text.template import ChatTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "data"
 CASES = json.loads((GOLDEN / "data_goldens.json").read_text())["cases"]
@@ -24,7 +25,7 @@ GOOD, BAD = ([{"role": "assistant", "content": c}] for c in ("four.", "the dog."
 
 @functools.cache
 def text(name="tokenizer_plain"):
-    return Text.load(str(GOLDEN / name))
+    return ChatTokenizer.load(str(GOLDEN / name))
 
 
 def write(rows, path):
@@ -35,16 +36,21 @@ def write(rows, path):
     return str(path)
 
 
-def read(path, tokenizer="tokenizer_plain", unpair=False, **options):
-    return read_preferences(
-        Pairs(str(path), **options), functools.partial(tokenise, text(tokenizer)), unpair
-    )
+ANY = LengthLimit(1000, "error")
+
+
+def read(path, tokenizer="tokenizer_plain", kind="dpo", limit=ANY, workers=-1, **options):
+    return read_sequences(Pairs(str(path), **options), text(tokenizer), kind, limit, workers)
+
+
+def sequence(prompt, completion, **options):
+    return TokenSequence(np.array(prompt, np.int32), np.array(completion, np.int32), **options)
 
 
 def ids(groups):
     """Groups as plain lists: prompt, completions, first label."""
     return [
-        (g[0]["prompt_ids"].tolist(), *(r["completion_ids"].tolist() for r in g), g[0]["desirable"])
+        (g[0].prompt_ids.tolist(), *(s.completion_ids.tolist() for s in g), g[0].desirable)
         for g in groups
     ]
 
@@ -63,47 +69,63 @@ def name_of(case):
     return f"{case['trainer']}-{case['name']}-{case['tokenizer'][10:]}-{case['max_length']}"
 
 
+def wanted_pairs(case):
+    return [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"], True) for e in case["examples"]]
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c["trainer"] == "dpo"], ids=name_of)
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_goldens_of_pairs(case, ending, tmp_path):
-    found = read(write(case["rows"], tmp_path / f"rows.{ending}"), case["tokenizer"])
-    length = case["max_length"] or 1000
+    path = write(case["rows"], tmp_path / f"rows.{ending}")
+    if case["name"] == "empty_completion":  # TRL trains on the end token; we drop the pair
+        with pytest.raises(
+            ConfigError, match="^All 1 pairs or examples of .* have an empty answer"
+        ):
+            read(path, case["tokenizer"])
+        asked = [Example(r["prompt"], (r["chosen"], r["rejected"])) for r in case["rows"]]
+        got = [
+            (t.prompt.tolist(), *(c.tolist() for c in t.completions), True)
+            for t in tokenise(text(case["tokenizer"]), asked)
+        ]
+        assert got == wanted_pairs(case)
+        return
+    found = read(path, case["tokenizer"])
+    limit = LengthLimit(case["max_length"] or 1000, "truncate", case["truncation_mode"])
     if not case["kept"]:
         with pytest.raises(
             ConfigError,
             match=r"^None of the 1 pairs or examples is left: .* 1 have no answer within",
         ):
-            limit(found, length, "truncate", case["truncation_mode"])
+            read(path, case["tokenizer"], limit=limit)
         return
-    want = [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"], True) for e in case["examples"]]
-    assert ids(found.groups) == want
-    kept, _ = limit(found, length, "truncate", case["truncation_mode"])
+    assert ids(found.groups) == wanted_pairs(case)
+    assert all(s.scored is None for g in found.groups for s in g)
+    kept = read(path, case["tokenizer"], limit=limit).groups
     assert len(kept) == case["kept"]
     rows = [g[0] for g in kept] + [g[1] for g in kept]
-    got = padded([(r["prompt_ids"].tolist(), r["completion_ids"].tolist()) for r in rows])
+    got = padded([(r.prompt_ids.tolist(), r.completion_ids.tolist()) for r in rows])
     assert got == [case["batch"][k] for k in ("input_ids", "attention_mask", "completion_mask")]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["trainer"] == "kto"], ids=name_of)
 def test_goldens_of_examples(case, tmp_path):
-    found = read(write(case["rows"], tmp_path / "rows.jsonl"), case["tokenizer"], unpair=True)
-    groups = found.groups
+    groups = read(write(case["rows"], tmp_path / "rows.jsonl"), case["tokenizer"], "kto").groups
     if "chosen" in case["rows"][0]:  # TRL puts all chosen first; the order of ours is drawn anyway
-        assert [g[0]["desirable"] for g in groups] == [True, False] * 3
+        assert [g[0].desirable for g in groups] == [True, False] * 3
         groups = groups[::2] + groups[1::2]
     assert ids(groups) == [
         (e["prompt_ids"], e["completion_ids"], e["label"]) for e in case["examples"]
     ]
     size, length = case["per_device_train_batch_size"], case["max_length"] or 1000
-    batch, first = case["first_batch"], groups[:size]
+    batch, first = case["first_batch"], [group[0] for group in groups[:size]]
     # explicit partners: TRL's rotation inside a batch
     partners = [first[i - 1] for i in range(len(first))]
     for prefix, others in (("", first), ("KL_", partners)):
         rows = [
-            cut(g[0]["prompt_ids"], o[0]["completion_ids"], length, "keep_start")
-            for g, o in zip(first, others, strict=True)
+            cut(s._replace(completion_ids=o.completion_ids), LengthLimit(length, "truncate"))
+            for s, o in zip(first, others, strict=True)
         ]
-        assert padded([(p.tolist(), c.tolist()) for p, c in rows]) == [
+        assert padded([(r.prompt_ids.tolist(), r.completion_ids.tolist()) for r in rows]) == [
             batch[prefix + k] for k in ("input_ids", "attention_mask", "completion_mask")
         ]
 
@@ -149,15 +171,29 @@ def test_one_conversation_in_every_shape(name, tmp_path):
     assert ids(found.groups) == WANT
     assert found.format == ("token ids, paired" if name == "ids" else "paired")
     assert found.ignored == ["score", "source"]
-    assert found.counts == {"read": 1, "apart": 0}
+    assert {k: n for k, n in found.counts.items() if n} == {"read": 1, "groups": 1}
 
 
 def test_unpaired_ids_and_labels(tmp_path):
     rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 4], "label": label} for label in (True, 0)]
-    assert ids(read(write(rows, tmp_path / "rows.jsonl"), unpair=True).groups) == [
-        ([5, 6], [7, 4], True),
-        ([5, 6], [7, 4], False),
+    path = write(rows, tmp_path / "rows.jsonl")
+    found = read(path, kind="kto").groups
+    assert ids(found) == [([5, 6], [7, 4], True), ([5, 6], [7, 4], False)]
+    assert [(g[0].group, g[0].trace_id) for g in found] == [
+        (0, f"Line 1 of {path}"),
+        (1, f"Line 2 of {path}"),
     ]
+
+
+def test_the_place_of_a_completion_is_its_trace_id_and_pairs_share_a_number(tmp_path):
+    path = write(many(2), tmp_path / "rows.jsonl")
+    places = [f"Line {i} of {path}, {side}" for i in (1, 2) for side in ("chosen", "rejected")]
+    for kind, numbers in (("dpo", [0, 0, 1, 1]), ("kto", [0, 1, 2, 3])):
+        found = [s for group in read(path, kind=kind).groups for s in group]
+        assert [s.trace_id for s in found] == places
+        assert [s.group for s in found] == numbers
+        assert [s.desirable for s in found] == [True, False] * 2
+        assert found[0].prompt_id == found[1].prompt_id != found[2].prompt_id
 
 
 def test_implicit_text_keeps_something_of_each_side(tmp_path):
@@ -168,12 +204,35 @@ def test_implicit_text_keeps_something_of_each_side(tmp_path):
     found = read(write(rows, tmp_path / "rows.jsonl"))
     t = text().tokenizer
     said = [
-        (t.decode(g[0]["prompt_ids"]), *(t.decode(r["completion_ids"]) for r in g))
-        for g in found.groups
+        (t.decode(g[0].prompt_ids), *(t.decode(s.completion_ids) for s in g)) for g in found.groups
     ]
     assert said[1] == ("a", " b<|im_end|>", " c<|im_end|>")
     assert said[0][0] + said[0][1] == "the answer is<|im_end|>"
     assert said[0][0] + said[0][2] == "the answer is four<|im_end|>"
+
+
+def test_what_the_user_says_in_an_answer_is_no_target_and_is_counted(tmp_path):
+    again = [{"role": "user", "content": "again?"}]
+    long = [USER + GOOD + again + GOOD, USER + BAD + again + BAD]
+    rows = [{"chosen": long[0], "rejected": long[1]}, CHAT]
+    path = write(rows, tmp_path / "rows.jsonl")
+    t = text().tokenizer
+    for kind, workers in (("dpo", 0), ("dpo", 1), ("kto", 0)):
+        found = read(path, kind=kind, workers=workers)
+        said = [s for group in found.groups for s in group]
+        assert [t.decode(s.completion_ids[s.scored]) for s in said[:2]] == [
+            "four.<|im_end|>\nfour.<|im_end|>\n",
+            "the dog.<|im_end|>\nthe dog.<|im_end|>\n",
+        ]
+        assert [s.scored for s in said[2:]] == [None, None]
+        between = "<|im_start|>user\nagain?<|im_end|>\n<|im_start|>assistant\n"
+        assert found.counts["masked_turns"] == 2 * len(t(between)["input_ids"])
+        assert said[0].targets.sum() == sum(said[0].scored)
+    short = read(path, limit=LengthLimit(len(said[0].prompt_ids) + 8, "truncate"))
+    assert short.counts["masked_turns"] == sum(
+        int((~s.scored).sum()) for g in short.groups for s in g if s.scored is not None
+    )
+    assert 0 < short.counts["masked_turns"] < found.counts["masked_turns"]
 
 
 def many(n):
@@ -216,13 +275,9 @@ def test_every_place_gives_the_same_rows_in_the_same_order(sources, tmp_path, mo
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_order(sources, workers):
     whole = read(sources["jsonl"])
-    found = read_preferences(
-        Pairs(str(sources["jsonl"])), functools.partial(tokenise, text()), False, workers=workers
-    )
+    found = read(sources["jsonl"], workers=workers)
     assert ids(found.groups) == ids(whole.groups)
-    assert [r["where"] for g in found.groups for r in g] == [
-        r["where"] for g in whole.groups for r in g
-    ]
+    assert [s[2:] for g in found.groups for s in g] == [s[2:] for g in whole.groups for s in g]
     assert (found.counts, found.ignored, found.format) == (
         whole.counts,
         whole.ignored,
@@ -230,28 +285,52 @@ def test_workers_do_not_change_the_order(sources, workers):
     )
 
 
-BROKEN = {  # a second row, and what is said of it
-    '{"prompt": "a", "chosen": ': "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
-    "[1]": "not a JSON object; a file has one object a line",
-    '{"prompt": "a", "chosen": "b"}': "'rejected' is missing",
-    '{"prompt": null, "chosen": "yes", "rejected": "yet"}': "'prompt' is missing",
-    '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}': "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not allowed)",
-    '{"prompt": "a", "chosen": "b", "rejected": 3}': "'rejected' is neither text nor a list of messages",
-    '{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}': "one of 'chosen' and 'rejected' is text and the other is messages",
-    '{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant", "content": "c"}]}': "'chosen' has a message without 'role' and 'content' as text",
-    '{"prompt": "a", "chosen": [{"role": "user", "content": "c"}], "rejected": [{"role": "user", "content": "c"}]}': "'chosen' ends with a message of the user and must end with the assistant's",
-    '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], "rejected": '
-    '[{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}': "the conversations in 'chosen' and 'rejected' share no first message, so there is no prompt",
-}
+SAID, MORE = (f'[{{"role": "{role}", "content": "c"}}]' for role in ("assistant", "user"))
+BROKEN = [  # a second row, and what is said of it
+    (
+        '{"prompt": "a", "chosen": ',
+        "not JSON (Expecting value: line 1 column 26 (char 25)); a file has one object a line",
+    ),
+    ("[1]", "not a JSON object; a file has one object a line"),
+    ('{"prompt": "a", "chosen": "b"}', "'rejected' is missing"),
+    ('{"prompt": null, "chosen": "yes", "rejected": "yet"}', "'prompt' is missing"),
+    (
+        '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
+        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not "
+        "allowed)",
+    ),
+    (
+        '{"prompt": "a", "chosen": "b", "rejected": 3}',
+        "'rejected' is neither text nor a list of messages",
+    ),
+    (
+        f'{{"prompt": "a", "chosen": "b", "rejected": {SAID}}}',
+        "one of 'chosen' and 'rejected' is text and the other is messages",
+    ),
+    (
+        f'{{"prompt": "a", "chosen": [{{"role": "assistant"}}], "rejected": {SAID}}}',
+        "'chosen' has a message without 'role' and 'content' as text",
+    ),
+    (
+        f'{{"prompt": "a", "chosen": {MORE}, "rejected": {MORE}}}',
+        "'chosen' ends with a message of the user and must end with the assistant's",
+    ),
+    (
+        '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], '
+        '"rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+        "the conversations in 'chosen' and 'rejected' share no first message, so there is no "
+        "prompt",
+    ),
+]
 
 
-@pytest.mark.parametrize("line", BROKEN)
-def test_a_broken_row_is_one_sentence(line, tmp_path):
+@pytest.mark.parametrize(("line", "what"), BROKEN)
+def test_a_broken_row_is_one_sentence(line, what, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line + "\n")
     with pytest.raises(ConfigError) as error:
         read(path)
-    assert str(error.value) == f"Line 3 of {path}: {BROKEN[line]}; mend or remove the row."
+    assert str(error.value) == f"Line 3 of {path}: {what}; fix or remove the row."
 
 
 def test_json_nested_too_deep_is_one_sentence():
@@ -266,8 +345,8 @@ def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
         [*many(300), {"prompt": "a", "chosen": "b", "rejected": None}], tmp_path / "rows.jsonl"
     )
     with pytest.raises(ConfigError) as error:
-        read_preferences(Pairs(path), functools.partial(tokenise, text()), False, workers=1)
-    assert str(error.value) == f"Line 301 of {path}: 'rejected' is missing; mend or remove the row."
+        read(path, workers=1)
+    assert str(error.value) == f"Line 301 of {path}: 'rejected' is missing; fix or remove the row."
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -275,7 +354,7 @@ def test_a_broken_row_of_a_worker_is_the_same_sentence(tmp_path):
     ("damage", "what"), [(b"\xff", "UnicodeDecodeError: "), (b"", "OSError: ")]
 )
 def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
-    """A byte that is no text, and a page header of zeros; the footer and the first block stay good."""
+    """A byte that is no text, and a page header of zeros; the rest of the file stays good."""
     path = tmp_path / "rows.parquet"
     pq.write_table(
         pa.Table.from_pylist(many(700)),
@@ -294,9 +373,7 @@ def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
     data[at : at + 8] = (damage * 8).ljust(8, b"\0")
     path.write_bytes(data)
     with pytest.raises(ConfigError) as error:
-        read_preferences(
-            Pairs(str(path)), functools.partial(tokenise, text()), False, workers=workers
-        )
+        read(path, workers=workers)
     said = str(error.value)
     assert said.startswith(f"Rows 512 to 699 of {path} cannot be read ({what}")
     assert said.endswith("); write the file again.")
@@ -304,17 +381,16 @@ def test_a_damaged_page_is_one_sentence(damage, what, workers, tmp_path):
 
 
 def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_path):
-    bare = Text.load(str(GOLDEN / "tokenizer_plain"))
+    bare = ChatTokenizer.load(str(GOLDEN / "tokenizer_plain"))
     bare.tokenizer.chat_template = None
-    given = functools.partial(tokenise, Text(bare.tokenizer, "there"))
-    assert (
-        len(read_preferences(Pairs(write(many(3), tmp_path / "a.jsonl")), given, False).groups) == 3
-    )
+    given = ChatTokenizer(bare.tokenizer, "there")
+    path = write(many(3), tmp_path / "a.jsonl")
+    assert len(read_sequences(Pairs(path), given, "dpo", ANY).groups) == 3
     with pytest.raises(ConfigError) as error:
-        read_preferences(Pairs(write([CHAT], tmp_path / "b.jsonl")), given, False)
+        read_sequences(Pairs(write([CHAT], tmp_path / "b.jsonl")), given, "dpo", ANY)
     assert str(error.value) == (
-        "The tokenizer of there has no chat template; add chat_template.jinja to its folder, or give text instead of "
-        "messages."
+        "The tokenizer of there has no chat template; add chat_template.jinja to its folder, or "
+        "give text instead of messages."
     )
 
 
@@ -338,8 +414,8 @@ def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_pa
 def test_a_broken_example_is_one_sentence(row, what, tmp_path):
     path = write([row], tmp_path / "rows.parquet")
     with pytest.raises(ConfigError) as error:
-        read_preferences(Pairs(path), functools.partial(tokenise, text()), True, vocab=384)
-    assert str(error.value) == f"Row 0 of {path}: {what}; mend or remove the row."
+        read(path, kind="kto")
+    assert str(error.value) == f"Row 0 of {path}: {what}; fix or remove the row."
 
 
 def test_other_columns_and_places_are_one_sentence(tmp_path):
@@ -347,8 +423,9 @@ def test_other_columns_and_places_are_one_sentence(tmp_path):
     with pytest.raises(ConfigError) as error:
         read(path)
     assert str(error.value) == (
-        f"{path} has the columns good, question, which are no preference data; rename them to one of: prompt_ids, "
-        "chosen_ids, rejected_ids; prompt_ids, completion_ids, label; chosen, rejected; prompt, completion, label."
+        f"{path} has the columns good, question, which are no preference data; rename them to one "
+        "of: prompt_ids, chosen_ids, rejected_ids; prompt_ids, completion_ids, label; chosen, "
+        "rejected; prompt, completion, label."
     )
     for name, content, sentence in (
         (
@@ -382,18 +459,48 @@ def test_other_columns_and_places_are_one_sentence(tmp_path):
         ([5], [6], [[]]),
     ],
 )
-def test_an_answer_that_holds_nothing_is_marked(prompt, full, empty, tmp_path):
+def test_an_empty_answer_is_dropped_and_counted(prompt, full, empty, tmp_path):
     ids = "_ids" * isinstance(full[0], int)
     rows = [
         {f"prompt{ids}": prompt, f"chosen{ids}": full, f"rejected{ids}": other}
         for other in [full, *empty]
     ]
-    for unpair in (False, True):
-        found = read(write(rows, tmp_path / "rows.jsonl"), unpair=unpair)
-        assert [r["empty"] for g in found.groups for r in g] == [False, False] + [
-            False,
-            True,
-        ] * len(empty)
+    path = write(rows, tmp_path / "rows.jsonl")
+    pairs, examples, chosen = (read(path, kind=kind) for kind in ("dpo", "kto", "sft"))
+    assert [s.trace_id for g in pairs.groups for s in g] == [
+        f"Line 1 of {path}, {side}" for side in ("chosen", "rejected")
+    ]
+    assert pairs.counts["empty"] == examples.counts["empty"] == len(empty)
+    assert [g[0].desirable for g in examples.groups] == [True, False] + [True] * len(empty)
+    assert len(chosen.groups) == chosen.counts["undesirable"] == len(rows)
+    assert (pairs.counts["same"], examples.counts["same"]) == (1, 0)
+    with pytest.raises(ConfigError) as error:
+        read(write(rows[1:], tmp_path / "rows.jsonl"))
+    assert str(error.value) == (
+        f"All {len(empty)} pairs or examples of {path} have an empty answer; give it some that "
+        "have none."
+    )
+
+
+def test_an_objective_without_its_data_is_one_sentence(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "label": False}]
+    path = write(rows, tmp_path / "rows.jsonl")
+    for kind, sentence in (
+        (
+            "dpo",
+            f"{path} holds labelled examples and no pairs, which the objective 'dpo' needs; set "
+            "config.objective.kind to 'kto' or 'sft', or give chosen and rejected.",
+        ),
+        (
+            "sft",
+            f"{path} has no example that is chosen or labelled true, which SFT trains on; choose "
+            "another objective.",
+        ),
+    ):
+        with pytest.raises(ConfigError) as error:
+            read(path, kind=kind)
+        assert str(error.value) == sentence
+    assert len(read(path, kind="kto").groups) == 1
 
 
 @pytest.fixture
@@ -403,7 +510,7 @@ def lengths(tmp_path):
         {"prompt_ids": [5] * p, "chosen_ids": [*range(10, 10 + c), 4], "rejected_ids": [7, 4]}
         for p, c in ((2, 3), (4, 9), (10, 1))
     ]
-    return read(write(rows, tmp_path / "rows.jsonl"))
+    return read(write(rows, tmp_path / "rows.jsonl")).groups
 
 
 @pytest.mark.parametrize(
@@ -413,13 +520,13 @@ def lengths(tmp_path):
             "drop",
             "keep_start",
             [([5] * 2, [10, 11, 12, 4], [7, 4])],
-            {"too_long": 2, "cut": 0, "cut_away": 0},
+            {"too_long": 2, "truncated": 0, "truncated_to_nothing": 0},
         ),
         (
             "truncate",
             "keep_start",
             [([5] * 2, [10, 11, 12, 4], [7, 4]), ([5] * 4, [*range(10, 16)], [7, 4])],
-            {"too_long": 0, "cut": 1, "cut_away": 1},
+            {"too_long": 0, "truncated": 1, "truncated_to_nothing": 1},
         ),
         (
             "truncate",
@@ -429,15 +536,15 @@ def lengths(tmp_path):
                 ([], [*range(10, 19), 4], [7, 4]),
                 ([5] * 8, [10, 4], [7, 4]),
             ],
-            {"too_long": 0, "cut": 3, "cut_away": 0},
+            {"too_long": 0, "truncated": 3, "truncated_to_nothing": 0},
         ),
     ],
 )
 def test_the_length_rule_counts_what_it_does(lengths, rule, mode, kept, counts):
-    found, got = limit(lengths, 10, rule, mode)
+    found, got = limit_lengths(lengths, LengthLimit(10, rule, mode))
     assert [g[:3] for g in ids(found)] == kept
     assert got == counts | {"unscored": 0}
-    assert all(len(r["prompt_ids"]) + len(r["completion_ids"]) <= 10 for g in found for r in g)
+    assert all(s.length <= 10 for g in found for s in g)
 
 
 def test_too_long_may_be_an_error(lengths):
@@ -447,13 +554,32 @@ def test_too_long_may_be_an_error(lengths):
         r"config\.training\.row_length is 10; raise it, or set "
         r"config\.training\.over_length to 'drop' or 'truncate'\.$",
     ):
-        limit(lengths, 10, "error", "keep_start")
+        limit_lengths(lengths, LengthLimit(10, "error"))
+
+
+def test_a_mask_is_cut_as_its_completion():
+    masked = sequence(range(5), range(10, 16), scored=np.array([1, 1, 0, 0, 1, 1], bool))
+    for mode, length, want in (
+        ("keep_start", 20, [True, True, False, False, True, True]),
+        ("keep_start", 9, [True, True, False, False]),
+        ("keep_start", 7, None),  # all that is left is a target
+        ("keep_end", 4, [False, False, True, True]),
+        ("keep_end", 2, None),
+    ):
+        short = cut(masked, LengthLimit(length, "truncate", mode))
+        assert (short.scored if want is None else short.scored.tolist()) == want
+        assert short.length == min(length, 11)
+        assert short.targets.sum() == (len(short.completion_ids) if want is None else sum(want)) - (
+            not len(short.prompt_ids) and want is None
+        )
+    late = masked._replace(scored=np.array([0, 0, 0, 0, 0, 1], bool))
+    assert cut(late, LengthLimit(10, "truncate")) is None
+    groups, counts = limit_lengths([[masked], [late]], LengthLimit(10, "truncate"))
+    assert ([len(groups), counts["truncated"], counts["truncated_to_nothing"]]) == [1, 1, 1]
 
 
 def test_a_completion_that_nothing_scores_is_dropped_and_counted(tmp_path):
     rows = [{"prompt_ids": p, "completion_ids": [4], "label": True} for p in ([], [5])]
-    kept, counts = limit(
-        read(write(rows, tmp_path / "rows.jsonl"), unpair=True), 10, "drop", "keep_start"
-    )
-    assert (ids(kept), counts["unscored"]) == ([([5], [4], True)], 1)
-    assert cut(np.array([5, 6]), np.array([7]), 2, "keep_start") is None
+    found = read(write(rows, tmp_path / "rows.jsonl"), kind="kto", limit=LengthLimit(10, "drop"))
+    assert (ids(found.groups), found.counts["unscored"]) == ([([5], [4], True)], 1)
+    assert cut(sequence([5, 6], [7]), LengthLimit(2, "truncate")) is None

@@ -7,7 +7,7 @@ import pytest
 
 from deltapref_jax.config import ConfigError, Prompts
 from deltapref_jax.data.sources import read_prompts
-from deltapref_jax.records import PROMPT, digest, table
+from deltapref_jax.records import Prompt, digest, from_table, to_table
 from deltapref_jax.synthetic import world
 
 QUESTIONS = [
@@ -28,7 +28,7 @@ def write_jsonl(path, rows):
 
 
 def questions(rows):
-    return [json.loads(row["messages"])[-1]["content"] for row in rows]
+    return [row.question for row in rows]
 
 
 def test_jsonl_text_and_messages_with_empty_and_duplicate_questions_counted(tmp_path):
@@ -40,11 +40,11 @@ def test_jsonl_text_and_messages_with_empty_and_duplicate_questions_counted(tmp_
     found, counts = read_prompts(Prompts(kind="jsonl", path=path, checker=""))
     assert counts == {"read": 7, "empty": 2, "duplicate": 1}
     assert questions(found) == ["What is 1+1?", "What is 2+2?", "Name π.", "What is 3+3?"]
-    assert json.loads(found[3]["messages"]) == CHAT
-    assert [row["answer"] for row in found] == ["2", "4", "3.14", "6"]
-    assert {(row["task"], row["checker"], row["meta"]) for row in found} == {("asked", "", "{}")}
-    assert found[0]["prompt_id"] == digest("asked", found[0]["messages"])
-    assert table(PROMPT, found).num_rows == 4
+    assert found[3].chat() == CHAT
+    assert [row.answer for row in found] == ["2", "4", "3.14", "6"]
+    assert {(row.task, row.checker, row.meta) for row in found} == {("asked", "", "{}")}
+    assert found[0].prompt_id == digest("asked", found[0].messages)
+    assert from_table(Prompt, to_table(Prompt, found)) == found
 
 
 def test_parquet_with_named_columns_equals_jsonl(tmp_path):
@@ -64,7 +64,7 @@ def test_parquet_with_named_columns_equals_jsonl(tmp_path):
         for kind in ("jsonl", "parquet")
     ]
     assert found[0] == found[1]
-    assert found[0][0][0]["checker"] == "math"
+    assert found[0][0][0].checker == "math"
 
 
 def test_count_draws_by_the_seed_and_keeps_the_order(tmp_path):
@@ -92,9 +92,9 @@ def test_reasoning_gym_meta_is_what_its_scorer_needs(task):
     found, _ = read_prompts(Prompts(kind="reasoning_gym", tasks=(task,), count=3, seed=5))
     score = reasoning_gym.get_score_answer_fn(task)
     for row in found:
-        meta = json.loads(row["meta"])
-        assert row["checker"] == "reasoning_gym"
-        assert score(answer=row["answer"], entry=meta["entry"]) == 1.0
+        meta = json.loads(row.meta)
+        assert row.checker == "reasoning_gym"
+        assert score(answer=row.answer, entry=meta["entry"]) == 1.0
         assert score(answer="rubbish", entry=meta["entry"]) < 1.0
 
 
@@ -102,7 +102,7 @@ def test_reasoning_gym_mixes_tasks_evenly_and_follows_the_seed():
     pytest.importorskip("reasoning_gym")
     source = Prompts(kind="reasoning_gym", tasks=("gcd", "chain_sum"), count=5, seed=1)
     found = read_prompts(source)[0]
-    assert [row["task"] for row in found] == ["gcd"] * 3 + ["chain_sum"] * 2
+    assert [row.task for row in found] == ["gcd"] * 3 + ["chain_sum"] * 2
     assert found == read_prompts(source)[0]
 
 
@@ -123,7 +123,7 @@ def test_hub_local_folder(hub_folder):
     )
     assert questions(found) == ["What is 1+1?", "What is 2+2?"]
     assert counts == {"read": 3, "empty": 1, "duplicate": 0}
-    assert found[0]["task"] == "gsm"
+    assert found[0].task == "gsm"
 
 
 def test_hub_unknown_split_is_one_sentence(hub_folder):
@@ -172,30 +172,31 @@ def test_tfds_array_record_folder(tfds_folder):
     )
     assert sorted(questions(found)) == sorted({q for q, _ in QUESTIONS if q.strip()})
     assert counts == {"read": 5, "empty": 1, "duplicate": 1}
-    assert {(questions([row])[0], row["answer"]) for row in found} <= set(QUESTIONS)
-    assert {row["task"] for row in found} == {"tiny"}
+    assert {(questions([row])[0], row.answer) for row in found} <= set(QUESTIONS)
+    assert {row.task for row in found} == {"tiny"}
     assert "tensorflow" not in sys.modules
 
 
 def test_tfds_messages(tfds_folder):
     found, counts = read_prompts(Prompts(kind="tfds", path=tfds_folder, prompt_field="chat"))
-    assert [json.loads(row["messages"]) for row in found] == [CHAT]
+    assert [row.chat() for row in found] == [CHAT]
     assert counts["duplicate"] == 4
 
 
 BROKEN = {
     "not JSON": (
         b'{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"\n',
-        r"^Line 3 of \S+ is not JSON \(.*\); mend or remove it\.$",
+        r"^Line 3 of \S+ is not JSON \(.*\); fix or remove it\.$",
     ),
     "not UTF-8": (
         b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff"}\n',
-        r"^Line 2 of \S+ is not JSON \(.*utf-8.*\); mend",
+        r"^Line 2 of \S+ is not JSON \(.*utf-8.*\); fix",
     ),
-    "not an object": (b'["a"]\n', r"^Line 1 of \S+ is not a JSON object; mend or remove it\.$"),
+    "not an object": (b'["a"]\n', r"^Line 1 of \S+ is not a JSON object; fix or remove it\.$"),
     "no column": (
         b'{"question": "a", "level": 1}\n',
-        r"^Line 1 of \S+ has no column 'prompt'; it has \['level', 'question'\]: set prompt_field\.$",
+        r"^Line 1 of \S+ has no column 'prompt'; it has \['level', 'question'\]: set "
+        r"prompt_field\.$",
     ),
     "no answer": (
         b'{"prompt": "a"}\n',
@@ -271,8 +272,8 @@ def test_reference_answers_as_public_sets_hold_them(tmp_path, checker, answer, g
     rows = [{"prompt": "a", "answer": answer}]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     found = read_prompts(Prompts(kind="jsonl", path=path, checker=checker))[0][0]
-    assert found["answer"] == gold
-    assert json.loads(found["meta"]) == ({"answers": answers} if answers else {})
+    assert found.answer == gold
+    assert json.loads(found.meta) == ({"answers": answers} if answers else {})
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -315,7 +316,7 @@ def test_an_unknown_task_of_reasoning_gym_lists_the_known_ones(task):
 def test_an_entry_without_an_answer_of_its_own_has_none():
     pytest.importorskip("reasoning_gym")
     found, _ = read_prompts(Prompts(kind="reasoning_gym", tasks=("graph_color",), count=1))
-    assert found[0]["answer"] == ""
+    assert found[0].answer == ""
 
 
 def test_reasoning_gym_that_is_not_installed_is_one_sentence(monkeypatch):

@@ -1,4 +1,4 @@
-"""Ratings read from branches = each dimension alone = by hand from the full logits."""
+"""Ratings from branches equal those of single dimensions and those from the full logits."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SHAPE = Scoring(rows=4, row_length=1024)
 
 @pytest.fixture(scope="module")
 def judge(tiny):
-    """Weights far from uniform labels."""
+    """A judge whose label probabilities are far from uniform."""
     return type(tiny)(
         **vars(tiny) | {"state": jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, tiny.state)}
     )
@@ -145,7 +145,7 @@ def test_a_trace_longer_than_a_row_is_refused_whole(judge, one_device):
 def test_a_judge_whose_labels_are_several_tokens_is_refused(tiny_folder, one_device, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "judge")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "1"}, "content": "01"}
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(

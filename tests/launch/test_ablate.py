@@ -53,28 +53,28 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     ("--config=configs",): r"There is no config file 'configs'; name a Python file .*",
     (
         "--config={0}/syntax.py",
-    ): r"The config \S+/syntax\.py, line 2, cannot be loaded \(SyntaxError: .*\); mend it\.",
+    ): r"The config \S+/syntax\.py, line 2, cannot be loaded \(SyntaxError: .*\); fix it\.",
     (
         "--config={0}/nothing.py",
     ): r"The config \S+/nothing\.py cannot be loaded \(AttributeError: the file has no "
-    r"attribute 'get_config'\); mend it\.",
+    r"attribute 'get_config'\); fix it\.",
     (
         "--config={0}/missing.py",
     ): r"The config \S+/missing\.py, line 1, cannot be loaded \(ModuleNotFoundError: No "
-    r"module named 'no_such_module'\); mend it\.",
+    r"module named 'no_such_module'\); fix it\.",
     (
         "--config={0}/raises.py",
     ): r"The config \S+/raises\.py, line 2, cannot be loaded \(ZeroDivisionError: division "
-    r"by zero\); mend it\.",
+    r"by zero\); fix it\.",
     (
         "--config={0}/number.py:many",
     ): r"The config \S+/number\.py:many cannot be loaded \(ValueError: invalid literal "
-    r"for int\(\) with base 10: 'many'\); mend it\.",
+    r"for int\(\) with base 10: 'many'\); fix it\.",
     ("--config={0}/number.py:0",): r"config\.training\.steps is 0; it must be at least 1\.",
     (
         QUICK,
         "--nope=1",
-    ): r"Unknown command line flag 'nope'.*; mend the flag \(--help lists them\)\.",
+    ): r"Unknown command line flag 'nope'.*; fix the flag \(--help lists them\)\.",
     (
         QUICK,
         "--config.student.pth=x",
@@ -102,7 +102,7 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
         QUICK,
         "--config.training.steps=abc",
     ): r"--config\.training\.steps=abc: invalid literal for int\(\) with base 10: "
-    r"'abc'; mend the flag \(--help lists them\)\.",
+    r"'abc'; fix the flag \(--help lists them\)\.",
     (QUICK, "--config.training.steps=0"): r"config\.training\.steps is 0; it must be at least 1\.",
     (
         QUICK,

@@ -1,4 +1,4 @@
-"""The bench measures what it says, on a model of a few seconds."""
+"""The benchmark reports what its docstring says, on a model that takes seconds."""
 
 import json
 import math
@@ -35,24 +35,24 @@ def test_ours_alone(tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [(row["kind"], row["contender"]) for row in rows] == [("dpo", "ours"), ("kto", "ours")]
     for row in rows:
-        (one,) = row["runs"]
-        assert len(one["step_seconds"]) == len(one["loss"]) == 3
-        assert one["loss"][0] == pytest.approx(
+        (run,) = row["runs"]
+        assert len(run["step_seconds"]) == len(run["loss"]) == 3
+        assert run["loss"][0] == pytest.approx(
             math.log(2) if row["kind"] == "dpo" else 0.5, abs=1e-4
         )
-        read = (
-            63 + 2 * 193
-        )  # of a pair: its prompt of 64 but the last token, and that with either completion of 192
+        # Positions of a pair: its prompt of 64 without the last token, and that token before
+        # either completion of 192.
+        positions = 63 + 2 * 193
         assert row["real_share"] == 1  # two pairs a row of 898
         tokens = 2 * 2 * 256
-        slowest = tokens / (max(one["step_seconds"][1:]) + one["reference_seconds"])
+        slowest = tokens / (max(run["step_seconds"][1:]) + run["reference_seconds"])
         assert row["lowest"] == pytest.approx(slowest)
         assert row["lowest"] <= row["tokens_per_second"] <= row["training_only"]
         assert row["peak_bytes"] > 2**27
         assert 0 < row["of_ceiling"] < 1
         # 7 matrices of 64 x 64 (q, o, k, v, gate, up, down), the vocabulary at targets, attention
-        seen = 2 * 256**2 - 63**2
-        forward = 2 * (2 * read * 7 * 64 * 64 + 2 * 64 * 128 * 2 * 192 + 2 * 64 * seen)
+        attended = 2 * 256**2 - 63**2
+        forward = 2 * (2 * positions * 7 * 64 * 64 + 2 * 64 * 128 * 2 * 192 + 2 * 64 * attended)
         steps = {"dpo": 3, "kto": 4}[row["kind"]] * forward
-        assert one["step_flops"] == pytest.approx([steps] * 3)
-        assert one["reference_flops"] == pytest.approx({"dpo": 1, "kto": 2}[row["kind"]] * forward)
+        assert run["step_flops"] == pytest.approx([steps] * 3)
+        assert run["reference_flops"] == pytest.approx({"dpo": 1, "kto": 2}[row["kind"]] * forward)

@@ -6,6 +6,9 @@ import sys
 import pytest
 from rich.console import Console
 
+from deltapref_jax.artifacts.node import in_order
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
     Arm,
     Experiment,
@@ -19,11 +22,8 @@ from deltapref_jax.config import (
     Suite,
     Training,
 )
-from deltapref_jax.stages import prompts
 from deltapref_jax.stages.study import plan
 from deltapref_jax.validation import validate
-from deltapref_jax.workspace import Workspace, run
-from evals.evaluate import describe
 from launch.cost import Cost, plan_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -63,9 +63,9 @@ def experiment(tiny_folder, tmp_path):
 
 
 def test_costs_are_counted_by_hand(experiment, tmp_path):
-    nodes = plan(experiment, describe)
-    cost = Cost(experiment, nodes, Workspace(tmp_path / "workspace"))
-    assert {label: cost(label) for label in nodes} == {
+    report = plan(experiment)
+    cost = Cost(report, Workspace(tmp_path / "workspace"))
+    assert {node.name: cost(node) for node in in_order([report])} == {
         "suite/s": (0, 0),
         "prompts": (0, 0),
         "report": (0, 0),
@@ -75,37 +75,48 @@ def test_costs_are_counted_by_hand(experiment, tmp_path):
         "verify/b": (0, 0),
         "judge/m/a": (32, 32 * 64),
         "judge/m/b": (16, 16 * 64),
+        "tokens/a": (0, 0),
+        "tokens/b": (0, 0),
         "score/a": (64, 64 * 50),
         "score/b": (32, 32 * 50),
         "audit/m": (16 * 21, 16 * 21 * 64),
-        "evaluate/student": (15, 15 * 50),
-        "capability/a": (15, 15 * 50),
-        "capability/b": (15, 15 * 50),
+        "evaluate/student/s": (15, 15 * 50),
+        "capability/a/s": (15, 15 * 50),
+        "capability/b/s": (15, 15 * 50),
         "pair/dpo": (0, 0),
         "pair/kto": (0, 0),
         "pair/sft": (0, 0),
         "train/dpo/0": (24, 24 * 40),
         "train/kto/0": (48, 48 * 40),
         "train/sft/0": (12, 12 * 40),
-        "evaluate/dpo/0": (15, 15 * 50),
-        "evaluate/kto/0": (15, 15 * 50),
-        "evaluate/sft/0": (15, 15 * 50),
+        "evaluate/dpo/0/s": (15, 15 * 50),
+        "evaluate/kto/0/s": (15, 15 * 50),
+        "evaluate/sft/0/s": (15, 15 * 50),
     }
 
 
-def test_table_names_each_artifact_once_and_counts_what_stands(experiment):
-    nodes = plan(experiment, describe)
-    workspace = Workspace(experiment.workspace)
-    run({"prompts": nodes["prompts"]}, {"prompts": prompts.prompts}, workspace, show=False)
+def printed(table):
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan_table(experiment, nodes, workspace))
-    text = console.export_text()
+    console.print(table)
     console.file.close()
-    keys = {node.key for node in nodes.values()}
-    assert sorted(re.findall(r"\b[0-9a-f]{16}\b", text)) == sorted(keys)
-    assert f"{len(keys)} artifacts" in text
+    return console.export_text()
+
+
+def test_table_names_each_artifact_once_and_counts_what_stands(experiment):
+    report = plan(experiment)
+    workspace = Workspace(experiment.workspace)
+    run([report.prompts], workspace, show=False)
+    text = printed(plan_table(report, workspace))
+    nodes = in_order([report])
+    # the questions of both tables are there, so that what is made of them alone has a key
+    keys = {node: workspace.key(node) for node in nodes if workspace.key(node)}
+    assert {node.stage for node in keys} == {"prompts", "sample", "audit", "evaluate"}
+    assert sorted(re.findall(r"\b[0-9a-f]{16}\b", text)) == sorted(keys.values())
+    rows = re.findall(r"^│ ([\w/]+) +│.*│ +(?:yes|no) +│", text, re.MULTILINE)
+    assert sorted(rows) == sorted(node.name for node in nodes)
+    assert f"{len(nodes)} artifacts" in text
     assert "2 there" in text  # the prompts, and the suite that they must not overlap
-    assert re.search(rf"prompts +│ {nodes['prompts'].key} │ yes", text)
+    assert re.search(rf"prompts +│ {workspace.key(report.prompts)} │ yes", text)
 
 
 def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_path):
@@ -134,9 +145,12 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
         0.7,
         70,
     )
-    nodes = plan(experiment, describe)
-    assert re.search(rf"{nodes['sample/b'].key} │ no +│ +16 │ +1,600 ", done.stdout)
-    assert {node.key for node in nodes.values()} == set(
-        re.findall(r"\b[0-9a-f]{16}\b", done.stdout)
-    )
+    report = plan(experiment)
+    workspace = Workspace(experiment.workspace)
+    known = [node for node in in_order([report]) if workspace.key(node)]
+    assert re.search(r"│ sample/b +│ +│ no +│ +16 │ +1,600 ", done.stdout)
+    # nothing is made, so that only the key of what has no inputs is known
+    assert [node.name for node in known] == ["suite/s"]
+    assert re.findall(r"\b[0-9a-f]{16}\b", done.stdout) == [workspace.key(report.suites["s"])]
+    assert f"{len(in_order([report]))} artifacts" in done.stdout
     assert not (tmp_path / "workspace").exists()

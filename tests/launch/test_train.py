@@ -1,5 +1,8 @@
-"""One arm from a file of pairs: every format trains, a second run makes nothing, a killed one ends the same,
-and a reference table is used where it fits and refused where it does not."""
+"""One arm from a file of pairs.
+
+Every format trains, a second run makes nothing, a killed run ends the same, and a reference table
+is used if it fits and refused if it does not.
+"""
 
 import dataclasses
 import fnmatch
@@ -19,16 +22,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltapref_jax.stages.single import STAGES, check, plan, sequences
+from deltapref_jax.workspace import Workspace, run
 from rich.console import Console
 
 from configs.train import get_config
-from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, Single, Training
-from deltapref_jax.models.weights import export, load, look, weights_hash
+from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
+from deltapref_jax.models.weights import export, inspect_model, load, weights_hash
 from deltapref_jax.scoring.logprobs import score_sequences
-from deltapref_jax.stages.single import STAGES, check, plan, sequences
 from deltapref_jax.synthetic import world
-from deltapref_jax.validation import validate_single
-from deltapref_jax.workspace import Workspace, run
+from deltapref_jax.validation import validate_pair_training
 from launch.trained import show
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -69,7 +72,7 @@ def rows_of(name, text):
             for k in ("chosen", "rejected")
         ]
     ids = [
-        {"prompt_ids": text.pieces(r["prompt"])}
+        {"prompt_ids": text.encode_plain(r["prompt"])}
         | {f"{k}_ids": text.completion_ids(r[k], True) for k in ("chosen", "rejected")}
         for r in PAIRS
     ]
@@ -101,8 +104,8 @@ def single(tiny_folder, text, tmp_path):
             "warmup": 0.0,
             "checkpoint_every": 1,
         }
-        return validate_single(
-            Single(
+        return validate_pair_training(
+            PairTraining(
                 workspace=str(tmp_path / "workspace"),
                 data=Pairs(str(path)),
                 student=Model(str(tiny_folder)),
@@ -218,9 +221,9 @@ def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(
         plan(dataclasses.replace(given, student=Model(str(other))))
     file = next(iter(table.glob("*.parquet")))
     assert str(error.value) == (
-        f"The table {file} was made by the weights {tiny.weights} and the reference has the weights "
-        f"{weights_hash(str(other))}; name the model that made it in config.reference.path, or leave config.table "
-        "empty to have it computed."
+        f"The table {file} was made by the weights {tiny.weights} and the reference has the "
+        f"weights {weights_hash(str(other))}; name the model that made it in "
+        "config.reference.path, or leave config.table empty to have it computed."
     )
 
     with pytest.raises(
@@ -409,12 +412,13 @@ def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(sin
     [
         (
             {"max_positions": 20},
-            r"^A sequence of \d+ tokens is longer than the 20 positions that the model \S+ was made "
-            r"for; lower config\.training\.row_length, so that over_length applies\.$",
+            r"^A sequence of \d+ tokens is longer than the 20 positions that the model \S+ was "
+            r"made for; lower config\.training\.row_length, so that over_length applies\.$",
         ),
         (
             {"vocab": 9},
-            r"^The data have the token id \d+ and the model \S+ has the ids 0 to 8; use the tokenizer of ",
+            r"^The data have the token id \d+ and the model \S+ has the ids 0 to 8; use the "
+            r"tokenizer of ",
         ),
     ],
 )
@@ -426,8 +430,8 @@ def test_sequences_that_the_reference_was_not_made_for_are_refused(
     run({"tokens": nodes["tokens"]}, STAGES, workspace, show=False)
     check(workspace, nodes)
     monkeypatch.setattr(
-        "deltapref_jax.stages.single.look",
-        lambda path: (dataclasses.replace(look(path)[0], **spec), None),
+        "deltapref_jax.stages.single.inspect_model",
+        lambda path: (dataclasses.replace(inspect_model(path)[0], **spec), None),
     )
     with pytest.raises(ConfigError, match=sentence):
         check(workspace, nodes)
@@ -476,7 +480,8 @@ def test_examples_are_no_pairs(single):
     [
         (
             {"data": Pairs()},
-            "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its folder.",
+            "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its "
+            "folder.",
         ),
         ({"data": Pairs("x", workers=-1)}, "config.data.workers is -1; it must be at least 0."),
         (
@@ -514,8 +519,8 @@ def test_examples_are_no_pairs(single):
         ),
         (
             {"objective": Objective(kind="dppo")},
-            "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', "
-            "'hinge', 'ipo', 'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'.",
+            "config.objective.kind is 'dppo'; choose one of 'dpo', 'dpo_norm', 'hinge', 'ipo', "
+            "'robust', 'cdpo', 'apo_zero', 'apo_down', 'simpo', 'kto', 'apo_zero_unpaired', 'sft'.",
         ),
         (
             {"objective": Objective(beta=0.0)},
@@ -531,7 +536,9 @@ def test_examples_are_no_pairs(single):
 )
 def test_a_bad_value_is_one_sentence(change, sentence):
     with pytest.raises(ConfigError) as error:
-        validate_single(dataclasses.replace(Single(data=Pairs("x"), student=Model("y")), **change))
+        validate_pair_training(
+            dataclasses.replace(PairTraining(data=Pairs("x"), student=Model("y")), **change)
+        )
     assert str(error.value) == sentence
 
 
@@ -647,11 +654,12 @@ def test_help_and_a_missing_file(single):
         ),
         (
             "--config.traning.rows=4",
-            "--config.traning.rows=4: Single has no field 'traning'; it has name, workspace, *",
+            "--config.traning.rows=4: PairTraining has no field 'traning'; it has name, "
+            "workspace, *",
         ),
         (
             "--config=configs/quickstart.py",
-            "--config gives Experiment where Single is needed; its get_config() must *",
+            "--config gives Experiment where PairTraining is needed; its get_config() must *",
         ),
         (
             "--config.training.lora.rnk=4",
@@ -659,7 +667,8 @@ def test_help_and_a_missing_file(single):
         ),
         (
             "steps=3",
-            "'steps=3' is no flag; flags begin with -- and have = before their value (--help lists them).",
+            "'steps=3' is no flag; flags begin with -- and have = before their value (--help "
+            "lists them).",
         ),
         (
             "--config.workspace=",
@@ -705,20 +714,20 @@ def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
         ConfigError,
         match=rf"config.{field}.* is .* and objective '{kind}' has no reference; leave it",
     ):
-        validate_single(dataclasses.replace(single(), objective=objective, **{field: value}))
+        validate_pair_training(dataclasses.replace(single(), objective=objective, **{field: value}))
 
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_program_ends_with_its_own_code_whatever_aborts_behind_it(code):
     """`Late` stands for C++ that aborts while the interpreter is taken down."""
-    end = "host.leave(2, 'Mend this.')" if code else "host.finished()"
+    end = "preemption.exit_all(2, 'Fix this.')" if code else "preemption.exit_process()"
     done = subprocess.run(
         [
             sys.executable,
             "-c",
             f"""
 import atexit, os
-from deltapref_jax import host
+from deltapref_jax import preemption
 class Late:
     def __init__(self): self.end = os._exit
     def __del__(self): self.end(134)
@@ -734,5 +743,5 @@ atexit.register(print, "parted")
     assert (done.returncode, done.stdout, done.stderr) == (
         code,
         "parted\n",
-        "Mend this.\n" if code else "",
+        "Fix this.\n" if code else "",
     )

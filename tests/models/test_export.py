@@ -1,4 +1,4 @@
-"""What other programs and other people need of an exported folder, beyond its numbers."""
+"""Properties of an exported folder that other programs and users rely on, beside its weights."""
 
 import json
 
@@ -8,7 +8,7 @@ def test_transformers_4_and_5_know_the_tokenizer_class(tiny_folder):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_weights_may_be_read_by_whom_the_config_may(tiny_folder):
+def test_weights_have_the_permissions_of_the_config(tiny_folder):
     assert {file.stat().st_mode for file in tiny_folder.iterdir()} == {
         (tiny_folder / "config.json").stat().st_mode
     }

@@ -1,4 +1,4 @@
-"""A GGUF file is the Hugging Face folder that it was made from: weights, spec, tokenizer and chat template."""
+"""A GGUF file loads like the folder that it was made from: weights, spec, tokenizer, template."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export, load, weights_hash
 from deltapref_jax.synthetic.tokenizer import TEMPLATE
 from deltapref_jax.text import gguf_tokenizer
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.template import ChatTokenizer
 
 CORPUS = [
     "user\nWhat is 12 + 30?\nassistant\n12 + 30 = 42\n",
@@ -52,7 +52,7 @@ def renamed(name):
 
 
 def permuted(array, heads):
-    """What llama.cpp's converter does to q and k of a Llama."""
+    """Interleaves the halves of every head, as llama.cpp's converter does to q and k of a Llama."""
     return (
         array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
         .swapaxes(1, 2)
@@ -61,7 +61,7 @@ def permuted(array, heads):
 
 
 def write_gguf(folder, path, pre="smollm", quantised=True, **changes):
-    """The folder as a GGUF file; its matrices in Q8_0, norms in float32."""
+    """Writes the folder as a GGUF file, with matrices in Q8_0 and norms in float32."""
     config, tensors = (
         json.loads((folder / "config.json").read_text()),
         load_file(folder / "model.safetensors"),
@@ -108,7 +108,7 @@ def write_gguf(folder, path, pre="smollm", quantised=True, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder whose matrices are what Q8_0 can hold."""
+    """A folder whose matrices Q8_0 represents exactly."""
     path = tmp_path_factory.mktemp("hf")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
@@ -124,7 +124,7 @@ def folder(tmp_path_factory):
             initial_alphabet=gguf_tokenizer.pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    text = Text(
+    text = ChatTokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=SPECIAL[0],
@@ -206,8 +206,8 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
         ),
         (
             {"model": "llama"},
-            "{} holds a 'llama' tokenizer; only byte-level BPE ('gpt2') is supported: convert the model "
-            "to a Hugging Face folder.",
+            "{} holds a 'llama' tokenizer; only byte-level BPE ('gpt2') is supported: convert the "
+            "model to a Hugging Face folder.",
         ),
         ({"arch": "gemma3"}, "model_type is 'gemma3' in config.json; supported: llama."),
         (

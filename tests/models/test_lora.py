@@ -1,4 +1,4 @@
-"""Adapters: what they start from, what they are merged and written to, and what `peft` reads there."""
+"""Adapters: their initial values, their merge and export, and what `peft` reads of an export."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from deltapref_jax.config import LORA_TARGETS, Lora
 from deltapref_jax.models.flops import forward_flops, training_flops
-from deltapref_jax.models.lora import adapters, attach, export_adapter, merge
+from deltapref_jax.models.lora import adapters, add_adapters, export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract, export, load
 
@@ -24,14 +24,14 @@ SOME = Lora(2, 3.0, ("down_proj", "q_proj"))
 
 @pytest.fixture(scope="module")
 def adapted(tiny):
-    """(trained, frozen) with a B that is not 0."""
-    trained, frozen = attach(tiny.spec, tiny.state, LORA, 0)
+    """(trained, frozen) parameters with a B that is not 0."""
+    trained, frozen = add_adapters(tiny.spec, tiny.state, LORA, 0)
     r = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + r.normal(0, 0.1, x.shape).astype(np.float32), trained), frozen
 
 
 def logits(spec, states, lora=FULL, dtype=jnp.float32):
-    """[2, 12, V] of fixed tokens."""
+    """Returns the logits [2, 12, V] of fixed tokens."""
     graphdef, _ = abstract(spec, dtype, adapters(lora))
     tokens = jnp.arange(24).reshape(2, 12) % spec.vocab
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
@@ -46,16 +46,15 @@ def logits(spec, states, lora=FULL, dtype=jnp.float32):
 
 def test_a_is_peft_s_draw_from_seed_and_path_and_b_is_zero(tiny):
     first, again, other = (
-        nnx.to_pure_dict(attach(tiny.spec, tiny.state, LORA, seed)[0])["blocks"]
+        nnx.to_pure_dict(add_adapters(tiny.spec, tiny.state, LORA, seed)[0])["blocks"]
         for seed in (3, 3, 2**32 - 1)
     )
     assert set(first) == {f"{name}_{side}" for name in adapters(LORA).targets for side in "ab"}
     inputs = {"down": tiny.spec.mlp, "o": tiny.spec.heads * tiny.spec.head_width}
     for name in adapters(LORA).targets:
         a = np.asarray(first[f"{name}_a"])
-        bound = (
-            inputs.get(name, tiny.spec.width) ** -0.5
-        )  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / (1 + 5) / inputs)
+        # kaiming_uniform_(a=sqrt(5)) has the bound sqrt(6 / (1 + 5) / inputs).
+        bound = inputs.get(name, tiny.spec.width) ** -0.5
         assert 0.9 * bound < np.abs(a).max() <= bound
         assert abs(a.mean()) < 4 * bound / 3**0.5 / a.size**0.5
         np.testing.assert_array_equal(a, again[f"{name}_a"])
@@ -74,13 +73,13 @@ def test_a_is_peft_s_draw_from_seed_and_path_and_b_is_zero(tiny):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_with_b_zero_the_policy_is_its_base_exactly(tiny, dtype):
-    fresh = attach(tiny.spec, tiny.state, LORA, 0)
+    fresh = add_adapters(tiny.spec, tiny.state, LORA, 0)
     np.testing.assert_array_equal(
         logits(tiny.spec, fresh, LORA, dtype), logits(tiny.spec, [tiny.state], dtype=dtype)
     )
 
 
-def test_merged_is_adapted_and_so_is_what_is_exported(tiny, adapted, tmp_path):
+def test_merged_and_exported_decoders_give_the_adapted_logits(tiny, adapted, tmp_path):
     want = logits(tiny.spec, adapted, LORA)
     assert np.abs(want - logits(tiny.spec, [tiny.state])).max() > 0.1
     merged = merge(tiny.state, adapted[0], LORA)
@@ -98,7 +97,7 @@ def test_merged_is_adapted_and_so_is_what_is_exported(tiny, adapted, tmp_path):
 
 
 def test_only_the_targets_are_adapted(tiny):
-    trained, frozen = attach(tiny.spec, tiny.state, SOME, 0)
+    trained, frozen = add_adapters(tiny.spec, tiny.state, SOME, 0)
     assert set(nnx.to_pure_dict(trained)["blocks"]) == {"q_a", "q_b", "down_a", "down_b"}
     moved = jax.tree.map(lambda x: x + 1.0, trained)
     before, after = (
@@ -108,7 +107,7 @@ def test_only_the_targets_are_adapted(tiny):
 
 
 def test_full_fine_tuning_is_the_case_without_adapters(tiny):
-    trained, frozen = attach(tiny.spec, tiny.state, Lora(), 0)
+    trained, frozen = add_adapters(tiny.spec, tiny.state, Lora(), 0)
     assert trained is tiny.state
     assert not jax.tree.leaves(frozen)
     assert merge(tiny.state, trained, Lora()) is trained
@@ -135,14 +134,13 @@ def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * tiny.spec.layers
     merged = nnx.to_pure_dict(merge(tiny.state, adapted[0], LORA))["blocks"]
-    for name, place in (
+    for name, module in (
         ("o", "self_attn.o_proj"),
         ("k", "self_attn.k_proj"),
         ("down", "mlp.down_proj"),
     ):
-        a, b = (
-            tensors[f"base_model.model.model.layers.1.{place}.lora_{side}.weight"] for side in "AB"
-        )
+        prefix = f"base_model.model.model.layers.1.{module}"
+        a, b = (tensors[f"{prefix}.lora_{side}.weight"] for side in "AB")
         w = np.asarray(nnx.to_pure_dict(tiny.state)["blocks"][name][1])
         w = w.reshape(a.shape[1], b.shape[0])
         np.testing.assert_allclose(
@@ -151,17 +149,16 @@ def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
 
 
 def test_flops_have_no_gradients_of_frozen_matrices():
-    spec, places = ModelSpec(1000, 64, 3, 4, 2, 16, 160), np.array([*range(10), *range(6)])
-    base, whole = forward_flops(spec, places, 7), training_flops(spec, places, 7)
+    spec, positions = ModelSpec(1000, 64, 3, 4, 2, 16, 160), np.array([*range(10), *range(6)])
+    base, whole = forward_flops(spec, positions, 7), training_flops(spec, positions, 7)
     assert whole == pytest.approx(3 * base)
     shape = adapters(Lora(8))
-    low = (
-        2 * 16 * 3 * 8 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 160))
-    )  # q and o, k and v, the MLP: inputs and outputs
+    # Inputs and outputs of q and o, of k and v, and of the MLP's matrices.
+    low_rank = 2 * 16 * 3 * 8 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 160))
     attention = 2 * 3 * 64 * (10**2 + 6**2)
-    assert forward_flops(spec, places, 7, shape) == pytest.approx(base + low)
-    assert training_flops(spec, places, 7, shape) == pytest.approx(
-        2 * (base - attention) + 3 * (attention + low)
+    assert forward_flops(spec, positions, 7, shape) == pytest.approx(base + low_rank)
+    assert training_flops(spec, positions, 7, shape) == pytest.approx(
+        2 * (base - attention) + 3 * (attention + low_rank)
     )
 
 
@@ -170,7 +167,8 @@ import sys, numpy as np, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base, adapter, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
 assert all("lora" not in name or p.abs().sum() > 0 for name, p in model.named_parameters())
 tokens = (torch.arange(24).reshape(2, 12)) % model.config.vocab_size
 with torch.no_grad():
@@ -180,7 +178,7 @@ with torch.no_grad():
 
 @pytest.mark.slow
 def test_peft_gives_our_logits(tiny, adapted, tmp_path):
-    """In this environment, or in that of the interpreter named by DELTAPREF_PEFT."""
+    """Runs PEFT in this environment, or in that of the interpreter in DELTAPREF_PEFT."""
     python = os.environ.get("DELTAPREF_PEFT", sys.executable)
     if subprocess.run(
         [python, "-c", "import torch, peft"], capture_output=True, check=False

@@ -1,4 +1,4 @@
-"""The table places every parameter and every moment by exactly one rule."""
+"""The table shards every parameter and every optimizer moment by exactly one rule."""
 
 import dataclasses
 import re
@@ -41,14 +41,14 @@ def test_every_rule_matches_something():
         assert any(re.search(pattern, name) for name in names), pattern
 
 
-def test_moments_lie_where_their_parameters_lie():
+def test_moments_are_sharded_like_their_parameters():
     mesh = make_mesh(MeshShape(2, 2, 2))
     params = abstract(BIG, adapters=ADAPTED)[1]
     moments = jax.eval_shape(Optimizer().transform().init, params)
-    places = named(shardings(params, mesh))
-    for name, place in named(shardings(moments, mesh)).items():
+    expected = named(shardings(params, mesh))
+    for name, sharding in named(shardings(moments, mesh)).items():
         if not name.endswith("count"):
-            assert place == places[re.sub(r"^.*\b(?:mu|nu)\.", "", name)], name
+            assert sharding == expected[re.sub(r"^.*\b(?:mu|nu)\.", "", name)], name
 
 
 def test_big_parameters_are_spread_over_all_of_fsdp_and_tensor():
@@ -60,16 +60,16 @@ def test_big_parameters_are_spread_over_all_of_fsdp_and_tensor():
         assert share == (1 if name.endswith("norm") else 1 / 8), name
 
 
-def test_adapters_lie_where_the_inputs_and_outputs_of_their_matrices_lie():
+def test_adapters_are_sharded_like_inputs_and_outputs_of_their_matrices():
     mesh = make_mesh(MeshShape(1, 4, 2))
-    places = {
-        name: place.spec
-        for name, place in named(shardings(abstract(BIG, adapters=ADAPTED)[1], mesh)).items()
+    specs = {
+        name: sharding.spec
+        for name, sharding in named(shardings(abstract(BIG, adapters=ADAPTED)[1], mesh)).items()
     }
     for name in ADAPTED.targets:
         inputs = 3 if name == "o" else 2
         whole, a, b = (
-            [*places[f"blocks.{name}{part}"], None, None, None, None] for part in ("", "_a", "_b")
+            [*specs[f"blocks.{name}{part}"], None, None, None, None] for part in ("", "_a", "_b")
         )
         assert (a[:inputs], a[inputs]) == (whole[:inputs], None)
         assert (b[1], b[2:4]) == (None, whole[inputs : inputs + 2])

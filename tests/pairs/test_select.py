@@ -7,19 +7,24 @@ from hypothesis import strategies as st
 
 from deltapref_jax.config import ConfigError
 from deltapref_jax.pairs.select import sample_delta, select
-from deltapref_jax.records import digest
+from deltapref_jax.records import Pair, digest
 
 
 def pairs(deltas, base=(3.0, 3.0)):
     """Pairs with chosen - rejected ratings `deltas`, a row of [n, dimensions]."""
     return [
-        {
-            "pair_id": digest("pair", i),
-            "chosen_id": f"c{i}",
-            "rejected_id": f"r{i}",
-            "chosen_rating": [b + d for b, d in zip(base, row, strict=True)],
-            "rejected_rating": list(base),
-        }
+        Pair(
+            pair_id=digest("pair", i),
+            prompt_id=f"p{i}",
+            chosen_id=f"c{i}",
+            rejected_id=f"r{i}",
+            chosen_model="strong",
+            rejected_model="weak",
+            chosen_rating=[b + d for b, d in zip(base, row, strict=True)],
+            rejected_rating=list(base),
+            chosen_correct=None,
+            rejected_correct=None,
+        )
         for i, row in enumerate(deltas)
     ]
 
@@ -30,7 +35,7 @@ def lengths(n, seed=0):
 
 
 def ids(rows):
-    return [row["pair_id"] for row in rows]
+    return [row.pair_id for row in rows]
 
 
 POOL = pairs(np.random.default_rng(0).permutation(np.arange(80)).reshape(40, 2) / 10)
@@ -50,7 +55,7 @@ def test_top_is_the_widest_by_dimension_or_sum_in_the_order_of_the_rows(dimensio
     got = select(POOL, "top", fraction, 0, dimension, TOKENS)
     deltas = sample_delta(POOL, dimension)
     widest = set(np.argsort(-deltas, kind="stable")[: round(fraction * 40)])
-    assert ids(got) == [p["pair_id"] for i, p in enumerate(POOL) if i in widest]
+    assert ids(got) == [p.pair_id for i, p in enumerate(POOL) if i in widest]
 
 
 def test_equal_gaps_are_ordered_by_id():
@@ -62,7 +67,7 @@ def test_random_is_seeded_and_fair():
     assert select(POOL, "random", 0.25, 3, 0, TOKENS) == select(POOL, "random", 0.25, 3, 1, {})
     drawn = [set(ids(select(POOL, "random", 0.25, s, None, TOKENS))) for s in range(400)]
     assert {len(d) for d in drawn} == {10}
-    share = np.array([sum(p["pair_id"] in d for d in drawn) / 400 for p in POOL])
+    share = np.array([sum(p.pair_id in d for d in drawn) / 400 for p in POOL])
     assert abs(share - 0.25).max() < 4.5 * (0.25 * 0.75 / 400) ** 0.5
 
 
@@ -71,7 +76,7 @@ def test_matched_has_the_lengths_of_the_top_without_its_pairs():
     tokens = {f"{side}{i}": 10 * (i % 5) + (side == "c") for i in range(40) for side in "cr"}
     got = select(rows, "matched", 5 / 40, 0, 0, tokens)
     assert not set(ids(got)) & set(ids(rows[:5]))
-    assert sorted(tokens[p["chosen_id"]] for p in got) == [1, 11, 21, 31, 41]
+    assert sorted(tokens[p.chosen_id] for p in got) == [1, 11, 21, 31, 41]
 
 
 def test_matched_takes_top_pairs_only_once_the_others_are_used_up():
@@ -83,30 +88,30 @@ def test_matched_takes_top_pairs_only_once_the_others_are_used_up():
 
 
 def test_all_keeps_all_and_needs_no_ratings():
-    rows = [p | {"chosen_rating": None} for p in POOL]
+    rows = [p._replace(chosen_rating=None) for p in POOL]
     assert select(rows, "all", 0.1, 0, 0, {}) == rows
     assert len(select(rows, "random", 0.1, 0, 0, {})) == 4
 
 
-@pytest.mark.parametrize("keep", ["top", "random", "matched"])
+@pytest.mark.parametrize("selection", ["top", "random", "matched"])
 @pytest.mark.parametrize(("fraction", "kept"), [(0.01, 0), (1.2, 48)])
-def test_a_fraction_that_keeps_none_or_more_than_there_are_is_refused(keep, fraction, kept):
+def test_a_fraction_that_keeps_none_or_more_than_there_are_is_refused(selection, fraction, kept):
     with pytest.raises(ConfigError) as error:
-        select(POOL, keep, fraction, 0, None, TOKENS)
+        select(POOL, selection, fraction, 0, None, TOKENS)
     assert str(error.value) == (
         f"A fraction of {fraction:g} keeps {kept} of 40 pairs; it must keep at least one and "
         "no more than there are."
     )
 
 
-@pytest.mark.parametrize("keep", ["top", "matched"])
-def test_pairs_without_ratings_are_refused(keep):
+@pytest.mark.parametrize("selection", ["top", "matched"])
+def test_pairs_without_ratings_are_refused(selection):
     with pytest.raises(
         ConfigError,
         match=r"^A pair has no ratings to select by; name a judge that rated both of its "
         r"generators\.$",
     ):
-        select([*POOL[:5], POOL[6] | {"rejected_rating": None}], keep, 0.5, 0, None, TOKENS)
+        select([*POOL[:5], POOL[6]._replace(rejected_rating=None)], selection, 0.5, 0, None, TOKENS)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -118,13 +123,15 @@ def test_pairs_without_ratings_are_refused(keep):
     st.sampled_from([0, 1, None]),
     st.randoms(),
 )
-def test_rows_in_any_order_give_the_same_pairs(deltas, keep, fraction, seed, dimension, random):
+def test_rows_in_any_order_give_the_same_pairs(
+    deltas, selection, fraction, seed, dimension, random
+):
     rows, tokens = pairs(deltas), lengths(len(deltas), 1)
-    k = len(rows) if keep == "all" else round(fraction * len(rows))
+    k = len(rows) if selection == "all" else round(fraction * len(rows))
     if k == 0:
         return
-    got = select(rows, keep, fraction, seed, dimension, tokens)
+    got = select(rows, selection, fraction, seed, dimension, tokens)
     assert len(got) == len(set(ids(got))) == k
     assert ids(got) == [i for i in ids(rows) if i in set(ids(got))]  # in the order of the rows
     shuffled = random.sample(rows, len(rows))
-    assert set(ids(select(shuffled, keep, fraction, seed, dimension, tokens))) == set(ids(got))
+    assert set(ids(select(shuffled, selection, fraction, seed, dimension, tokens))) == set(ids(got))

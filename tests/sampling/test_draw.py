@@ -21,7 +21,7 @@ def run(logits, uniform, temperature=1.0, top_p=1.0, top_k=0, filtered=True):
 
 
 def sorted_reference(logits, top_p, top_k):
-    """Kept ids by sorting, one row, float64."""
+    """Returns the ids kept in one row, by sorting in float64."""
     order = np.argsort(-logits, kind="stable")
     probabilities = np.exp(logits - logits.max())
     if top_k:
@@ -66,9 +66,8 @@ def test_rows_have_settings_of_their_own():
 @pytest.mark.parametrize("vocab", [2, 5, 1000])
 def test_invert_is_the_inverse_of_the_cumulative_distribution(vocab):
     rng = np.random.default_rng(vocab)
-    weights = rng.integers(0, 4, (200, vocab)).astype(
-        np.float32
-    )  # integers: float32 sums are exact
+    # Float32 sums of small integers are exact.
+    weights = rng.integers(0, 4, (200, vocab)).astype(np.float32)
     weights[:, rng.integers(vocab)] += 1
     uniform = (rng.integers(0, 1 << 23, 200) / (1 << 23)).astype(np.float32)
     cumulative = np.cumsum(weights.astype(np.float64), axis=-1)
@@ -99,14 +98,13 @@ def test_frequencies_match_probabilities(temperature, top_p, top_k):
         top_k,
     )
     kept = sorted(sorted_reference(logits / temperature, top_p, top_k))
-    wanted = np.exp(logits[kept] / temperature)
-    wanted *= len(keys) / wanted.sum()
+    expected = np.exp(logits[kept] / temperature)
+    expected *= len(keys) / expected.sum()
     counts = np.bincount(tokens, minlength=24)
     assert counts.sum() == counts[kept].sum()
-    statistic, freedom = np.sum((counts[kept] - wanted) ** 2 / wanted), len(kept) - 1
-    assert (
-        statistic < freedom + 4 * (2 * freedom) ** 0.5
-    )  # mean + 4 standard deviations of chi-square; seed fixed
+    statistic, freedom = np.sum((counts[kept] - expected) ** 2 / expected), len(kept) - 1
+    # Chi-square's mean and 4 standard deviations; the seed is fixed.
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
 def test_log_probability_is_unfiltered_at_temperature_one():
@@ -133,7 +131,7 @@ def test_filters_that_are_off_change_nothing():
     )
 
 
-def test_keys_depend_on_everything_named_and_on_nothing_else():
+def test_keys_depend_on_seed_generator_prompt_and_sample_alone():
     def key(seed=0, generator="aa" * 8, prompt="bb" * 8, sample=0, before=0):
         return tuple(
             request_keys(seed, generator, ["cc" * 8] * before + [prompt], [0] * before + [sample])[

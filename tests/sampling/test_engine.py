@@ -13,7 +13,7 @@ from flax import nnx
 from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import Loaded, abstract
+from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.records import digest
 from deltapref_jax.sampling import programs
 from deltapref_jax.sampling.engine import Engine, Request
@@ -32,14 +32,12 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in ids)
 
 
-def model(peaky: float = 1.0, seed: int = 0) -> Loaded:
-    """A random decoder; `peaky` scales its logits."""
+def model(peaky: float = 1.0, seed: int = 0) -> LoadedModel:
+    """Returns a random decoder; `peaky` scales its logits."""
     graphdef, state = abstract(SPEC)
     rng = np.random.default_rng(seed)
-    scale = {
-        1: 0.0,
-        2: 0.2 * peaky,
-    }  # norms are 1; embedding; the rest is large enough to say something
+    # By the number of axes: final norm 1, embedding scaled, matrices far from 0; block norms are 1.
+    scale = {1: 0.0, 2: 0.2 * peaky}
     state = jax.tree.map(
         lambda x: jnp.asarray(
             (x.ndim < 2 or x.shape == (2, 32)) + scale.get(x.ndim, 0.2) * rng.normal(size=x.shape),
@@ -47,7 +45,7 @@ def model(peaky: float = 1.0, seed: int = 0) -> Loaded:
         ),
         state,
     )
-    return Loaded(graphdef, state, SPEC, Letters(), "cd" * 8)
+    return LoadedModel(graphdef, state, SPEC, Letters(), "cd" * 8)
 
 
 def requests(count: int = 14, **options) -> list[Request]:
@@ -79,8 +77,11 @@ def _log_probs(graphdef, state, tokens):
     return jax.nn.log_softmax(hidden @ decoder.unembedding().T, axis=-1)
 
 
-def full_forward(loaded: Loaded, prompt, completion) -> np.ndarray:
-    """Log-probabilities [completion, V] by one uncached forward pass, padded so that it compiles once."""
+def full_forward(loaded: LoadedModel, prompt, completion) -> np.ndarray:
+    """Returns log-probabilities [completion, V] by one uncached forward pass.
+
+    Tokens are padded to one length, so that it compiles once.
+    """
     tokens = np.full((1, 48), -1)
     tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
     return np.asarray(_log_probs(loaded.graphdef, loaded.state, tokens))[0, len(prompt) - 1 :][
@@ -99,8 +100,8 @@ def plain():
 
 def test_greedy_decoding_takes_the_argmax_of_the_full_forward_pass():
     loaded = model()
-    asked = [dataclasses.replace(request, samples=1) for request in requests(5, temperature=0.0)]
-    for request, (trace,) in zip(asked, engine(loaded).generate(asked), strict=True):
+    greedy = [dataclasses.replace(request, samples=1) for request in requests(5, temperature=0.0)]
+    for request, (trace,) in zip(greedy, engine(loaded).generate(greedy), strict=True):
         assert (
             trace.tokens == full_forward(loaded, request.tokens, trace.tokens).argmax(-1).tolist()
         )
@@ -129,14 +130,14 @@ def test_finish_reasons_and_lengths(plain):
 
 @pytest.mark.parametrize("peaky", [0.05, 1.0, 4.0])
 def test_order_slots_chunk_and_shard_do_not_matter(peaky):
-    loaded, asked = model(peaky), requests()
-    results = engine(loaded).generate(asked)
-    order = np.random.default_rng(1).permutation(len(asked))
-    shuffled = engine(loaded).generate([asked[i] for i in order])
+    loaded, batch = model(peaky), requests()
+    results = engine(loaded).generate(batch)
+    order = np.random.default_rng(1).permutation(len(batch))
+    shuffled = engine(loaded).generate([batch[i] for i in order])
     assert traces(shuffled[i] for i in np.argsort(order)) == traces(results)
     other = engine(loaded, slots=3, chunk=7)
     assert traces(
-        row for i in range(0, len(asked), 5) for row in other.generate(asked[i : i + 5])
+        row for i in range(0, len(batch), 5) for row in other.generate(batch[i : i + 5])
     ) == traces(results)
 
 
@@ -152,12 +153,12 @@ def test_samples_seeds_and_generators_differ(plain):
 
 
 def test_stop_strings_cut_text_tokens_and_log_probability():
-    loaded, asked = model(), requests()
-    free = engine(loaded).generate(asked)
+    loaded, batch = model(), requests()
+    free = engine(loaded).generate(batch)
     stop = max((c.text for row in free for c in row), key=len)[2:4]
-    stopped = engine(loaded, stop=(stop, "not there")).generate(asked)
+    stopped = engine(loaded, stop=(stop, "not there")).generate(batch)
     hits = 0
-    for request, before, after in zip(asked, free, stopped, strict=True):
+    for request, before, after in zip(batch, free, stopped, strict=True):
         for a, b in zip(before, after, strict=True):
             if stop not in a.text:
                 assert a == b
@@ -174,27 +175,27 @@ def test_stop_strings_cut_text_tokens_and_log_probability():
     assert hits
 
 
-def test_the_cache_grows_with_what_is_reached():
+def test_the_cache_grows_with_the_longest_sequence():
     endless = Letters()
     endless.end_ids = ()
     loaded = dataclasses.replace(model(), text=endless)
     short, long = engine(loaded), engine(loaded, max_tokens=300)
-    wanted = short.generate(requests(6))
+    expected = short.generate(requests(6))
     assert short.cache.v[0].shape[2] == 44  # max_prompt + max_tokens
     for _ in range(2):
         assert [c.tokens[:24] for row in long.generate(requests(6)) for c in row] == [
-            t for t, _, _ in traces(wanted)
+            t for t, _, _ in traces(expected)
         ]
         assert long.cache.v[0].shape[2] == 320  # doubled from 256, up to max_prompt + max_tokens
 
 
 def test_filters_per_request():
-    asked = [
+    batch = [
         Request(r.prompt_id, r.tokens, 2, top_k=1) if i % 2 else r
         for i, r in enumerate(requests(6))
     ]
-    results = engine().generate(asked)
-    greedy = engine().generate([Request(r.prompt_id, r.tokens, 2, temperature=0.0) for r in asked])
+    results = engine().generate(batch)
+    greedy = engine().generate([Request(r.prompt_id, r.tokens, 2, temperature=0.0) for r in batch])
     free = engine().generate(requests(6))
     for i, row in enumerate(results):
         assert traces([row]) == traces([greedy[i] if i % 2 else free[i]])

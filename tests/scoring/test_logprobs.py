@@ -8,10 +8,22 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deltapref_jax.config import MeshShape
-from deltapref_jax.mesh import make_mesh, put
+from deltapref_jax.mesh import make_mesh, shard
 from deltapref_jax.models.sharding import BATCH, shardings
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring import logprobs, projection
-from deltapref_jax.scoring.packing import Sample, capacity, layout, pack, pack_sequences, sample
+from deltapref_jax.scoring.packing import (
+    PackedSample,
+    layout,
+    max_segments,
+    pack,
+    pack_one,
+    pack_sequences,
+)
+
+
+def sample(prompt, completion, number=0):
+    return pack_one(TokenSequence(prompt, completion), number)
 
 
 def sequences(vocab, count=11, seed=0):
@@ -39,8 +51,8 @@ def naive(model, params, rows):
 
 
 def tiles(monkeypatch, tokens, entries):
-    monkeypatch.setattr(projection, "_ENTRIES", entries)
-    monkeypatch.setattr(projection, "_NUMBERS", entries * tokens)
+    monkeypatch.setattr(projection, "_MAX_TILE_ENTRIES", entries)
+    monkeypatch.setattr(projection, "_CPU_TILE_LOGITS", entries * tokens)
 
 
 @pytest.mark.parametrize(("tokens", "shares"), [(1, 1), (7, 4), (4096, 2)])
@@ -54,7 +66,7 @@ def test_packed_values_and_gradients_equal_unpacked(tiny, monkeypatch, tokens, s
         total = 0.0
         for m in micros:
             sums, _ = logprobs.sequence_logprobs(
-                nnx.merge(tiny.graphdef, params), m.batch, capacity(4, 40)
+                nnx.merge(tiny.graphdef, params), m.batch, max_segments(4, 40)
             )
             total += (sums[: len(m.order)] * weight[m.order]).sum()
         return total
@@ -80,9 +92,13 @@ def test_eight_devices_equal_one(tiny, one_device, shape):
     rows = sequences(tiny.spec.vocab, 30)
     (micro,) = pack([[[s]] for s in rows], 16, 64)
     mesh = make_mesh(MeshShape(*shape))
-    want, counts = logprobs.scorer(tiny.spec, "float32", 128, one_device)(tiny.state, micro.batch)
+    want, counts = logprobs.logprob_fn(tiny.spec, "float32", 128, one_device)(
+        tiny.state, micro.batch
+    )
     params = jax.device_put(tiny.state, shardings(tiny.state, mesh))
-    got, _ = logprobs.scorer(tiny.spec, "float32", 128, mesh)(params, put(micro.batch, mesh, BATCH))
+    got, _ = logprobs.logprob_fn(tiny.spec, "float32", 128, mesh)(
+        params, shard(micro.batch, mesh, BATCH)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(counts[: len(rows)], [rows[i].targets.sum() for i in micro.order])
 
@@ -106,8 +122,8 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
 
     got = run(
         lambda h, w: projection.token_logprobs(h, w, labels, mask, mesh),
-        put(hidden, mesh, BATCH),
-        put(matrix, mesh, PartitionSpec("tensor", "fsdp")),
+        shard(hidden, mesh, BATCH),
+        shard(matrix, mesh, PartitionSpec("tensor", "fsdp")),
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain, hidden, matrix)
@@ -139,7 +155,9 @@ def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
 @pytest.mark.parametrize("vocab", [509, 510])
 def test_a_vocabulary_without_a_fitting_divisor_is_one_share(monkeypatch, vocab):
     tiles(monkeypatch, 3, 100)
-    assert projection._tile(64, vocab, projection._NUMBERS)[1] == (509 if vocab == 509 else 85)
+    assert projection._tile_shape(64, vocab, projection._CPU_TILE_LOGITS)[1] == (
+        509 if vocab == 509 else 85
+    )
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():
@@ -173,7 +191,7 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
         [r.integers(0, tiny.spec.vocab, n) for n in (4, 2, 6)],
     )
     run = jax.jit(lambda state, *batch: nnx.merge(tiny.graphdef, state).hidden(*batch))
-    branched = Sample(
+    branched = PackedSample(
         np.concatenate([trunk, *tails]).astype(np.int32),
         np.zeros(21, bool),
         np.concatenate([np.arange(9), *(9 + np.arange(len(t)) for t in tails)]).astype(np.int32),
@@ -206,7 +224,7 @@ def together(vocab, seed=0):
     """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, in random order."""
     r = np.random.default_rng(seed)
     found = [
-        (prompt, r.integers(0, vocab, r.integers(1, 14)).tolist())
+        TokenSequence(prompt, r.integers(0, vocab, r.integers(1, 14)))
         for prompt in (r.integers(0, vocab, n).tolist() for n in (1, 2, 3, 12, 9, 5, 7))
         for _ in range(r.integers(1, 6))
     ]
@@ -225,7 +243,7 @@ def test_prompts_read_once_give_the_sums_and_gradients_of_each_sequence_alone(ti
         def total(params):
             model, sums = nnx.merge(tiny.graphdef, params), jnp.zeros(len(sequences))
             for m in micros:
-                found, _ = logprobs.sequence_logprobs(model, m.batch, capacity(rows, length))
+                found, _ = logprobs.sequence_logprobs(model, m.batch, max_segments(rows, length))
                 sums = sums.at[m.order].set(found[: len(m.order)])
             return sums @ weight, sums
 
@@ -234,7 +252,7 @@ def test_prompts_read_once_give_the_sums_and_gradients_of_each_sequence_alone(ti
 
     got, got_gradient, read = results(True)
     want, gradient, whole = results(False)
-    assert whole == sum(len(prompt) + len(completion) for prompt, completion in sequences)
+    assert whole == sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
     assert read < 0.85 * whole
     np.testing.assert_allclose(got, want, rtol=2e-5)
     jax.tree.map(
@@ -249,18 +267,18 @@ def test_prompts_read_once_give_the_sums_and_gradients_of_each_sequence_alone(ti
 def test_a_prompt_is_read_as_often_as_rows_are_filled_behind_it():
     """Prompt of 10; a row of 32 holds 9 + 3 * 7 tokens. One token, or none, is nothing to share."""
     prompt, completion = list(range(10)), list(range(6))
-    (micro,) = pack_sequences([(prompt, completion)] * 7, 4, 32, True)
+    (micro,) = pack_sequences([TokenSequence(prompt, completion)] * 7, 4, 32, True)
     assert sorted((micro.batch.segments > 0).sum(axis=1).tolist()) == [0, 16, 30, 30]
     for short in ([], [5]):
-        (micro,) = pack_sequences([(short, completion)] * 3, 4, 32, True)
+        (micro,) = pack_sequences([TokenSequence(short, completion)] * 3, 4, 32, True)
         assert (micro.batch.segments > 0).sum() == 3 * (6 + len(short))
         assert not micro.batch.branches.any()
 
 
 def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
     """Rows of 26 with 9 tokens left in each: the pair's 16 tokens behind one prompt fit none, 9 + 9 do."""
-    big, prompt = ([1], list(range(16))), list(range(3))
-    sequences = [big, big, (prompt, list(range(6))), (prompt, list(range(6)))]
+    big, small = TokenSequence([1], range(16)), TokenSequence(range(3), range(6))
+    sequences = [big, big, small, small]
     (micro,) = pack_sequences(sequences, 2, 26, True, [[0], [1], [2, 3]])
     assert (micro.batch.segments > 0).all()
     assert sorted(micro.order.tolist()) == [0, 1, 2, 3]
@@ -273,12 +291,12 @@ def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(
     tiny, one_device, rows, length
 ):
     """One-token answers to one question: a row of 32 tokens would hold 15, and has places for 4 sequences."""
-    sequences = [([7, 8, 9], [answer]) for answer in range(30)]
+    sequences = [TokenSequence([7, 8, 9], [answer]) for answer in range(30)]
     micros = pack_sequences(sequences, rows, length, True)
-    assert max(len(m.order) for m in micros) <= capacity(rows, length)
+    assert max(len(m.order) for m in micros) <= max_segments(rows, length)
     got = logprobs.score_sequences(
         tiny.spec, tiny.state, sequences, rows, length, one_device, "float32"
     ).sums
     np.testing.assert_allclose(
-        got, naive(tiny, tiny.state, [sample(*pieces) for pieces in sequences]), rtol=2e-5
+        got, naive(tiny, tiny.state, [pack_one(sequence) for sequence in sequences]), rtol=2e-5
     )

@@ -1,95 +1,129 @@
 """Tables given to a stage, as artifacts of a stage that only writes them."""
 
-import dataclasses
+import random
 
 import pytest
 
-from deltapref_jax import records
-from deltapref_jax.config import MeshShape, Scoring
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import MeshShape, Model
 from deltapref_jax.models.weights import weights_hash
-from deltapref_jax.records import digest, table
-from deltapref_jax.stages import audit, judge, pair, score, train
+from deltapref_jax.records import Prompt, Trace, digest, to_table
+from deltapref_jax.stages.score import LogProbTable
+from deltapref_jax.stages.tokens import TraceSequences
 from deltapref_jax.synthetic import world
-from deltapref_jax.workspace import Node, Workspace, run
+from deltapref_jax.text.template import ChatTokenizer
 
 QUESTIONS = world.prompts(("chain", "shop"), 6, 1, 3)
 
 
-def write(job):
-    job.write(table(getattr(records, job.local["schema"]), job.local["rows"]))
+class Given(Node, stage="given", version=1):
+    """A table that a test writes down.
+
+    Attributes:
+      content: digest of the rows.
+      metadata: of the table's schema.
+    """
+
+    content: str
+    metadata: dict[str, str]
+    record: type = runtime()
+    rows: tuple = runtime()
+
+    def make(self, job):
+        table = to_table(self.record, self.rows)
+        job.write(table.replace_schema_metadata(self.metadata) if self.metadata else table)
 
 
-STAGES = {
-    "given": write,
-    "audit": audit.audit,
-    "judge": judge.judge,
-    "pair": pair.pair,
-    "score": score.score,
-    "train": train.train_arm,
-}
+def given(record, rows, **metadata):
+    content = digest(record.__name__, to_table(record, rows).to_pylist())
+    return Given(
+        label=("given", record.__name__),
+        content=content,
+        metadata=metadata,
+        record=record,
+        rows=tuple(rows),
+    )
+
+
+def trace(prompt_id, generator, text, finish="eos", token_ids=(1,)):
+    return Trace(
+        trace_id=digest(prompt_id, generator),
+        prompt_id=prompt_id,
+        generator=generator,
+        weights="",
+        sample=0,
+        text=text,
+        token_ids=list(token_ids),
+        finish=finish,
+        logprob=-1.0,
+        tokens=len(text),
+    )
 
 
 class Bench:
     """Makes one stage's artifact in a workspace of its own."""
 
+    mesh = MeshShape()
+    given = staticmethod(given)
+
     def __init__(self, root, folder):
-        self.workspace, self.folder, self.weights = (
-            Workspace(root),
-            str(folder),
-            weights_hash(str(folder)),
-        )
+        self.workspace, self.folder = Workspace(root), str(folder)
+        self.weights, self.model = weights_hash(self.folder), Model(path=self.folder)
+        self.tokenizer = ChatTokenizer.load(self.folder).identity
         self.questions = QUESTIONS
-        self.prompts = self.given("PROMPT", QUESTIONS)
+        self.prompts = given(Prompt, QUESTIONS)
 
-    def given(self, schema, rows):
-        return Node(
-            "given", schema, {"rows": digest(schema, rows)}, {}, {"schema": schema, "rows": rows}
-        )
-
-    def traces(self, generator, texts, finish="eos"):
+    def traces(self, generator, texts, finish="eos", token_ids=None):
         """One trace of every question; `finish` for all of them, or one each."""
-        each = [finish] * len(texts) if isinstance(finish, str) else finish
-        return self.given(
-            "TRACE",
-            [
-                {
-                    "trace_id": digest(q["prompt_id"], generator),
-                    "prompt_id": q["prompt_id"],
-                    "generator": generator,
-                    "weights": "",
-                    "sample": 0,
-                    "text": words,
-                    "token_ids": [1],
-                    "finish": end,
-                    "logprob": -1.0,
-                    "tokens": len(words),
-                }
-                for q, words, end in zip(self.questions, texts, each, strict=False)
-            ],
+        finishes = [finish] * len(texts) if isinstance(finish, str) else finish
+        sampled = token_ids or [(1,)] * len(texts)
+        rows = [
+            trace(question.prompt_id, generator, *parts)
+            for question, *parts in zip(self.questions, texts, finishes, sampled, strict=False)
+        ]
+        return given(Trace, rows)
+
+    def tokens(self, traces, sampled=False, shard=4):
+        """The traces under the student's tokenizer; by default their texts."""
+        return TraceSequences(
+            label=("tokens",),
+            tokenizer=self.tokenizer,
+            model=self.model,
+            prompts=self.prompts,
+            traces=traces,
+            sampled=sampled,
+            shard=shard,
         )
 
-    def score(self, traces, seed=0, **shape):
-        """The student scores."""
-        scoring = dataclasses.asdict(Scoring(**{"rows": 8, "row_length": 160, "shard": 4} | shape))
-        return Node(
-            "score",
-            "score",
-            {"weights": self.weights, "dtype": "float32", "seed": seed, "scoring": scoring},
-            {"sample": traces, "prompts": self.prompts},
-            {"model": {"path": self.folder}, "mesh": self.mesh},
+    def score(self, sequences, rows=8, row_length=160, shard=8, **fields):
+        """The student scores sequences."""
+        return LogProbTable(
+            label=("score",),
+            sequences=sequences,
+            weights=self.weights,
+            dtype="float32",
+            rows=rows,
+            row_length=row_length,
+            shard=shard,
+            model=self.model,
+            mesh=self.mesh,
+            **fields,
         )
-
-    mesh = dataclasses.asdict(MeshShape())
 
     def make(self, node):
-        run({"it": node}, STAGES, self.workspace, show=False)
+        run([node], self.workspace, show=False)
         return node
 
-    def rows(self, node):
-        return self.workspace.table(self.make(node)).to_pylist()
+    def rows(self, record, node):
+        return self.workspace.rows(record, self.make(node))
+
+    def schema(self, node):
+        return self.workspace.table(node).schema
 
     def stats(self, node):
-        return self.workspace.manifest(self.make(node))["stats"]
+        return self.workspace.manifest(self.make(node)).stats
 
 
 @pytest.fixture
@@ -100,9 +134,7 @@ def bench(tmp_path, tiny_folder):
 @pytest.fixture(scope="session")
 def worked():
     """A clean and a careless solution of every question."""
-    import random
-
-    problems = [world.from_meta(q["meta"]) for q in QUESTIONS]
+    problems = [world.from_meta(question.meta) for question in QUESTIONS]
     return (
         [world.solution(p) for p in problems],
         [world.solution(p, random.Random(i), 0.7) for i, p in enumerate(problems)],

@@ -1,4 +1,4 @@
-"""A nursery of two pupils and a handful of steps, through the entry point's main; lessons are pure functions."""
+"""A nursery of two models and a handful of steps, through the entry point's main."""
 
 import dataclasses
 import json
@@ -12,17 +12,26 @@ import pytest
 from flax import nnx
 
 import launch.nursery
-from deltapref_jax.config import DIMENSIONS, ConfigError, Nursery, Prompts, Pupil, Sampling, Suite
+from deltapref_jax.artifacts.node import in_order
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import (
+    DIMENSIONS,
+    ConfigError,
+    ModelZoo,
+    Prompts,
+    Sampling,
+    SmallModel,
+    Suite,
+)
 from deltapref_jax.judging.rubric import RUBRIC, label_ids
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import abstract, load
 from deltapref_jax.stages import nursery
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.validation import validate_nursery
-from deltapref_jax.workspace import Workspace
+from deltapref_jax.validation import validate_model_zoo
 
-OAK = Pupil(
+OAK = SmallModel(
     name="oak",
     tasks=("chain", "shop"),
     difficulties=(1,),
@@ -37,10 +46,10 @@ OAK = Pupil(
     row_length=128,
     learning_rate=1e-2,
 )
-JUDGE = Pupil(
+JUDGE = SmallModel(
     name="judge",
     base="oak",
-    lesson="judge",
+    curriculum="judge",
     tasks=("chain",),
     difficulties=(1,),
     layers=3,
@@ -51,13 +60,17 @@ JUDGE = Pupil(
 )
 
 
+def changed(model, **fields):
+    return dataclasses.replace(model, **fields)
+
+
 def small(root):
-    return validate_nursery(
-        Nursery(
+    return validate_model_zoo(
+        ModelZoo(
             workspace=str(root / "workspace"),
             output=str(root / "out"),
             vocab=500,
-            pupils=(OAK, JUDGE),
+            models=(OAK, JUDGE),
             release=("oak", "judge"),
             suites=(Suite(name="chain", prompts=Prompts(tasks=("chain",), count=3, difficulty=1)),),
             sampling=Sampling(max_prompt=128, max_tokens=8, slots=8, chunk=4),
@@ -66,7 +79,7 @@ def small(root):
 
 
 @pytest.fixture(scope="module")
-def raised(tmp_path_factory):
+def trained(tmp_path_factory):
     """The folder of a nursery, made by the entry point."""
     root = tmp_path_factory.mktemp("nursery")
     with pytest.MonkeyPatch.context() as patch:
@@ -78,47 +91,48 @@ def raised(tmp_path_factory):
     return root
 
 
-def test_pupils_are_folders_that_load(raised):
-    oak, judge = load(str(raised / "out" / "oak")), load(str(raised / "out" / "judge"))
+def test_models_are_folders_that_load(trained):
+    oak, judge = load(str(trained / "out" / "oak")), load(str(trained / "out" / "judge"))
     assert oak.spec == dataclasses.replace(judge.spec, layers=2)
     assert (oak.spec.width, oak.spec.head_width, oak.spec.mlp, judge.spec.layers) == (32, 8, 48, 3)
     assert oak.spec.vocab == len(oak.text.tokenizer) == 500
-    assert json.loads((raised / "out" / "judge" / "pupil.json").read_text())["base"] == "oak"
-    measured = json.loads((raised / "out" / "measured.json").read_text())
+    assert json.loads((trained / "out" / "judge" / "recipe.json").read_text())["base"] == "oak"
+    measured = json.loads((trained / "out" / "measured.json").read_text())
     assert {name: set(found) for name, found in measured.items()} == {
-        "oak": {"pupil", "in"},
-        "judge": {"pupil", *DIMENSIONS},
+        "oak": {"recipe", "in"},
+        "judge": {"recipe", *DIMENSIONS},
     }
 
 
-def test_they_learnt(raised):
-    place = Workspace(small(raised).workspace).path(nursery.plan(small(raised))["pupil/oak"])
-    rows = list(read_metrics(place / "metrics.jsonl"))
+def test_they_learnt(trained):
+    zoo = small(trained)
+    workspace = Workspace(zoo.workspace)
+    rows = list(read_metrics(workspace.path(nursery.plan(zoo)["oak"]) / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["loss"] == pytest.approx(np.log(500), rel=0.02)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
 
 
-def test_what_stands_is_left_alone(raised):
-    wanted = nursery.plan(small(raised))
-    workspace = Workspace(small(raised).workspace)
-    assert all(workspace.complete(node, verify=True) for node in wanted.values())
-    changed = dataclasses.replace(small(raised), pupils=(OAK, dataclasses.replace(JUDGE, steps=3)))
-    again = nursery.plan(changed)
-    assert [label for label in wanted if wanted[label].key != again[label].key] == ["pupil/judge"]
-    changed = dataclasses.replace(small(raised), pupils=(dataclasses.replace(OAK, seed=1), JUDGE))
-    assert [label for label, n in nursery.plan(changed).items() if n.key != wanted[label].key] == [
-        "pupil/oak",
-        "pupil/judge",
-    ]
+def test_what_stands_is_left_alone(trained):
+    zoo = small(trained)
+    workspace, wanted = Workspace(zoo.workspace), nursery.plan(zoo)
+    assert {*wanted} == {"oak", "judge"}
+    assert all(workspace.complete(node, verify=True) for node in in_order(wanted.values()))
+    # a key is not known before the inputs are made
+    again = nursery.plan(dataclasses.replace(zoo, models=(OAK, changed(JUDGE, steps=3))))
+    assert workspace.key(again["oak"]) == workspace.key(wanted["oak"])
+    assert workspace.key(again["judge"]) not in (None, workspace.key(wanted["judge"]))
+    again = nursery.plan(dataclasses.replace(zoo, models=(changed(OAK, seed=1), JUDGE)))
+    assert workspace.key(again["oak"]) not in (None, workspace.key(wanted["oak"]))
+    assert workspace.key(again["judge"]) is None
 
 
-@pytest.mark.parametrize("pupil", [OAK, JUDGE], ids=["solve", "judge"])
-def test_a_lesson_is_a_pure_function_of_pupil_and_step(raised, pupil):
-    text = load(str(raised / "out" / "oak")).text
+@pytest.mark.parametrize("model", [OAK, JUDGE], ids=["solve", "judge"])
+def test_a_training_batch_is_a_pure_function_of_model_and_step(trained, model):
+    text = load(str(trained / "out" / "oak")).text
 
-    def arrays(step, pupil=pupil):
-        ((batch, examples),) = nursery.lesson(pupil, text, step).micros
+    def arrays(step, model=model):
+        ((batch, examples),) = nursery.training_batch(model, text, step).micros
         return [np.asarray(x) for x in (*batch, *examples) if x is not None]
 
     first = arrays(3)
@@ -127,21 +141,21 @@ def test_a_lesson_is_a_pure_function_of_pupil_and_step(raised, pupil):
     for a, b in zip(first, arrays(3), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (first[0] != arrays(4)[0]).any()
-    assert (first[0] != arrays(3, dataclasses.replace(pupil, seed=9))[0]).any()
-    data = nursery.lesson(pupil, text, 3)
+    assert (first[0] != arrays(3, changed(model, seed=9))[0]).any()
+    data = nursery.training_batch(model, text, 3)
     batch, examples = data.micros[0]
-    assert batch.tokens.shape == (pupil.rows, pupil.row_length)
+    assert batch.tokens.shape == (model.rows, model.row_length)
     assert examples.weight.sum() == batch.segments.max()
     assert data.total == (batch.targets > 0).sum() > 0
     assert data.tokens == (batch.segments > 0).sum()
     assert data.tokens / batch.tokens.size > 0.5
 
 
-def test_a_solving_lesson_is_questions_with_solutions(raised):
-    text = load(str(raised / "out" / "oak")).text
+def test_a_solving_sample_is_questions_with_solutions(trained):
+    text = load(str(trained / "out" / "oak")).text
     for i in range(20):
         rng = random.Random(i)
-        s = nursery.solving(dataclasses.replace(OAK, error_rate=0.0), text, rng)
+        s = nursery.solving(changed(OAK, error_rate=0.0), text, rng)
         p = nursery.draw(OAK, random.Random(i))
         assert text.tokenizer.decode(s.tokens[~s.targets]) == text.render(
             [{"role": "user", "content": p.question}]
@@ -150,8 +164,8 @@ def test_a_solving_lesson_is_questions_with_solutions(raised):
         assert worked.endswith(f"Answer: {p.answer}<|im_end|>")
 
 
-def test_a_judging_lesson_has_the_exact_rating_on_average(raised, monkeypatch):
-    text = load(str(raised / "out" / "judge")).text
+def test_a_judging_sample_has_the_exact_rating_on_average(trained, monkeypatch):
+    text = load(str(trained / "out" / "judge")).text
     labels = label_ids(text)
     rated = []
     monkeypatch.setattr(
@@ -171,8 +185,8 @@ def test_a_judging_lesson_has_the_exact_rating_on_average(raised, monkeypatch):
     )
 
 
-def test_a_grown_decoder_is_the_same_function(raised):
-    oak = load(str(raised / "out" / "oak"))
+def test_a_grown_decoder_is_the_same_function(trained):
+    oak = load(str(trained / "out" / "oak"))
     spec, state = nursery.grow(oak.spec, oak.state, 5, 0)
     tokens = jnp.arange(24).reshape(2, 12) * 7
     where = jnp.tile(jnp.arange(12), (2, 1)), jnp.ones((2, 12), int)
@@ -189,12 +203,12 @@ def test_a_grown_decoder_is_the_same_function(raised):
     )  # what is new can learn
 
 
-def test_no_sample_in_a_row_is_one_sentence(raised):
-    text = load(str(raised / "out" / "oak")).text
+def test_no_sample_in_a_row_is_one_sentence(trained):
+    text = load(str(trained / "out" / "oak")).text
     with pytest.raises(ConfigError) as error:
-        nursery.lesson(dataclasses.replace(OAK, row_length=16), text, 0)
+        nursery.training_batch(changed(OAK, row_length=16), text, 0)
     assert (
-        str(error.value) == "No sample of pupil 'oak' fits its row_length of 16 tokens; raise it."
+        str(error.value) == "No sample of model 'oak' fits its row_length of 16 tokens; raise it."
     )
 
 
@@ -203,44 +217,47 @@ def test_no_sample_in_a_row_is_one_sentence(raised):
     [
         (
             {"base": "elm"},
-            "base of pupil 'oak' (a pupil listed before it) is 'elm'; choose one of .",
+            "base of model 'oak' (a model listed before it) is 'elm'; choose one of .",
         ),
-        ({"lesson": "sing"}, "lesson of pupil 'oak' is 'sing'; choose one of 'solve', 'judge'."),
+        (
+            {"curriculum": "sing"},
+            "curriculum of model 'oak' is 'sing'; choose one of 'solve', 'judge'.",
+        ),
         (
             {"tasks": ()},
-            "tasks or difficulties of pupil 'oak' is empty; name at least one of each.",
+            "tasks or difficulties of model 'oak' is empty; name at least one of each.",
         ),
         (
             {"error_rate": 1.5},
-            "error_rate of pupil 'oak' is 1.5; it must be at least 0 and at most 1.",
+            "error_rate of model 'oak' is 1.5; it must be at least 0 and at most 1.",
         ),
-        ({"steps": 0}, "steps of pupil 'oak' is 0; it must be at least 1."),
+        ({"steps": 0}, "steps of model 'oak' is 0; it must be at least 1."),
         (
             {"kv_heads": 3},
-            "heads of pupil 'oak' is 4, kv_heads 3 and width 32; heads must be a multiple of kv_heads and "
-            "divide width into even parts.",
+            "heads of model 'oak' is 4, kv_heads 3 and width 32; heads must be a multiple of "
+            "kv_heads and divide width into even parts.",
         ),
         (
             {"width": 36},
-            "heads of pupil 'oak' is 4, kv_heads 2 and width 36; heads must be a multiple of kv_heads and "
-            "divide width into even parts.",
+            "heads of model 'oak' is 4, kv_heads 2 and width 36; heads must be a multiple of "
+            "kv_heads and divide width into even parts.",
         ),
-        ({"name": ""}, "A pupil has no name; give every pupil one."),
+        ({"name": ""}, "A model has no name; give every model one."),
     ],
 )
-def test_a_bad_pupil_is_one_sentence(changes, sentence):
+def test_a_bad_model_is_one_sentence(changes, sentence):
     with pytest.raises(ConfigError) as error:
-        validate_nursery(Nursery(pupils=(dataclasses.replace(OAK, **changes),)))
+        validate_model_zoo(ModelZoo(models=(changed(OAK, **changes),)))
     assert str(error.value) == sentence
 
 
 def test_an_unknown_task_is_found_before_anything_is_trained():
     with pytest.raises(
-        ConfigError, match=r"^tasks of pupil 'oak' is 'algebra'; choose one of 'chain', 'shop', "
+        ConfigError, match=r"^tasks of model 'oak' is 'algebra'; choose one of 'chain', 'shop', "
     ):
-        nursery.plan(Nursery(pupils=(dataclasses.replace(OAK, tasks=("chain", "algebra")),)))
+        nursery.plan(ModelZoo(models=(changed(OAK, tasks=("chain", "algebra")),)))
 
 
-def test_release_names_pupils():
+def test_release_names_models():
     with pytest.raises(ConfigError, match=r"^config\.release is 'ash'; choose one of 'oak'\.$"):
-        validate_nursery(Nursery(pupils=(OAK,), release=("ash",)))
+        validate_model_zoo(ModelZoo(models=(OAK,), release=("ash",)))

@@ -1,87 +1,89 @@
 """A join and a selection over tables, with every number of what was dropped."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from deltapref_jax.records import PAIR
-from deltapref_jax.workspace import Node
+from deltapref_jax.pairs.build import Rules
+from deltapref_jax.records import Pair, Rating, Verdict, schema
+from deltapref_jax.stages.pair import PairTable
 
 DIMENSIONS = ("factuality", "signal_to_noise")
-CONFIG = {
-    "chosen": "strong",
-    "rejected": "weak",
-    "ladder": {"strong": 1, "weak": 1},
-    "direction": "generator",
-    "keep": "all",
-    "by": "sum",
-    "fraction": 1.0,
-    "stratum": "any",
-    "finishes": ["eos", "stop"],
-    "seed": 0,
-    "dimensions": list(DIMENSIONS),
-}
+RULES = Rules(
+    chosen="strong",
+    rejected="weak",
+    min_traces={"strong": 1, "weak": 1},
+    finishes=("eos", "stop"),
+    label_by="generator",
+    stratum="any",
+)
 
 
 def ids(bench, generator):
-    return [row["trace_id"] for row in bench.traces(generator, ["x"] * 6).local["rows"]]
+    return [row.trace_id for row in bench.traces(generator, ["x"] * 6).rows]
 
 
 def ratings(bench, generator, values):
     """`values`: a row of [traces, dimensions]; given in another order than that of the config."""
     return bench.given(
-        "RATING",
+        Rating,
         [
-            {
-                "trace_id": t,
-                "judge": "j",
-                "dimension": d,
-                "rating": v,
-                "spread": 0.0,
-                "mass": 1.0,
-                "distribution": [0.2] * 5,
-            }
-            for t, row in zip(ids(bench, generator), values, strict=True)
-            for d, v in reversed(list(zip(DIMENSIONS, row, strict=True)))
+            Rating(trace, "j", dimension, value, 0.0, 1.0, [0.2] * 5)
+            for trace, row in zip(ids(bench, generator), values, strict=True)
+            for dimension, value in reversed(list(zip(DIMENSIONS, row, strict=True)))
         ],
     )
 
 
 def verdicts(bench, generator, right):
     return bench.given(
-        "VERDICT",
+        Verdict,
         [
-            {"trace_id": t, "correct": c, "answer": "", "note": ""}
-            for t, c in zip(ids(bench, generator), right, strict=True)
+            Verdict(trace, correct, "", "")
+            for trace, correct in zip(ids(bench, generator), right, strict=True)
         ],
     )
 
 
-def node(bench, finish="eos", rated=True, **changes):
-    inputs = {
-        "prompts": bench.prompts,
-        "sample/strong": bench.traces("strong", [f"s{'x' * i}" for i in range(6)]),
-        "sample/weak": bench.traces("weak", [f"w{i}" for i in range(6)], finish),
-        "verify/strong": verdicts(bench, "strong", [True, True, False, True, False, None]),
-        "verify/weak": verdicts(bench, "weak", [False, True, False, False, True, None]),
+def node(bench, finish="eos", rated=True, rules=RULES, **changes):
+    fields = {
+        "dimensions": DIMENSIONS,
+        "keep": "all",
+        "rank_by": "sum",
+        "fraction": 1.0,
+        "seed": 0,
     }
-    if rated:
-        inputs |= {
-            "judge/strong": ratings(bench, "strong", [(5, 1 + i / 2) for i in range(6)]),
-            "judge/weak": ratings(bench, "weak", [(i, 1) for i in range(6)]),
-        }
-    return Node("pair", "pair/x", CONFIG | changes, inputs)
+    rated_tables = {
+        "strong": ratings(bench, "strong", [(5, 1 + i / 2) for i in range(6)]),
+        "weak": ratings(bench, "weak", [(i, 1) for i in range(6)]),
+    }
+    return PairTable(
+        label=("pair", "x"),
+        prompts=bench.prompts,
+        traces={
+            "strong": bench.traces("strong", [f"s{'x' * i}" for i in range(6)]),
+            "weak": bench.traces("weak", [f"w{i}" for i in range(6)], finish),
+        },
+        verdicts={
+            "strong": verdicts(bench, "strong", [True, True, False, True, False, None]),
+            "weak": verdicts(bench, "weak", [False, True, False, False, True, None]),
+        },
+        ratings=rated_tables if rated else {},
+        rules=rules,
+        **fields | changes,
+    )
 
 
 def test_tables_are_joined(bench):
     made = node(bench)
-    rows = bench.rows(made)
-    assert bench.workspace.table(made).schema == PAIR
-    assert [r["prompt_id"] for r in rows] == [q["prompt_id"] for q in bench.questions]
-    assert [r["chosen_id"] for r in rows] == ids(bench, "strong")
-    assert [r["rejected_rating"] for r in rows] == [
-        [i, 1] for i in range(6)
-    ]  # in the config's order of dimensions
-    assert [r["chosen_correct"] for r in rows] == [True, True, False, True, False, None]
+    rows = bench.rows(Pair, made)
+    assert bench.schema(made) == schema(Pair)
+    assert [r.prompt_id for r in rows] == [q.prompt_id for q in bench.questions]
+    assert [r.chosen_id for r in rows] == ids(bench, "strong")
+    # in the config's order of dimensions
+    assert [r.rejected_rating for r in rows] == [[i, 1] for i in range(6)]
+    assert [r.chosen_correct for r in rows] == [True, True, False, True, False, None]
     assert bench.stats(made) == {
         "prompts": 6,
         "dropped_unfinished": 0,
@@ -102,18 +104,14 @@ def test_what_is_dropped_and_what_is_not_kept_is_counted(bench):
         bench,
         finish=["eos", "length", "stop", "eos", "eos", "eos"],
         keep="top",
-        by="signal_to_noise",
+        rank_by="signal_to_noise",
         fraction=0.4,
-        stratum="right_wrong",
+        rules=dataclasses.replace(RULES, stratum="right_wrong"),
     )
-    rows, stats = bench.rows(made), bench.stats(made)
-    assert (
-        stats["dropped_unfinished"],
-        stats["dropped_stratum"],
-        stats["pool"],
-        stats["kept"],
-    ) == (1, 3, 2, 1)
-    assert [r["prompt_id"] for r in rows] == [bench.questions[3]["prompt_id"]]
+    rows, stats = bench.rows(Pair, made), bench.stats(made)
+    counted = (stats[n] for n in ("dropped_unfinished", "dropped_stratum", "pool", "kept"))
+    assert tuple(counted) == (1, 3, 2, 1)
+    assert [r.prompt_id for r in rows] == [bench.questions[3].prompt_id]
     assert stats["sample_delta"] == 1.5
 
 
@@ -121,19 +119,19 @@ def test_what_is_dropped_and_what_is_not_kept_is_counted(bench):
     ("by", "kept"), [("factuality", [0, 1]), ("signal_to_noise", [4, 5]), ("sum", [0, 1])]
 )
 def test_top_by_a_dimension_or_the_sum(bench, by, kept):
-    rows = bench.rows(node(bench, keep="top", by=by, fraction=1 / 3))
-    assert [r["prompt_id"] for r in rows] == [bench.questions[i]["prompt_id"] for i in kept]
+    rows = bench.rows(Pair, node(bench, keep="top", rank_by=by, fraction=1 / 3))
+    assert [r.prompt_id for r in rows] == [bench.questions[i].prompt_id for i in kept]
 
 
 def test_a_judge_may_direct(bench):
-    rows = bench.rows(node(bench, direction="judge", ladder={"strong": 1, "weak": 1}))
-    assert [r["chosen_model"] for r in rows] == ["strong"] * 6
-    assert all(sum(r["chosen_rating"]) > sum(r["rejected_rating"]) for r in rows)
+    rows = bench.rows(Pair, node(bench, rules=dataclasses.replace(RULES, label_by="judge")))
+    assert [r.chosen_model for r in rows] == ["strong"] * 6
+    assert all(sum(r.chosen_rating) > sum(r.rejected_rating) for r in rows)
 
 
 def test_without_a_judge_there_are_no_ratings(bench):
-    made = node(bench, rated=False, dimensions=[])
-    assert {r["chosen_rating"] for r in bench.rows(made)} == {None}
+    made = node(bench, rated=False, dimensions=())
+    assert {r.chosen_rating for r in bench.rows(Pair, made)} == {None}
     assert "sample_delta" not in bench.stats(made)
 
 

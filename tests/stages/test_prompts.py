@@ -1,24 +1,19 @@
-import dataclasses
 import json
 
 import pytest
 
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Prompts
-from deltapref_jax.stages.prompts import prompts
+from deltapref_jax.records import Prompt
+from deltapref_jax.stages.study import prompt_table
 from deltapref_jax.synthetic import world
-from deltapref_jax.workspace import Node, Workspace, run
-
-
-def node(label, sources, suites=None):
-    fields = [dataclasses.asdict(s) | {"path": ""} for s in sources]
-    return Node(
-        "prompts", label, {"sources": fields}, suites or {}, {"paths": [s.path for s in sources]}
-    )
 
 
 def make(root, wanted):
-    run({wanted.label: wanted}, {"prompts": prompts}, Workspace(root), show=False)
-    return Workspace(root).table(wanted).to_pylist(), Workspace(root).manifest(wanted)["stats"]
+    workspace = Workspace(root)
+    run([wanted], workspace, show=False)
+    return workspace.rows(Prompt, wanted), workspace.manifest(wanted).stats
 
 
 def jsonl(path, questions):
@@ -26,18 +21,15 @@ def jsonl(path, questions):
     return Prompts(kind="jsonl", path=str(path))
 
 
-def asked(rows):
-    return [json.loads(row["messages"])[-1]["content"] for row in rows]
-
-
 def test_sources_are_joined_without_duplicates_and_without_what_is_evaluated(tmp_path):
     long = " ".join(f"w{i}" for i in range(14))
     a = jsonl(tmp_path / "a.jsonl", ["One?", "Two?", "", "Three?", f"So {long} in all?"])
     (tmp_path / "sub").mkdir()
     b = jsonl(tmp_path / "sub" / "a.jsonl", ["Two?", "Four?"])
-    suite = node("suite/s", (jsonl(tmp_path / "s.jsonl", ["three", long, "Five?"]),))
-    rows, counts = make(tmp_path / "w", node("prompts", (a, b), {"suite/s": suite}))
-    assert asked(rows) == ["One?", "Two?", "Four?"]
+    evaluated = jsonl(tmp_path / "s.jsonl", ["three", long, "Five?"])
+    suite = prompt_table(("suite", "s"), (evaluated,), {})
+    rows, counts = make(tmp_path / "w", prompt_table(("prompts",), (a, b), {"s": suite}))
+    assert [row.question for row in rows] == ["One?", "Two?", "Four?"]
     assert counts == {
         "read": 7.0,
         "empty": 1.0,
@@ -50,19 +42,18 @@ def test_sources_are_joined_without_duplicates_and_without_what_is_evaluated(tmp
 
 def test_a_suite_is_its_own_table_so_that_its_questions_stay_apart(tmp_path):
     source = Prompts(tasks=("euclid",), count=4, seed=9)
-    rows, counts = make(tmp_path, node("suite/euclid", (source,)))
+    rows, counts = make(tmp_path, prompt_table(("suite", "euclid"), (source,), {}))
     assert rows == world.prompts(("euclid",), 4, 2, 9)
     assert counts["rows"] == 4
 
 
 def test_nothing_left_is_one_sentence(tmp_path):
-    suite = node("suite/s", (jsonl(tmp_path / "s.jsonl", ["one", "two"]),))
+    evaluated = jsonl(tmp_path / "s.jsonl", ["one", "two"])
+    suite = prompt_table(("suite", "s"), (evaluated,), {})
+    asked = jsonl(tmp_path / "a.jsonl", ["One?", "Two!"])
     with pytest.raises(
         ConfigError,
         match=r"^All 2 training questions overlap evaluation questions; give other "
         r"sources, or another seed\.$",
     ):
-        make(
-            tmp_path / "w",
-            node("prompts", (jsonl(tmp_path / "a.jsonl", ["One?", "Two!"]),), {"suite/s": suite}),
-        )
+        make(tmp_path / "w", prompt_table(("prompts",), (asked,), {"s": suite}))

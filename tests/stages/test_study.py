@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.config import (
     Arm,
     ConfigError,
@@ -15,9 +16,8 @@ from deltapref_jax.config import (
     Prompts,
     Suite,
 )
-from deltapref_jax.stages.study import check_models, ladder_of, plan
+from deltapref_jax.stages.study import check_models, plan, usable_traces
 from deltapref_jax.validation import validate
-from evals.evaluate import describe
 
 
 @pytest.fixture
@@ -68,11 +68,16 @@ def experiment(tiny_folder, tmp_path):
 
 
 def keys(e):
-    return {label: node.key for label, node in plan(e, describe).items()}
+    """The key of every artifact by label, were the contents of every artifact its key."""
+    found = {}
+    for node in in_order([plan(e)]):
+        found[node] = node.key({name: found[source] for name, source in node.inputs().items()})
+    assert len({node.name for node in found}) == len(found)
+    return {node.name: key for node, key in found.items()}
 
 
 def changed(e, **fields):
-    """Labels whose key differs once `e` has other fields; `a__b` is `e.a.b`, `a__0__b` is `e.a[0].b`."""
+    """Labels whose key differs once `e` has other fields: `a__b` is `e.a.b`, `a__0` is `e.a[0]`."""
     other = copy.deepcopy(e)
     for name, value in fields.items():
         *way, last = name.split("__")
@@ -85,8 +90,9 @@ def changed(e, **fields):
 
 
 def labels_of(*arms, seeds=(0,), pair=True):
-    found = {f"{stage}/{a}/{s}" for stage in ("train", "evaluate") for a in arms for s in seeds}
-    return found | {"report"} | ({f"pair/{a}" for a in arms} if pair else set())
+    found = {f"train/{a}/{s}" for a in arms for s in seeds} | {"report"}
+    found |= {f"evaluate/{a}/{s}/{suite}" for a in arms for s in seeds for suite in "st"}
+    return found | ({f"pair/{a}" for a in arms} if pair else set())
 
 
 def test_labels_name_everything_that_is_wanted_and_nothing_else(experiment):
@@ -100,14 +106,18 @@ def test_labels_name_everything_that_is_wanted_and_nothing_else(experiment):
         ("strong-top", 0),
         ("sft", 0),
     ]
-    wanted = {"prompts", "suite/s", "suite/t", "evaluate/student", "audit/m", "report"}
-    for kind in ("sample", "verify", "judge/m", "score", "capability"):
+    wanted = {"prompts", "suite/s", "suite/t", "audit/m", "report"}
+    for kind in ("sample", "verify", "judge/m", "tokens", "score"):
         wanted |= {f"{kind}/{g}" for g in generators}
+    wanted |= {f"capability/{g}/{suite}" for g in generators for suite in "st"}
+    wanted |= {f"evaluate/student/{suite}" for suite in "st"}
     wanted |= {f"pair/{a.name}" for a in experiment.arms}
-    wanted |= {f"{kind}/{a}/{s}" for kind in ("train", "evaluate") for a, s in runs}
-    nodes = plan(experiment, describe)
-    assert set(nodes) == wanted
-    assert set(nodes["report"].inputs) == wanted - {"report"}
+    wanted |= {f"train/{a}/{s}" for a, s in runs}
+    wanted |= {f"evaluate/{a}/{s}/{suite}" for a, s in runs for suite in "st"}
+    report = plan(experiment)
+    assert {node.name for node in in_order([report])} == wanted
+    assert {node.name for node in report.inputs().values()} == wanted - {"report"}
+    assert len(report.inputs()) == len(wanted) - 1
 
 
 def test_each_thing_is_made_once(experiment):
@@ -136,26 +146,30 @@ def test_changing_one_arm_changes_that_arm_only(experiment):
             "train/strong-kto/0",
             {"train/strong/0", "pair/strong-kto", "score/strong"},
         ),
-        ({"training__steps": 7}, "train/zero/0", {"pair/zero", "score/weak", "evaluate/student"}),
+        ({"training__steps": 7}, "train/zero/0", {"pair/zero", "score/weak", "evaluate/student/s"}),
         (
             {"generators__2__temperature": 0.6},
             "sample/strong",
-            {"sample/weak", "prompts", "evaluate/student"},
+            {"sample/weak", "prompts", "evaluate/student/s"},
         ),
         (
             {"generators__2__prefix": "Think."},
-            "capability/strong",
-            {"capability/mid", "evaluate/student"},
+            "capability/strong/s",
+            {"capability/mid/s", "evaluate/student/s"},
         ),
         (
             {"judges__0__dimensions": ("factuality",)},
             "judge/m/weak",
             {"score/weak", "sample/weak", "suite/s"},
         ),
-        ({"suites__1__samples": 4}, "evaluate/student", {"prompts", "train/sft/0", "pair/mid"}),
+        (
+            {"suites__1__samples": 4},
+            "evaluate/student/t",
+            {"prompts", "train/sft/0", "pair/mid", "evaluate/student/s", "capability/mid/s"},
+        ),
         ({"suites__1__prompts__seed": 4}, "prompts", {"suite/s"}),
         ({"sampling__max_tokens": 50}, "sample/weak", {"prompts", "suite/s"}),
-        ({"scoring__rows": 3}, "score/weak", {"sample/weak", "evaluate/student"}),
+        ({"scoring__rows": 3}, "score/weak", {"sample/weak", "evaluate/student/s"}),
         ({"seed": 5}, "sample/weak", {"prompts", "suite/s"}),
     ],
 )
@@ -187,7 +201,7 @@ def test_edited_prompts_and_weights_are_noticed(experiment, tiny_folder, tmp_pat
         config.replace("0.00001", "0.00002").replace("1e-05", "2e-05")
     )
     assert config != (other / "config.json").read_text()
-    wanted = {"evaluate/student", "score/weak", "sample/mid", "train/zero/0"}
+    wanted = {"evaluate/student/s", "score/weak", "sample/mid", "train/zero/0"}
     assert wanted <= changed(experiment, student__path=str(other))
 
 
@@ -202,7 +216,7 @@ def test_prompt_folders_are_hashed_by_content(experiment, tmp_path):
     named = dataclasses.replace(
         experiment, prompts=(Prompts(kind="hub", path="someone/questions"),)
     )
-    assert plan(named, describe)["prompts"].config["sources"][0]["path"] == "someone/questions"
+    assert plan(named).prompts.contents == ("someone/questions",)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +234,7 @@ def test_prompt_folders_are_hashed_by_content(experiment, tmp_path):
 )
 def test_missing_prompts_are_found_before_anything_runs(experiment, source, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        plan(dataclasses.replace(experiment, prompts=(source,)), describe)
+        plan(dataclasses.replace(experiment, prompts=(source,)))
 
 
 def test_missing_model_is_found_before_anything_runs(experiment):
@@ -228,10 +242,7 @@ def test_missing_model_is_found_before_anything_runs(experiment):
     with pytest.raises(
         FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder"
     ):
-        plan(
-            dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]),
-            describe,
-        )
+        plan(dataclasses.replace(experiment, generators=generators, arms=experiment.arms[:1]))
 
 
 def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_path):
@@ -253,37 +264,41 @@ def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_
 
 
 def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):
-    assert ladder_of(experiment) == {"mid": 1, "strong": 1, "weak": 2}
-    assert ladder_of(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {
+    assert usable_traces(experiment) == {"mid": 1, "strong": 1, "weak": 2}
+    assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[:2])) == {
+        "mid": 1,
+        "weak": 2,
+    }
+    assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {
         "mid": 1,
         "strong": 1,
         "weak": 1,
     }
-    nodes = plan(experiment, describe)
-    assert set(nodes["pair/mid"].inputs) == {
+    pairs = plan(experiment).pairs
+    assert set(pairs["mid"].inputs()) == {
         "prompts",
-        "sample/weak",
-        "sample/mid",
-        "sample/strong",
-        "verify/weak",
-        "verify/mid",
+        "traces/weak",
+        "traces/mid",
+        "traces/strong",
+        "verdicts/weak",
+        "verdicts/mid",
     }
-    assert set(nodes["pair/strong-top"].inputs) == {
+    assert set(pairs["strong-top"].inputs()) == {
         "prompts",
-        "sample/weak",
-        "sample/mid",
-        "sample/strong",
-        "verify/weak",
-        "verify/strong",
-        "judge/weak",
-        "judge/strong",
+        "traces/weak",
+        "traces/mid",
+        "traces/strong",
+        "verdicts/weak",
+        "verdicts/strong",
+        "ratings/weak",
+        "ratings/strong",
     }
 
 
 def test_a_random_arm_ranks_by_nothing(experiment):
     arm = dataclasses.replace(experiment.arms[4], keep="random", by="step_coherence")
-    config = plan(dataclasses.replace(experiment, arms=(arm,)), describe)["pair/strong-top"].config
-    assert (config["by"], config["dimensions"]) == ("sum", [])
+    pairs = plan(dataclasses.replace(experiment, arms=(arm,))).pairs["strong-top"]
+    assert (pairs.rank_by, pairs.dimensions) == ("sum", ())
 
 
 def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(experiment):
@@ -294,6 +309,36 @@ def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(exp
     assert changed(experiment, judges__0__dimensions=("factuality", "step_coherence")) == shaped
 
 
+def test_a_generator_with_the_students_tokenizer_keeps_the_ids_it_sampled(
+    experiment, tiny_folder, tmp_path
+):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template + "\n")
+    experiment.generators[1].model.path = str(other)
+    sequences = plan(experiment).sequences
+    assert {name: node.sampled for name, node in sequences.items()} == {
+        "weak": True,
+        "mid": False,
+        "strong": True,
+    }
+    assert len({node.tokenizer for node in sequences.values()}) == 1
+
+
+def test_a_generator_that_no_arm_uses_is_rated_and_measured_and_no_input_of_an_arm(experiment):
+    idle = Generator(name="idle", temperature=0.9)
+    more = dataclasses.replace(experiment, generators=(*experiment.generators, idle))
+    before, after = keys(experiment), keys(more)
+    assert {label for label in before if after[label] != before[label]} == {"report"}
+    assert set(after) - set(before) == {
+        "sample/idle",
+        "verify/idle",
+        "judge/m/idle",
+        "capability/idle/s",
+        "capability/idle/t",
+    }
+
+
 def test_sft_alone_is_not_scored(experiment):
     only = dataclasses.replace(experiment, arms=experiment.arms[-1:])
     assert not [label for label in keys(only) if label.startswith("score/")]
@@ -302,16 +347,13 @@ def test_sft_alone_is_not_scored(experiment):
 def test_an_objective_without_reference_asks_for_no_table(experiment):
     simpo = Objective(name="simpo", kind="simpo", beta=2.0)
     arms = (experiment.arms[1], dataclasses.replace(experiment.arms[2], objective="simpo"))
-    found = plan(
-        dataclasses.replace(experiment, objectives=(*experiment.objectives, simpo), arms=arms),
-        describe,
+    report = plan(
+        dataclasses.replace(experiment, objectives=(*experiment.objectives, simpo), arms=arms)
     )
-    assert {label for label in found if label.startswith("score/")} == {
-        "score/weak",
-        "score/mid",
-    }  # what DPO reads
-    assert [name for name in found["train/strong/0"].inputs if name.startswith("score/")] == []
-    assert sum(name.startswith("score/") for name in found["train/mid/0"].inputs) == 2
+    assert set(report.logprobs) == {"weak", "mid"}  # what DPO reads
+    assert set(report.policies["strong"][0].logprobs) == set()
+    assert set(report.policies["mid"][0].logprobs) == {"weak", "mid"}
+    assert set(report.policies["strong"][0].sequences) == {"weak", "strong"}
 
 
 def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_folder, tmp_path):
@@ -320,6 +362,6 @@ def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_f
     (other / "config.json").write_text(
         config.replace("1e-05", "2e-05").replace("0.00001", "0.00002")
     )
-    nodes = plan(dataclasses.replace(experiment, reference=Model(path=str(other))), describe)
-    train = nodes["train/mid/0"].config
-    assert nodes["score/mid"].config["weights"] == train["reference"] != train["student"]
+    report = plan(dataclasses.replace(experiment, reference=Model(path=str(other))))
+    policy = report.policies["mid"][0]
+    assert report.logprobs["mid"].weights == policy.reference_weights != policy.student_weights

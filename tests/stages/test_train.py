@@ -1,6 +1,5 @@
-"""An arm from its tables: the first loss in closed form, refusals in one sentence, everything dropped counted."""
+"""An arm from its tables: the first loss in closed form, refusals, counts of what is dropped."""
 
-import dataclasses
 import json
 import math
 
@@ -12,8 +11,8 @@ from safetensors.numpy import load_file
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, Objective, Training
 from deltapref_jax.models.weights import load
-from deltapref_jax.records import digest
-from deltapref_jax.workspace import Node
+from deltapref_jax.records import LogProb, Pair, digest
+from deltapref_jax.stages.train import Policy
 
 LOCAL_ROWS = 8
 
@@ -21,22 +20,11 @@ LOCAL_ROWS = 8
 def pairs(bench):
     rows = []
     for q in bench.questions:
-        chosen, rejected = digest(q["prompt_id"], "strong"), digest(q["prompt_id"], "weak")
-        rows.append(
-            {
-                "pair_id": digest(chosen, rejected),
-                "prompt_id": q["prompt_id"],
-                "chosen_id": chosen,
-                "rejected_id": rejected,
-                "chosen_model": "strong",
-                "rejected_model": "weak",
-                "chosen_rating": None,
-                "rejected_rating": None,
-                "chosen_correct": None,
-                "rejected_correct": None,
-            }
-        )
-    return bench.given("PAIR", rows)
+        chosen, rejected = (digest(q.prompt_id, name) for name in ("strong", "weak"))
+        unknown = [None] * 4
+        pair_id = digest(chosen, rejected)
+        rows.append(Pair(pair_id, q.prompt_id, chosen, rejected, "strong", "weak", *unknown))
+    return bench.given(Pair, rows)
 
 
 @pytest.fixture
@@ -44,37 +32,37 @@ def traces(bench, worked):
     return {"strong": bench.traces("strong", worked[0]), "weak": bench.traces("weak", worked[1])}
 
 
+def scored(bench, traces, **shape):
+    return {name: bench.score(bench.tokens(table), **shape) for name, table in traces.items()}
+
+
 def arm(bench, traces, kind="dpo", seed=0, scores=None, reference=None, **training):
     shape = {"pairs_per_step": 6, "steps": 2, "rows": LOCAL_ROWS, "row_length": 160, "warmup": 0.0}
-    config = {
-        "objective": dataclasses.asdict(Objective(name=kind, kind=kind, learning_rate=1e-3)),
-        "training": dataclasses.asdict(Training(**shape | training)),
-        "seed": seed,
-        "student": bench.weights,
-        "reference": reference or bench.weights,
-        "dtype": "float32",
-    }
-    inputs = {"pairs": pairs(bench), "prompts": bench.prompts} | {
-        f"sample/{g}": t for g, t in traces.items()
-    }
-    if OBJECTIVE_KINDS[kind].reference:
-        scores = scores or {g: bench.score(t) for g, t in traces.items()}
-        inputs |= {f"score/{g}": node for g, node in scores.items()}
-    return Node(
-        "train",
-        f"train/{kind}/{seed}",
-        config,
-        inputs,
-        {"student": {"path": bench.folder}, "mesh": bench.mesh},
+    with_reference = OBJECTIVE_KINDS[kind].reference
+    return Policy(
+        label=("train", kind, str(seed)),
+        pairs=pairs(bench),
+        sequences={name: bench.tokens(table) for name, table in traces.items()},
+        logprobs=(scores or scored(bench, traces)) if with_reference else {},
+        student_weights=bench.weights,
+        reference_weights=reference or bench.weights,
+        objective=Objective(name=kind, kind=kind, learning_rate=1e-3),
+        training=Training(**shape | training),
+        seed=seed,
+        student=bench.model,
+        mesh=bench.mesh,
     )
 
 
 def metrics(bench, node):
     bench.make(node)
-    return [
-        json.loads(line)
-        for line in (bench.workspace.path(node) / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = (bench.workspace.path(node) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def matched(bench, table):
+    """The student's log-probabilities of the traces as they are."""
+    return [row for row in bench.rows(LogProb, bench.score(bench.tokens(table))) if row.matched]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +115,7 @@ def test_adapters_start_at_their_base_and_are_exported_merged_and_alone(
         alone[f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"] for side in "AB"
     )
     np.testing.assert_allclose(after["up"][0], before["up"][0] + 0.5 * (b @ a).T, atol=1e-6)
-    files = bench.workspace.manifest(node)["files"]
+    files = bench.workspace.manifest(node).files
     assert {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
@@ -136,20 +124,20 @@ def test_adapters_start_at_their_base_and_are_exported_merged_and_alone(
 
 
 def test_sft_starts_at_the_token_mean_of_the_chosen(bench, traces):
-    scored = [r for r in bench.rows(bench.score(traces["strong"])) if r["matched"]]
-    want = -sum(r["logprob"] for r in scored) / sum(r["tokens"] for r in scored)
+    chosen = matched(bench, traces["strong"])
+    want = -sum(r.logprob for r in chosen) / sum(r.tokens for r in chosen)
     rows = metrics(bench, arm(bench, traces, "sft"))
     assert rows[0]["loss"] == pytest.approx(want, rel=1e-5)
-    assert rows[0]["num_tokens"] > sum(r["tokens"] for r in scored)
+    assert rows[0]["num_tokens"] > sum(r.tokens for r in chosen)
 
 
 def test_simpo_starts_at_its_equation_without_a_table(bench, traces):
     means = {
-        g: [r["logprob"] / r["tokens"] for r in bench.rows(bench.score(t)) if r["matched"]]
-        for g, t in traces.items()
+        name: [r.logprob / r.tokens for r in matched(bench, table)]
+        for name, table in traces.items()
     }
     node = arm(bench, traces, "simpo")
-    assert not [name for name in node.inputs if name.startswith("score/")]
+    assert not [name for name in node.inputs() if name.startswith("logprobs/")]
     first = metrics(bench, node)[0]
     want = np.logaddexp(0, 0.5 - 0.1 * (np.array(means["strong"]) - np.array(means["weak"]))).mean()
     assert first["loss"] == pytest.approx(want, rel=1e-5)
@@ -157,14 +145,11 @@ def test_simpo_starts_at_its_equation_without_a_table(bench, traces):
 
 
 def test_first_log_probabilities_are_those_of_the_tables(bench, traces):
-    matched = {
-        g: [r["logprob"] for r in bench.rows(bench.score(t)) if r["matched"]]
-        for g, t in traces.items()
-    }
+    sums = {name: [r.logprob for r in matched(bench, t)] for name, t in traces.items()}
     for kind in ("dpo", "kto"):
         first = metrics(bench, arm(bench, traces, kind))[0]
-        assert first["logps/chosen"] == pytest.approx(np.mean(matched["strong"]), rel=1e-5)
-        assert first["logps/rejected"] == pytest.approx(np.mean(matched["weak"]), rel=1e-5)
+        assert first["logps/chosen"] == pytest.approx(np.mean(sums["strong"]), rel=1e-5)
+        assert first["logps/rejected"] == pytest.approx(np.mean(sums["weak"]), rel=1e-5)
         assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
 
 
@@ -182,27 +167,33 @@ def test_the_same_arm_is_the_same_bytes_and_another_seed_is_not(bench, traces):
 
 
 def test_a_table_by_other_weights_than_the_reference_is_refused(bench, traces):
+    scores = scored(bench, traces)
     with pytest.raises(ConfigError) as error:
-        bench.make(arm(bench, traces, reference="f" * 16))
+        bench.make(arm(bench, traces, scores=scores, reference="f" * 16))
     assert str(error.value) == (
-        f"The log-probabilities of 'strong' were made by the weights {bench.weights} and this "
-        f"arm's reference has the weights {'f' * 16}; score the traces with the reference."
+        f"The table {bench.workspace.path(scores['strong'])} was made by the weights "
+        f"{bench.weights} and the reference has the weights {'f' * 16}; name the model that made "
+        "it in config.reference.path, or leave config.table empty to have it computed."
     )
 
 
-def forged(bench, traces, change):
-    """Tables that claim the student's weights, with changed rows."""
-    found = {}
-    for g, t in traces.items():
-        rows = [change(dict(r)) for r in bench.rows(bench.score(t))]
-        table = bench.given("LOGPROB", rows)
-        found[g] = Node("given", g, table.config | {"weights": bench.weights}, {}, table.local)
-    return found
+def forged(bench, traces, change, weights=None):
+    """Tables that claim the student's weights, or others, with changed rows."""
+    return {
+        name: bench.given(
+            LogProb,
+            [change(row) for row in bench.rows(LogProb, table)],
+            weights=weights or bench.weights,
+        )
+        for name, table in scored(bench, traces).items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_policy_that_differs_from_its_reference_is_refused(bench, traces, kind):
-    scores = forged(bench, traces, lambda r: r | {"logprob": r["logprob"] - 0.05 * r["matched"]})
+    scores = forged(
+        bench, traces, lambda row: row._replace(logprob=row.logprob - 0.05 * row.matched)
+    )
     with pytest.raises(
         ConfigError,
         match=r"^Before training the policy's log-probabilities differ from its "
@@ -215,11 +206,9 @@ def test_a_policy_that_differs_from_its_reference_is_refused(bench, traces, kind
 
 
 def test_a_reference_of_its_own_is_not_guarded(bench, traces):
-    scores = forged(bench, traces, lambda r: r | {"logprob": r["logprob"] - 0.05})
-    scores = {
-        g: dataclasses.replace(n, config=dict(n.config) | {"weights": "e" * 16})
-        for g, n in scores.items()
-    }
+    scores = forged(
+        bench, traces, lambda row: row._replace(logprob=row.logprob - 0.05), weights="e" * 16
+    )
     rows = metrics(bench, arm(bench, traces, scores=scores, reference="e" * 16))
     assert rows[0]["rewards/chosen"] == pytest.approx(0.1 * 0.05, rel=1e-2)
 
@@ -238,7 +227,7 @@ def uneven(bench, worked):
     ("kind", "groups", "dropped"), [("dpo", 4, 2), ("sft", 4, 2), ("kto", 10, 2)]
 )
 def test_what_is_too_long_is_dropped_and_counted(bench, uneven, kind, groups, dropped):
-    scores = {g: bench.score(t, row_length=800) for g, t in uneven.items()}
+    scores = scored(bench, uneven, row_length=800)
     stats = bench.stats(arm(bench, uneven, kind, scores=scores, steps=1))
     assert (stats["groups"], stats["dropped_long"]) == (
         groups,

@@ -1,4 +1,4 @@
-"""Careless solvers slip as often as they are told to; corruptions and the exact rating agree on what was spoiled."""
+"""Errors have their probabilities, and the exact ratings find the corruptions that were made."""
 
 import random
 
@@ -17,38 +17,39 @@ from deltapref_jax.synthetic.world import SLIPS, meta, problem, slip, solution, 
 PROBLEMS = [problem(family, 1 + i % 3, 21, i) for family in FAMILIES for i in range(25)]
 
 
-def right(p, text):
+def correct(p, text):
     return check({"checker": "world", "answer": p.answer, "meta": meta(p)}, text).correct
 
 
 @pytest.mark.parametrize("rate_", [0.0, 0.1, 0.3, 1.0])
 def test_a_step_is_careless_with_the_given_probability(rate_):
-    """In `chain` every step has a given number, so that every slip shows: a text stays clean with (1 - q)^steps."""
+    """In `chain` every error shows, so a solution is correct with probability (1 - q)^steps."""
     rng, n = random.Random(0), 600
     problems = [problem("chain", 2, 1, i) for i in range(n)]
     clean = sum(solution(p, rng, rate_) == solution(p) for p in problems)
-    each = np.array([(1 - rate_) ** len(solve(p)[0]) for p in problems])
-    assert abs(clean - each.sum()) <= 4 * (each * (1 - each)).sum() ** 0.5
+    probability = np.array([(1 - rate_) ** len(solve(p)[0]) for p in problems])
+    deviation = (probability * (1 - probability)).sum() ** 0.5
+    assert abs(clean - probability.sum()) <= 4 * deviation
 
 
 def test_kinds_of_slips_come_with_their_weights():
-    rng, found = random.Random(1), dict.fromkeys(SLIPS, 0)
+    rng, counts = random.Random(1), dict.fromkeys(SLIPS, 0)
     for i in range(1500):
         p = problem("chain", 1, 2, i)
         text = solution(p, rng, 0.08)
         plan, equations, _, useful, lines = parse(text)
-        found["plan"] += plan != FAMILIES["chain"].plan
-        found["skip"] += len(equations) < len(solve(p)[0])
-        found["filler"] += lines > useful
-        found["number"] += any(not e.right for e in equations)
+        counts["plan"] += plan != FAMILIES["chain"].plan
+        counts["skip"] += len(equations) < len(solve(p)[0])
+        counts["filler"] += lines > useful
+        counts["number"] += any(not e.correct for e in equations)
     steps = 0.08 * sum(len(solve(problem("chain", 1, 2, i))[0]) for i in range(1500))
     for kind in ("plan", "skip", "filler", "number"):
-        assert abs(found[kind] - SLIPS[kind] * steps) < 5 * (SLIPS[kind] * steps) ** 0.5, kind
+        assert abs(counts[kind] - SLIPS[kind] * steps) < 5 * (SLIPS[kind] * steps) ** 0.5, kind
 
 
 def test_more_careless_is_more_often_wrong():
     share = [
-        np.mean([right(p, solution(p, random.Random(i), q)) for i, p in enumerate(PROBLEMS)])
+        np.mean([correct(p, solution(p, random.Random(i), q)) for i, p in enumerate(PROBLEMS)])
         for q in (0.0, 0.1, 0.3, 0.8)
     ]
     assert share[0] == 1.0

@@ -1,6 +1,5 @@
-"""Every family: its question says the problem, its solution is right by another way, and both are pure functions."""
+"""Every family: questions state their problem, solutions are correct, both are pure functions."""
 
-import json
 import math
 import random
 import re
@@ -86,7 +85,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("difficulty", [1, 2, 4])
-def test_the_solution_is_right_by_another_way(family, difficulty):
+def test_the_solution_is_correct_by_another_computation(family, difficulty):
     for i in range(60):
         p = problem(family, difficulty, 11, i)
         steps, values, answer = solve(p)
@@ -124,26 +123,25 @@ def test_every_step_stands_on_the_question_and_on_earlier_values(family):
 def test_harder_questions_take_more_steps():
     for family in FAMILIES:
         steps = [sum(len(solve(problem(family, d, 0, i))[0]) for i in range(60)) for d in (1, 4)]
-        assert steps[0] < steps[1] or family == "equation", (
-            family
-        )  # its numbers grow, not its steps
+        # In `equation` the numbers grow, and the steps are always three.
+        assert steps[0] < steps[1] or family == "equation", family
 
 
 def test_prompts_are_distinct_even_and_a_pure_function_of_their_arguments():
     tasks = tuple(FAMILIES)
     rows = prompts(tasks, 83, 2, 5)
     assert rows == prompts(tasks, 83, 2, 5)
-    assert len({row["messages"] for row in rows}) == len({row["prompt_id"] for row in rows}) == 83
-    counts = [sum(row["task"] == t for row in rows) for t in tasks]
+    assert len({row.messages for row in rows}) == len({row.prompt_id for row in rows}) == 83
+    counts = [sum(row.task == t for row in rows) for t in tasks]
     assert max(counts) - min(counts) == 1
     assert rows[:40] == prompts(tasks, 40, 2, 5)  # a larger count adds and changes nothing
     for row in rows:
-        p = from_meta(row["meta"])
-        assert json.loads(row["messages"]) == [{"role": "user", "content": p.question}]
-        assert (row["answer"], row["checker"]) == (p.answer, "world")
+        p = from_meta(row.meta)
+        assert row.chat() == [{"role": "user", "content": p.question}]
+        assert (row.answer, row.checker) == (p.answer, "world")
     for other in (prompts(tasks, 83, 2, 6), prompts(tasks, 83, 3, 5)):
-        assert len({row["prompt_id"] for row in rows} & {row["prompt_id"] for row in other}) < 15
-    assert random.random() != random.random()  # and the global state is nobody's
+        assert len({row.prompt_id for row in rows} & {row.prompt_id for row in other}) < 15
+    assert random.random() != random.random()  # the global state is not seeded
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,11 +1,11 @@
-"""Where TRL's tokens are wrong and ours are not: BOS, end token, thinking templates; elsewhere they are TRL's."""
+"""Where our tokens differ from TRL's: BOS, end token, thinking templates, turns in an answer."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deltapref_jax.text.preference import tokenise
-from deltapref_jax.text.template import Text
+from deltapref_jax.text.preference import Example, tokenise
+from deltapref_jax.text.template import ChatTokenizer
 
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -53,16 +53,16 @@ def made(template, adds=None, **options):
         "pad_token": "<pad>",
         "chat_template": template,
     } | options
-    return Text(PreTrainedTokenizerFast(tokenizer_object=bpe, **options), "here")
+    return ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, **options), "here")
 
 
 def parts(text, prompt, *completions):
-    """Decoded prompt and completions, special tokens shown, and whether they were tokenised apart."""
-    (got,) = tokenise(text, [(prompt, completions)])
+    """Decoded prompt and completions with special tokens, and whether they were encoded apart."""
+    (got,) = tokenise(text, [Example(prompt, completions)])
     return (
         text.tokenizer.decode(got.prompt),
         *(text.tokenizer.decode(c) for c in got.completions),
-        got.apart,
+        got.prompt_not_prefix,
     )
 
 
@@ -124,7 +124,7 @@ def test_an_answer_ends_once(content):
 
 def test_pad_that_is_eos_does_not_hide_the_end():
     text = made(IM, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    (got,) = tokenise(text, [(USER, [said("4")])])
+    (got,) = tokenise(text, [Example(USER, [said("4")])])
     assert text.tokenizer.decode(got.completions[0]) == "4<|im_end|>\n"
     assert got.completions[0].tolist().count(text.tokenizer.pad_token_id) == 1
 
@@ -168,26 +168,125 @@ def test_several_messages_behind_such_a_template_are_one_sentence():
         r"follows, so that an answer of several messages has no place behind it; "
         r"give one assistant message$",
     ):
-        tokenise(made(FORGETS), [(USER, [turns])])
+        tokenise(made(FORGETS), [Example(USER, [turns])])
 
 
-def test_several_messages_behind_another_template_are_trls():
-    turns = [*said("4"), *USER, *said("4!")]
-    assert parts(made(IM), USER, turns)[1] == "4<|im_end|>\n" + ASKED + "4!<|im_end|>\n"
+def test_a_tool_call_behind_such_a_template_is_one_sentence():
+    calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<|im_end|>\n{% endfor"
+    opens = OPENS.replace("<|im_end|>\n{% endfor", calls)
+    called = [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]
+    with pytest.raises(
+        ValueError,
+        match=r"^the chat template of here renders the prompt otherwise when an answer "
+        r"follows, so that a tool call has no place behind it; give one assistant message of text$",
+    ):
+        tokenise(made(opens), [Example(USER, [called])])
+
+
+def test_an_answer_apart_gets_no_space_of_the_tokenizer_before_it():
+    text = made(OPENS)
+    text.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert parts(text, USER, said("so</think>4"))[1:] == ("so</think>4<|im_end|>", True)
+
+
+LLAMA = (  # headers and ends as those of Llama 3
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}<|start|>\n\n"
+    "{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|start|>\n\n{% endif %}"
+)
+GEMMA = (  # the assistant is called model, as in Gemma
+    "{{ bos_token }}{% for m in messages %}<|im_start|>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+SURE = [{"role": "user", "content": "Are you sure?"}]
+CALLED = [{"role": "tool", "content": "4 is even"}]
+
+
+@pytest.mark.parametrize("trim", [False, True])  # whether offsets hold the space before a word
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(IM, "<|im_end|>\n"), (LLAMA, "<|im_end|>"), (GEMMA, "<|im_end|>\n"), (PLAIN, "\n")],
+)
+@pytest.mark.parametrize("between", [SURE, SURE + CALLED, CALLED])
+def test_only_the_assistants_turns_are_targets(template, end, between, trim):
+    text = made(template)
+    if trim:
+        text.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = [*said("4: é4"), *between, *said("4 [yes]\n4"), *SURE, *said("4, oui")]
+    (got,) = tokenise(text, [Example(USER, [turns, said("5")])])
+    (ids, other), (mask, none) = got.completions, got.scored
+    assert none is None and mask.dtype == bool and mask.shape == ids.shape
+    last = end if "<|im_end|>" in end else end + "</s>"
+    space = " " if template is PLAIN else ""  # merged into the first token of a turn
+    answers = [f"{space}4: é4{end}", f"{space}4 [yes]\n4{end}", f"{space}4, oui{last}"]
+    assert text.tokenizer.decode(ids[mask]) == "".join(answers)
+    assert text.tokenizer.decode(other) == f"{space}5{last}"
+    whole = text.tokenizer.apply_chat_template([*USER, *turns], tokenize=False)
+    assert text.tokenizer.decode([*got.prompt, *ids]) == whole + "</s>" * (template is PLAIN)
+
+
+def test_the_mask_changes_no_token_and_stays_none_where_everything_is_scored():
+    text = made(IM)
+    turns = [*said("4"), *SURE, *said("4!")]
+    assert parts(text, USER, turns)[1] == (
+        "4<|im_end|>\n<|im_start|>user\nAre you sure?<|im_end|>\n"
+        "<|im_start|>assistant\n4!<|im_end|>\n"
+    )
+    for answer in (said("4"), said("<think>so</think>4")):
+        (got,) = tokenise(text, [Example(USER, [answer, answer])])
+        assert got.scored == (None, None)
+    (got,) = tokenise(text, [Example("2 + 2?", [" 4"])])
+    assert got.scored == (None,)
+
+
+def test_a_thought_that_only_the_last_turn_is_given_moves_no_turn():
+    thinks = IM.replace(
+        "{{ m['content'] }}",
+        "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}",
+    )
+    text = made(thinks)
+    (got,) = tokenise(text, [Example(USER, [[*said("4"), *SURE, *said("4!")]])])
+    scored = got.completions[0][got.scored[0]]
+    assert text.tokenizer.decode(scored) == "4<|im_end|><think>\n\n</think>\n\n4!<|im_end|>\n"
+
+
+def test_an_end_inside_any_of_the_assistants_messages_is_written_once():
+    turns = [*said("4<|im_end|>"), *SURE, *said("4!</s>\n")]
+    assert parts(made(IM), USER, turns) == parts(made(IM), USER, [*said("4"), *SURE, *said("4!")])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_one_sentence():
+    dots = IM.replace(
+        "<|im_end|>\n{% endfor",
+        "{% if not loop.last and m['role'] == 'assistant' %}.{% endif %}<|im_end|>\n{% endfor",
+    )
+    text = made(dots)
+    assert parts(text, USER, said("4"))[1] == "4<|im_end|>\n"
+    with pytest.raises(
+        ValueError,
+        match=r"^the chat template of here renders a message otherwise when others follow, so "
+        r"that the assistant's turns in an answer of several messages cannot be found; "
+        r"give one assistant message$",
+    ):
+        tokenise(text, [Example(USER, [[*said("4"), *SURE, *said("4!")]])])
 
 
 def test_a_template_that_refuses_is_one_sentence():
     text = made("{{ raise_exception('no system here') }}")
     with pytest.raises(
         ValueError,
-        match=r"^the chat template of here refuses the messages \(no system here\); mend ",
+        match=r"^the chat template of here refuses the messages \(no system here\); fix ",
     ):
-        tokenise(text, [(USER, [said("4")])])
+        tokenise(text, [Example(USER, [said("4")])])
 
 
 def test_many_are_each_as_alone():
     text = made(IM, "<s> $A")
-    asked = [(USER, [said("4"), said("five")]), ("2 + 2?", [" 4"]), ("", ["4"])]
+    rows = [(USER, [said("4"), said("five")]), ("2 + 2?", [" 4"]), ("", ["4"])]
+    asked = [Example(*row) for row in rows]
     for one, got in zip(asked, tokenise(text, asked), strict=True):
         (alone,) = tokenise(text, [one])
         assert got.prompt.tolist() == alone.prompt.tolist()

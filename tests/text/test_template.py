@@ -1,11 +1,25 @@
-"""Prompts and completions: one BOS, the template's end token, and a border that no merge moves."""
+"""Prompts and completions: one BOS, the template's end token, a border that no merge crosses."""
 
+import json
+import pickle
+
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-from deltapref_jax.scoring.packing import sample
-from deltapref_jax.text.template import Text
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import pack_one
+from deltapref_jax.text.template import TEMPLATE_DATE, ChatTokenizer
 
 TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 PLAIN = TURNS + "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -21,7 +35,7 @@ CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def tokenizer(template, adds=None, **options):
-    """A byte-level BPE whose merges love to cross a border; `adds` is what its post-processor puts around text."""
+    """A byte-level BPE with merges over the border; its post-processor puts `adds` around text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -48,7 +62,7 @@ def tokenizer(template, adds=None, **options):
 
 
 def made(*args, **options):
-    return Text(tokenizer(*args, **options), "here")
+    return ChatTokenizer(tokenizer(*args, **options), "here")
 
 
 @pytest.mark.parametrize("adds", [None, "<s> $A", "<s> $A </s>"])
@@ -85,7 +99,10 @@ def test_the_end_is_the_templates_and_the_tokenizers_ends_a_trace_too():
     assert ends == ["<|im_end|>", "</s>"]
     assert text.tokenizer.decode(text.completion_ids("4", ended=True)) == "4<|im_end|>"
     assert [made(PLAIN).tokenizer.convert_ids_to_tokens(i) for i in made(PLAIN).end_ids] == ["</s>"]
-    assert Text(tokenizer(IM), "here", end_ids=[7, text.end_ids[0]]).end_ids == (*text.end_ids, 7)
+    assert ChatTokenizer(tokenizer(IM), "here", end_ids=[7, text.end_ids[0]]).end_ids == (
+        *text.end_ids,
+        7,
+    )
 
 
 @pytest.mark.parametrize("template", [PLAIN, THINKS, IM, WRITES_BOS])
@@ -93,7 +110,7 @@ def test_the_end_is_the_templates_and_the_tokenizers_ends_a_trace_too():
 def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
     text = made(template, "<s> $A")
     prompt, completion = text.prompt_ids(CHAT), text.completion_ids(answer, ended=True)
-    s = sample(prompt, completion)
+    s = pack_one(TokenSequence(np.asarray(prompt), np.asarray(completion)))
     assert s.tokens[: len(prompt)].tolist() == prompt
     assert s.tokens[s.targets].tolist() == completion
     assert text.decode(completion) == answer
@@ -102,21 +119,204 @@ def test_the_prompt_is_a_prefix_and_no_merge_moves_the_border(template, answer):
     ).removeprefix("<s>")
 
 
+def sentencepiece(spaces, template=PLAIN):
+    """A tokenizer like that of Llama 2 or Mistral: it puts a space before the text that it gets."""
+    merges = []
+    for word in ("▁The", "The", "▁sum", "▁is"):
+        merges += [(word[:i], word[i]) for i in range(1, len(word))]
+    characters = ["▁", *(chr(i) for i in range(33, 127))]
+    pieces = ["<unk>", *SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *characters]
+    pieces += [a + b for a, b in merges]
+    bpe = Tokenizer(
+        models.BPE(
+            {p: i for i, p in enumerate(dict.fromkeys(pieces))},
+            list(dict.fromkeys(merges)),
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    if spaces == "prepend":
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        last = [decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+        )
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=spaces, split=False)
+        metaspace = decoders.Metaspace("▁", prepend_scheme=spaces, split=False)
+        bpe.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace])
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return ChatTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=template
+        ),
+        "here",
+    )
+
+
+@pytest.mark.parametrize("spaces", ["prepend", "first", "always", "never"])
+@pytest.mark.parametrize(
+    ("sampled", "said"),
+    [
+        (["The", "▁sum", "▁is", "▁", "4"], "The sum is 4"),
+        (["▁The", "▁sum"], " The sum"),
+        (["▁", "▁The"], "  The"),
+        (["4"], "4"),
+        (["<0x0A>", "4", "<0x0A>", "▁is", "<0xC3>", "<0xA9>"], "\n4\n isé"),
+        (["▁"], " "),
+        ([], ""),
+    ],
+)
+def test_sampled_ids_come_back_where_the_tokenizer_puts_a_space_before_text(spaces, sampled, said):
+    text = sentencepiece(spaces)
+    ids = [text.tokenizer.convert_tokens_to_ids(t) for t in sampled]
+    assert text.decode(ids) == said
+    assert text.completion_ids(said, ended=False) == text.encode_plain(said) == ids
+    assert text.completion_ids(said, ended=True) == [*ids, text.end_ids[0]]
+
+
+@pytest.mark.parametrize("spaces", ["prepend", "first", "always", "never"])
+def test_a_prompt_keeps_the_space_that_the_tokenizer_puts_before_text(spaces):
+    text = sentencepiece(spaces)
+    want = text.tokenizer(text.render(CHAT))["input_ids"]
+    assert text.prompt_ids(CHAT) == want
+    assert (want[1] == text.tokenizer.convert_tokens_to_ids("▁")) == (spaces != "never")
+    assert pickle.loads(pickle.dumps(text)).encode_plain("The") == text.encode_plain("The")
+
+
+def test_a_byte_level_tokenizer_may_put_a_space_before_text_too():
+    text = made(PLAIN)
+    text.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert text.tokenizer.decode(text.prompt_ids(CHAT)).startswith(" [user]")
+    for said in ("4", " 4", "Answer: 4"):
+        assert text.decode(text.completion_ids(said, ended=True)) == said
+
+
+FORMATS = ["%d %b %Y", "%Y-%m-%d", "%B %-d, %Y", "%A %H:%M:%S", "%x %c %j %I %p %y", "none"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_date_in_a_template_is_the_same_every_day(form, monkeypatch, tmp_path):
+    def written(now):
+        return (
+            f"\n  {{% macro day() %}}{{{{ {now} }}}}{{% endmacro %}}\n"
+            f"{{% set d = {now} %}}  {{{{ d }}}}|{{{{ day() }}}}\n" + PLAIN
+        )
+
+    template = written(f"strftime_now('{form}')")
+    text, fixed = made(template), made(written(f"'{TEMPLATE_DATE.strftime(form)}'"))
+    assert text.render(CHAT) == fixed.render(CHAT)
+    assert text.prompt_ids(CHAT) == fixed.prompt_ids(CHAT)
+    assert text.render(CHAT, answered=True) == fixed.render(CHAT, answered=True)
+    text.save(tmp_path)
+    assert ChatTokenizer.load(str(tmp_path)).tokenizer.chat_template == template
+    identity = text.identity
+    monkeypatch.setattr("deltapref_jax.text.template.TEMPLATE_DATE", "another")
+    assert made(template).identity != identity
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "more"),
+    [
+        ({"eos_token_id": [1, 9, 7]}, {"eos_token_id": 1}, (9, 7)),
+        ({"eos_token_id": 9}, {}, (9,)),
+        ({}, {"eos_token_id": [9]}, ()),  # config.json does not count beside the other
+        (None, {"eos_token_id": [9, 8]}, (9, 8)),
+        (None, {"eos_token_id": None}, ()),
+        (None, None, ()),
+    ],
+)
+def test_every_end_token_that_the_models_folder_names_ends_a_trace(
+    generation, config, more, tmp_path
+):
+    made(PLAIN).save(tmp_path)
+    for name, value in (("generation_config", generation), ("config", config)):
+        if value is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    text = ChatTokenizer.load(str(tmp_path))
+    assert text.end_ids == (*made(PLAIN).end_ids, *more)
+    assert text.completion_ids("4", ended=True)[-1] == text.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", ""])
+def test_a_broken_generation_config_is_one_sentence(content, tmp_path):
+    made(PLAIN).save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(
+        ValueError,
+        match=r"^\S+/generation_config\.json is not a JSON object \(.*\); copy the model's file "
+        r"there again\.$",
+    ):
+        ChatTokenizer.load(str(tmp_path))
+
+
 def test_decode_leaves_special_tokens_out_and_words_as_they_are():
     text = made(IM)
-    assert text.decode(text.pieces("<|im_start|>a , b .<|im_end|>")) == "a , b ."
+    assert text.decode(text.encode_plain("<|im_start|>a , b .<|im_end|>")) == "a , b ."
     assert set(text.special) == {"<s>", "</s>"}
 
 
 def test_saved_is_loaded(tmp_path):
     text = made(IM, "<s> $A")
     text.save(tmp_path)
-    again = Text.load(str(tmp_path))
+    again = ChatTokenizer.load(str(tmp_path))
     assert again.prompt_ids(CHAT) == text.prompt_ids(CHAT)
     assert again.end_ids == text.end_ids
+    assert again.identity == text.identity
     assert again.completion_ids("Answer: 4", ended=True) == text.completion_ids(
         "Answer: 4", ended=True
     )
+
+
+def changed(change, *args, **options):
+    """Identity of a tokenizer after `change(tokenizer)`."""
+    made_of = tokenizer(*args, **options)
+    change(made_of)
+    return ChatTokenizer(made_of, "elsewhere").identity
+
+
+def test_identity_is_the_same_where_ids_mean_the_same():
+    want = made(IM, "<s> $A").identity
+    assert len(want) == 16 and int(want, 16) >= 0
+
+    def padded(t):
+        t.pad_token = "<s>"
+        t.backend_tokenizer.enable_truncation(8)
+        t.backend_tokenizer.enable_padding(length=4)
+
+    assert changed(padded, IM, "<s> $A") == want
+    assert changed(lambda t: None, IM, "<s> $A </s>") == want  # the EOS is never added
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.add_tokens(["Answer"]),  # another token
+        lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda t: setattr(t, "chat_template", IM.replace("user", "human") + " "),
+        lambda t: setattr(t, "eos_token", "<|im_start|>"),  # another end of turn
+        lambda t: setattr(t, "bos_token", "</s>"),  # no longer the token that is added
+    ],
+)
+def test_identity_differs_where_ids_mean_something_else(change):
+    assert changed(change, IM, "<s> $A") != made(IM, "<s> $A").identity
+
+
+def test_identity_knows_bos_end_ids_and_names_in_the_template():
+    assert made(IM).identity != made(IM, "<s> $A").identity
+    one, more, order = (
+        ChatTokenizer(tokenizer(IM), "here", end_ids=ids).identity for ids in ([], [7, 8], [8, 7])
+    )
+    assert one != more == order
+    named = IM + "{{ pad_token }}"
+    assert made(named, pad_token="<s>").identity != made(named, pad_token="</s>").identity
+    assert made(IM, pad_token="<s>").identity == made(IM, pad_token="</s>").identity
 
 
 @pytest.mark.parametrize(
@@ -136,13 +336,13 @@ def test_a_tokenizer_that_cannot_serve_is_one_sentence(options, sentence):
 
 def test_only_messages_need_a_template():
     text, other = made(None, "<s> $A"), made(PLAIN, "<s> $A")
-    assert text.beginning("What is 2 + 2?") == other.beginning("What is 2 + 2?")
+    assert text.encode_with_bos("What is 2 + 2?") == other.encode_with_bos("What is 2 + 2?")
     assert text.completion_ids("4", True) == other.completion_ids("4", True)
     with pytest.raises(ValueError) as error:
         text.render(CHAT)
     assert str(error.value) == (
-        "The tokenizer of here has no chat template; add chat_template.jinja to its folder, or give text instead of "
-        "messages."
+        "The tokenizer of here has no chat template; add chat_template.jinja to its folder, or "
+        "give text instead of messages."
     )
 
 
@@ -150,8 +350,8 @@ def test_no_tokenizer_is_one_sentence(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"^There is no model at /nowhere; give a Hugging Face folder or a "
     ):
-        Text.load("/nowhere")
+        ChatTokenizer.load("/nowhere")
     with pytest.raises(
         ValueError, match=rf"^The folder {tmp_path} has no tokenizer\.json; copy the model's "
     ):
-        Text.load(str(tmp_path))
+        ChatTokenizer.load(str(tmp_path))

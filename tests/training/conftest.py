@@ -20,7 +20,7 @@ def program():
 
 @pytest.fixture(scope="session")
 def spawn():
-    """Starts `program.py` with arguments, in a process with so many devices and further variables."""
+    """Starts `program.py` in a process with `devices` devices and further variables."""
 
     def start(*arguments, devices=1, **more):
         flags = more | {

@@ -1,6 +1,7 @@
-"""A tiny DPO run as a program, for tests that need processes: `python program.py MODE …` (see `main`).
+"""A tiny DPO run as a program, for tests that need processes: `python program.py MODE …`.
 
-Children are forked before JAX starts its backend, so that importing is paid once; compiled steps come from a cache.
+`main` lists the modes. Children are forked before JAX starts its backend, so that the imports run
+once, and they read compiled steps from a cache.
 """
 
 import functools
@@ -21,38 +22,49 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from deltapref_jax.artifacts.job import Job
+from deltapref_jax.artifacts.lease import release_all
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.host import Notice, Preempted
-from deltapref_jax.mesh import fetch, make_mesh, start_processes
+from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export  # noqa: F401  (imported once, before the forks)
+from deltapref_jax.models.weights import export  # noqa: F401  (before the forks, once)
+from deltapref_jax.preemption import Preempted, PreemptionGuard, install_group_shutdown
+from deltapref_jax.processes import start_processes
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.training.checkpoint import Checkpoints
-from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
-from deltapref_jax.training.state import Optimizer, start
-from deltapref_jax.workspace import Node, Workspace, run
+from deltapref_jax.training.state import Optimizer, init_state
 from launch.flags import run_main
 
 SPEC = ModelSpec(64, 32, 2, 4, 2, 8, 64, tied=False)
 PAIRS, LENGTH = 16, 64
 
 
+def mismatch(row, other):
+    """The completion of `row` behind the prompt of `other`."""
+    return row._replace(sequence=row.sequence._replace(prompt_ids=other.sequence.prompt_ids))
+
+
 def data(kind, rows):
-    """Step to 32 sequences of 40 to 64 tokens, one in a row of 64: as many micro-batches as 32 / rows."""
+    """Data of a step: 32 sequences of 40 to 64 tokens, one a row, in 32 / rows micro-batches."""
 
     def at(step):
         r = np.random.default_rng(step)
-        flat = [
-            Row(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)), -150.0)
+        sequences = [
+            TokenSequence(r.integers(0, 64, 16), r.integers(0, 64, r.integers(24, 48)))
             for _ in range(2 * PAIRS)
         ]
+        flat = [ReferencedSequence(sequence, -150.0) for sequence in sequences]
         if kind == "dpo":
             groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
         else:
             groups = [
-                Group((row,), i % 2, row._replace(prompt=flat[i - 1].prompt))
-                for i, row in enumerate(flat)
+                Group((row,), i % 2, mismatch(row, flat[i - 1])) for i, row in enumerate(flat)
             ]
         return pack_step(groups, kind, rows, LENGTH)
 
@@ -60,7 +72,7 @@ def data(kind, rows):
 
 
 def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None, **more):
-    """Trains; returns all parameters on the host, and counts."""
+    """Trains; returns all parameters as host arrays, and the counts."""
     how = Run(
         Objective(name=kind, kind=kind, learning_rate=1e-3),
         steps,
@@ -73,16 +85,16 @@ def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None
     params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
     mesh = mesh or make_mesh(MeshShape(), jax.devices()[:1])
     params, counts = train(SPEC, params, source or data(kind, rows), how, mesh, folder, **more)
-    return fetch(params), counts
+    return gather_to_host(params), counts
 
 
 def save(params, path):
-    """Parameters as a file whose bytes can be compared."""
+    """Writes parameters to a file whose bytes can be compared."""
     np.savez(path, *jax.tree.leaves(params))
 
 
 def child(root, folder, delay=None):
-    """Forks a process that trains 12 steps, with a checkpoint every other one; after `delay` s it kills itself."""
+    """Forks a process that trains 12 steps, saving every other, and dies after `delay` seconds."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -110,10 +122,10 @@ def child(root, folder, delay=None):
 
 
 def kill(root, kills, seed):
-    """One uninterrupted run, then runs that are killed after random times and continued, `kills` times in all."""
+    """Runs uninterrupted once, then with kills at random times until there were `kills`."""
     rng, done, runs = random.Random(seed), 0, 0
     assert child(root, root / "whole") == 0
-    assert child(root, root / "again") == 0  # with the compiled steps from the cache
+    assert child(root, root / "again") == 0  # The compiled steps are in the cache now.
     seconds = float((root / "again" / "seconds").read_text())
     while True:
         folder = root / f"cut-{runs}"
@@ -128,7 +140,7 @@ def kill(root, kills, seed):
 
 
 def both(root, port, index):
-    """One of two processes with four devices each: dpo and kto, 4 steps, a checkpoint at the last."""
+    """Runs one of two processes with four devices each: DPO and KTO, 4 steps, saved at the last."""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     mesh = make_mesh(MeshShape(2, 2, 2))
     for kind in ("dpo", "kto"):
@@ -137,8 +149,8 @@ def both(root, port, index):
             save(params, root / kind / "params.npz")
 
 
-def leave(root, port, index):
-    """One of two processes; the second is told to leave at step 3, and both save the same step."""
+def preempt(root, port, index):
+    """Runs one of two processes; the second gets SIGTERM at step 3, and both save the same step."""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     steps = data("dpo", 32)
 
@@ -152,35 +164,44 @@ def leave(root, port, index):
         tiny(root / "left", steps=200, mesh=make_mesh(MeshShape(2, 2, 2)), source=source)
     except Preempted as e:
         print(e, flush=True)
-        os._exit(Preempted.code)  # the other process may be gone before JAX could say good-bye
+        os._exit(Preempted.code)  # JAX's shutdown would fail if the other process has exited.
+
+
+class Endless(Node, stage="stage", version=1):
+    """A table whose shards never end, in collectives, or else in one compiled program each."""
+
+    root: Path = runtime()
+    index: int = runtime()
+    together: bool = runtime()
+
+    def make(self, job: Job) -> None:
+        endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
+
+        def shard(_):
+            (self.root / f"at-{self.index}").touch()
+            if self.together:
+                while True:
+                    multihost_utils.process_allgather(np.ones(3))
+            return jax.block_until_ready(endless(1.0))
+
+        job.shards(4, shard, together=self.together)
 
 
 def shards(root, index, together):
-    """A stage whose shards never end: as one, in collectives, or each by itself, in one compiled program."""
-    endless = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 1e30, lambda y: jnp.cos(y), x))
-
-    def make(shard):
-        (root / f"at-{index}").touch()
-        if together:
-            while True:
-                multihost_utils.process_allgather(np.ones(3))
-        return jax.block_until_ready(endless(1.0))
-
-    def stage(job):
-        job.shards(4, make, together=together)
-
-    run({"it": Node("stage", "it", {})}, {"stage": stage}, Workspace(root / "w"), show=False)
+    """Makes an `Endless` table."""
+    node = Endless(label=("it",), root=root, index=index, together=together)
+    run([node], Workspace(root / "w"), show=False)
 
 
 def global_state(mesh):
-    """What training starts from."""
-    return start(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
+    """The initial training state."""
+    return init_state(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
 
 
 def full(root, index):
-    """A second checkpoint finds the disk of process 1 full; the loop would go on to the third before it looks."""
+    """Saves three checkpoints; from the second on, the disk of process 1 is full."""
     state = global_state(make_mesh(MeshShape(2, 2, 2)))
-    with Notice(), Checkpoints(root, 1) as checkpoints:
+    with PreemptionGuard(), Checkpoints(root, 1) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
         if index == 1:
@@ -190,29 +211,30 @@ def full(root, index):
 
 
 def view(root, index):
-    """Process `index` goes on from the checkpoints that it sees in `root/INDEX`."""
-    with Notice(), Checkpoints(root / str(index), 1) as checkpoints:
+    """Restores the newest checkpoint in `root/INDEX`."""
+    with PreemptionGuard(), Checkpoints(root / str(index), 1) as checkpoints:
         checkpoints.restore(global_state(make_mesh(MeshShape(2, 2, 2))))
 
 
 def fine(root, index):
-    """Nothing stops anyone."""
+    """Runs one collective and exits."""
     multihost_utils.sync_global_devices("done")
 
 
-def company(mode, root):
-    """One of the processes that the environment describes, ended as `launch` ends them."""
+def in_group(mode, root):
+    """Runs `mode` as one of the processes that the environment describes, as `launch` does."""
 
     def job(_):
         start_processes()
+        install_group_shutdown(release_all)
         mode(root, jax.process_index())
 
     sys.argv = sys.argv[:1]
     run_main(job)
 
 
-MODES = {"kill": kill, "both": both, "leave": leave} | {
-    name: functools.partial(company, mode)
+MODES = {"kill": kill, "both": both, "preempt": preempt} | {
+    name: functools.partial(in_group, mode)
     for name, mode in {
         "alone": functools.partial(shards, together=False),
         "together": functools.partial(shards, together=True),
@@ -224,7 +246,7 @@ MODES = {"kill": kill, "both": both, "leave": leave} | {
 
 
 def main(mode, root, *numbers):
-    """`kill ROOT KILLS SEED`, `both ROOT PORT INDEX`, `leave ROOT PORT INDEX`, or one of the rest with `ROOT`."""
+    """Runs `kill ROOT KILLS SEED`, `both|preempt ROOT PORT INDEX`, or another MODE with ROOT."""
     MODES[mode](Path(root), *map(int, numbers))
 
 

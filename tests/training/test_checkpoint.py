@@ -1,4 +1,4 @@
-"""A run that is killed, told to leave, or finds its disk full or its checkpoint damaged."""
+"""A run that is killed or preempted, or whose disk is full, or whose checkpoint is damaged."""
 
 import os
 import pathlib
@@ -17,12 +17,12 @@ from absl import logging
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.files import ArtifactError
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
-# Orbax leaves half-run coroutines of a failed save or restore to the garbage collector
+# Orbax leaves unfinished coroutines of a failed save or restore to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ROOT = pathlib.Path(__file__).parents[2]
 COUNTS = {"tokens": 7.0}
@@ -58,15 +58,15 @@ def test_resumed_on_another_mesh_is_the_same_within_noise(program, tmp_path, one
     )
     for row, other in zip(rows, again, strict=True):
         assert row == pytest.approx(other, rel=2e-4, abs=2e-5)
-    for name in ("tokens", "positions"):  # counts go on too
+    for name in ("tokens", "positions"):  # Counts continue too.
         assert resumed[name] == counts[name]
     assert rows[-1]["num_tokens"] == counts["tokens"]
 
 
-def test_sigterm_saves_the_step_and_leaves(program, tmp_path):
+def test_sigterm_saves_the_step_and_exits(program, tmp_path):
     source = program.data("dpo", 32)
 
-    def told(step):
+    def interrupting(step):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return source(step)
@@ -77,7 +77,7 @@ def test_sigterm_saves_the_step_and_leaves(program, tmp_path):
         match=rf"^Stopped by SIGTERM after step 2 of 4, which is saved in "
         rf"{tmp_path}/cut\. Run the same command to continue\.$",
     ):
-        program.tiny(tmp_path / "cut", steps=4, source=told)
+        program.tiny(tmp_path / "cut", steps=4, source=interrupting)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step_*")] == ["step_2"]
     params, _ = program.tiny(tmp_path / "cut", steps=4)
@@ -91,12 +91,12 @@ def test_sigterm_saves_the_step_and_leaves(program, tmp_path):
 def test_sigterm_at_the_last_step_is_not_lost(program, tmp_path):
     source = program.data("dpo", 32)
 
-    def told(step):
+    def interrupting(step):
         os.kill(os.getpid(), signal.SIGTERM)
         return source(step)
 
     with pytest.raises(Preempted, match="after step 1 of 1, which is saved"):
-        program.tiny(tmp_path, steps=1, source=told)
+        program.tiny(tmp_path, steps=1, source=interrupting)
     params, counts = program.tiny(tmp_path, steps=1, source=None)
     assert counts["tokens"] == source(0).tokens
     assert params is not None
@@ -105,14 +105,14 @@ def test_sigterm_at_the_last_step_is_not_lost(program, tmp_path):
 @pytest.fixture
 def state(program, one_device):
     spec = program.SPEC
-    return start(
+    return init_state(
         program.nnx.state(program.Decoder(spec, rngs=program.nnx.Rngs(0))), Optimizer(), one_device
     )
 
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """As in `launch`; pytest would keep the tracebacks that Orbax logs, and all that they refer to."""
+    """Logs as in `launch`; pytest would keep the tracebacks that Orbax logs, and their objects."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     yield
@@ -121,24 +121,24 @@ def quiet():
 
 @pytest.fixture
 def limited():
-    """Files may not grow past so many bytes: to Orbax's C++ a full disk."""
+    """Limits the size of files in bytes, which is a full disk to Orbax's C++."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def settled(folder):
-    """Waits until writers that Orbax no longer waits for have ended: a later process would not meet them."""
+def wait_for_writers(folder):
+    """Waits for writers that Orbax abandoned, which would not exist in a later process."""
 
-    def seen():
+    def files():
         return sorted(
             (path.name, path.stat().st_mtime) for path in folder.rglob("*") if path.exists()
         )
 
-    before, now = None, seen()
+    before, now = None, files()
     while before != now:
         time.sleep(0.5)
-        before, now = now, seen()
+        before, now = now, files()
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_untouched(tmp_path, state, limited):
@@ -157,14 +157,13 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_untouched(tmp_pa
         "untouched."
     )
     limited(resource.RLIM_INFINITY)
-    settled(tmp_path)
+    wait_for_writers(tmp_path)
     with Checkpoints(tmp_path / "c", 1) as checkpoints:
         assert checkpoints.newest() == 1
         restored, counts = checkpoints.restore(moved)
         checkpoints.save(2, restored, COUNTS)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == [
-        "step_2"
-    ]  # nothing is left of what failed
+    # Nothing is left of the failed save.
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_2"]
     same(saved, jax.device_get(restored))
     assert counts["tokens"] == 7.0
 
@@ -186,7 +185,7 @@ def test_a_full_disk_ends_training_with_the_sentence(program, tmp_path, limited)
     ):
         program.tiny(tmp_path, steps=6, every=2, source=filling)
     limited(resource.RLIM_INFINITY)
-    settled(tmp_path)
+    wait_for_writers(tmp_path)
     params, _ = program.tiny(tmp_path, steps=6, every=2)
     same(params, program.tiny(tmp_path / "whole", steps=6)[0])
 
@@ -196,8 +195,8 @@ def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):
     with Checkpoints(tmp_path / "c", 1) as checkpoints:
         checkpoints.save(3, state, COUNTS)
     sentence = (
-        rf"^The checkpoint {tmp_path}/c/step_3 cannot be read \([^\n]+\); delete that folder and run the same "
-        r"command to train from the start\.$"
+        rf"^The checkpoint {tmp_path}/c/step_3 cannot be read \([^\n]+\); delete that folder and "
+        r"run the same command to train from the start\.$"
     )
     refused = set()
     shutil.copytree(tmp_path / "c", tmp_path / "good")
@@ -205,28 +204,26 @@ def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):
         for damage in ("gone", "cut", "flipped"):
             shutil.rmtree(tmp_path / "c")
             shutil.copytree(tmp_path / "good", tmp_path / "c")
-            place, content = (
-                tmp_path / "c" / file.relative_to(tmp_path / "good"),
-                bytearray(file.read_bytes()),
-            )
+            damaged = tmp_path / "c" / file.relative_to(tmp_path / "good")
+            content = bytearray(file.read_bytes())
             if damage == "gone":
-                place.unlink()
+                damaged.unlink()
             elif damage == "cut":
-                place.write_bytes(content[: len(content) // 2])
+                damaged.write_bytes(content[: len(content) // 2])
             elif content:
                 content[len(content) // 2] ^= 16
-                place.write_bytes(content)
+                damaged.write_bytes(content)
             with Checkpoints(tmp_path / "c", 1) as checkpoints:
                 if checkpoints.newest() != 3:
                     continue
                 try:
-                    found, _ = checkpoints.restore(like)
+                    restored, _ = checkpoints.restore(like)
                 except ArtifactError as e:
                     assert re.match(sentence, str(e)), e
                     refused.add((file.stat().st_size > 20_000, damage))
                 else:
-                    same(saved, jax.device_get(found))
-    assert {(True, "gone"), (True, "cut"), (True, "flipped")} <= refused  # the arrays themselves
+                    same(saved, jax.device_get(restored))
+    assert {(True, "gone"), (True, "cut"), (True, "flipped")} <= refused  # the arrays' files
 
 
 def test_another_model_is_refused_and_an_older_checkpoint_is_named(tmp_path, state):
@@ -246,7 +243,7 @@ def test_another_model_is_refused_and_an_older_checkpoint_is_named(tmp_path, sta
 
 def test_the_checksum_sees_one_bit_and_no_mesh(state):
     params = jax.device_get(state.params)
-    spread = start(params, Optimizer(), make_mesh(MeshShape(2, 2, 2)))
+    spread = init_state(params, Optimizer(), make_mesh(MeshShape(2, 2, 2)))
     assert int(checksum(spread)) == int(checksum(state)) != 0
     leaves, tree = jax.tree.flatten(jax.device_get(state))
     bits = leaves[0].view(np.uint32).copy()
@@ -321,7 +318,7 @@ run_main(main)
 """
 
 
-def test_sigterm_elsewhere_unwinds_and_exits_with_its_code():
+def test_sigterm_outside_a_guard_unwinds_and_exits_with_its_code():
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER],
         capture_output=True,

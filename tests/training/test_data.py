@@ -6,11 +6,16 @@ import pytest
 from flax import nnx
 
 from deltapref_jax.config import ConfigError, Objective, Training
-from deltapref_jax.scoring.packing import capacity
-from deltapref_jax.training.data import Data, Group, Row, pack_step
-from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import max_segments
+from deltapref_jax.training.data import Data, Group, ReferencedSequence, pack_step
+from deltapref_jax.training.loop import train_step
+from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.training.step import programs
+
+
+def row(prompt, completion, reference=0.0, trace=""):
+    return ReferencedSequence(TokenSequence(prompt, completion, trace_id=trace), reference)
 
 
 def lognormal(pairs, median, cap, seed=0, one_prompt=False):
@@ -22,7 +27,7 @@ def lognormal(pairs, median, cap, seed=0, one_prompt=False):
     )
     prompts = prompts.repeat(2, axis=1) if one_prompt else lengths // 4
     return [
-        Group(tuple(Row(range(p), range(n - p)) for p, n in zip(*pair, strict=True)))
+        Group(tuple(row(range(p), range(n - p)) for p, n in zip(*pair, strict=True)))
         for pair in zip(prompts.tolist(), lengths.tolist(), strict=True)
     ]
 
@@ -47,7 +52,7 @@ def test_padding_of_lognormal_lengths_is_small(share, pairs, rows, least, filled
         0,
         share=share,
     )
-    steps = [data(step).trimmed(1) for step in range(data.steps)]
+    steps = [data(step).drop_empty_halves(1) for step in range(data.steps)]
     computed = sum(step.positions for step in steps)
     assert sum(step.tokens for step in steps) / computed >= least
     assert sum(step.filled for step in steps) / computed >= filled
@@ -60,16 +65,16 @@ def test_padding_of_lognormal_lengths_is_small(share, pairs, rows, least, filled
 def test_empty_rows_left_out_change_nothing(tiny, one_device):
     data = Data(lognormal(4, 8, 64, seed=1), "dpo", Training(4, rows=4, row_length=64), 0)
     step = data(0)
-    short = step.trimmed(1)
+    short = step.drop_empty_halves(1)
     assert short.positions < step.positions
     assert (
-        step.trimmed(4).positions == step.positions
+        step.drop_empty_halves(4).positions == step.positions
     )  # half of four rows does not divide over four devices
-    steps = programs(tiny.spec, "float32", "dpo", Optimizer(), capacity(4, 64), one_device)
+    steps = programs(tiny.spec, "float32", "dpo", Optimizer(), max_segments(4, 64), one_device)
     ends = [
-        run_step(
+        train_step(
             steps,
-            start(tiny.state, Optimizer(), one_device),
+            init_state(tiny.state, Optimizer(), one_device),
             batch,
             Objective(kind="dpo"),
             1e-3,
@@ -86,7 +91,7 @@ def test_empty_rows_left_out_change_nothing(tiny, one_device):
 
 
 def test_a_pair_that_one_row_cannot_hold_is_refused_at_once():
-    wide = [Group((Row(range(8), range(40)), Row(range(8), range(40))))] + lognormal(5, 8, 30)
+    wide = [Group((row(range(8), range(40)), row(range(8), range(40))))] + lognormal(5, 8, 30)
     with pytest.raises(
         ConfigError,
         match=r"1 of 6 pairs have more tokens in both sequences together than config."
@@ -98,10 +103,15 @@ def test_a_pair_that_one_row_cannot_hold_is_refused_at_once():
 
 def test_a_first_token_has_nothing_before_it_and_is_no_target():
     """Of an empty prompt: the token mean of SFT and of the NLL term is over what is scored."""
-    step = pack_step([Group((Row([], range(5)), Row([], range(3))))], "dpo", 2, 8)
+    step = pack_step([Group((row([], range(5)), row([], range(3))))], "dpo", 2, 8)
     assert step.chosen_tokens == 4
-    assert pack_step([Group((Row([], range(5)),))], "sft", 2, 8).total == 4
-    assert pack_step([Group((Row([9], range(5)),))], "sft", 2, 8).total == 5
+    assert pack_step([Group((row([], range(5)),))], "sft", 2, 8).total == 4
+    assert pack_step([Group((row([9], range(5)),))], "sft", 2, 8).total == 5
+
+
+def behind(row, other):
+    """A row's completion behind the prompt of another."""
+    return row._replace(sequence=row.sequence._replace(prompt_ids=other.sequence.prompt_ids))
 
 
 def shared(kind, count, seed=0):
@@ -111,7 +121,7 @@ def shared(kind, count, seed=0):
     for _ in range(count):
         prompt = r.integers(0, 40, r.integers(5, 21)).tolist()
         pair = [
-            Row(prompt, r.integers(0, 40, r.integers(3, 30)).tolist(), -float(r.integers(10, 60)))
+            row(prompt, r.integers(0, 40, r.integers(3, 30)).tolist(), -float(r.integers(10, 60)))
             for _ in "ab"
         ]
         found += (
@@ -121,7 +131,7 @@ def shared(kind, count, seed=0):
         )
     if kind == "kto":
         found = [
-            group._replace(mismatched=group.rows[0]._replace(prompt=found[i - 2].rows[0].prompt))
+            group._replace(mismatched=behind(group.rows[0], found[i - 2].rows[0]))
             for i, group in enumerate(found)
         ]
     return found
@@ -130,7 +140,7 @@ def shared(kind, count, seed=0):
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "kto", "sft"])
 def test_prompts_read_once_change_no_loss_and_no_weight(tiny, one_device, kind):
     """One step of 8 pairs, or 16 examples and 16 mismatched rows, in rows of 64: metrics and the weights after it."""
-    steps = programs(tiny.spec, "float32", kind, Optimizer(), capacity(4, 64), one_device)
+    steps = programs(tiny.spec, "float32", kind, Optimizer(), max_segments(4, 64), one_device)
     once, again = (pack_step(shared(kind, 8), kind, 4, 64, share=share) for share in (True, False))
     assert (once.tokens, once.total, once.chosen_tokens) == (
         again.tokens,
@@ -140,9 +150,9 @@ def test_prompts_read_once_change_no_loss_and_no_weight(tiny, one_device, kind):
     assert again.filled == again.tokens
     assert once.filled < 0.95 * again.filled
     ends = [
-        run_step(
+        train_step(
             steps,
-            start(tiny.state, Optimizer(), one_device),
+            init_state(tiny.state, Optimizer(), one_device),
             batch,
             Objective(kind=kind),
             1e-3,
@@ -169,7 +179,7 @@ def test_prompts_read_once_change_no_loss_and_no_weight(tiny, one_device, kind):
 
 def test_a_pair_that_fits_a_row_behind_one_prompt_needs_one_row():
     """8 + 40 + 40 tokens in two sequences are 96; behind one prompt 7 + 2 * 41 are 89."""
-    wide = [Group((Row(range(8), range(40)), Row(range(8), range(1, 41))))] * 2
+    wide = [Group((row(range(8), range(40)), row(range(8), range(1, 41))))] * 2
     with pytest.raises(ConfigError, match="make rows 2"):
         Data(wide, "dpo", Training(2, rows=1, row_length=90), 0)
     step = Data(wide, "dpo", Training(2, rows=1, row_length=90), 0, share=True)(0)

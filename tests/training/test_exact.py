@@ -1,4 +1,4 @@
-"""Micro-batches, devices and processes do not change what is learnt; arms do not change what is compiled."""
+"""Micro-batches, devices and processes do not change a run; arms share one compilation."""
 
 import socket
 
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.host import Preempted
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.preemption import Preempted
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.loop import run_step
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.loop import train_step
+from deltapref_jax.training.state import Optimizer, init_state
 
 
 def same_run(one, other):
-    """Parameters and metrics within float32 noise; each is (parameters, folder)."""
+    """Compares two runs, each (parameters, folder), within float32 noise."""
     for x, y in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
     rows, others = (list(read_metrics(folder / "metrics.jsonl")) for _, folder in (one, other))
@@ -47,9 +47,9 @@ def port():
 
 
 def two(spawn, mode, root):
-    """Output and code of two processes with four devices each."""
-    at = port()
-    processes = [spawn(mode, root, at, index, devices=4) for index in (0, 1)]
+    """Runs two processes with four devices each; returns their stdout, stderr and exit codes."""
+    address = port()
+    processes = [spawn(mode, root, address, index, devices=4) for index in (0, 1)]
     return [(*process.communicate(timeout=1500), process.returncode) for process in processes]
 
 
@@ -59,8 +59,8 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(program, spaw
         assert code == 0, err
     mesh = make_mesh(MeshShape(2, 2, 2))
     for kind in ("dpo", "kto"):
-        with np.load(tmp_path / kind / "params.npz") as found:
-            params = [found[name] for name in found.files]
+        with np.load(tmp_path / kind / "params.npz") as file:
+            params = [file[name] for name in file.files]
         alone, _ = program.tiny(tmp_path / "alone" / kind, kind, 16, steps=4, mesh=mesh)
         same_run((alone, tmp_path / "alone" / kind), (params, tmp_path / kind))
         longer, _ = program.tiny(tmp_path / "longer" / kind, kind, 16, steps=6, mesh=mesh)
@@ -69,12 +69,11 @@ def test_two_processes_are_one_and_their_checkpoint_goes_on_in_one(program, spaw
 
 
 @pytest.mark.slow
-def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(
-    program, spawn, tmp_path
-):
-    said = two(spawn, "leave", tmp_path)
-    assert [code for _, _, code in said] == [Preempted.code] * 2, said
-    last = [out.splitlines()[-1] for out, _, _ in said]  # after what gloo says
+def test_sigterm_to_one_process_makes_both_save_the_same_step_and_exit(program, spawn, tmp_path):
+    results = two(spawn, "preempt", tmp_path)
+    assert [code for _, _, code in results] == [Preempted.code] * 2, results
+    # The message comes after the log lines of gloo.
+    last = [out.splitlines()[-1] for out, _, _ in results]
     assert last[0] == last[1]
     saved = [path.name for path in (tmp_path / "left" / "checkpoints").glob("step_*")]
     assert len(saved) == 1
@@ -90,9 +89,15 @@ def test_the_notice_of_one_process_makes_both_save_the_same_step_and_leave(
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_twenty_arms_compile_once(program, one_device, kind):
-    """Counted by the compiled functions themselves: learning rate, beta and weights are arguments."""
+    """Learning rate, beta and weights are arguments of the compiled functions, not constants."""
     steps = programs.programs(
-        program.SPEC, "float32", kind, Optimizer(), capacity(32, program.LENGTH), one_device, "none"
+        program.SPEC,
+        "float32",
+        kind,
+        Optimizer(),
+        max_segments(32, program.LENGTH),
+        one_device,
+        "none",
     )
     params, batch = (
         program.nnx.state(program.Decoder(program.SPEC, rngs=program.nnx.Rngs(1))),
@@ -107,9 +112,9 @@ def test_twenty_arms_compile_once(program, one_device, kind):
             desirable_weight=1 + arm / 10,
             undesirable_weight=1 - arm / 40,
         )
-        state = start(params, Optimizer(), one_device)
+        state = init_state(params, Optimizer(), one_device)
         for step in range(2):
-            state, sums, *_ = run_step(
+            state, sums, *_ = train_step(
                 steps, state, batch(step), objective, 1e-3 / (arm + 1), one_device
             )
         norms.add(float(sums["grad_norm"]))

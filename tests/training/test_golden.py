@@ -12,11 +12,12 @@ from flax import nnx
 from deltapref_jax.config import Objective
 from deltapref_jax.models import weights
 from deltapref_jax.models.spec import spec_from_hf
-from deltapref_jax.scoring.logprobs import scorer
-from deltapref_jax.scoring.packing import capacity, pack_sequences
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.logprobs import logprob_fn
+from deltapref_jax.scoring.packing import max_segments, pack_sequences
 from deltapref_jax.training import objectives
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.objectives import LOSSES as LOSS
 from deltapref_jax.training.objectives import Hyper, Terms
@@ -161,12 +162,12 @@ def rows_of(model, mesh, ids, attention, completion):
     for row, seen, target in zip(ids, attention, completion, strict=True):
         n, start = sum(seen), target.index(1)
         assert target[start:n] == [1] * (n - start)
-        rows.append(Row(row[:start], row[start:n]))
-    run = scorer(model[0], "float32", capacity(ROWS, LENGTH), mesh)
+        rows.append(TokenSequence(row[:start], row[start:n]))
+    run = logprob_fn(model[0], "float32", max_segments(ROWS, LENGTH), mesh)
     sums = np.zeros(len(rows), np.float32)
-    for micro in pack_sequences([row.pieces for row in rows], ROWS, LENGTH, share=False):
+    for micro in pack_sequences(rows, ROWS, LENGTH, share=False):
         sums[micro.order] = np.asarray(run(model[1], micro.batch)[0])[: len(micro.order)]
-    return [row._replace(reference=s) for row, s in zip(rows, sums, strict=True)]
+    return [ReferencedSequence(row, s) for row, s in zip(rows, sums, strict=True)]
 
 
 def step_data(model, mesh, kind, batch):

@@ -12,14 +12,14 @@ from deltapref_jax.config import OBJECTIVE_KINDS, Lora, MeshShape, Objective
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.lora import adapters, attach
+from deltapref_jax.models.lora import adapters, add_adapters
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.logprobs import sequence_logprobs
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
-from deltapref_jax.training.loop import Run, run_step, train
+from deltapref_jax.training.loop import Run, train, train_step
 from deltapref_jax.training.objectives import Hyper
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 LORA = Lora(4, 8.0)
 
@@ -44,7 +44,7 @@ def compiled(program, kind, mesh, lora=LORA, dtype="float32", remat="none"):
         dtype,
         kind,
         Optimizer(),
-        capacity(32, program.LENGTH),
+        max_segments(32, program.LENGTH),
         mesh,
         remat,
         adapters(lora),
@@ -76,7 +76,7 @@ def dense(program, params, trained, scale):
 
 @pytest.mark.parametrize(("kind", "remat"), [("dpo", "none"), ("kto", "block")])
 def test_a_step_is_that_of_dense_matrices(program, base, one_device, kind, remat):
-    trained, frozen = attach(program.SPEC, base, LORA, 5)
+    trained, frozen = add_adapters(program.SPEC, base, LORA, 5)
     trained, data = stirred(trained), program.data(kind, 32)(0)
     (batch, examples), h = data.micros[0], hyper(kind, data, 0.3)
     grads, sums, s = compiled(program, kind, one_device, remat=remat).gradient(
@@ -87,7 +87,7 @@ def test_a_step_is_that_of_dense_matrices(program, base, one_device, kind, remat
     @jax.jit
     def naive(trained):
         model = nnx.merge(graphdef, dense(program, base, trained, 2.0))
-        s, n = sequence_logprobs(model, batch, capacity(32, program.LENGTH))
+        s, n = sequence_logprobs(model, batch, max_segments(32, program.LENGTH))
         return programs._UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, h)[0], s
 
     (want, scored), wanted = jax.value_and_grad(naive, has_aux=True)(trained)
@@ -130,7 +130,7 @@ def test_nothing_of_the_bases_shapes_is_computed(program, base, shape):
     }  # a device's share of the unembedding
     for lora in (LORA, Lora()):
         steps = compiled(program, "dpo", mesh, lora)
-        trained, frozen = attach(program.SPEC, base, lora, 5)
+        trained, frozen = add_adapters(program.SPEC, base, lora, 5)
         arguments = (trained, frozen, batch, examples, h)
         shapes = [
             tuple(sorted(x)) for x in products(jax.make_jaxpr(steps.gradient)(*arguments).jaxpr)
@@ -221,13 +221,13 @@ def test_a_bfloat16_base_stays_what_it_is_and_rates_betas_and_alphas_compile_onc
     steps, losses = compiled(program, "kto", one_device, dtype="bfloat16"), set()
     data = program.data("kto", 32)(0)
     for arm in range(4):
-        trained, frozen = attach(program.SPEC, stored, Lora(4, 4.0 * (arm + 1)), arm)
+        trained, frozen = add_adapters(program.SPEC, stored, Lora(4, 4.0 * (arm + 1)), arm)
         assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {"float32"}
         kept = nnx.to_pure_dict(frozen)
         assert str(kept["blocks"].pop("scale").dtype) == "float32"
         assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"bfloat16"}
-        state = start(stirred(trained), Optimizer(), one_device)
-        state, sums, _ = run_step(
+        state = init_state(stirred(trained), Optimizer(), one_device)
+        state, sums, _ = train_step(
             steps,
             state,
             data,

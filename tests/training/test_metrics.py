@@ -1,4 +1,4 @@
-"""What is seen of a run: FLOPs, speeds, trackers, the profiler, and a host that never waits for the step at hand."""
+"""FLOPs, speeds, trackers and the profiler; the host never waits for the current step."""
 
 import struct
 import sys
@@ -12,19 +12,21 @@ from rich.console import Console
 from deltapref_jax.models.flops import forward_flops, peak_flops
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.progress import progress
-from deltapref_jax.training import loop, watch
+from deltapref_jax.training import loop, monitor
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.watch import Watch, note, step_flops
+from deltapref_jax.training.monitor import MonitorConfig, note, step_flops
 
 SPEC = ModelSpec(49152, 576, 30, 9, 3, 64, 1536)
 
 
 def test_flops_are_two_per_weight_and_token_and_the_causal_half_of_attention():
-    places = np.array([*range(10), *range(6)])
+    positions = np.array([*range(10), *range(6)])
     norms = SPEC.width * (2 * SPEC.layers + 1)
     weights = SPEC.parameters - norms - SPEC.vocab * SPEC.width
-    assert forward_flops(SPEC, places, 0) == 2 * weights * 16 + 30 * 2 * 576 * (10**2 + 6**2)
-    assert forward_flops(SPEC, places, 7) - forward_flops(SPEC, places, 0) == 2 * 7 * 576 * 49152
+    assert forward_flops(SPEC, positions, 0) == 2 * weights * 16 + 30 * 2 * 576 * (10**2 + 6**2)
+    assert (
+        forward_flops(SPEC, positions, 7) - forward_flops(SPEC, positions, 0) == 2 * 7 * 576 * 49152
+    )
 
 
 def test_a_steps_flops_are_those_of_its_sequences_whatever_the_packing(program):
@@ -34,7 +36,7 @@ def test_a_steps_flops_are_those_of_its_sequences_whatever_the_packing(program):
             data = program.data(kind, rows)(0)
             want.setdefault(kind, step_flops(SPEC, data))
             assert step_flops(SPEC, data) == pytest.approx(want[kind], rel=1e-12)
-    # the same sequences; KTO reads each once more, behind another prompt of the same length, without gradient
+    # KTO also reads each sequence behind another prompt of the same length, without gradient.
     assert want["kto"] == pytest.approx(want["dpo"] * 4 / 3, rel=1e-12)
 
 
@@ -57,7 +59,7 @@ def test_peaks(kind, peak):
     assert peak_flops(kind) == peak
 
 
-def test_the_bars_words():
+def test_the_note_of_the_bar():
     values = {
         "loss": 0.5,
         "rewards/margins": 0.25,
@@ -97,8 +99,8 @@ def test_a_narrow_terminal_cuts_nothing(capsys):
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """What a fake tracker is told."""
+def calls(monkeypatch):
+    """Records the calls of a fake tracker."""
     calls = []
 
     class Fake:
@@ -114,29 +116,31 @@ def seen(monkeypatch):
         def close(self):
             calls.append("close")
 
-    monkeypatch.setitem(watch.TRACKERS, "wandb", Fake)
+    monkeypatch.setitem(monitor.TRACKERS, "wandb", Fake)
     return calls
 
 
 def test_trackers_see_the_rows_the_padding_and_the_speed(
-    program, tmp_path, seen, monkeypatch, one_device
+    program, tmp_path, calls, monkeypatch, one_device
 ):
-    monkeypatch.setattr(watch, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(monitor, "peak_flops", lambda kind: 1e12)
     clock = iter(range(100))
-    monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(
+        monitor, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock)))
+    )
     data = [program.data("dpo", 32)(i) for i in range(3)]
     program.tiny(
         tmp_path / "run",
         steps=3,
         mesh=one_device,
-        watch=Watch(("wandb",)),
+        monitor=MonitorConfig(("wandb",)),
         label="arm",
         source=data.__getitem__,
     )
     rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    assert seen[0] == ("open", "run", "arm", 0)
-    assert seen[-2:] == ["flush", "close"]  # flushed before the last checkpoint
-    written = [entry for entry in seen[1:] if isinstance(entry, tuple)]
+    assert calls[0] == ("open", "run", "arm", 0)
+    assert calls[-2:] == ["flush", "close"]  # flushed before the last checkpoint
+    written = [entry for entry in calls[1:] if isinstance(entry, tuple)]
     assert [step for step, _ in written] == [1, 2, 3]
     for row, (_, values), batch in zip(rows, written, data, strict=True):
         assert {k: v for k, v in row.items() if k != "step"}.items() <= values.items()
@@ -150,14 +154,14 @@ def test_trackers_see_the_rows_the_padding_and_the_speed(
 
 
 def test_metrics_are_fetched_a_step_late_once_a_step(program, tmp_path, monkeypatch):
-    order, run_step, get = [], loop.run_step, jax.device_get
+    order, train_step, get = [], loop.train_step, jax.device_get
 
     def fetch(tree):
         if isinstance(tree, dict) and "loss" in tree:
             order.append("fetch")
         return get(tree)
 
-    monkeypatch.setattr(loop, "run_step", lambda *a: (order.append("step"), run_step(*a))[1])
+    monkeypatch.setattr(loop, "train_step", lambda *a: (order.append("step"), train_step(*a))[1])
     monkeypatch.setattr(jax, "device_get", fetch)
     program.tiny(tmp_path, steps=5, every=3)
     #                1       2                3, saved                  4       5, saved
@@ -183,21 +187,21 @@ def test_tensorboard_has_every_scalar(program, tmp_path, monkeypatch):
     # both runs begin within one second, by which the writer names its files
     monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: 1.7e9))
 
-    program.tiny(tmp_path, steps=2, watch=Watch(("tensorboard",)))
-    program.tiny(tmp_path, steps=3, watch=Watch(("tensorboard",)))
-    found = {}
+    program.tiny(tmp_path, steps=2, monitor=MonitorConfig(("tensorboard",)))
+    program.tiny(tmp_path, steps=3, monitor=MonitorConfig(("tensorboard",)))
+    events = {}
     for path in sorted((tmp_path / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             size = struct.unpack("<Q", data[:8])[0]
             event, data = Event.FromString(data[12 : 12 + size]), data[12 + size + 4 :]
             for value in event.summary.value:
-                found[value.tag, event.step] = value.simple_value
+                events[value.tag, event.step] = value.simple_value
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         for name, value in row.items():
             if name != "step":
-                assert found[f"train/{name}", row["step"]] == pytest.approx(value, rel=1e-6), name
-    assert ("train/padding", 1) in found
+                assert events[f"train/{name}", row["step"]] == pytest.approx(value, rel=1e-6), name
+    assert ("train/padding", 1) in events
 
 
 def test_wandb_continues_a_run_under_its_id(program, tmp_path, monkeypatch):
@@ -209,7 +213,7 @@ def test_wandb_continues_a_run_under_its_id(program, tmp_path, monkeypatch):
         sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: (calls.append(k), run)[1])
     )
     for steps in (1, 2):
-        program.tiny(tmp_path, steps=steps, watch=Watch(("wandb",)), label="arm")
+        program.tiny(tmp_path, steps=steps, monitor=MonitorConfig(("wandb",)), label="arm")
     first, second = (call for call in calls if isinstance(call, dict))
     assert first == second
     assert (first["name"], first["resume"], first["dir"]) == ("arm", "allow", str(tmp_path))
@@ -227,7 +231,7 @@ def test_the_profiler_traces_its_window_and_stops(program, tmp_path, monkeypatch
     program.tiny(
         tmp_path,
         steps=4,
-        watch=Watch(profile=(2, 3)),
+        monitor=MonitorConfig(profile=(2, 3)),
         source=lambda step: (calls.append(step), source(step))[1],
     )
     assert calls == [0, str(tmp_path / "profile"), 1, 2, "stop", 3]

@@ -1,4 +1,4 @@
-"""Every loss against its equation, its gradient against differences, and the whole step against its parts."""
+"""Losses against their equations, gradients against differences, a step against its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Objective, Training
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.records import TokenSequence
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import objectives, step
-from deltapref_jax.training.data import Data, Group, Row, pack_step
-from deltapref_jax.training.loop import run_step, summarise
+from deltapref_jax.training.data import Data, Group, ReferencedSequence, pack_step
+from deltapref_jax.training.loop import summarise, train_step
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
-from deltapref_jax.training.state import Optimizer, start
+from deltapref_jax.training.state import Optimizer, init_state
 
 HYPER = Hyper(
     beta=0.3,
@@ -34,7 +35,7 @@ def sigmoid(x):
     return np.exp(-np.logaddexp(0, -x))
 
 
-def written_out(kind, t, h=HYPER):
+def expected(kind, t, h=HYPER):
     """The equations, with log σ(x) = -log(1 + e^-x), from the tables of the papers."""
     c, r, b, e = t.first, t.second, h.beta, h.label_smoothing
     n, m = np.maximum(t.first_tokens, 1), np.maximum(t.second_tokens, 1)
@@ -77,7 +78,7 @@ def test_losses_are_their_equations(kind, scale):
     with jax.enable_x64(True):
         got = LOSSES[kind](Terms(*map(jnp.asarray, t)), HYPER)
         assert got.shape == (40,)
-        np.testing.assert_allclose(got, written_out(kind, t), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(got, expected(kind, t), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -88,7 +89,7 @@ def test_gradients_are_differences(kind):
             lambda c, r: LOSSES[kind](t._replace(first=c, second=r), HYPER).sum(), (0, 1)
         )(jnp.asarray(t.first), jnp.asarray(t.second))
     for name, g in zip(("first", "second"), got, strict=True):
-        up, down = (written_out(kind, t._replace(**{name: getattr(t, name) + s})) for s in (h, -h))
+        up, down = (expected(kind, t._replace(**{name: getattr(t, name) + s})) for s in (h, -h))
         np.testing.assert_allclose(g, (up - down) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
@@ -101,9 +102,7 @@ def test_losses_and_gradients_are_right_far_out_in_float32(kind, beta):
     )
     h = HYPER._replace(beta=beta, gamma=0.5)
     narrow = Terms(*(jnp.asarray(x, jnp.float32) for x in t))
-    np.testing.assert_allclose(
-        LOSSES[kind](narrow, h), written_out(kind, t, h), rtol=2e-6, atol=1e-30
-    )
+    np.testing.assert_allclose(LOSSES[kind](narrow, h), expected(kind, t, h), rtol=2e-6, atol=1e-30)
     got = jax.grad(lambda c, r: LOSSES[kind](narrow._replace(first=c, second=r), h).sum(), (0, 1))(
         *narrow[:2]
     )
@@ -139,21 +138,25 @@ def test_the_baseline_is_clamped_after_the_mean_and_has_no_gradient():
     np.testing.assert_array_equal(jax.grad(lambda x: objectives.kto_baseline(-x.mean()))(shifts), 0)
 
 
+def behind(row, prompt, reference=None):
+    """The completion of `row` behind another prompt."""
+    sequence = row.sequence._replace(prompt_ids=np.asarray(prompt))
+    return ReferencedSequence(sequence, row.reference if reference is None else reference)
+
+
 def groups(vocab, paired, count=8):
     r = np.random.default_rng(0)
-    rows = [
-        Row(
-            r.integers(0, vocab, 6).tolist(),
-            r.integers(0, vocab, r.integers(3, 24)).tolist(),
-            -40.0 - i,
-            f"t{i}",
+    sequences = [
+        TokenSequence(
+            r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24)), trace_id=f"t{i}"
         )
         for i in range(2 * count)
     ]
+    rows = [ReferencedSequence(sequence, -40.0 - i) for i, sequence in enumerate(sequences)]
     if paired:
         return [Group((rows[i], rows[i + count])) for i in range(count)]
     return [
-        Group((row,), float(i % 2), row._replace(prompt=rows[i - 1].prompt, reference=-50.0))
+        Group((row,), float(i % 2), behind(row, rows[i - 1].sequence.prompt_ids, -50.0))
         for i, row in enumerate(rows)
     ]
 
@@ -163,26 +166,35 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
     tiny, one_device, kind
 ):
     step.programs.cache_clear()
-    found, pairs = {}, groups(tiny.spec.vocab, True)
+    results, pairs = {}, groups(tiny.spec.vocab, True)
     for rows in (16, 2):
         programs = step.programs(
-            tiny.spec, "float32", kind, Optimizer(), capacity(rows, 64), one_device
+            tiny.spec, "float32", kind, Optimizer(), max_segments(rows, 64), one_device
         )
         batch = pack_step(pairs, kind, rows, 64)
         for weight in (0.0, 0.7):
             o = Objective(kind=kind, beta=0.2 + weight, nll_weight=weight, gamma=weight)
-            state, sums, s = run_step(
-                programs, start(tiny.state, Optimizer(), one_device), batch, o, 1e-3, one_device
+            state, sums, s = train_step(
+                programs,
+                init_state(tiny.state, Optimizer(), one_device),
+                batch,
+                o,
+                1e-3,
+                one_device,
             )
-            found[rows, weight] = {k: float(v) for k, v in sums.items()}, state.params
-            sums = found[rows, weight][0]
-            at = {
+            results[rows, weight] = {k: float(v) for k, v in sums.items()}, state.params
+            sums = results[rows, weight][0]
+            logprobs = {
                 t: float(v)
                 for ts, vs in zip(batch.traces, s, strict=True)
                 for t, v in zip(ts, np.asarray(vs), strict=False)
             }
-            c, r = (np.array([at[g.rows[i].trace] for g in pairs]) for i in (0, 1))
-            n, m = (np.array([len(g.rows[i].completion) for g in pairs]) for i in (0, 1))
+            c, r = (
+                np.array([logprobs[g.rows[i].sequence.trace_id] for g in pairs]) for i in (0, 1)
+            )
+            n, m = (
+                np.array([len(g.rows[i].sequence.completion_ids) for g in pairs]) for i in (0, 1)
+            )
             ref = [
                 np.array([g.rows[i].reference for g in pairs]) * OBJECTIVE_KINDS[kind].reference
                 for i in (0, 1)
@@ -190,29 +202,28 @@ def test_the_nll_term_is_a_token_mean_over_the_step_and_all_numbers_are_argument
             nll = -c.sum() / n.sum()
             t = Terms(c - ref[0], r - ref[1], n, m, np.ones(len(pairs)))
             want = (
-                written_out(kind, t, HYPER._replace(beta=o.beta, gamma=o.gamma)).mean()
-                + weight * nll
+                expected(kind, t, HYPER._replace(beta=o.beta, gamma=o.gamma)).mean() + weight * nll
             )
             np.testing.assert_allclose([sums["loss"], sums["nll_loss"]], [want, nll], rtol=1e-5)
         assert programs.gradient._cache_size() == 1
-    for weight in (0.0, 0.7):  # one micro-batch or several
-        assert found[16, weight][0] == pytest.approx(found[2, weight][0], rel=2e-4, abs=2e-5)
+    for weight in (0.0, 0.7):  # One micro-batch and several give the same.
+        assert results[16, weight][0] == pytest.approx(results[2, weight][0], rel=2e-4, abs=2e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-            *(found[n, weight][1] for n in (16, 2)),
+            *(results[n, weight][1] for n in (16, 2)),
         )
 
 
 def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     pairs = groups(tiny.spec.vocab, True)
     programs = step.programs(
-        tiny.spec, "float32", "simpo", Optimizer(), capacity(16, 64), one_device
+        tiny.spec, "float32", "simpo", Optimizer(), max_segments(16, 64), one_device
     )
     plain = [Group(tuple(row._replace(reference=0.0) for row in g.rows)) for g in pairs]
     first, second = (
-        run_step(
+        train_step(
             programs,
-            start(tiny.state, Optimizer(), one_device),
+            init_state(tiny.state, Optimizer(), one_device),
             pack_step(g, "simpo", 16, 64),
             Objective(kind="simpo", beta=2.0),
             1e-3,
@@ -223,17 +234,19 @@ def test_simpo_ignores_references_and_rewards_token_means(tiny, one_device):
     assert {k: float(v) for k, v in first[1].items()} == {k: float(v) for k, v in second[1].items()}
     s = np.asarray(first[2][0])
     batch = pack_step(pairs, "simpo", 16, 64)
-    tokens = {row.trace: len(row.completion) for g in pairs for row in g.rows}
+    tokens = {
+        row.sequence.trace_id: len(row.sequence.completion_ids) for g in pairs for row in g.rows
+    }
     means = {t: s[i] / tokens[t] for i, t in enumerate(batch.traces[0])}
     assert float(first[1]["rewards/chosen"]) == pytest.approx(
-        2 * np.mean([means[g.rows[0].trace] for g in pairs]), rel=1e-5
+        2 * np.mean([means[g.rows[0].sequence.trace_id] for g in pairs]), rel=1e-5
     )
 
 
-def data(found, **changes):
+def data(examples, **changes):
     fraction = changes.pop("fraction", 1.0)
     return Data(
-        found,
+        examples,
         "kto",
         Training(**{"pairs_per_step": 4, "steps": 6, "rows": 4, "row_length": 64} | changes),
         0,
@@ -249,7 +262,7 @@ def test_the_baseline_may_run_on_a_share_of_the_step():
     examples = groups(50, False)
     whole, part = data(examples), data(examples, fraction=0.3)
     for at in range(4):
-        members = {examples[i].rows[0].trace for i in whole.members(at)}
+        members = {examples[i].rows[0].sequence.trace_id for i in whole.members(at)}
         assert set(measured(whole(at))) == members
         assert len(measured(part(at))) == 3  # of 8, rounded up
         assert set(measured(part(at))) < members
@@ -260,18 +273,18 @@ def test_the_baseline_may_run_on_a_share_of_the_step():
         tuple(part.members(at).index(int(t[1:])) for t in sorted(measured(part(at))))
         for at in range(4)
     }
-    assert len(kinds) > 1  # not always the same places of the step
+    assert len(kinds) > 1  # The share is not always of the same positions of the step.
 
 
 def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
     examples = groups(50, False)
     long = [
-        g._replace(mismatched=g.mismatched._replace(prompt=[1] * 60)) if i in (2, 5) else g
+        g._replace(mismatched=behind(g.mismatched, [1] * 60)) if i in (2, 5) else g
         for i, g in enumerate(examples)
     ]
-    found = data(long)
-    assert (len(found.groups), found.dropped, found.dropped_mismatched) == (16, 0, 2)
-    assert {t for at in range(2) for t in measured(found(at))} == {
+    kept = data(long)
+    assert (len(kept.groups), kept.dropped, kept.dropped_mismatched) == (16, 0, 2)
+    assert {t for at in range(2) for t in measured(kept(at))} == {
         f"t{i}" for i in range(16) if i not in (2, 5)
     }
     with pytest.raises(
@@ -290,9 +303,9 @@ def test_a_mismatched_row_that_is_too_long_is_dropped_alone_and_counted():
 def test_a_step_without_a_mismatched_row_takes_others_of_the_data():
     examples = groups(50, False)
     first = data(examples).members(0)
-    found = data([g._replace(mismatched=None) if i in first else g for i, g in enumerate(examples)])
-    assert len(measured(found(0))) == 8
-    assert set(measured(found(0))).isdisjoint(f"t{i}" for i in first)
+    rest = data([g._replace(mismatched=None) if i in first else g for i, g in enumerate(examples)])
+    assert len(measured(rest(0))) == 8
+    assert set(measured(rest(0))).isdisjoint(f"t{i}" for i in first)
 
 
 def test_one_row_and_one_prompt_are_refused():
@@ -303,17 +316,15 @@ def test_one_row_and_one_prompt_are_refused():
         r"example's own log-ratio, .*; give at least two examples\.$",
     ):
         data(examples[:1])
-    same = [g._replace(rows=(g.rows[0]._replace(prompt=[7, 8]),)) for g in examples]
+    same = [g._replace(rows=(behind(g.rows[0], [7, 8]),)) for g in examples]
     with pytest.raises(
         ConfigError,
         match=r"^Step 1 of KTO \(6 of 6 steps\) would hold 8 examples of one prompt; .*: "
         r"raise config\.training\.pairs_per_step, or use more prompts\.$",
     ):
         data(same)
-    seen = data(
-        same[:15] + examples[15:], pairs_per_step=8
-    )  # every step holds all: one other prompt is enough
-    assert seen.batch == 16
+    # Every step holds all examples, so one other prompt is enough.
+    assert data(same[:15] + examples[15:], pairs_per_step=8).batch == 16
     with pytest.raises(
         ConfigError,
         match=r"^Step \d of KTO \([34] of 6 steps\) would hold 8 examples of one prompt; ",
@@ -328,13 +339,13 @@ def test_one_row_and_one_prompt_are_refused():
 def test_a_one_sided_step_is_its_part_of_the_sum_and_has_no_numbers_for_the_other_side():
     x, label = jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array([1.0, 1.0, 0.0, 0.0])
     both = objectives.kto(x, label, 0.3, 0.5, 1.2, 0.7)
-    apart = jnp.concatenate(
+    parts = jnp.concatenate(
         [
             objectives.kto(x[:2], label[:2], 0.3, 0.5, 1.2, 0.7),
             objectives.kto(x[2:], label[2:], 0.3, 0.5, 1.2, 0.7),
         ]
     )
-    np.testing.assert_array_equal(both, apart)
+    np.testing.assert_array_equal(both, parts)
     sums = {
         "loss": 0.5,
         "kl": 0.0,

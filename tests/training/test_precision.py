@@ -1,4 +1,4 @@
-"""bfloat16 where it is asked for and float32 where it must be; moments in bfloat16 that still move, and as exactly."""
+"""Dtypes of a step, and bfloat16 moments: stochastic rounding keeps them moving and unbiased."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.sharding import shardings
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.packing import capacity
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.objectives import Hyper
-from deltapref_jax.training.state import Optimizer, round_randomly, scale_by_adam, start
+from deltapref_jax.training.state import Optimizer, init_state, round_randomly, scale_by_adam
 
 B2 = 0.999
 
@@ -37,7 +37,7 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(
 ):
     spec = program.SPEC
     params = abstract(spec)[1]
-    segments = capacity(4, length)
+    segments = max_segments(4, length)
     steps = programs.programs(spec, "bfloat16", "dpo", Optimizer(), segments, one_device)
     ids, number = (
         jax.ShapeDtypeStruct((4, length), jnp.int32),
@@ -65,7 +65,7 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(
     ]  # a frequent token's gradient is a sum of thousands
     grads, sums, s = jax.eval_shape(steps.gradient, *arguments)
     assert {x.dtype for x in jax.tree.leaves((grads, sums, s))} == {jnp.dtype("float32")}
-    state = start(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), Optimizer(), one_device)
+    state = init_state(nnx.state(Decoder(spec, rngs=nnx.Rngs(0))), Optimizer(), one_device)
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
@@ -90,16 +90,16 @@ def run(program, folder, mesh, dtype="float32", moments="float32", seed=0, kind=
 
 
 def test_a_run_in_bfloat16_follows_the_run_in_float32(program, one_device, tmp_path):
-    """Within 1% of the way that the loss goes in four steps; moments in bfloat16 stay within that too."""
+    """Losses differ by at most 1% of their decrease in four steps, with bfloat16 moments too."""
     _, exact = run(program, tmp_path / "float32", one_device)
-    way = exact[0] - exact[-1]
-    assert way > 0.05
+    decrease = exact[0] - exact[-1]
+    assert decrease > 0.05
     for name, options in (
         ("bfloat16", {"dtype": "bfloat16"}),
         ("moments", {"moments": "bfloat16"}),
     ):
         params, losses = run(program, tmp_path / name, one_device, **options)
-        assert np.abs(losses - exact).max() < 0.01 * way, name
+        assert np.abs(losses - exact).max() < 0.01 * decrease, name
         assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
 
 
@@ -151,9 +151,10 @@ def moments_after(steps, gradient, size, round_plainly=False):
 
 
 def test_plain_rounding_stalls_the_second_moment_and_random_rounding_does_not():
-    """v goes to g² = 1 like 1 - b2ᵗ: to the nearest it stops at a quarter, where a step adds less than half an ulp.
+    """v approaches g² = 1 like 1 - b2ᵗ.
 
-    And from there down again, when the gradient is gone: 0.999 v is rounded back to v.
+    Rounded to the nearest, it stops at a quarter, where a step adds less than half an ulp. It does
+    not decay either once the gradient is 0, because 0.999 v is rounded back to v.
     """
     up = 1 - B2**1500
     assert moments_after(1500, lambda i: 1.0, 1, round_plainly=True) == pytest.approx(0.25)

@@ -8,8 +8,9 @@ import pytest
 
 from deltapref_jax.config import ConfigError, MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.data import Group, Row, pack_step
+from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer, learning_rate
 
@@ -22,14 +23,20 @@ def data(kind, vocab, rows, length=64, reference=-40.0):
     def at(step):
         r = np.random.default_rng(step)
         flat = [
-            Row(r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24)), reference + i)
+            ReferencedSequence(
+                TokenSequence(r.integers(0, vocab, 6), r.integers(0, vocab, r.integers(3, 24))),
+                reference + i,
+            )
             for i in range(2 * PAIRS)
         ]
         if kind == "dpo":
             groups = [Group((flat[i], flat[i + PAIRS])) for i in range(PAIRS)]
         else:
             other = [
-                row._replace(prompt=flat[i - 1].prompt, reference=reference * 1.5)
+                ReferencedSequence(
+                    row.sequence._replace(prompt_ids=flat[i - 1].sequence.prompt_ids),
+                    reference * 1.5,
+                )
                 for i, row in enumerate(flat)
             ]
             groups = [Group((row,), i % 2, other[i]) for i, row in enumerate(flat)]

@@ -1,0 +1,45 @@
+"""A first study of your own: your questions and your models. Copy it; change paths and names.
+
+`questions.jsonl` has one object a line, such as {"question": "What is 2 + 3?", "answer": "5"}, and
+the two files of held-out questions have the same columns. A model is a Hugging Face folder, a hub
+name or a .gguf file. Cost: `--dry_run` prints how many traces and tokens each artifact takes.
+
+    python -m launch.ablate --config=configs/mine.py --dry_run
+    python -m launch.ablate --config=configs/mine.py
+"""
+
+import functools
+
+from deltapref_jax.config import Arm, Experiment, Generator, Judge, Model, Objective, Prompts, Suite
+
+
+def questions(path: str) -> Prompts:
+    return Prompts(kind="jsonl", path=path, prompt_field="question", checker="math")
+
+
+def get_config() -> Experiment:
+    quarter = functools.partial(Arm, chosen="strong", rejected="weak", fraction=0.25)
+    e = Experiment(
+        name="mine",
+        question="Does my student learn more from all pairs, or from those of the largest gap?",
+        prompts=(questions("questions.jsonl"),),
+        student=Model(path="models/student"),
+        generators=(
+            Generator(name="weak", model=Model(path="models/weak")),
+            Generator(name="strong", model=Model(path="models/strong")),
+        ),
+        judges=(Judge(name="judge", kind="model", model=Model(path="models/judge")),),
+        objectives=(Objective(name="dpo", learning_rate=5e-6),),
+        arms=(
+            Arm(name="all", chosen="strong", rejected="weak"),
+            quarter(name="top", keep="top", group="selection"),
+            quarter(name="random", keep="random", group="selection"),
+        ),
+        suites=(
+            Suite(name="held_out", domain="in", prompts=questions("held_out.jsonl")),
+            Suite(name="other", domain="out", prompts=questions("other.jsonl")),
+        ),
+    )
+    e.sampling.max_prompt = e.sampling.max_tokens = 512
+    e.training.row_length = e.scoring.row_length = 1536
+    return e

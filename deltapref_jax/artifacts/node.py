@@ -1,0 +1,146 @@
+"""Artifacts wanted, before any is made: a stage with its config and inputs, as one typed object.
+
+A stage is a subclass of `Node`, and a node is an instance of it. Three kinds of fields make a node:
+
+    config     numbers, text and dataclasses of `config`: hashed
+    inputs     other nodes, or mappings of names to nodes: hashed by their *contents*
+    runtime    declared with `runtime()`: paths, meshes, trackers; carried along and never hashed
+
+The key of an artifact is a hash of its stage, version, config and the contents of its inputs. Two
+nodes with one key are one artifact, and an input that was made again with equal contents changes no
+key behind it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
+
+from deltapref_jax.config import UNHASHED
+from deltapref_jax.records import digest
+
+if TYPE_CHECKING:
+    from deltapref_jax.artifacts.job import Job
+
+Label = tuple[str, ...]
+
+
+def runtime(*, default: Any = dataclasses.MISSING) -> Any:
+    """A field that a node carries and that is not part of its key, such as a path or a mesh."""
+    return dataclasses.field(default=default, metadata=UNHASHED)
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(dataclasses.field, runtime),
+)
+class _Dataclasses:
+    """Makes every subclass a frozen dataclass with keyword arguments, equal to itself alone."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+
+
+class Node(_Dataclasses):
+    """An artifact wanted. A subclass is declared as `class Name(Node, stage="folder", version=1)`.
+
+    A new version makes all artifacts of the stage stale: raise it when `make` gives other contents.
+
+    Attributes:
+      label: what the artifact is called in the study, for people: ("judge", "exact", "weak").
+    """
+
+    stage: ClassVar[str]
+    version: ClassVar[int]
+    label: Label = runtime()
+
+    def __init_subclass__(cls, stage: str = "", version: int = 0):
+        super().__init_subclass__()
+        if stage:
+            cls.stage, cls.version = stage, version
+
+    def make(self, job: "Job") -> None:
+        """Makes the artifact: writes its table or files, and puts counts into `job.stats`."""
+        raise NotImplementedError(f"The stage {self.stage!r} has no make().")
+
+    def batch(self) -> Any:
+        """Nodes that return the same go to `make_batch` together; None: each is made alone."""
+        return None
+
+    @classmethod
+    def make_batch(cls, work: "Sequence[tuple[Self, Job]]") -> None:
+        """Makes several artifacts in one pass, for stages that gain by it (see `batch`)."""
+        for node, job in work:
+            node.make(job)
+
+    @property
+    def name(self) -> str:
+        """The label as one word."""
+        return "/".join(self.label)
+
+    def inputs(self) -> dict[str, "Node"]:
+        """Every input by its field's name; those of a mapping are called `field/name`."""
+        named: dict[str, Node] = {}
+        for field in dataclasses.fields(self):
+            named |= _flatten(field.name, getattr(self, field.name))
+        return named
+
+    def config(self) -> dict[str, Any]:
+        """What is hashed of the node besides its inputs, as plain data."""
+        return _plain(self, hashed=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Config and runtime as plain data, for the manifest."""
+        return _plain(self, hashed=False)
+
+    def key(self, contents: Mapping[str, str]) -> str:
+        """16 hex digits; `contents`: of every input by name (see `inputs`)."""
+        return digest(self.stage, self.version, self.config(), dict(contents))
+
+
+def _flatten(name: str, value: Any) -> dict[str, Node]:
+    if isinstance(value, Node):
+        return {name: value}
+    if not isinstance(value, Mapping):
+        return {}
+    return {
+        path: node
+        for key, part in value.items()
+        for path, node in _flatten(f"{name}/{key}", part).items()
+    }
+
+
+def _plain(value: Any, hashed: bool) -> Any:
+    """Dataclasses, mappings and tuples as JSON's types, without nodes.
+
+    With `hashed` the fields that are not hashed are left out too.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(getattr(value, field.name), hashed)
+            for field in dataclasses.fields(value)
+            if not (hashed and field.metadata == UNHASHED)
+            and not _flatten(field.name, getattr(value, field.name))
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, hashed) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(part, hashed) for part in value]
+    return value
+
+
+def in_order(wanted: Iterable[Node]) -> list[Node]:
+    """Every node behind `wanted`, inputs before what needs them, each node once."""
+    ordered: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node not in ordered:
+            for source in node.inputs().values():
+                visit(source)
+            ordered[node] = None
+
+    for node in wanted:
+        visit(node)
+    return list(ordered)

@@ -1,0 +1,154 @@
+"""The runner: makes what is missing of the artifacts wanted, taking whatever is ready.
+
+A node is ready when its inputs are complete. What another runner of the workspace holds is skipped
+and asked for again later, so that several runners finish a study together. In a JAX job of several
+processes process 0 decides, and the others are told; all of them run every stage.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+from deltapref_jax.artifacts.job import Busy, Finished, Job
+from deltapref_jax.artifacts.node import Node, in_order
+from deltapref_jax.artifacts.workspace import Manifest, Workspace
+from deltapref_jax.files import UNWRITABLE_ERRNOS, ArtifactError, unwritable
+from deltapref_jax.processes import agreed, process_index
+from deltapref_jax.progress import LOG_EVERY_SECONDS, log
+
+_WAIT_SECONDS = 0.5  # between looks at what other runners hold
+_INDEX_SECONDS = 10.0  # between updates of index.json
+
+
+def run(
+    wanted: Sequence[Node],
+    workspace: Workspace,
+    study: str = "",
+    show: bool = True,
+    verify: bool = False,
+) -> None:
+    """Makes what is missing of `wanted` and of their inputs; what stands is left alone.
+
+    Args:
+      wanted: nodes of a study.
+      workspace: where artifacts are looked up and put.
+      study: its name in the index; "" writes none.
+      show: progress bars.
+      verify: checksums of everything that stands, not only of what is read.
+
+    Raises:
+      ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
+    """
+    # The inputs of all come first, so that the artifacts of one batch are ready together.
+    nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
+    pending, made = list(nodes), 0
+    waited, indexed = 0.0, time.monotonic()
+    while pending:
+        before = len(pending)
+        for node in list(pending):
+            # A node is passed over while an input is missing, or after its batch was made.
+            if node not in pending or not agreed(workspace.key(node) is not None):
+                continue
+            if not agreed(workspace.complete(node, verify)):
+                with _making(_batch(node, pending, workspace), workspace, show) as jobs:
+                    if node.batch() is None:
+                        node.make(jobs[0])
+                    elif jobs:
+                        node.make_batch([(job.node, job) for job in jobs])
+                    made += len(jobs)
+            if agreed(workspace.complete(node)):
+                pending.remove(node)
+            if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
+                workspace.write_index(study, nodes)
+                indexed = time.monotonic()
+        if len(pending) < before:
+            waited = 0.0
+        else:  # other runners hold all that is ready
+            time.sleep(_WAIT_SECONDS)
+            waited += _WAIT_SECONDS
+            if show and process_index() == 0 and waited % LOG_EVERY_SECONDS < _WAIT_SECONDS:
+                held = [node.name for node in pending if workspace.key(node) is not None]
+                log(f"Waiting for other runners, who hold {', '.join(held[:3])} …", always=True)
+    if study and process_index() == 0:
+        workspace.write_index(study, nodes)
+    if show and process_index() == 0:
+        log(
+            f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
+        )
+    agreed(True)  # nobody reads before process 0 has written
+
+
+def _batch(node: Node, pending: Sequence[Node], workspace: Workspace) -> list[Node]:
+    """The node with all that are ready and that its stage makes together with it."""
+    if node.batch() is None:
+        return [node]
+    return [
+        other
+        for other in pending
+        if type(other) is type(node)
+        and other.batch() == node.batch()
+        and agreed(workspace.key(other) is not None)
+        and not agreed(workspace.complete(other))
+    ]
+
+
+@contextlib.contextmanager
+def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator[list[Job]]:
+    """Jobs of the nodes, or of those of a batch that no other runner holds; finishes them behind.
+
+    What another runner holds or has finished ends the making without an error.
+    """
+    jobs: list[Job] = []
+    try:
+        for node in nodes:
+            job = _start(node, workspace, show)
+            try:
+                if node.batch() is not None:
+                    job.claim()
+                jobs.append(job)
+            except (Busy, Finished):
+                job.close()
+        if show and jobs and process_index() == 0:
+            more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+            log(f"{jobs[0].node.name}{more}: starts")
+        yield jobs
+        for job in jobs if process_index() == 0 else ():
+            manifest = job.finish()
+            if show:
+                log(f"{job.node.name}: {_done(manifest)}")
+        agreed(True)  # the other processes read only what process 0 has finished
+    except (Busy, Finished):
+        pass
+    except OSError as e:
+        if e.errno in UNWRITABLE_ERRNOS:
+            raise unwritable(e.filename or workspace.root, e) from e
+        raise
+    finally:
+        for job in jobs:
+            job.close()
+
+
+def _done(manifest: Manifest) -> str:
+    """What making the artifact took: rows, steps, seconds and tokens per second."""
+    parts = [
+        f"{manifest.stats[unit]:,.0f} {unit}"
+        for unit in ("rows", "steps")
+        if unit in manifest.stats
+    ]
+    parts.append(f"{manifest.seconds:,.1f} s")
+    if manifest.stats.get("tokens") and manifest.seconds:
+        parts.append(f"{manifest.stats['tokens'] / manifest.seconds:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def _start(node: Node, workspace: Workspace, show: bool) -> Job:
+    """A job in a folder that is there."""
+    job = Job(node, workspace, show)
+    try:
+        job.dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ArtifactError(
+            f"The workspace {workspace.root} cannot be written ({e.strerror or e}); "
+            "choose another with --config.workspace=…"
+        ) from e
+    return job

@@ -1,0 +1,224 @@
+"""Content-addressed artifacts on disk or in a bucket: looked up by what they were made from.
+
+    workspace/<stage>/<key>/
+      shard-00000-of-00004.parquet    written under a temporary name, put in place whole
+      shard-00000-of-00004.json       checksum, rows and counts; the shard is done when this stands
+      claims/…                        leases of running work; they expire (`lease`)
+      manifest.json                   written last: the artifact is complete when it stands
+    workspace/index.json              names of a study's artifacts and their folders, for people
+    workspace/by_name/<study>/…       the same as links, where the file system has links
+
+Tables hold no times, hosts or paths, so a shard made twice is the same bytes: work is done at least
+once, results stand exactly once, and the checksums of an artifact's files are its contents.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from deltapref_jax.artifacts.lease import Lease
+from deltapref_jax.artifacts.node import Node
+from deltapref_jax.files import (
+    ArtifactError,
+    check_bucket,
+    file_sha256,
+    remote,
+    sha256,
+    write_atomic,
+)
+from deltapref_jax.records import Record, digest, from_table
+
+
+class Manifest(NamedTuple):
+    """What stands about a complete artifact."""
+
+    stage: str
+    label: list[str]  # of the study that made it
+    version: int
+    key: str
+    config: dict[str, Any]  # what was hashed besides the inputs
+    described: dict[str, Any]  # config and runtime
+    inputs: dict[str, dict[str, str]]  # input → {"path", "content"}
+    files: dict[str, list[Any]]  # name → [bytes, SHA-256]
+    stats: dict[str, float]  # counts
+    versions: dict[str, str]  # of libraries
+    seconds: float  # of work, whoever did it, without waiting
+    started: str  # UTC
+    ended: str
+    digest: str = ""  # of all fields above
+
+    @property
+    def content(self) -> str:
+        """16 hex digits of the artifact's files."""
+        return digest({name: sha for name, (_, sha) in self.files.items()})
+
+    def sealed(self) -> "Manifest":
+        """The manifest with its digest, so that edits are noticed."""
+        plain = json.loads(json.dumps(self._asdict() | {"digest": ""}, default=str))
+        return Manifest(**plain | {"digest": digest(plain)})
+
+
+class Workspace:
+    """A directory or bucket of artifacts.
+
+    Raises:
+      ConfigError: the bucket is not there, or the package for it is missing.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        check_bucket(root)
+        self.root = epath.Path(root)
+        self._keys: dict[Node, str] = {}
+        self._contents: dict[Node, str] = {}
+
+    def key(self, node: Node) -> str | None:
+        """The node's key; None while an input is missing, whose contents the key hashes."""
+        if node not in self._keys:
+            contents: dict[str, str] = {}
+            for name, source in node.inputs().items():
+                if source not in self._contents and not self.complete(source):
+                    return None
+                contents[name] = self._contents[source]
+            self._keys[node] = node.key(contents)
+        return self._keys[node]
+
+    def path(self, node: Node) -> epath.Path:
+        """Directory of the artifact.
+
+        Raises:
+          ArtifactError: an input is missing, so that the directory is not known yet.
+        """
+        key = self.key(node)
+        if key is None:
+            raise ArtifactError(
+                f"The inputs of {node.name} are not in {self.root}; run the study first."
+            )
+        return self.root / node.stage / key
+
+    def complete(self, node: Node, verify: bool = False) -> bool:
+        """Whether the manifest stands and every file it names has its size.
+
+        Files younger than the manifest, and with `verify` all files, must have their checksum too.
+
+        Raises:
+          ArtifactError: a file is missing or was changed; it is named.
+        """
+        if self.key(node) is None:
+            return False
+        stands = self.path(node) / "manifest.json"
+        if not stands.exists():
+            return False
+        manifest = self.manifest(node)
+        finished = stands.stat().mtime
+        for name, (size, sha) in manifest.files.items():
+            file = self.path(node) / name
+            if not file.exists():
+                raise self.damaged(node, name, "missing")
+            stat = file.stat()
+            if stat.length != size:
+                raise self.damaged(
+                    node, name, f"{stat.length} bytes long and not {size} as written"
+                )
+            # times are whole seconds; a file of a bucket would cost a download
+            young = stat.mtime > finished - (not remote(file))
+            if (verify or young) and file_sha256(file) != sha:
+                raise self.damaged(node, name, "not what was written (checksum)")
+        self._contents[node] = manifest.content
+        return True
+
+    def manifest(self, node: Node) -> Manifest:
+        """The manifest of a complete artifact.
+
+        Raises:
+          ArtifactError: it is missing, cut, edited, or another artifact's.
+        """
+        try:
+            manifest = Manifest(**json.loads((self.path(node) / "manifest.json").read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            raise self.damaged(node, "manifest.json", "missing or unreadable") from e
+        if manifest.key != self.key(node):
+            raise self.damaged(node, "manifest.json", "another artifact's")
+        if manifest != manifest.sealed():
+            raise self.damaged(node, "manifest.json", "not what was written (digest)")
+        return manifest
+
+    def table(self, node: Node) -> pa.Table:
+        """All shards in order, checksums verified.
+
+        Raises:
+          ArtifactError: a file is missing or was changed; it is named.
+        """
+        tables = []
+        for name, (_, sha) in self.manifest(node).files.items():
+            if not name.endswith(".parquet"):
+                continue
+            try:
+                data = (self.path(node) / name).read_bytes()
+            except OSError as e:
+                raise self.damaged(node, name, "missing") from e
+            if sha256(data) != sha:
+                raise self.damaged(node, name, "not what was written (checksum)")
+            tables.append(pq.read_table(pa.BufferReader(data)))
+        return pa.concat_tables(tables)
+
+    def rows(self, record: type[Record], node: Node) -> list[Record]:
+        """The table's rows as records."""
+        return from_table(record, self.table(node))
+
+    def damaged(self, node: Node, name: str, what: str) -> ArtifactError:
+        """The sentence for a file that is not as it was written."""
+        return ArtifactError(
+            f"{self.path(node) / name} ({node.name}) is {what}; delete the directory "
+            f"{self.path(node)} and run again: only that artifact is made anew."
+        )
+
+    def write_index(self, study: str, nodes: Iterable[Node]) -> None:
+        """Names the complete artifacts of `study` in index.json, and as links under by_name/.
+
+        The index is for people and nothing reads it, so a runner that finds another one writing
+        leaves it to its own next time.
+        """
+        entries = {
+            node.name: os.path.join(node.stage, self._keys[node])
+            for node in nodes
+            if node in self._contents
+        }
+        file = self.root / "index.json"
+        lease = Lease(self.root / "claims" / "index")
+        if not lease.take():
+            return
+        try:
+            index: dict[str, dict[str, str]] = {}
+            with contextlib.suppress(OSError, ValueError):
+                index = json.loads(file.read_text())
+            if index.get(study) != entries:
+                index[study] = entries
+                write_atomic(file, json.dumps(index, indent=1, sort_keys=True).encode())
+        finally:
+            lease.release()
+        if not remote(self.root):
+            for node in (node for node in nodes if node.name in entries):
+                _link(self._link_path(study, node), Path(self.path(node)))
+
+    def _link_path(self, study: str, node: Node) -> Path:
+        parts = [re.sub(r"[^\w.+-]", "_", part) for part in (study, *node.label)]
+        return Path(self.root, "by_name", *parts)
+
+
+def _link(link: Path, folder: Path) -> None:
+    """A relative link, replaced where it points elsewhere; some file systems have no links."""
+    target = os.path.relpath(folder, link.parent)
+    with contextlib.suppress(OSError):
+        if link.is_symlink() and os.readlink(link) == target:
+            return
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)

@@ -1,0 +1,204 @@
+"""Selects the attention kernel for packed rows and runs it over the mesh.
+
+| kernel    | runs                                      | work                                     |
+|-----------|-------------------------------------------|------------------------------------------|
+| dense     | anywhere; the reference of the tests      | L² per row, an L x L mask                |
+| blockwise | anywhere, XLA (`blockwise`)               | Σ length²; tiles of 128, on CPU of 64    |
+| splash    | TPU, JAX's Pallas kernel (`splash`)       | Σ length²; tiles of up to 512, and a     |
+|           |                                           | grid step for every skipped tile         |
+| triton    | GPU, this project's Pallas kernels        | Σ length²; tiles of 128                  |
+|           | (`triton`)                                |                                          |
+
+Splash attention's segment ids cannot express branches: on TPU such rows run blockwise, and so do
+rows split over `context` on every platform. Tiles of other branches are skipped like those of other
+segments.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from deltapref_jax.mesh import platform_of
+from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
+from deltapref_jax.models.attention.dense import dense_attention
+from deltapref_jax.models.attention.masks import packed_mask, visible_until
+from deltapref_jax.models.sharding import BATCH
+
+TILE = 128
+"""Tile of `blockwise` on accelerators; shorter rows are not cut into tiles on any platform."""
+CPU_TILE = 64
+"""Tile of `blockwise` on CPU: the fastest of 64, 96, 128 and 192."""
+
+
+def select_kernel(platform: str, length: int, branched: bool, split: bool) -> str:
+    """Returns the kernel for packed rows: "dense", "blockwise", "splash" or "triton".
+
+    A row of one tile has nothing to skip and runs dense. On CPU blockwise was faster than dense at
+    every length measured (256 to 1024, rows of one segment included).
+
+    Args:
+      platform: "cpu", "gpu" or "cuda", "tpu".
+      length: L.
+      branched: whether the rows have branches.
+      split: whether each row is split over several devices (the mesh axis `context`).
+    """
+    if length <= TILE and not split:
+        return "dense"
+    if platform in ("gpu", "cuda") and not split:
+        return "triton"
+    if platform == "tpu" and not split and not branched:
+        return "splash"
+    return "blockwise"
+
+
+def shares_prompts(mesh: Mesh | None, length: int) -> bool:
+    """Returns whether rows of `length` tokens run on the same kernel with and without branches.
+
+    If so, completions of one prompt are packed as branches behind a single copy of it; otherwise
+    the branches would cost the faster kernel.
+    """
+    split = mesh is not None and mesh.shape["context"] > 1
+    unbranched, branched = (
+        select_kernel(platform_of(mesh), length, branches, split) for branches in (False, True)
+    )
+    return unbranched == branched
+
+
+def zigzag_columns(device: Array | int, devices: int, share: int) -> Int[Array, " T"]:
+    """Returns the columns of a row whose queries one of its devices computes.
+
+    Later columns see more keys. The row is cut into 2 * `devices` blocks, and device d computes
+    blocks d and 2 * devices - 1 - d, the even one first (Llama 3, arXiv 2407.21783, section 3.3.2):
+    for one segment as long as the row, all devices do equal work. An odd share is not cut, and its
+    device computes the columns that it holds.
+
+    Args:
+      device: d, the device's index along `context`.
+      devices: number of devices that hold the row.
+      share: columns that each of them holds.
+    """
+    if share % 2:
+        return device * share + jnp.arange(share)
+    mirror = 2 * devices - 1 - device
+    # Of the two blocks one is even and one is odd, because their sum is odd.
+    even, odd = (jnp.where(device % 2 == bit, device, mirror) for bit in (0, 1))
+    half = share // 2
+    return (jnp.stack([even, odd])[:, None] * half + jnp.arange(half)).ravel()
+
+
+def _zigzag_exchange(x: Array, devices: int, inverse: bool = False) -> Array:
+    """Sends the columns that a device holds, blocks 2d and 2d + 1, to their computing devices.
+
+    These are the devices of `zigzag_columns`; `inverse` sends the columns back.
+    """
+    if x.shape[1] % 2:
+        return x
+    halves = jnp.split(x, 2, axis=1)
+    for odd in (0, 1):
+        # Block b = 2d + odd is computed by device min(b, 2 * devices - 1 - b). Every device holds
+        # one even and one odd block, before and after, so each half is a permutation of devices.
+        pairs = [(d, min(2 * d + odd, 2 * devices - 1 - (2 * d + odd))) for d in range(devices)]
+        halves[odd] = jax.lax.ppermute(
+            halves[odd], "context", [pair[::-1] for pair in pairs] if inverse else pairs
+        )
+    return jnp.concatenate(halves, axis=1)
+
+
+def _context_parallel(q: Array, k: Array, v: Array, until: Array, devices: int, tile: int) -> Array:
+    """Attention of rows split over `context`: all-gathered keys and values, exchanged queries."""
+    k, v, until = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v, until))
+    columns = zigzag_columns(jax.lax.axis_index("context"), devices, q.shape[1])
+    # A device computes two distant blocks of columns; a tile lies within one of them.
+    tile = min(tile, max(1, q.shape[1] // 2))
+    q = _zigzag_exchange(q, devices)
+    out = blockwise_attention(q, k, v, plan_tiles(until, tile, columns), tile)
+    return _zigzag_exchange(out, devices, inverse=True)
+
+
+def _run_kernel(kernel: str, q: Array, k: Array, v: Array, visibility: Array, tile: int) -> Array:
+    """Attention of whole rows on one device; `visibility` is the kernel's form of the mask."""
+    # Pallas for a platform is imported where that platform is used: elsewhere it only costs time.
+    if kernel == "triton":
+        from deltapref_jax.models.attention.triton import triton_attention
+
+        return triton_attention(q, k, v, visibility)
+    if kernel == "splash":
+        from deltapref_jax.models.attention.splash import splash_attention
+
+        return splash_attention(q, k, v, visibility)
+    tile = min(tile, q.shape[1])
+    return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile)
+
+
+def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None, int]:
+    """Returns the mesh axis of the heads, and how often key heads are repeated for it.
+
+    Heads are split over `tensor` if every device then has whole groups of query heads; key heads
+    are repeated where there are fewer of them than devices. Otherwise every device of `tensor`
+    computes all heads.
+    """
+    copies = devices // math.gcd(kv_heads, devices)
+    if heads % devices == 0 and heads % (kv_heads * copies) == 0:
+        return "tensor", copies
+    return None, 1
+
+
+def packed_attention(
+    segments: Int[Array, "B L"],
+    branches: Int[Array, "B L"] | None = None,
+    mesh: Mesh | None = None,
+    kernel: str = "",
+) -> Callable[
+    [Float[Array, "B L N H"], Float[Array, "B L K H"], Float[Array, "B L K H"]],
+    Float[Array, "B L N H"],
+]:
+    """Returns attention among the tokens of packed rows as a function of queries, keys, values.
+
+    The mask is that of `masks.packed_mask`; what the output holds at padding differs by kernel.
+
+    Args:
+      segments: 1 upward, a contiguous run per sequence; 0 is padding.
+      branches: 0 for the trunk, 1 upward for branches, a contiguous run each; None where there
+        are none.
+      mesh: rows lie over data and fsdp, heads over tensor, columns over context; None means one
+        device.
+      kernel: "dense", "blockwise", "splash" or "triton"; "" means that of `select_kernel`.
+    """
+    length = segments.shape[1]
+    context = mesh.shape["context"] if mesh is not None else 1
+    kernel = kernel or select_kernel(
+        platform_of(mesh), length, branches is not None, split=context > 1
+    )
+    if kernel == "dense":
+        mask = packed_mask(segments, branches)
+        return lambda q, k, v: dense_attention(q, k, v, mask)
+
+    tile = CPU_TILE if platform_of(mesh) == "cpu" else TILE
+    # Computed here and not in the returned function, so that all layers share it.
+    visibility = segments if kernel == "splash" else visible_until(segments, branches)
+
+    def attend(q: Array, k: Array, v: Array, visibility: Array) -> Array:
+        if context > 1:
+            return _context_parallel(q, k, v, visibility, context, tile)
+        return _run_kernel(kernel, q, k, v, visibility, tile)
+
+    if mesh is None or mesh.size == 1:
+        return lambda q, k, v: attend(q, k, v, visibility)
+
+    def attend_sharded(q: Array, k: Array, v: Array) -> Array:
+        heads, copies = _head_sharding(q.shape[2], k.shape[2], mesh.shape["tensor"])
+        k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+        tokens = PartitionSpec(*BATCH, heads, None)
+        return jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(tokens, tokens, tokens, BATCH),
+            out_specs=tokens,
+            check_vma=False,
+        )(q, k, v, visibility)
+
+    return attend_sharded

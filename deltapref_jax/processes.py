@@ -1,0 +1,88 @@
+"""This process in a multi-process JAX job: joining it, rank, agreement, versions.
+
+Importing this module does not import JAX, so that a program can check its flags, or fork, first.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+_PACKAGES = (
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "deltapref-jax",
+)
+
+
+def start_processes() -> None:
+    """Joins the multi-process job if the environment names a coordinator; otherwise does nothing.
+
+    `JAX_COORDINATOR_ADDRESS` names the coordinator. `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are
+    needed where no cluster manager that JAX knows provides them.
+    """
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        import jax
+
+        arguments: dict[str, Any] = {
+            name: int(os.environ[key])
+            for name, key in (
+                ("num_processes", "JAX_NUM_PROCESSES"),
+                ("process_id", "JAX_PROCESS_ID"),
+            )
+            if key in os.environ
+        }
+        jax.distributed.initialize(**arguments)
+
+
+def _distributed_jax() -> Any:
+    """The `jax` module if this process has joined a JAX job, otherwise None."""
+    jax = sys.modules.get("jax")
+    return jax if jax is not None and jax.distributed.is_initialized() else None
+
+
+def process_index() -> int:
+    """The rank of this process in its JAX job; 0 if it has joined none."""
+    jax = _distributed_jax()
+    return jax.process_index() if jax else 0
+
+
+def process_count() -> int:
+    """The number of processes of the JAX job; 1 if this process has joined none."""
+    jax = _distributed_jax()
+    return jax.process_count() if jax else 1
+
+
+def agreed(value: bool) -> bool:
+    """Returns the value that process 0 passes; a collective, so every process must call it."""
+    if process_count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, platform and libraries; with the devices if JAX has been imported."""
+    known = dict(_package_versions())
+    if jax := sys.modules.get("jax"):
+        known |= {"device": jax.devices()[0].device_kind, "devices": str(jax.device_count())}
+    return known

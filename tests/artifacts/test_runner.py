@@ -1,0 +1,141 @@
+"""Several runners on one workspace: each takes what is ready, and everything is made once."""
+
+import importlib.util
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from deltapref_jax.artifacts.lease import Lease
+from deltapref_jax.artifacts.node import Node
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+
+TOY = pathlib.Path(__file__).with_name("toy_study.py")
+
+
+@pytest.fixture(scope="module")
+def toy():
+    spec = importlib.util.spec_from_file_location("toy_study", TOY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stamps(root):
+    """(process, start, end) of every artifact by name, from the log."""
+    began, spans = {}, {}
+    for line in (root / "made.log").read_text().splitlines():
+        name, what, process, stamp = line.split()
+        if what == "start":
+            assert name not in began, "made twice"
+            began[name] = process, float(stamp)
+        else:
+            assert began[name][0] == process
+            spans[name] = (*began[name], float(stamp))
+    assert began.keys() == spans.keys()
+    return spans
+
+
+@pytest.mark.parametrize("runners", [2, 3])
+def test_runners_take_what_is_ready_and_do_not_wait_in_order(toy, tmp_path, runners):
+    """The first artifact of a runner ends only when every runner has begun one (or after 20 s)."""
+    subprocess.run(
+        [sys.executable, str(TOY), "independent", str(tmp_path), str(runners)],
+        env=os.environ | {"PYTHONPATH": str(TOY.parents[2])},
+        check=True,
+        timeout=120,
+    )
+    spans = stamps(tmp_path)
+    assert spans.keys() == {f"meeting/{i}" for i in range(toy.INDEPENDENT)}
+    assert len({process for process, *_ in spans.values()}) == runners
+    first = {}
+    for process, start, end in sorted(spans.values(), key=lambda span: span[1]):
+        first.setdefault(process, (start, end))
+    for one, other in itertools.combinations(first.values(), 2):
+        assert max(one[0], other[0]) < min(one[1], other[1]), "one waited for the other"
+    workspace = Workspace(tmp_path)
+    for node in toy.independent(runners):
+        assert workspace.complete(node)
+        assert (workspace.path(node) / "number").read_text() == str(node.number)
+        assert not list((workspace.path(node) / "claims").glob("all"))
+
+
+class Noted(Node, stage="noted", version=1):
+    """Claims, and writes its name into a list."""
+
+    name_: str
+
+    def make(self, job):
+        job.claim()
+        MADE.append(self.name_)
+        job.write_file("a", b"a")
+
+
+class Batched(Noted, stage="batched", version=1):
+    """Artifacts of one letter are made in one pass."""
+
+    def batch(self):
+        return self.name_[0]
+
+    @classmethod
+    def make_batch(cls, work):
+        MADE.append("+".join(node.name_ for node, _ in work))
+        for _, job in work:
+            job.share = 1 / len(work)
+            job.write_file("a", b"a")
+
+
+MADE = []
+
+
+@pytest.fixture
+def made():
+    MADE.clear()
+    return MADE
+
+
+def held(workspace, node):
+    """The claim of another runner on a node."""
+    folder = workspace.path(node)
+    folder.mkdir(parents=True, exist_ok=True)
+    lease = Lease(folder / "claims" / "all")
+    assert lease.take()
+    return lease
+
+
+@pytest.mark.parametrize("kind", [Noted, Batched])
+def test_what_another_runner_holds_is_skipped_and_asked_for_again(
+    tmp_path, made, kind, monkeypatch
+):
+    workspace = Workspace(tmp_path)
+    nodes = [kind(label=(name,), name_=name) for name in ("a1", "b1", "c1")]
+    lease = held(workspace, nodes[0])
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        assert made == ["b1", "c1"]
+        if len(slept) == 2:
+            lease.release()
+
+    monkeypatch.setattr("deltapref_jax.artifacts.runner.time.sleep", sleep)
+    run(nodes, workspace, show=False)
+    assert made == ["b1", "c1", "a1"]
+    assert len(slept) == 2
+
+
+def test_artifacts_of_one_batch_are_made_in_one_pass_without_those_that_another_holds(
+    tmp_path, made, monkeypatch
+):
+    workspace = Workspace(tmp_path)
+    nodes = [Batched(label=(n,), name_=n) for n in ("a1", "b1", "a2", "a3", "b2")]
+    run([nodes[2]], workspace, show=False)
+    lease = held(workspace, nodes[3])
+    monkeypatch.setattr("deltapref_jax.artifacts.runner.time.sleep", lambda _: lease.release())
+    run(nodes, workspace, show=False)
+    assert made == ["a2", "a1", "b1+b2", "a3"]
+    assert all(workspace.complete(node) for node in nodes)

@@ -1,0 +1,435 @@
+import errno
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+from etils import epath
+
+from deltapref_jax.artifacts.job import Job
+from deltapref_jax.artifacts.lease import Lease, _pid_namespace
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.files import ArtifactError
+from deltapref_jax.processes import process_count, process_index
+
+TOY = pathlib.Path(__file__).with_name("toy_study.py")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TOY.parents[2])}
+
+
+def load_toy():
+    spec = importlib.util.spec_from_file_location("toy_study", TOY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = load_toy()
+
+
+def program(*args):
+    done = subprocess.run(
+        [sys.executable, str(TOY), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def results(root):
+    """Contents of every file that a manifest names, by artifact, and all counts."""
+    found = {}
+    root = pathlib.Path(root)
+    for manifest in sorted(root.glob("*/*/manifest.json")):
+        stated = json.loads(manifest.read_text())
+        label = "/".join(stated["label"])
+        for name in stated["files"]:
+            found[label, name] = (manifest.parent / name).read_bytes()
+        found[label, "stats"] = stated["stats"]
+        # the index and its links name every artifact that is complete
+        assert json.loads((root / "index.json").read_text())["toy"][label] == str(
+            manifest.parent.relative_to(root)
+        )
+        link = root / "by_name" / "toy" / label
+        assert link.is_symlink()
+        assert link.resolve() == manifest.parent.resolve()
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("once")
+    program("once", root)
+    found = results(root)
+    assert {label for label, _ in found} == {"numbers/a", "numbers/b", "doubled/b", "folder/b"}
+    return found
+
+
+def test_killed_at_every_file_system_step_and_continued(tmp_path, uninterrupted):
+    points = int(program("everywhere", tmp_path))
+    assert points >= 50
+    for at in range(points):
+        assert results(tmp_path / f"{at:03d}") == uninterrupted, f"event {at}"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_times_and_continued(tmp_path, uninterrupted, seed):
+    assert int(program("randomly", tmp_path, seed)) >= 20
+    assert results(tmp_path) == uninterrupted
+
+
+def test_three_runners_share_the_work(tmp_path, uninterrupted):
+    program("together", tmp_path)
+    assert results(tmp_path) == uninterrupted
+    made = (tmp_path / "made.log").read_text().split("\n")[:-1]
+    assert sorted(made) == sorted(
+        ["folder/b train"] + [f"numbers/{n} {i}" for n in "ab" for i in range(toy.SHARDS)]
+    )
+
+
+def make(root, names=("a", "c", "d")):
+    workspace = Workspace(root)
+    wanted = {name: node for name, node in toy.nodes(0.0).items() if name in names}
+    run(list(wanted.values()), workspace, show=False)
+    return workspace, wanted
+
+
+def test_changed_config_is_another_artifact_and_what_stands_is_left_alone(tmp_path):
+    workspace, wanted = make(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.parquet")}
+    other = toy.Doubled(label=("again",), source=wanted["c"].source, more=1.0)
+    assert workspace.key(other) != workspace.key(wanted["c"])
+    run([*wanted.values(), other], workspace, show=False)
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.parquet")}
+    assert {p: t for p, t in after.items() if p in before} == before
+    assert len(after) == len(before) + 1
+
+
+def test_manifest_says_how_the_artifact_came_about(tmp_path):
+    workspace, wanted = make(tmp_path)
+    said = workspace.manifest(wanted["a"])
+    assert (said.stage, said.label, said.version) == ("numbers", ["numbers", "a"], 1)
+    assert said.key == workspace.key(wanted["a"]) == workspace.path(wanted["a"]).name
+    assert said.stats == {"tokens": 3.0, "rows": toy.SHARDS * toy.ROWS}
+    assert said.config == {"seed": 1}
+    assert said.described == {"label": ["numbers", "a"], "seed": 1, "nap": 0.0}
+    assert said.seconds >= 0
+    assert said.started <= said.ended
+    assert {"python", "pyarrow", "numpy"} <= said.versions.keys()
+    source = wanted["c"].source
+    assert workspace.manifest(wanted["c"]).inputs == {
+        "source": {
+            "path": f"numbers/{workspace.key(source)}",
+            "content": workspace.manifest(source).content,
+        }
+    }
+    assert set(workspace.manifest(wanted["d"]).files) == {"metrics.jsonl", "policy/weights"}
+    assert workspace.table(wanted["a"]).num_rows == toy.SHARDS * toy.ROWS
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def edit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+SHARD = "shard-00002-of-00003.parquet"
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (cut, r"is \d+ bytes long and not \d+ as written"),
+        (edit, r"is not what was written \(checksum\)"),
+        (pathlib.Path.unlink, "is missing"),
+    ],
+)
+def test_damaged_shard_is_named_and_nothing_else_is_lost(tmp_path, damage, what):
+    workspace, wanted = make(tmp_path)
+    folder = workspace.path(wanted["a"])
+    damage(pathlib.Path(folder / SHARD))
+    sentence = (
+        re.escape(f"{folder / SHARD} (numbers/a) ")
+        + what
+        + re.escape(
+            f"; delete the directory {folder} and run again: only that artifact is made anew."
+        )
+    )
+    with pytest.raises(ArtifactError, match=f"^{sentence}$"):
+        make(tmp_path)
+    with pytest.raises(ArtifactError, match=re.escape(SHARD)):
+        workspace.table(wanted["a"])
+    others = {
+        p: p.stat().st_mtime_ns
+        for p in tmp_path.rglob("*")
+        if p.is_file() and workspace.key(wanted["a"]) not in str(p)
+    }
+    folder.rmtree()
+    make(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in others if p.name != "made.log"} == {
+        p: t for p, t in others.items() if p.name != "made.log"
+    }
+
+
+def test_edit_with_the_old_time_and_size_is_found_when_read_or_verified(tmp_path):
+    workspace, wanted = make(tmp_path)
+    policy = pathlib.Path(workspace.path(wanted["d"])) / "policy" / "weights"
+    os.utime(workspace.path(wanted["d"]) / "manifest.json", (2e9, 2e9))
+    edit(policy)
+    make(tmp_path)
+    with pytest.raises(ArtifactError, match="policy/weights .*checksum"):
+        run(list(wanted.values()), workspace, show=False, verify=True)
+    with pytest.raises(ArtifactError, match="policy/weights .*checksum"):
+        Job(wanted["a"], workspace, show=False).local_input(wanted["d"], "policy")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "of another"}'])
+def test_damaged_manifest_is_named(tmp_path, text):
+    workspace, wanted = make(tmp_path, ("a",))
+    (workspace.path(wanted["a"]) / "manifest.json").write_text(text)
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json \(numbers/a\) is .*; delete the directory"
+    ):
+        make(tmp_path, ("a",))
+
+
+def test_edited_counts_and_a_manifest_of_an_earlier_version_are_noticed(tmp_path):
+    workspace, wanted = make(tmp_path, ("a",))
+    place = workspace.path(wanted["a"]) / "manifest.json"
+    stated = json.loads(place.read_text())
+    stated["stats"]["tokens"] += 1
+    place.write_text(json.dumps(stated))
+    with pytest.raises(
+        ArtifactError,
+        match=r"manifest\.json \(numbers/a\) is not what was written \(digest\); delete",
+    ):
+        workspace.complete(wanted["a"])
+    del stated["digest"]
+    place.write_text(json.dumps(stated))
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json \(numbers/a\) is not what was written"
+    ):
+        workspace.complete(wanted["a"])
+
+
+@pytest.mark.parametrize("damage", [cut, edit, pathlib.Path.unlink])
+def test_shard_damaged_before_the_manifest_is_named_and_only_it_is_made_anew(tmp_path, damage):
+    workspace, wanted = make(tmp_path, ("a",))
+    folder = pathlib.Path(workspace.path(wanted["a"]))
+    (folder / "manifest.json").unlink()
+    damage(folder / SHARD)
+    side = str(folder / SHARD).replace("parquet", "json")
+    with pytest.raises(
+        ArtifactError,
+        match=re.escape(f"delete {side} and run again: only that shard is made anew."),
+    ):
+        make(tmp_path, ("a",))
+    os.unlink(side)
+    (tmp_path / "made.log").unlink()
+    make(tmp_path, ("a",))
+    assert (tmp_path / "made.log").read_text() == "numbers/a 2\n"
+
+
+def test_cut_sidecar_is_named(tmp_path):
+    workspace, wanted = make(tmp_path, ("a",))
+    folder = pathlib.Path(workspace.path(wanted["a"]))
+    (folder / "manifest.json").unlink()
+    cut(folder / SHARD.replace("parquet", "json"))
+    with pytest.raises(
+        ArtifactError, match=r"shard-00002-of-00003\.json is unreadable \(numbers/a\); delete"
+    ):
+        make(tmp_path, ("a",))
+
+
+def test_full_disk_is_one_sentence_and_the_run_continues(tmp_path, monkeypatch):
+    calls = iter(range(100))
+    real = os.fsync
+
+    def full(file):
+        if next(calls) >= 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ArtifactError) as e:
+        make(tmp_path, ("a",))
+    assert re.fullmatch(
+        r"\S+shard-00002-of-00003\.parquet cannot be written \(No space left on device\); "
+        r"make room or choose another workspace, and run the same command: finished work is kept\.",
+        str(e.value),
+    )
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob(".shard*"))
+    make(tmp_path, ("a",))
+    made = (tmp_path / "made.log").read_text().split("\n")
+    assert made.count("numbers/a 2") == 2
+    assert len(made) == toy.SHARDS + 2
+
+
+class Adhoc(Node, stage="x", version=1):
+    """Made by a function."""
+
+    function: Callable[[Job], None] = runtime()
+
+    def make(self, job):
+        self.function(job)
+
+
+def adhoc(function=lambda job: None):
+    return Adhoc(label=("x",), function=function)
+
+
+def test_full_disk_inside_a_stage_is_one_sentence(tmp_path):
+    def stage(job):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/checkpoint")
+
+    with pytest.raises(ArtifactError, match="^/somewhere/checkpoint cannot be written"):
+        run([adhoc(stage)], Workspace(tmp_path), show=False)
+
+
+def test_workspace_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ArtifactError,
+        match=r"^The workspace \S+/file cannot be written \(Not a directory\); choose "
+        r"another with --config\.workspace=…$",
+    ):
+        run([adhoc()], Workspace(tmp_path / "file"), show=False)
+
+
+def test_empty_table_keeps_its_columns(tmp_path):
+    def stage(job):
+        job.shards(0, lambda _: (pa.table({"x": pa.array([], pa.int32())}), {}))
+
+    node = adhoc(stage)
+    run([node], Workspace(tmp_path), show=False)
+    assert Workspace(tmp_path).table(node).schema == pa.schema([("x", pa.int32())])
+
+
+def test_failed_stage_leaves_no_claim_and_no_manifest(tmp_path):
+    def stage(job):
+        job.claim()
+        raise RuntimeError("broken")
+
+    node = adhoc(stage)
+    with pytest.raises(RuntimeError, match="broken"):
+        run([node], Workspace(tmp_path), show=False)
+    assert Lease(Workspace(tmp_path).path(node) / "claims" / "all").take()
+    assert not Workspace(tmp_path).complete(node)
+
+
+# Leases
+
+
+def claim(path, **fields):
+    path.write_text(
+        json.dumps({"host": "elsewhere", "pid": 1, "id": "x", "expires": time.time() + 60} | fields)
+    )
+    return epath.Path(path)
+
+
+def dead_pid():
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    return gone.pid
+
+
+def test_live_lease_of_another_host_is_respected_and_stale_ones_are_taken_over(tmp_path):
+    path = tmp_path / "claim"
+    assert not Lease(claim(path)).take()
+    assert not Lease(claim(path, host=_pid_namespace(), pid=os.getpid())).take()
+    for stale in ({"expires": time.time() - 1}, {"host": _pid_namespace(), "pid": dead_pid()}):
+        lease = Lease(claim(path, **stale))
+        assert lease.take()
+        lease.release()
+        assert not path.exists()
+    path.write_text('{"host": ')
+    assert Lease(epath.Path(path)).take()
+
+
+def test_lease_is_renewed_while_held_and_ends_with_release(tmp_path):
+    path = epath.Path(tmp_path / "claim")
+    held = Lease(path, seconds=0.4)
+    assert held.take()
+    time.sleep(0.8)
+    assert not Lease(path).take()
+    held.release()
+    assert Lease(path).take()
+
+
+def test_lost_lease_is_noticed_and_not_given_back(tmp_path):
+    path = tmp_path / "claim"
+    mine = Lease(epath.Path(path), seconds=0.2)
+    assert mine.take()
+    claim(path, id="theirs")
+    time.sleep(0.3)
+    assert mine.lost
+    mine.release()
+    assert json.loads(path.read_text())["id"] == "theirs"
+
+
+def test_lost_artifact_is_not_blessed(tmp_path):
+    def stage(job):
+        job.claim()
+        job.write_file("a", b"a")
+        job._lease.lost = True
+
+    node = adhoc(stage)
+    with pytest.raises(
+        ArtifactError, match=r"^Another process took over \S+ \(x\) because this one was silent"
+    ):
+        run([node], Workspace(tmp_path), show=False)
+    assert not Workspace(tmp_path).complete(node)
+
+
+def test_one_of_many_takes_a_stale_lease_over(tmp_path):
+    path = claim(tmp_path / "claim", expires=0)
+    barrier, won = threading.Barrier(12), []
+
+    def race():
+        lease = Lease(path)
+        barrier.wait()
+        won.append(lease.take())
+
+    threads = [threading.Thread(target=race) for _ in range(12)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(won) == [False] * 11 + [True]
+
+
+def test_leftovers_of_killed_writers_are_swept(tmp_path):
+    workspace, wanted = make(tmp_path, ("a",))
+    folder = pathlib.Path(workspace.path(wanted["a"]))
+    (folder / "manifest.json").unlink()
+    for name, age in (("old", 1000), ("new", 0)):
+        (folder / f".shard.{name}").touch()
+        os.utime(folder / f".shard.{name}", (time.time() - age,) * 2)
+    make(tmp_path, ("a",))
+    assert [p.name for p in folder.glob(".shard*")] == [".shard.new"]
+
+
+def test_planning_needs_no_jax():
+    asked = "import sys, deltapref_jax.artifacts.runner; print('jax' in sys.modules)"
+    assert (
+        subprocess.check_output([sys.executable, "-c", asked], text=True, env=ENVIRONMENT)
+        == "False\n"
+    )
+    assert (process_index(), process_count()) == (0, 1)
