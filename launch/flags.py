@@ -103,7 +103,7 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
                 and not logging.level_debug()
                 and raised_in.startswith(_PROJECT)
             ):
-                exit_all(2, str(e))
+                exit_all(getattr(e, "code", 2), str(e))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:
