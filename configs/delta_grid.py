@@ -1,4 +1,6 @@
-"""The full grid: every rung × objective × fraction, three seeds each; the quickstart's world, more questions.
+"""The full grid: every rung × objective × fraction, three seeds each.
+
+The world is the quickstart's, with more questions.
 
 Cost: 96 policies (`--dry_run` counts its tokens). Sampling, judging and reference scoring are
 shared with the quickstart's design and done once.

@@ -1,10 +1,10 @@
-"""How the shipped models came about: a base on worked solutions, careless rungs from it, another family, a judge.
+"""How the shipped models came about: a base, careless rungs, another family, a judge.
 
-`oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with a known rate of
-careless steps, so rungs differ in capability and in nothing else. The student is made in the same way. `elm` is
-another architecture and initialisation, trained in three stages to stand between two rungs. `judge` is `oak-strong`
-with two more layers; it reads the rubric's prompt and learns to rate in-domain solutions that are careless, or
-corrupted to a known degree.
+`oak` learns clean solutions of every family; each rung is a short fine-tune of it on solutions with
+a known rate of careless steps, so rungs differ in capability and in nothing else. The student is
+made in the same way. `elm` is another architecture and initialisation, trained in three stages to
+stand between two rungs. `judge` is `oak-strong` with two more layers; it reads the rubric's prompt
+and learns to rate in-domain solutions that are careless, or corrupted to a known degree.
 
     python -m launch.nursery --config=configs/nursery.py
 """

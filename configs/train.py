@@ -1,6 +1,7 @@
-"""One arm from a file of pairs. The defaults are a small DPO run; name the data and the student by flag.
+"""One arm from a file of pairs: a small DPO run; name the data and the student by flag.
 
-python -m launch.train --config=configs/train.py --config.data.path=pairs.parquet --config.student.path=FOLDER
+    python -m launch.train --config=configs/train.py --config.data.path=pairs.parquet \\
+        --config.student.path=FOLDER
 """
 
 from deltapref_jax.config import Objective, PairTraining, Training

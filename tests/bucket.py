@@ -1,7 +1,8 @@
 """A bucket on this machine, run as a program: `python bucket.py PORT`.
 
-The emulator on PyPI (`gcp-storage-emulator`) speaks the JSON API of Google Cloud Storage, without two things that
-tensorstore builds on: a download names its object's generation, and a write may demand one.
+The emulator on PyPI (`gcp-storage-emulator`) implements the JSON API of GCS without
+two things that tensorstore needs: a download's response has the object's generation, and a write
+may require one.
 """
 
 import sys
@@ -35,7 +36,7 @@ def insert(request, response, storage, *_, **__):
     if wanted and wanted != [
         generation(storage, request.params["bucket_name"], request.query["name"][0])
     ]:
-        assert request.data is not None  # read, or the connection hangs
+        assert request.data is not None  # Unless the body is read, the connection hangs.
         response.status = HTTPStatus.PRECONDITION_FAILED
         return
     _insert(request, response, storage)

@@ -1,13 +1,13 @@
 """Leases, by which processes and hosts share work: each claims a piece, and claims expire.
 
-A claim is a small JSON file with its owner, which a thread rewrites. It expires when it has not been
-rewritten for a lease's time, which is judged by the times of the file system and of the process
+A claim is a small JSON file with its owner, which a thread rewrites. It expires when it has not
+been rewritten for a lease's time. That is judged by the times of the file system and of the process
 that looks, and never by a time that another host wrote: clocks of hosts may differ by hours. Claims
-are read and replaced under a file lock, so that on one file system two processes never hold the same
-lease. Object stores have no such lock, so two hosts may rarely claim the same piece there. A process
-that was suspended past its own expiry loses its lease too, and notices when it asks (`Lease.held`).
-A shard is then made twice. That costs time only, because every process that makes a shard writes
-the same bytes.
+are read and replaced under a file lock, so that on one file system two processes never hold the
+same lease. Object stores have no such lock, so two hosts may rarely claim the same piece there. A
+process that was suspended past its own expiry loses its lease too, and notices when it asks
+(`Lease.held`). A shard is then made twice. That costs time only, because every process that makes a
+shard writes the same bytes.
 """
 
 import contextlib

@@ -39,7 +39,8 @@ def run(
     Raises:
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
     """
-    nodes = in_order(wanted)
+    # The inputs of all come first, so that the artifacts of one batch are ready together.
+    nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
     pending, made = list(nodes), 0
     waited, indexed = 0.0, time.monotonic()
     while pending:

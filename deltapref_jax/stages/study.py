@@ -190,10 +190,11 @@ def _content(source: Prompts) -> str:
 def usable_traces(e: Experiment) -> dict[str, int]:
     """Usable traces that a prompt must have of every generator, so that all arms share prompts.
 
-    A generator that an arm pairs with itself must have two.
+    A generator that an arm pairs with itself must have two, and one that no arm uses needs none.
     """
+    used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
     paired_with_itself = {arm.chosen for arm in e.arms if arm.chosen == arm.rejected}
-    return {g.name: 1 + (g.name in paired_with_itself) for g in e.generators}
+    return {g.name: 1 + (g.name in paired_with_itself) for g in e.generators if g.name in used}
 
 
 def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:

@@ -171,7 +171,8 @@ class FileSequences(SequenceTable):
                     f"config.training.row_length is {self.limit.length}; raise it, or set "
                     "config.training.over_length to 'drop' or 'truncate'."
                 )
-            kept = cut(other, self.limit)
+            drop = too_long and self.limit.rule == "drop"
+            kept = None if drop else cut(other, self.limit)
             dropped += kept is None
             truncated += kept is not None and too_long
             mismatched += [] if kept is None else [kept]

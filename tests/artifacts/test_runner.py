@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from deltapref_jax.artifacts.lease import Lease
-from deltapref_jax.artifacts.node import Node
+from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 
@@ -62,6 +63,38 @@ def test_runners_take_what_is_ready_and_do_not_wait_in_order(toy, tmp_path, runn
         assert workspace.complete(node)
         assert (workspace.path(node) / "number").read_text() == str(node.number)
         assert not list((workspace.path(node) / "claims").glob("all"))
+
+
+def contents(root):
+    """Contents of every file that a manifest names, by artifact; and all counts."""
+    found = {}
+    for path in sorted(root.glob("*/*/manifest.json")):
+        stated = json.loads(path.read_text())
+        label = "/".join(stated["label"])
+        found[label, "stats"] = stated["stats"]
+        found |= {(label, name): (path.parent / name).read_bytes() for name in stated["files"]}
+    return found
+
+
+def test_two_runners_end_with_the_tables_of_one_and_make_everything_once(toy, tmp_path):
+    for runners in (1, 2):
+        subprocess.run(
+            [sys.executable, str(TOY), "answers", str(tmp_path / str(runners)), str(runners)],
+            env=os.environ | {"PYTHONPATH": str(TOY.parents[2])},
+            check=True,
+            timeout=120,
+        )
+    alone, together = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert together == alone
+    nodes = in_order(toy.answers())
+    assert {label for label, _ in together} == {node.name for node in nodes}
+    made = (tmp_path / "2" / "made.log").read_text().splitlines()
+    assert sorted(made) == sorted((tmp_path / "1" / "made.log").read_text().splitlines())
+    assert len(made) == len(set(made)) == 3 * (toy.SHARDS + 1 + 4)
+    workspaces = [Workspace(tmp_path / str(runners)) for runners in (1, 2)]
+    assert all(workspace.complete(node, verify=True) for workspace in workspaces for node in nodes)
+    index = json.loads((tmp_path / "2" / "index.json").read_text())
+    assert set(index[toy.STUDY]) == {node.name for node in nodes}
 
 
 class Noted(Node, stage="noted", version=1):

@@ -104,6 +104,26 @@ class Meeting(Node, stage="meeting", version=1):
         log(job, f"end {os.getpid()} {time.monotonic()}")
 
 
+class Answers(Node, stage="answers", version=1):
+    """A model's answers to one of its suites; those of one model are made in one pass."""
+
+    source: Node
+    suite: int
+    nap: float = runtime(default=0.0)
+
+    def batch(self) -> object:
+        return self.source
+
+    @classmethod
+    def make_batch(cls, work: "list[tuple[Answers, Job]]") -> None:
+        for node, job in work:
+            log(job, "answer")
+            time.sleep(node.nap)
+            right = [x > node.suite / 10 for x in job.table(node.source)["x"].to_pylist()]
+            job.share = 1 / len(work)
+            job.write(pa.table({"right": right}))
+
+
 def started(root: pathlib.Path) -> set[str]:
     """Process ids of the runners that have begun an artifact."""
     lines = (root / "made.log").read_text().split("\n")[:-1]
@@ -115,6 +135,20 @@ def nodes(nap: float = 0.002) -> dict[str, Node]:
     b = Numbers(label=("numbers", "b"), seed=2, nap=nap)
     c = Doubled(label=("doubled", "b"), source=b)
     return {"a": a, "c": c, "d": Folder(label=("folder", "b"), steps=10, source=c, nap=nap)}
+
+
+def answers(nap: float = 0.005) -> list[Node]:
+    """Answers of three models to four suites, and the folder that training them leaves."""
+    models = [Numbers(label=("numbers", str(i)), seed=i, nap=nap) for i in range(3)]
+    nodes: list[Node] = [
+        Folder(label=("folder", str(i)), steps=10, source=model, nap=nap)
+        for i, model in enumerate(models)
+    ]
+    return nodes + [
+        Answers(label=("answers", str(i), str(suite)), source=model, suite=suite, nap=nap)
+        for i, model in enumerate(models)
+        for suite in range(4)
+    ]
 
 
 def independent(runners: int) -> list[Node]:
@@ -198,6 +232,9 @@ def main(mode: str, root: str, number: str = "0") -> None:
         print(crash_randomly(root, int(number)))
     elif mode == "together":
         assert [code(pid) for pid in [study(root, 0.02) for _ in range(3)]] == [0, 0, 0]
+    elif mode == "answers":
+        pids = [child(root, answers()) for _ in range(int(number))]
+        assert [code(pid) for pid in pids] == [0] * int(number)
     elif mode == "independent":
         wanted = independent(int(number))
         pids = [child(root, wanted) for _ in range(int(number))]

@@ -22,22 +22,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltapref_jax.stages.single import STAGES, check, plan, sequences
-from deltapref_jax.workspace import Workspace, run
 from rich.console import Console
 
 from configs.train import get_config
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
 from deltapref_jax.models.weights import export, inspect_model, load, weights_hash
+from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.logprobs import score_sequences
+from deltapref_jax.stages.pairs_file import check, plan
 from deltapref_jax.synthetic import world
 from deltapref_jax.validation import validate_pair_training
 from launch.trained import show
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-QUESTIONS = [
-    json.loads(q["messages"])[0]["content"] for q in world.prompts(("chain", "shop"), 16, 1, 3)
-]
+QUESTIONS = [q.question for q in world.prompts(("chain", "shop"), 16, 1, 3)]
 PAIRS = [
     {"prompt": q, "chosen": f" Answer: {i}.", "rejected": f" Answer: {i + 3}!"}
     for i, q in enumerate(QUESTIONS)
@@ -86,7 +86,7 @@ def rows_of(name, text):
 
 
 @pytest.fixture
-def single(tiny_folder, text, tmp_path):
+def pair_training(tiny_folder, text, tmp_path):
     """A run of a format; what is given overrides fields of the training."""
 
     def make(format="text", kind="dpo", ending="jsonl", rows=None, **training):
@@ -117,22 +117,28 @@ def single(tiny_folder, text, tmp_path):
     return make
 
 
-def made(single):
-    """Runs it; the workspace and the nodes."""
-    workspace, nodes = Workspace(single.workspace), plan(single)
-    run(nodes, STAGES, workspace, show=False)
-    return workspace, nodes
+def tokens(p):
+    """Makes the sequences of the file; the workspace and the policy's node."""
+    workspace, policy = Workspace(p.workspace), plan(p)
+    run([policy.sequences["file"]], workspace, show=False)
+    return workspace, policy
 
 
-def metrics(workspace, nodes):
-    return [
-        json.loads(line)
-        for line in (workspace.path(nodes["policy"]) / "metrics.jsonl").read_text().splitlines()
-    ]
+def made(p):
+    """Runs it as launch.train does; the workspace and the policy's node."""
+    workspace, policy = tokens(p)
+    check(p, policy, workspace)
+    run([policy], workspace, show=False)
+    return workspace, policy
 
 
-def weights(workspace, nodes):
-    return (workspace.path(nodes["policy"]) / "policy" / "model.safetensors").read_bytes()
+def metrics(workspace, policy):
+    lines = (workspace.path(policy) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(workspace, policy):
+    return (workspace.path(policy) / "policy" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -146,74 +152,86 @@ def weights(workspace, nodes):
         ("unpaired ids", "kto", "jsonl", 0.5),
     ],
 )
-def test_every_format_trains_from_the_references_own_loss(single, format, kind, ending, loss):
-    workspace, nodes = made(single(format, kind, ending))
-    rows = metrics(workspace, nodes)
+def test_every_format_trains_from_the_references_own_loss(
+    pair_training, format, kind, ending, loss
+):
+    workspace, policy = made(pair_training(format, kind, ending))
+    rows = metrics(workspace, policy)
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert rows[0]["loss"] == pytest.approx(loss, abs=1e-4)
     assert rows[2]["loss"] < rows[0]["loss"]
-    assert (
-        load(str(workspace.path(nodes["policy"]) / "policy")).weights
-        != nodes["policy"].config["student"]
-    )
-    stats = workspace.manifest(nodes["policy"])["stats"]
+    trained = load(str(workspace.path(policy) / "policy"))
+    assert trained.weights != policy.student_weights
+    stats = workspace.manifest(policy).stats
     assert (stats["groups"], stats["dropped_long"]) == (32 if kind == "kto" else 16, 0)
 
 
-def test_sft_takes_the_desirable_ones(single):
-    one, two = made(single("text", "sft")), made(single("unpaired", "sft"))
-    assert "reference" not in one[1]
+def test_sft_takes_the_desirable_ones(pair_training):
+    one, two = made(pair_training("text", "sft")), made(pair_training("unpaired", "sft"))
+    assert one[1].logprobs == {}
     assert metrics(*one) == metrics(*two)
-    for (workspace, nodes), undesirable in ((one, 16), (two, 16)):
-        stats = workspace.manifest(nodes["tokens"])["stats"]
+    for (workspace, policy), undesirable in ((one, 16), (two, 16)):
+        stats = workspace.manifest(policy.sequences["file"]).stats
         assert (stats["groups"], stats["undesirable"]) == (16, undesirable)
 
 
-def test_the_table_holds_the_references_log_probabilities_and_its_weights(single, tiny, one_device):
-    workspace, nodes = made(single("text", "kto"))
-    (file,) = workspace.path(nodes["reference"]).glob("*.parquet")
+def test_the_table_holds_the_references_log_probabilities_and_its_weights(
+    pair_training, tiny, one_device
+):
+    workspace, policy = made(pair_training("text", "kto"))
+    (file,) = workspace.path(policy.logprobs["file"]).glob("*.parquet")
     assert pq.read_schema(file).metadata[b"weights"].decode() == tiny.weights
-    rows, table = sequences(workspace.table(nodes["tokens"])), pq.read_table(file).to_pylist()
+    everything = workspace.rows(TokenSequence, policy.sequences["file"])
+    rows, table = [s for s in everything if s.matched], pq.read_table(file).to_pylist()
+    assert [t["sequence_id"] for t in table] == [s.sequence_id for s in everything]
+    assert [t["tokens"] for t in table] == [s.targets.sum() for s in everything]
     assert (
         len(table) == 2 * len(rows) == 64
     )  # each once behind its own prompt and once behind another
     want = score_sequences(
         tiny.spec,
         tiny.state,
-        [(r.prompt, r.completion) for r in rows],
+        rows,
         8,
         128,
         one_device,
         "float32",
     ).sums
-    assert [t["trace_id"] for t in table[:32]] == [r.row_id for r in rows]
+    assert [t["trace_id"] for t in table[:32]] == [r.trace_id for r in rows]
     np.testing.assert_allclose([t["logprob"] for t in table[:32]], want, rtol=1e-5)
     own = {r.prompt_id for r in rows}
     assert {t["prompt_id"] for t in table[32:]} == own
     assert all(t["prompt_id"] != r.prompt_id for t, r in zip(table[32:], rows, strict=True))
 
 
-def test_a_second_run_and_another_seed_do_not_score_again(single, monkeypatch):
-    first = single("text", "kto")
-    workspace, nodes = made(first)
-    before = weights(workspace, nodes)
+def test_a_second_run_and_another_seed_do_not_score_again(pair_training, monkeypatch):
+    first = pair_training("text", "kto")
+    workspace, policy = made(first)
+    before = weights(workspace, policy)
     monkeypatch.setattr(
-        "deltapref_jax.stages.single.score_sequences", lambda *_: pytest.fail("scored again")
+        "deltapref_jax.stages.score.score_sequences", lambda *_: pytest.fail("scored again")
     )
     assert weights(*made(first)) == before
     other = made(dataclasses.replace(first, seed=1))
-    assert other[1]["reference"].key == nodes["reference"].key
+    assert workspace.key(other[1].logprobs["file"]) == workspace.key(policy.logprobs["file"])
     assert weights(*other) != before
 
 
 def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(
-    single, tiny, tmp_path, text
+    pair_training, tiny, tmp_path, text, monkeypatch
 ):
-    workspace, nodes = made(single())
-    table = workspace.path(nodes["reference"])
-    given = dataclasses.replace(single(), table=str(table), seed=0)
-    assert "reference" not in plan(given)
-    assert weights(*made(given)) == weights(workspace, nodes)
+    workspace, policy = made(pair_training())
+    table = workspace.path(policy.logprobs["file"])
+    given = dataclasses.replace(pair_training(), table=str(table), seed=0)
+    with monkeypatch.context() as m:
+        m.setattr(
+            "deltapref_jax.stages.score.score_sequences", lambda *_: pytest.fail("scored again")
+        )
+        again = made(given)
+    assert again[1].logprobs["file"].known != ""
+    assert workspace.manifest(again[1].logprobs["file"]).stats["from_table"] == 32
+    assert workspace.manifest(policy.logprobs["file"]).stats["from_table"] == 0
+    assert weights(*again) == weights(workspace, policy)
 
     other = tmp_path / "other"
     export(jax.tree.map(lambda x: x * 1.01, tiny.state), tiny.spec, text, other)
@@ -229,10 +247,10 @@ def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(
     with pytest.raises(
         ConfigError,
         match=r"^The table \S+ has no log-probability for 32 of 32 sequences, such as that "
-        r"of Line 1 of \S+messages\.jsonl; it was made of other tokens .*: leave "
+        r"of Line 1 of \S+messages\.jsonl, chosen; it was made of other tokens .*: leave "
         r"config\.table empty to have them computed\.$",
     ):
-        made(dataclasses.replace(single("messages"), table=str(table)))
+        made(dataclasses.replace(pair_training("messages"), table=str(table)))
     with pytest.raises(
         ConfigError,
         match=r"^There is no Parquet file at nowhere; check config\.table, or leave it ",
@@ -240,50 +258,51 @@ def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(
         plan(dataclasses.replace(given, table="nowhere"))
 
 
-def test_another_reference_is_scored_and_not_guarded(single, tiny, tmp_path, text):
+def test_another_reference_is_scored_and_not_guarded(pair_training, tiny, tmp_path, text):
     other = tmp_path / "other"
     export(jax.tree.map(lambda x: x * 1.05, tiny.state), tiny.spec, text, other)
-    workspace, nodes = made(dataclasses.replace(single(), reference=Model(str(other))))
-    assert nodes["reference"].config["weights"] == weights_hash(str(other))
-    assert metrics(workspace, nodes)[0]["rewards/chosen"] != pytest.approx(0, abs=1e-4)
+    workspace, policy = made(dataclasses.replace(pair_training(), reference=Model(str(other))))
+    assert policy.logprobs["file"].weights == weights_hash(str(other))
+    assert metrics(workspace, policy)[0]["rewards/chosen"] != pytest.approx(0, abs=1e-4)
 
 
-def test_adapters_of_a_bfloat16_base_start_at_the_bases_own_reference(single, tiny, tmp_path, text):
+def test_adapters_of_a_bfloat16_base_start_at_the_bases_own_reference(
+    pair_training, tiny, tmp_path, text
+):
     base = tmp_path / "base"
     export(tiny.state, tiny.spec, text, base, "bfloat16")
     one = dataclasses.replace(
-        single("text", "kto", lora=Lora(4), weight_decay=0.1), student=Model(str(base), "bfloat16")
+        pair_training("text", "kto", lora=Lora(4), weight_decay=0.1),
+        student=Model(str(base), "bfloat16"),
     )
-    workspace, nodes = made(one)
-    assert (nodes["reference"].config["weights"], nodes["reference"].config["dtype"]) == (
-        weights_hash(str(base)),
-        "bfloat16",
-    )
-    rows = metrics(workspace, nodes)
+    workspace, policy = made(one)
+    reference = policy.logprobs["file"]
+    assert (reference.weights, reference.dtype) == (weights_hash(str(base)), "bfloat16")
+    rows = metrics(workspace, policy)
     assert rows[0]["rewards/chosen"] == pytest.approx(
         0, abs=1e-4
     )  # 0.1 per nat: the same program to the last digits
     assert rows[2]["loss"] < rows[0]["loss"]
-    config = json.loads(
-        (workspace.path(nodes["policy"]) / "adapter" / "adapter_config.json").read_text()
-    )
+    config = json.loads((workspace.path(policy) / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == (str(base), 4)
 
 
 def test_a_base_model_without_a_chat_template_trains_on_text_and_refuses_messages(
-    single, tiny_folder, tmp_path
+    pair_training, tiny_folder, tmp_path
 ):
     base = tmp_path / "base"
     shutil.copytree(tiny_folder, base)
     (base / "chat_template.jinja").unlink()
-    workspace, nodes = made(dataclasses.replace(single("text", "sft"), student=Model(str(base))))
-    assert len(metrics(workspace, nodes)) == 3
+    workspace, policy = made(
+        dataclasses.replace(pair_training("text", "sft"), student=Model(str(base)))
+    )
+    assert len(metrics(workspace, policy)) == 3
     with pytest.raises(
         ConfigError,
         match=rf"^The tokenizer of {base} has no chat template; add chat_template\.jinja "
         "to its folder, or give text instead of messages\\.$",
     ):
-        made(dataclasses.replace(single("messages"), student=Model(str(base))))
+        made(dataclasses.replace(pair_training("messages"), student=Model(str(base))))
 
 
 LONG = [PAIRS[0] | {"chosen": " so" * 200}, *PAIRS[1:]]
@@ -292,57 +311,62 @@ LONG = [PAIRS[0] | {"chosen": " so" * 200}, *PAIRS[1:]]
 @pytest.mark.parametrize(
     ("kind", "rule", "groups", "counts"),
     [
-        ("dpo", "drop", 15, {"too_long": 1, "cut": 0}),
-        ("dpo", "truncate", 16, {"too_long": 0, "cut": 1}),
-        ("kto", "drop", 31, {"too_long": 1, "cut": 0}),
-        ("kto", "truncate", 32, {"too_long": 0, "cut": 1}),
+        ("dpo", "drop", 15, {"too_long": 1, "truncated": 0}),
+        ("dpo", "truncate", 16, {"too_long": 0, "truncated": 1}),
+        ("kto", "drop", 31, {"too_long": 1, "truncated": 0}),
+        ("kto", "truncate", 32, {"too_long": 0, "truncated": 1}),
     ],
 )
-def test_too_long_is_dropped_or_cut_and_said(single, kind, rule, groups, counts, capsys):
-    workspace, nodes = made(
-        single(kind=kind, rows=[r | {"note": 1, "id": 2} for r in LONG], over_length=rule)
+def test_too_long_is_dropped_or_cut_and_said(pair_training, kind, rule, groups, counts, capsys):
+    workspace, policy = made(
+        pair_training(kind=kind, rows=[r | {"note": 1, "id": 2} for r in LONG], over_length=rule)
     )
-    stats = workspace.manifest(nodes["tokens"])["stats"]
+    stats = workspace.manifest(policy.sequences["file"]).stats
     assert {k: stats[k] for k in counts} == counts
-    assert workspace.manifest(nodes["policy"])["stats"]["groups"] == groups
-    show(Console(width=200), workspace, nodes)
+    assert workspace.manifest(policy).stats["groups"] == groups
+    show(Console(width=200), workspace, policy)
     out = capsys.readouterr().out
     assert "text.jsonl (paired)" in out
     assert "2 columns ignored: id, note" in out
     assert f"  {groups} trained on" in out
     assert ("1 longer than row_length, dropped" in out) == (rule == "drop")
     assert ("1 sequences cut to row_length" in out) == (rule == "truncate")
-    assert str(workspace.path(nodes["policy"]) / "policy") in out
+    assert str(workspace.path(policy) / "policy") in out
 
 
-def test_mismatched_rows_follow_the_length_rule(single):
+def test_mismatched_rows_follow_the_length_rule(pair_training):
     """Each sequence fits its row; a long answer behind the long question does not."""
     rows = [
         {"prompt": "why " * 60, "chosen": " so.", "rejected": " no."},
         *({"prompt": q, "chosen": " so" * 40, "rejected": " no."} for q in QUESTIONS[:3]),
     ]
-    for rule, dropped in (("drop", "mismatched_dropped"), ("truncate", "mismatched_cut")):
-        workspace, nodes = made(single("text", "kto", rows=rows, over_length=rule, row_length=200))
-        stats = workspace.manifest(nodes["policy"])["stats"]
-        assert (stats[dropped], stats["groups"]) == (1, 8)
+    for rule, dropped in (("drop", "dropped_mismatched"), ("truncate", "truncated_mismatched")):
+        workspace, policy = made(
+            pair_training("text", "kto", rows=rows, over_length=rule, row_length=200)
+        )
+        stats, found = (
+            workspace.manifest(node).stats for node in (policy, policy.sequences["file"])
+        )
+        assert (found[dropped], stats["groups"]) == (1, 8)
+        assert stats["dropped_mismatched"] == (rule == "drop")
     with pytest.raises(
         ConfigError,
-        match=r"^Line [234] of \S+ has a completion that is \d+ tokens long behind the "
-        r"prompt of Line 1 of \S+ \(KTO's baseline\), and config\.training\."
+        match=r"^Line [234] of \S+, chosen has a completion that is \d+ tokens long behind the "
+        r"prompt of Line 1 of \S+, chosen \(KTO's baseline\), and config\.training\."
         r"row_length is 200; raise it, or set config\.training\.over_length to ",
     ):
-        made(single("text", "kto", rows=rows, over_length="error", row_length=200))
+        made(pair_training("text", "kto", rows=rows, over_length="error", row_length=200))
 
 
-def test_what_a_step_of_one_side_lacks_is_left_blank(single, capsys):
+def test_what_a_step_of_one_side_lacks_is_left_blank(pair_training, capsys):
     """A run of KTO may end, or begin, with a step that has no undesirable example."""
-    workspace, nodes = made(single("text", "kto", steps=2))
-    file = workspace.path(nodes["policy"]) / "metrics.jsonl"
-    first, second = metrics(workspace, nodes)
+    workspace, policy = made(pair_training("text", "kto", steps=2))
+    file = workspace.path(policy) / "metrics.jsonl"
+    first, second = metrics(workspace, policy)
     short = {name: value for name, value in second.items() if not name.endswith("rejected")}
     for rows in ((first, short), (short, first)):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        show(Console(width=200), workspace, nodes)
+        show(Console(width=200), workspace, policy)
         (line,) = [
             line for line in capsys.readouterr().out.splitlines() if "logps/rejected" in line
         ]
@@ -351,48 +375,37 @@ def test_what_a_step_of_one_side_lacks_is_left_blank(single, capsys):
 
 @pytest.mark.parametrize("format", ["text", "messages", "ids"])
 @pytest.mark.parametrize(("kind", "groups"), [("dpo", 15), ("kto", 31), ("sft", 15)])
-def test_an_empty_answer_is_dropped_and_counted(single, text, format, kind, groups):
+def test_an_empty_answer_is_dropped_and_counted(pair_training, text, format, kind, groups):
     rows = rows_of(format, text)
     name, nothing = {
         "text": ("chosen", ""),
         "messages": ("chosen", answer("")),
         "ids": ("chosen_ids", []),
     }[format]
-    one = single(format, kind, rows=[rows[0] | {name: nothing}, *rows[1:]])
-    workspace, node = Workspace(one.workspace), plan(one)["tokens"]
-    run({"tokens": node}, STAGES, workspace, show=False)
-    stats = workspace.manifest(node)["stats"]
+    one = pair_training(format, kind, rows=[rows[0] | {name: nothing}, *rows[1:]])
+    workspace, policy = tokens(one)
+    stats = workspace.manifest(policy.sequences["file"]).stats
     assert (stats["empty"], stats["groups"]) == (1, groups)
-    assert all(len(row.completion) > 1 for row in sequences(workspace.table(node)))
+    rows_left = workspace.rows(TokenSequence, policy.sequences["file"])
+    assert all(len(row.completion_ids) > 1 for row in rows_left)
     with pytest.raises(
         ConfigError,
         match=r"^All 16 pairs or examples of \S+ have an empty answer; give it some that "
         r"have none\.$",
     ):
-        run(
-            {
-                "tokens": plan(single(format, "dpo", rows=[r | {name: nothing} for r in rows]))[
-                    "tokens"
-                ]
-            },
-            STAGES,
-            workspace,
-            show=False,
-        )
+        tokens(pair_training(format, "dpo", rows=[r | {name: nothing} for r in rows]))
 
 
-def test_pairs_of_two_equal_answers_are_counted_cut_ones_too(single, text):
+def test_pairs_of_two_equal_answers_are_counted_cut_ones_too(pair_training, text):
     rows = [{"prompt": "a", "chosen": " so" * 200 + "!", "rejected": " so" * 200 + "?"}, *PAIRS]
     for rule, same in (("drop", 0), ("truncate", 1)):
-        one = single(rows=rows, over_length=rule)
-        workspace, node = Workspace(one.workspace), plan(one)["tokens"]
-        run({"tokens": node}, STAGES, workspace, show=False)
-        assert workspace.manifest(node)["stats"]["same"] == same
+        workspace, policy = tokens(pair_training(rows=rows, over_length=rule))
+        assert workspace.manifest(policy.sequences["file"]).stats["same"] == same
 
 
-def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(single):
+def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(pair_training):
     """Seed 0 draws a step of both answers of one prompt."""
-    one = single("text", "kto")
+    one = pair_training("text", "kto")
     done = program(
         one,
         "--config.objective.kind=kto",
@@ -404,7 +417,8 @@ def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(sin
         r"Step \d+ of KTO \(\d of 99 steps\) would hold 2 examples of one prompt; ", said
     )
     assert done.returncode == 2
-    assert [place.name for place in pathlib.Path(one.workspace).iterdir()] == ["tokens"]
+    stages = {place.name for place in pathlib.Path(one.workspace).iterdir()}
+    assert stages == {"tokens", "index.json", "by_name", "claims"}
 
 
 @pytest.mark.parametrize(
@@ -423,21 +437,20 @@ def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(sin
     ],
 )
 def test_sequences_that_the_reference_was_not_made_for_are_refused(
-    single, spec, sentence, monkeypatch
+    pair_training, spec, sentence, monkeypatch
 ):
-    one = single()
-    workspace, nodes = Workspace(one.workspace), plan(one)
-    run({"tokens": nodes["tokens"]}, STAGES, workspace, show=False)
-    check(workspace, nodes)
+    one = pair_training()
+    workspace, policy = tokens(one)
+    check(one, policy, workspace)
     monkeypatch.setattr(
-        "deltapref_jax.stages.single.inspect_model",
+        "deltapref_jax.stages.pairs_file.inspect_model",
         lambda path: (dataclasses.replace(inspect_model(path)[0], **spec), None),
     )
     with pytest.raises(ConfigError, match=sentence):
-        check(workspace, nodes)
+        check(one, policy, workspace)
 
 
-def test_a_reference_with_another_tokenizer_is_refused(single, tiny, tmp_path):
+def test_a_reference_with_another_tokenizer_is_refused(pair_training, tiny, tmp_path):
     other = tmp_path / "other"
     export(tiny.state, tiny.spec, tiny.text, other)
     file = other / "tokenizer.json"
@@ -450,29 +463,29 @@ def test_a_reference_with_another_tokenizer_is_refused(single, tiny, tmp_path):
         ConfigError,
         match=r"^The reference \S+ has another tokenizer than the student \S+, so that ",
     ):
-        plan(dataclasses.replace(single(), reference=Model(str(other))))
+        plan(dataclasses.replace(pair_training(), reference=Model(str(other))))
 
 
-def test_adapters_wider_than_the_narrowest_matrix_are_refused(single, tiny):
+def test_adapters_wider_than_the_narrowest_matrix_are_refused(pair_training, tiny):
     width = tiny.spec.kv_heads * tiny.spec.head_width
     assert width < tiny.spec.width
-    plan(single(lora=Lora(width)))
-    plan(single(lora=Lora(width + 1, targets=("q_proj", "up_proj"))))
+    plan(pair_training(lora=Lora(width)))
+    plan(pair_training(lora=Lora(width + 1, targets=("q_proj", "up_proj"))))
     with pytest.raises(ConfigError) as error:
-        plan(single(lora=Lora(width + 1)))
+        plan(pair_training(lora=Lora(width + 1)))
     assert str(error.value) == (
         f"config.training.lora.rank is {width + 1} and k_proj of the student is {width} wide; "
         "make rank that at most, or train all weights with rank 0."
     )
 
 
-def test_examples_are_no_pairs(single):
+def test_examples_are_no_pairs(pair_training):
     with pytest.raises(
         ConfigError,
         match=r"^\S+unpaired\.jsonl holds labelled examples and no pairs, which the "
         r"objective 'dpo' needs; set config\.objective\.kind to 'kto' or 'sft', or ",
     ):
-        made(single("unpaired"))
+        made(pair_training("unpaired"))
 
 
 @pytest.mark.parametrize(
@@ -542,11 +555,11 @@ def test_a_bad_value_is_one_sentence(change, sentence):
     assert str(error.value) == sentence
 
 
-def command(single, *more):
+def command(pair_training, *more):
     fields = {
-        "data.path": single.data.path,
-        "student.path": single.student.path,
-        "workspace": single.workspace,
+        "data.path": pair_training.data.path,
+        "student.path": pair_training.student.path,
+        "workspace": pair_training.workspace,
         "training.row_length": 128,
         "training.pairs_per_step": 4,
         "training.rows": 8,
@@ -564,9 +577,9 @@ def command(single, *more):
     ]
 
 
-def program(single, *more):
+def program(pair_training, *more):
     return subprocess.Popen(
-        command(single, *more),
+        command(pair_training, *more),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -575,11 +588,11 @@ def program(single, *more):
     )
 
 
-def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
-    one = single()
+def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path):
+    one = pair_training()
     whole = program(dataclasses.replace(one, workspace=str(tmp_path / "whole")))
     killed = program(one)
-    policies = pathlib.Path(one.workspace) / "policy"
+    policies = pathlib.Path(one.workspace) / "train"
     while killed.poll() is None and not list(policies.glob("*/checkpoints/step_[2-9]*")):
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
@@ -609,7 +622,7 @@ def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
     ]
     assert texts[0] == texts[1]
     (a,), (b,) = (
-        [*root.glob("policy/*/policy/model.safetensors")]
+        [*root.glob("train/*/policy/model.safetensors")]
         for root in (tmp_path / "whole", pathlib.Path(one.workspace))
     )
     assert a.read_bytes() == b.read_bytes()
@@ -618,7 +631,7 @@ def test_a_killed_program_continues_to_the_same_weights(single, tmp_path):
     assert [json.loads(line)["step"] for line in lines[0].splitlines()] == list(range(1, 13))
 
 
-def test_help_and_a_missing_file(single):
+def test_help_and_a_missing_file(pair_training):
     helped = subprocess.run(
         [sys.executable, "-m", "launch.train", "--help"], cwd=ROOT, capture_output=True, text=True
     )
@@ -637,7 +650,7 @@ def test_help_and_a_missing_file(single):
     assert len(defaults) > 20
     for field, default in defaults:
         assert (field, default) == (field, str(operator.attrgetter(field)(get_config())))
-    lost = program(dataclasses.replace(single(), data=Pairs("none.parquet")))
+    lost = program(dataclasses.replace(pair_training(), data=Pairs("none.parquet")))
     assert (
         lost.communicate()[1]
         == "There is no data file or folder none.parquet; check config.data.path.\n"
@@ -708,13 +721,15 @@ def test_a_slip_on_the_command_line_is_one_sentence(flag, sentence, tiny_folder)
     ("kind", "field", "value"),
     [("sft", "reference", Model(path="another")), ("simpo", "table", "table.parquet")],
 )
-def test_a_reference_that_nothing_reads_is_refused(kind, field, value, single):
+def test_a_reference_that_nothing_reads_is_refused(kind, field, value, pair_training):
     objective = Objective(name=kind, kind=kind)
     with pytest.raises(
         ConfigError,
         match=rf"config.{field}.* is .* and objective '{kind}' has no reference; leave it",
     ):
-        validate_pair_training(dataclasses.replace(single(), objective=objective, **{field: value}))
+        validate_pair_training(
+            dataclasses.replace(pair_training(), objective=objective, **{field: value})
+        )
 
 
 @pytest.mark.parametrize("code", [0, 2])

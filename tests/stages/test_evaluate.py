@@ -13,6 +13,7 @@ from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export
 from deltapref_jax.records import Prompt, Result
+from deltapref_jax.stages import evaluate
 from deltapref_jax.stages.study import result_tables
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.tokenizer import build
@@ -88,6 +89,62 @@ def test_a_trained_policy_meets_the_same_draws(tables, tmp_path):
     assert results(tmp_path, trained) == results(tmp_path, plain)
     workspace = Workspace(tmp_path)
     assert workspace.path(trained["chain"]) != workspace.path(plain["chain"])
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Paths of the models that evaluation loads: one for every pass."""
+    paths = []
+    real = evaluate.load
+
+    def load(path, **options):
+        paths.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(evaluate, "load", load)
+    return paths
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_suites_in_one_pass_give_the_tables_that_they_give_one_by_one(
+    tables, tmp_path, loads, trained
+):
+    wanted = tables(SUITES, trained=trained)
+    together, apart = Workspace(tmp_path / "together"), Workspace(tmp_path / "apart")
+    run(list(wanted.values()), together, show=False)
+    assert len(loads) == 1
+    for node in wanted.values():
+        run([node], apart, show=False)
+    assert len(loads) == 1 + len(SUITES)
+    for suite in SUITES:
+        node = wanted[suite.name]
+        rows = together.rows(Result, node)
+        assert {row.suite for row in rows} == {suite.name}
+        assert len(rows) == 4 * suite.samples
+        assert together.table(node) == apart.table(node)
+        assert together.manifest(node).content == apart.manifest(node).content
+        assert together.key(node) == apart.key(node)
+        # the counts of the pass are shared out by tokens
+        stats = together.manifest(node).stats
+        assert stats["tokens"] == pytest.approx(sum(row.tokens for row in rows))
+
+
+def test_one_more_suite_is_the_only_one_that_is_evaluated(tables, tmp_path, loads):
+    workspace = Workspace(tmp_path)
+    run(list(tables(SUITES[:2]).values()), workspace, show=False)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    wanted = tables(SUITES)
+    run(list(wanted.values()), workspace, show=False)
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    leases = {p for p in after if "claims" in p.parts}
+    assert {p: t for p, t in after.items() if p in before and p not in leases} == {
+        p: t for p, t in before.items() if p not in leases
+    }
+    added = {p.parent for p in after if p not in before and p not in leases}
+    assert len(loads) == 2
+    euclid = workspace.path(wanted["euclid"])
+    questions = workspace.path(wanted["euclid"].questions)
+    assert {str(folder) for folder in added} == {str(euclid), str(questions)}
 
 
 def test_a_generator_is_measured_in_its_manner(tables):

@@ -265,6 +265,10 @@ def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_
 
 def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):
     assert usable_traces(experiment) == {"mid": 1, "strong": 1, "weak": 2}
+    assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[:2])) == {
+        "mid": 1,
+        "weak": 2,
+    }
     assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {
         "mid": 1,
         "strong": 1,
@@ -303,6 +307,36 @@ def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(exp
         labels_of("strong-top") | {f"judge/m/{g}" for g in ("weak", "mid", "strong")} | {"audit/m"}
     )
     assert changed(experiment, judges__0__dimensions=("factuality", "step_coherence")) == shaped
+
+
+def test_a_generator_with_the_students_tokenizer_keeps_the_ids_it_sampled(
+    experiment, tiny_folder, tmp_path
+):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template + "\n")
+    experiment.generators[1].model.path = str(other)
+    sequences = plan(experiment).sequences
+    assert {name: node.sampled for name, node in sequences.items()} == {
+        "weak": True,
+        "mid": False,
+        "strong": True,
+    }
+    assert len({node.tokenizer for node in sequences.values()}) == 1
+
+
+def test_a_generator_that_no_arm_uses_is_rated_and_measured_and_no_input_of_an_arm(experiment):
+    idle = Generator(name="idle", temperature=0.9)
+    more = dataclasses.replace(experiment, generators=(*experiment.generators, idle))
+    before, after = keys(experiment), keys(more)
+    assert {label for label in before if after[label] != before[label]} == {"report"}
+    assert set(after) - set(before) == {
+        "sample/idle",
+        "verify/idle",
+        "judge/m/idle",
+        "capability/idle/s",
+        "capability/idle/t",
+    }
 
 
 def test_sft_alone_is_not_scored(experiment):

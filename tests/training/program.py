@@ -32,7 +32,12 @@ from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import export  # noqa: F401  (before the forks, once)
-from deltapref_jax.preemption import Preempted, PreemptionGuard, install_group_shutdown
+from deltapref_jax.preemption import (
+    Preempted,
+    PreemptionGuard,
+    exit_process,
+    install_group_shutdown,
+)
 from deltapref_jax.processes import start_processes
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.training.checkpoint import Checkpoints
@@ -252,3 +257,4 @@ def main(mode, root, *numbers):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    exit_process()  # As in `launch`: finalizing the interpreter may hang.

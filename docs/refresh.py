@@ -1,0 +1,214 @@
+"""Writes what the documentation takes from the code: `python -m docs.refresh`, at the root.
+
+    docs/config.md      all of it, from deltapref_jax/config.py
+    docs/formats.md     the columns of every table, from deltapref_jax/records.py
+    docs/tour.md        the line numbers behind names: `name` (`file.py:12`)
+    README.md           the code of configs/mine.py
+
+`tests/test_docs.py` fails where one of them is not what this program would write.
+"""
+
+import ast
+import importlib
+import io
+import pathlib
+import re
+import textwrap
+import tokenize
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMAND = "python -m docs.refresh"
+WIDTH = 100
+PLACE = re.compile(r"`([\w.]+)`\s\(`([\w/]+\.py):(\d+)`\)")
+CONFIG_INTRODUCTION = f"""\
+# Every field of a config
+
+Written by `{COMMAND}` from `deltapref_jax/config.py`; edit that file instead.
+
+A study is an [Experiment](#experiment), one run from a file of pairs is a
+[PairTraining](#pairtraining), and the models that ship are described by a [ModelZoo](#modelzoo).
+Any field can be set on the command line by its path, such as `--config.training.steps=60` or
+`--config.generators[0].temperature=0.7`. A field marked *not hashed* says where something is or how
+it is shown: two runs that differ only there share their artifacts. `deltapref_jax/validation.py`
+refuses values that cannot work, before a device is used."""
+
+
+def _comments(source: str) -> dict[int, str]:
+    """Every comment of a source file by its line, without the number sign."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _field_comment(node: ast.AnnAssign, comments: dict[int, str], lines: list[str]) -> str:
+    """The comment lines right above a field, and those on its own lines."""
+    first = node.lineno
+    while first > 1 and lines[first - 2].strip().startswith("#"):
+        first -= 1
+    end = node.end_lineno or node.lineno
+    return " ".join(comments[i] for i in range(first, end + 1) if i in comments)
+
+
+def _fields(class_: ast.ClassDef) -> list[ast.AnnAssign]:
+    return [node for node in class_.body if isinstance(node, ast.AnnAssign)]
+
+
+def _classes(source: str) -> list[ast.ClassDef]:
+    return [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+
+
+def _item(text: str) -> str:
+    """One item of a list; a name in backticks is not broken."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent="- ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _linked(type_: str, names: set[str]) -> str:
+    """A type in code font, or a link to its class on this page."""
+    links = [f"[{n}](#{n.lower()})" for n in re.findall(r"\w+", type_) if n in names]
+    return " of ".join([f"`{type_}`", *links]) if type_ not in names else links[0]
+
+
+def _default(node: ast.AnnAssign) -> str:
+    """The default as it would be written in a config."""
+    value = node.value
+    if isinstance(value, ast.Call):
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if "default" in given:
+            value = given["default"]
+        else:
+            factory = given["default_factory"]
+            value = factory.body if isinstance(factory, ast.Lambda) else factory
+            text = ast.unparse(value) + "()" * (not isinstance(value, ast.Call))
+            return text.replace("'", '"')
+    return ast.unparse(value).replace("'", '"') if value is not None else ""
+
+
+def config_page() -> str:
+    """docs/config.md: choices first, then the classes, whole configs before their parts."""
+    source = (ROOT / "deltapref_jax" / "config.py").read_text()
+    comments, lines = _comments(source), source.splitlines()
+    classes = [c for c in _classes(source) if c.decorator_list]
+    whole = ("Experiment", "PairTraining", "ModelZoo")
+    classes.sort(key=lambda c: whole.index(c.name) if c.name in whole else len(whole))
+    names = {c.name for c in classes}
+    parts = [CONFIG_INTRODUCTION, *_choices(source)]
+    for class_ in classes:
+        parts.append(f"\n## {class_.name}\n\n{ast.get_docstring(class_)}\n")
+        for node in _fields(class_):
+            assert isinstance(node.target, ast.Name)
+            kind = _linked(ast.unparse(node.annotation), names)
+            hidden = " *Not hashed.*" if "UNHASHED" in ast.unparse(node) else ""
+            comment = _field_comment(node, comments, lines)
+            about = f"`{node.target.id}`: {kind}, `{_default(node)}`. {comment}{hidden}"
+            parts.append(_item(about.strip()))
+    return "\n".join(parts) + "\n"
+
+
+def _choices(source: str) -> list[str]:
+    """The values that named fields can have, from the tuples and tables in capitals."""
+    config = importlib.import_module("deltapref_jax.config")
+    rows = ["\n## Choices\n"]
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        name = node.targets[0].id
+        value = getattr(config, name)
+        if isinstance(value, tuple) or (isinstance(value, dict) and name != "UNHASHED"):
+            rows.append(_item(f"`{name}`: " + ", ".join(f'`"{each}"`' for each in value)))
+    return rows
+
+
+def record_tables() -> str:
+    """Every table of `records`: its columns with Arrow types and meanings."""
+    records = importlib.import_module("deltapref_jax.records")
+    source = (ROOT / "deltapref_jax" / "records.py").read_text()
+    comments, lines = _comments(source), source.splitlines()
+    parts = []
+    for class_ in _classes(source):
+        if not any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in class_.bases):
+            continue
+        schema = records.schema(getattr(records, class_.name))
+        summary = (ast.get_docstring(class_) or "").splitlines()[0]
+        parts.append(f"\n### {class_.name}\n\n{summary}\n")
+        for node in _fields(class_):
+            assert isinstance(node.target, ast.Name)
+            comment = _field_comment(node, comments, lines)
+            kind = (
+                str(schema.field(node.target.id).type)
+                .replace("item: ", "")
+                .replace("element: ", "")
+            )
+            parts.append(_item(f"`{node.target.id}`, {kind}" + (f": {comment}" if comment else "")))
+    return "\n".join(parts) + "\n"
+
+
+def line_of(path: str, name: str) -> int:
+    """The line where a function or class is defined; `Class.method` and `outer.inner` are found.
+
+    Raises:
+      LookupError: the file has no such definition.
+    """
+    nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    for part in name.split("."):
+        nodes = [
+            child
+            for node in nodes
+            for child in ast.walk(node)
+            if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part
+        ]
+    if not nodes:
+        raise LookupError(f"{path} has no {name}.")
+    assert isinstance(nodes[0], ast.FunctionDef | ast.ClassDef)
+    return nodes[0].lineno
+
+
+def with_lines(text: str) -> str:
+    """`text` with the line numbers that the code has now."""
+    return PLACE.sub(
+        lambda m: m[0].replace(f":{m[3]}`", f":{line_of(m[2], m[1])}`"),
+        text,
+    )
+
+
+def between(text: str, mark: str, body: str) -> str:
+    """`text` with `body` between the two comments that are named `mark`.
+
+    Raises:
+      LookupError: the comments are not there.
+    """
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    if begin not in text or end not in text:
+        raise LookupError(f"There is no part {mark!r} between {begin.strip()} and {end}.")
+    before, rest = text.split(begin)
+    return before + begin + body + end + rest.split(end)[1]
+
+
+def first_study() -> str:
+    """The code of configs/mine.py, as a block."""
+    source = (ROOT / "configs" / "mine.py").read_text()
+    docstring = ast.parse(source).body[0]
+    code = "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
+    return f"\n```python\n{code}\n```\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Path to text, of every page that this program writes."""
+    read = {name: (ROOT / name).read_text() for name in ("README.md", "docs/tour.md")}
+    formats = (ROOT / "docs" / "formats.md").read_text()
+    return {
+        "docs/config.md": config_page(),
+        "docs/formats.md": between(formats, "tables", record_tables() + "\n"),
+        "docs/tour.md": with_lines(read["docs/tour.md"]),
+        "README.md": between(read["README.md"], "configs/mine.py", first_study()),
+    }
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (ROOT / name).write_text(text)

@@ -1,0 +1,229 @@
+"""A whole study of tiny models: what is made, what a change leaves alone, and where it is found."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+
+import pytest
+
+from deltapref_jax.artifacts.node import in_order
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import (
+    Arm,
+    Experiment,
+    Generator,
+    Model,
+    Objective,
+    Prompts,
+    Sampling,
+    Scoring,
+    Suite,
+    Training,
+)
+from deltapref_jax.records import Pair, Prompt, Result, TokenSequence
+from deltapref_jax.stages.study import plan
+from deltapref_jax.validation import validate
+
+QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+
+
+def questions_file(folder, rows=QUESTIONS):
+    """The file has one name everywhere, since its stem is the questions' task."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Prompts(kind="jsonl", path=str(path), checker="exact")
+
+
+def suite(name, domain="in", **fields):
+    prompts = Prompts(tasks=(name,), count=3, difficulty=1, seed=9)
+    return Suite(name=name, domain=domain, prompts=prompts, **fields)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory):
+    """The experiment and its finished workspace."""
+    root = tmp_path_factory.mktemp("study")
+    e = Experiment(
+        name="small study",
+        workspace=str(root / "workspace"),
+        prompts=(questions_file(root),),
+        generators=(Generator(name="weak"), Generator(name="strong", temperature=0.5)),
+        student=Model(path=str(tiny_folder)),
+        objectives=(Objective(name="dpo"), Objective(name="kto", kind="kto")),
+        arms=(
+            Arm(name="dpo", chosen="strong", rejected="weak", seeds=(0, 1)),
+            Arm(name="kto", chosen="strong", rejected="weak", objective="kto"),
+        ),
+        suites=(suite("chain"), suite("shop", "out", samples=2)),
+        training=Training(
+            pairs_per_step=4, steps=1, rows=8, row_length=160, finishes=("eos", "stop", "length")
+        ),
+        sampling=Sampling(max_prompt=200, max_tokens=8, slots=8, chunk=4, shard=5),
+        scoring=Scoring(rows=8, row_length=160, shard=5),
+    )
+    run([plan(validate(e))], Workspace(e.workspace), e.name, show=False)
+    return e
+
+
+@pytest.fixture
+def again(made, tmp_path):
+    """The function of changed fields to the report and workspace of a run that continues `made`."""
+    root = shutil.copytree(made.workspace, tmp_path / "workspace", symlinks=True)
+
+    def of(**fields):
+        e = validate(dataclasses.replace(made, workspace=str(root), **fields))
+        report, workspace = plan(e), Workspace(root)
+        run([report], workspace, e.name, show=False)
+        return report, workspace
+
+    of.root = root
+    return of
+
+
+def artifacts(root):
+    """Folders that have a manifest, as `stage/key`."""
+    return {"/".join(path.parts[-3:-1]) for path in root.glob("*/*/manifest.json")}
+
+
+def times(root):
+    """When every file of an artifact was written."""
+    found = [p for folder in artifacts(root) for p in (root / folder).rglob("*") if p.is_file()]
+    return {p: p.stat().st_mtime_ns for p in found if "claims" not in p.parts}
+
+
+def counts(folders):
+    return Counter(folder.split("/")[0] for folder in folders)
+
+
+def test_another_run_makes_nothing(again):
+    before = times(again.root)
+    again()
+    assert times(again.root) == before
+
+
+def test_one_more_suite_and_generator_leave_pairs_policies_and_results_alone(made, again):
+    before, old = times(again.root), artifacts(again.root)
+    first, _ = again()
+    report, workspace = again(
+        suites=(*made.suites, suite("euclid", "out")),
+        generators=(*made.generators, Generator(name="idle", temperature=0.9)),
+    )
+    after = times(again.root)
+    assert {p: after[p] for p in before} == before
+    for arm, seeds in first.policies.items():
+        assert workspace.path(report.pairs[arm]) == workspace.path(first.pairs[arm])
+        for seed, policy in seeds.items():
+            assert workspace.path(report.policies[arm][seed]) == workspace.path(policy)
+            for name, result in first.results[arm][seed].items():
+                assert workspace.path(report.results[arm][seed][name]) == workspace.path(result)
+    assert counts(artifacts(again.root) - old) == {
+        # the suite, and the training questions, which are looked through once more and equal
+        "prompts": 2,
+        "sample": 1,
+        "verify": 1,
+        # the suite by strong, by the student, which is weak, and by three policies; idle on all
+        "evaluate": 5 + 3,
+        "report": 1,
+    }
+    assert workspace.path(report.prompts) != workspace.path(first.prompts)
+    assert workspace.table(report.prompts) == workspace.table(first.prompts)
+
+
+def test_a_changed_file_of_equal_questions_stops_the_rebuild(again, tmp_path):
+    before, old = times(again.root), artifacts(again.root)
+    first, _ = again()
+    file = questions_file(tmp_path / "other", [*QUESTIONS, QUESTIONS[2]])
+    report, workspace = again(prompts=(file,))
+    (added,) = artifacts(again.root) - old
+    assert str(workspace.path(report.prompts)) == str(again.root / added)
+    assert workspace.path(report.prompts) != workspace.path(first.prompts)
+    assert workspace.manifest(report.prompts).stats["duplicate"] == 1
+    assert {p: t for p, t in times(again.root).items() if p in before} == before
+    assert workspace.path(report) == workspace.path(first)
+    index = json.loads((again.root / "index.json").read_text())["small study"]
+    assert index["prompts"] == added
+
+
+def test_another_question_does_not_stop_it(made, again, tmp_path):
+    file = questions_file(
+        tmp_path / "other", [*QUESTIONS[1:], {"prompt": "What is 3?", "answer": "3"}]
+    )
+    report = plan(dataclasses.replace(made, prompts=(file,)))
+    workspace = Workspace(again.root)
+    run([report.prompts], workspace, show=False)
+    assert len(workspace.rows(Prompt, report.prompts)) == len(QUESTIONS)
+    for name in ("weak", "strong"):
+        assert not workspace.complete(report.traces[name])
+        assert workspace.key(report.sequences[name]) is None
+
+
+def test_there_is_one_table_of_results_for_every_policy_and_suite(made):
+    report, workspace = plan(made), Workspace(made.workspace)
+    tables = [report.student, *report.capability.values()]
+    tables += [of_seed for seeds in report.results.values() for of_seed in seeds.values()]
+    assert len(tables) == 1 + 2 + 3
+    paths = set()
+    for of_suite in tables:
+        assert list(of_suite) == ["chain", "shop"]
+        for name, node in of_suite.items():
+            rows = workspace.rows(Result, node)
+            samples = {"chain": 1, "shop": 2}[name]
+            assert {row.suite for row in rows} == {name}
+            assert len(rows) == 3 * samples
+            paths.add(str(workspace.path(node)))
+    # the student before training is the weak generator
+    assert paths == {str(p) for p in workspace.path(report.student["chain"]).parent.iterdir()}
+    assert len(paths) == 2 * (1 + 1 + 3)
+
+
+def test_what_arms_train_on_is_the_sequences_of_their_pairs(made):
+    report, workspace = plan(made), Workspace(made.workspace)
+    pairs = workspace.rows(Pair, report.pairs["dpo"])
+    assert workspace.path(report.pairs["dpo"]) == workspace.path(report.pairs["kto"])
+    matched = {
+        row.trace_id
+        for node in report.sequences.values()
+        for row in workspace.rows(TokenSequence, node)
+        if row.matched
+    }
+    assert len(pairs) > 4
+    assert {t for pair in pairs for t in (pair.chosen_id, pair.rejected_id)} <= matched
+
+
+def test_the_inputs_of_the_report_are_all_artifacts(made):
+    report, workspace = plan(made), Workspace(made.workspace)
+    nodes = in_order([report])
+    assert {*report.inputs().values(), report} == set(nodes)
+    folders = {str(workspace.path(node).relative_to(workspace.root)) for node in nodes}
+    assert folders == artifacts(workspace.root)
+    said = workspace.manifest(report).inputs
+    assert said.keys() == report.inputs().keys()
+    for name, node in report.inputs().items():
+        path = str(workspace.path(node).relative_to(workspace.root))
+        assert said[name] == {"path": path, "content": workspace.manifest(node).content}
+    listed = workspace.manifest(report).files
+    assert {"report.html", "summary.json"} <= set(listed)
+
+
+def test_the_index_names_every_artifact_and_links_lead_to_their_folders(made):
+    report, workspace = plan(made), Workspace(made.workspace)
+    nodes = in_order([report])
+    index = json.loads((workspace.root / "index.json").read_text())
+    assert index == {
+        "small study": {node.name: f"{node.stage}/{workspace.key(node)}" for node in nodes}
+    }
+    links = workspace.root / "by_name" / "small_study"
+    for node in nodes:
+        link = links.joinpath(*node.label)
+        assert os.path.islink(link)
+        assert not os.path.isabs(os.readlink(link))
+        assert os.path.realpath(link) == os.path.realpath(workspace.path(node))
+        assert (link / "manifest.json").exists()
+    found = [
+        p for folder, names, _ in os.walk(links) for p in names if os.path.islink(f"{folder}/{p}")
+    ]
+    assert len(found) == len(nodes)
