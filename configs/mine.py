@@ -13,31 +13,24 @@ import functools
 from deltapref_jax.config import Arm, Experiment, Generator, Judge, Model, Objective, Prompts, Suite
 
 
-def questions(path: str) -> Prompts:
-    return Prompts(kind="jsonl", path=path, prompt_field="question", checker="math")
-
-
 def get_config() -> Experiment:
+    questions = functools.partial(Prompts, "jsonl", prompt_field="question", checker="math")
     quarter = functools.partial(Arm, chosen="strong", rejected="weak", fraction=0.25)
     e = Experiment(
         name="mine",
         question="Does my student learn more from all pairs, or from those of the largest gap?",
         prompts=(questions("questions.jsonl"),),
-        student=Model(path="models/student"),
-        generators=(
-            Generator(name="weak", model=Model(path="models/weak")),
-            Generator(name="strong", model=Model(path="models/strong")),
-        ),
-        judges=(Judge(name="judge", kind="model", model=Model(path="models/judge")),),
-        objectives=(Objective(name="dpo", learning_rate=5e-6),),
+        student=Model("models/student"),
+        generators=tuple(Generator(n, Model(f"models/{n}")) for n in ("weak", "strong")),
+        judges=(Judge("judge", "model", Model("models/judge")),),
+        objectives=(Objective("dpo", learning_rate=5e-6),),
         arms=(
-            Arm(name="all", chosen="strong", rejected="weak"),
-            quarter(name="top", keep="top", group="selection"),
-            quarter(name="random", keep="random", group="selection"),
+            Arm("all", "strong", "weak"),
+            *(quarter(keep, keep=keep, group="selection") for keep in ("top", "random")),
         ),
         suites=(
-            Suite(name="held_out", domain="in", prompts=questions("held_out.jsonl")),
-            Suite(name="other", domain="out", prompts=questions("other.jsonl")),
+            Suite("held_out", "in", questions("held_out.jsonl")),
+            Suite("other", "out", questions("other.jsonl")),
         ),
     )
     e.sampling.max_prompt = e.sampling.max_tokens = 512

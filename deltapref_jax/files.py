@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -42,6 +43,8 @@ UNWRITABLE_ERRNOS = (
 class ArtifactError(RuntimeError):
     """An artifact is damaged or cannot be written; the message names the file and the remedy."""
 
+    code = 2  # exit code of the entry points
+
 
 def write_atomic(path: epath.Path, data: bytes) -> None:
     """Writes `data` to `path`, which either does not change or holds all of it, also after a crash.
@@ -67,9 +70,21 @@ def write_atomic(path: epath.Path, data: bytes) -> None:
         raise unwritable(path, e) from e
 
 
+def is_unwritable(e: BaseException) -> bool:
+    """Whether `e` is an error of a file system that cannot be written (UNWRITABLE_ERRNOS).
+
+    The libraries in Rust (safetensors, tokenizers) raise exceptions of their own, with the number
+    of the system's error in their text.
+    """
+    number = re.search(r"\(os error (\d+)\)", str(e))
+    return (int(number[1]) if number else getattr(e, "errno", None)) in UNWRITABLE_ERRNOS
+
+
 def unwritable(path: Any, e: Exception) -> ArtifactError:
     """Returns the error to raise for a file that cannot be written because of `e`."""
     reason = getattr(e, "strerror", None) or str(e).strip() or type(e).__name__
+    if number := re.search(r"\(os error (\d+)\)", reason):
+        reason = os.strerror(int(number[1]))
     return ArtifactError(
         f"{path} cannot be written ({reason.splitlines()[0]}); make room or choose another "
         "workspace, and run the same command: finished work is kept."

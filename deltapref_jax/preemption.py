@@ -31,13 +31,68 @@ class Preempted(BaseException):
 _STOPPED = "Stopped by SIGTERM. Run the same command to continue; finished work is kept."
 
 
-def _raise_preempted(*_: Any) -> None:
-    raise Preempted(_STOPPED)
+_AGAIN_SECONDS = 1.0  # after which a signal whose exception got lost is sent again
+_unheard: tuple[int, BaseException] | None = None  # the last signal and the exception raised for it
 
 
-def raise_on_sigterm() -> None:
-    """Makes SIGTERM raise `Preempted` in the main thread, so that `finally` releases leases."""
-    signal.signal(signal.SIGTERM, _raise_preempted)
+def raise_on_signals() -> None:
+    """Makes SIGTERM raise `Preempted`, and Ctrl-C KeyboardInterrupt, until `stop_raising`.
+
+    They are raised in the main thread, so that `finally` releases leases. Python drops an exception
+    that is raised inside a garbage-collection callback, a weak reference's callback or `__del__`,
+    and some libraries drop one in a bare `except`. So a thread sends the signal again each second
+    unless the main thread is handling its exception, which it does from the first `finally` or
+    `except` that the exception reaches.
+    """
+    signal.signal(signal.SIGTERM, _raise_for_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # It may be ignored.
+        signal.signal(signal.SIGINT, _raise_for_signal)
+    sys.unraisablehook = _show_unraisable
+    # The thread polls, because a lock or an event would not be safe in a signal handler.
+    threading.Thread(target=_raise_again, daemon=True).start()
+
+
+def stop_raising() -> None:
+    """Tells that the exception of a signal has reached the entry point, which now ends."""
+    global _unheard
+    _unheard = None
+
+
+def _raise_for_signal(number: int, _: Any) -> NoReturn:
+    global _unheard
+    error = Preempted(_STOPPED) if number == signal.SIGTERM else KeyboardInterrupt()
+    _unheard = number, error
+    raise error
+
+
+def _raise_again() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    while True:
+        time.sleep(_AGAIN_SECONDS)
+        if _unheard and not _handles(main, type(_unheard[1])):
+            signal.pthread_kill(main, _unheard[0])
+
+
+def _handles(thread: int, kind: type[BaseException]) -> bool:
+    """Whether a thread is in a `finally` or `except` behind an exception of `kind`."""
+    current: Any = sys._current_exceptions().get(thread)
+    e = current[1] if isinstance(current, tuple) else current  # A tuple until Python 3.11.
+    while e is not None and not isinstance(e, kind):
+        e = e.__context__
+    return e is not None
+
+
+def _show_unraisable(unraisable: Any) -> None:
+    """Prints an exception that Python dropped, unless the user need not know of it.
+
+    A signal's exception is raised again. The event loops of tensorstore and gcsfs are closed while
+    their threads still run when the program ends.
+    """
+    e = unraisable.exc_value
+    closed = isinstance(e, RuntimeError) and str(e) == "Event loop is closed"
+    if not (closed or isinstance(e, Preempted | KeyboardInterrupt)):
+        sys.__unraisablehook__(unraisable)
 
 
 class ProcessGroupShutdown:
@@ -229,7 +284,7 @@ class PreemptionGuard:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
         if self._received and kind is None:
-            _raise_preempted()
+            raise Preempted(_STOPPED)
 
     def _record(self, *_: Any) -> None:
         self._received = True

@@ -21,7 +21,8 @@ from deltapref_jax.preemption import (
     abort_all_on_error,
     exit_all,
     exit_process,
-    raise_on_sigterm,
+    raise_on_signals,
+    stop_raising,
 )
 
 # A flag defined here is listed in the --help of the entry point that calls the function.
@@ -85,7 +86,7 @@ def _fail(sentence: str, code: int = 2) -> int:
 
 def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
-        raise_on_sigterm()
+        raise_on_signals()
         if argv[1:]:
             exit_all(
                 2,
@@ -102,12 +103,14 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
                 and not logging.level_debug()
                 and raised_in.startswith(_PROJECT)
             ):
-                exit_all(2, str(e))
+                exit_all(getattr(e, "code", 2), str(e))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:
+            stop_raising()
             exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
         except Preempted as e:
+            stop_raising()
             # Each process has received the signal, and saves and exits by itself.
             exit_all(Preempted.code, str(e), notify_others=False)
 

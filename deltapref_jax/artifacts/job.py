@@ -5,6 +5,7 @@ import datetime
 import functools
 import json
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from deltapref_jax.artifacts.lease import LEASE_SECONDS, Lease
+from deltapref_jax.artifacts.lease import LEASE_SECONDS, Lease, LostLease
 from deltapref_jax.artifacts.node import Node
 from deltapref_jax.artifacts.workspace import Manifest, Workspace
 from deltapref_jax.files import (
@@ -108,10 +109,25 @@ class Job:
 
     @contextlib.contextmanager
     def output_dir(self, name: str) -> Iterator[Path]:
-        """A folder on this machine to write into; it becomes the artifact's folder `name`."""
-        with staged_dir(self.dir / name) as folder:
-            yield folder
-            if remote(self.dir):
+        """A folder on this machine to write into; it becomes the artifact's folder `name`.
+
+        Raises:
+          LostLease: another process took the artifact over; the folder is left as it was.
+        """
+        if not remote(self.dir):
+            temporary = Path(self.dir / f".{name}.{uuid.uuid4().hex}")
+            try:
+                temporary.mkdir()
+                yield temporary
+                self.check_lease()
+                shutil.rmtree(self.dir / name, ignore_errors=True)  # of a killed run
+                temporary.rename(self.dir / name)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with staged_dir(self.dir / name) as folder:
+                yield folder
+                self.check_lease()
                 self._uploaded |= {
                     f"{name}/{file.relative_to(folder).as_posix()}": (
                         file.stat().st_size,
@@ -123,6 +139,7 @@ class Job:
 
     def write_file(self, name: str, data: bytes) -> None:
         """A file of the artifact, whole."""
+        self.check_lease()
         if self._first:
             write_atomic(self.dir / name, data)
         self.files.append(name)
@@ -255,6 +272,18 @@ class Job:
             raise Finished
         self._began = time.time()
 
+    def check_lease(self) -> None:
+        """Checks that this process still holds what it claimed, if anything; asked before a write.
+
+        Raises:
+          LostLease: another process took the artifact over, which is its alone from then on.
+        """
+        if self._lease and self._first and not self._lease.held():
+            raise LostLease(
+                f"Another process took over {self.dir} ({self.node.name}) because this one was "
+                "silent for a minute; run the same command to continue."
+            )
+
     def close(self) -> None:
         """Gives back the lease of `claim`, and the copies of `local_input`."""
         self._open.close()
@@ -266,14 +295,11 @@ class Job:
         """Writes the manifest and returns it.
 
         Raises:
-          ArtifactError: a file changed since it was made, or another runner took the artifact over.
+          ArtifactError: a file changed since it was made.
+          LostLease: another process took the artifact over.
         """
         node = self.node
-        if self._lease and self._lease.lost:
-            raise ArtifactError(
-                f"Another process took over {self.dir} ({node.name}) because this one was silent "
-                "for a minute; run the same command to continue."
-            )
+        self.check_lease()
         names = [
             file
             for pattern in self.files
@@ -303,18 +329,23 @@ class Job:
         ).sealed()
         text = json.dumps(manifest._asdict(), indent=1)
         write_atomic(self.dir / "manifest.json", text.encode())
-        self._remove_leftovers(ended)
+        self._remove_leftovers()
         return manifest
 
     def _matching(self, pattern: str) -> list[str]:
         return sorted(os.path.relpath(file, self.dir) for file in self.dir.glob(pattern))
 
-    def _remove_leftovers(self, now: float) -> None:
-        """Temporary files of killed processes."""
-        for file in self.dir.glob(".*.*"):
+    def _remove_leftovers(self) -> None:
+        """Removes temporary files and folders of killed processes.
+
+        Their age is that against the manifest, which was just written on the same file system: this
+        host's clock may be hours ahead of the one that times the files that another is writing.
+        """
+        now = (self.dir / "manifest.json").stat().mtime
+        for path in self.dir.glob(".*.*"):
             with contextlib.suppress(OSError):
-                if file.stat().mtime < now - LEASE_SECONDS:
-                    file.unlink()
+                if path.stat().mtime < now - LEASE_SECONDS:
+                    path.rmtree() if path.is_dir() else path.unlink()
 
     def _checked(self, name: str) -> tuple[int, str]:
         """Size and checksum of a file; a shard must still be what its maker wrote."""

@@ -1,11 +1,13 @@
 """Leases, by which processes and hosts share work: each claims a piece, and claims expire.
 
-A claim is a small JSON file with its owner and its expiry time, which a thread renews. It is read
-and replaced under a file lock, so that on one file system two processes never hold the same lease.
-Object stores have no such lock, so two hosts may rarely claim the same piece there. The same holds
-for hosts whose clocks differ by most of a lease, and for a process that was suspended past its own
-expiry. The work is then done twice. That costs time only, because every process that makes a shard
-writes the same bytes.
+A claim is a small JSON file with its owner, which a thread rewrites. It expires when it has not
+been rewritten for a lease's time. That is judged by the times of the file system and of the process
+that looks, and never by a time that another host wrote: clocks of hosts may differ by hours. Claims
+are read and replaced under a file lock, so that on one file system two processes never hold the
+same lease. Object stores have no such lock, so two hosts may rarely claim the same piece there. A
+process that was suspended past its own expiry loses its lease too, and notices when it asks
+(`Lease.held`). A shard is then made twice. That costs time only, because every process that makes a
+shard writes the same bytes.
 """
 
 import contextlib
@@ -21,8 +23,23 @@ from typing import Any
 
 from etils import epath
 
+from deltapref_jax.files import ArtifactError
+
 LEASE_SECONDS = 60.0
 _held: set["Lease"] = set()
+_seen: dict[str, tuple[str, float]] = {}
+"""Claims of others, by path: their text, and the time (`_clock`) at which it was first seen."""
+
+
+class LostLease(ArtifactError):
+    """Another process took over the artifact at work; the sentence names it."""
+
+    code = os.EX_TEMPFAIL  # 75, as after a preemption: run the same command again
+
+
+def _clock() -> float:
+    """Seconds that also pass while the machine is suspended, where the system counts them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def release_all() -> None:
@@ -52,7 +69,9 @@ class Lease:
         self._path, self._seconds = path, seconds
         self._owner = {"host": _pid_namespace(), "pid": os.getpid(), "id": uuid.uuid4().hex}
         self._remote = "://" in os.fspath(path)
+        self._lock = os.fspath(path.parent / ".lock")
         self._stop = threading.Event()
+        self._renewed = _clock()
         self.lost = False
 
     def take(self) -> bool:
@@ -63,8 +82,20 @@ class Lease:
                 return False
             self._write()
         _held.add(self)
-        threading.Thread(target=self._renew, daemon=True).start()
+        threading.Thread(target=self._keep_renewing, daemon=True).start()
         return True
+
+    def held(self) -> bool:
+        """Whether the claim is still this process's own, as its file says at this moment.
+
+        The claim is renewed if its thread was late. In a bucket only a late claim is read.
+        """
+        late = _clock() - self._renewed > self._seconds / 2
+        if not self.lost and (late or not self._remote):
+            # A claim that cannot be read at the moment is not lost.
+            with contextlib.suppress(Exception):
+                self._renew() if late else self._look()
+        return not self.lost
 
     def release(self) -> None:
         """Stops renewal and deletes the claim if it is still this process's own."""
@@ -80,23 +111,28 @@ class Lease:
         if self._remote:
             yield
             return
-        with open(os.fspath(self._path.parent / ".lock"), "a") as file:
+        with open(self._lock, "a") as file:
             # A file system without locks is treated like an object store.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _read(self) -> dict[str, Any]:
-        """The claim as it is stored, or {} if it is missing, damaged or incomplete."""
+    def _text(self) -> str:
         try:
-            claim = json.loads(self._path.read_text())
-            return claim if {"host", "pid", "id", "expires"} <= claim.keys() else {}
-        except (OSError, ValueError, AttributeError):
+            return self._path.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _read(self) -> dict[str, Any]:
+        """The claim as it is stored, or {} if it is missing, damaged, incomplete or nonsense."""
+        try:
+            return _parse(self._text())
+        except (OSError, ValueError):
             return {}
 
     def _held_by_another(self) -> bool:
         claim = self._read()
-        if not claim or claim["id"] == self._owner["id"] or claim["expires"] < time.time():
+        if not claim or claim["id"] == self._owner["id"] or self._expired(json.dumps(claim)):
             return False
         if claim["host"] == self._owner["host"]:
             try:
@@ -107,23 +143,63 @@ class Lease:
                 pass
         return True
 
+    def _expired(self, text: str) -> bool:
+        """Whether the claim `text` of another has not been rewritten for a lease's time."""
+        path, now = os.fspath(self._path), _clock()
+        if path not in _seen or _seen[path][0] != text:
+            _seen[path] = text, now
+        if now - _seen[path][1] >= self._seconds:
+            return True
+        with contextlib.suppress(OSError):
+            if not self._remote:  # The file system's own clock gives both times.
+                os.utime(self._lock)
+                age = os.stat(self._lock).st_mtime - os.stat(path).st_mtime
+                return age >= self._seconds
+        return False
+
     def _write(self) -> None:
+        # The expiry is for people; to others it shows that the claim was rewritten.
         text = json.dumps(self._owner | {"expires": time.time() + self._seconds})
         if self._remote:
             self._path.write_text(text)
-            return
-        # The rename prevents half-written claims after a crash, or on a file system without locks.
-        temporary = self._path.parent / f".{self._owner['id']}"
-        temporary.write_text(text)
-        temporary.replace(self._path)
+        else:
+            # The rename prevents half-written claims after a crash, or on a file system without
+            # locks.
+            temporary = self._path.parent / f".{self._owner['id']}"
+            temporary.write_text(text)
+            temporary.replace(self._path)
+        self._renewed = _clock()
+
+    def _look(self) -> None:
+        """Notes that the lease is lost if the claim is another's or gone."""
+        try:
+            self.lost = _parse(self._text()).get("id") != self._owner["id"]
+        except ValueError:
+            self.lost = True
 
     def _renew(self) -> None:
+        with self._locked():
+            if not self._stop.is_set():
+                self._look()
+                if not self.lost:
+                    self._write()
+
+    def _keep_renewing(self) -> None:
         """Renews after each quarter of the lease, so that one failed write does not lose it."""
-        while not self._stop.wait(self._seconds / 4):
-            with contextlib.suppress(Exception), self._locked():
-                if self._stop.is_set():
-                    return
-                if self._read().get("id") != self._owner["id"]:
-                    self.lost = True
-                    return
-                self._write()
+        while not self.lost and not self._stop.wait(self._seconds / 4):
+            with contextlib.suppress(Exception):
+                self._renew()
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """A claim, or {} if a field is missing or is none that a process could have written.
+
+    Raises:
+      ValueError: it is no JSON.
+    """
+    claim = json.loads(text or "{}")
+    if not isinstance(claim, dict) or not {"host", "pid", "id", "expires"} <= claim.keys():
+        return {}
+    # Process 0, and negative ones, would mean whole groups of processes to `os.kill`.
+    pid = claim["pid"]
+    return claim if isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 2**31 else {}

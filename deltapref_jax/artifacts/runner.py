@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from deltapref_jax.artifacts.job import Busy, Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Manifest, Workspace
-from deltapref_jax.files import UNWRITABLE_ERRNOS, ArtifactError, unwritable
+from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
 from deltapref_jax.processes import agreed, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
@@ -119,9 +119,9 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
         agreed(True)  # the other processes read only what process 0 has finished
     except (Busy, Finished):
         pass
-    except OSError as e:
-        if e.errno in UNWRITABLE_ERRNOS:
-            raise unwritable(e.filename or workspace.root, e) from e
+    except Exception as e:
+        if is_unwritable(e):
+            raise unwritable(getattr(e, "filename", None) or workspace.root, e) from e
         raise
     finally:
         for job in jobs:

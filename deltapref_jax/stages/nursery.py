@@ -52,7 +52,9 @@ class SmallTokenizer(Node, stage="tokenizer", version=2):
 
     def make(self, job: Job) -> None:
         """Trains it on questions, solutions and the rubric."""
-        make_tokenizer(self.vocab, Path(job.dir / "model"))
+        job.claim()
+        with job.output_dir("model") as folder:
+            make_tokenizer(self.vocab, folder)
         job.files.append("model/*")
 
 
@@ -73,7 +75,7 @@ class SmallModelFolder(Node, stage="small_model", version=2):
         job.claim()
         text = ChatTokenizer.load(str(job.local_input(self.tokenizer, "model")))
         base = job.local_input(self.base, "model") if self.base else None
-        job.stats |= train_small_model(self.model, text, base, Path(job.dir), self.mesh)
+        job.stats |= train_small_model(self.model, text, base, job, self.mesh)
         job.files.append("model/*")
 
 
@@ -214,9 +216,9 @@ def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[Mo
 
 
 def train_small_model(
-    model: SmallModel, text: ChatTokenizer, base: Path | None, folder: Path, mesh: MeshShape
+    model: SmallModel, text: ChatTokenizer, base: Path | None, job: Job, mesh: MeshShape
 ) -> Stats:
-    """Trains one model and exports it, in bfloat16, to `folder/model`; returns counts."""
+    """Trains one model and exports it, in bfloat16, to the folder `model`; returns counts."""
     if base is not None:
         loaded = load(str(base))
         spec, params = loaded.spec, loaded.state
@@ -251,10 +253,12 @@ def train_small_model(
         lambda step: training_batch(model, text, step),
         run,
         make_mesh(mesh),
-        folder,
+        job.dir,
         f"nursery {model.name}",
+        check_lease=job.check_lease,
     )
-    export(params, spec, text, folder / "model", "bfloat16")
-    recipe = json.dumps(dataclasses.asdict(model), indent=2)
-    (folder / "model" / "recipe.json").write_text(recipe + "\n")
+    with job.output_dir("model") as folder:
+        export(params, spec, text, folder, "bfloat16")
+        recipe = json.dumps(dataclasses.asdict(model), indent=2)
+        (folder / "recipe.json").write_text(recipe + "\n")
     return counts

@@ -78,6 +78,7 @@ class Policy(Node, stage="train", version=4):
             guard=self.reference_weights == self.student_weights,
             monitor=self.monitor,
             base=model.weights if adapters.rank else "",
+            check_lease=job.check_lease,
         )
         trained = gather_to_host(trained)
         if is_first():

@@ -73,6 +73,7 @@ def train(
     guard: bool = False,
     monitor: MonitorConfig | None = None,
     base: str = "",
+    check_lease: Callable[[], None] = lambda: None,
 ) -> tuple[nnx.State, Counts]:
     """Trains from `params`, or from the newest checkpoint in `folder`.
 
@@ -94,6 +95,7 @@ def train(
       guard: refuse to train if the policy differs from its reference before the first step.
       monitor: trackers and profiler window.
       base: hash of the weights that adapters belong to; checkpoints of another base are refused.
+      check_lease: called before every write into `folder`; raises if it is another process's now.
 
     Returns:
       What was trained, and counts: tokens, positions, filled positions, seconds, and the step at
@@ -131,10 +133,11 @@ def train(
         done = checkpoints.newest()
         if done:
             state, counts = checkpoints.restore(state)
+        check_lease()  # The monitor cuts the metrics back to the steps done.
         with TrainMonitor(
             spec, lora, mesh, root, label, monitor or MonitorConfig(), bar, run.steps, done
         ) as shown:
-            report = _Report(run, counts, shown)
+            report = _Report(run, counts, shown, check_lease)
             if is_first():
                 report.replay(root)
             previous: _Step | None = None
@@ -178,6 +181,7 @@ def train(
                 counts["seconds_first_step" if number == done + 1 else "seconds_steady"] += seconds
                 counts["tokens_steady"] += batch.tokens if number > done + 1 else 0
                 if save:
+                    check_lease()
                     shown.flush()
                     checkpoints.save(number, state, counts)
                 if stop:
@@ -273,9 +277,12 @@ def _hyper(objective: Objective, batch: StepData, z0: jax.Array, mesh: Mesh) -> 
 class _Report:
     """Fetches finished steps, checks them and shows their metrics."""
 
-    def __init__(self, run: Run, counts: Counts, monitor: TrainMonitor):
+    def __init__(
+        self, run: Run, counts: Counts, monitor: TrainMonitor, check_lease: Callable[[], None]
+    ):
         objective = run.objective
         self._kind, self._counts, self._monitor = objective.kind, counts, monitor
+        self._check_lease = check_lease
         self.displacement = LikelihoodDisplacement(
             objective.beta, OBJECTIVE_KINDS[objective.kind].reference
         )
@@ -303,6 +310,7 @@ class _Report:
             "learning_rate": step.learning_rate,
             "num_tokens": int(self._counts["tokens"]),
         }
+        self._check_lease()
         self._monitor.show(row, step.batch)
         if warning := self.displacement(row):
             self._monitor.warn(warning)

@@ -120,7 +120,6 @@ class Programs(NamedTuple):
     # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
     apply: Callable[..., Any]
     logprobs: Callable[..., Any]  # (both in one, batch) -> ([S] sums, [S] counts)
-    state_shardings: Any  # shardings of the whole TrainState
 
 
 @functools.cache
@@ -180,5 +179,4 @@ def programs(
             out_shardings=(state_shardings, everywhere),
         ),
         logprobs=logprob_fn(spec, dtype, segments, mesh, adapters),
-        state_shardings=state_shardings,
     )

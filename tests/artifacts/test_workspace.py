@@ -6,16 +6,14 @@ import pathlib
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
-from etils import epath
 
 from deltapref_jax.artifacts.job import Job
-from deltapref_jax.artifacts.lease import Lease, _pid_namespace
+from deltapref_jax.artifacts.lease import Lease, LostLease
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
@@ -334,56 +332,6 @@ def test_failed_stage_leaves_no_claim_and_no_manifest(tmp_path):
     assert not Workspace(tmp_path).complete(node)
 
 
-# Leases
-
-
-def claim(path, **fields):
-    path.write_text(
-        json.dumps({"host": "elsewhere", "pid": 1, "id": "x", "expires": time.time() + 60} | fields)
-    )
-    return epath.Path(path)
-
-
-def dead_pid():
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    return gone.pid
-
-
-def test_live_lease_of_another_host_is_respected_and_stale_ones_are_taken_over(tmp_path):
-    path = tmp_path / "claim"
-    assert not Lease(claim(path)).take()
-    assert not Lease(claim(path, host=_pid_namespace(), pid=os.getpid())).take()
-    for stale in ({"expires": time.time() - 1}, {"host": _pid_namespace(), "pid": dead_pid()}):
-        lease = Lease(claim(path, **stale))
-        assert lease.take()
-        lease.release()
-        assert not path.exists()
-    path.write_text('{"host": ')
-    assert Lease(epath.Path(path)).take()
-
-
-def test_lease_is_renewed_while_held_and_ends_with_release(tmp_path):
-    path = epath.Path(tmp_path / "claim")
-    held = Lease(path, seconds=0.4)
-    assert held.take()
-    time.sleep(0.8)
-    assert not Lease(path).take()
-    held.release()
-    assert Lease(path).take()
-
-
-def test_lost_lease_is_noticed_and_not_given_back(tmp_path):
-    path = tmp_path / "claim"
-    mine = Lease(epath.Path(path), seconds=0.2)
-    assert mine.take()
-    claim(path, id="theirs")
-    time.sleep(0.3)
-    assert mine.lost
-    mine.release()
-    assert json.loads(path.read_text())["id"] == "theirs"
-
-
 def test_lost_artifact_is_not_blessed(tmp_path):
     def stage(job):
         job.claim()
@@ -398,21 +346,79 @@ def test_lost_artifact_is_not_blessed(tmp_path):
     assert not Workspace(tmp_path).complete(node)
 
 
-def test_one_of_many_takes_a_stale_lease_over(tmp_path):
-    path = claim(tmp_path / "claim", expires=0)
-    barrier, won = threading.Barrier(12), []
+def test_a_folder_of_an_artifact_that_was_taken_over_is_left_as_it_was(tmp_path):
+    """Who slept through its lease ends with the sentence, and what the other wrote stands."""
 
-    def race():
-        lease = Lease(path)
-        barrier.wait()
-        won.append(lease.take())
+    def stage(job):
+        job.claim()
+        with job.output_dir("policy") as folder:
+            (folder / "weights").write_text("mine")
+            theirs = job.dir / "policy"
+            theirs.mkdir()
+            (theirs / "weights").write_text("theirs")
+            claim = job.dir / "claims" / "all"
+            claim.write_text(claim.read_text().replace('"id": "', '"id": "theirs'))
 
-    threads = [threading.Thread(target=race) for _ in range(12)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert sorted(won) == [False] * 11 + [True]
+    node = adhoc(stage)
+    with pytest.raises(LostLease, match=r"^Another process took over \S+ \(x\) because") as e:
+        run([node], Workspace(tmp_path), show=False)
+    assert e.value.code == 75
+    folder = pathlib.Path(Workspace(tmp_path).path(node))
+    assert (folder / "policy" / "weights").read_text() == "theirs"
+    assert sorted(p.name for p in folder.iterdir()) == ["claims", "policy"]
+
+
+def test_a_folder_replaces_what_a_killed_run_left(tmp_path):
+    def stage(job):
+        old = job.dir / "policy" / "old"
+        old.parent.mkdir()
+        old.touch()
+        with job.output_dir("policy") as folder:
+            (folder / "new").touch()
+        job.files.append("policy/*")
+
+    node, workspace = adhoc(stage), Workspace(tmp_path)
+    run([node], workspace, show=False)
+    assert list(workspace.manifest(node).files) == ["policy/new"]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_an_hour_off_removes_nothing_that_is_being_written(tmp_path, monkeypatch, hours):
+    """The times of files are those of a file server; `time.time` is this host's."""
+    now = time.time
+
+    def stage(job):
+        (job.dir / ".shard.young").touch()
+        (job.dir / ".policy.old").mkdir()
+        (job.dir / ".policy.old" / "weights").touch()
+        os.utime(job.dir / ".policy.old", (now() - 1000,) * 2)
+        monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+        job.write_file("a", b"a")
+
+    node = adhoc(stage)
+    run([node], Workspace(tmp_path), show=False)
+    assert [p.name for p in Workspace(tmp_path).path(node).glob(".*.*")] == [".shard.young"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_of_any_library_is_one_sentence(tmp_path, error):
+    """Libraries in Rust raise exceptions that are no OSError."""
+
+    def stage(job):
+        raise error
+
+    with pytest.raises(ArtifactError) as e:
+        run([adhoc(stage)], Workspace(tmp_path), show=False)
+    assert str(e.value) == (
+        f"{tmp_path} cannot be written (No space left on device); make room or choose another "
+        "workspace, and run the same command: finished work is kept."
+    )
 
 
 def test_leftovers_of_killed_writers_are_swept(tmp_path):

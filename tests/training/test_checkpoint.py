@@ -9,15 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 from absl import logging
 
+from deltapref_jax.artifacts.job import Job
+from deltapref_jax.artifacts.lease import LostLease
+from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.weights import export
 from deltapref_jax.preemption import Preempted
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
 from deltapref_jax.training.state import Optimizer, init_state
@@ -188,6 +195,61 @@ def test_a_full_disk_ends_training_with_the_sentence(program, tmp_path, limited)
     wait_for_writers(tmp_path)
     params, _ = program.tiny(tmp_path, steps=6, every=2)
     same(params, program.tiny(tmp_path / "whole", steps=6)[0])
+
+
+class Made(Node, stage="made", version=1):
+    """Claims, and is made by a function."""
+
+    function: Callable[[Job], None] = runtime()
+
+    def make(self, job):
+        job.claim()
+        self.function(job)
+
+
+def test_a_run_that_slept_through_its_lease_leaves_the_folder_alone(program, tmp_path):
+    """The lease is taken over while step 5 is prepared, as if the process had been suspended."""
+    source, at_waking = program.data("dpo", 32), []
+
+    def train(job):
+        def sleeping(step):
+            if step == 4:
+                while not (job.dir / "checkpoints" / "step_4").exists():
+                    time.sleep(0.01)
+                claim = job.dir / "claims" / "all"
+                claim.write_text(claim.read_text().replace('"id": "', '"id": "theirs'))
+                at_waking.append((job.dir / "metrics.jsonl").read_bytes())
+            return source(step)
+
+        program.tiny(job.dir, steps=8, every=2, source=sleeping, check_lease=job.check_lease)
+
+    node, workspace = Made(label=("x",), function=train), Workspace(tmp_path)
+    with pytest.raises(LostLease, match=r"^Another process took over \S+ \(x\) because this one "):
+        run([node], workspace, show=False)
+    folder = pathlib.Path(workspace.path(node))
+    assert (folder / "metrics.jsonl").read_bytes() == at_waking[0]
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
+    assert "theirs" in (folder / "claims" / "all").read_text()
+
+
+def test_a_full_disk_while_a_policy_is_exported_is_one_sentence(tmp_path, tiny, limited):
+    """safetensors raises an exception of its own for it."""
+
+    def export_policy(job):
+        with job.output_dir("policy") as folder:
+            limited(20_000)
+            export(tiny.state, tiny.spec, tiny.text, folder)
+
+    node, workspace = Made(label=("x",), function=export_policy), Workspace(tmp_path)
+    with pytest.raises(ArtifactError) as e:
+        run([node], workspace, show=False)
+    limited(resource.RLIM_INFINITY)
+    assert str(e.value) == (
+        f"{tmp_path} cannot be written (File too large); make room or choose another workspace, "
+        "and run the same command: finished work is kept."
+    )
+    assert not list(pathlib.Path(workspace.path(node)).glob("*policy*"))
 
 
 def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):

@@ -1,0 +1,82 @@
+"""A signal is raised until the entry point hears it, and never in the middle of the cleanup."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM = """
+import gc, os, pathlib, sys, time, weakref
+from launch.flags import run_main
+
+NUMBER, FOLDER = {number}, pathlib.Path({folder!r})
+
+def send(*_):
+    if not (FOLDER / "sent").exists():
+        (FOLDER / "sent").touch()
+        os.kill(os.getpid(), NUMBER)
+        for _ in range(1000): pass
+
+class Deleted:
+    def __del__(self): send()
+
+def in_gc(): gc.callbacks.append(send); gc.collect()
+def in_del(): Deleted()
+def in_weakref():
+    deleted = type("Deleted", (), {{}})()
+    reference = weakref.ref(deleted, send)
+    del deleted
+    return reference
+def in_bare_except():
+    try: send()
+    except: pass
+def heard(): send()
+
+def main(_):
+    began = time.monotonic()
+    try:
+        {where}()
+        (FOLDER / "lost").touch()
+        while time.monotonic() - began < 30: time.sleep(0.01)
+    finally:
+        try: raise OSError
+        except OSError: time.sleep(2.5)
+        (FOLDER / "cleaned").touch()
+
+run_main(main)
+"""
+ENDS = {
+    signal.SIGTERM: (
+        75,
+        "Stopped by SIGTERM. Run the same command to continue; finished work is kept.\n",
+    ),
+    signal.SIGINT: (
+        130,
+        "Stopped. Run the same command to continue; finished shards are kept.\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("heard", signal.SIGTERM),
+        ("in_gc", signal.SIGTERM),
+        ("in_gc", signal.SIGINT),
+        ("in_del", signal.SIGTERM),
+        ("in_weakref", signal.SIGINT),
+        ("in_bare_except", signal.SIGTERM),
+    ],
+)
+def test_a_lost_signal_is_raised_again_and_cleanup_is_not_disturbed(tmp_path, where, number):
+    """The cleanup takes longer than the second after which a lost signal is sent again."""
+    program = PROGRAM.format(where=where, number=int(number), folder=str(tmp_path))
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == ENDS[number]
+    assert (tmp_path / "lost").exists() == (where != "heard")
+    assert (tmp_path / "cleaned").exists()
