@@ -35,7 +35,7 @@ def sequences(vocab, count=11, seed=0):
 
 
 def naive(model, params, rows):
-    """Sums of log-softmax over the targets of unpacked sequences, one a row, with the logits in full."""
+    """Sums of log-softmax over the targets of unpacked rows of one sequence, from all logits."""
     decoder = nnx.merge(model.graphdef, params)
     tokens, targets = (np.zeros((len(rows), 32), int) for _ in range(2))
     for i, s in enumerate(rows):
@@ -131,7 +131,7 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
 
 
 def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
-    """Values and gradients of 8 and of 32 rows of 1024 targets on 4096 words (128 and 512 MiB of logits)."""
+    """The logits of 8 and of 32 rows of 1024 targets on 4096 words have 128 and 512 MiB."""
     tiles(monkeypatch, 2048, 1024)
 
     def extra(rows):
@@ -221,7 +221,7 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
 
 
 def together(vocab, seed=0):
-    """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, in random order."""
+    """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, shuffled."""
     r = np.random.default_rng(seed)
     found = [
         TokenSequence(prompt, r.integers(0, vocab, r.integers(1, 14)))
@@ -276,7 +276,7 @@ def test_a_prompt_is_read_as_often_as_rows_are_filled_behind_it():
 
 
 def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
-    """Rows of 26 with 9 tokens left in each: the pair's 16 tokens behind one prompt fit none, 9 + 9 do."""
+    """Rows of 26 have 9 tokens left: 16 tokens behind one prompt fit none of them, 9 + 9 do."""
     big, small = TokenSequence([1], range(16)), TokenSequence(range(3), range(6))
     sequences = [big, big, small, small]
     (micro,) = pack_sequences(sequences, 2, 26, True, [[0], [1], [2, 3]])
@@ -290,7 +290,7 @@ def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
 def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(
     tiny, one_device, rows, length
 ):
-    """One-token answers to one question: a row of 32 tokens would hold 15, and has places for 4 sequences."""
+    """A row of 32 tokens would hold 15 one-token answers, and has places for 4 sequences."""
     sequences = [TokenSequence([7, 8, 9], [answer]) for answer in range(30)]
     micros = pack_sequences(sequences, rows, length, True)
     assert max(len(m.order) for m in micros) <= max_segments(rows, length)

@@ -19,7 +19,7 @@ PAIRS = 8
 
 
 def data(kind, vocab, rows, length=64, reference=-40.0):
-    """A pure step function: PAIRS pairs (or twice as many KTO examples) packed into micro-batches of `rows` rows."""
+    """Step to PAIRS pairs, or twice as many KTO examples, in micro-batches of `rows` rows."""
 
     def at(step):
         r = np.random.default_rng(step)
