@@ -37,6 +37,10 @@ from deltapref_jax.config import (
     check_choice,
     need_reasoning_gym,
 )
+from deltapref_jax.display import printable
+
+MAX_NAME = 200
+"""Characters of a name: file systems allow 255 bytes in the name of a link."""
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
 
@@ -78,6 +82,7 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
     for name in names:
         if not name:
             raise ConfigError(f"A {kind} has no name; give every {kind} one.")
+        _check_name(f"The name of {kind} {name!r}", name)
         if "/" in name:
             raise ConfigError(
                 f"The name of {kind} {name!r} holds a slash, which separates labels; use another "
@@ -85,6 +90,19 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
             )
         if names.count(name) > 1:
             raise ConfigError(f"Two {kind}s are named {name!r}; names must differ.")
+
+
+def _check_name(what: str, name: str) -> None:
+    """Checks that a name can be shown on one line and be the name of a link."""
+    if printable(name) != name or "\n" in name or "\t" in name:
+        raise ConfigError(
+            f"{what} holds a control character; use letters, digits and signs that can be seen."
+        )
+    if len(name) > MAX_NAME or not name.strip(". "):
+        raise ConfigError(
+            f"{what[:80]} is of no use as a name; give it 1 to {MAX_NAME} characters that are not "
+            "all dots."
+        )
 
 
 def _check_range(field: str, value: float, low: float, high: float = math.inf) -> None:
@@ -256,6 +274,7 @@ def validate(experiment: Experiment) -> Experiment:
             )
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
+    _check_name(f"config.name, {e.name!r},", e.name)
     if not e.workspace:
         raise ConfigError("config.workspace is empty; name a folder or bucket for the artifacts.")
     _check_range("config.seed", e.seed, 0, 2**63 - 1)

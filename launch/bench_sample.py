@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from deltapref_jax.config import Sampling
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, load
+from deltapref_jax.progress import plain_console
 from deltapref_jax.records import digest
 from deltapref_jax.sampling.engine import Engine, Request
 
@@ -165,7 +165,7 @@ def main(_: list[str]) -> None:
         table.add_row(
             *(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values())
         )
-    Console().print(table)
+    plain_console().print(table)
     if _OUTPUT.value:
         with open(_OUTPUT.value, "w") as file:
             json.dump(

@@ -34,6 +34,9 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from deltapref_jax.progress import plain_console
 
 _TRL = flags.DEFINE_string(
     "trl", "", "Python of an environment with trl and torch; if empty, TRL is not measured."
@@ -312,7 +315,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         base = ours.get((r["kind"], r["shape"]))
         if base is r:
             table.add_section()
-            table.add_row(f"[bold]{r['kind']}, {r['shape']}")
+            table.add_row(Text(f"{r['kind']}, {r['shape']}", style="bold"))
         elif base:
             r |= {
                 "speed_ratio": base["tokens_per_second"] / r["tokens_per_second"],
@@ -336,7 +339,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def main(_: list[str]) -> None:
     """Measures every objective and shape, writing the JSON after each, and prints the table."""
-    console, rows = Console(), []
+    console, rows = plain_console(), []
     with tempfile.TemporaryDirectory() as root:
         model = Path(root) / "model"
         make_model(model)

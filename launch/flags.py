@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
+from deltapref_jax.display import printable
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.preemption import (
     Preempted,
@@ -80,7 +81,7 @@ def window(steps: str) -> tuple[int, int] | None:
 
 
 def _fail(sentence: str, code: int = 2) -> int:
-    print(sentence, file=sys.stderr)
+    print(printable(sentence), file=sys.stderr)
     return code
 
 

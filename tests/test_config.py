@@ -80,6 +80,30 @@ CASES = [  # path of a field, value, sentence
     ),
     ("prompts.1.count", -2, "config.prompts[1].count is -2; it must be at least 0."),
     ("generators.0.name", "", "A generator has no name; give every generator one."),
+    (
+        "generators.0.name",
+        "we\x1bak",
+        r"The name of generator 'we\x1bak' holds a control character; use letters, digits and "
+        "signs that can be seen.",
+    ),
+    (
+        "arms.1.name",
+        "..",
+        "The name of arm '..' is of no use as a name; give it 1 to 200 characters that are not all "
+        "dots.",
+    ),
+    (
+        "name",
+        "x\ny",
+        r"config.name, 'x\ny', holds a control character; use letters, digits and signs that can "
+        "be seen.",
+    ),
+    (
+        "suites.0.name",
+        "x" * 201,
+        "The name of suite 'xx* is of no use as a name; give it 1 to 200 characters that are not "
+        "all dots.",
+    ),
     ("generators.0.name", "strong", "Two generators are named 'strong'; names must differ."),
     (
         "generators.1.top_p",
