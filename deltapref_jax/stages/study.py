@@ -231,6 +231,8 @@ def _ratings(
             judge=judge,
             weights=weights,
             scoring=e.scoring,
+            system=table.generator.system,
+            prefix=table.generator.prefix,
             mesh=e.mesh,
         )
         for name, table in traces.items()
