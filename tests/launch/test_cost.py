@@ -171,11 +171,8 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    experiment.seed, experiment.generators[1].temperature, experiment.sampling.max_tokens = (
-        7,
-        0.7,
-        70,
-    )
+    experiment.seed, experiment.generators[1].temperature = 7, 0.7
+    experiment.sampling.max_prompt, experiment.sampling.max_tokens = 80, 20
     report = plan(experiment)
     workspace = Workspace(experiment.workspace)
     known = [node for node in in_order([report]) if workspace.key(node)]
