@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from deltapref_jax.display import printable
 from deltapref_jax.processes import process_count, process_index
 
 
@@ -179,7 +180,7 @@ class ProcessGroupShutdown:
         self._exit_lock.acquire()  # Never released: a second caller waits here for `os._exit`.
         if notify_others:
             self._set(self._STOP_KEY, json.dumps([self._index, code, message]))
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
         sys.stdout.flush()
         self._on_exit()
         if self._index:
@@ -232,7 +233,7 @@ def exit_all(code: int, message: str, notify_others: bool = True) -> NoReturn:
     """Ends the program with `message` on stderr, and by default the job's other processes too."""
     if _group:
         _group.exit_all(code, message, notify_others)
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     exit_process(code)
 
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from deltapref_jax.display import printable
+
 LOG_EVERY_SECONDS = 30.0  # between lines about work at hand, where no bar can be drawn
 
 
@@ -26,6 +29,17 @@ class _Rate(ProgressColumn):
         """Renders the rate in the task's units per second."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.1f} {task.fields.get('unit', '')}/s" if speed else "")
+
+
+class _PlainConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Renders text, in tables and titles too, without control characters."""
+        return super().render_str(printable(text), **options)
+
+
+def plain_console(stderr: bool = False, width: int | None = None) -> Console:
+    """A console that shows text as it is: no markup and no emoji codes are read out of it."""
+    return _PlainConsole(stderr=stderr, width=width, markup=False, emoji=False)
 
 
 class _ProgressWithNotes(Progress):
@@ -42,9 +56,9 @@ def progress(show: bool = True) -> Progress:
 
     Where stderr is no terminal nothing is drawn: a scheduler's log gets lines instead (`log`).
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     return _ProgressWithNotes(
-        TextColumn("{task.description:<20}"),
+        TextColumn("{task.description:<20}", markup=False),
         BarColumn(16),
         MofNCompleteColumn(),
         _Rate(),
@@ -59,7 +73,7 @@ def progress(show: bool = True) -> Progress:
 def log(sentence: str, always: bool = False) -> None:
     """Prints a line with the time of day if stderr is a log; with `always` in a terminal too."""
     if always or not sys.stderr.isatty():
-        print(f"{time.strftime('%H:%M:%S')} {sentence}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 class Counter:
@@ -73,6 +87,7 @@ class Counter:
     """
 
     def __init__(self, label: str, total: int | None, unit: str, show: bool = True):
+        label = printable(label)
         self._label, self._total, self._unit, self._show = label, total, unit, show
         self._done, self._began = 0, time.monotonic()
         self._logged = self._began

@@ -26,17 +26,30 @@ from deltapref_jax.config import (
     ConfigError,
     Experiment,
     Lora,
+    MeshShape,
     Model,
     ModelZoo,
     Objective,
     Pairs,
     PairTraining,
     Prompts,
+    Sampling,
     Scoring,
+    Suite,
     Training,
     check_choice,
     need_reasoning_gym,
 )
+from deltapref_jax.display import printable
+
+MAX_NAME = 200
+"""Characters of a name: file systems allow 255 bytes in the name of a link."""
+
+_ZOO_PLACES = {
+    "name": "the models",
+    "workspace": "a folder for the work at hand",
+    "output": "a folder for the finished models",
+}
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
 
@@ -68,7 +81,9 @@ def _check_types(path: str, config: Any) -> None:
             # isinstance(True, int) holds, and no field is a bool.
             if isinstance(item, bool) or not isinstance(item, allowed):
                 kind = _KINDS.get(expected, f"a {expected.__name__}")
-                raise ConfigError(f"{item_field} is {item!r}; it must be {kind}.")
+                raise ConfigError(f"{item_field} is {_shown(item)}; it must be {kind}.")
+            if isinstance(item, str) and "\0" in item:
+                raise ConfigError(f"{item_field} is {_shown(item)}; a text has no NUL character.")
             if dataclasses.is_dataclass(item):
                 _check_types(item_field, item)
 
@@ -78,6 +93,7 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
     for name in names:
         if not name:
             raise ConfigError(f"A {kind} has no name; give every {kind} one.")
+        _check_name(f"The name of {kind} {name!r}", name)
         if "/" in name:
             raise ConfigError(
                 f"The name of {kind} {name!r} holds a slash, which separates labels; use another "
@@ -87,10 +103,69 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
             raise ConfigError(f"Two {kind}s are named {name!r}; names must differ.")
 
 
-def _check_range(field: str, value: float, low: float, high: float = math.inf) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-        upper = f" and at most {high:g}" if high < math.inf else ""
-        raise ConfigError(f"{field} is {value!r}; it must be at least {low:g}{upper}.")
+def _check_name(what: str, name: str) -> None:
+    """Checks that a name can be shown on one line and be the name of a link."""
+    if printable(name) != name or "\n" in name or "\t" in name:
+        raise ConfigError(
+            f"{what} holds a control character; use letters, digits and signs that can be seen."
+        )
+    if len(name) > MAX_NAME or not name.strip(". "):
+        raise ConfigError(
+            f"{what[:80]} is of no use as a name; give it 1 to {MAX_NAME} characters that are not "
+            "all dots."
+        )
+
+
+def _check_range(
+    field: str, value: float, low: float, high: float = math.inf, why: str = ""
+) -> None:
+    """Checks that low ≤ value ≤ high, of finite numbers; `why` says why there is an upper bound."""
+    # Comparisons of whole numbers are exact however large they are.
+    if low <= value <= high and (isinstance(value, int) or math.isfinite(value)):
+        return
+    upper = ""
+    if high < math.inf and (value > high or not why):
+        upper = f" and at most {high:,}" if isinstance(high, int) else f" and at most {high:g}"
+    because = f", for {why}" if why and value > high else ""
+    raise ConfigError(f"{field} is {_shown(value)}; it must be at least {low:g}{upper}{because}.")
+
+
+def _check_count(field: str, value: int, low: int = 1, high: int = 10**9) -> None:
+    """Checks a number of steps, rows or the like that work grows with."""
+    _check_range(field, value, low, high, "more could not be finished")
+
+
+def _check_size(field: str, value: int, high: int = 2**24) -> None:
+    """Checks an axis of an array."""
+    _check_range(field, value, 1, high, "a larger array fits no device")
+
+
+def _check_seed(field: str, value: int) -> None:
+    _check_range(field, value, 0, 2**63 - 1, "seeds have 63 bits")
+
+
+def _check_strength(field: str, value: float, low: float = 0.0, high: float = 1e6) -> None:
+    """Checks a factor of numbers in float32, which a larger one would make infinite."""
+    _check_range(field, value, low, high, "a larger one is a typing error")
+
+
+def _check_rows(field: str, rows: int, row_length: int) -> None:
+    """Checks the shape of packed rows."""
+    _check_size(f"{field}.rows", rows)
+    _check_size(f"{field}.row_length", row_length)
+    if rows * row_length >= 2**31:
+        raise ConfigError(
+            f"{field} has {rows:,} rows of {row_length:,} tokens; the positions of one pass are "
+            "counted in 31 bits, so make rows or row_length smaller."
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence; Python refuses to write whole numbers of thousands of digits."""
+    try:
+        return repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}…"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _check_prompts(field: str, prompts: Prompts) -> None:
@@ -98,9 +173,9 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
     check_choice(f"{field}.checker", prompts.checker, CHECKERS)
     if prompts.kind == "reasoning_gym":
         need_reasoning_gym()
-    _check_range(f"{field}.count", prompts.count, 0)
-    _check_range(f"{field}.difficulty", prompts.difficulty, 1)
-    _check_range(f"{field}.seed", prompts.seed, 0)
+    _check_count(f"{field}.count", prompts.count, 0, 10**8)
+    _check_range(f"{field}.difficulty", prompts.difficulty, 1, 100, "problems get no harder")
+    _check_seed(f"{field}.seed", prompts.seed)
     if prompts.kind in ("synthetic", "reasoning_gym"):
         if not prompts.tasks:
             raise ConfigError(
@@ -128,7 +203,15 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
         raise ConfigError(
             f"config.workspace is {zoo.workspace}; the nursery needs a folder on this machine."
         )
+    for field in ("name", "workspace", "output"):
+        if not getattr(zoo, field):
+            raise ConfigError(f"config.{field} is empty; name {_ZOO_PLACES[field]}.")
+    _check_name(f"config.name, {zoo.name!r},", zoo.name)
+    _check_range("config.vocab", zoo.vocab, 260, 2**20, "a larger array fits no device")
+    if not zoo.models:
+        raise ConfigError("config.models is empty; name at least one model to train.")
     _check_names("model", [p.name for p in zoo.models])
+    _check_names("suite", [suite.name for suite in zoo.suites])
     known: list[str] = []
     for p in zoo.models:
         where = f"of model {p.name!r}"
@@ -138,8 +221,15 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
         if not p.tasks or not p.difficulties:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
         _check_range(f"error_rate {where}", p.error_rate, 0, 1)
-        for field in ("layers", "width", "heads", "kv_heads", "mlp", "steps", "rows", "row_length"):
-            _check_range(f"{field} {where}", getattr(p, field), 1)
+        for difficulty in p.difficulties:
+            _check_range(f"difficulties {where}", difficulty, 1, 100, "problems get no harder")
+        for field in ("layers", "width", "heads", "kv_heads", "mlp"):
+            _check_size(f"{field} {where}", getattr(p, field), 2**16)
+        _check_count(f"steps {where}", p.steps)
+        _check_size(f"rows {where}", p.rows)
+        _check_size(f"row_length {where}", p.row_length, 1024)
+        _check_strength(f"learning_rate {where}", p.learning_rate)
+        _check_seed(f"seed {where}", p.seed)
         if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):
             raise ConfigError(
                 f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads "
@@ -148,8 +238,9 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
         known.append(p.name)
     for name in zoo.release:
         check_choice("config.release", name, known)
-    for s, suite in enumerate(zoo.suites):
-        _check_prompts(f"config.suites[{s}].prompts", suite.prompts)
+    _check_suites(zoo.suites)
+    _check_sampling(zoo.sampling)
+    _check_mesh(zoo.mesh)
     return zoo
 
 
@@ -165,7 +256,7 @@ def validate_pair_training(single: PairTraining) -> PairTraining:
             "config.data.path is empty; give a .jsonl or .parquet file, a hub data set or its "
             "folder."
         )
-    _check_range("config.data.workers", single.data.workers, 0)
+    _check_range("config.data.workers", single.data.workers, 0, 1024, "no machine has more cores")
     check_choice("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     check_choice("config.training.over_length", single.training.over_length, OVER_LENGTHS)
     check_choice("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
@@ -246,7 +337,6 @@ def validate(experiment: Experiment) -> Experiment:
     """
     e = experiment
     _check_class(e, Experiment)
-    _check_range("config.seed", e.seed, 0)
     for tracker in e.trackers:
         package = TRACKERS[check_choice("config.trackers", tracker, TRACKERS)]
         if importlib.util.find_spec(package) is None:
@@ -256,9 +346,10 @@ def validate(experiment: Experiment) -> Experiment:
             )
     if not e.name:
         raise ConfigError("config.name is empty; name the experiment.")
+    _check_name(f"config.name, {e.name!r},", e.name)
     if not e.workspace:
         raise ConfigError("config.workspace is empty; name a folder or bucket for the artifacts.")
-    _check_range("config.seed", e.seed, 0, 2**63 - 1)
+    _check_seed("config.seed", e.seed)
     if not e.student.path:
         raise ConfigError(
             "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."
@@ -277,11 +368,7 @@ def validate(experiment: Experiment) -> Experiment:
         )
     for i, prompts in enumerate(e.prompts):
         _check_prompts(f"config.prompts[{i}]", prompts)
-    for s, suite in enumerate(e.suites):
-        _check_prompts(f"config.suites[{s}].prompts", suite.prompts)
-        check_choice(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
-        _check_range(f"config.suites[{s}].samples", suite.samples, 1)
-        _check_range(f"config.suites[{s}].temperature", suite.temperature, 0)
+    _check_suites(e.suites)
     _check_models(e)
     for o in e.objectives:
         check_choice(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
@@ -290,6 +377,14 @@ def validate(experiment: Experiment) -> Experiment:
     _check_training(e.training)
     _check_sizes(e)
     return e
+
+
+def _check_suites(suites: Sequence[Suite]) -> None:
+    for s, suite in enumerate(suites):
+        _check_prompts(f"config.suites[{s}].prompts", suite.prompts)
+        check_choice(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
+        _check_count(f"config.suites[{s}].samples", suite.samples, high=10**6)
+        _check_strength(f"config.suites[{s}].temperature", suite.temperature)
 
 
 def _check_models(e: Experiment) -> None:
@@ -301,14 +396,14 @@ def _check_models(e: Experiment) -> None:
     ):
         check_choice(f"dtype of {field}", model.dtype, DTYPES)
     for g in e.generators:
-        _check_range(f"temperature of generator {g.name!r}", g.temperature, 0)
+        _check_strength(f"temperature of generator {g.name!r}", g.temperature)
         _check_range(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
-        _check_range(f"top_k of generator {g.name!r}", g.top_k, 0)
-        _check_range(f"samples of generator {g.name!r}", g.samples, 1)
+        _check_range(f"top_k of generator {g.name!r}", g.top_k, 0, 2**24, "no vocabulary has more")
+        _check_count(f"samples of generator {g.name!r}", g.samples, high=10**6)
     for j in e.judges:
         check_choice(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
-        _check_range(f"noise of judge {j.name!r}", j.noise, 0)
-        _check_range(f"seed of judge {j.name!r}", j.seed, 0)
+        _check_strength(f"noise of judge {j.name!r}", j.noise)
+        _check_seed(f"seed of judge {j.name!r}", j.seed)
         if not j.dimensions:
             raise ConfigError(
                 f"Judge {j.name!r} has no dimensions; name at least one of {', '.join(DIMENSIONS)}."
@@ -324,9 +419,9 @@ def _check_models(e: Experiment) -> None:
 
 def _check_objective(o: Objective, where: str) -> None:
     """Checks ranges, and refuses values that the kind ignores: they would misdescribe the arm."""
-    _check_range(f"beta {where}", o.beta, 1e-9)
+    _check_strength(f"beta {where}", o.beta, 1e-9)
     for field in ("learning_rate", "gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
-        _check_range(f"{field} {where}", getattr(o, field), 0)
+        _check_strength(f"{field} {where}", getattr(o, field))
     _check_range(f"label_smoothing {where}", o.label_smoothing, 0, 0.4999)
     _check_range(f"baseline_fraction {where}", o.baseline_fraction, 1e-9, 1)
     # field, default, the kinds that read it
@@ -363,6 +458,7 @@ def _check_arms(e: Experiment) -> None:
             raise ConfigError(
                 f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once."
             )
+        _check_seed(f"seeds {where}", max(a.seeds))
         if a.chosen == a.rejected and generators[a.chosen].samples < 2:
             raise ConfigError(
                 f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2."
@@ -377,8 +473,8 @@ def _check_arms(e: Experiment) -> None:
 
 
 def _check_lora(lora: Lora) -> None:
-    _check_range("config.training.lora.rank", lora.rank, 0)
-    _check_range("config.training.lora.alpha", lora.alpha, 1e-9)
+    _check_range("config.training.lora.rank", lora.rank, 0, 2**16, "no matrix is as wide")
+    _check_strength("config.training.lora.alpha", lora.alpha, 1e-9)
     for target in lora.targets:
         check_choice("config.training.lora.targets", target, LORA_TARGETS)
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
@@ -404,44 +500,45 @@ def _check_training(t: Training) -> None:
     for field, value in (
         ("pairs_per_step", t.pairs_per_step),
         ("steps", t.steps),
-        ("rows", t.rows),
-        ("row_length", t.row_length),
         ("checkpoint_every", t.checkpoint_every),
         ("keep_checkpoints", t.keep_checkpoints),
     ):
-        _check_range(f"config.training.{field}", value, 1)
-    _check_range("config.training.epochs", t.epochs, 1e-9)
+        _check_count(f"config.training.{field}", value)
+    _check_rows("config.training", t.rows, t.row_length)
+    _check_range("config.training.epochs", t.epochs, 1e-9, 10**6, "more could not be finished")
     _check_range("config.training.warmup", t.warmup, 0, 1)
-    _check_range("config.training.clip", t.clip, 1e-9)
-    _check_range("config.training.weight_decay", t.weight_decay, 0)
+    _check_strength("config.training.clip", t.clip, 1e-9, 1e30)
+    _check_strength("config.training.weight_decay", t.weight_decay)
     for finish in t.finishes:
         check_choice("config.training.finishes", finish, ("eos", "stop", "length"))
 
 
-def _check_sizes(e: Experiment) -> None:
-    """Checks sampling, scoring and the mesh."""
-    s = e.sampling
-    for field, value in (
-        ("max_prompt", s.max_prompt),
-        ("max_tokens", s.max_tokens),
-        ("slots", s.slots),
-        ("chunk", s.chunk),
-        ("shard", s.shard),
-    ):
-        _check_range(f"config.sampling.{field}", value, 1)
-    for field, value in (
-        ("rows", e.scoring.rows),
-        ("row_length", e.scoring.row_length),
-        ("shard", e.scoring.shard),
-    ):
-        _check_range(f"config.scoring.{field}", value, 1)
+def _check_sampling(s: Sampling) -> None:
+    _check_size("config.sampling.max_prompt", s.max_prompt)
+    _check_size("config.sampling.max_tokens", s.max_tokens)
+    _check_size("config.sampling.slots", s.slots, 2**20)
+    _check_size("config.sampling.chunk", s.chunk)
+    _check_count("config.sampling.shard", s.shard)
     if "" in s.stop:
         raise ConfigError(
             "config.sampling.stop holds an empty string, which every text contains; remove it."
         )
-    sizes = dataclasses.astuple(e.mesh)
+
+
+def _check_mesh(mesh: MeshShape) -> None:
+    sizes = dataclasses.astuple(mesh)
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
-        raise ConfigError(f"config.mesh is {e.mesh}; sizes are positive, and at most one is -1.")
+        raise ConfigError(f"config.mesh is {mesh}; sizes are positive, and at most one is -1.")
+    for field, size in zip(("data", "fsdp", "tensor", "context"), sizes, strict=True):
+        _check_range(f"config.mesh.{field}", size, -1, 2**20, "no pod has more devices")
+
+
+def _check_sizes(e: Experiment) -> None:
+    """Checks sampling, scoring and the mesh."""
+    _check_sampling(e.sampling)
+    _check_rows("config.scoring", e.scoring.rows, e.scoring.row_length)
+    _check_count("config.scoring.shard", e.scoring.shard)
+    _check_mesh(e.mesh)
     for field, length in (("training", e.training.row_length), ("scoring", e.scoring.row_length)):
         if e.mesh.context > 1 and length % e.mesh.context:
             raise ConfigError(

@@ -18,6 +18,7 @@ from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment
+from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate
 from launch.flags import define_profile_steps, run_main, window
 
@@ -45,7 +46,7 @@ def main(_: list[str]) -> None:
     install_group_shutdown(release_all)
     workspace = Workspace(e.workspace)
     report = plan(e, profile)
-    console = Console()
+    console = plain_console()
     if _DRY_RUN.value:
         from launch.cost import plan_table
 

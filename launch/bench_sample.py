@@ -19,35 +19,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
-from deltapref_jax.config import Sampling
+from deltapref_jax.config import DTYPES, ConfigError, Sampling
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, load
+from deltapref_jax.progress import plain_console
 from deltapref_jax.records import digest
 from deltapref_jax.sampling.engine import Engine, Request
+from launch.flags import define_count, define_output, run_main
 
 _MODEL = flags.DEFINE_string("model", "", "Model to sample; a random small one if empty.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of the computation.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Dtype of the computation.")
 _SLOTS = flags.DEFINE_multi_integer(
-    "slots", [128, 192], "Rows decoded at once; repeat for several measurements."
+    "slots",
+    [128, 192],
+    "Rows decoded at once; repeat for several measurements.",
+    lower_bound=1,
+    upper_bound=2**20,
 )
-_CHUNK = flags.DEFINE_integer("chunk", 16, "Decode steps per dispatch.")
-_PROMPTS = flags.DEFINE_integer("prompts", 512, "Number of random prompts.")
-_SAMPLES = flags.DEFINE_integer("samples", 2, "Traces per prompt.")
-_MAX_PROMPT = flags.DEFINE_integer(
+_CHUNK = define_count("chunk", 16, "Decode steps per dispatch.")
+_PROMPTS = define_count("prompts", 512, "Number of random prompts.")
+_SAMPLES = define_count("samples", 2, "Traces per prompt.")
+_MAX_PROMPT = define_count(
     "max_prompt", 96, "Longest prompt in tokens; the shortest has a quarter of it."
 )
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Longest trace in tokens.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Below 1, the top-p filter is measured too.")
-_LAYERS = flags.DEFINE_integer("layers", 3, "Layers of the random model.")
-_WIDTH = flags.DEFINE_integer("width", 128, "Width of the random model.")
-_VOCAB = flags.DEFINE_integer("vocab", 512, "Vocabulary size of the random model.")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
+_MAX_TOKENS = define_count("max_tokens", 128, "Longest trace in tokens.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Below 1, the top-p filter is measured too.", lower_bound=1e-6, upper_bound=1.0
+)
+_LAYERS = define_count("layers", 3, "Layers of the random model.", 1000)
+_WIDTH = define_count("width", 128, "Width of the random model, a multiple of 8.", 2**16)
+_VOCAB = define_count("vocab", 512, "Vocabulary size of the random model.")
+_OUTPUT = define_output()
 
 
 class _FakeTokenizer:
@@ -148,6 +155,10 @@ def measure(model: LoadedModel, slots: int, rates: tuple[float, float]) -> dict[
 
 def main(_: list[str]) -> None:
     """Measures every value of --slots, prints the table and writes the JSON."""
+    if _WIDTH.value % 8:
+        raise ConfigError(
+            f"--width is {_WIDTH.value}; the random model's four heads need a multiple of 8."
+        )
     model = (
         load(_MODEL.value, dtype=_DTYPE.value, params=_DTYPE.value)
         if _MODEL.value
@@ -165,7 +176,7 @@ def main(_: list[str]) -> None:
         table.add_row(
             *(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values())
         )
-    Console().print(table)
+    plain_console().print(table)
     if _OUTPUT.value:
         with open(_OUTPUT.value, "w") as file:
             json.dump(
@@ -181,4 +192,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -31,9 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from deltapref_jax.config import DTYPES, REMATS, ConfigError, check_choice
+from deltapref_jax.progress import plain_console
+from launch.flags import define_count, define_output, run_main
 
 _TRL = flags.DEFINE_string(
     "trl", "", "Python of an environment with trl and torch; if empty, TRL is not measured."
@@ -48,36 +53,49 @@ _SHAPES = flags.DEFINE_list(
 _ONLY = flags.DEFINE_list(
     "only", [], "Contenders to run: ours, trl-precomputed, trl, tunix; if empty, all available."
 )
+_KNOWN = {
+    "kinds": ("dpo", "kto"),
+    "shapes": ("uniform", "lognormal"),
+    "only": ("ours", "trl-precomputed", "trl", "tunix"),
+}
 _STEPS = flags.DEFINE_integer(
-    "steps", 3, "Steps of one process; the first is not counted.", lower_bound=2
+    "steps",
+    3,
+    "Steps of one process; the first is not counted.",
+    lower_bound=2,
+    upper_bound=2**20,
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Processes per contender.", lower_bound=1)
-_PAIRS = flags.DEFINE_integer("pairs", 8, "Pairs of one step.")
-_SCALE = flags.DEFINE_integer("scale", 1, "Multiplies all lengths.")
-_ROWS = flags.DEFINE_integer("rows", 2, "Rows of our micro-batch.")
-_REMAT = flags.DEFINE_string(
-    "remat", "projections", "Our remat policy, from models.decoder.POLICIES."
+_ROUNDS = define_count("rounds", 2, "Processes per contender.")
+_PAIRS = define_count("pairs", 8, "Pairs of one step.")
+_SCALE = define_count("scale", 1, "Multiplies all lengths.", 1024)
+_ROWS = define_count("rows", 2, "Rows of our micro-batch.")
+_REMAT = flags.DEFINE_enum(
+    "remat", "projections", list(REMATS), "Our remat policy, from models.decoder.POLICIES."
 )
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Our dtype; the peers compute in float32.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", list(DTYPES), "Our dtype; the peers compute in float32."
+)
 _CHECKPOINTING = flags.DEFINE_bool(
     "trl_gradient_checkpointing", False, "TRL's default is true; false is faster."
 )
-_ACCUMULATE = flags.DEFINE_integer("tunix_accumulate", 1, "Micro-batches of Tunix's step.")
-_TUNIX_REMAT = flags.DEFINE_string(
-    "tunix_remat", "NONE", "Tunix's RematConfig: NONE, BLOCK or DECODER."
+_ACCUMULATE = define_count("tunix_accumulate", 1, "Micro-batches of Tunix's step.")
+_TUNIX_REMAT = flags.DEFINE_enum(
+    "tunix_remat", "NONE", ["NONE", "BLOCK", "DECODER"], "Tunix's RematConfig."
 )
-_LAYERS = flags.DEFINE_integer(
-    "layers", 30, "Layers of the model; the defaults are SmolLM2-135M's."
+_LAYERS = define_count("layers", 30, "Layers of the model; the defaults are SmolLM2-135M's.", 1000)
+_WIDTH = define_count(
+    "width",
+    576,
+    "Width of the model, a multiple of 64, or below 128 an even number; heads are 64 wide, and a "
+    "third of them are kv heads if possible.",
+    2**16,
 )
-_WIDTH = flags.DEFINE_integer(
-    "width", 576, "Width of the model; heads are 64 wide; kv heads are a third of them if possible."
-)
-_MLP = flags.DEFINE_integer("mlp", 1536, "MLP width of the model.")
-_VOCAB = flags.DEFINE_integer("vocab", 49152, "Vocabulary size of the model.")
+_MLP = define_count("mlp", 1536, "MLP width of the model.")
+_VOCAB = define_count("vocab", 49152, "Vocabulary size of the model.")
 _HUGE = flags.DEFINE_bool(
     "huge_pages", True, "GLIBC_TUNABLES=glibc.malloc.hugetlb=1, for all contenders."
 )
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
+_OUTPUT = define_output()
 
 _CONTENDERS = Path(__file__).parent / "contenders"
 _ROPE_THETA = 100_000
@@ -312,7 +330,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         base = ours.get((r["kind"], r["shape"]))
         if base is r:
             table.add_section()
-            table.add_row(f"[bold]{r['kind']}, {r['shape']}")
+            table.add_row(Text(f"{r['kind']}, {r['shape']}", style="bold"))
         elif base:
             r |= {
                 "speed_ratio": base["tokens_per_second"] / r["tokens_per_second"],
@@ -334,9 +352,31 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _check_flags() -> None:
+    """Checks names and sizes before a model is made.
+
+    Raises:
+      ConfigError: one sentence that names the flag, its value and the remedy.
+    """
+    for flag, values in (("kinds", _KINDS.value), ("shapes", _SHAPES.value), ("only", _ONLY.value)):
+        for value in values:
+            check_choice(f"--{flag}", value, _KNOWN[flag])
+    for flag, python in (("trl", _TRL.value), ("tunix", _TUNIX.value)):
+        if python and not os.access(python, os.X_OK):
+            raise ConfigError(f"--{flag} is {python!r}, which is no program; name a Python.")
+    heads = max(1, _WIDTH.value // 64)
+    if _WIDTH.value % heads or _WIDTH.value // heads % 2:
+        raise ConfigError(
+            f"--width is {_WIDTH.value}; it must be a multiple of 64, or below 128 an even number."
+        )
+    if _VOCAB.value < 8:
+        raise ConfigError(f"--vocab is {_VOCAB.value}; it must be at least 8.")
+
+
 def main(_: list[str]) -> None:
     """Measures every objective and shape, writing the JSON after each, and prints the table."""
-    console, rows = Console(), []
+    _check_flags()
+    console, rows = plain_console(), []
     with tempfile.TemporaryDirectory() as root:
         model = Path(root) / "model"
         make_model(model)
@@ -359,4 +399,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment, check_choice, judge_of
+from deltapref_jax.display import printable
 from deltapref_jax.records import Pair, Prompt, Rating, TokenSequence, Trace
 from deltapref_jax.validation import validate
 from launch.flags import run_main
@@ -57,7 +58,7 @@ def main(_: list[str]) -> None:
                 ratings[row.trace_id] = ratings.get(row.trace_id, 0.0) + row.rating
         rows = trl_rows(pairs, workspace.rows(Prompt, node.prompts), traces, ratings)
     write_rows(rows, str(_OUT.value))
-    print(f"{len(rows)} pairs: {_OUT.value}")
+    print(printable(f"{len(rows)} pairs: {_OUT.value}"))
 
 
 if __name__ == "__main__":

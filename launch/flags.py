@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from deltapref_jax import config
+from deltapref_jax.display import printable
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.preemption import (
     Preempted,
@@ -62,6 +63,26 @@ def define_profile_steps() -> flags.FlagHolder[str]:
     )
 
 
+def define_count(name: str, default: int, meaning: str, most: int = 2**20) -> flags.FlagHolder[int]:
+    """Defines a flag for a whole number from 1 to `most`."""
+    return flags.DEFINE_integer(name, default, meaning, lower_bound=1, upper_bound=most)
+
+
+def define_output() -> flags.FlagHolder[str]:
+    """Defines the flag `--output`, a JSON file in a folder that exists."""
+    output = flags.DEFINE_string("output", "", "JSON file to write.")
+    flags.register_validator(
+        "output",
+        lambda path: (
+            "\0" not in path and not Path(path).is_dir() and Path(path).parent.is_dir()
+            if path
+            else True
+        ),
+        "its folder must exist, and it must be no folder itself",
+    )
+    return output
+
+
 def window(steps: str) -> tuple[int, int] | None:
     """Parses first and last step, such as "10:12"; returns None for an empty string.
 
@@ -80,7 +101,7 @@ def window(steps: str) -> tuple[int, int] | None:
 
 
 def _fail(sentence: str, code: int = 2) -> int:
-    print(sentence, file=sys.stderr)
+    print(printable(sentence), file=sys.stderr)
     return code
 
 
@@ -130,11 +151,24 @@ def _parse(argv: list[str]) -> list[str]:
         )
     try:
         return flags.FLAGS(argv)
+    except KeyboardInterrupt:
+        sys.exit(_fail("Stopped before anything was done.", 130))
+    except SystemExit as e:
+        if _line_in(path, e) is None:  # --help exits too
+            raise
+        sys.exit(_fail(_explain(e, config_flag, argv)))
     except Exception as e:  # The config file may raise any type.
         sys.exit(_fail(_explain(e, config_flag, argv)))
 
 
-def _explain(e: Exception, config_flag: str, argv: list[str]) -> str:
+def _line_in(path: str, e: BaseException) -> int | None:
+    """The line of a config file in which `e` was raised; None where it was raised elsewhere."""
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [frame.lineno for frame in frames if path and frame.filename.endswith(path)]
+    return lines[-1] if lines else None
+
+
+def _explain(e: BaseException, config_flag: str, argv: list[str]) -> str:
     """Returns one sentence for an exception from parsing flags or loading the config file."""
     text = str(e.args[0] if isinstance(e, KeyError) else e).replace(
         "module 'config_config'", "the file"
@@ -158,9 +192,7 @@ def _explain(e: Exception, config_flag: str, argv: list[str]) -> str:
             return f"{flag} is missing; give it a value (--help)."
         problem = " ".join(text.split()).removeprefix("flag ").rstrip(".")
         return f"{problem}; fix the flag (--help lists them)."
-    path = config_flag.split(":")[0]
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(path)]
-    line = getattr(e, "lineno", None) or (frames[-1].lineno if frames else None)
+    line = getattr(e, "lineno", None) or _line_in(config_flag.split(":")[0], e)
     where = f", line {line}," if line else ""
     reason = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"
     return f"The config {config_flag}{where} cannot be loaded ({reason}); fix it."

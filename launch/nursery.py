@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 from absl import flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment, Judge, Model, ModelZoo, Prompts, SmallModel
+from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate_model_zoo
 from launch.flags import run_main
 
@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
     workspace = Workspace(zoo.workspace)
     if not _MEASURE_ONLY.value:
         release(zoo, workspace)
-    console, measured = Console(), {}
+    console, measured = plain_console(), {}
     for model in zoo.models:
         if model.name in zoo.release:
             numbers = measure(zoo, workspace, model)

@@ -56,11 +56,11 @@ Every field, with unit and reason: docs/config.md. A file like configs/train.py 
 from pathlib import Path
 
 from ml_collections import config_flags
-from rich.console import Console
 
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
+from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate_pair_training
 from launch.flags import define_profile_steps, run_main, window
 
@@ -93,7 +93,7 @@ def main(_: list[str]) -> None:
     check(p, policy, workspace)
     run([policy], workspace, p.name)
     if is_first():
-        show(Console(), workspace, policy)
+        show(plain_console(), workspace, policy)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,30 @@ CASES = [  # path of a field, value, sentence
     ),
     ("prompts.1.count", -2, "config.prompts[1].count is -2; it must be at least 0."),
     ("generators.0.name", "", "A generator has no name; give every generator one."),
+    (
+        "generators.0.name",
+        "we\x1bak",
+        r"The name of generator 'we\x1bak' holds a control character; use letters, digits and "
+        "signs that can be seen.",
+    ),
+    (
+        "arms.1.name",
+        "..",
+        "The name of arm '..' is of no use as a name; give it 1 to 200 characters that are not all "
+        "dots.",
+    ),
+    (
+        "name",
+        "x\ny",
+        r"config.name, 'x\ny', holds a control character; use letters, digits and signs that can "
+        "be seen.",
+    ),
+    (
+        "suites.0.name",
+        "x" * 201,
+        "The name of suite 'xx* is of no use as a name; give it 1 to 200 characters that are not "
+        "all dots.",
+    ),
     ("generators.0.name", "strong", "Two generators are named 'strong'; names must differ."),
     (
         "generators.1.top_p",
@@ -183,7 +207,8 @@ CASES = [  # path of a field, value, sentence
     (
         "objectives.0.learning_rate",
         float("inf"),
-        "learning_rate of objective 'dpo' is inf; it must be at least 0.",
+        "learning_rate of objective 'dpo' is inf; it must be at least 0 and at most 1e+06, for a "
+        "larger one is a typing error.",
     ),
     (
         "objectives.1.desirable_weight",
@@ -294,6 +319,41 @@ CASES = [  # path of a field, value, sentence
         "\n\n",
         r"config.sampling.stop is '\n\n'; it must be a tuple, such as (value,).",
     ),
+    (
+        "training.steps",
+        10**23,
+        "config.training.steps is 100000000000000000000000; it must be at least 1 and at most "
+        "1,000,000,000, for more could not be finished.",
+    ),
+    (
+        "prompts.0.count",
+        10**15,
+        "config.prompts[0].count is 1000000000000000; it must be at least 0 and at most "
+        "100,000,000, for more could not be finished.",
+    ),
+    (
+        "generators.0.samples",
+        10**12,
+        "samples of generator 'weak' is 1000000000000; it must be at least 1 and at most "
+        "1,000,000, for more could not be finished.",
+    ),
+    (
+        "arms.0.seeds",
+        (0, 2**63),
+        "seeds of arm 'a' is 9223372036854775808; it must be at least 0 and at most "
+        "9,223,372,036,854,775,807, for seeds have 63 bits.",
+    ),
+    (
+        "training.rows",
+        2**22,
+        "config.training has 4,194,304 rows of 512 tokens; the positions of one pass are counted "
+        "in 31 bits, so make rows or row_length smaller.",
+    ),
+    (
+        "student.path",
+        "a\0b",
+        r"config.student.path is 'a\x00b'; a text has no NUL character.",
+    ),
     ("scoring.shard", 0, "config.scoring.shard is 0; it must be at least 1."),
     (
         "mesh.fsdp",
@@ -378,6 +438,15 @@ def test_a_bad_value_is_one_sentence(path, value, sentence):
         validate(changed(path, value))
     assert re.fullmatch(re.escape(sentence).replace(r"\*", ".*"), str(error.value)), str(
         error.value
+    )
+
+
+def test_a_number_that_python_does_not_write_is_one_sentence():
+    with pytest.raises(ConfigError) as error:
+        validate(changed("training.steps", 10**5000))
+    assert str(error.value) == (
+        "config.training.steps is a number of thousands of digits; it must be at least 1 and at "
+        "most 1,000,000,000, for more could not be finished."
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
-    {"config"},
+    {"config", "display"},
     {"records", "progress", "processes", "validation"},
     {"files"},
     {"artifacts", "mesh", "preemption"},

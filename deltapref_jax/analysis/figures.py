@@ -12,9 +12,11 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 from deltapref_jax.analysis.findings import DOMAIN_WORDS  # noqa: E402
 from deltapref_jax.analysis.statistics import Estimate, GapBin  # noqa: E402
+from deltapref_jax.display import xml_text  # noqa: E402
 
 COLOURS = {  # by objective, selection, or side of a pair
     "dpo": "#1f6f8b",
@@ -30,6 +32,7 @@ COLOURS = {  # by objective, selection, or side of a pair
 
 plt.rcParams.update(
     {
+        "text.parse_math": False,  # a name may hold dollar signs
         "svg.fonttype": "none",  # text as <text>, not as outlines
         "font.family": "sans-serif",
         "font.size": 10,
@@ -66,6 +69,9 @@ class Line(NamedTuple):
 
 def _svg(figure: Figure) -> str:
     """The figure as an <svg> element that fits its container's width; closes the figure."""
+    for label in figure.findobj(Text):
+        label.set_text(xml_text(label.get_text()))
+    figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
@@ -146,7 +152,6 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> str
                 axes.set_xlabel(xlabel)
         cells[0].set_ylabel("change in accuracy (points)")
     grid[0][-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
     return _svg(figure)
 
 
@@ -176,7 +181,6 @@ def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         panel.set_ylim(0.9, 5.1)
     axes[0][0].set_ylabel("mean rating, corrupted dimension")
     axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
     return _svg(figure)
 
 
@@ -188,7 +192,6 @@ def agreement(bins: Sequence[GapBin], first: str, second: str) -> str:
     axes.set_ylim(0, 1.03)
     axes.set_xlabel(f"|sample delta| by judge {first} (mean of dimensions)")
     axes.set_ylabel(f"share ordered alike by {second}")
-    figure.tight_layout()
     return _svg(figure)
 
 
@@ -210,5 +213,4 @@ def training_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]
         row[0].set_ylabel("nats", fontsize=8)
     for panel in axes[-1]:
         panel.set_xlabel("step", fontsize=8)
-    figure.tight_layout()
     return _svg(figure)

@@ -18,6 +18,7 @@ from deltapref_jax.analysis.page import ArmSummary, Summary
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.analysis.summary import plain
 from deltapref_jax.config import OBJECTIVE_KINDS, Experiment
+from deltapref_jax.display import xml_text
 from deltapref_jax.records import Pair, Prompt, from_table
 
 _PAIRS_SHOWN = 120
@@ -205,6 +206,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
 
 
+def _shown(value: Any) -> Any:
+    """What stands for a value on the page: text without what HTML and XML do not allow."""
+    return type(value)(xml_text(value)) if isinstance(value, str) else value
+
+
 def _config(experiment: Experiment) -> str:
     """The config as JSON, without where the run kept its files and who was shown its metrics."""
     hashed = [f.name for f in dataclasses.fields(experiment) if f.metadata.get("hashed", True)]
@@ -228,7 +234,11 @@ def render(
         .read_text(encoding="utf-8")
     )
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"points": points, "words": words, "number": _number}
     # Inside <script>, JSON must not be able to end the element.

@@ -1,11 +1,15 @@
 """Sizes of a decoder, read from and written to a Hugging Face `config.json`."""
 
 import dataclasses
+import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 SUPPORTED = ("llama",)
 """Values of `model_type` that the decoder covers."""
+_LARGEST = 2**24
+"""A larger size is a damaged or mistyped config: no decoder is that wide, deep or long."""
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -89,25 +93,61 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
         )
     # transformers 5 writes rope_parameters, 4 writes rope_scaling and a rope_theta of its own.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(
+            f"rope_parameters is {reprlib.repr(rope)} in config.json; it must be a JSON object."
+        )
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(
             f"rope_type is {rope.get('rope_type', rope.get('type'))!r} in config.json; "
             "only 'default' is supported."
         )
-    heads = config["num_attention_heads"]
+    heads = _size(config, "num_attention_heads")
+    width = _size(config, "hidden_size")
     return ModelSpec(
-        vocab=config["vocab_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
+        vocab=_size(config, "vocab_size"),
+        width=width,
+        layers=_size(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
-        mlp=config["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
-        max_positions=config.get("max_position_embeddings", 2048),
+        kv_heads=_size(config, "num_key_value_heads", heads),
+        head_width=_size(config, "head_dim", width // heads),
+        mlp=_size(config, "intermediate_size"),
+        rope_theta=_constant("rope_theta", rope.get("rope_theta") or config.get("rope_theta"), 1e4),
+        norm_eps=_constant("rms_norm_eps", config.get("rms_norm_eps"), 1e-6),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=_size(config, "max_position_embeddings", 2048),
     )
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A size in `config`; one that is missing, null or 0 is the default where there is one.
+
+    Raises:
+      ValueError: it is no whole number from 1 to `_LARGEST`.
+    """
+    value = config.get(name)
+    if default is not None and not value:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+        raise ValueError(
+            f"{name} is {reprlib.repr(value)} in config.json; it must be a whole number from 1 to "
+            f"{_LARGEST}."
+        )
+    return value
+
+
+def _constant(name: str, value: Any, default: float) -> float:
+    """A positive number, or the default where it is missing.
+
+    Raises:
+      ValueError: it is no positive number.
+    """
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{name} is {reprlib.repr(value)} in config.json; it must be a number above 0."
+        )
+    return float(value)
 
 
 def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:

@@ -51,6 +51,8 @@ _SHARD_BYTES = 4 << 30
 """A file of safetensors is at most this large, unless one tensor is larger."""
 
 Tree = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of stored tensors by their names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +122,30 @@ def _files(path: str) -> list[Path]:
     # A sharded model names its shards in an index; one can be missing after a broken download.
     index = root / "model.safetensors.index.json"
     if index.exists():
-        for name in sorted(
-            set(json.loads(index.read_text())["weight_map"].values())
-            - {file.name for file in weights}
-        ):
+        for name in sorted(_indexed(index) - {file.name for file in weights}):
             raise FileNotFoundError(
                 f"The folder {path} has no {name}, which {index.name} names; "
                 "give a complete Hugging Face folder."
             )
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     return weights + [root / name for name in names if (root / name).exists()]
+
+
+def _indexed(index: Path) -> set[str]:
+    """Returns the names of the files that an index of shards names.
+
+    Raises:
+      ValueError: the index is damaged.
+    """
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("weight_map names something that is no file")
+    except Exception as e:  # json, text and lookup raise different types
+        raise ValueError(
+            f"The index {index} cannot be read ({type(e).__name__}: {e}); fetch it again."
+        ) from e
+    return names
 
 
 @functools.lru_cache(maxsize=256)
@@ -154,18 +170,22 @@ def weights_hash(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_folder(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]:
-    """Returns the spec, a function that reads a tensor by name, and the names of all tensors."""
+def _read_folder(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
+    """Returns the spec, a function that reads a tensor by name, and the shapes of all tensors."""
     try:
         config = json.loads((path / "config.json").read_text())
         handles = [safe_open(file, framework="flax") for file in sorted(path.glob("*.safetensors"))]
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no JSON object")
     except Exception as e:  # json and safetensors raise different types on a truncated file
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
     owners = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    return spec_from_hf(config), lambda name: np.asarray(owners[name].get_tensor(name)), set(owners)
+    # The shapes are in the files' headers.
+    shapes = {name: tuple(owner.get_slice(name).get_shape()) for name, owner in owners.items()}
+    return spec_from_hf(config), lambda name: np.asarray(owners[name].get_tensor(name)), shapes
 
 
-def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]:
+def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
     """Returns what `_read_folder` does; the function dequantises the tensor that it reads."""
     from gguf.quants import dequantize
 
@@ -209,7 +229,8 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], set[
                 array = pairs.swapaxes(1, 2).reshape(array.shape)
         return array
 
-    return spec, read, set(tensors)
+    # GGUF lists the axes of a tensor from the innermost to the outermost.
+    return spec, read, {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
 
 
 def abstract(
@@ -250,8 +271,8 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
       FileNotFoundError: there is no model, or the folder is incomplete.
       ValueError: the architecture is not supported, or a tensor is missing or has another shape.
     """
-    local_path, gguf, (spec, read, names) = _open(path)
-    state = assemble(spec, read, gguf, path, names, params)
+    local_path, gguf, (spec, read, shapes) = _open(path)
+    state = assemble(spec, read, gguf, path, shapes, params)
     graphdef = abstract(spec, jnp.dtype(dtype))[0]
     return LoadedModel(
         graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(local_path)
@@ -261,39 +282,57 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
 def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
     """Returns the sizes and the tokenizer of a model, and checks it without reading its weights.
 
-    A model that this accepts can still fail in `load` if a tensor has another shape.
-
     Raises:
       FileNotFoundError: there is no model, or the folder is incomplete.
-      ValueError: the architecture is not supported, a tensor is missing, or the tokenizer cannot
-        be used.
+      ValueError: the architecture is not supported, a tensor is missing or has another shape, or
+        the tokenizer cannot be used.
     """
-    local_path, gguf, (spec, _, names) = _open(path)
-    for name in _flatten(nnx.to_pure_dict(abstract(spec)[1])):
-        _stored_names(name, spec, gguf, path, names)
+    local_path, gguf, (spec, _, shapes) = _open(path)
+    _check_tensors(spec, gguf, path, shapes)
     return spec, ChatTokenizer.load(local_path)
 
 
-def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], set[str]]]:
-    """Returns a model's local path, whether it is a GGUF file, and its spec, reader and names."""
+def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]]:
+    """Returns a model's local path, whether it is a GGUF file, and its spec, reader and shapes."""
     local_path = resolve(path)
     _files(local_path)
     gguf = os.path.isfile(local_path)
     return local_path, gguf, (_read_gguf if gguf else _read_folder)(Path(local_path))
 
 
-def _stored_names(name: str, spec: ModelSpec, gguf: bool, path: str, names: set[str]) -> list[str]:
-    """Returns the stored tensors of a parameter, one per layer if it is stacked.
+def _check_tensors(spec: ModelSpec, gguf: bool, path: str, shapes: Shapes) -> dict[str, list[str]]:
+    """Returns the stored tensors of every parameter, one per layer if it is stacked.
 
     Raises:
-      ValueError: one of them is not among `names`.
+      ValueError: a tensor is missing, has another shape, or the decoder has no use for it.
     """
-    source = _NAMES[name][gguf]
-    stored = [source.format(i) for i in range(spec.layers)] if "{}" in source else [source]
-    missing = [s for s in stored if s not in names]
-    if missing:
+    stored: dict[str, list[str]] = {}
+    for name, leaf in _flatten(nnx.to_pure_dict(abstract(spec)[1])).items():
+        source = _NAMES[name][gguf]
+        stacked = "{}" in source
+        stored[name] = [source.format(i) for i in range(spec.layers)] if stacked else [source]
+        expected = _stored_shape(name, leaf.shape[1:] if stacked else leaf.shape)
+        for tensor in stored[name]:
+            if tensor not in shapes:
+                raise ValueError(
+                    f"{path} has no tensor {tensor!r}; its config.json does not describe its "
+                    "weights."
+                )
+            if shapes[tensor] != expected:
+                raise ValueError(
+                    f"Tensor {tensor} of {path} has the shape {shapes[tensor]}; its config.json "
+                    f"calls for {expected}."
+                )
+    # Old checkpoints hold rotary frequencies; a tied model may hold its output projection twice.
+    unexpected = sorted(
+        n
+        for n in shapes.keys() - {tensor for layers in stored.values() for tensor in layers}
+        if not n.endswith("rotary_emb.inv_freq") and not (spec.tied and n in _NAMES["head"])
+    )
+    if unexpected:
         raise ValueError(
-            f"{path} has no tensor {missing[0]!r}; its config.json does not describe its weights."
+            f"{path} holds {len(unexpected)} tensors that its config.json does not call for, "
+            f"such as {unexpected[0]!r}."
         )
     return stored
 
@@ -303,7 +342,7 @@ def assemble(
     read: Callable[[str], np.ndarray],
     gguf: bool,
     path: str,
-    names: set[str],
+    shapes: Shapes,
     params: str | None = "float32",
 ) -> nnx.State:
     """Builds the parameters of a decoder, as host arrays, from a function that reads a tensor.
@@ -313,63 +352,48 @@ def assemble(
       read: maps a stored name to its array.
       gguf: whether the names are GGUF's.
       path: the model's path, for error messages.
-      names: names of all stored tensors.
+      shapes: of all stored tensors.
       params: dtype of the parameters, see `load`.
 
     Raises:
-      ValueError: see `load`; or there is a tensor that the decoder has no use for.
+      ValueError: see `_check_tensors`.
     """
-    shapes = abstract(spec)[1]
+    stored = _check_tensors(spec, gguf, path, shapes)
+    state = abstract(spec)[1]
     flat: dict[str, Any] = {}
-    expected = set()
-    for name, leaf in _flatten(nnx.to_pure_dict(shapes)).items():
-        source = _NAMES[name][gguf]
-        layers = _stored_names(name, spec, gguf, path, names)
-        expected |= set(layers)
-        shape = leaf.shape[1:] if "{}" in source else leaf.shape
-        tensors = [_from_stored(read(s), name, shape, f"{s} of {path}") for s in layers]
-        array = np.stack(tensors) if "{}" in source else tensors[0]
+    for name, leaf in _flatten(nnx.to_pure_dict(state)).items():
+        stacked = "{}" in _NAMES[name][gguf]
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        tensors = [_from_stored(read(tensor), name, shape) for tensor in stored[name]]
+        array = np.stack(tensors) if stacked else tensors[0]
         flat[name] = array.astype(jnp.dtype(params or array.dtype), copy=False)
-    # Old checkpoints hold rotary frequencies; a tied model may hold its output projection twice.
-    unexpected = sorted(
-        n
-        for n in names - expected
-        if not n.endswith("rotary_emb.inv_freq") and not (spec.tied and n in _NAMES["head"])
-    )
-    if unexpected:
-        raise ValueError(
-            f"{path} holds {len(unexpected)} tensors that its config.json does not call for, "
-            f"such as {unexpected[0]!r}."
-        )
     blocks = {
         name.removeprefix("blocks."): array
         for name, array in flat.items()
         if name.startswith("blocks.")
     }
     tree = {name: array for name, array in flat.items() if not name.startswith("blocks.")}
-    nnx.replace_by_pure_dict(shapes, tree | {"blocks": blocks})
-    return shapes
+    nnx.replace_by_pure_dict(state, tree | {"blocks": blocks})
+    return state
 
 
-def _from_stored(array: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Converts a stored tensor to the layout of a parameter of `shape`.
+def _flat_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of a parameter in `_TRANSPOSED` with heads and their widths as one axis.
 
-    Raises:
-      ValueError: the tensor has another shape than `where`'s config calls for.
+    They are the input of o, and the output of q, k and v.
     """
-    last = name.split(".")[-1]
-    flat: tuple[int, ...] = shape
-    if last in _TRANSPOSED:
-        array = array.T
-        # Heads and their widths are one axis in a file: the input of o, the output of q, k and v.
-        split = len(shape) - 1 if last == "o" else 1
-        flat = (int(np.prod(shape[:split])), int(np.prod(shape[split:])))
-    if array.shape != flat:
-        stored, expected = (s[::-1] if last in _TRANSPOSED else s for s in (array.shape, flat))
-        raise ValueError(
-            f"Tensor {where} has the shape {stored}; its config.json calls for {expected}."
-        )
-    return array.reshape(shape)
+    split = len(shape) - 1 if name.split(".")[-1] == "o" else 1
+    return int(np.prod(shape[:split])), int(np.prod(shape[split:]))
+
+
+def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in a file of a parameter of `shape`."""
+    return _flat_shape(name, shape)[::-1] if name.split(".")[-1] in _TRANSPOSED else shape
+
+
+def _from_stored(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Converts a stored tensor to the layout of a parameter of `shape`."""
+    return (array.T if name.split(".")[-1] in _TRANSPOSED else array).reshape(shape)
 
 
 def export(

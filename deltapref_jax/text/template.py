@@ -271,7 +271,14 @@ def _end_ids(folder: Path) -> list[int]:
                     f"{folder / name} is not a JSON object ({e}); copy the model's file there "
                     "again."
                 ) from e
-            return [ids] if isinstance(ids, int) else list(ids or [])
+            ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+            for i in ids:
+                if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31:
+                    raise ValueError(
+                        f"{folder / name} has the eos_token_id {i!r}; it must be a token id or a "
+                        "list of them."
+                    )
+            return ids
     return []
 
 

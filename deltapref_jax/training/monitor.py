@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from deltapref_jax.display import printable
 from deltapref_jax.files import remote, staged_dir
 from deltapref_jax.mesh import is_first
 from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
@@ -151,6 +152,7 @@ class TrainMonitor:
         names = config.trackers if is_first() else ()
         self._trackers = [TRACKERS[name](folder, label, resumed) for name in names]
         self._bar = bar
+        label = printable(label)
         self._task = bar.add_task(label, total=steps, completed=resumed, unit="steps", note="")
         # Time, tokens and FLOPs of the last steps. The first entry only marks where they begin.
         self._recent: collections.deque[tuple[float, float, float]] = collections.deque(

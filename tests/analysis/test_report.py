@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from deltapref_jax.config import (
     Prompts,
     Suite,
 )
+from deltapref_jax.progress import plain_console
 from deltapref_jax.records import (
     Audit,
     Pair,
@@ -218,6 +220,34 @@ def test_numbers_and_sentences(study):
         "Judge model cannot carry a conclusion on numerical precision" in t
         for t in s.judge_sentences
     )
+
+
+HOSTILE = "[/red] [bold \x1b[31m \x00\x07 $x^$ <b> \ud800"
+
+
+def test_a_config_with_markup_escape_codes_and_control_characters_is_shown(study, capsys):
+    """`validate` refuses such names; a study that was made before must still be shown."""
+    e = study.experiment
+    arms = tuple(dataclasses.replace(a, name=a.name + HOSTILE) for a in e.arms)
+    generators = tuple(dataclasses.replace(g, about=HOSTILE) for g in e.generators)
+    study.experiment = dataclasses.replace(
+        e, question=HOSTILE, about=HOSTILE, arms=arms, generators=generators
+    )
+    for field in ("pairs", "results", "metrics", "pair_counts"):
+        named = {name + HOSTILE: value for name, value in getattr(study, field).items()}
+        setattr(study, field, named)
+    s = summarise(study)
+    drawn = draw(study, s)
+    for svg in drawn.values():
+        ElementTree.fromstring(svg)
+    page = render(study, s, drawn, dict.fromkeys(DIMENSIONS, HOSTILE))
+    page.encode()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+    assert "&lt;b&gt;" in page
+    plain_console(width=250).print(terminal_table(json.loads(summary_json(s))))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"[/red] [bold \x1b[31m \x00\x07 $x^$ <b> \ud800" in out
 
 
 def test_an_artifact_of_two_labels_counts_once(study):
