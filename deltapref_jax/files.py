@@ -217,6 +217,9 @@ def local_copy(path: str) -> str:
       ArtifactError: `path` cannot be read, or this machine has no room for the copy.
     """
     if not remote(path):
+        # The system has an error of its own for a name like this, in every question about it.
+        if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+            raise FileNotFoundError(f"There is nothing at {path[:80]}…; check the path.")
         return path
     root = path.rstrip("/").removeprefix("gs://")
     _exists("gs://" + root.split("/")[0])
