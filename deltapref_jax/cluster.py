@@ -27,21 +27,18 @@ def detected_processes() -> int:
 
     for cluster in clusters.ClusterEnv._cluster_types:
         name = cluster.__name__
-        if cluster.opt_in_only_method:
+        if cluster.opt_in_only_method or name == "GceTpuCluster":
             continue
-        if name == "GceTpuCluster":  # Its own test takes seconds where there is no pod.
-            if (count := _cloud_tpu_processes()) > 1:
-                return count
-        elif name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:
-            continue  # JAX joins indexed Jobs only, and testing for one needs rights in the cluster.
-        elif cluster.is_env_present():
+        if name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:
+            continue  # JAX joins indexed Jobs only, and its test for one needs rights.
+        if cluster.is_env_present():
             if name == "GkeTpuCluster":
                 # Its process count asks the metadata server about slices, which GKE describes in
                 # the environment wherever there is more than one.
                 slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
                 return slices * len(cluster._get_worker_list_in_slice())  # type: ignore[attr-defined]
             return cluster.get_process_count()
-    return 1
+    return _cloud_tpu_processes()  # JAX's own test of it takes seconds where there is no pod.
 
 
 def _cloud_tpu_processes() -> int:
