@@ -1,7 +1,7 @@
 """The way that all entry points start and exit, and the flags that they share.
 
 An error that the user can fix is one sentence on stderr, with exit code 2. Ctrl-C exits with 130,
-and SIGTERM (preemption) with `Preempted.code` once the current work is saved.
+and SIGTERM (preemption) with --preempted_exit_code once the current work is saved.
 """
 
 import dataclasses
@@ -49,7 +49,20 @@ def run_main(main: Callable[[list[str]], None], default_config: str = "") -> Non
     # default and its overrides before `_parse` can catch an error.
     if default_config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default_config}")
+    _define_preempted_exit_code()
     app.run(_with_exit_codes(main), flags_parser=_parse)
+
+
+def _define_preempted_exit_code() -> None:
+    if "preempted_exit_code" not in flags.FLAGS:
+        flags.DEFINE_integer(
+            "preempted_exit_code",
+            Preempted.code,
+            "Exit code after SIGTERM, or where another process took over: run the same command "
+            "again. Schedulers restart on some codes only (docs/running.md).",
+            lower_bound=1,
+            upper_bound=255,
+        )
 
 
 def define_profile_steps() -> flags.FlagHolder[str]:
@@ -74,7 +87,9 @@ def define_output() -> flags.FlagHolder[str]:
     flags.register_validator(
         "output",
         lambda path: (
-            "\0" not in path and not Path(path).is_dir() and Path(path).parent.is_dir()
+            "\0" not in path
+            and not os.path.isdir(path)
+            and os.path.isdir(os.path.dirname(path) or ".")
             if path
             else True
         ),
@@ -108,6 +123,7 @@ def _fail(sentence: str, code: int = 2) -> int:
 def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
         raise_on_signals()
+        Preempted.code = flags.FLAGS.preempted_exit_code
         if argv[1:]:
             exit_all(
                 2,
@@ -124,7 +140,8 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
                 and not logging.level_debug()
                 and raised_in.startswith(_PROJECT)
             ):
-                exit_all(getattr(e, "code", 2), str(e))
+                code = getattr(e, "code", 2)
+                exit_all(Preempted.code if code == os.EX_TEMPFAIL else code, str(e))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:
@@ -142,7 +159,7 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; an exception of absl or the config library exits with one sentence."""
     config_flag = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
     path = config_flag.split(":")[0]
-    if path and not (path.endswith(".py") and Path(path).is_file()):
+    if path and not (path.endswith(".py") and os.path.isfile(path)):
         sys.exit(
             _fail(
                 f"There is no config file {path!r}; name a Python file with get_config(), such as "
@@ -183,6 +200,8 @@ def _explain(e: BaseException, config_flag: str, argv: list[str]) -> str:
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
         argument = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
         return f"{argument}: {kind} has no field {name!r}; it has {known}."
+    if isinstance(e, flags.DuplicateFlagError):
+        return "--config is given twice; give it once."
     if isinstance(e, IndexError):
         arguments = ", ".join(a for a in argv if re.match(r"--?config\.[^=]*\[", a))
         return f"{arguments}: the config has no item of that number; items count from 0."

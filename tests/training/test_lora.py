@@ -204,8 +204,8 @@ def test_resumed_is_uninterrupted_and_another_base_is_refused(
         run(program, base, tmp_path / "cut", one_device, moments=moments, base="two")
     assert str(error.value) == (
         f"The checkpoint {tmp_path}/cut/checkpoints/step_2 holds adapters of the base weights "
-        "'one' and this run's base has the weights 'two'; train from that base, or delete the folder of "
-        "checkpoints to train from the start."
+        "'one' and this run's base has the weights 'two'; train from that base, or delete the "
+        "folder of checkpoints to train from the start."
     )
     resumed = run(program, base, tmp_path / "cut", one_device, moments=moments, base="one")
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
