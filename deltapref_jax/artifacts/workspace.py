@@ -44,8 +44,7 @@ class Manifest(NamedTuple):
     label: list[str]  # of the study that made it
     version: int
     key: str
-    config: dict[str, Any]  # what was hashed besides the inputs
-    described: dict[str, Any]  # config and runtime
+    config: dict[str, Any]  # all fields of the node but its inputs
     inputs: dict[str, dict[str, str]]  # input → {"path", "content"}
     files: dict[str, list[Any]]  # name → [bytes, SHA-256]
     stats: dict[str, float]  # counts

@@ -17,7 +17,7 @@ from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.tokens import SequenceTable
 
 
-class LogProbTable(Node, stage="score", version=4):
+class LogProbTable(Node, stage="score", version=4, sharded=True):
     """LOGPROB: one row per sequence; the schema's metadata names the weights that scored it.
 
     Attributes:
