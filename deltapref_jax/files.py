@@ -40,6 +40,9 @@ UNWRITABLE_ERRNOS = (
 """Error numbers of a file system that is full, over quota, read-only or not permitted."""
 
 
+_ANSWER_SECONDS = 10.0
+
+
 class ArtifactError(RuntimeError):
     """An artifact is damaged or cannot be written; the message names the file and the remedy."""
 
@@ -117,13 +120,23 @@ def _gcs() -> Any:
     try:
         import fsspec
         import gcsfs  # noqa: F401  (brings google-cloud-storage, with which Orbax looks up buckets)
+        import google.auth
     except ImportError as e:
         raise ConfigError(
             "A path begins with gs:// and the package gcsfs is not installed; "
             "pip install 'deltapref-jax[gcs]'."
         ) from e
     # A cached listing would not show what other processes have written since.
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False} | fsspec.config.conf.get("gcs", {})
+    settings = {"use_listings_cache": False} | fsspec.config.conf.get("gcs", {})
+    if "token" not in settings:
+        # gcsfs would ask the metadata server of a machine without credentials for a quarter of a
+        # minute more, after google.auth, which asks it too.
+        try:
+            google.auth.default()
+            settings["token"] = "google_default"
+        except google.auth.exceptions.GoogleAuthError:
+            settings["token"] = "anon"
+    fsspec.config.conf["gcs"] = settings
     # gcsfs logs the traceback of every exception that it raises, also of those handled here.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem("gcs")
@@ -168,12 +181,27 @@ def check_bucket(root: str | os.PathLike[str]) -> None:
             "gs://…."
         )
     bucket = "gs://" + path.removeprefix("gs://").split("/")[0]
+    if not _exists(bucket):
+        raise ConfigError(
+            f"There is no bucket {bucket}, or this machine's credentials may not see it; check the "
+            "name, or make it."
+        )
+
+
+@functools.cache
+def _exists(bucket: str) -> bool:
+    """Whether there is a bucket that this machine may see; asked before it is read or written.
+
+    gcsfs repeats a failed request six times over half a minute, more than once for one question.
+
+    Raises:
+      ArtifactError: Google Cloud Storage did not answer within `_ANSWER_SECONDS`.
+    """
     with _bucket_errors(bucket, _unreadable):
-        if not _gcs().exists(bucket):
-            raise ConfigError(
-                f"There is no bucket {bucket}, or this machine's credentials may not see it; check "
-                "the name, or make it."
-            )
+        try:
+            return bool(_gcs().exists(bucket, timeout=_ANSWER_SECONDS))
+        except TimeoutError as e:
+            raise TimeoutError(f"no answer within {_ANSWER_SECONDS:g} seconds") from e
 
 
 def local_copy(path: str) -> str:
@@ -189,8 +217,12 @@ def local_copy(path: str) -> str:
       ArtifactError: `path` cannot be read, or this machine has no room for the copy.
     """
     if not remote(path):
+        # The system has an error of its own for a name like this, in every question about it.
+        if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+            raise FileNotFoundError(f"There is nothing at {path[:80]}…; check the path.")
         return path
     root = path.rstrip("/").removeprefix("gs://")
+    _exists("gs://" + root.split("/")[0])
     with _bucket_errors(path, _unreadable):
         objects = {
             name: info

@@ -362,7 +362,7 @@ def _check_flags() -> None:
         for value in values:
             check_choice(f"--{flag}", value, _KNOWN[flag])
     for flag, python in (("trl", _TRL.value), ("tunix", _TUNIX.value)):
-        if python and not os.access(python, os.X_OK):
+        if python and not (os.path.isfile(python) and os.access(python, os.X_OK)):
             raise ConfigError(f"--{flag} is {python!r}, which is no program; name a Python.")
     heads = max(1, _WIDTH.value // 64)
     if _WIDTH.value % heads or _WIDTH.value // heads % 2:

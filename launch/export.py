@@ -26,9 +26,10 @@ _IDS = flags.DEFINE_bool("ids", False, "Write prompt_ids, chosen_ids and rejecte
 def main(_: list[str]) -> None:
     """Find the arm's tables in the workspace and write them."""
     e: Experiment = validate(_CONFIG.value)
-    from deltapref_jax.data.export import token_rows, trl_rows, write_rows
+    from deltapref_jax.data.export import check_output, token_rows, trl_rows, write_rows
     from deltapref_jax.stages.study import plan
 
+    check_output(str(_OUT.value))
     name = check_choice("--arm", str(_ARM.value), [arm.name for arm in e.arms])
     arm = next(arm for arm in e.arms if arm.name == name)
     workspace = Workspace(e.workspace)

@@ -87,7 +87,9 @@ def define_output() -> flags.FlagHolder[str]:
     flags.register_validator(
         "output",
         lambda path: (
-            "\0" not in path and not Path(path).is_dir() and Path(path).parent.is_dir()
+            "\0" not in path
+            and not os.path.isdir(path)
+            and os.path.isdir(os.path.dirname(path) or ".")
             if path
             else True
         ),
@@ -157,7 +159,7 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; an exception of absl or the config library exits with one sentence."""
     config_flag = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
     path = config_flag.split(":")[0]
-    if path and not (path.endswith(".py") and Path(path).is_file()):
+    if path and not (path.endswith(".py") and os.path.isfile(path)):
         sys.exit(
             _fail(
                 f"There is no config file {path!r}; name a Python file with get_config(), such as "
@@ -198,6 +200,8 @@ def _explain(e: BaseException, config_flag: str, argv: list[str]) -> str:
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
         argument = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
         return f"{argument}: {kind} has no field {name!r}; it has {known}."
+    if isinstance(e, flags.DuplicateFlagError):
+        return "--config is given twice; give it once."
     if isinstance(e, IndexError):
         arguments = ", ".join(a for a in argv if re.match(r"--?config\.[^=]*\[", a))
         return f"{arguments}: the config has no item of that number; items count from 0."

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment, Judge, Model, ModelZoo, Prompts, SmallModel
+from deltapref_jax.files import unwritable
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate_model_zoo
 from launch.flags import run_main
@@ -74,6 +75,10 @@ def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str,
 def main(_: list[str]) -> None:
     """Train, release, measure."""
     zoo: ModelZoo = validate_model_zoo(_CONFIG.value)
+    try:
+        Path(zoo.output).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise unwritable(zoo.output, e) from e
     workspace = Workspace(zoo.workspace)
     if not _MEASURE_ONLY.value:
         release(zoo, workspace)

@@ -135,6 +135,33 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):
     files._gcs.cache_clear()
 
 
+@pytest.mark.parametrize("use", ["check_bucket", "local_copy"])
+def test_a_store_that_does_not_answer_is_one_sentence_within_seconds(use):
+    """gcsfs alone would repeat the request for more than a minute."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed (extra gcs)")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        closed = free.getsockname()[1]
+    program = (
+        "import time; from deltapref_jax import files; files._ANSWER_SECONDS = 1.0\n"
+        "began = time.monotonic()\n"
+        f"try: files.{use}('gs://bucket/place')\n"
+        "except files.ArtifactError as e: print(time.monotonic() - began < 10, e)"
+    )
+    env = os.environ | {
+        "STORAGE_EMULATOR_HOST": f"http://localhost:{closed}",
+        "GOOGLE_APPLICATION_CREDENTIALS": "",
+        "NO_GCE_CHECK": "true",
+        "PYTHONPATH": str(ROOT),
+    }
+    out = subprocess.check_output([sys.executable, "-c", program], env=env, text=True)
+    assert out == (
+        "True gs://bucket cannot be read (no answer within 1 seconds); check the name, this "
+        "machine's credentials for Google Cloud Storage and its connection, and run the same "
+        "command.\n"
+    )
+
+
 def test_other_stores_and_missing_buckets_are_refused(in_process_bucket):
     with pytest.raises(
         ConfigError, match=r"^The workspace s3://bucket/w is in no bucket of Google Cloud Storage; "

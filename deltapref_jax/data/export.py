@@ -1,6 +1,7 @@
 """Pairs in the columns that TRL and other trainers read, as messages or as token ids."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,30 @@ def token_rows(pairs: Sequence[Pair], sequences: Mapping[str, TokenSequence]) ->
     return rows
 
 
-def write_rows(rows: Sequence[Row], path: str) -> None:
-    """Writes Parquet or JSON lines, by the file's ending.
+def check_output(path: str) -> None:
+    """Checks the name of a file to write, before there is anything to be written.
 
     Raises:
-      ConfigError: the path has another ending, or the file cannot be written.
+      ConfigError: it has an unknown ending, or its folder is not there.
     """
     if not path.endswith((".parquet", ".jsonl")):
         raise ConfigError(
             f"The output {path!r} ends in neither .parquet nor .jsonl; name one of the two."
         )
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ConfigError(
+            f"The output {path} cannot be written (its folder is not there); name a file in a "
+            "folder that is there."
+        )
+
+
+def write_rows(rows: Sequence[Row], path: str) -> None:
+    """Writes Parquet or JSON lines, by the file's ending.
+
+    Raises:
+      ConfigError: see `check_output`, or the file cannot be written.
+    """
+    check_output(path)
     try:
         if path.endswith(".parquet"):
             pq.write_table(pa.Table.from_pylist(list(rows)), path)

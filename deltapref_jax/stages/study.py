@@ -135,8 +135,16 @@ def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
     Raises:
       FileNotFoundError, ValueError: one sentence that names the model and the remedy.
     """
+    longest = e.sampling.max_prompt + e.sampling.max_tokens
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
-        inspect(model_of(e, model).path)[1].check_template()
+        spec, text = inspect(model_of(e, model).path)
+        text.check_template()
+        if longest > spec.max_positions:
+            raise ConfigError(
+                f"config.sampling.max_prompt + max_tokens is {longest} and the model "
+                f"{model_of(e, model).path} has {spec.max_positions} positions; lower one of the "
+                "two."
+            )
     spec, tokenizer = inspect(e.student.path)
     check_rank(e.training.lora, spec)
     check_same_vocabulary(tokenizer, inspect(model_of(e, e.reference).path)[1])
