@@ -45,6 +45,10 @@ def run_main(main: Callable[[list[str]], None], default_config: str = "") -> Non
     """
     # Orbax logs the traceback of a failed save; the sentence has what matters of it.
     logging.set_verbosity(logging.FATAL)
+    if not sys.stderr.isatty():
+        # In a log, the bars of libraries would be lines without end; these are read on import.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # It is inserted as an argument, and is not the flag's default, because absl would load the
     # default and its overrides before `_parse` can catch an error.
     if default_config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
@@ -155,11 +159,9 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except KeyboardInterrupt:
         sys.exit(_fail("Stopped before anything was done.", 130))
-    except SystemExit as e:
-        if _line_in(path, e) is None:  # --help exits too
+    except BaseException as e:  # The config file may raise any type.
+        if not isinstance(e, Exception) and _line_in(path, e) is None:  # as --help does
             raise
-        sys.exit(_fail(_explain(e, config_flag, argv)))
-    except Exception as e:  # The config file may raise any type.
         sys.exit(_fail(_explain(e, config_flag, argv)))
 
 
