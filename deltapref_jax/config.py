@@ -187,7 +187,7 @@ class Judge:
 class Objective:
     """A loss with its hyperparameters; arms name it."""
 
-    name: str = ""
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
     # One of OBJECTIVE_KINDS.
     kind: str = "dpo"
     # Per nat: 0.01 to 0.5; per nat a token in dpo_norm: 5 to 10, and simpo: 2 to 10; not in sft.

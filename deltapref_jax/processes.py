@@ -11,6 +11,8 @@ import platform
 import sys
 from typing import Any
 
+from deltapref_jax.cluster import detected_processes, local_device_ids
+
 _PACKAGES = (
     "jax",
     "flax",
@@ -24,23 +26,28 @@ _PACKAGES = (
 
 
 def start_processes() -> None:
-    """Joins the multi-process job if the environment names a coordinator; otherwise does nothing.
+    """Joins the multi-process JAX job that the environment describes; a lone process goes on.
 
-    `JAX_COORDINATOR_ADDRESS` names the coordinator. `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are
-    needed where no cluster manager that JAX knows provides them.
+    JAX itself detects jobs of Open MPI, SLURM, GKE, Cloud TPU VMs and indexed Jobs of Kubernetes.
+    `JAX_COORDINATOR_ADDRESS`, with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, describes a job where
+    JAX detects none. `JAX_NUM_PROCESSES=1` without an address keeps a process alone anywhere.
+
+    Raises:
+      ConfigError: the tasks of a node cannot share its GPUs evenly.
+      RuntimeError: the coordinator does not answer, or the metadata server of a Cloud TPU fails.
     """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        import jax
+    import jax
 
-        arguments: dict[str, Any] = {
-            name: int(os.environ[key])
-            for name, key in (
-                ("num_processes", "JAX_NUM_PROCESSES"),
-                ("process_id", "JAX_PROCESS_ID"),
-            )
-            if key in os.environ
-        }
-        jax.distributed.initialize(**arguments)
+    explicit: dict[str, Any] = {
+        name: int(os.environ[key])
+        for name, key in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+        if key in os.environ
+    }
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS") and (
+        explicit.get("num_processes") == 1 or detected_processes() == 1
+    ):
+        return
+    jax.distributed.initialize(**explicit, local_device_ids=local_device_ids())
 
 
 def _distributed_jax() -> Any:

@@ -1,7 +1,7 @@
 """The way that all entry points start and exit, and the flags that they share.
 
 An error that the user can fix is one sentence on stderr, with exit code 2. Ctrl-C exits with 130,
-and SIGTERM (preemption) with `Preempted.code` once the current work is saved.
+and SIGTERM (preemption) with --preempted_exit_code once the current work is saved.
 """
 
 import dataclasses
@@ -53,7 +53,20 @@ def run_main(main: Callable[[list[str]], None], default_config: str = "") -> Non
     # default and its overrides before `_parse` can catch an error.
     if default_config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default_config}")
+    _define_preempted_exit_code()
     app.run(_with_exit_codes(main), flags_parser=_parse)
+
+
+def _define_preempted_exit_code() -> None:
+    if "preempted_exit_code" not in flags.FLAGS:
+        flags.DEFINE_integer(
+            "preempted_exit_code",
+            Preempted.code,
+            "Exit code after SIGTERM, or where another process took over: run the same command "
+            "again. Schedulers restart on some codes only (docs/running.md).",
+            lower_bound=1,
+            upper_bound=255,
+        )
 
 
 def define_profile_steps() -> flags.FlagHolder[str]:
@@ -114,6 +127,7 @@ def _fail(sentence: str, code: int = 2) -> int:
 def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def wrapped(argv: list[str]) -> None:
         raise_on_signals()
+        Preempted.code = flags.FLAGS.preempted_exit_code
         if argv[1:]:
             exit_all(
                 2,
@@ -130,7 +144,8 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
                 and not logging.level_debug()
                 and raised_in.startswith(_PROJECT)
             ):
-                exit_all(getattr(e, "code", 2), str(e))
+                code = getattr(e, "code", 2)
+                exit_all(Preempted.code if code == os.EX_TEMPFAIL else code, str(e))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:

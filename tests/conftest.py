@@ -1,6 +1,6 @@
 import os
 
-# eight devices on the CPU, set before JAX starts, so that sharded runs can be held against one device
+# eight devices on the CPU, set before JAX starts, so that sharded runs can be compared with one
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""

@@ -205,9 +205,11 @@ def flags_of(module):
     found = {"help", "config"}
     for path in (ROOT / f"{module.replace('.', '/')}.py", ROOT / "launch" / "flags.py"):
         for node in ast.walk(trees()[path]):
-            name = getattr(getattr(node, "func", None), "attr", "")
-            if isinstance(node, ast.Call) and name.startswith("DEFINE_"):
-                found.add(node.args[0].value)
+            function = getattr(node, "func", None)
+            name = getattr(function, "attr", "") or getattr(function, "id", "")
+            if name.lower().startswith("define_") and node.args:
+                # a function of launch/flags.py that defines a flag gets its name as an argument
+                found.add(getattr(node.args[0], "value", ""))
     return found
 
 

@@ -80,3 +80,44 @@ def test_a_lost_signal_is_raised_again_and_cleanup_is_not_disturbed(tmp_path, wh
     assert (ended.returncode, ended.stderr) == ENDS[number]
     assert (tmp_path / "lost").exists() == (where != "heard")
     assert (tmp_path / "cleaned").exists()
+
+
+PREEMPTED = """
+import os, pathlib, signal, sys, time
+from deltapref_jax.artifacts.lease import LostLease
+from launch import flags
+from launch.flags import run_main
+
+def main(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+def lost(_):
+    raise LostLease("Another process took over.")
+
+flags._PROJECT = ("<string>",)  # An error of this program counts as one of the project's.
+run_main({main})
+"""
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "code"),
+    [
+        ("main", [], 75),
+        ("main", ["--preempted_exit_code=137"], 137),
+        ("lost", [], 75),
+        ("lost", ["--preempted_exit_code=137"], 137),
+        ("main", ["--preempted_exit_code=0"], 2),
+        ("main", ["--preempted_exit_code=256"], 2),
+    ],
+)
+def test_a_flag_chooses_the_exit_code_after_a_preemption(main, flags, code):
+    ended = subprocess.run(
+        [sys.executable, "-c", PREEMPTED.format(main=main), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1

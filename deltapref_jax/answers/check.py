@@ -7,12 +7,21 @@ rights (`worker`, `sandbox`).
 import json
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
-from deltapref_jax.answers.extract import final_answer
+from deltapref_jax.answers import reading
+from deltapref_jax.answers.extract import (
+    Statement,
+    final_answer,
+    last_formula,
+    statement,
+    without_thoughts,
+)
 from deltapref_jax.answers.worker import Worker
 from deltapref_jax.config import CHECKERS, check_choice, need_reasoning_gym
 
+_MAX_ANSWER = 10_000  # characters that are read of an answer
 _worker = Worker()
 
 
@@ -36,18 +45,84 @@ def check(prompt: Mapping[str, Any], text: str) -> Verdict:
     kind = check_choice("checker", prompt["checker"], CHECKERS)
     if kind == "":
         return Verdict(None, "", "")
+    if kind in ("math", "exact"):
+        return _answered(prompt, text, kind)
     answer = final_answer(text)
     if not answer:
         return Verdict(False, "", "no answer")
-    if kind in ("world", "exact"):
+    if kind == "world":
         return Verdict(_plain(answer) == _plain(prompt["answer"]), answer, "")
-    if kind == "reasoning_gym":
-        need_reasoning_gym()
-        asked = json.loads(prompt["meta"])
-    else:
-        asked = {"gold": prompt["answer"]}
-    correct, note = _worker.grade({**asked, "kind": kind, "answer": answer})
+    need_reasoning_gym()
+    request = {**json.loads(prompt["meta"]), "kind": kind, "answer": answer}
+    correct, note = _worker.grade(request)
     return Verdict(correct, answer, note)
+
+
+def _answered(prompt: Mapping[str, Any], text: str, kind: str) -> Verdict:
+    """Against each reference answer: any of them is right."""
+    golds = json.loads(prompt["meta"]).get("answers") or [prompt["answer"]]
+    found = statement(text)
+    verdict = Verdict(False, "", "no answer")
+    for gold in golds:
+        said = _stated(found, text, gold)
+        if said:
+            verdict = _compare(gold, said, kind)
+            if verdict.correct:
+                break
+    return verdict
+
+
+def _stated(found: Statement, text: str, gold: str) -> str:
+    """What is held against `gold`: the statement, or what stands for one in a trace without any."""
+    said = found.text[:_MAX_ANSWER]
+    if found.how == "box" and "$" not in said:
+        return f"${said}$"  # its full stops and exclamation marks end no sentence
+    if found.how != "number" or _gold_number(gold):
+        return said
+    whole = without_thoughts(text).strip()
+    if reading.gold_letter(gold) or reading.is_words(gold):
+        # Words that are not announced are an answer only where they are all that the trace says.
+        if (
+            len(whole) <= _MAX_ANSWER
+            and "\n" not in whole
+            and _compare(gold, whole, "exact").correct
+        ):
+            return whole
+        return said
+    return last_formula(text) or said
+
+
+def _compare(gold: str, said: str, kind: str) -> Verdict:
+    """One reference answer and a statement, read as the kind of thing that the reference is."""
+    if wanted := reading.gold_letter(gold):
+        letter = reading.letter(said)
+        if letter or gold.strip() == wanted:  # a small letter may be a variable
+            return Verdict(letter == wanted, letter or said, "")
+    head = reading.formula_reading(said)
+    if values := _gold_number(gold):
+        if found := reading.number(said):
+            return Verdict(bool(found[0] & values), found[1], "")
+        if reading.several(said):
+            return Verdict(False, said, "")
+    else:
+        for candidate in [*reading.readings(said), head]:
+            if reading.words(candidate) == reading.words(gold) or reading.same_formula(
+                candidate, gold
+            ):
+                return Verdict(True, candidate.strip("*_ "), "")
+    if kind == "exact" or reading.is_words(gold) or not head:
+        return Verdict(False, head, "")
+    request = {"kind": "math", "gold": reading.normalize(gold), "answer": head}
+    correct, note = _worker.grade(request)
+    return Verdict(correct, head, note)
+
+
+def _gold_number(gold: str) -> frozenset[Fraction] | None:
+    """Values of a reference answer that is a number with or without a unit; 0101 is none."""
+    if re.fullmatch(r"\s*0\d+\s*", gold):
+        return None
+    found = reading.number(gold)
+    return found[0] if found else None
 
 
 def _plain(text: str) -> str:

@@ -1,36 +1,169 @@
-"""The final answer of a trace."""
+r"""What a trace states as its answer.
+
+In this order: the last `<answer>…</answer>`, the last `\boxed{…}`, a last line "#### …" (GSM8K),
+the last "Answer: …" or "The answer is …", the last number. Thoughts (`<think>…</think>`) are no
+part of a trace's answer. Every step takes time linear in the text.
+"""
 
 import re
+from typing import NamedTuple
 
-_LINE = re.compile(r"\banswer\s*(?:is\b\s*[:=]?|[:=])\s*(.+)", re.IGNORECASE)
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_MAX_STATEMENT = 2000  # characters
+_THINK = "(?:think|thinking|thoughts?|reasoning)"
+_THOUGHT_ENDS = re.compile(rf"</{_THINK}>", re.IGNORECASE)
+_THOUGHT_BEGINS = re.compile(rf"<{_THINK}>", re.IGNORECASE)
+_TAG_BEGINS = re.compile("<answer>", re.IGNORECASE)
+_TAG_ENDS = re.compile("</answer>", re.IGNORECASE)
+_BRACES = re.compile(r"(\\(?:boxed|fbox)\s{0,9}\{)|\\.|[{}]", re.DOTALL)
+_BETWEEN_BOXES = re.compile(
+    r"[\s$,;()\[\]\\]{0,20}(?:\\text\{)?[\s$,]{0,9}(and|or|,)?[\s$,}()\[\]\\]{0,20}"
+)
+_HASHES = re.compile(r"^####[ \t]{1,9}(\S[^\n]{0,99})$", re.MULTILINE)
+_VERB = r"(?:is|are|was|would be|should be|must be|will be|equals)\b(?:[ \t]{0,9}[:=])?"
+_MARKER = re.compile(
+    # "Answer:", "**Answer** =", "answer (in cm):"
+    r"\banswers?\b[*_\"' \t]{0,9}(?:\([^()\n]{0,40}\)[*_ \t]{0,9})?[:=]"
+    # "the answer is", "the answer to the question is:"
+    r"|\banswers?\b(?:\s{1,9}(?:to|for|of|in|here|that|we|i|choice|option)\b[^\n.:=?!]{0,80}?)?"
+    rf"[*_ \t]{{0,9}}(?:\b{_VERB}|:)"
+    rf"|\b(?:correct|right|best) (?:option|choice|statement)[*_ \t]{{0,9}}(?:\b{_VERB}|:)"
+    # A heading or a line of its own.
+    r"|^[ \t#*_>-]{0,9}(?:the )?(?:final |correct )?answer[ \t*_:]{0,9}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SPACE = re.compile(r"[\s*_>]*")
+_NO_STATEMENT = re.compile(
+    r"not\s+(?:[-$\\(\d]|[A-J]\b|correct|right|clear|known|yet|quite|just|simply|the|an?)(?!\w)"
+    r"|not\s+[-$\\(]?\d|(?:wrong|incorrect|unclear|in|within|as a|given in|to be|expected to)\b",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]])[-−])?(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"(?:/\d+|[-–]\d+(?:\.\d+)?)?)"
+)
+_APPROXIMATION = re.compile(
+    r"(?:,? {0,3}\bor {1,3}(?:about|approximately|roughly)|[≈]|\\approx)[ $\\(]{0,5}[\d.,]+"
+)
+_FORMULA = re.compile(
+    r"\$\$[^$]{1,2000}\$\$|\$[^$\n]{1,2000}\$|\\\([^\n]{1,500}?\\\)|\\\[.{1,500}?\\\]", re.DOTALL
+)
+
+
+class Statement(NamedTuple):
+    """What a trace states, and how."""
+
+    text: str  # "" if there is nothing
+    how: str  # "box", "tags", "line": more words may follow; "number": the last one of the text
+
+
+def without_thoughts(text: str) -> str:
+    """The text behind the last thought, and before one that does not end."""
+    begin = 0
+    for end in _THOUGHT_ENDS.finditer(text):
+        begin = end.end()
+    text = text[begin:]
+    unended = _THOUGHT_BEGINS.search(text)
+    return text[: unended.start()] if unended else text
+
+
+def _tagged(text: str) -> str | None:
+    ends = [m.start() for m in _TAG_ENDS.finditer(text)]
+    begins = [m.end() for m in _TAG_BEGINS.finditer(text)]
+    if ends and (before := [b for b in begins if b <= ends[-1]]):
+        return text[before[-1] : ends[-1]]
+    if begins and not ends:  # the tag is left open
+        return text[begins[-1] :]
+    return None
 
 
 def _boxed(text: str) -> str:
-    """Contents of the last \\boxed{...}, braces balanced; "" if there is none."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
+    r"""Contents of the last \boxed{…}; two that "and", "or" or a comma joins are taken together."""
+    stack: list[
+        tuple[int, int]
+    ] = []  # (start of the box, -1 for a plain brace; start of what is in it)
+    boxes: list[tuple[int, int, int]] = []  # start, start of the contents, end of the contents
+    for token in _BRACES.finditer(text):
+        if token[1]:
+            stack.append((token.start(), token.end()))
+        elif token[0] == "{":
+            stack.append((-1, token.end()))
+        elif token[0] == "}" and stack:
+            start, inside = stack.pop()
+            if start >= 0:
+                while boxes and boxes[-1][0] > start:  # a box inside this one
+                    boxes.pop()
+                boxes.append((start, inside, token.start()))
+    open_boxes = [inside for start, inside in stack if start >= 0]
+    if open_boxes and (not boxes or open_boxes[-1] > boxes[-1][2]):
+        line = text[open_boxes[-1] : open_boxes[-1] + _MAX_STATEMENT].partition("\n")[0].strip()
+        if line.strip("$\\ "):
+            return line
+    if not boxes:
         return ""
-    depth, begin = 0, start + len(r"\boxed")
-    for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[begin + 1 : i]
+    first = len(boxes) - 1
+    while first and (
+        between := _BETWEEN_BOXES.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0])
+    ):
+        if not between[1] and "," not in between[0]:
+            break
+        first -= 1
+    if first < len(boxes) - 1:
+        return text[boxes[first][0] : boxes[-1][2] + 1]
+    return text[boxes[-1][1] : boxes[-1][2]]
+
+
+def _line(text: str, begin: int) -> str:
+    """What stands behind a marker: the rest of its line or the next one, or a formula of lines."""
+    begin = _SPACE.match(text, begin).end()  # type: ignore[union-attr]
+    for opening, closing in ((r"\[", r"\]"), ("$$", "$$")):
+        if text.startswith(opening, begin):
+            end = text.find(closing, begin + 2, begin + _MAX_STATEMENT)
+            return text[begin : end + 2] if end >= 0 else text[begin : begin + _MAX_STATEMENT]
+    end = text.find("\n", begin, begin + _MAX_STATEMENT)
+    return text[begin : end if end >= 0 else begin + _MAX_STATEMENT]
+
+
+def _said(text: str) -> str:
+    """What the last marker that states something states."""
+    for marker in reversed(list(_MARKER.finditer(text))):
+        line = _line(text, marker.end()).strip().rstrip("*_")
+        if line.strip("*_.:$ ") and not _NO_STATEMENT.match(line):
+            return line
     return ""
 
 
-def final_answer(text: str) -> str:
-    r"""The last `<answer>…</answer>`, else `\boxed{…}`, else "Answer: …", else the last number.
+def statement(text: str) -> Statement:
+    """What the trace states as its answer."""
+    text = without_thoughts(text)
+    tagged = _tagged(text)
+    if tagged is not None:
+        if boxed := _boxed(tagged).strip():
+            return Statement(boxed, "box")
+        return Statement((_said(tagged) or tagged).strip(), "tags")
+    if boxed := _boxed(text).strip():
+        return Statement(boxed, "box")
+    hashes = _HASHES.findall(text)  # as a heading they announce no number
+    if hashes and re.match(r"[-−$\\]{0,3}\d", hashes[-1]):
+        return Statement(hashes[-1].strip(), "line")
+    if line := _said(text):
+        return Statement(line, "line")
+    exact = _APPROXIMATION.sub("", text)
+    numbers = _NUMBER.findall(exact) or _NUMBER.findall(text)
+    return Statement(numbers[-1] if numbers else "", "number")
 
-    "The answer is …" and "answer = …" count as "Answer: …". A sentence's full stop and markdown's
-    asterisks around the answer are taken off; "" if there is nothing.
+
+def last_formula(text: str) -> str:
+    """The last formula between dollars or LaTeX's borders; "" if there is none."""
+    formulas = _FORMULA.findall(without_thoughts(text))
+    return formulas[-1] if formulas else ""
+
+
+def final_answer(text: str) -> str:
+    r"""What the trace states, without a sentence's full stop and markdown's asterisks around it.
+
+    Tags' contents are given as they are.
     """
-    if tags := _TAG.findall(text):
-        return tags[-1].strip()
-    if boxed := _boxed(text):
-        return boxed.strip()
-    if lines := _LINE.findall(text):
-        return lines[-1].strip().strip("*").rstrip(".").strip("* ")
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else ""
+    tagged = _tagged(without_thoughts(text))
+    if tagged is not None:
+        return tagged.strip()
+    return statement(text).text.strip().strip("*").rstrip(".").strip("* ")

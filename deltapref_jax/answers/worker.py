@@ -45,9 +45,9 @@ class Worker:
         atexit.register(self.close)
 
     @property
-    def pid(self) -> int:
-        """The process id, 0 while none runs."""
-        return self._process.pid if self._process else 0
+    def pid(self) -> int | None:
+        """The process id, while one runs."""
+        return self._process.pid if self._process else None
 
     def grade(
         self,

@@ -1,6 +1,8 @@
 """Prompts from files, data sets and generators of questions: one function per kind of source."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ def read_prompts(source: Prompts) -> tuple[list[Prompt], dict[str, int]]:
     Counts are `read`, `empty` (dropped: the question has no text) and `duplicate` (dropped).
 
     Raises:
-      ConfigError: the source is missing, damaged, or lacks a column; the sentence says where.
+      ConfigError: the source is missing, damaged, or lacks a column or an answer; the sentence
+        says where.
     """
     rows = list(SOURCES[check_choice("prompts.kind", source.kind, SOURCES)](source))
     kept: dict[str, Prompt] = {}
@@ -88,6 +91,45 @@ def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
             )
 
 
+_WORKED = re.compile(r"^####[ \t]*(\S.*?)\s*\Z", re.MULTILINE)  # GSM8K's last line
+
+
+def _reference_answers(answer: Any, where: str, source: Prompts) -> list[str]:
+    """The accepted answers in a column: one, any of a list, or what GSM8K's "####" announces.
+
+    Raises:
+      ConfigError: nothing there can be an answer.
+    """
+    field = source.answer_field
+    if answer is None:
+        raise ConfigError(
+            f"{where} has no {field!r} and the checker {source.checker!r} needs one; set "
+            "answer_field, or checker to ''."
+        )
+    several = isinstance(answer, list | tuple)
+    found = []
+    for each in answer if several else [answer]:
+        kind = "an object" if isinstance(each, dict) else "a list" if isinstance(each, list) else ""
+        if isinstance(each, float) and not math.isfinite(each):
+            kind = str(each)
+        elif each is None or not str(each).strip():
+            kind = "null" if each is None else "empty text"
+        if kind:
+            raise ConfigError(
+                f"{where} has {kind} in {field!r}, which no trace can be checked against; give the "
+                "answer as text or a number (or a list of the accepted ones), or set answer_field."
+            )
+        text = str(each).strip()
+        worked = _WORKED.search(text)
+        found.append(worked[1] if worked else text)
+    if not found:
+        raise ConfigError(
+            f"{where} has an empty list in {field!r}; give at least one accepted answer, or set "
+            "answer_field."
+        )
+    return list(dict.fromkeys(found))
+
+
 def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Prompt]:
     """Prompts from a table's `prompt_field` and `answer_field`.
 
@@ -103,11 +145,10 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
                 "set prompt_field."
             )
         prompt, answer = row[source.prompt_field], row.get(source.answer_field)
-        if answer is None and source.checker:
-            raise ConfigError(
-                f"{where} has no {source.answer_field!r} and the checker {source.checker!r} needs "
-                "one; set answer_field, or checker to ''."
-            )
+        if source.checker:
+            golds = _reference_answers(answer, where, source)
+        else:
+            golds = ["" if answer is None else str(answer)]
         if prompt is None or isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt or ""}]
         elif isinstance(prompt, dict) and {"role", "content"} <= prompt.keys():
@@ -129,7 +170,8 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
             raise ConfigError(
                 f"{where} has a prompt whose last message is not the user's; cut the answer off."
             )
-        yield _prompt(task, messages, "" if answer is None else str(answer), source.checker, {})
+        meta = {"answers": golds} if len(golds) > 1 else {}
+        yield _prompt(task, messages, golds[0], source.checker, meta)
 
 
 def _existing(source: Prompts) -> Path:

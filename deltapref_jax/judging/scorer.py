@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import Scoring
 from deltapref_jax.judging.rubric import RUBRIC, Rubric, label_ids, trunk_and_suffixes
-from deltapref_jax.mesh import shard
+from deltapref_jax.mesh import place, shard
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, abstract
@@ -154,7 +154,7 @@ def rate_traces(
     labels = np.asarray(label_ids(model.text), np.int32)
     samples = _rating_samples(model, problems, traces, dimensions, shape.row_length, rubric)
     label_probabilities = _label_probability_fn(model.spec, dtype, mesh)
-    params = jax.device_put(model.state, shardings(model.state, mesh))
+    params = place(model.state, shardings(model.state, mesh))
     probabilities = np.zeros((len(samples), len(dimensions), len(labels)), np.float32)
     micros = pack([[[s]] for s in samples], shape.rows, shape.row_length)
     # Labels read by one call: one for every 64 tokens and dimension. The size is fixed, so that one

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import MeshShape, Sampling
-from deltapref_jax.mesh import make_mesh
+from deltapref_jax.mesh import make_mesh, place
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
@@ -187,7 +187,7 @@ class Engine:
             )
         # Prompts of one prefill: about an eighth of the slots, at most 16, in whole shards.
         self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
-        state = jax.device_put(model.state, shardings(model.state, self.mesh))
+        state = place(model.state, shardings(model.state, self.mesh))
         self.graphdef, self.weights = unstacked(model.graphdef, state)
         self.dtype = nnx.merge(model.graphdef, model.state).dtype
         self.cache: Cache | None = None

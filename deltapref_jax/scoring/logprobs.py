@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from deltapref_jax.mesh import shard
+from deltapref_jax.mesh import place, shard
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.sharding import BATCH, shardings
@@ -100,7 +100,7 @@ def score_sequences(
     """
     # all arguments are given, as in training, so that both find one program in the cache
     run = logprob_fn(spec, dtype, max_segments(rows, length), mesh, NO_ADAPTERS)
-    params = jax.device_put(params, shardings(params, mesh))
+    params = place(params, shardings(params, mesh))
     fits = [i for i, sequence in enumerate(sequences) if sequence.length <= length]
     sums: list[float | None] = [None] * len(sequences)
     positions = filled = 0

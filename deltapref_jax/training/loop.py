@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS, Lora, Objective
-from deltapref_jax.mesh import check_rows, is_first, shard
+from deltapref_jax.mesh import check_rows, is_first, place, shard
 from deltapref_jax.models.lora import adapters, add_adapters
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
@@ -119,7 +119,7 @@ def train(
     compiled = programs(spec, dtype, kind, run.optimizer, segments, mesh, run.remat, lora)
     trained, frozen = add_adapters(spec, params, run.lora, run.seed)
     state = init_state(trained, run.optimizer, mesh)
-    frozen = jax.device_put(frozen, shardings(frozen, mesh))
+    frozen = place(frozen, shardings(frozen, mesh))
     counts = dict.fromkeys(
         ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"),
         0.0,

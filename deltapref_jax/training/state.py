@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, UInt
 
+from deltapref_jax.mesh import place
 from deltapref_jax.models.sharding import path_name, shardings
 
 
@@ -140,20 +141,11 @@ def init_state(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainStat
       mesh: the mesh.
     """
     transform = optimizer.transform()
-    params = jax.tree.map(
-        lambda x, s: _shard_float32(np.asarray(x), s), params, shardings(params, mesh)
-    )
+    params = place(params, shardings(params, mesh), np.float32)
     moments = jax.jit(
         transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh)
     )(params)
     return TrainState(params, moments)
-
-
-def _shard_float32(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Gives every device a float32 copy of its own part, so that none ever holds the whole."""
-    return jax.make_array_from_callback(
-        x.shape, sharding, lambda part: np.array(x[part], np.float32)
-    )
 
 
 def learning_rate(

@@ -1,13 +1,14 @@
-"""Writes cases.jsonl: traces with their reference answers, labelled. Run by a person; no test runs it.
+"""Writes cases.jsonl: traces with their reference answers, labelled. Run it by hand.
 
     python tests/answers/make_cases.py
 
-A case is what a model says (`SAID`, with golds that it equals and golds that it does not) in a sentence
-(`FRAMES`). A label follows from the construction and not from any checker.
+A case is what a model says (`KINDS`: with golds that it equals and golds that it does not) in a
+sentence (`FRAMES`). A label follows from the construction and not from any checker.
 """
 
 import json
 import random
+import re
 from pathlib import Path
 
 PER_KIND = 400
@@ -195,7 +196,6 @@ none of them | | 0; 1
 ~tex 2^5 | 32 | 25; 2; 5
 ~tex \sqrt{16} | 4 | 16; 1
 ~tex 3 \cdot 4 | 12 | 3; 4; 34
-~tex 5! | 120 | 5
 ~tex \frac{2+4}{3} | 2 | 243; 3
 """
 EXPRESSION = r"""
@@ -235,16 +235,15 @@ tex 3 + 4i | 3+4i | 3-4i; 3; 4i; 7
 tex x > 3 | x>3 | x<3; 3; x>4
 ~tex x > 3 | (3,\infty); 3 < x | (-\infty,3); [3,\infty)
 ~tex 1 < x < 2 | (1,2) | [1,2]
-tex \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}; \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}; \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
-tex \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix}; 12
+tex ROW{ 1 & 2 } | ROW{1&2}; ROW{ 1 & 2 } | ROW{ 1 & 3 }; ROW{2&1}
+tex ROW{ 1 \\ 2 } | ROW{1 \\ 2} | ROW{ 2 \\ 1 }; 12
 ~tex y = 2x + 1 | 2x+1; y=2x+1; y = 1 + 2x | y=2x-1; 2x; 2x+2
 tex y = 2x + 1 | y=2x+1 | y=2x-1; 1
 ~tex f(x) = x^2 | x^2 | x^3; 2x
 tex \frac{x+1}{x-1} | \frac{x+1}{x-1}; \dfrac{x+1}{x-1} | \frac{x-1}{x+1}; 1
 ~tex \frac{x^2-1}{x-1} | x+1 | x-1; x^2-1
-tex 5! | 5! | 5; 6!
+tex \frac{5!}{n!} | \frac{5!}{n!} | 5; \frac{5}{n}
 ~tex \binom{5}{2} | 10 | 5; 2; 52
-tex |x| | |x| | x; -x
 tex \sqrt[3]{2} | \sqrt[3]{2} | \sqrt{2}; 3\sqrt{2}
 ~tex 2^{10} | 1024; 2^{10} | 210; 20; 2^{11}
 tex a_1 | a_1; a_{1} | a_2; a; 1
@@ -359,7 +358,7 @@ left-handed | left-handed | right-handed; left
 it depends | it depends | depends; it
 first | first | second; last
 x-axis | x-axis | y-axis
-café | café; cafe\u0301 | coffee
+café | café; café | coffee
 naïve | naïve | native
 Zürich | Zürich | Basel
 東京 | 東京 | 京都
@@ -387,11 +386,8 @@ def cases(kind: str) -> list[dict]:
     """All combinations in a drawn order, each line of what is said in turn, and every gold."""
     lines = []
     for line in KINDS[kind].strip().splitlines():
-        said, right, wrong = (
-            (part.strip() for part in line.rsplit(" | ", 2))
-            if (line.count(" | ") >= 2)
-            else (line.split(" | ")[0].strip(), "", line.split(" | ")[-1].strip())
-        )
+        line = re.sub(r"ROW\{(.*?)\}", r"\\begin{pmatrix}\1\\end{pmatrix}", line)
+        said, right, wrong = (part.strip() for part in line.replace("| |", "| ; |").split("|"))
         algebra = said.startswith("~")
         said = said.removeprefix("~")
         latex = said.startswith("tex ")

@@ -21,6 +21,10 @@ def asked(checker, answer="", **meta):
     return {"checker": checker, "answer": answer, "meta": json.dumps(meta)}
 
 
+ALGEBRA = asked("math", "2x"), "Answer: x+x"  # needs math-verify, hence the worker
+ALGEBRA_IS_RIGHT = Verdict(True, "x+x", "")
+
+
 def test_no_checker_is_no_verdict():
     assert check(asked(""), "Answer: 4") == Verdict(None, "", "")
 
@@ -59,11 +63,16 @@ def test_an_unknown_checker_lists_the_known_ones():
         ("0101", "101", False),
         ("3 5 8", "3 8 5", False),
         ("0", "0.0", True),
-        ("0.50", ".5", False),
     ],
 )
 def test_exact(checker, gold, said, right):
     assert check(asked(checker, gold), f"Answer: {said}").correct is right
+
+
+@pytest.mark.parametrize(("checker", "right"), [("exact", True), ("world", False)])
+def test_the_world_wants_its_own_notation(checker, right):
+    for gold, said in [("0.50", ".5"), ("19", "19 apples"), ("19", "19, because"), ("1/2", "0.5")]:
+        assert check(asked(checker, gold), f"Answer: {said}").correct is right
 
 
 @pytest.mark.parametrize(
@@ -90,36 +99,43 @@ def test_math(gold, said, right):
     assert found.answer == said
 
 
+def test_what_takes_no_algebra_takes_no_other_process(monkeypatch):
+    monkeypatch.setattr(checking, "_worker", None)
+    for gold, said in [("12", "12.0"), ("B", "(B)"), ("Paris", "paris"), (r"\frac12", "0.5")]:
+        assert check(asked("math", gold), f"Answer: {said}").correct is True
+    assert check(asked("math", "12"), "Answer: 13").correct is False
+
+
 def test_a_worker_that_hangs_is_killed_and_the_next_question_is_answered(monkeypatch):
-    assert check(asked("math", "1"), "Answer: 1").correct is True
+    assert check(*ALGEBRA) == ALGEBRA_IS_RIGHT
     stuck = checking._worker.pid
     os.kill(stuck, signal.SIGSTOP)
     monkeypatch.setattr(worker, "START_SECONDS", 0.2)
     began = time.monotonic()
-    request = {"kind": "math", "gold": "1", "answer": "1"}
+    request = {"kind": "math", "gold": "x", "answer": "x"}
     assert checking._worker.grade(request, seconds=0.1) == (False, "timeout")
     assert time.monotonic() - began < 20
     monkeypatch.undo()
     with pytest.raises(ProcessLookupError):
         os.kill(stuck, 0)
-    assert check(asked("math", "1"), "Answer: 1") == Verdict(True, "1", "")
+    assert check(*ALGEBRA) == ALGEBRA_IS_RIGHT
     assert checking._worker.pid != stuck
 
 
 def test_a_worker_that_dies_over_a_question_is_wrong_and_the_next_one_is_answered():
-    assert check(asked("math", "2"), "Answer: 2").correct is True
+    assert check(*ALGEBRA) == ALGEBRA_IS_RIGHT
     pid = checking._worker.pid
     os.kill(pid, signal.SIGSTOP)
     killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
     killer.start()
-    assert check(asked("math", "2"), "Answer: 2") == Verdict(False, "2", "the checker died")
+    assert check(*ALGEBRA) == Verdict(False, "x+x", "the checker died")
     killer.join()
-    assert check(asked("math", "2"), "Answer: 2") == Verdict(True, "2", "")
+    assert check(*ALGEBRA) == ALGEBRA_IS_RIGHT
     process = checking._worker._process
     process.kill()
     process.wait()
     # It died between two questions.
-    assert check(asked("math", "2"), "Answer: 2") == Verdict(True, "2", "")
+    assert check(*ALGEBRA) == ALGEBRA_IS_RIGHT
 
 
 def test_an_interrupted_question_leaves_no_reply_for_the_next_one(monkeypatch):
@@ -131,15 +147,15 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next_one(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_read", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            check(asked("math", "3"), "Answer: 3")
-    assert check(asked("math", "3"), "Answer: 4") == Verdict(False, "4", "")
+            check(*ALGEBRA)
+    assert check(asked("math", "2y"), "Answer: x + x") == Verdict(False, "x + x", "")
 
 
 def test_threads_take_turns():
-    said = [str(i % 3) for i in range(24)]
+    said = [f"{i % 3}x" for i in range(24)]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        found = pool.map(lambda n: check(asked("math", "1"), f"Answer: {n}").correct, said)
-    assert list(found) == [n == "1" for n in said]
+        found = pool.map(lambda n: check(asked("math", "3x-x"), f"Answer: {n}").correct, said)
+    assert list(found) == [n == "2x" for n in said]
 
 
 def test_reasoning_gym_scores_whole_answers():
@@ -188,8 +204,7 @@ def test_the_answer_that_each_task_of_reasoning_gym_gives_is_right():
             continue
         prompt = asked("reasoning_gym", task=task, entry=entry)
         found = check(prompt, f"<answer>{answer}</answer>")
-        wrong_answer = "True" if answer == "False" else "rubbish"
-        if not found.correct or check(prompt, f"<answer>{wrong_answer}</answer>").correct:
+        if not found.correct or check(prompt, "<answer>rubbish</answer>").correct:
             wrong[task] = found
     assert wrong == {}
     assert unnamed == ["boxnet", "propositional_logic", "rush_hour"]

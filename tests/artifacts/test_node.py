@@ -141,6 +141,7 @@ def test_the_fields_that_are_not_hashed_are_these():
         "Model.path",
         "Prompts.path",
         "Generator.about",
+        "Objective.name",
         "Training.checkpoint_every",
         "Training.keep_checkpoints",
         "Experiment.workspace",

@@ -185,11 +185,11 @@ def test_tfds_messages(tfds_folder):
 
 BROKEN = {
     "not JSON": (
-        b'{"prompt": "a", "answer": ""}\n\n{"prompt": "b"\n',
+        b'{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"\n',
         r"^Line 3 of \S+ is not JSON \(.*\); fix or remove it\.$",
     ),
     "not UTF-8": (
-        b'{"prompt": "a", "answer": ""}\n{"prompt": "\xff"}\n',
+        b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff"}\n',
         r"^Line 2 of \S+ is not JSON \(.*utf-8.*\); fix",
     ),
     "not an object": (b'["a"]\n', r"^Line 1 of \S+ is not a JSON object; fix or remove it\.$"),
@@ -204,25 +204,76 @@ BROKEN = {
         r"answer_field, or checker to ''\.$",
     ),
     "number": (
-        b'{"prompt": 3, "answer": ""}\n',
+        b'{"prompt": 3, "answer": "1"}\n',
         r"^Line 1 of \S+ has a prompt that is neither text nor a list of chat "
         r"messages; each message needs 'role' and 'content', both text\.$",
     ),
     "no role": (
-        b'{"prompt": [{"text": "a"}], "answer": ""}\n',
+        b'{"prompt": [{"text": "a"}], "answer": "1"}\n',
         "neither text nor a list of chat messages",
     ),
     "assistant last": (
-        b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": ""}\n',
+        b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}\n',
         r"whose last message is not the user's; cut the answer off\.$",
     ),
-    "no messages": (b'{"prompt": [], "answer": ""}\n', "last message is not the user's"),
+    "no messages": (b'{"prompt": [], "answer": "1"}\n', "last message is not the user's"),
     "only blanks": (
-        b'{"prompt": " ", "answer": ""}\n',
+        b'{"prompt": " ", "answer": "1"}\n',
         r"^The source \S+ holds no question with text; give it some\.$",
     ),
     "nothing": (b"", "holds no question with text"),
 }
+
+
+REFUSED = {
+    "null": (None, r"has no 'answer' and the checker 'math' needs one; set answer_field"),
+    "empty text": ("", r"has empty text in 'answer', which no trace can be checked against; give "),
+    "blanks": (" \n", r"has empty text in 'answer'"),
+    "object": ({"value": "10"}, r"has an object in 'answer'"),
+    "empty list": ([], r"has an empty list in 'answer'; give at least one accepted answer"),
+    "list of lists": ([["1"]], r"has a list in 'answer'"),
+    "list with null": (["1", None], r"has null in 'answer'"),
+    "nan": (float("nan"), r"has nan in 'answer'"),
+    "infinity": (float("inf"), r"has inf in 'answer'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_reference_answer_that_is_none_is_refused_with_its_line(tmp_path, case):
+    answer, sentence = REFUSED[case]
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": answer}]
+    source = Prompts(kind="jsonl", path=write_jsonl(tmp_path / "x.jsonl", rows), checker="math")
+    with pytest.raises(ConfigError, match=rf"^Line 2 of \S+x\.jsonl {sentence}"):
+        read_prompts(source)
+    source.checker = ""
+    assert read_prompts(source)[1]["read"] == 2  # what is not checked may be anything
+
+
+@pytest.mark.parametrize("checker", ["math", "exact"])
+@pytest.mark.parametrize(
+    ("answer", "gold", "answers"),
+    [
+        ("4 * 2 = 8.\n#### 8", "8", None),
+        ("2400 / 2 = 1200.\n#### 1,200\n", "1,200", None),
+        ("#### 8", "8", None),
+        ("#### A heading\nand text", "#### A heading\nand text", None),
+        (6, "6", None),
+        (0, "0", None),
+        (2.5, "2.5", None),
+        (True, "True", None),
+        (" x ", "x", None),
+        (["$2$"], "$2$", None),
+        (["Monday", "Mon"], "Monday", ["Monday", "Mon"]),
+        ([2, 3.5], "2", ["2", "3.5"]),
+        (["x", "x"], "x", None),
+    ],
+)
+def test_reference_answers_as_public_sets_hold_them(tmp_path, checker, answer, gold, answers):
+    rows = [{"prompt": "a", "answer": answer}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    found = read_prompts(Prompts(kind="jsonl", path=path, checker=checker))[0][0]
+    assert found.answer == gold
+    assert json.loads(found.meta) == ({"answers": answers} if answers else {})
 
 
 @pytest.mark.parametrize("case", BROKEN)

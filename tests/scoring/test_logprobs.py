@@ -35,7 +35,7 @@ def sequences(vocab, count=11, seed=0):
 
 
 def naive(model, params, rows):
-    """Sums of log-softmax over the targets of unpacked sequences, one a row, with the logits in full."""
+    """Sums of log-softmax over the targets of unpacked rows of one sequence, from all logits."""
     decoder = nnx.merge(model.graphdef, params)
     tokens, targets = (np.zeros((len(rows), 32), int) for _ in range(2))
     for i, s in enumerate(rows):
@@ -131,7 +131,7 @@ def test_a_vocabulary_in_shares_has_the_values_and_gradients_of_the_whole(shape,
 
 
 def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
-    """Values and gradients of 8 and of 32 rows of 1024 targets on 4096 words (128 and 512 MiB of logits)."""
+    """The logits of 8 and of 32 rows of 1024 targets on 4096 words have 128 and 512 MiB."""
     tiles(monkeypatch, 2048, 1024)
 
     def extra(rows):
@@ -221,7 +221,7 @@ def test_branches_see_the_trunk_and_not_each_other(tiny):
 
 
 def together(vocab, seed=0):
-    """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, in random order."""
+    """Sequences of seven prompts of 1 to 12 tokens, with 1 to 5 completions each, shuffled."""
     r = np.random.default_rng(seed)
     found = [
         TokenSequence(prompt, r.integers(0, vocab, r.integers(1, 14)))
@@ -276,7 +276,7 @@ def test_a_prompt_is_read_as_often_as_rows_are_filled_behind_it():
 
 
 def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
-    """Rows of 26 with 9 tokens left in each: the pair's 16 tokens behind one prompt fit none, 9 + 9 do."""
+    """Rows of 26 have 9 tokens left: 16 tokens behind one prompt fit none of them, 9 + 9 do."""
     big, small = TokenSequence([1], range(16)), TokenSequence(range(3), range(6))
     sequences = [big, big, small, small]
     (micro,) = pack_sequences(sequences, 2, 26, True, [[0], [1], [2, 3]])
@@ -290,7 +290,7 @@ def test_a_group_fills_holes_one_by_one_rather_than_open_another_micro_batch():
 def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(
     tiny, one_device, rows, length
 ):
-    """One-token answers to one question: a row of 32 tokens would hold 15, and has places for 4 sequences."""
+    """A row of 32 tokens would hold 15 one-token answers, and has places for 4 sequences."""
     sequences = [TokenSequence([7, 8, 9], [answer]) for answer in range(30)]
     micros = pack_sequences(sequences, rows, length, True)
     assert max(len(m.order) for m in micros) <= max_segments(rows, length)
@@ -300,3 +300,81 @@ def test_no_more_sequences_are_behind_a_prompt_than_a_micro_batch_may_hold(
     np.testing.assert_allclose(
         got, naive(tiny, tiny.state, [pack_one(sequence) for sequence in sequences]), rtol=2e-5
     )
+
+
+def masked(vocab, seed=0):
+    """`together` with masks: none, all but a few, the ends of a completion, or a single target."""
+    r = np.random.default_rng(seed)
+    found = []
+    for i, sequence in enumerate(together(vocab, seed)):
+        mask = r.random(len(sequence.completion_ids)) < 0.6
+        mask[r.integers(len(mask))] = True
+        found.append(sequence._replace(scored=None if i % 4 == 0 else mask))
+    return found
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_mask_leaves_the_sum_over_its_tokens_and_no_gradient_of_the_others(tiny, share):
+    """Values and gradients are those of unpacked rows with the logits in full, masked by hand."""
+    sequences = masked(tiny.spec.vocab)
+    assert sum(not s.targets[len(s.prompt_ids) :].all() for s in sequences) > 5
+    micros = pack_sequences(sequences, 4, 64, share)
+    assert any(m.batch.branches is not None and m.batch.branches.any() for m in micros) == share
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=len(sequences)))
+
+    def packed(params):
+        model, sums = nnx.merge(tiny.graphdef, params), jnp.zeros(len(sequences))
+        counts = jnp.zeros(len(sequences))
+        for m in micros:
+            found, number = logprobs.sequence_logprobs(model, m.batch, max_segments(4, 64))
+            sums = sums.at[m.order].set(found[: len(m.order)])
+            counts = counts.at[m.order].set(number[: len(m.order)])
+        return sums @ weight, (sums, counts)
+
+    def plain(params):
+        sums = naive(tiny, params, [pack_one(s) for s in sequences])
+        return sums @ weight, sums
+
+    (_, (sums, counts)), ours = jax.jit(jax.value_and_grad(packed, has_aux=True))(tiny.state)
+    (_, want), gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(tiny.state)
+    np.testing.assert_allclose(sums, want, rtol=2e-5)
+    by_hand = [sum(s.scored) if s.scored is not None else len(s.completion_ids) for s in sequences]
+    np.testing.assert_array_equal(counts, by_hand)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max())
+        ),
+        ours,
+        gradient,
+    )
+    unmasked = naive(tiny, tiny.state, [pack_one(s._replace(scored=None)) for s in sequences])
+    differs = np.array([not s.targets[len(s.prompt_ids) :].all() for s in sequences])
+    np.testing.assert_array_equal(np.abs(np.asarray(unmasked - sums)) > 1e-3, differs)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_masked_last_token_may_be_any_token(tiny, share):
+    """Nothing follows it, so that neither it as a target nor it as an input has a gradient."""
+    vocab, r = tiny.spec.vocab, np.random.default_rng(2)
+    prompt = r.integers(0, vocab - 2, 5)
+    answers = [r.integers(0, vocab - 2, n) for n in (4, 7)]
+
+    def results(last):
+        sequences = [
+            TokenSequence(prompt, [*answer, last], np.arange(len(answer) + 1) < len(answer))
+            for answer in answers
+        ]
+        (micro,) = pack_sequences(sequences, 2, 32, share)
+
+        def total(params):
+            model = nnx.merge(tiny.graphdef, params)
+            return logprobs.sequence_logprobs(model, micro.batch, max_segments(2, 32))[0].sum()
+
+        return jax.jit(jax.value_and_grad(total))(tiny.state)
+
+    (one, gradient), (other, again) = results(vocab - 1), results(vocab - 2)
+    assert one == other
+    jax.tree.map(np.testing.assert_array_equal, gradient, again)
+    embedding = nnx.to_pure_dict(gradient)["embed"]
+    np.testing.assert_array_equal(embedding[-2:], 0)
+    assert np.abs(embedding[prompt]).max() > 0

@@ -19,7 +19,7 @@ def row(prompt, completion, reference=0.0, trace=""):
 
 
 def lognormal(pairs, median, cap, seed=0, one_prompt=False):
-    """Pairs of sequences of lognormal lengths, sigma 0.8; a quarter is prompt, of both the same where asked."""
+    """Pairs of lognormal lengths, sigma 0.8; a quarter is prompt, with `one_prompt` the same."""
     r = np.random.default_rng(seed)
     lengths = np.clip(r.lognormal(np.log(median), 0.8, (pairs, 2)).astype(int), 8, cap)
     prompts = np.minimum(lengths.mean(axis=1, keepdims=True).astype(int) // 4, lengths // 2).min(
@@ -43,8 +43,11 @@ def lognormal(pairs, median, cap, seed=0, one_prompt=False):
     ],
 )
 def test_padding_of_lognormal_lengths_is_small(share, pairs, rows, least, filled):
-    """Sigma 0.8, median 160, cap 1024 = row length, over a whole epoch: tokens as they are asked for, prompts read once
-    counted for every sequence, and filled positions, a share of all that are computed."""
+    """Sigma 0.8, median 160, cap 1024 = row length, over a whole epoch.
+
+    Two shares of the computed positions are bounded: tokens of all sequences (a prompt that is read
+    once counts for each of them), and positions that are filled.
+    """
     data = Data(
         lognormal(4096, 160, 1024, one_prompt=share),
         "dpo",
@@ -115,7 +118,7 @@ def behind(row, other):
 
 
 def shared(kind, count, seed=0):
-    """Pairs (or examples, with mismatched rows) that have their prompts, of 5 to 20 tokens, in common."""
+    """Pairs, or examples with mismatched rows, that share prompts of 5 to 20 tokens."""
     r = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -139,7 +142,7 @@ def shared(kind, count, seed=0):
 
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "kto", "sft"])
 def test_prompts_read_once_change_no_loss_and_no_weight(tiny, one_device, kind):
-    """One step of 8 pairs, or 16 examples and 16 mismatched rows, in rows of 64: metrics and the weights after it."""
+    """Metrics and weights after a step of 8 pairs, or of 16 examples and 16 mismatched rows."""
     steps = programs(tiny.spec, "float32", kind, Optimizer(), max_segments(4, 64), one_device)
     once, again = (pack_step(shared(kind, 8), kind, 4, 64, share=share) for share in (True, False))
     assert (once.tokens, once.total, once.chosen_tokens) == (

@@ -1,4 +1,4 @@
-"""TRL's numbers: losses on stored log-probabilities, and two training runs of 20 steps replayed by the real engine."""
+"""TRL's numbers: losses on stored log-probabilities, and two training runs of 20 steps."""
 
 import json
 import pathlib
@@ -229,7 +229,9 @@ def test_training_replays(name, model, one_device, tmp_path):
                 np.testing.assert_allclose(
                     row[key], want[key], rtol=1e-5, err_msg=f"{key} at step {row['step']}"
                 )
-            else:  # sums of log-probabilities are near -70, where float32 steps by 8e-6; kl is a mean of such
+            else:
+                # Sums of log-probabilities are near -70, where float32 steps by 8e-6, and kl is a
+                # mean of such sums.
                 np.testing.assert_allclose(
                     row[key],
                     want[key],

@@ -1,4 +1,4 @@
-"""A step of adapters is that of dense W + sAB, its base is not differentiated, and runs are exact as elsewhere."""
+"""A step of adapters is that of dense W + sAB, and its base is not differentiated."""
 
 import json
 
@@ -203,9 +203,9 @@ def test_resumed_is_uninterrupted_and_another_base_is_refused(
     with pytest.raises(ArtifactError) as error:
         run(program, base, tmp_path / "cut", one_device, moments=moments, base="two")
     assert str(error.value) == (
-        f"The checkpoint {tmp_path}/cut/checkpoints/step_2 holds adapters of the base weights 'one' and this run's "
-        "base has the weights 'two'; train from that base, or delete the folder of checkpoints to train from the "
-        "start."
+        f"The checkpoint {tmp_path}/cut/checkpoints/step_2 holds adapters of the base weights "
+        "'one' and this run's base has the weights 'two'; train from that base, or delete the "
+        "folder of checkpoints to train from the start."
     )
     resumed = run(program, base, tmp_path / "cut", one_device, moments=moments, base="one")
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)

@@ -9,6 +9,7 @@ import pytest
 from deltapref_jax.config import ConfigError, MeshShape, Objective
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.records import TokenSequence
+from deltapref_jax.training import loop
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
@@ -18,7 +19,7 @@ PAIRS = 8
 
 
 def data(kind, vocab, rows, length=64, reference=-40.0):
-    """A pure step function: PAIRS pairs (or twice as many KTO examples) packed into micro-batches of `rows` rows."""
+    """Step to PAIRS pairs, or twice as many KTO examples, in micro-batches of `rows` rows."""
 
     def at(step):
         r = np.random.default_rng(step)
@@ -181,3 +182,31 @@ def test_learning_rate_warms_up_from_zero_and_ends_at_the_floor():
     np.testing.assert_allclose(linear[-1], 1e-3 / 16, rtol=1e-5)
     assert [learning_rate(i, 4, 2.0, 0, "constant") for i in range(4)] == [2.0] * 4
     np.testing.assert_allclose(learning_rate(10, 10, 1.0, 0, "cosine", 0.1), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+def test_a_step_sends_nothing_to_the_devices_unasked(tiny, one_device, tmp_path, kind, monkeypatch):
+    """Whichever array of a step is left on the host, training stops: the transfer guard is on."""
+    sent, shard = [], loop.shard
+
+    def recorded(tree, mesh, spec):
+        sent.append(tree)
+        return shard(tree, mesh, spec)
+
+    monkeypatch.setattr(loop, "shard", recorded)
+    run(tiny, kind, 4, one_device, tmp_path / "whole", count=1)
+    # rows and examples of each micro-batch, three sets of scalars, and KTO's baseline
+    step = data(kind, tiny.spec.vocab, 4)(0)
+    baseline = len(step.baseline)
+    assert (kind == "kto") == (baseline > 0)
+    assert len(sent) == 3 + 2 * len(step.micros) + (3 * baseline + 1 if baseline else 0)
+    unused = baseline  # z0 before it is measured: no program reads that zero, or the loss has no z0
+    for smuggled in set(range(len(sent))) - {unused}:
+        calls = iter(range(len(sent)))
+
+        def left(tree, mesh, spec, calls=calls, smuggled=smuggled):
+            return tree if next(calls) == smuggled else shard(tree, mesh, spec)
+
+        monkeypatch.setattr(loop, "shard", left)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            run(tiny, kind, 4, one_device, tmp_path / str(smuggled), count=1)

@@ -1,0 +1,150 @@
+"""What a cluster's environment says: the size of the JAX job, and the GPUs of this process.
+
+Importing this module does not import JAX.
+"""
+
+import os
+import pathlib
+import re
+import time
+import urllib.error
+import urllib.request
+
+from deltapref_jax.config import ConfigError
+
+_METADATA_ATTEMPTS, _METADATA_SECONDS = 3, 2
+
+
+def detected_processes() -> int:
+    """Number of processes of the job that JAX detects on its own; 1 if it detects none.
+
+    JAX has no public function for it, and `jax.distributed.initialize` fails where there is no job.
+
+    Raises:
+      RuntimeError: the metadata server of a Cloud TPU fails.
+    """
+    from jax._src import clusters
+
+    for cluster in clusters.ClusterEnv._cluster_types:
+        name = cluster.__name__
+        if cluster.opt_in_only_method or name == "GceTpuCluster":
+            continue
+        if name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:
+            continue  # JAX joins indexed Jobs only, and its test for one needs rights.
+        if cluster.is_env_present():
+            if name == "GkeTpuCluster":
+                # Its process count asks the metadata server about slices, which GKE describes in
+                # the environment wherever there is more than one.
+                slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+                return slices * len(cluster._get_worker_list_in_slice())  # type: ignore[attr-defined]
+            return cluster.get_process_count()
+    return _cloud_tpu_processes()  # JAX's own test of it takes seconds where there is no pod.
+
+
+def _cloud_tpu_processes() -> int:
+    """Number of hosts of a Cloud TPU over all slices; 1 where this is not a host of one."""
+    from jax._src import cloud_tpu_init
+
+    # JAX sets TPU_SKIP_MDS_QUERY where it finds no TPU chips.
+    if not cloud_tpu_init.running_in_cloud_tpu_vm or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return 1
+    if not _metadata("agent-worker-number"):
+        return 1
+    slices = os.environ.get("MEGASCALE_NUM_SLICES")
+    if not slices:
+        found = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata("tpu-env"), re.M)
+        slices = found[1] if found else "1"
+    return int(slices) * len(_metadata("worker-network-endpoints").split(","))
+
+
+def _metadata(key: str) -> str:
+    """Returns an attribute of this machine from Google's metadata server; empty if it has none.
+
+    Raises:
+      RuntimeError: the server answers with an error. An empty value instead would make a host of a
+        pod run alone.
+    """
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    failure = ""
+    for attempt in range(_METADATA_ATTEMPTS):
+        time.sleep(0.5 * attempt)
+        try:
+            with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as response:
+                return response.read().decode()
+        except urllib.error.HTTPError as e:
+            if e.code == 404:
+                return ""
+            failure = str(e)
+        except OSError:  # No server answers: this machine is not in Google's cloud.
+            pass
+    if failure:
+        raise RuntimeError(
+            f"The metadata server {server} does not say whether this host belongs to a TPU pod "
+            f"({failure}); run the command again, or set JAX_NUM_PROCESSES=1 for this host alone."
+        )
+    return ""
+
+
+def local_device_ids() -> list[int] | None:
+    """GPUs of this process, as indices of those it sees, under SLURM and Open MPI.
+
+    None leaves the choice to JAX. There it would be one GPU for every task, the one with the task's
+    number on its node, however many the task sees.
+
+    Raises:
+      ConfigError: the tasks of this node cannot share its GPUs evenly.
+    """
+    rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    tasks, gpus = _tasks_on_node(), _visible_gpus()
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS") or rank is None or not tasks or not gpus:
+        return None
+    if tasks == 1 or gpus == 1 or _sees_only_its_own():
+        return list(range(gpus))
+    if gpus % tasks:
+        raise ConfigError(
+            f"{tasks} tasks on this node cannot share {gpus} GPUs evenly; start a number of tasks "
+            "per node that divides the GPUs, or set JAX_LOCAL_DEVICE_IDS for each task."
+        )
+    share = gpus // tasks
+    return list(range(int(rank) * share, (int(rank) + 1) * share))
+
+
+def _tasks_on_node() -> int:
+    """Number of processes of the job on this node; 0 if the environment does not say it."""
+    if size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return int(size)
+    counts: list[int] = []  # SLURM writes "4(x2),1" for two nodes with four tasks and one with one.
+    for part in (
+        os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
+    ).split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = int(os.environ.get("SLURM_NODEID") or 0)
+    return counts[node] if node < len(counts) else 0
+
+
+def _visible_gpus() -> int:
+    """Number of GPUs that this process sees, without starting a backend."""
+    for key in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if (listed := os.environ.get(key)) is not None:
+            # SLURM writes "NoDevFiles" for a task without GPUs, and -1 ends CUDA's list.
+            return len([d for d in listed.split(",") if d.strip() not in ("", "-1", "NoDevFiles")])
+    if count := os.environ.get("SLURM_GPUS_ON_NODE"):
+        return int(count)
+    return len([d for d in pathlib.Path("/dev").glob("nvidia*") if d.name[6:].isdigit()])
+
+
+def _sees_only_its_own() -> bool:
+    """Whether SLURM binds tasks to GPUs, so that each sees none of another task."""
+    bind = f"{os.environ.get('SLURM_GPU_BIND', '')},{os.environ.get('SLURM_TRES_BIND', '')}"
+    if "none" in bind:
+        return False
+    return (
+        "SLURM_GPUS_PER_TASK" in os.environ  # It implies a binding.
+        or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+        or bool(re.search(r"(single|per_task|map|mask)\w*:", bind))
+    )

@@ -1,0 +1,61 @@
+"""Verdicts on labelled traces: cases.jsonl comes from make_cases.py, handwritten.jsonl does not.
+
+A wrong answer that passes and a right one that does not are both listed; the lists may only shrink.
+"""
+
+import collections
+import json
+import pathlib
+
+import pytest
+
+from deltapref_jax.answers.check import check
+
+HERE = pathlib.Path(__file__).parent
+MISSED = {  # right answers that are taken for wrong ones
+    "There are 12 apples in total, and the answer is correct.",
+    r"The answer is \boxed{}. So 5.",
+    "The answer is $x<2$ or $x>3$.",
+    "The answer is one and a half.",
+    "I choose C",
+    "Let's see. A is wrong, B is wrong, C is wrong. So D.",
+}
+
+
+def rows(name):
+    return [json.loads(line) for line in (HERE / name).read_text("utf-8").splitlines()]
+
+
+def faults(cases, checker):
+    """Traces whose verdict is not their label: wrong answers that pass, right ones that do not."""
+    passed, missed = set(), set()
+    for row in cases:
+        if checker in row["checkers"]:
+            prompt = {"checker": checker, "answer": row["gold"], "meta": "{}"}
+            found = check(prompt, row["trace"]).correct
+            if found is not row["right"]:
+                (passed if found else missed).add(row["trace"])
+    return passed, missed
+
+
+@pytest.mark.parametrize("checker", ["math", "exact"])
+def test_constructed_cases(checker):
+    cases = rows("cases.jsonl")
+    kinds = collections.Counter(row["kind"] for row in cases)
+    assert kinds == dict.fromkeys(("number", "expression", "letter", "text"), 400)
+    assert faults(cases, checker) == (set(), set())
+
+
+@pytest.mark.parametrize("checker", ["math", "exact"])
+def test_handwritten_cases(checker):
+    passed, missed = faults(rows("handwritten.jsonl"), checker)
+    assert passed == set()
+    assert missed <= MISSED
+
+
+def test_any_of_several_reference_answers_is_right():
+    meta = json.dumps({"answers": ["Monday", "Mon", "the first day"]})
+    for checker in ("math", "exact"):
+        prompt = {"checker": checker, "answer": "Monday", "meta": meta}
+        for said, right in [("Monday", True), ("mon.", True), ("first day", True), ("Tue", False)]:
+            assert check(prompt, f"Answer: {said}").correct is right
