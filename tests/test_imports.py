@@ -8,8 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config", "display"},
-    {"records", "progress", "processes", "validation"},
-    {"files"},
+    {"records", "progress", "cluster", "validation"},
+    {"files", "processes"},
     {"artifacts", "mesh", "preemption"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},
