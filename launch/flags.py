@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from deltapref_jax import config
 from deltapref_jax.display import printable
-from deltapref_jax.files import ArtifactError
+from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
 from deltapref_jax.preemption import (
     Preempted,
     abort_all_on_error,
@@ -146,6 +146,8 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             ):
                 code = getattr(e, "code", 2)
                 exit_all(Preempted.code if code == os.EX_TEMPFAIL else code, str(e))
+            if is_unwritable(e):
+                exit_all(2, str(unwritable(getattr(e, "filename", None) or "The output", e)))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:
