@@ -498,6 +498,8 @@ def _check_objective(o: Objective, where: str) -> None:
 def _check_arms(e: Experiment) -> None:
     generators = {g.name: g for g in e.generators}
     judges = {j.name: j for j in e.judges}
+    for name in e.shared_by:
+        check_choice("config.shared_by", name, [g.name for g in e.generators])
     for a in e.arms:
         where = f"of arm {a.name!r}"
         check_choice(f"chosen {where}", a.chosen, generators)
