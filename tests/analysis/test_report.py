@@ -316,6 +316,15 @@ def test_page_is_self_contained_and_escaped(study):
     assert table.row_count == 1 + len(s.arms)
 
 
+def test_the_page_shows_every_stage_of_the_flow_and_the_versions(study):
+    s = summarise(study)
+    page = render(study, s, draw(study, s), dict.fromkeys(DIMENSIONS, "well?"))
+    flow = re.search(r'<div class="flow">(.*?)</div>', page, re.DOTALL)[1]
+    stages = ["sample", "verify", "judge", "pair", "tokens", "score", "train", "evaluate"]
+    assert re.findall(r"─(\w+)─+▶", flow) == stages
+    assert '<p class="soft">jax 1</p>' in page
+
+
 def test_outcome_says_what_was_not_detected():
     assert outcome(Estimate(3.0, 1.0, 5.0)) == "+3.0 [+1.0, +5.0] points"
     assert outcome(Estimate(1.0, -1.96, 3.96)) == (

@@ -24,6 +24,7 @@ from deltapref_jax.config import (
     Training,
 )
 from deltapref_jax.records import Pair, Prompt, Result, TokenSequence
+from deltapref_jax.stages.report import all_versions
 from deltapref_jax.stages.study import plan
 from deltapref_jax.validation import validate
 
@@ -207,6 +208,27 @@ def test_the_inputs_of_the_report_are_all_artifacts(made):
         assert said[name] == {"path": path, "content": workspace.manifest(node).content}
     listed = workspace.manifest(report).files
     assert {"report.html", "summary.json"} <= set(listed)
+
+
+def test_the_page_names_the_versions_of_all_artifacts(again):
+    report, workspace = again()
+    old = workspace.manifest(report.prompts)
+    file = workspace.path(report.prompts) / "manifest.json"
+    file.write_text(
+        json.dumps(old._replace(versions={"numpy": "1.0", "x": "2"}).sealed()._asdict())
+    )
+    shutil.rmtree(workspace.path(report))
+    report, workspace = again()
+    page = (workspace.path(report) / "report.html").read_text()
+    # the suites come first among the inputs
+    assert f" · numpy {old.versions['numpy']}, 1.0 · " in page
+    assert f"python {old.versions['python']} · " in page
+    assert " · x 2</p>" in page
+
+
+def test_versions_that_differ_are_joined():
+    versions = [{"a": "1", "b": "1"}, {"a": "2"}, {"a": "1", "c": "3"}]
+    assert all_versions(versions) == {"a": "1, 2", "b": "1", "c": "3"}
 
 
 def test_the_index_names_every_artifact_and_links_lead_to_their_folders(made):

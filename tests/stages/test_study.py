@@ -179,6 +179,11 @@ def test_what_a_change_reaches(experiment, fields, label, same):
     assert not found & same
 
 
+@pytest.mark.parametrize("field", ["question", "about", "generators__1__about"])
+def test_a_new_sentence_on_the_page_changes_the_report_only(experiment, field):
+    assert changed(experiment, **{field: "Another sentence."}) == {"report"}
+
+
 def test_workspace_mesh_and_places_change_no_table(experiment, tiny_folder, tmp_path):
     tables = {label for label in keys(experiment) if label != "report"}
     moved = shutil.copytree(tiny_folder, tmp_path / "elsewhere")
