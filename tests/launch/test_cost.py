@@ -115,11 +115,34 @@ def test_table_names_each_artifact_once_and_counts_what_stands(experiment):
     keys = {node: workspace.key(node) for node in nodes if workspace.key(node)}
     assert {node.stage for node in keys} == {"prompts", "sample", "audit", "evaluate"}
     assert sorted(re.findall(r"\b[0-9a-f]{16}\b", text)) == sorted(keys.values())
-    rows = re.findall(r"^│ ([\w/]+) +│.*│ +(?:yes|no) +│", text, re.MULTILINE)
-    assert sorted(rows) == sorted(node.name for node in nodes)
-    assert f"{len(nodes)} artifacts" in text
-    assert "2 there" in text  # the prompts, and the suite that they must not overlap
+    rows = re.findall(r"^│ ([\w/]+) +│.*│ +(yes|no|\?) +│", text, re.MULTILINE)
+    there = ("suite/s", "prompts")
+    assert dict(rows) == {
+        n.name: "yes" if n.name in there else "no" if n in keys else "?" for n in nodes
+    }
+    assert len(rows) == len(nodes)
     assert re.search(rf"prompts +│ {workspace.key(report.prompts)} │ yes", text)
+    # a and b are sampled, audited, and measured on the suite, as is the student
+    last = rf"{len(nodes)} artifacts +│ +│ 2 there, {len(keys) - 2} missing +│ +429 │ +26,154 │"
+    assert re.search(last, text)
+    # what is made of traces, and of what is made of them, by the costs in the test above
+    last = rf"{len(nodes) - len(keys)} not known before [^│]+│ +│ may be there +│ +273 │ +13,482 │"
+    assert re.search(last, text)
+
+
+def test_nothing_is_unknown_where_all_is_there(experiment):
+    experiment.arms = experiment.judges = experiment.suites = ()
+    experiment.sampling.max_prompt = 80
+    report, workspace = plan(experiment), Workspace(experiment.workspace)
+    run([report.prompts, *report.traces.values()], workspace, show=False)
+    before = printed(plan_table(report, workspace))
+    # verdicts of both generators have a key then, and only the report does not
+    assert re.search(r"6 artifacts +│ +│ 3 there, 2 missing +│ +0 │ +0 │", before)
+    assert re.search(r"report +│ +│ \? ", before)
+    run([report], workspace, show=False)
+    after = printed(plan_table(report, workspace))
+    assert re.search(r"6 artifacts +│ +│ 6 there, 0 missing +│ +0 │ +0 │", after)
+    assert "may be there" not in after
 
 
 def test_prompts_that_are_too_long_are_named(experiment, tiny_folder):
@@ -176,7 +199,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
     report = plan(experiment)
     workspace = Workspace(experiment.workspace)
     known = [node for node in in_order([report]) if workspace.key(node)]
-    assert re.search(r"│ sample/b +│ +│ no +│ +16 │ +1,600 ", done.stdout)
+    assert re.search(r"│ sample/b +│ +│ \? +│ +16 │ +1,600 ", done.stdout)
     # nothing is made, so that only the key of what has no inputs is known
     assert [node.name for node in known] == ["suite/s"]
     assert re.findall(r"\b[0-9a-f]{16}\b", done.stdout) == [workspace.key(report.suites["s"])]
