@@ -201,7 +201,9 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
     if prompts.kind == "reasoning_gym":
         need_reasoning_gym()
     _check_count(f"{field}.count", prompts.count, 0, 10**8)
-    _check_range(f"{field}.difficulty", prompts.difficulty, 1, 100, "problems get no harder")
+    _check_range(
+        f"{field}.difficulty", prompts.difficulty, 1, 100, "a longer problem fits no prompt"
+    )
     _check_seed(f"{field}.seed", prompts.seed)
     if prompts.kind in ("synthetic", "reasoning_gym"):
         if not prompts.tasks:
@@ -262,7 +264,9 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
         _check_range(f"error_rate {where}", p.error_rate, 0, 1)
         for difficulty in p.difficulties:
-            _check_range(f"difficulties {where}", difficulty, 1, 100, "problems get no harder")
+            _check_range(
+                f"difficulties {where}", difficulty, 1, 100, "a longer problem fits no prompt"
+            )
         for field in ("layers", "width", "heads", "kv_heads", "mlp"):
             _check_size(f"{field} {where}", getattr(p, field), 2**16)
         _check_count(f"steps {where}", p.steps)
@@ -494,6 +498,8 @@ def _check_objective(o: Objective, where: str) -> None:
 def _check_arms(e: Experiment) -> None:
     generators = {g.name: g for g in e.generators}
     judges = {j.name: j for j in e.judges}
+    for name in e.shared_by:
+        check_choice("config.shared_by", name, [g.name for g in e.generators])
     for a in e.arms:
         where = f"of arm {a.name!r}"
         check_choice(f"chosen {where}", a.chosen, generators)

@@ -54,7 +54,6 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _SHARD_BYTES = 4 << 30
 """A file of safetensors is at most this large, unless one tensor is larger."""
 
-Tree = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of stored tensors by their names."""
 
