@@ -47,7 +47,9 @@ class Node(_Dataclasses):
     """An artifact wanted. A subclass is declared as `class Name(Node, stage="folder", version=1)`.
 
     With `sharded=True` several runners share the artifact, shard by shard (`Job.shards`); otherwise
-    one of them holds it while it is made. A new version makes all artifacts of the stage stale: raise it when `make` gives other contents.
+    one of them holds it while it is made.
+
+    A new version makes all artifacts of the stage stale: raise it when `make` gives other contents.
 
     Attributes:
       label: what the artifact is called in the study, for people: ("judge", "exact", "weak").

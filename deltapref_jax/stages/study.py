@@ -196,7 +196,7 @@ def _content(source: Prompts) -> str:
 
 
 def usable_traces(e: Experiment, arm: Arm) -> dict[str, int]:
-    """Usable traces that a prompt of `arm` must have of every generator, so that arms share prompts.
+    """Usable traces that a prompt of `arm` must have, by generator, so that arms share prompts.
 
     The generators are those of `shared_by`, or of all arms, and the arm's own. One that an arm
     pairs with itself must have two traces.
