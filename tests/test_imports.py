@@ -8,8 +8,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config", "display"},
-    {"records", "progress", "cluster", "validation"},
-    {"files", "processes"},
+    {"cluster"},
+    {"records", "progress", "processes", "validation"},
+    {"files"},
     {"artifacts", "mesh", "preemption"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},

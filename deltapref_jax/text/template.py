@@ -283,22 +283,29 @@ def _end_ids(folder: Path) -> list[int]:
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            try:
-                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as e:
-                raise ValueError(
-                    f"{folder / name} is not a JSON object ({e}); copy the model's file there "
-                    "again."
-                ) from e
-            ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-            for i in ids:
-                if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31:
-                    raise ValueError(
-                        f"{folder / name} has the eos_token_id {i!r}; it must be a token id or a "
-                        "list of them."
-                    )
-            return ids
+            return named_end_ids(folder / name)
     return []
+
+
+def named_end_ids(file: Path) -> list[int]:
+    """The end tokens that a generation_config.json or config.json names.
+
+    Raises:
+      ValueError: the file is damaged, or names something that is no token id.
+    """
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(
+            f"{file} is not a JSON object ({e}); copy the model's file there again."
+        ) from e
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31:
+            raise ValueError(
+                f"{file} has the eos_token_id {i!r}; it must be a token id or a list of them."
+            )
+    return ids
 
 
 def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:

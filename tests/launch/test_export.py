@@ -42,7 +42,7 @@ TRAINING = Training(
 @pytest.fixture(scope="module")
 def experiment(tiny_folder, tmp_path_factory):
     """Two generators, which are the student at two temperatures."""
-    model = Model(str(tiny_folder))
+    path = str(tiny_folder)
     return validate(
         Experiment(
             name="tiny",
@@ -50,10 +50,10 @@ def experiment(tiny_folder, tmp_path_factory):
             workspace=str(tmp_path_factory.mktemp("study")),
             prompts=(Prompts(tasks=("chain",), count=8, difficulty=1),),
             generators=(
-                Generator(name="weak", model=model, samples=2),
-                Generator(name="strong", model=model, temperature=0.5),
+                Generator(name="weak", model=Model(path), samples=2),
+                Generator(name="strong", model=Model(path), temperature=0.5),
             ),
-            student=model,
+            student=Model(path),
             objectives=(Objective(name="dpo"),),
             arms=(Arm(name="arm", chosen="strong", rejected="weak", objective="dpo"),),
             suites=(Suite(name="s", prompts=Prompts(tasks=("shop",), count=2)),),

@@ -203,7 +203,6 @@ class Made(Node, stage="made", version=1):
     function: Callable[[Job], None] = runtime()
 
     def make(self, job):
-        job.claim()
         self.function(job)
 
 
