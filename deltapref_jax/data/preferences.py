@@ -50,12 +50,15 @@ class Preferences:
       format: one of `formats.FORMATS`.
       ignored: columns that are not read.
       counts: what was read, dropped and changed; see `read_sequences`.
+      mismatched_prompts: trace id to the prompt (int32 ids) that the completion follows in KTO's
+        baseline; None where the source has no column for it.
     """
 
     groups: list[Group]
     format: str
     ignored: list[str]
     counts: dict[str, int]
+    mismatched_prompts: dict[str, np.ndarray] | None = None
 
 
 def read_sequences(
@@ -105,11 +108,13 @@ def read_sequences(
     if workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which a notebook never parses
     groups: list[Group] = []
+    mismatched_prompts: dict[str, np.ndarray] = {}
     seen, counts, shared = set(columns), Counter[str](dict.fromkeys(_COUNTED, 0)), ""
     for block in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
         if block.error:
             raise ConfigError(block.error)
         groups += block.groups
+        mismatched_prompts |= block.mismatched_prompts
         seen |= block.columns
         counts.update(block.counts)
         shared = shared or block.shared_prompt
@@ -119,7 +124,14 @@ def read_sequences(
     groups, limited = limit_lengths(groups, limit)
     groups = [[s._replace(group=i) for s in group] for i, group in enumerate(groups)]
     ignored = sorted(seen - columns_read(name))
-    return Preferences(groups, name, ignored, dict(counts) | limited | _kept(groups))
+    given = "mismatched_prompt_ids" in seen & columns_read(name)
+    return Preferences(
+        groups,
+        name,
+        ignored,
+        dict(counts) | limited | _kept(groups),
+        mismatched_prompts if given else None,
+    )
 
 
 def _check_any_left(path: str, groups: int, counts: Counter[str]) -> None:
@@ -162,6 +174,7 @@ class _Prepared:
     groups: list[Group] = dataclasses.field(default_factory=list)
     columns: set[str] = dataclasses.field(default_factory=set)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    mismatched_prompts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     shared_prompt: str = ""  # place of a row of text whose prompt is what its answers begin with
     error: str = ""
 
@@ -205,7 +218,12 @@ def _prepare(
             counts["empty"] += 1
         else:
             groups.append(list(_sequences(where, example, ids)))
-    return _Prepared(groups, columns, dict(counts), shared_prompt)
+    mismatched_prompts = {
+        where: example.mismatched_prompt
+        for where, example in examples
+        if example.mismatched_prompt is not None
+    }
+    return _Prepared(groups, columns, dict(counts), mismatched_prompts, shared_prompt)
 
 
 def _units(where: str, example: Example, unit: str) -> Iterator[tuple[str, Example]]:
