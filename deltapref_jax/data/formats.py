@@ -6,7 +6,7 @@
     {prompt_ids, chosen_ids, rejected_ids}, {prompt_ids, completion_ids, label}      token ids
 
 Labelled token ids may have a column `mismatched_prompt_ids`: the prompt behind which the row's
-completion stands in KTO's baseline (null: the row has no part in it).
+completion stands in KTO's baseline (null: the row has no mismatched row).
 A `prompt` of text in front of whole conversations (UltraFeedback-binarized) and a list of messages
 that the conversations repeat are understood too. Messages may hold tool calls, and a column `tools`
 their JSON schemas, both in OpenAI's form.

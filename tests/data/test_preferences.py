@@ -409,6 +409,21 @@ def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_pa
             {"prompt_ids": [1], "completion_ids": [384], "label": 1},
             "'completion_ids' is not a list of token ids from 0 to 383, the model's vocabulary",
         ),
+        (
+            {
+                **{"prompt_ids": [1], "completion_ids": [2], "label": 1},
+                "mismatched_prompt_ids": [384],
+            },
+            "'mismatched_prompt_ids' is not a list of token ids from 0 to 383, the model's "
+            "vocabulary",
+        ),
+        (
+            {
+                **{"prompt_ids": [1, 3], "completion_ids": [2], "label": 1},
+                "mismatched_prompt_ids": [1, 3],
+            },
+            "'mismatched_prompt_ids' is the row's own prompt, and KTO's baseline needs another one",
+        ),
     ],
 )
 def test_a_broken_example_is_one_sentence(row, what, tmp_path):
