@@ -220,7 +220,7 @@ def _prepare(
         else:
             groups.append(list(_sequences(where, example, ids)))
     mismatched_prompts = {
-        where: example.mismatched_prompt
+        _without_folder(where): example.mismatched_prompt
         for where, example in examples
         if example.mismatched_prompt is not None
     }
@@ -261,9 +261,7 @@ def _tokenised(
 
 
 def _sequences(where: str, example: Example, tokens: Tokens) -> Iterator[TokenSequence]:
-    # Without the folder: the table of a file that was moved is the same table.
-    row, _, path = where.partition(" of ")
-    name = f"{row} of {os.path.basename(os.path.normpath(path))}"
+    name = _without_folder(where)
     prompt = example.prompt.tolist() if isinstance(example.prompt, np.ndarray) else example.prompt
     prompt_id = digest(prompt, example.tools) if example.tools else digest(prompt)
     masks = tokens.scored or (None,) * len(tokens.completions)
@@ -272,6 +270,12 @@ def _sequences(where: str, example: Example, tokens: Tokens) -> Iterator[TokenSe
         yield TokenSequence(
             tokens.prompt, completion, mask, trace_id=place, prompt_id=prompt_id, desirable=label
         )
+
+
+def _without_folder(where: str) -> str:
+    """The place of a row as tables have it: that of a file that was moved is the same."""
+    row, _, path = where.partition(" of ")
+    return f"{row} of {os.path.basename(os.path.normpath(path))}"
 
 
 def _row_of(place: str) -> str:
