@@ -28,6 +28,7 @@ class Report(Node, stage="report", version=9):
     """report.html, summary.json, and each figure as an SVG file."""
 
     experiment: Experiment
+    abouts: tuple[str, ...]  # words for the page, which are hashed nowhere else
     suites: Mapping[str, PromptTable]
     prompts: PromptTable
     traces: Mapping[str, TraceTable]  # by generator, as are verdicts, sequences and logprobs
@@ -56,9 +57,12 @@ class Report(Node, stage="report", version=9):
     def study(self, job: Job) -> Study:
         """Everything that the page is made from."""
         artifacts = []
+        versions: dict[str, dict[str, None]] = {}  # library → its versions in order, each once
         for node in self.inputs().values():
             m = job.workspace.manifest(node)
             artifacts.append(ArtifactRecord(m.stage, node.name, m.key, m.seconds, m.stats))
+            for library, version in m.versions.items():
+                versions.setdefault(library, {})[version] = None
 
         def results(tables: Mapping[str, ResultTable]) -> pa.Table:
             return pa.concat_tables(job.tables(tables).values())
@@ -91,4 +95,5 @@ class Report(Node, stage="report", version=9):
                 arm: job.workspace.manifest(pairs).stats for arm, pairs in self.pairs.items()
             },
             artifacts=artifacts,
+            versions={library: ", ".join(seen) for library, seen in versions.items()},
         )

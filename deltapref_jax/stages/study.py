@@ -111,6 +111,7 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
     return Report(
         label=("report",),
         experiment=e,
+        abouts=tuple(generator.about for generator in e.generators),
         suites=suites,
         prompts=prompts,
         traces=traces,

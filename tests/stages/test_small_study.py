@@ -207,6 +207,8 @@ def test_the_inputs_of_the_report_are_all_artifacts(made):
         assert said[name] == {"path": path, "content": workspace.manifest(node).content}
     listed = workspace.manifest(report).files
     assert {"report.html", "summary.json"} <= set(listed)
+    page = (workspace.path(report) / "report.html").read_text()
+    assert f"jax {workspace.manifest(report).versions['jax']}" in page
 
 
 def test_the_index_names_every_artifact_and_links_lead_to_their_folders(made):
@@ -216,7 +218,7 @@ def test_the_index_names_every_artifact_and_links_lead_to_their_folders(made):
     assert index == {
         "small study": {node.name: f"{node.stage}/{workspace.key(node)}" for node in nodes}
     }
-    links = workspace.root / "by_name" / "small_study"
+    links = workspace.root / "by_name" / "small study"
     for node in nodes:
         link = links.joinpath(*node.label)
         assert os.path.islink(link)
