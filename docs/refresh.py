@@ -19,7 +19,7 @@ import tokenize
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = "python -m docs.refresh"
 WIDTH = 100
-PLACE = re.compile(r"`([\w.]+)`\s\(`([\w/]+\.py):(\d+)`\)")
+PLACE = re.compile(r"`([\w.]+)`\s+\(`([\w/]+\.py):(\d+)`\)")
 CONFIG_INTRODUCTION = f"""\
 # Every field of a config
 

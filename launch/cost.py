@@ -129,7 +129,8 @@ def _known_prompts(table: PromptTable, workspace: Workspace) -> list[Prompt]:
 def plan_table(report: Report, workspace: Workspace) -> Table:
     """A row per artifact: name, key, whether it is there, and what making it takes.
 
-    A key hashes the contents of the inputs, so it is not known before these are made.
+    A key hashes the contents of the inputs, so before these are made nobody knows whether what is
+    behind them is there: such artifacts have a "?", and a sum of their own.
     """
     cost = Cost(report, workspace)
     e = report.experiment
@@ -139,14 +140,17 @@ def plan_table(report: Report, workspace: Workspace) -> Table:
     table.add_column("there")
     table.add_column("traces ≤", justify="right", no_wrap=True)
     table.add_column("tokens ≤", justify="right", no_wrap=True)
-    there = traces = tokens = 0
-    nodes = in_order([report])
-    for node in nodes:
-        made = workspace.complete(node)
-        needs = (0, 0) if made else cost(node)
-        there, traces, tokens = there + made, traces + needs[0], tokens + needs[1]
-        numbers = (f"{n:,}" if n else "" for n in needs)
-        table.add_row(node.name, workspace.key(node) or "", "yes" if made else "no", *numbers)
+    sums = {"yes": [0, 0, 0], "no": [0, 0, 0], "?": [0, 0, 0]}  # artifacts, traces, tokens
+    for node in in_order([report]):
+        key = workspace.key(node)
+        there = "?" if key is None else "yes" if workspace.complete(node) else "no"
+        needs = (0, 0) if there == "yes" else cost(node)
+        sums[there] = [a + b for a, b in zip(sums[there], (1, *needs), strict=True)]
+        table.add_row(node.name, key or "", there, *(f"{n:,}" if n else "" for n in needs))
     table.add_section()
-    table.add_row(f"{len(nodes)} artifacts", "", f"{there} there", f"{traces:,}", f"{tokens:,}")
+    total = sum(count for count, _, _ in sums.values())
+    table.add_row(f"{total} artifacts")
+    for there, words in (("yes", "there"), ("no", "missing"), ("?", "behind missing ones")):
+        count, traces, tokens = sums[there]
+        table.add_row(f"{count} {words}", "", there, f"{traces:,}", f"{tokens:,}")
     return table

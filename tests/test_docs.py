@@ -392,12 +392,19 @@ def test_every_field_and_column_is_documented():
     assert f"\n- `{Pair._fields[0]}`, string: " in formats.split("\n### Pair\n")[1]
 
 
+def test_every_line_number_of_the_tour_is_refreshed():
+    text = (ROOT / "docs" / "tour.md").read_text()
+    refreshed = [(match[2], match[3]) for match in load_refresh().PLACE.finditer(text)]
+    assert refreshed == re.findall(r"([\w./-]+\.py):(\d+)", text)
+    assert refreshed
+
+
 def test_a_line_number_is_that_of_the_definition(tmp_path, monkeypatch):
     refresh = load_refresh()
     monkeypatch.setattr(refresh, "ROOT", tmp_path)
     (tmp_path / "a.py").write_text("class A:\n    def f(self): ...\n\ndef f(): ...\n")
-    assert refresh.with_lines("`A.f` (`a.py:9`), `f`\n(`a.py:1`)") == (
-        "`A.f` (`a.py:2`), `f`\n(`a.py:4`)"
+    assert refresh.with_lines("1. `A.f` (`a.py:9`), `f`\n   (`a.py:1`)") == (
+        "1. `A.f` (`a.py:2`), `f`\n   (`a.py:4`)"
     )
     with pytest.raises(LookupError, match="a.py has no g"):
         refresh.with_lines("`g` (`a.py:1`)")

@@ -115,7 +115,7 @@ def test_table_names_each_artifact_once_and_counts_what_stands(experiment):
     keys = {node: workspace.key(node) for node in nodes if workspace.key(node)}
     assert {node.stage for node in keys} == {"prompts", "sample", "audit", "evaluate"}
     assert sorted(re.findall(r"\b[0-9a-f]{16}\b", text)) == sorted(keys.values())
-    rows = re.findall(r"^│ ([\w/]+) +│.*│ +(?:yes|no) +│", text, re.MULTILINE)
+    rows = re.findall(r"^│ ([\w/]+) +│.*│ +(?:yes|no|\?) +│", text, re.MULTILINE)
     assert sorted(rows) == sorted(node.name for node in nodes)
     assert f"{len(nodes)} artifacts" in text
     assert "2 there" in text  # the prompts, and the suite that they must not overlap
@@ -176,7 +176,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
     report = plan(experiment)
     workspace = Workspace(experiment.workspace)
     known = [node for node in in_order([report]) if workspace.key(node)]
-    assert re.search(r"│ sample/b +│ +│ no +│ +16 │ +1,600 ", done.stdout)
+    assert re.search(r"│ sample/b +│ +│ \? +│ +16 │ +1,600 ", done.stdout)
     # nothing is made, so that only the key of what has no inputs is known
     assert [node.name for node in known] == ["suite/s"]
     assert re.findall(r"\b[0-9a-f]{16}\b", done.stdout) == [workspace.key(report.suites["s"])]
