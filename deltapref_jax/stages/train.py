@@ -167,14 +167,14 @@ class Policy(Node, stage="train", version=4):
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class LossTerm:
     """The sequences of one term of the loss: a pair, chosen first, or a single one with a label."""
 
     sequences: tuple[TokenSequence, ...]
     desirable: float = 1.0  # KTO's label, 1 or 0
 
 
-def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]) -> list[Example]:
+def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]) -> list[LossTerm]:
     """Pairs as the objective reads them: DPO takes pairs, KTO both halves, SFT the chosen ones."""
     needed = {trace for pair in pairs for trace in (pair.chosen_id, pair.rejected_id)}
     by_trace = {row.trace_id: row for row in rows if row.matched and row.trace_id in needed}
@@ -182,26 +182,26 @@ def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence
     for pair in pairs:
         chosen, rejected = by_trace[pair.chosen_id], by_trace[pair.rejected_id]
         if OBJECTIVE_KINDS[kind].unit == "pair":
-            examples.append(Example((chosen, rejected)))
+            examples.append(LossTerm((chosen, rejected)))
         elif OBJECTIVE_KINDS[kind].unit == "example":
-            examples += [Example((chosen,), 1.0), Example((rejected,), 0.0)]
+            examples += [LossTerm((chosen,), 1.0), LossTerm((rejected,), 0.0)]
         else:
-            examples.append(Example((chosen,)))
+            examples.append(LossTerm((chosen,)))
     return examples
 
 
-def file_examples(rows: Sequence[TokenSequence]) -> list[Example]:
+def file_examples(rows: Sequence[TokenSequence]) -> list[LossTerm]:
     """Groups of a file, which was read for the objective: sequences of one group number."""
     groups: dict[int | None, list[TokenSequence]] = {}
     for row in rows:
         if row.matched:
             groups.setdefault(row.group, []).append(row)
-    return [Example(tuple(group), float(bool(group[0].desirable))) for group in groups.values()]
+    return [LossTerm(tuple(group), float(bool(group[0].desirable))) for group in groups.values()]
 
 
 def referenced(
     kind: str,
-    examples: Sequence[Example],
+    examples: Sequence[LossTerm],
     rows: Sequence[TokenSequence],
     logprobs: Mapping[str, Mapping[str, float]],
 ) -> list[Group]:
