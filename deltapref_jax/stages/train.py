@@ -174,7 +174,9 @@ class LossTerm:
     desirable: float = 1.0  # KTO's label, 1 or 0
 
 
-def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]) -> list[LossTerm]:
+def pair_examples(
+    kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]
+) -> list[LossTerm]:
     """Pairs as the objective reads them: DPO takes pairs, KTO both halves, SFT the chosen ones."""
     needed = {trace for pair in pairs for trace in (pair.chosen_id, pair.rejected_id)}
     by_trace = {row.trace_id: row for row in rows if row.matched and row.trace_id in needed}
