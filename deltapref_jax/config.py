@@ -279,7 +279,7 @@ class Training:
     checkpoint_every: int = dataclasses.field(default=10, metadata=UNHASHED)
     keep_checkpoints: int = dataclasses.field(default=1, metadata=UNHASHED)
     # Traces that ended otherwise are not trained on.
-    finishes: tuple[str, ...] = ("eos", "stop")
+    finishes: tuple[str, ...] = dataclasses.field(default=("eos", "stop"), metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -359,6 +359,10 @@ class Experiment:
     table: str = dataclasses.field(default="", metadata=UNHASHED)
     objectives: tuple[Objective, ...] = ()
     arms: tuple[Arm, ...] = ()
+    # Generators that must have a usable trace of a prompt for any arm to train on it, so that arms
+    # share prompts; (): those of all arms, so that an arm with another generator may change the
+    # prompts of every arm.
+    shared_by: tuple[str, ...] = ()
     suites: tuple[Suite, ...] = ()
     training: Training = dataclasses.field(default_factory=Training)
     sampling: Sampling = dataclasses.field(default_factory=Sampling)

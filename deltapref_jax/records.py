@@ -242,28 +242,3 @@ def digest(*parts: Any) -> str:
     """16 hex digits of the SHA-256 of `parts` as canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-PROMPT, TRACE, VERDICT, RATING = schema(Prompt), schema(Trace), schema(Verdict), schema(Rating)
-PAIR, RESULT, AUDIT = schema(Pair), schema(Result), schema(Audit)
-LOGPROB = schema(LogProb).remove(5)
-SEQUENCE = pa.schema(
-    [
-        ("group", pa.int32()),
-        ("prompt_id", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("desirable", pa.bool_()),
-        ("where", pa.string()),
-    ]
-)
-
-
-def table(schema: pa.Schema, rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows as a table of `schema`; a missing or additional key is an error."""
-    for row in rows:
-        if row.keys() != set(schema.names):
-            raise ValueError(
-                f"A row has columns {sorted(row)}; the table has {sorted(schema.names)}."
-            )
-    return pa.Table.from_pylist(rows, schema=schema)

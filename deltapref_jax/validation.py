@@ -38,6 +38,7 @@ from deltapref_jax.config import (
     Suite,
     Training,
     check_choice,
+    judge_of,
     need_reasoning_gym,
 )
 from deltapref_jax.display import printable
@@ -62,6 +63,32 @@ def _check_class(config: Any, expected: type) -> None:
             f"get_config() must return deltapref_jax.config.{expected.__name__}."
         )
     _check_types("config", config)
+    _check_shared("config", config, {})
+
+
+def _check_shared(path: str, value: Any, seen: dict[int, str]) -> None:
+    """Refuses two fields that are one object: a flag for one of them would change both."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _check_shared(f"{path}[{i}]", item, seen)
+    elif dataclasses.is_dataclass(value):
+        if id(value) in seen:
+            raise ConfigError(
+                f"{seen[id(value)]} and {path} are one and the same object, so that a flag for "
+                f"one would change both; build a {type(value).__name__} for each."
+            )
+        seen[id(value)] = path
+        for field in dataclasses.fields(value):
+            _check_shared(f"{path}.{field.name}", getattr(value, field.name), seen)
+
+
+def _refuse_unread(field: str, value: Any, default: Any, is_read: Any, reason: str) -> None:
+    """Refuses a value that nothing reads, because it would misdescribe the run."""
+    if value != default and not is_read:
+        raise ConfigError(
+            f"{field} is {_shown(value)} and nothing reads it, for {reason}; leave it at "
+            f"{default!r}."
+        )
 
 
 def _check_types(path: str, config: Any) -> None:
@@ -174,7 +201,9 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
     if prompts.kind == "reasoning_gym":
         need_reasoning_gym()
     _check_count(f"{field}.count", prompts.count, 0, 10**8)
-    _check_range(f"{field}.difficulty", prompts.difficulty, 1, 100, "problems get no harder")
+    _check_range(
+        f"{field}.difficulty", prompts.difficulty, 1, 100, "a longer problem fits no prompt"
+    )
     _check_seed(f"{field}.seed", prompts.seed)
     if prompts.kind in ("synthetic", "reasoning_gym"):
         if not prompts.tasks:
@@ -190,6 +219,19 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
         raise ConfigError(
             f"{field}.path is empty; kind {prompts.kind!r} needs a file, folder or data set name."
         )
+    stored = prompts.kind not in ("synthetic", "reasoning_gym")
+    for name, is_read in (
+        ("path", stored),
+        ("split", prompts.kind in ("hub", "tfds")),
+        ("tasks", not stored),
+        ("difficulty", prompts.kind == "synthetic"),
+        ("prompt_field", stored),
+        ("answer_field", stored),
+        ("checker", stored),
+    ):
+        value, default = getattr(prompts, name), getattr(Prompts(), name)
+        reason = f"its kind is {prompts.kind!r}"
+        _refuse_unread(f"{field}.{name}", value, default, is_read, reason)
 
 
 def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
@@ -222,7 +264,9 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
             raise ConfigError(f"tasks or difficulties {where} is empty; name at least one of each.")
         _check_range(f"error_rate {where}", p.error_rate, 0, 1)
         for difficulty in p.difficulties:
-            _check_range(f"difficulties {where}", difficulty, 1, 100, "problems get no harder")
+            _check_range(
+                f"difficulties {where}", difficulty, 1, 100, "a longer problem fits no prompt"
+            )
         for field in ("layers", "width", "heads", "kv_heads", "mlp"):
             _check_size(f"{field} {where}", getattr(p, field), 2**16)
         _check_count(f"steps {where}", p.steps)
@@ -295,18 +339,6 @@ def _check_unused(single: PairTraining) -> None:
     # field, default, whether the run reads it, why not
     for field, default, is_read, reason in (
         (
-            "training.steps",
-            Training().steps,
-            t.budget == "steps",
-            f"config.training.budget is {t.budget!r}",
-        ),
-        (
-            "training.epochs",
-            Training().epochs,
-            t.budget == "epochs",
-            f"config.training.budget is {t.budget!r}",
-        ),
-        (
             "training.finishes",
             Training().finishes,
             False,
@@ -318,14 +350,9 @@ def _check_unused(single: PairTraining) -> None:
             t.over_length == "truncate",
             f"config.training.over_length is {t.over_length!r}",
         ),
-        ("reference.dtype", Model().dtype, single.reference.path, "config.reference.path is empty"),
     ):
         value = functools.reduce(getattr, field.split("."), single)
-        if value != default and not is_read:
-            raise ConfigError(
-                f"config.{field} is {value!r} and nothing reads it, for {reason}; leave it at "
-                f"{default!r}."
-            )
+        _refuse_unread(f"config.{field}", value, default, is_read, reason)
 
 
 def validate(experiment: Experiment) -> Experiment:
@@ -376,12 +403,29 @@ def validate(experiment: Experiment) -> Experiment:
     _check_arms(e)
     _check_training(e.training)
     _check_sizes(e)
+    _check_reference(e)
     return e
+
+
+def _check_reference(e: Experiment) -> None:
+    """Refuses a reference that no arm reads."""
+    path, dtype = e.reference.path, e.reference.dtype
+    reason = "config.reference.path is empty"
+    _refuse_unread("config.reference.dtype", dtype, Model().dtype, path, reason)
+    kinds = {o.name: o.kind for o in e.objectives}
+    is_read = not e.arms or any(OBJECTIVE_KINDS[kinds[a.objective]].reference for a in e.arms)
+    reason = "no arm's objective has a reference"
+    _refuse_unread("config.reference.path", path, "", is_read, reason)
 
 
 def _check_suites(suites: Sequence[Suite]) -> None:
     for s, suite in enumerate(suites):
         _check_prompts(f"config.suites[{s}].prompts", suite.prompts)
+        if not suite.prompts.checker and suite.prompts.kind not in ("synthetic", "reasoning_gym"):
+            raise ConfigError(
+                f"config.suites[{s}].prompts.checker is empty, and a suite counts the answers that "
+                "are right; set it to 'math' or 'exact'."
+            )
         check_choice(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
         _check_count(f"config.suites[{s}].samples", suite.samples, high=10**6)
         _check_strength(f"config.suites[{s}].temperature", suite.temperature)
@@ -410,6 +454,16 @@ def _check_models(e: Experiment) -> None:
             )
         for dimension in j.dimensions:
             check_choice(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
+        kind = f"its kind is {j.kind!r}"
+        noisy = j.kind == "exact" and j.noise
+        silent = kind if j.kind == "model" else "its noise is 0"
+        for field, default, is_read, reason in (
+            ("model", Model(), j.kind == "model", kind),
+            ("noise", 0.0, j.kind == "exact", kind),
+            ("seed", 0, noisy, silent),
+        ):
+            name = f"{field} of judge {j.name!r}"
+            _refuse_unread(name, getattr(j, field), default, is_read, reason)
         if j.kind == "exact" and any(p.kind != "synthetic" for p in e.prompts):
             raise ConfigError(
                 f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for "
@@ -444,6 +498,8 @@ def _check_objective(o: Objective, where: str) -> None:
 def _check_arms(e: Experiment) -> None:
     generators = {g.name: g for g in e.generators}
     judges = {j.name: j for j in e.judges}
+    for name in e.shared_by:
+        check_choice("config.shared_by", name, [g.name for g in e.generators])
     for a in e.arms:
         where = f"of arm {a.name!r}"
         check_choice(f"chosen {where}", a.chosen, generators)
@@ -454,6 +510,8 @@ def _check_arms(e: Experiment) -> None:
         check_choice(f"objective {where}", a.objective, [o.name for o in e.objectives])
         check_choice(f"group {where}", a.group, ("ladder", "selection", "control"))
         _check_range(f"fraction {where}", a.fraction, 1e-9, 1)
+        everything = "its keep is 'all'"
+        _refuse_unread(f"fraction {where}", a.fraction, 1.0, a.keep != "all", everything)
         if not a.seeds or len(set(a.seeds)) < len(a.seeds) or min(a.seeds) < 0:
             raise ConfigError(
                 f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once."
@@ -463,13 +521,18 @@ def _check_arms(e: Experiment) -> None:
             raise ConfigError(
                 f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2."
             )
-        if a.keep in ("top", "matched") or a.direction != "generator":
-            if not judges:
-                raise ConfigError(
-                    f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
-                )
-            judge = judges[check_choice(f"judge {where}", a.judge or next(iter(judges)), judges)]
-            check_choice(f"by {where}", a.by, ("sum", *judge.dimensions))
+        rated = a.keep in ("top", "matched") or a.direction != "generator"
+        if rated and not judges:
+            raise ConfigError(
+                f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
+            )
+        if a.judge:
+            check_choice(f"judge {where}", a.judge, judges)
+            is_read = a.direction in ("generator", a.judge)
+            by_another = f"its direction is {a.direction!r}"
+            _refuse_unread(f"judge {where}", a.judge, "", is_read, by_another)
+        if rated:
+            check_choice(f"by {where}", a.by, ("sum", *judges[judge_of(e, a)].dimensions))
 
 
 def _check_lora(lora: Lora) -> None:
@@ -506,6 +569,10 @@ def _check_training(t: Training) -> None:
         _check_count(f"config.training.{field}", value)
     _check_rows("config.training", t.rows, t.row_length)
     _check_range("config.training.epochs", t.epochs, 1e-9, 10**6, "more could not be finished")
+    for field in ("steps", "epochs"):
+        value, default = getattr(t, field), getattr(Training(), field)
+        reason = f"config.training.budget is {t.budget!r}"
+        _refuse_unread(f"config.training.{field}", value, default, t.budget == field, reason)
     _check_range("config.training.warmup", t.warmup, 0, 1)
     _check_strength("config.training.clip", t.clip, 1e-9, 1e30)
     _check_strength("config.training.weight_decay", t.weight_decay)

@@ -48,9 +48,10 @@ def main(_: list[str]) -> None:
     report = plan(e, profile)
     console = plain_console()
     if _DRY_RUN.value:
-        from launch.cost import plan_table
+        from launch.cost import check_prompts, plan_table
 
         console.print(plan_table(report, workspace))
+        check_prompts(report, workspace)
         return
     mesh = make_mesh(
         e.mesh

@@ -1,21 +1,28 @@
 """The plan of a dry run: every artifact, which exist, and what the rest will cost at most."""
 
+import functools
+
 from rich.table import Table
 
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import DIMENSIONS, OBJECTIVE_KINDS, Judge, Scoring
+from deltapref_jax.config import DIMENSIONS, OBJECTIVE_KINDS, ConfigError, Judge, Scoring
 from deltapref_jax.data.sources import read_prompts
+from deltapref_jax.models.weights import resolve
+from deltapref_jax.records import Prompt
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.report import Report
-from deltapref_jax.stages.sample import TraceTable
+from deltapref_jax.stages.sample import TraceTable, asked
 from deltapref_jax.stages.score import LogProbTable
 from deltapref_jax.stages.tokens import TraceSequences
 from deltapref_jax.stages.train import Policy
 from deltapref_jax.synthetic.corrupt import DEGREES
+from deltapref_jax.text.template import ChatTokenizer
+
+_QUICKLY_MADE = 10_000  # synthetic questions, in a second
 
 
 class Cost:
@@ -74,6 +81,49 @@ class Cost:
         # KTO reads each completion behind another prompt too
         traces = pairs * (1 if kind.unit == "token" else 2) * (1 + kind.baseline)
         return traces, traces * min(self._longest, t.row_length)
+
+
+def check_prompts(report: Report, workspace: Workspace) -> None:
+    """Compares prompts with config.sampling.max_prompt, as sampling will do.
+
+    Looked at are tables of prompts that are there, and sources that are on this machine.
+
+    Raises:
+      ConfigError: the longest prompt is too long.
+    """
+    read = functools.cache(lambda table: _known_prompts(table, workspace))
+    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path)))
+    longest = functools.cache(
+        lambda table, path, system, prefix: max(
+            (len(texts(path).prompt_ids(asked(p, system, prefix))) for p in read(table)), default=0
+        )
+    )
+    lengths = {}
+    for node in in_order([report]):
+        if isinstance(node, TraceTable) and not workspace.complete(node):
+            g = node.generator
+            lengths[node.name] = longest(node.prompts, g.model.path, g.system, g.prefix)
+        elif isinstance(node, ResultTable) and not workspace.complete(node):
+            lengths[node.name] = longest(node.questions, node.model.path, node.system, node.prefix)
+    worst = max(lengths, key=lambda name: lengths[name], default="")
+    most = report.experiment.sampling.max_prompt
+    if worst and lengths[worst] > most:
+        raise ConfigError(
+            f"The longest prompt of {worst} has {lengths[worst]} tokens and "
+            f"config.sampling.max_prompt is {most}; raise it."
+        )
+
+
+def _known_prompts(table: PromptTable, workspace: Workspace) -> list[Prompt]:
+    if workspace.complete(table):
+        return list(workspace.rows(Prompt, table))
+    local = [
+        source
+        for source in table.sources
+        if source.kind in ("jsonl", "parquet", "tfds")
+        or (source.kind == "synthetic" and source.count <= _QUICKLY_MADE)
+    ]
+    return [prompt for source in local for prompt in read_prompts(source)[0]]
 
 
 def plan_table(report: Report, workspace: Workspace) -> Table:

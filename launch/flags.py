@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from deltapref_jax import config
 from deltapref_jax.display import printable
-from deltapref_jax.files import ArtifactError
+from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
 from deltapref_jax.preemption import (
     Preempted,
     abort_all_on_error,
@@ -45,6 +45,10 @@ def run_main(main: Callable[[list[str]], None], default_config: str = "") -> Non
     """
     # Orbax logs the traceback of a failed save; the sentence has what matters of it.
     logging.set_verbosity(logging.FATAL)
+    if not sys.stderr.isatty():
+        # In a log, the bars of libraries would be lines without end; these are read on import.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # It is inserted as an argument, and is not the flag's default, because absl would load the
     # default and its overrides before `_parse` can catch an error.
     if default_config and not any(re.match(r"--?config(=|$)", a) for a in sys.argv[1:]):
@@ -142,6 +146,8 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             ):
                 code = getattr(e, "code", 2)
                 exit_all(Preempted.code if code == os.EX_TEMPFAIL else code, str(e))
+            if is_unwritable(e):
+                exit_all(2, str(unwritable(getattr(e, "filename", None) or "The output", e)))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
         except KeyboardInterrupt:
@@ -170,11 +176,9 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except KeyboardInterrupt:
         sys.exit(_fail("Stopped before anything was done.", 130))
-    except SystemExit as e:
-        if _line_in(path, e) is None:  # --help exits too
+    except BaseException as e:  # The config file may raise any type.
+        if not isinstance(e, Exception) and _line_in(path, e) is None:  # as --help does
             raise
-        sys.exit(_fail(_explain(e, config_flag, argv)))
-    except Exception as e:  # The config file may raise any type.
         sys.exit(_fail(_explain(e, config_flag, argv)))
 
 

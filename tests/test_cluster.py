@@ -69,7 +69,7 @@ def joined(monkeypatch):
             monkeypatch.setattr(f"jax._src.{module}.running_in_cloud_tpu_vm", tpu)
         began = time.monotonic()
         start_processes()
-        assert calls or time.monotonic() - began < 1
+        assert calls or time.monotonic() - began < 2.5  # JAX's own test takes 3 s without a pod
         return calls[0] if calls else None
 
     return start
@@ -146,7 +146,8 @@ def test_a_process_joins_its_job(joined, metadata, variables, tpu, expected):
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
     ],
 )
-def test_a_process_alone_starts_at_once(joined, variables, tpu):
+def test_a_process_alone_starts_without_asking_a_server(joined, monkeypatch, variables, tpu):
+    monkeypatch.setattr(cluster, "_metadata", None)
     assert joined(variables, tpu) is None
 
 

@@ -263,6 +263,86 @@ CASES = [  # path of a field, value, sentence
     ),
     ("arms.0.seeds", 0, "config.arms[0].seeds is 0; it must be a tuple, such as (value,)."),
     ("arms.0.seeds", (0, "1"), "config.arms[0].seeds[1] is '1'; it must be a whole number."),
+    (
+        "arms.0.fraction",
+        0.5,
+        "fraction of arm 'a' is 0.5 and nothing reads it, for its keep is 'all'; leave it at 1.0.",
+    ),
+    ("arms.0.judge", "me", "judge of arm 'a' is 'me'; choose one of 'm', 'n'."),
+    (
+        "arms.2",
+        Arm("top", "strong", "weak", direction="m", judge="n"),
+        "judge of arm 'top' is 'n' and nothing reads it, for its direction is 'm'; leave it at ''.",
+    ),
+    (
+        "arms.2",
+        Arm("top", "strong", "weak", direction="m", by="step_coherence"),
+        "by of arm 'top' is 'step_coherence'; choose one of 'sum', 'factuality', "
+        "'signal_to_noise'.",
+    ),
+    (
+        "judges.0.noise",
+        0.5,
+        "noise of judge 'm' is 0.5 and nothing reads it, for its kind is 'model'; leave it at 0.0.",
+    ),
+    (
+        "judges.0.seed",
+        1,
+        "seed of judge 'm' is 1 and nothing reads it, for its kind is 'model'; leave it at 0.",
+    ),
+    (
+        "judges.0",
+        Judge("m", seed=1),
+        "seed of judge 'm' is 1 and nothing reads it, for its noise is 0; leave it at 0.",
+    ),
+    (
+        "judges.0",
+        Judge("m", model=Model("there")),
+        "model of judge 'm' is Model(path='there', dtype='float32') and nothing reads it, for its "
+        "kind is 'exact'; leave it at Model(path='', dtype='float32').",
+    ),
+    (
+        "prompts.1.difficulty",
+        3,
+        "config.prompts[1].difficulty is 3 and nothing reads it, for its kind is 'jsonl'; leave it "
+        "at 2.",
+    ),
+    (
+        "prompts.1.tasks",
+        ("chain",),
+        "config.prompts[1].tasks is ('chain',) and nothing reads it, for its kind is 'jsonl'; "
+        "leave it at ().",
+    ),
+    (
+        "prompts.1.split",
+        "test",
+        "config.prompts[1].split is 'test' and nothing reads it, for its kind is 'jsonl'; leave it "
+        "at 'train'.",
+    ),
+    (
+        "prompts.0.checker",
+        "math",
+        "config.prompts[0].checker is 'math' and nothing reads it, for its kind is 'synthetic'; "
+        "leave it at ''.",
+    ),
+    (
+        "suites.0.prompts",
+        Prompts("jsonl", "x.jsonl"),
+        "config.suites[0].prompts.checker is empty, and a suite counts the answers that are right; "
+        "set it to 'math' or 'exact'.",
+    ),
+    (
+        "training.epochs",
+        2.0,
+        "config.training.epochs is 2.0 and nothing reads it, for config.training.budget is "
+        "'steps'; leave it at 1.0.",
+    ),
+    (
+        "reference.dtype",
+        "bfloat16",
+        "config.reference.dtype is 'bfloat16' and nothing reads it, for config.reference.path is "
+        "empty; leave it at 'float32'.",
+    ),
     ("arms.2.judge", "me", "judge of arm 'top' is 'me'; choose one of 'm', 'n'."),
     (
         "arms.2.by",
@@ -425,11 +505,45 @@ CASES = [  # path of a field, value, sentence
 def changed(path, value):
     e = copy.deepcopy(GOOD)
     *way, last = path.split(".")
+    if last.isdigit():  # an item of a tuple
+        items = list(getattr(e, way[0]))
+        items[int(last)] = value
+        way, last, value = [], way[0], tuple(items)
     at = e
     for step in way:
         at = at[int(step)] if step.isdigit() else getattr(at, step)
     setattr(at, last, value)
     return e
+
+
+def test_two_fields_that_are_one_object_are_refused():
+    e = copy.deepcopy(GOOD)
+    e.suites = (Suite(name="s", prompts=e.prompts[0]),)
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        "config.prompts[0] and config.suites[0].prompts are one and the same object, so that a "
+        "flag for one would change both; build a Prompts for each."
+    )
+    e.suites = (Suite(name="s", prompts=dataclasses.replace(e.prompts[0])),)
+    validate(e)
+    e.generators[0].model = e.student
+    with pytest.raises(
+        ConfigError, match=r"^config\.generators\[0\]\.model and config\.student are"
+    ):
+        validate(e)
+
+
+def test_a_reference_that_no_objective_reads_is_refused():
+    e = copy.deepcopy(GOOD)
+    e.objectives, e.reference = (Objective(name="dpo", kind="sft"),), Model("there")
+    e.arms = e.arms[:1]
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        "config.reference.path is 'there' and nothing reads it, for no arm's objective has a "
+        "reference; leave it at ''."
+    )
 
 
 @pytest.mark.parametrize(("path", "value", "sentence"), CASES, ids=lambda x: str(x)[:30])

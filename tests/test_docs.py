@@ -40,6 +40,10 @@ FOREIGN = {  # names of other projects' code, of what readers bring, and of what
     *("query_seq_lengths", "tensorboardX", "clu", "peft", "transformers", "flax"),
     *("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "JAX_COORDINATOR_ADDRESS"),
     *("questions.jsonl", "shard-00000-of-00001.parquet"),
+    *("JAX_COORDINATOR_PORT", "TPU_WORKER_ID", "srun", "mpirun", "maxRestarts", "RequeueExit"),
+    *("--restarts", "--restart-on-exit-codes", "--restart-on-exit-codes=75", "--max-restarts"),
+    *("--grace-period", "--termination-grace-period-seconds", "--signal=TERM@120"),
+    *("--gpus-per-task", "pip install 'jax[k8s]'"),
 }
 WHOLE_CONFIGS = (config.Experiment, config.PairTraining, config.ModelZoo)
 FILE_NAME = re.compile(r"[\w.-]+\.(json|jsonl|html|parquet|gguf|safetensors|md|toml|svg|jinja)")

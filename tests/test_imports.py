@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config", "display"},
+    {"cluster"},
     {"records", "progress", "processes", "validation"},
     {"files"},
     {"artifacts", "mesh", "preemption"},

@@ -60,6 +60,29 @@ ENDS = {
 }
 
 
+def test_only_what_the_user_need_not_know_is_left_out_of_stderr(tmp_path):
+    """Libraries close their event loops while their threads still use them."""
+    program = """
+from launch.flags import run_main
+
+class Closed:
+    def __init__(self, e): self.e = e
+    def __del__(self): raise self.e
+
+def main(_):
+    Closed(RuntimeError("Event loop is closed"))
+    Closed(RuntimeError("broken"))
+
+run_main(main)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0
+    assert ended.stderr.splitlines()[-1] == "RuntimeError: broken"
+    assert "Event loop" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("where", "number"),
     [

@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
 
 
 def check(prompt: Mapping[str, Any], text: str) -> Verdict:
-    """Checks a trace against its prompt, a row of `records.PROMPT`.
+    """Checks a trace against its prompt, the fields of a `records.Prompt`.
 
     What the trace says never raises: an answer that the checker refuses, that takes it too long or
     that crashes it is wrong, with a note.

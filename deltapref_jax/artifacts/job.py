@@ -30,7 +30,7 @@ from deltapref_jax.files import (
     write_atomic,
 )
 from deltapref_jax.processes import agreed, process_count, process_index, versions
-from deltapref_jax.progress import Counter
+from deltapref_jax.progress import Counter, log
 from deltapref_jax.records import Record
 
 Stats = dict[str, float]
@@ -50,6 +50,7 @@ class Job:
     Attributes:
       dir: the artifact's directory; it may hold the work of a killed run.
       stats: counts for the manifest; those of shards are added up.
+      finished: whether this job wrote the manifest.
       share: of the time since the claim that was spent on this artifact, where several were made in
         one pass.
       files: what the artifact consists of, relative to `dir`, beside its shards; patterns like
@@ -70,6 +71,8 @@ class Job:
         self._uploaded: dict[str, tuple[int, str]] = {}
         self._open = contextlib.ExitStack()
         self._counter: Counter | None = None
+        self.finished = False
+        self._announced = False
         self._advanced = 0  # rows of the shard at hand that the bar counts already
 
     def table(self, node: Node) -> pa.Table:
@@ -233,6 +236,7 @@ class Job:
         writes = self._first or not together
         if not decide(writes and lease.take()):
             return False
+        self.log_start()
         try:
             if decide(done.exists()):
                 return True
@@ -257,8 +261,14 @@ class Job:
         finally:
             lease.release()
 
+    def log_start(self) -> None:
+        """Says in the log that the artifact is being made, once."""
+        if self.show and not self._announced:
+            log(f"{self.node.name}: starts")
+        self._announced = True
+
     def claim(self) -> None:
-        """Holds the whole artifact until `close`, for stages that write a directory.
+        """Holds the whole artifact until `close`, so that no other runner makes it too.
 
         Raises:
           Busy: another runner holds it.
@@ -271,6 +281,7 @@ class Job:
         if agreed(self.workspace.complete(self.node)):
             raise Finished
         self._began = time.time()
+        self.log_start()
 
     def check_lease(self) -> None:
         """Checks that this process still holds what it claimed, if anything; asked before a write.
@@ -311,8 +322,7 @@ class Job:
             label=list(node.label),
             version=node.version,
             key=self.dir.name,
-            config=node.config(),
-            described=node.describe(),
+            config=node.describe(),
             inputs={
                 name: {
                     "path": os.path.relpath(self.workspace.path(source), self.workspace.root),
@@ -330,6 +340,7 @@ class Job:
         text = json.dumps(manifest._asdict(), indent=1)
         write_atomic(self.dir / "manifest.json", text.encode())
         self._remove_leftovers()
+        self.finished = True
         return manifest
 
     def _matching(self, pattern: str) -> list[str]:

@@ -46,6 +46,9 @@ class _Dataclasses:
 class Node(_Dataclasses):
     """An artifact wanted. A subclass is declared as `class Name(Node, stage="folder", version=1)`.
 
+    With `sharded=True` several runners share the artifact, shard by shard (`Job.shards`); otherwise
+    one of them holds it while it is made.
+
     A new version makes all artifacts of the stage stale: raise it when `make` gives other contents.
 
     Attributes:
@@ -54,12 +57,13 @@ class Node(_Dataclasses):
 
     stage: ClassVar[str]
     version: ClassVar[int]
+    sharded: ClassVar[bool]
     label: Label = runtime()
 
-    def __init_subclass__(cls, stage: str = "", version: int = 0):
+    def __init_subclass__(cls, stage: str = "", version: int = 0, sharded: bool = False):
         super().__init_subclass__()
         if stage:
-            cls.stage, cls.version = stage, version
+            cls.stage, cls.version, cls.sharded = stage, version, sharded
 
     def make(self, job: "Job") -> None:
         """Makes the artifact: writes its table or files, and puts counts into `job.stats`."""

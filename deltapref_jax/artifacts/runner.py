@@ -17,6 +17,7 @@ from deltapref_jax.processes import agreed, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
 _WAIT_SECONDS = 0.5  # between looks at what other runners hold
+_LONGEST_WAIT_SECONDS = 8.0  # between tries at the shards of an artifact that others hold
 _INDEX_SECONDS = 10.0  # between updates of index.json
 
 
@@ -42,6 +43,8 @@ def run(
     # The inputs of all come first, so that the artifacts of one batch are ready together.
     nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
     pending, made = list(nodes), 0
+    waits: dict[Node, float] = {}
+    not_before: dict[Node, float] = {}
     waited, indexed = 0.0, time.monotonic()
     while pending:
         before = len(pending)
@@ -49,14 +52,19 @@ def run(
             # A node is passed over while an input is missing, or after its batch was made.
             if node not in pending or not agreed(workspace.key(node) is not None):
                 continue
-            if not agreed(workspace.complete(node, verify)):
+            stands = agreed(workspace.complete(node, verify))
+            if not stands and agreed(time.monotonic() >= not_before.get(node, 0.0)):
                 with _making(_batch(node, pending, workspace), workspace, show) as jobs:
-                    if node.batch() is None:
+                    if jobs and node.batch() is None:
                         node.make(jobs[0])
                     elif jobs:
                         node.make_batch([(job.node, job) for job in jobs])
-                    made += len(jobs)
-            if agreed(workspace.complete(node)):
+                made += sum(job.finished for job in jobs)
+                stands = agreed(workspace.complete(node))
+                if node.sharded:  # to see whether a shard is free costs reading the inputs
+                    waits[node] = min(2 * waits.get(node, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
+                    not_before[node] = time.monotonic() + waits[node]
+            if stands:
                 pending.remove(node)
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
                 workspace.write_index(study, nodes)
@@ -103,16 +111,15 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
         for node in nodes:
             job = _start(node, workspace, show)
             try:
-                if node.batch() is not None:
+                if not node.sharded:
                     job.claim()
                 jobs.append(job)
             except (Busy, Finished):
                 job.close()
-        if show and jobs and process_index() == 0:
-            more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-            log(f"{jobs[0].node.name}{more}: starts")
         yield jobs
         for job in jobs if process_index() == 0 else ():
+            if workspace.complete(job.node):  # another runner made the last shard at this moment
+                continue
             manifest = job.finish()
             if show:
                 log(f"{job.node.name}: {_done(manifest)}")

@@ -15,8 +15,8 @@ once, results stand exactly once, and the checksums of an artifact's files are i
 import contextlib
 import json
 import os
-import re
-from collections.abc import Iterable
+import urllib.parse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,7 @@ class Manifest(NamedTuple):
     label: list[str]  # of the study that made it
     version: int
     key: str
-    config: dict[str, Any]  # what was hashed besides the inputs
-    described: dict[str, Any]  # config and runtime
+    config: dict[str, Any]  # all fields of the node but its inputs
     inputs: dict[str, dict[str, str]]  # input → {"path", "content"}
     files: dict[str, list[Any]]  # name → [bytes, SHA-256]
     stats: dict[str, float]  # counts
@@ -183,9 +182,13 @@ class Workspace:
     def write_index(self, study: str, nodes: Iterable[Node]) -> None:
         """Names the complete artifacts of `study` in index.json, and as links under by_name/.
 
-        The index is for people and nothing reads it, so a runner that finds another one writing
-        leaves it to its own next time.
+        The index is for people and nothing reads it: a runner that finds another one writing leaves
+        it to its own next time, and a workspace that cannot be written goes without.
         """
+        with contextlib.suppress(OSError, ArtifactError):
+            self._write_index(study, list(nodes))
+
+    def _write_index(self, study: str, nodes: list[Node]) -> None:
         entries = {
             node.name: os.path.join(node.stage, self._keys[node])
             for node in nodes
@@ -205,20 +208,33 @@ class Workspace:
         finally:
             lease.release()
         if not remote(self.root):
-            for node in (node for node in nodes if node.name in entries):
-                _link(self._link_path(study, node), Path(self.path(node)))
+            named = (node for node in nodes if node.name in entries)
+            _link_all(
+                Path(self.root, "by_name", _file_name(study)),
+                {"/".join(map(_file_name, node.label)): Path(self.path(node)) for node in named},
+            )
 
-    def _link_path(self, study: str, node: Node) -> Path:
-        parts = [re.sub(r"[^\w.+-]", "_", part) for part in (study, *node.label)]
-        return Path(self.root, "by_name", *parts)
+
+def _file_name(word: str) -> str:
+    """A word of a label as a file name that means nothing else, such as "a%2Fb" for "a/b"."""
+    name = urllib.parse.quote(word, safe=" +,=@()[]")
+    return name.replace(".", "%2E") if word in (".", "..") else name
 
 
-def _link(link: Path, folder: Path) -> None:
-    """A relative link, replaced where it points elsewhere; some file systems have no links."""
-    target = os.path.relpath(folder, link.parent)
-    with contextlib.suppress(OSError):
-        if link.is_symlink() and os.readlink(link) == target:
-            return
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
+def _link_all(root: Path, folders: Mapping[str, Path]) -> None:
+    """Makes relative links under `root`, one per name, and removes all others there.
+
+    A name that continues another one goes without: its link would lie in the other's folder.
+    """
+    for link in [path for path in root.rglob("*") if path.is_symlink()]:
+        if link.relative_to(root).as_posix() not in folders:
+            link.unlink()
+    for name, folder in folders.items():
+        link, words = root / name, name.split("/")
+        target = os.path.relpath(folder, link.parent)
+        if any("/".join(words[:n]) in folders for n in range(1, len(words))):
+            continue
+        if not (link.is_symlink() and os.readlink(link) == target):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)

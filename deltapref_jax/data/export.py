@@ -136,7 +136,7 @@ def check_output(path: str) -> None:
         )
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ConfigError(
-            f"The output {path} cannot be written (its folder is not there); name a file in a "
+            f"The output {path} cannot be written (No such file or directory); name a file in a "
             "folder that is there."
         )
 

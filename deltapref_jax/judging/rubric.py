@@ -1,8 +1,8 @@
 """The judge's prompt: a trunk of header, problem and trace, and one question per dimension.
 
 The prompt is short because it serves judges of a million parameters as well as large ones. The
-trace is marked as data, and strings in it that could end a turn or close its delimiters are broken
-up: text in a trace must not influence its rating other than by its quality.
+trace is marked as data. Strings in the problem and in the trace that could end a turn or close the
+delimiters are broken up: text in a trace must not influence its rating other than by its quality.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from deltapref_jax.config import DIMENSIONS
-from deltapref_jax.text.template import ChatTokenizer
+from deltapref_jax.text.template import ChatTokenizer, Messages
 
 LABELS = ("1", "2", "3", "4", "5")
 
@@ -43,13 +43,15 @@ class Rubric:
         """Returns the prompt up to the question.
 
         Args:
-          problem: question that the trace answers.
-          trace: text to rate; see `neutralise`.
+          problem: what the trace answers, see `conversation`.
+          trace: text to rate; see `neutralise`, which is done to the problem as well.
           special: special tokens of the tokenizer, as strings.
         """
-        body = neutralise(trace, (*special, self.opening, self.closing))
+        asked, body = (
+            neutralise(text, (*special, self.opening, self.closing)) for text in (problem, trace)
+        )
         return (
-            f"{self.header}\n{self.problem}\n{problem}\n{self.solution}\n"
+            f"{self.header}\n{self.problem}\n{asked}\n{self.solution}\n"
             f"{self.opening}\n{body}\n{self.closing}\n"
         )
 
@@ -58,15 +60,22 @@ RUBRIC = Rubric()
 _CONTROL = re.compile(r"<\|([^|<>]*)\|>")
 
 
-def neutralise(trace: str, strings: Sequence[str]) -> str:
-    """Breaks up every string of `strings`, and every `<|...|>`, in a trace by spaces."""
+def conversation(messages: Messages) -> str:
+    """What a generator was asked, as text: a question alone, or every message with its role."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+
+
+def neutralise(text: str, strings: Sequence[str]) -> str:
+    """Breaks up every string of `strings`, and every `<|...|>`, in a text by spaces."""
     # Longest first, so that a string that contains another is broken up as a whole.
     for string in sorted(set(strings), key=len, reverse=True):
         if len(string) > 1:
-            trace = trace.replace(
+            text = text.replace(
                 string, " ".join(string) if len(string) <= 3 else f"{string[0]} {string[1:]}"
             )
-    return _CONTROL.sub(r"< |\1| >", trace)
+    return _CONTROL.sub(r"< |\1| >", text)
 
 
 def trunk_and_suffixes(

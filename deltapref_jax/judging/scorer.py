@@ -135,7 +135,7 @@ def rate_traces(
 
     Args:
       model: the judge.
-      problems: question of each trace.
+      problems: what each trace answers, as `rubric.conversation` writes it.
       traces: texts to rate, which the prompt marks as data.
       dimensions: dimensions of `config.DIMENSIONS`.
       shape: rows and row length of a batch.

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from deltapref_jax.files import local_copy, remote
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
-from deltapref_jax.text.template import ChatTokenizer
+from deltapref_jax.text.template import ChatTokenizer, named_end_ids
 
 # Parameter of `Decoder`: (name in safetensors, name in GGUF); {} stands for the layer.
 _NAMES = {
@@ -47,10 +48,12 @@ _NAMES = {
 }
 _TRANSPOSED = ("q", "k", "v", "o", "gate", "up", "down")
 """Parameters whose last two axes (after reshaping) are transposed in a file."""
+_TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Stored dtypes that are numbers by themselves; others need scales, which nothing here reads."""
 _SHARD_BYTES = 4 << 30
 """A file of safetensors is at most this large, unless one tensor is larger."""
 
-Tree = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of stored tensors by their names."""
 
@@ -114,21 +117,25 @@ def _files(path: str) -> list[Path]:
     if root.is_file():
         return [root]
     weights = sorted(root.glob("*.safetensors"))
-    if not (root / "config.json").exists() or not weights:
+    index = root / "model.safetensors.index.json"
+    if not (root / "config.json").exists() or not (weights or index.exists()):
         raise FileNotFoundError(
             f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
             "give a complete Hugging Face folder."
         )
-    # A sharded model names its shards in an index; one can be missing after a broken download.
-    index = root / "model.safetensors.index.json"
+    # An index names the shards of the model, of which one can be missing after a broken download;
+    # what lies beside them is a part of another save, a copy or an adapter.
     if index.exists():
-        for name in sorted(_indexed(index) - {file.name for file in weights}):
+        named = _indexed(index)
+        for name in sorted(named - {file.name for file in weights}):
             raise FileNotFoundError(
                 f"The folder {path} has no {name}, which {index.name} names; "
                 "give a complete Hugging Face folder."
             )
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    return weights + [root / name for name in names if (root / name).exists()]
+        weights = [file for file in weights if file.name in named]
+    elif (root / "model.safetensors").exists():
+        weights = [root / "model.safetensors"]
+    return weights + [root / name for name in _TEXT_FILES if (root / name).exists()]
 
 
 def _indexed(index: Path) -> set[str]:
@@ -139,8 +146,8 @@ def _indexed(index: Path) -> set[str]:
     """
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("weight_map names something that is no file")
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("weight_map names something that is no file beside it")
     except Exception as e:  # json, text and lookup raise different types
         raise ValueError(
             f"The index {index} cannot be read ({type(e).__name__}: {e}); fetch it again."
@@ -158,31 +165,65 @@ def _file_hash(path: str, size: int, mtime: int) -> str:
 def weights_hash(path: str) -> str:
     """Returns 16 hex digits over weights, config and tokenizer, independent of their location.
 
+    End tokens of generation_config.json are a part of it where config.json names others.
+
     Raises:
       FileNotFoundError: there is no model at `path`.
+      ValueError: its index is damaged.
     """
     digest = hashlib.sha256()
-    for file in _files(resolve(path)):
+    root = resolve(path)
+    for file in _files(root):
         stat = file.stat()
         # A GGUF file has the same hash under any name, as a folder has.
         name = "gguf" if file.suffix == ".gguf" else file.name
         digest.update(f"{name} {_file_hash(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
+    if (Path(root) / "generation_config.json").exists():
+        ends, others = (
+            _end_ids_or_none(Path(root) / name)
+            for name in ("generation_config.json", "config.json")
+        )
+        if ends != others:
+            digest.update(f"end tokens {ends}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _end_ids_or_none(file: Path) -> list[int] | None:
+    """The end tokens that a file names; None of a damaged one, which loading refuses."""
+    try:
+        return named_end_ids(file)
+    except ValueError:
+        return None
 
 
 def _read_folder(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
     """Returns the spec, a function that reads a tensor by name, and the shapes of all tensors."""
     try:
         config = json.loads((path / "config.json").read_text())
-        handles = [safe_open(file, framework="flax") for file in sorted(path.glob("*.safetensors"))]
+        files = [file for file in _files(str(path)) if file.suffix == ".safetensors"]
+        handles = {file.name: safe_open(file, framework="flax") for file in files}
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
     except Exception as e:  # json and safetensors raise different types on a truncated file
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    owners = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    # The shapes are in the files' headers.
-    shapes = {name: tuple(owner.get_slice(name).get_shape()) for name, owner in owners.items()}
-    return spec_from_hf(config), lambda name: np.asarray(owners[name].get_tensor(name)), shapes
+    spec = spec_from_hf(config)
+    owners: dict[str, str] = {}
+    shapes: Shapes = {}
+    for file, handle in handles.items():
+        for name in handle.keys():  # noqa: SIM118
+            if name in owners:
+                raise ValueError(
+                    f"Tensor {name} of {path} is in {owners[name]} and in {file}; leave one of the "
+                    "two files, or give the folder an index that names its shards."
+                )
+            header = handle.get_slice(name)  # reads no weights
+            if header.get_dtype() not in _DTYPES:
+                raise ValueError(
+                    f"Tensor {name} of {path} is stored as {header.get_dtype()}, and quantised "
+                    "weights are not supported; give the model in float32, bfloat16 or float16."
+                )
+            owners[name], shapes[name] = file, tuple(header.get_shape())
+    return spec, lambda name: np.asarray(handles[owners[name]].get_tensor(name)), shapes
 
 
 def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
@@ -196,6 +237,7 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shap
     def metadata(name: str, default: Any = None) -> Any:
         return field(reader, f"{kind}.{name}", default)
 
+    _check_gguf(path, reader, str(kind))
     heads, width = metadata("attention.head_count"), metadata("embedding_length")
     epsilon = metadata("attention.layer_norm_rms_epsilon", 1e-5)
     # Llama 3's scaling of frequencies is a tensor in GGUF, other scalings are a name.
@@ -231,6 +273,67 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shap
 
     # GGUF lists the axes of a tensor from the innermost to the outermost.
     return spec, read, {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
+
+
+_GGUF_FIELDS = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "vocab_size",
+    "tensor_data_layout",
+)
+"""Fields of a GGUF file's architecture that are read, or that change nothing."""
+
+
+def _check_gguf(path: Path, reader: Any, kind: str) -> None:
+    """Refuses a part of a model, and fields that change what a decoder computes.
+
+    Raises:
+      ValueError: it names the field.
+    """
+    parts = field(reader, "split.count", 0)
+    if parts > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model (split.count); merge them with "
+            "llama-gguf-split --merge."
+        )
+    if field(reader, "tokenizer.ggml.tokens") is None:
+        raise ValueError(f"{path} has no tokenizer.ggml.tokens; give a whole model.")
+    heads, width = (
+        field(reader, f"{kind}.{name}") for name in ("attention.head_count", "embedding_length")
+    )
+    whole = field(reader, f"{kind}.attention.key_length")
+    if whole is None and isinstance(heads, int) and isinstance(width, int) and heads:
+        whole = width // heads
+    for name in ("rope.dimension_count", "attention.value_length"):
+        value = field(reader, f"{kind}.{name}", whole)
+        if value != whole:
+            raise ValueError(
+                f"{path} has the {kind}.{name} {value} and heads of {whole}; only equal ones are "
+                "supported."
+            )
+    for key in reader.fields:
+        name = key.removeprefix(f"{kind}.")
+        if name == key or name in _GGUF_FIELDS:
+            continue
+        value = field(reader, key)
+        neutral = (True,) if name == "attention.causal" else (0, 1) if "scal" in name else (0,)
+        if value not in neutral:
+            raise ValueError(
+                f"{path} has the {key} {reprlib.repr(value)}, and a decoder with that option is "
+                "not supported; give a model without it."
+            )
 
 
 def abstract(

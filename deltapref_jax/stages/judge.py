@@ -9,22 +9,27 @@ from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import Judge, MeshShape, Scoring
 from deltapref_jax.judging.exact import rate_exactly
+from deltapref_jax.judging.rubric import conversation
 from deltapref_jax.judging.scorer import Ratings, rate_traces
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import Prompt, Rating, Trace, from_table, schema
 from deltapref_jax.stages.prompts import PromptTable
-from deltapref_jax.stages.sample import TraceTable
+from deltapref_jax.stages.sample import TraceTable, asked
 
 # (prompts, ids of the texts, texts) to ratings and counts
 Rate = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], tuple[Ratings, Stats]]
 
 
-class RatingTable(Node, stage="judge", version=3):
+class RatingTable(Node, stage="judge", version=4, sharded=True):
     """RATING: every trace on every dimension of the judge.
+
+    A model sees the whole conversation that the traces answer.
 
     Attributes:
       weights: hash of the judge's weights; "" of the exact judge, which has none.
+      system: system message that the generator of the traces was given.
+      prefix: what the generator's questions began with.
     """
 
     prompts: PromptTable
@@ -32,6 +37,8 @@ class RatingTable(Node, stage="judge", version=3):
     judge: Judge
     weights: str
     scoring: Scoring
+    system: str = ""
+    prefix: str = ""
     mesh: MeshShape = runtime()
 
     def make(self, job: Job) -> None:
@@ -39,7 +46,7 @@ class RatingTable(Node, stage="judge", version=3):
         traces = job.table(self.traces)
         prompts = {prompt.prompt_id: prompt for prompt in job.rows(Prompt, self.prompts)}
         size, dimensions = self.scoring.shard, self.judge.dimensions
-        rate = rater(self.judge, self.scoring, self.mesh)
+        rate = rater(self.judge, self.scoring, self.mesh, self.system, self.prefix)
 
         def make(shard: int) -> tuple[pa.Table, Stats]:
             part = from_table(Trace, traces.slice(shard * size, size))
@@ -52,8 +59,18 @@ class RatingTable(Node, stage="judge", version=3):
         job.shards(-(-traces.num_rows // size), make, "ratings", total, together=True)
 
 
-def rater(judge: Judge, scoring: Scoring, mesh: MeshShape) -> Rate:
-    """The function that rates texts as `judge` does; its model is loaded with the first of them."""
+def rater(
+    judge: Judge, scoring: Scoring, mesh: MeshShape, system: str = "", prefix: str = ""
+) -> Rate:
+    """The function that rates texts as `judge` does; its model is loaded with the first of them.
+
+    Args:
+      judge: who rates.
+      scoring: shape of a model's batches.
+      mesh: devices of a model.
+      system: system message that the generator of the texts was given.
+      prefix: what the generator's questions began with.
+    """
     if judge.kind == "exact":
 
         def exactly(
@@ -71,10 +88,9 @@ def rater(judge: Judge, scoring: Scoring, mesh: MeshShape) -> Rate:
     def by_model(
         prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]
     ) -> tuple[Ratings, Stats]:
-        questions = [prompt.question for prompt in prompts]
         return rate_traces(
             model(),
-            questions,
+            [conversation(asked(prompt, system, prefix)) for prompt in prompts],
             texts,
             judge.dimensions,
             scoring,

@@ -52,7 +52,6 @@ class SmallTokenizer(Node, stage="tokenizer", version=2):
 
     def make(self, job: Job) -> None:
         """Trains it on questions, solutions and the rubric."""
-        job.claim()
         with job.output_dir("model") as folder:
             make_tokenizer(self.vocab, folder)
         job.files.append("model/*")
@@ -72,7 +71,6 @@ class SmallModelFolder(Node, stage="small_model", version=2):
 
     def make(self, job: Job) -> None:
         """Trains, or continues a killed run, and exports in bfloat16."""
-        job.claim()
         text = ChatTokenizer.load(str(job.local_input(self.tokenizer, "model")))
         base = job.local_input(self.base, "model") if self.base else None
         job.stats |= train_small_model(self.model, text, base, job, self.mesh)

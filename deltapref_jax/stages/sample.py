@@ -16,7 +16,7 @@ from deltapref_jax.sampling.engine import Completion, Engine, Request
 from deltapref_jax.stages.prompts import PromptTable
 
 
-class TraceTable(Node, stage="sample", version=3):
+class TraceTable(Node, stage="sample", version=3, sharded=True):
     """TRACE: `generator.samples` traces of every prompt.
 
     A trace is a function of seed, generator, weights, prompt and sample index; slots, chunk and

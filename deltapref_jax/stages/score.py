@@ -17,7 +17,7 @@ from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.tokens import SequenceTable
 
 
-class LogProbTable(Node, stage="score", version=4):
+class LogProbTable(Node, stage="score", version=4, sharded=True):
     """LOGPROB: one row per sequence; the schema's metadata names the weights that scored it.
 
     Attributes:
@@ -67,7 +67,7 @@ class LogProbTable(Node, stage="score", version=4):
                 for i, logprob in zip(new, scores.sums, strict=True):
                     logprobs[i] = logprob
                 stats |= {"positions": scores.positions, "filled": scores.filled}
-            fits = [s.length for s, p in zip(part, logprobs, strict=True) if p is not None]
+            read = sum(part[i].length for i in new if logprobs[i] is not None)
             rows = [
                 LogProb(
                     sequence.prompt_id,
@@ -81,8 +81,8 @@ class LogProbTable(Node, stage="score", version=4):
             ]
             about = {"weights": self.weights, "dtype": self.dtype}
             return to_table(LogProb, rows).replace_schema_metadata(about), stats | {
-                "tokens": float(sum(fits)),
-                "too_long": float(len(part) - len(fits)),
+                "tokens": float(read),
+                "too_long": float(logprobs.count(None)),
             }
 
         count = -(-len(sequences) // self.shard)

@@ -195,14 +195,16 @@ def _content(source: Prompts) -> str:
     return content_hash(path) if source.path and path.exists() else source.path
 
 
-def usable_traces(e: Experiment) -> dict[str, int]:
-    """Usable traces that a prompt must have of every generator, so that all arms share prompts.
+def usable_traces(e: Experiment, arm: Arm) -> dict[str, int]:
+    """Usable traces that a prompt of `arm` must have, by generator, so that arms share prompts.
 
-    A generator that an arm pairs with itself must have two, and one that no arm uses needs none.
+    The generators are those of `shared_by`, or of all arms, and the arm's own. One that an arm
+    pairs with itself must have two traces.
     """
-    used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
-    paired_with_itself = {arm.chosen for arm in e.arms if arm.chosen == arm.rejected}
-    return {g.name: 1 + (g.name in paired_with_itself) for g in e.generators if g.name in used}
+    sharing = [a for a in e.arms if not e.shared_by or {a.chosen, a.rejected} <= set(e.shared_by)]
+    needed = {name for a in (*sharing, arm) for name in (a.chosen, a.rejected)} | set(e.shared_by)
+    twice = {a.chosen for a in (*sharing, arm) if a.chosen == a.rejected}
+    return {g.name: 1 + (g.name in twice) for g in e.generators if g.name in needed}
 
 
 def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
@@ -239,6 +241,8 @@ def _ratings(
             judge=judge,
             weights=weights,
             scoring=e.scoring,
+            system=table.generator.system,
+            prefix=table.generator.prefix,
             mesh=e.mesh,
         )
         for name, table in traces.items()
@@ -356,7 +360,7 @@ def _pairs(
     rated = by_judge or arm.keep in ("top", "matched")
     judge = next((j for j in e.judges if rated and j.name == judge_of(e, arm)), None)
     both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
-    needed = usable_traces(e)
+    needed = usable_traces(e, arm)
     return PairTable(
         label=("pair", arm.name),
         prompts=prompts,

@@ -60,7 +60,6 @@ class Policy(Node, stage="train", version=4):
 
     def make(self, job: Job) -> None:
         """Trains, or continues a killed run, and exports."""
-        job.claim()
         adapters = self.training.lora
         model = load(self.student.path, self.student.dtype, None if adapters.rank else "float32")
         groups, counts = self.groups(job)

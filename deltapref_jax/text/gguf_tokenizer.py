@@ -63,8 +63,8 @@ def tokenizer_from_gguf(path: str) -> tuple[transformers.PreTrainedTokenizerFast
     it says nothing and the pre-tokenizer is that of Llama 3. It never adds an EOS.
 
     Raises:
-      ValueError: the file is not a GGUF file, its tokenizer is not a byte-level BPE, or its
-        pre-tokenizer is not in `PRE_TOKENIZERS`.
+      ValueError: the file is not a GGUF file, its tokenizer is not a byte-level BPE, has no
+        merges, or its pre-tokenizer is not in `PRE_TOKENIZERS`.
     """
     reader = open_gguf(path)
     model, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "gpt-2")
@@ -76,6 +76,11 @@ def tokenizer_from_gguf(path: str) -> tuple[transformers.PreTrainedTokenizerFast
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"{path} names the pre-tokenizer {pre!r}; known: {', '.join(PRE_TOKENIZERS)}."
+        )
+    if field(reader, "tokenizer.ggml.merges") is None:
+        raise ValueError(
+            f"{path} has no tokenizer.ggml.merges, without which its tokenizer cannot be rebuilt; "
+            "convert the model again, or give a Hugging Face folder."
         )
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]

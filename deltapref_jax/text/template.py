@@ -135,13 +135,27 @@ class ChatTokenizer:
         """Refuses a tokenizer without a chat template, which messages need and plain text does not.
 
         Raises:
-          ConfigError: the tokenizer has no chat template.
+          ConfigError: the tokenizer has no chat template, or one that cannot be used.
         """
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to "
                 "its folder, or give text instead of messages."
             )
+        if self._template_error:
+            raise ConfigError(
+                f"The chat template of {self.where} cannot be used ({self._template_error}); copy "
+                "the model's tokenizer files there again."
+            )
+
+    @functools.cached_property
+    def _template_error(self) -> str:
+        """What is wrong with the template, shown by one question; "" if nothing is."""
+        try:
+            rendered = self._render([{"role": "user", "content": "question"}], False, None)
+        except Exception as e:  # a template is a program, which may raise anything
+            return (str(e).strip() or type(e).__name__).splitlines()[0]
+        return "" if "question" in rendered else "it leaves out what the user asks"
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of a conversation up to the assistant's answer; they hold one BOS at most."""
@@ -161,9 +175,14 @@ class ChatTokenizer:
           tools: JSON schemas of what the assistant may call, for templates that write them.
 
         Raises:
-          ConfigError: the tokenizer has no chat template.
+          ConfigError: see `check_template`.
         """
         self.check_template()
+        return self._render(messages, answered, tools)
+
+    def _render(
+        self, messages: Messages, answered: bool, tools: list[dict[str, Any]] | None
+    ) -> str:
         template = self.tokenizer.get_chat_template(tools=tools)
         return str(
             self.tokenizer.apply_chat_template(
@@ -264,22 +283,29 @@ def _end_ids(folder: Path) -> list[int]:
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            try:
-                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as e:
-                raise ValueError(
-                    f"{folder / name} is not a JSON object ({e}); copy the model's file there "
-                    "again."
-                ) from e
-            ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-            for i in ids:
-                if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31:
-                    raise ValueError(
-                        f"{folder / name} has the eos_token_id {i!r}; it must be a token id or a "
-                        "list of them."
-                    )
-            return ids
+            return named_end_ids(folder / name)
     return []
+
+
+def named_end_ids(file: Path) -> list[int]:
+    """The end tokens that a generation_config.json or config.json names.
+
+    Raises:
+      ValueError: the file is damaged, or names something that is no token id.
+    """
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(
+            f"{file} is not a JSON object ({e}); copy the model's file there again."
+        ) from e
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31:
+            raise ValueError(
+                f"{file} has the eos_token_id {i!r}; it must be a token id or a list of them."
+            )
+    return ids
 
 
 def _bos(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:

@@ -143,6 +143,7 @@ def test_the_fields_that_are_not_hashed_are_these():
         "Generator.about",
         "Objective.name",
         "Training.checkpoint_every",
+        "Training.finishes",
         "Training.keep_checkpoints",
         "Experiment.workspace",
         "Experiment.trackers",

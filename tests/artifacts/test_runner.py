@@ -103,7 +103,6 @@ class Noted(Node, stage="noted", version=1):
     name_: str
 
     def make(self, job):
-        job.claim()
         MADE.append(self.name_)
         job.write_file("a", b"a")
 

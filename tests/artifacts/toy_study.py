@@ -32,7 +32,7 @@ def log(job: Job, what: str) -> None:
         file.write(f"{job.node.name} {what}\n")
 
 
-class Numbers(Node, stage="numbers", version=1):
+class Numbers(Node, stage="numbers", version=1, sharded=True):
     """Shards of random numbers."""
 
     seed: int
@@ -69,7 +69,6 @@ class Folder(Node, stage="folder", version=1):
     nap: float = runtime(default=0.0)
 
     def make(self, job: Job) -> None:
-        job.claim()
         log(job, "train")
         place, total = job.dir / "checkpoint.json", sum(job.table(self.source)["x"].to_pylist())
         state = json.loads(place.read_text()) if place.exists() else {"step": 0, "value": 0.0}
@@ -92,7 +91,6 @@ class Meeting(Node, stage="meeting", version=1):
     runners: int = runtime()
 
     def make(self, job: Job) -> None:
-        job.claim()
         log(job, f"start {os.getpid()} {time.monotonic()}")
         limit = time.monotonic() + 20
         while len(started(pathlib.Path(job.workspace.root))) < self.runners:

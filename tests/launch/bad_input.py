@@ -12,7 +12,9 @@ import shutil
 import struct
 
 LONG = "x" * 5000
-FILE = "--config.judges[0].kind=model --config.prompts[0].kind"
+STEPS = "--config.training.budget=steps --config.training.steps"
+RANK = "--config.training.lora.rank=4 --config.training.lora"
+FILE = "--config.judges[0].kind=model --config.prompts[0].tasks=() --config.prompts[0].kind"
 
 GOOD = {
     "train": (
@@ -48,7 +50,7 @@ FLAGS = {  # entry point → (arguments, words)
             "--config.training.steps=0 --config.training.budget=steps",
             r"config\.training\.steps is 0",
         ),
-        ("--config.training.steps=-5 --config.training.budget=steps", r"steps is -5"),
+        (f"{STEPS}=-5", r"steps is -5"),
         (
             f"--config.training.steps={10**23} --config.training.budget=steps",
             r"at most 1,000,000,000",
@@ -81,12 +83,12 @@ FLAGS = {  # entry point → (arguments, words)
         ("--config.training.finishes=()", r"finishes"),
         ("--config.training.lora.rank=-1", r"rank is -1"),
         (f"--config.training.lora.rank={10**9}", r"rank is 1000000000.*at most 65,536"),
-        ("--config.training.lora.rank=4 --config.training.lora.alpha=0", r"alpha is 0"),
+        (f"{RANK}.alpha=0", r"alpha is 0"),
         (
-            "--config.training.lora.rank=4 --config.training.lora.targets=('x',)",
+            f"{RANK}.targets=('x',)",
             r"'x'; choose one of",
         ),
-        ("--config.training.lora.rank=4 --config.training.lora.targets=()", r"targets is \(\)"),
+        (f"{RANK}.targets=()", r"targets is \(\)"),
         ("--config.objective.kind=ppo", r"choose one of 'dpo'"),
         ("--config.objective.beta=0", r"beta .*is 0"),
         ("--config.objective.beta=-1", r"beta .*is -1"),
@@ -180,7 +182,8 @@ FLAGS = {  # entry point → (arguments, words)
         ("--config.prompts[0].seed=-1", r"seed is -1"),
         ("--config.prompts[0].kind=jsonl", r"path is empty"),
         (
-            "--config.prompts[0].kind=jsonl --config.prompts[0].path={root}/study.py",
+            "--config.prompts[0].tasks=() --config.prompts[0].kind=jsonl "
+            "--config.prompts[0].path={root}/study.py",
             r"exact and needs",
         ),
         (f"{FILE}=jsonl --config.prompts[0].path=/nowhere.jsonl", r"/nowhere\.jsonl"),
@@ -321,7 +324,7 @@ CONFIGS = {  # text of a config file → words
     "get_config = 3": r"cannot be loaded",
     "def get_config(): return None": r"NoneType|None",
     "def get_config(): return 3": r"int",
-    "def get_config(): return {'name': 'x'}": r"dict",
+    "def get_config(): return {'name': 'x'}": r"dict|KeyError",
     "def get_config(): 1/0": r"ZeroDivisionError",
     "def get_config(a): return a": r"TypeError",
     "raise BaseException('odd')": r"odd",
@@ -508,7 +511,7 @@ PAIRS = {  # lines of pairs.jsonl: words
     json.dumps(
         {"prompt_ids": [1], "chosen_ids": [-2], "rejected_ids": [3]}
     ): r"chosen_ids|token id",
-    json.dumps({"prompt_ids": [1], "chosen_ids": [10**9], "rejected_ids": [3]}): r"1000000000",
+    json.dumps({"prompt_ids": [1], "chosen_ids": [10**9], "rejected_ids": [3]}): r"chosen_ids",
     json.dumps({"prompt_ids": [1], "chosen_ids": [10**30], "rejected_ids": [3]}): r"[Ll]ine 1|ids",
     json.dumps({"prompt_ids": [1], "chosen_ids": [[2]], "rejected_ids": [3]}): r"chosen_ids|ids",
 }

@@ -29,7 +29,7 @@ SECONDS = 120  # after which a case is killed
 
 
 def child(entry: str, arguments: list[str], folder: str) -> None:
-    """Becomes the entry point, in a session of its own, so that all that it starts can be killed."""
+    """Becomes the entry point, in a session of its own, so that all of it can be killed."""
     os.setsid()
     for name, number in (("out", 1), ("err", 2)):
         file = os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)

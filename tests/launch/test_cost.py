@@ -11,6 +11,7 @@ from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
     Arm,
+    ConfigError,
     Experiment,
     Generator,
     Judge,
@@ -22,9 +23,11 @@ from deltapref_jax.config import (
     Suite,
     Training,
 )
+from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.stages.study import plan
+from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.validation import validate
-from launch.cost import Cost, plan_table
+from launch.cost import Cost, check_prompts, plan_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -119,6 +122,33 @@ def test_table_names_each_artifact_once_and_counts_what_stands(experiment):
     assert re.search(rf"prompts +│ {workspace.key(report.prompts)} │ yes", text)
 
 
+def test_prompts_that_are_too_long_are_named(experiment, tiny_folder):
+    experiment.generators[1].prefix = "Think about it slowly, and then answer: "
+    text = ChatTokenizer.load(str(tiny_folder))
+    questions = [p for source in experiment.prompts for p in read_prompts(source)[0]]
+    lengths = [
+        len(text.prompt_ids([{"role": "user", "content": experiment.generators[1].prefix + q}]))
+        for q in (p.question for p in questions)
+    ]
+    workspace = Workspace(experiment.workspace)
+    experiment.suites = ()
+    experiment.sampling.max_prompt = max(lengths)
+    check_prompts(plan(experiment), workspace)
+    experiment.sampling.max_prompt = max(lengths) - 1
+    report = plan(experiment)
+    sentence = (
+        f"The longest prompt of sample/b has {max(lengths)} tokens and config.sampling.max_prompt "
+        f"is {max(lengths) - 1}; raise it."
+    )
+    with pytest.raises(ConfigError) as error:
+        check_prompts(report, workspace)
+    assert str(error.value) == sentence
+    run([report.prompts], workspace, show=False)  # the same once their table is there
+    with pytest.raises(ConfigError) as error:
+        check_prompts(report, workspace)
+    assert str(error.value) == sentence
+
+
 def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_path):
     (tmp_path / "study.py").write_text(
         "from deltapref_jax.config import *\n\n\ndef get_config(count):\n"
@@ -132,7 +162,8 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
             f"--config={tmp_path}/study.py:7",
             "--dry_run",
             "--config.generators[1].temperature=0.7",
-            "--config.sampling.max_tokens=70",
+            "--config.sampling.max_prompt=80",
+            "--config.sampling.max_tokens=20",
         ],
         capture_output=True,
         text=True,
@@ -140,11 +171,8 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    experiment.seed, experiment.generators[1].temperature, experiment.sampling.max_tokens = (
-        7,
-        0.7,
-        70,
-    )
+    experiment.seed, experiment.generators[1].temperature = 7, 0.7
+    experiment.sampling.max_prompt, experiment.sampling.max_tokens = 80, 20
     report = plan(experiment)
     workspace = Workspace(experiment.workspace)
     known = [node for node in in_order([report]) if workspace.key(node)]

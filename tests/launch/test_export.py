@@ -43,7 +43,7 @@ KTO = Objective(name="kto", kind="kto", learning_rate=1e-3)
 @pytest.fixture(scope="module")
 def experiment(tiny_folder, tmp_path_factory):
     """Two generators, which are the student at two temperatures."""
-    model = Model(str(tiny_folder))
+    path = str(tiny_folder)
     return validate(
         Experiment(
             name="tiny",
@@ -51,10 +51,10 @@ def experiment(tiny_folder, tmp_path_factory):
             workspace=str(tmp_path_factory.mktemp("study")),
             prompts=(Prompts(tasks=("chain",), count=8, difficulty=1),),
             generators=(
-                Generator(name="weak", model=model, samples=2),
-                Generator(name="strong", model=model, temperature=0.5),
+                Generator(name="weak", model=Model(path), samples=2),
+                Generator(name="strong", model=Model(path), temperature=0.5),
             ),
-            student=model,
+            student=Model(path),
             objectives=(Objective(name="dpo"), KTO),
             arms=tuple(
                 Arm(name=name, chosen="strong", rejected="weak", objective=objective)

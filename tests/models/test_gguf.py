@@ -84,7 +84,10 @@ def write_gguf(folder, path, pre="smollm", quantised=True, **changes):
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    if changes.get("merges", True):
+        writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    for key, value in changes.get("fields", {}).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     writer.add_eos_token_id(tokens.index("<|endoftext|>"))
     writer.add_pad_token_id(tokens.index("<|endoftext|>"))
     if changes.get("template", TEMPLATE):
@@ -191,6 +194,14 @@ def test_a_gguf_file_without_output_is_tied(folder, tmp_path):
     assert "head" not in nnx.to_pure_dict(model.state)
 
 
+def test_fields_that_change_nothing_are_accepted(folder, tmp_path):
+    fields = {"llama.rope.dimension_count": 16, "llama.expert_count": 0, "split.count": 1}
+    fields |= {"llama.logit_scale": 1.0, "llama.vocab_size": 320}
+    assert load(write_gguf(folder, tmp_path / "m.gguf", fields=fields)).spec == (
+        load(str(folder)).spec
+    )
+
+
 def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
     a, b = (write_gguf(folder, tmp_path / name) for name in ("a.gguf", "b.gguf"))
     assert weights_hash(a) == weights_hash(b) == load(a).weights
@@ -213,6 +224,31 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
         (
             {"scaling": gguf.RopeScalingType.YARN},
             "rope_type is 'yarn' in config.json; only 'default' is supported.",
+        ),
+        (
+            {"merges": False},
+            "{} has no tokenizer.ggml.merges, without which its tokenizer cannot be rebuilt; "
+            "convert the model again, or give a Hugging Face folder.",
+        ),
+        (
+            {"fields": {"split.count": 3}},
+            "{} is one of 3 parts of a model (split.count); merge them with llama-gguf-split "
+            "--merge.",
+        ),
+        (
+            {"fields": {"llama.rope.dimension_count": 8}},
+            "{} has the llama.rope.dimension_count 8 and heads of 16; only equal ones are "
+            "supported.",
+        ),
+        (
+            {"fields": {"llama.expert_count": 8}},
+            "{} has the llama.expert_count 8, and a decoder with that option is not supported; "
+            "give a model without it.",
+        ),
+        (
+            {"fields": {"llama.logit_scale": 0.5}},
+            "{} has the llama.logit_scale 0.5, and a decoder with that option is not supported; "
+            "give a model without it.",
         ),
         (
             {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import jax
@@ -49,8 +50,133 @@ def test_rope_is_read_from_the_old_field_and_the_new_one():
 
 
 @pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 1e6}},
+        {"rope_scaling": {"rope_theta": 3e4}, "rope_parameters": {"rope_theta": 1e6}},
+        {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e6}},
+        {"rope_scaling": {}, "rope_theta": 7},
+    ],
+)
+def test_rope_options_are_read_as_transformers_reads_them(rope):
+    from transformers import LlamaConfig
+
+    theirs = LlamaConfig.from_dict(copy.deepcopy(SMALL | rope)).rope_parameters
+    assert theirs["rope_type"] == "default"
+    assert spec_from_hf(SMALL | rope).rope_theta == theirs["rope_theta"]
+
+
+def test_options_that_change_nothing_are_accepted():
+    inert = {
+        "attention_bias": False,
+        "sliding_window": None,
+        "layer_types": ["full_attention", "full_attention"],
+        "final_logit_softcapping": None,
+        "logits_scaling": 1.0,
+        "num_local_experts": 0,
+        "rope_interleaved": False,
+        "partial_rotary_factor": 1.0,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "transformers.js_config": {"dtype": "q4"},
+    }
+    assert spec_from_hf(SMALL | inert) == spec_from_hf(SMALL)
+    unused = {"sliding_window": 64, "use_sliding_window": False}
+    assert spec_from_hf(SMALL | unused) == spec_from_hf(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("sliding_window", 64),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("query_pre_attn_scalar", 256),
+        ("logits_scaling", 8.0),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("scale_depth", 1.4),
+        ("use_qk_norm", True),
+        ("clip_qkv", 8.0),
+        ("num_local_experts", 8),
+        ("no_rope_layers", [1, 0]),
+        ("is_encoder_decoder", True),
+        ("position_embedding_type", "alibi"),
+    ],
+)
+def test_an_option_of_another_decoder_is_named(option, value):
+    with pytest.raises(ValueError) as error:
+        spec_from_hf(SMALL | {option: value})
+    assert str(error.value) == (
+        f"{option} is {value!r} in config.json, and a decoder with that option is not supported; "
+        "give a llama model without it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope", "option"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor is 0.5",
+        ),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"rotary_pct": 0.25}, "rotary_pct is 0.25"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor is 8.0"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5}}},
+            "rope_parameters.full_attention is {'rope_theta': 5}",
+        ),
+    ],
+)
+def test_a_rope_option_that_is_not_supported_is_named(rope, option):
+    with pytest.raises(ValueError) as error:
+        spec_from_hf(SMALL | rope)
+    assert str(error.value) == (
+        f"{option} in config.json; only plain rotary embeddings of whole heads are supported."
+    )
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "default"},
+            },
+            "rope_type is 'linear' in config.json; only 'default' is supported.",
+        ),
+        (
+            {"rope_scaling": "linear"},
+            "rope_scaling is 'linear' in config.json; it must be a JSON object.",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": "1e4"}},
+            "rope_theta is '1e4' in config.json; it must be a number above 0.",
+        ),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings is 'false' in config.json; it must be true or false.",
+        ),
+        (
+            {"qkv_bias": True},
+            "qkv_bias is true in config.json; a llama decoder with biases is not supported.",
+        ),
+        (
+            {"hidden_size": 66},
+            "hidden_size is 66 and num_attention_heads 4 in config.json; without a head_dim the "
+            "first must be a multiple of the second.",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "config.json has a quantization_config, and quantised weights are not supported; give "
+            "the model in float32, bfloat16 or float16 (dequantise it with the tool that made it).",
+        ),
         ({"model_type": "mamba"}, "model_type is 'mamba' in config.json; supported: llama."),
         (
             {"attention_bias": True},

@@ -1,6 +1,7 @@
 """Folders are exported and loaded without change; damaged ones are refused with one sentence."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -15,7 +16,13 @@ from safetensors.numpy import load_file, save_file
 from deltapref_jax.models import weights
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export, load, resolve, weights_hash
+from deltapref_jax.models.weights import (
+    export,
+    inspect_model,
+    load,
+    resolve,
+    weights_hash,
+)
 
 TOKENS = 3, 14, 15, 92, 65, 35
 
@@ -319,3 +326,90 @@ def test_an_edit_that_keeps_size_and_name_is_noticed_in_one_process(folder):
     before = weights_hash(str(folder))
     edit(folder, lambda t: t["model.norm.weight"].__setitem__(0, 2.0))
     assert weights_hash(str(folder)) != before
+
+
+def split(folder, parts=2, indexed=True):
+    """Moves the tensors of a folder to `parts` files, which an index names; returns their names."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {}
+    for i in range(parts):
+        file = f"model-{i + 1:05d}-of-{parts:05d}.safetensors"
+        names = sorted(tensors)[i::parts]
+        save_file({name: tensors[name] for name in names}, folder / file)
+        where |= dict.fromkeys(names, file)
+    if indexed:
+        index = {"metadata": {}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sorted(set(where.values()))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("stray", ["model-00001-of-00009.safetensors", "a.safetensors"])
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "another.weight"])
+def test_files_beside_the_model_are_left_aside(folder, tiny, indexed, stray, tensor):
+    if indexed:
+        split(folder)
+    before = weights_hash(str(folder))
+    save_file({tensor: np.zeros(32, np.float32)}, folder / stray)
+    model = load(str(folder))
+    equal(model.state, tiny.state)
+    assert model.weights == weights_hash(str(folder)) == before
+
+
+def test_files_without_an_index_are_read_unless_they_collide(folder, tiny):
+    first, _ = split(folder, indexed=False)
+    equal(load(str(folder)).state, tiny.state)
+    shutil.copy(folder / first, folder / "again.safetensors")
+    with pytest.raises(ValueError) as error:
+        inspect_model(str(folder))
+    assert re.fullmatch(
+        rf"Tensor \S+ of {folder} is in again.safetensors and in {first}; leave one of the two "
+        r"files, or give the folder an index that names its shards\.",
+        str(error.value),
+    )
+
+
+def test_an_index_names_no_file_elsewhere(folder):
+    split(folder)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"x": "../other/model.safetensors"}}))
+    with pytest.raises(ValueError, match="weight_map names something that is no file beside it"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (ml_dtypes.float8_e5m2, "F8_E5M2"), (np.int8, "I8")],
+)
+@pytest.mark.parametrize("use", [inspect_model, load])
+def test_quantised_tensors_are_refused(folder, dtype, name, use):
+    tensor = "model.layers.0.mlp.up_proj.weight"
+    edit(folder, lambda tensors: tensors.update({tensor: tensors[tensor].astype(dtype)}))
+    with pytest.raises(ValueError) as error:
+        use(str(folder))
+    assert str(error.value) == (
+        f"Tensor {tensor} of {folder} is stored as {name}, and quantised weights are not "
+        "supported; give the model in float32, bfloat16 or float16."
+    )
+
+
+def test_a_quantised_model_is_refused_by_its_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ValueError, match=r"^config\.json has a quantization_config, and"):
+        inspect_model(str(folder))
+
+
+def test_end_tokens_are_exported_and_hashed(folder, tmp_path):
+    before = weights_hash(str(folder))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9, 7]}')
+    model = load(str(folder))
+    assert {5, 9, 7} <= set(model.text.end_ids)
+    assert model.weights != before
+    export(model.state, model.spec, model.text, tmp_path / "out")
+    for name in ("generation_config.json", "config.json"):
+        ids = json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]
+        assert ids == list(model.text.end_ids)
+    assert load(str(tmp_path / "out")).text.end_ids == model.text.end_ids

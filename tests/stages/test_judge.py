@@ -1,5 +1,7 @@
 """Ratings trace by trace and dimension by dimension, whatever the shards."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,22 @@ def test_the_table_is_the_judges_ratings(bench, worked, tiny, kind):
         np.testing.assert_allclose(columns(rows, name), values, rtol=1e-3, atol=1e-4)
     assert bench.stats(made)["traces"] == 6
     assert len(list(bench.workspace.path(made).glob("*.parquet"))) == 2
+
+
+def test_a_model_judges_with_what_the_generator_was_asked_in_view(bench, worked, tiny):
+    plain = ratings(bench, worked[1], kind="model")
+    asked = dataclasses.replace(plain, system="Be brief.", prefix="Now: ")
+    want = rate_traces(
+        tiny,
+        [f"System: Be brief.\nUser: Now: {q.question}" for q in bench.questions],
+        worked[1],
+        DIMENSIONS,
+        SHAPE,
+        make_mesh(MeshShape()),
+    )[0].expectation
+    made = columns(bench.rows(Rating, asked), "rating")
+    np.testing.assert_allclose(made, want, atol=3e-5)
+    assert np.abs(made - columns(bench.rows(Rating, plain), "rating")).max() > 3e-4
 
 
 def test_shards_do_not_matter(bench, worked):

@@ -264,16 +264,20 @@ def test_the_models_of_a_study_need_chat_templates(experiment, tiny_folder, tmp_
 
 
 def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_the_pairs(experiment):
-    assert usable_traces(experiment) == {"mid": 1, "strong": 1, "weak": 2}
-    assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[:2])) == {
+    arms = experiment.arms
+    assert usable_traces(experiment, arms[0]) == {"mid": 1, "strong": 1, "weak": 2}
+    assert usable_traces(dataclasses.replace(experiment, arms=arms[:2]), arms[0]) == {
         "mid": 1,
         "weak": 2,
     }
-    assert usable_traces(dataclasses.replace(experiment, arms=experiment.arms[1:])) == {
+    assert usable_traces(dataclasses.replace(experiment, arms=arms[1:]), arms[1]) == {
         "mid": 1,
         "strong": 1,
         "weak": 1,
     }
+    shared = dataclasses.replace(experiment, arms=arms[1:], shared_by=("weak", "strong"))
+    assert usable_traces(shared, arms[2]) == {"strong": 1, "weak": 1}  # whatever other arms use
+    assert usable_traces(shared, arms[1]) == {"mid": 1, "strong": 1, "weak": 1}
     pairs = plan(experiment).pairs
     assert set(pairs["mid"].inputs()) == {
         "prompts",

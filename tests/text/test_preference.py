@@ -275,7 +275,8 @@ def test_a_template_that_rewrites_earlier_turns_is_one_sentence():
 
 
 def test_a_template_that_refuses_is_one_sentence():
-    text = made("{{ raise_exception('no system here') }}")
+    refusing = "{% if messages|length > 1 %}{{ raise_exception('no system here') }}{% endif %}"
+    text = made(refusing + "{{ messages[0]['content'] }}")
     with pytest.raises(
         ValueError,
         match=r"^the chat template of here refuses the messages \(no system here\); fix ",

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from deltapref_jax.artifacts.job import Job
-from deltapref_jax.artifacts.lease import release_all
+from deltapref_jax.artifacts.lease import Lease, release_all
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
@@ -198,6 +198,29 @@ def shards(root, index, together):
     run([node], Workspace(root / "w"), show=False)
 
 
+class Trained(Node, stage="trained", version=1):
+    """A run of 12 steps, exported."""
+
+    def make(self, job: Job) -> None:
+        steps = data("dpo", 32)
+
+        def source(step):
+            time.sleep(0.1)
+            return steps(step)
+
+        job.claim()
+        params, _ = tiny(job.dir, steps=12, every=2, source=source, check_lease=job.check_lease)
+        with job.output_dir("policy") as folder:
+            save(params, folder / "params.npz")
+        job.files += ["metrics.jsonl", "policy/*"]
+
+
+def leased(root, _):
+    """Makes a `Trained` artifact; its lease expires after two seconds."""
+    Lease.__init__.__defaults__ = (2.0,)
+    run([Trained(label=("it",))], Workspace(root / "w"), show=False)
+
+
 def global_state(mesh):
     """The initial training state."""
     return init_state(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0))), Optimizer(), mesh)
@@ -246,6 +269,7 @@ MODES = {"kill": kill, "both": both, "preempt": preempt} | {
         "full": full,
         "view": view,
         "fine": fine,
+        "leased": leased,
     }.items()
 }
 

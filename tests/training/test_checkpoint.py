@@ -203,7 +203,6 @@ class Made(Node, stage="made", version=1):
     function: Callable[[Job], None] = runtime()
 
     def make(self, job):
-        job.claim()
         self.function(job)
 
 
@@ -231,6 +230,40 @@ def test_a_run_that_slept_through_its_lease_leaves_the_folder_alone(program, tmp
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
     assert "theirs" in (folder / "claims" / "all").read_text()
+
+
+@pytest.mark.slow
+def test_a_suspended_runner_leaves_the_artifact_to_the_one_that_took_over(spawn, tmp_path):
+    """The lease expires after two seconds; the first runner is suspended until all is made."""
+
+    def rows():
+        files = list(tmp_path.rglob("metrics.jsonl"))
+        return [row["step"] for row in read_metrics(files[0])] if files else []
+
+    first = spawn("leased", tmp_path)
+    while len(rows()) < 3:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    second = spawn("leased", tmp_path)
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    made = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 75, err
+    assert re.fullmatch(
+        r"Another process took over \S+ \(it\) because this one was silent for a minute; run the "
+        r"same command to continue\.",
+        err.strip().splitlines()[-1],
+    )
+    assert rows() == list(range(1, 13))
+    stands = {path for path in made if {"policy", "metrics.jsonl", "manifest.json"} & {*path.parts}}
+    assert len(stands) == 3
+    assert all(path.read_bytes() == made[path] for path in stands)
+    third = spawn("leased", tmp_path)
+    assert (third.communicate(timeout=60), third.returncode)[1] == 0
+    assert all(path.read_bytes() == made[path] for path in stands)
 
 
 def test_a_full_disk_while_a_policy_is_exported_is_one_sentence(tmp_path, tiny, limited):
