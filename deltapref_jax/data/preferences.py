@@ -7,6 +7,7 @@ large; the order is the source's with any number of workers.
 
 import dataclasses
 import functools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -219,7 +220,7 @@ def _prepare(
         else:
             groups.append(list(_sequences(where, example, ids)))
     mismatched_prompts = {
-        where: example.mismatched_prompt
+        _without_folder(where): example.mismatched_prompt
         for where, example in examples
         if example.mismatched_prompt is not None
     }
@@ -260,14 +261,21 @@ def _tokenised(
 
 
 def _sequences(where: str, example: Example, tokens: Tokens) -> Iterator[TokenSequence]:
+    name = _without_folder(where)
     prompt = example.prompt.tolist() if isinstance(example.prompt, np.ndarray) else example.prompt
     prompt_id = digest(prompt, example.tools) if example.tools else digest(prompt)
     masks = tokens.scored or (None,) * len(tokens.completions)
     for completion, mask, label in zip(tokens.completions, masks, example.labels, strict=True):
-        place = where if example.label is not None else f"{where}, {_side(label)}"
+        place = name if example.label is not None else f"{name}, {_side(label)}"
         yield TokenSequence(
             tokens.prompt, completion, mask, trace_id=place, prompt_id=prompt_id, desirable=label
         )
+
+
+def _without_folder(where: str) -> str:
+    """The place of a row as tables have it: that of a file that was moved is the same."""
+    row, _, path = where.partition(" of ")
+    return f"{row} of {os.path.basename(os.path.normpath(path))}"
 
 
 def _row_of(place: str) -> str:
