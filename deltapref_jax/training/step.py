@@ -185,8 +185,8 @@ def programs(
             in_shardings=(params_place, frozen_place, rows, everywhere, everywhere),
             out_shardings=(params_place, everywhere, everywhere),
         ),
+        # The first sum is donated and its buffers are reused for the result.
         add=jax.jit(
-            # The first sum is donated and its buffers are reused for the result.
             lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place
         ),
         apply=jax.jit(
