@@ -122,6 +122,7 @@ def _plain(value: Any, hashed: bool) -> Any:
     With `hashed` the fields that are not hashed are left out too.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Inputs are left out, because their contents are hashed and not their config.
         return {
             field.name: _plain(getattr(value, field.name), hashed)
             for field in dataclasses.fields(value)
@@ -137,6 +138,7 @@ def _plain(value: Any, hashed: bool) -> Any:
 
 def in_order(wanted: Iterable[Node]) -> list[Node]:
     """Every node behind `wanted`, inputs before what needs them, each node once."""
+    # A dict keeps insertion order and serves as an ordered set.
     ordered: dict[Node, None] = {}
 
     def visit(node: Node) -> None:

@@ -61,6 +61,7 @@ class Policy(Node, stage="train", version=4):
     def make(self, job: Job) -> None:
         """Trains, or continues a killed run, and exports."""
         adapters = self.training.lora
+        # Weights that are trained are float32; the frozen base of adapters keeps its stored dtype.
         model = load(self.student.path, self.student.dtype, None if adapters.rank else "float32")
         groups, counts = self.groups(job)
         mesh = make_mesh(self.mesh)
@@ -74,11 +75,13 @@ class Policy(Node, stage="train", version=4):
             job.dir,
             label=self.name,
             dtype=self.student.dtype,
+            # Policy and reference agree before training only if they are the same weights.
             guard=self.reference_weights == self.student_weights,
             monitor=self.monitor,
             base=model.weights if adapters.rank else "",
             check_lease=job.check_lease,
         )
+        # Gathering is collective, so all processes take part; the first alone writes.
         trained = gather_to_host(trained)
         if is_first():
             with job.output_dir("policy") as folder:
@@ -162,6 +165,7 @@ class Policy(Node, stage="train", version=4):
             keep_checkpoints=t.keep_checkpoints,
             remat=t.remat,
             lora=t.lora,
+            # The seed of a run is 32 bits wide.
             seed=self.seed % 2**32,
         )
 
