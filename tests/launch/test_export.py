@@ -6,6 +6,7 @@ import types
 
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
@@ -27,6 +28,10 @@ from deltapref_jax.records import LogProb, Pair, TokenSequence
 from deltapref_jax.stages import pairs_file, study
 from deltapref_jax.validation import validate, validate_pair_training
 from launch import export
+
+# Entry points define flags of one name, and a process of the tests may import several of them.
+for flag in flags.FLAGS.flags_by_module_dict()["launch.export"]:
+    delattr(flags.FLAGS, flag.name)
 
 TRAINING = Training(
     pairs_per_step=4,
