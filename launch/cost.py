@@ -129,9 +129,8 @@ def _known_prompts(table: PromptTable, workspace: Workspace) -> list[Prompt]:
 def plan_table(report: Report, workspace: Workspace) -> Table:
     """A row per artifact: name, key, whether it is there, and what making it takes.
 
-    A key hashes the contents of the inputs, so it is not known before these are made: whether such
-    an artifact is there is "?". The last rows count the artifacts that are missing, and apart from
-    them those that may be there.
+    A key hashes the contents of the inputs, so before these are made nobody knows whether what is
+    behind them is there: such artifacts have a "?", and a sum of their own.
     """
     cost = Cost(report, workspace)
     e = report.experiment
@@ -141,24 +140,17 @@ def plan_table(report: Report, workspace: Workspace) -> Table:
     table.add_column("there")
     table.add_column("traces ≤", justify="right", no_wrap=True)
     table.add_column("tokens ≤", justify="right", no_wrap=True)
-    needed: dict[str, list[tuple[int, int]]] = {"yes": [], "no": [], "?": []}
-    nodes = in_order([report])
-    for node in nodes:
+    sums = {"yes": [0, 0, 0], "no": [0, 0, 0], "?": [0, 0, 0]}  # artifacts, traces, tokens
+    for node in in_order([report]):
         key = workspace.key(node)
         there = "?" if key is None else "yes" if workspace.complete(node) else "no"
         needs = (0, 0) if there == "yes" else cost(node)
-        needed[there].append(needs)
+        sums[there] = [a + b for a, b in zip(sums[there], (1, *needs), strict=True)]
         table.add_row(node.name, key or "", there, *(f"{n:,}" if n else "" for n in needs))
     table.add_section()
-    missing, unknown = needed["no"], needed["?"]
-    counts = f"{len(needed['yes'])} there, {len(missing)} missing"
-    table.add_row(f"{len(nodes)} artifacts", "", counts, *_sums(missing))
-    if unknown:
-        what = f"{len(unknown)} not known before their inputs are made"
-        table.add_row(what, "", "may be there", *_sums(unknown))
+    total = sum(count for count, _, _ in sums.values())
+    table.add_row(f"{total} artifacts")
+    for there, words in (("yes", "there"), ("no", "missing"), ("?", "behind missing ones")):
+        count, traces, tokens = sums[there]
+        table.add_row(f"{count} {words}", "", there, f"{traces:,}", f"{tokens:,}")
     return table
-
-
-def _sums(needs: list[tuple[int, int]]) -> tuple[str, str]:
-    """Traces and tokens of several artifacts, as the table shows them."""
-    return f"{sum(n[0] for n in needs):,}", f"{sum(n[1] for n in needs):,}"

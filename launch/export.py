@@ -4,14 +4,17 @@
     python -m launch.export --config=configs/quickstart.py --arm=dpo-strong --out=ids.parquet --ids
 
 In TRL's columns ratings are summed over the dimensions of the arm's judge. The token ids are for
-launch.train, whose --config.table can then be the study's own log-probabilities.
+launch.train, whose --config.table can then be the study's own log-probabilities. An arm of KTO
+becomes labelled examples with the prompts that its baseline puts before their completions.
 """
+
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import Experiment, check_choice, judge_of
+from deltapref_jax.config import OBJECTIVE_KINDS, Arm, Experiment, check_choice, judge_of
 from deltapref_jax.display import printable
 from deltapref_jax.records import Pair, Prompt, Rating, TokenSequence, Trace
 from deltapref_jax.validation import validate
@@ -20,13 +23,13 @@ from launch.flags import run_main
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _ARM = flags.DEFINE_string("arm", None, "Name of the arm.")
 _OUT = flags.DEFINE_string("out", None, "File to write; .parquet or .jsonl.")
-_IDS = flags.DEFINE_bool("ids", False, "Write prompt_ids, chosen_ids and rejected_ids.")
+_IDS = flags.DEFINE_bool("ids", False, "Write token ids instead of messages.")
 
 
 def main(_: list[str]) -> None:
     """Find the arm's tables in the workspace and write them."""
     e: Experiment = validate(_CONFIG.value)
-    from deltapref_jax.data.export import check_output, token_rows, trl_rows, write_rows
+    from deltapref_jax.data.export import check_output, trl_rows, write_rows
     from deltapref_jax.stages.study import plan
 
     check_output(str(_OUT.value))
@@ -44,13 +47,8 @@ def main(_: list[str]) -> None:
         )
     pairs = workspace.rows(Pair, node)
     if _IDS.value:
-        sequences = {
-            row.trace_id: row
-            for generator in both
-            for row in workspace.rows(TokenSequence, report.sequences[generator])
-            if row.matched
-        }
-        rows = token_rows(pairs, sequences)
+        tables = [workspace.rows(TokenSequence, report.sequences[side]) for side in both]
+        rows = _id_rows(e, arm, pairs, [row for table in tables for row in table])
     else:
         traces = [t for generator in both for t in workspace.rows(Trace, node.traces[generator])]
         ratings: dict[str, float] = {}
@@ -59,7 +57,26 @@ def main(_: list[str]) -> None:
                 ratings[row.trace_id] = ratings.get(row.trace_id, 0.0) + row.rating
         rows = trl_rows(pairs, workspace.rows(Prompt, node.prompts), traces, ratings)
     write_rows(rows, str(_OUT.value))
-    print(printable(f"{len(rows)} pairs: {_OUT.value}"))
+    print(printable(f"{len(pairs)} pairs: {_OUT.value}"))
+
+
+def _id_rows(
+    e: Experiment, arm: Arm, pairs: list[Pair], sequences: list[TokenSequence]
+) -> list[dict[str, Any]]:
+    """The arm's pairs as token ids, or its labelled examples where KTO's baseline is measured."""
+    from deltapref_jax.data.export import labelled_token_rows, token_rows
+
+    matched = {row.trace_id: row for row in sequences if row.matched}
+    kind = next(o.kind for o in e.objectives if o.name == arm.objective)
+    if not OBJECTIVE_KINDS[kind].baseline:
+        return token_rows(pairs, matched)
+    # The study measures no baseline on rows that were too long to be scored.
+    mismatched = {
+        row.trace_id: row
+        for row in sequences
+        if not row.matched and row.length <= e.scoring.row_length
+    }
+    return labelled_token_rows(pairs, matched, mismatched)
 
 
 if __name__ == "__main__":

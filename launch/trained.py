@@ -24,7 +24,7 @@ _WORDS = {  # counts of a manifest, in words; those that are zero are not shown
     "undesirable": "not desirable, left out (SFT)",
     "prompt_not_prefix": "template no prefix, tokenised apart",
     "masked_turns": "tokens of user turns inside answers, not trained on",
-    "dropped_mismatched": "mismatched rows too long, left out",
+    "dropped_mismatched": "mismatched rows too long or not given, left out",
     "truncated_mismatched": "mismatched rows cut to row_length",
 }
 

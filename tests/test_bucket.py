@@ -232,29 +232,29 @@ def test_a_run_in_a_bucket_is_killed_preempted_continued_and_the_local_one_bit_f
     for kill, after in ((signal.SIGKILL, "step_4"), (signal.SIGTERM, "step_10")):
         process = remote()
         while not any(
-            f"/{after}/commit_success.txt" in name for name in object_names(bucket, "w/policy/")
+            f"/{after}/commit_success.txt" in name for name in object_names(bucket, "w/train/")
         ):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(kill)
         _, err = process.communicate(timeout=300)
-        assert not any(name.endswith("manifest.json") for name in object_names(bucket, "w/policy/"))
+        assert not any(name.endswith("manifest.json") for name in object_names(bucket, "w/train/"))
         assert process.returncode == (-kill if kill == signal.SIGKILL else Preempted.code), err
-    assert "which is saved in gs://bucket/w/policy/" in err
+    assert "which is saved in gs://bucket/w/train/" in err
     # The lease was released.
-    assert not [name for name in object_names(bucket, "w/policy/") if "/claims/" in name]
+    assert not [name for name in object_names(bucket, "w/train/") if "/claims/" in name]
     for process in (remote(), train(bucket, tmp_path / "w", tmp_path / "pairs.jsonl", tiny_folder)):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-    policy = next((tmp_path / "w" / "policy").iterdir())
+    policy = next((tmp_path / "w" / "train").iterdir())
     for name in (
         "metrics.jsonl",
         "policy/model.safetensors",
         "policy/config.json",
         "policy/tokenizer.json",
     ):
-        assert read(bucket, f"w/policy/{policy.name}/{name}") == (policy / name).read_bytes(), name
-    reference = next((tmp_path / "w").glob("reference/*/*.parquet")).relative_to(tmp_path)
+        assert read(bucket, f"w/train/{policy.name}/{name}") == (policy / name).read_bytes(), name
+    reference = next((tmp_path / "w").glob("score/*/*.parquet")).relative_to(tmp_path)
     assert read(bucket, reference.as_posix()) == (tmp_path / reference).read_bytes()
     made = object_names(bucket, "w/")
     out, err = remote().communicate(timeout=300)  # Every artifact is complete.

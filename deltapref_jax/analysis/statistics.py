@@ -65,6 +65,7 @@ def _weights(suites: Mapping[str, Answers], draws: int, seed: int) -> dict[str, 
     All arms use the same weights, so that their contrasts are paired.
     """
     rng = np.random.default_rng(seed)
+    # Counts of n draws with replacement, divided by n, are the weights of a resampled mean.
     return {
         suite: rng.multinomial(len(a.questions), [1 / len(a.questions)] * len(a.questions), draws)
         / len(a.questions)
@@ -95,6 +96,7 @@ def accuracy(results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0) 
     if not suites:
         raise ValueError(f"No answer is of domain {domain!r}; add a suite of it.")
     weights = _weights(suites, draws, seed)
+    # Every suite counts the same, however many questions it has.
     drawn = np.mean([weights[suite] @ a.mean for suite, a in suites.items()], axis=0)
     value = float(np.mean([a.mean.mean() for a in suites.values()]))
     estimate = _estimate(100 * value, 100 * drawn, sum(len(a.questions) for a in suites.values()))
@@ -141,10 +143,13 @@ def changes(
         gaps = _gaps(arm, base, [by_question(results, domain) for results in tables])
         runs = len(tables)
         picked = max(runs - 1, 1)
+        # Runs of different arms are independent, so every arm draws its own seeds.
         share = (
             np.random.default_rng([seed, index]).multinomial(picked, [1 / runs] * runs, draws)
             / picked
         )
+        # A draw weights the seeds by `share` and the questions by those weights that all arms
+        # share.
         drawn = 100 * np.mean(
             [np.sum((share @ g) * weights[suite], axis=1) for suite, g in gaps.items()], axis=0
         )
@@ -199,6 +204,7 @@ def minimum_detectable(
       power: chance of finding a change of the returned size.
       level: chance of finding a change where there is none, two-sided.
     """
+    # A two-sided normal test has this power at an effect of z(1 - level / 2) + z(power) errors.
     factor = _NORMAL.inv_cdf(1 - level / 2) + _NORMAL.inv_cdf(power)
     smallest = {}
     for domain in ("in", "out"):
@@ -211,8 +217,10 @@ def minimum_detectable(
             if a.samples.min() == 1 or within == 0:
                 p = (float(a.mean.sum()) + 2) / (n + 4)
                 within = p * (1 - p)
+            # The student's error is there once, and the arm's is divided by its seeds.
             variance += (1 + 1 / seeds) * within / n
         if suites:
+            # The mean over suites has the root of the summed variances, divided by their number.
             smallest[domain] = 100 * factor * math.sqrt(variance) / len(suites)
     return smallest
 
@@ -222,6 +230,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     ordered = sorted(p, key=lambda name: p[name])
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(ordered):
+        # The running maximum keeps the order: no p value may pass a smaller one.
         largest = max(largest, min(1.0, p[name] * (len(ordered) - rank)))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p}
@@ -232,6 +241,7 @@ def benjamini_hochberg(p: Mapping[str, float]) -> dict[str, float]:
     ordered = sorted(p, key=lambda name: p[name], reverse=True)
     adjusted, smallest = {}, 1.0
     for larger, name in enumerate(ordered):  # so many p values are larger
+        # The running minimum keeps the order, from the largest p value down.
         smallest = min(smallest, p[name] * len(ordered) / (len(ordered) - larger))
         adjusted[name] = smallest
     return {name: adjusted[name] for name in p}
@@ -247,6 +257,7 @@ def slope(x: Sequence[float], y: Sequence[Change]) -> Estimate | None:
     centred = np.asarray(x, float) - np.mean(x) if len(x) else np.zeros(0)
     if len(x) < 3 or not centred.any():
         return None
+    # The slope Σ (x - x̄) y / Σ (x - x̄)² is linear in y, so it is taken of every draw at once.
     weights = centred / (centred @ centred)
     low, high = np.percentile(weights @ np.stack([c.draws for c in y]), [2.5, 97.5])
     return Estimate(float(weights @ [c.estimate.value for c in y]), float(low), float(high))
@@ -260,6 +271,7 @@ def contrast(a: Change, b: Change) -> Estimate:
 def ranks(x: ArrayLike) -> np.ndarray:
     """Ranks from 1; ties share the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(x, float), return_inverse=True, return_counts=True)
+    # The last rank of every group of equal values, from which their mean rank follows.
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
 
@@ -277,6 +289,7 @@ def kendall(a: ArrayLike, b: ArrayLike) -> float:
     x, y = np.asarray(a, float), np.asarray(b, float)
     upper = np.triu_indices(len(x), 1)
     s, t = (np.sign(v[:, None] - v[None, :])[upper] for v in (x, y))
+    # Tau-b divides by the pairs that are not tied, on either side, instead of all pairs.
     scale = math.sqrt(np.count_nonzero(s) * np.count_nonzero(t))
     return float(s @ t) / scale if scale else math.nan
 
@@ -295,6 +308,7 @@ def auc(higher: ArrayLike, lower: ArrayLike) -> Estimate:
     above = (r[:m] - ranks(x)) / n  # share of `lower` below each of `higher`
     below = 1 - (r[m:] - ranks(y)) / m
     value = float(above.mean())
+    # DeLong's variance is that of the shares on both sides, each over its own sample size.
     error = math.sqrt(
         (above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0)
     )

@@ -171,6 +171,7 @@ def _arm(study: Study, arm: Arm, changes: dict[str, ArmChange]) -> ArmSummary:
     runs = study.results[arm.name].values()
     truncated, tokens = zip(*(_lengths(run) for run in runs), strict=True)
     counts = study.pair_counts.get(arm.name, {})
+    # A judge shapes the pairs of an arm if it labels them or if it ranks them.
     shaped = arm.direction != "generator" or arm.keep in ("top", "matched")
     return ArmSummary(
         arm=arm,
@@ -197,6 +198,7 @@ def _generator_delta(study: Study, arm: Arm) -> ByDomain | None:
     """Accuracy of the chosen traces' generator minus that of the rejected ones', by domain."""
     if not {arm.chosen, arm.rejected} <= study.capability.keys():
         return None
+    # A generator against itself has no difference, so no sampling error is shown for it.
     if arm.chosen == arm.rejected:
         return {d: st.Estimate(0.0, 0.0, 0.0) for d in study.domains}
     low, high = study.capability[arm.rejected], study.capability[arm.chosen]
@@ -332,6 +334,7 @@ def _survival(study: Study, arms: Sequence[ArmSummary], changes: Changes) -> lis
             if a.pair_judge == b.pair_judge or setup(a.arm) != setup(b.arm):
                 continue
             pairs_a, pairs_b = (set(columns(study.pairs[x.name], "pair_id")[0]) for x in (a, b))
+            # Relative to the smaller set, so that 100% means that one contains the other.
             smaller = max(1, min(len(pairs_a), len(pairs_b)))
             difference = _difference(a, b, changes)
             survival.append(

@@ -65,6 +65,7 @@ class Job:
         self.files: list[str] = []
         self.show = show and process_index() == 0
         self._first = process_index() == 0
+        # `_elsewhere` corrects the seconds: work of other makers is added, and waiting subtracted.
         self._began, self._elsewhere = time.time(), 0.0
         self._lease: Lease | None = None
         # checksums of files that went to a bucket, so that they are not fetched back for them
@@ -118,10 +119,14 @@ class Job:
           LostLease: another process took the artifact over; the folder is left as it was.
         """
         if not remote(self.dir):
+            # A hidden folder beside the final one, since a rename is atomic only within a file
+            # system.
             temporary = Path(self.dir / f".{name}.{uuid.uuid4().hex}")
             try:
                 temporary.mkdir()
                 yield temporary
+                # Writing may have taken longer than the lease, so it is checked right before the
+                # rename.
                 self.check_lease()
                 shutil.rmtree(self.dir / name, ignore_errors=True)  # of a killed run
                 temporary.rename(self.dir / name)
@@ -229,6 +234,7 @@ class Job:
     ) -> bool:
         """Whether the shard stands; makes it if nobody else is at it."""
         done = self.dir / f"{name}.json"
+        # Where the processes make a shard together, all of them must take the same branch.
         decide = agreed if together else bool
         if decide(done.exists()):
             return True
@@ -238,11 +244,14 @@ class Job:
             return False
         self.log_start()
         try:
+            # Another runner may have finished the shard between the look and the lease.
             if decide(done.exists()):
                 return True
             began = time.time()
             table, stats = make(index)
             if writes:
+                # The file is made in memory, so that the checksum is that of what was meant to be
+                # written.
                 sink = pa.BufferOutputStream()
                 pq.write_table(
                     table, sink, compression="zstd", version="2.6", data_page_version="1.0"
@@ -256,6 +265,7 @@ class Job:
                     "seconds": time.time() - began,
                     "maker": self._maker,
                 }
+                # The sidecar is written last: the shard is done when it stands.
                 write_atomic(done, json.dumps(side).encode())
             return decide(True)
         finally:
@@ -278,6 +288,7 @@ class Job:
         if not agreed(self._first and lease.take()):
             raise Busy
         self._lease = lease
+        # Another runner may have finished the artifact between the look and the lease.
         if agreed(self.workspace.complete(self.node)):
             raise Finished
         self._began = time.time()
@@ -338,6 +349,7 @@ class Job:
             ended=_stamp(ended),
         ).sealed()
         text = json.dumps(manifest._asdict(), indent=1)
+        # The manifest is written last: from here the artifact is complete.
         write_atomic(self.dir / "manifest.json", text.encode())
         self._remove_leftovers()
         self.finished = True

@@ -134,6 +134,7 @@ class Lease:
         claim = self._read()
         if not claim or claim["id"] == self._owner["id"] or self._expired(json.dumps(claim)):
             return False
+        # A claim of this host whose process is gone need not expire first.
         if claim["host"] == self._owner["host"]:
             try:
                 os.kill(claim["pid"], 0)  # Signal 0 only checks whether the process exists.
@@ -146,6 +147,7 @@ class Lease:
     def _expired(self, text: str) -> bool:
         """Whether the claim `text` of another has not been rewritten for a lease's time."""
         path, now = os.fspath(self._path), _clock()
+        # The time starts again whenever the claim was rewritten.
         if path not in _seen or _seen[path][0] != text:
             _seen[path] = text, now
         if now - _seen[path][1] >= self._seconds:
@@ -179,6 +181,7 @@ class Lease:
 
     def _renew(self) -> None:
         with self._locked():
+            # After `release` the claim is deleted and must not come back.
             if not self._stop.is_set():
                 self._look()
                 if not self.lost:

@@ -47,7 +47,9 @@ class Node(_Dataclasses):
     """An artifact wanted. A subclass is declared as `class Name(Node, stage="folder", version=1)`.
 
     With `sharded=True` several runners share the artifact, shard by shard (`Job.shards`); otherwise
-    one of them holds it while it is made. A new version makes all artifacts of the stage stale: raise it when `make` gives other contents.
+    one of them holds it while it is made.
+
+    A new version makes all artifacts of the stage stale: raise it when `make` gives other contents.
 
     Attributes:
       label: what the artifact is called in the study, for people: ("judge", "exact", "weak").
@@ -120,6 +122,7 @@ def _plain(value: Any, hashed: bool) -> Any:
     With `hashed` the fields that are not hashed are left out too.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Inputs are left out, because their contents are hashed and not their config.
         return {
             field.name: _plain(getattr(value, field.name), hashed)
             for field in dataclasses.fields(value)
@@ -135,6 +138,7 @@ def _plain(value: Any, hashed: bool) -> Any:
 
 def in_order(wanted: Iterable[Node]) -> list[Node]:
     """Every node behind `wanted`, inputs before what needs them, each node once."""
+    # A dict keeps insertion order and serves as an ordered set.
     ordered: dict[Node, None] = {}
 
     def visit(node: Node) -> None:

@@ -53,6 +53,8 @@ def run(
             if node not in pending or not agreed(workspace.key(node) is not None):
                 continue
             stands = agreed(workspace.complete(node, verify))
+            # Clocks of the processes differ, so they agree on whether to try a sharded artifact
+            # again.
             if not stands and agreed(time.monotonic() >= not_before.get(node, 0.0)):
                 with _making(_batch(node, pending, workspace), workspace, show) as jobs:
                     if jobs and node.batch() is None:

@@ -61,6 +61,7 @@ class Manifest(NamedTuple):
 
     def sealed(self) -> "Manifest":
         """The manifest with its digest, so that edits are noticed."""
+        # The round trip through JSON gives the digest the same types as a manifest that was read.
         plain = json.loads(json.dumps(self._asdict() | {"digest": ""}, default=str))
         return Manifest(**plain | {"digest": digest(plain)})
 
@@ -130,6 +131,7 @@ class Workspace:
             young = stat.mtime > finished - (not remote(file))
             if (verify or young) and file_sha256(file) != sha:
                 raise self.damaged(node, name, "not what was written (checksum)")
+        # The keys of what is made from this artifact hash its contents.
         self._contents[node] = manifest.content
         return True
 
@@ -195,6 +197,7 @@ class Workspace:
             if node in self._contents
         }
         file = self.root / "index.json"
+        # The index is read, changed and written, so only one runner does it at a time.
         lease = Lease(self.root / "claims" / "index")
         if not lease.take():
             return

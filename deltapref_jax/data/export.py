@@ -65,12 +65,7 @@ def token_rows(pairs: Sequence[Pair], sequences: Mapping[str, TokenSequence]) ->
     """
     rows = []
     for pair in pairs:
-        chosen, rejected = sequences[pair.chosen_id], sequences[pair.rejected_id]
-        if chosen.scored is not None or rejected.scored is not None:
-            raise ConfigError(
-                f"Pair {pair.pair_id} has completion tokens that are no targets, which token ids "
-                "cannot express; export it as messages."
-            )
+        chosen, rejected = _halves(pair, sequences)
         if not np.array_equal(chosen.prompt_ids, rejected.prompt_ids):
             raise ConfigError(
                 f"Pair {pair.pair_id} has different prompt tokens before its chosen and its "
@@ -84,6 +79,49 @@ def token_rows(pairs: Sequence[Pair], sequences: Mapping[str, TokenSequence]) ->
             }
         )
     return rows
+
+
+def labelled_token_rows(
+    pairs: Sequence[Pair],
+    sequences: Mapping[str, TokenSequence],
+    mismatched: Mapping[str, TokenSequence],
+) -> list[Row]:
+    """{prompt_ids, completion_ids, label, mismatched_prompt_ids} rows: a study's KTO examples.
+
+    Args:
+      pairs: become two rows each, chosen first.
+      sequences: trace id to its sequence, for at least the traces of the pairs.
+      mismatched: trace id to its completion behind another prompt; null for any other trace.
+
+    Raises:
+      ConfigError: a sequence has tokens that are no targets.
+    """
+    rows = []
+    for pair in pairs:
+        for sequence, label in zip(_halves(pair, sequences), (True, False), strict=True):
+            other = mismatched.get(sequence.trace_id)
+            rows.append(
+                {
+                    "prompt_ids": sequence.prompt_ids.tolist(),
+                    "completion_ids": sequence.completion_ids.tolist(),
+                    "label": label,
+                    "mismatched_prompt_ids": None if other is None else other.prompt_ids.tolist(),
+                }
+            )
+    return rows
+
+
+def _halves(
+    pair: Pair, sequences: Mapping[str, TokenSequence]
+) -> tuple[TokenSequence, TokenSequence]:
+    """The chosen and the rejected sequence, all of whose completion tokens are targets."""
+    chosen, rejected = sequences[pair.chosen_id], sequences[pair.rejected_id]
+    if chosen.scored is not None or rejected.scored is not None:
+        raise ConfigError(
+            f"Pair {pair.pair_id} has completion tokens that are no targets, which token ids "
+            "cannot express; export it as messages."
+        )
+    return chosen, rejected
 
 
 def check_output(path: str) -> None:

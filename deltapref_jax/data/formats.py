@@ -5,6 +5,8 @@
     {prompt, completion, label}        TRL unpaired; text or messages
     {prompt_ids, chosen_ids, rejected_ids}, {prompt_ids, completion_ids, label}      token ids
 
+Labelled token ids may have a column `mismatched_prompt_ids`: the prompt behind which the row's
+completion stands in KTO's baseline (null: the row has no mismatched row).
 A `prompt` of text in front of whole conversations (UltraFeedback-binarized) and a list of messages
 that the conversations repeat are understood too. Messages may hold tool calls, and a column `tools`
 their JSON schemas, both in OpenAI's form.
@@ -21,7 +23,7 @@ from deltapref_jax.text.preference import Example
 
 FORMATS = {  # columns that decide (the first match wins), then the other columns that are read
     "token ids, paired": (("prompt_ids", "chosen_ids", "rejected_ids"), ()),
-    "token ids, unpaired": (("prompt_ids", "completion_ids", "label"), ()),
+    "token ids, unpaired": (("prompt_ids", "completion_ids", "label"), ("mismatched_prompt_ids",)),
     "paired": (("chosen", "rejected"), ("prompt", "tools")),
     "unpaired": (("prompt", "completion", "label"), ("tools",)),
 }
@@ -73,7 +75,9 @@ def read_example(row: Row, name: str, vocab: int, columns: Set[str]) -> Example:
         return Example(_ids(row, "prompt_ids", vocab), sides)
     if name == "token ids, unpaired":
         completion = _ids(row, "completion_ids", vocab)
-        return Example(_ids(row, "prompt_ids", vocab), (completion,), _label(row.get("label")))
+        prompt = _ids(row, "prompt_ids", vocab)
+        other = _mismatched_prompt(row, prompt, vocab)
+        return Example(prompt, (completion,), _label(row.get("label")), mismatched_prompt=other)
     prompt, completions = _paired(row, columns) if name == "paired" else _unpaired(row)
     label = None if name == "paired" else _label(row.get("label"))
     return Example(prompt, completions, label, _tools(row, prompt))
@@ -116,6 +120,18 @@ def _ids(row: Row, column: str, vocab: int) -> np.ndarray:
         below = f" from 0 to {vocab - 1}, the model's vocabulary" if vocab else ""
         raise ValueError(f"{column!r} is not a list of token ids{below}")
     return array.astype(np.int32)
+
+
+def _mismatched_prompt(row: Row, prompt: np.ndarray, vocab: int) -> np.ndarray | None:
+    """The other prompt that a row brings for KTO's baseline; None where it brings none."""
+    if row.get("mismatched_prompt_ids") is None:
+        return None
+    other = _ids(row, "mismatched_prompt_ids", vocab)
+    if np.array_equal(other, prompt):
+        raise ValueError(
+            "'mismatched_prompt_ids' is the row's own prompt, and KTO's baseline needs another one"
+        )
+    return other
 
 
 def _content(row: Row, column: str) -> Any:

@@ -7,6 +7,7 @@ large; the order is the source's with any number of workers.
 
 import dataclasses
 import functools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -50,12 +51,15 @@ class Preferences:
       format: one of `formats.FORMATS`.
       ignored: columns that are not read.
       counts: what was read, dropped and changed; see `read_sequences`.
+      mismatched_prompts: trace id to the prompt (int32 ids) that the completion follows in KTO's
+        baseline; None where the source has no column for it.
     """
 
     groups: list[Group]
     format: str
     ignored: list[str]
     counts: dict[str, int]
+    mismatched_prompts: dict[str, np.ndarray] | None = None
 
 
 def read_sequences(
@@ -105,11 +109,13 @@ def read_sequences(
     if workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which a notebook never parses
     groups: list[Group] = []
+    mismatched_prompts: dict[str, np.ndarray] = {}
     seen, counts, shared = set(columns), Counter[str](dict.fromkeys(_COUNTED, 0)), ""
     for block in read.mp_prefetch(grain.MultiprocessingOptions(workers, 2)) if workers else read:
         if block.error:
             raise ConfigError(block.error)
         groups += block.groups
+        mismatched_prompts |= block.mismatched_prompts
         seen |= block.columns
         counts.update(block.counts)
         shared = shared or block.shared_prompt
@@ -119,7 +125,14 @@ def read_sequences(
     groups, limited = limit_lengths(groups, limit)
     groups = [[s._replace(group=i) for s in group] for i, group in enumerate(groups)]
     ignored = sorted(seen - columns_read(name))
-    return Preferences(groups, name, ignored, dict(counts) | limited | _kept(groups))
+    given = "mismatched_prompt_ids" in seen & columns_read(name)
+    return Preferences(
+        groups,
+        name,
+        ignored,
+        dict(counts) | limited | _kept(groups),
+        mismatched_prompts if given else None,
+    )
 
 
 def _check_any_left(path: str, groups: int, counts: Counter[str]) -> None:
@@ -162,6 +175,7 @@ class _Prepared:
     groups: list[Group] = dataclasses.field(default_factory=list)
     columns: set[str] = dataclasses.field(default_factory=set)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    mismatched_prompts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     shared_prompt: str = ""  # place of a row of text whose prompt is what its answers begin with
     error: str = ""
 
@@ -205,7 +219,12 @@ def _prepare(
             counts["empty"] += 1
         else:
             groups.append(list(_sequences(where, example, ids)))
-    return _Prepared(groups, columns, dict(counts), shared_prompt)
+    mismatched_prompts = {
+        _without_folder(where): example.mismatched_prompt
+        for where, example in examples
+        if example.mismatched_prompt is not None
+    }
+    return _Prepared(groups, columns, dict(counts), mismatched_prompts, shared_prompt)
 
 
 def _units(where: str, example: Example, unit: str) -> Iterator[tuple[str, Example]]:
@@ -242,14 +261,21 @@ def _tokenised(
 
 
 def _sequences(where: str, example: Example, tokens: Tokens) -> Iterator[TokenSequence]:
+    name = _without_folder(where)
     prompt = example.prompt.tolist() if isinstance(example.prompt, np.ndarray) else example.prompt
     prompt_id = digest(prompt, example.tools) if example.tools else digest(prompt)
     masks = tokens.scored or (None,) * len(tokens.completions)
     for completion, mask, label in zip(tokens.completions, masks, example.labels, strict=True):
-        place = where if example.label is not None else f"{where}, {_side(label)}"
+        place = name if example.label is not None else f"{name}, {_side(label)}"
         yield TokenSequence(
             tokens.prompt, completion, mask, trace_id=place, prompt_id=prompt_id, desirable=label
         )
+
+
+def _without_folder(where: str) -> str:
+    """The place of a row as tables have it: that of a file that was moved is the same."""
+    row, _, path = where.partition(" of ")
+    return f"{row} of {os.path.basename(os.path.normpath(path))}"
 
 
 def _row_of(place: str) -> str:

@@ -41,11 +41,13 @@ def rate_exactly(
         ratings[i] = [
             np.clip(exact[d] + noise * draws[DIMENSIONS.index(d)], 1, 5) for d in dimensions
         ]
+    # At most 4, so that a rating of 5 is label 4 with mass 0 and label 5 with mass 1.
     lower = np.minimum(np.floor(ratings), 4)
     upper_share = ratings - lower  # probability of the label lower + 1
     distribution = np.zeros((*ratings.shape, 5))
     lower_index = (lower - 1).astype(int)[..., None]
     np.put_along_axis(distribution, lower_index, (1 - upper_share)[..., None], axis=-1)
     np.put_along_axis(distribution, lower_index + 1, upper_share[..., None], axis=-1)
+    # The standard deviation of a distribution on two labels at distance 1.
     spread = np.sqrt(upper_share * (1 - upper_share))
     return Ratings(ratings, spread, np.ones_like(ratings), distribution)

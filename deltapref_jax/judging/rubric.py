@@ -95,7 +95,10 @@ def trunk_and_suffixes(
     start = ""
     for dimension in dimensions:
         question = rubric.question(dimension)
+        # The whole prompt is rendered and then cut at the question: what stands before it is the
+        # same for every dimension.
         rendered = text.render([{"role": "user", "content": trunk + question}])
+        # The last occurrence, because a trace may quote the question.
         border = rendered.rindex(question)
         start = rendered[:border]
         suffixes.append(text.encode_plain(rendered[border:]))

@@ -39,6 +39,7 @@ def summarise(probabilities: np.ndarray) -> Ratings:
     distribution = probabilities / np.maximum(mass, 1e-30)[..., None]
     labels = np.arange(1, 6)
     mean = distribution @ labels
+    # Rounding may make the variance of a sure judge slightly negative.
     variance = np.maximum(distribution @ labels**2 - mean**2, 0.0)
     return Ratings(mean, np.sqrt(variance), mass, distribution)
 
@@ -77,6 +78,7 @@ def _label_probability_fn(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[.
 
     def probabilities(params: nnx.State, batch: PackedBatch, indices: Any, labels: Any) -> Any:
         model = nnx.merge(graphdef, params)
+        # Only the positions that predict a label are projected to the vocabulary.
         hidden = model.hidden(
             batch.tokens, batch.positions, batch.segments, batch.branches, mesh=mesh
         )[indices[0], indices[1]]
@@ -84,6 +86,8 @@ def _label_probability_fn(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[.
             logits = jnp.einsum(
                 "nd,vd->nv", hidden, model.unembedding(), preferred_element_type=jnp.float32
             )
+            # Probabilities are over the whole vocabulary, so their sum shows how much falls on
+            # labels.
             return jnp.exp(logits[:, labels] - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
     replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
@@ -170,6 +174,7 @@ def rate_traces(
         branch = batch.branches[rows, columns] - 1
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
+            # Entries that are not needed point at (0, 0), and their probabilities are cut off.
             indices = np.zeros((2, size), np.int32)
             indices[:, : len(rows[part])] = rows[part], columns[part]
             p = np.asarray(label_probabilities(params, shard(batch, mesh, BATCH), indices, labels))

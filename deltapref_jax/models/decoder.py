@@ -98,6 +98,7 @@ def swiglu(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array,
 def _swiglu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     gate, up = saved
     s = jax.nn.sigmoid(gate)
+    # The derivative of silu is σ(x) * (1 + x * (1 - σ(x))).
     return g * up * (s * (1 + gate * (1 - s))), g * (gate * s)
 
 
@@ -193,6 +194,7 @@ class Block(nnx.Module):
         if not hasattr(self, f"{name}_a"):
             return y
         low_rank = checkpoint_name(times(x, getattr(self, f"{name}_a"), inputs), "projection")
+        # The scale is float32, so the product is cast back to the computation's dtype.
         scaled = (low_rank * self.scale[...]).astype(x.dtype)
         return y + times(scaled, getattr(self, f"{name}_b"), 1)
 
@@ -214,6 +216,7 @@ class Block(nnx.Module):
             h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
         with jax.named_scope("attention"):
             q, k, v = (self._project(h, name) for name in "qkv")
+            # Named after the rotation, so that the backward pass does not rotate again.
             q, k, v = (
                 checkpoint_name(y, "projection")
                 for y in (apply_rotary(q, angles), apply_rotary(k, angles), v)
@@ -297,8 +300,10 @@ class Decoder(nnx.Module):
           mesh: the mesh over which the rows lie (see `dispatch.packed_attention`); None means one
             device.
         """
+        # Mask and angles depend on the layout alone, so all layers share them.
         attend = packed_attention(segments, branches, mesh)
         angles = rotary_angles(positions, self.spec.head_width, self.spec.rope_theta)
+        # The structure is that of every layer; the scan slices the leading axis of the parameters.
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
@@ -330,12 +335,15 @@ class Decoder(nnx.Module):
           cache: a cache of B rows; donate it.
         """
         rows = jnp.arange(tokens.shape[0])[:, None]
+        # A token sees the cache up to its own position, which this call writes first.
         mask = jnp.arange(cache.v[0].shape[2]) <= positions[:, :, None]
         angles = rotary_angles(positions, self.spec.head_width, self.spec.rope_theta)
         keys, values = list(cache.k), list(cache.v)
 
         def attend_layer(i: int, q: Array, k: Array, v: Array) -> Array:
             """Writes keys and values into the cache of layer i and attends to all of it."""
+            # Two index arrays with slices between them: NumPy's rule puts their axes first, [B, T,
+            # K, H], which is the shape of `k` and `v`.
             keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))
             values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
             return cached_attention(q, keys[i].astype(q.dtype), values[i].astype(q.dtype), mask)

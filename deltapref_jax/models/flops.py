@@ -87,5 +87,6 @@ def _products(
     # Σ (2i + 1) over the positions i of a sequence is its length squared.
     squared_lengths = 2 * np.asarray(positions, np.float64).sum() + len(positions)
     attention = 2.0 * spec.layers * inner * squared_lengths
+    # An adapter multiplies by A [in, rank] and B [rank, out], which is rank * (in + out) weights.
     low_rank = per_token * adapters.rank * sum(sum(sizes[t]) for t in adapters.targets)
     return float(weights), float(attention), float(low_rank)

@@ -84,10 +84,13 @@ def add_adapters(
         return params, nnx.State({})
     whole = abstract(spec, adapters=adapters(lora))[1]
     tree, shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(whole)["blocks"]
+    # The scale has one entry per layer, because the scan over layers slices every parameter.
     fresh: dict[str, Any] = {"scale": jnp.full(spec.layers, lora.alpha / lora.rank, jnp.float32)}
     for name in adapters(lora).targets:
         shape = shapes[f"{name}_a"].shape
+        # A path's CRC is the same in every process, unlike `hash`; each matrix has its own key.
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"blocks.{name}_a".encode()))
+        # The inputs of A are all axes between the layers and the rank.
         bound = int(np.prod(shape[1:-1])) ** -0.5
         fresh[f"{name}_a"] = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         fresh[f"{name}_b"] = jnp.zeros(shapes[f"{name}_b"].shape, jnp.float32)
@@ -119,6 +122,7 @@ def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
             # The merge is computed once, and accelerators would round float32 products by default.
             precision=jax.lax.Precision.HIGHEST,
         )
+        # The same scale as `blocks.scale` in training, here on the product of the matrices.
         delta = lora.alpha / lora.rank * product.reshape(w.shape)
         tree["blocks"][name] = w.astype(jnp.float32) + delta
     merged = jax.tree.map(lambda x: x, params)  # a new tree: `params` keeps its arrays
@@ -150,12 +154,14 @@ def export_adapter(
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
+    # PEFT would look up a relative path from the reader's working directory.
     base = os.path.abspath(base) if os.path.exists(base) else base
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
+        # PEFT declares alpha as an integer.
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
         "target_modules": [t for t in TARGETS if t in lora.targets],

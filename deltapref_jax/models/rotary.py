@@ -12,6 +12,7 @@ def rotary_angles(
     Dimension pair i of a head turns by position * theta^(-2i / H).
     """
     frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    # Angles are float32, because bfloat16 holds no odd integer above 256.
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -11,6 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(embed|head)$", ("tensor", "fsdp")),  # [V, D]
+    # Over `tensor`, q, k, v, gate and up are split by their outputs, and o and down by their
+    # inputs, so that one sum over devices ends each half of a block (Megatron-LM, arXiv
+    # 1909.08053).
     (r"\bblocks\.(q|k|v)$", (None, "fsdp", "tensor", None)),  # [layers, D, N or K, H]
     (r"\bblocks\.o$", (None, "tensor", None, "fsdp")),  # [layers, N, H, D]
     (r"\bblocks\.(gate|up)$", (None, "fsdp", "tensor")),  # [layers, D, F]
@@ -52,6 +55,7 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Raises:
       ValueError: no rule matches, or several do.
     """
+    # All rules are tried: a parameter that two of them match is as much an error as one of none.
     matches = [axes for pattern, axes in RULES if re.search(pattern, name)]
     if len(matches) != 1:
         raise ValueError(

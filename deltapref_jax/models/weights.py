@@ -93,6 +93,7 @@ def resolve(path: str) -> str:
         from huggingface_hub import snapshot_download
 
         try:
+            # Weights in other formats than safetensors are not fetched: a repository may hold both.
             return snapshot_download(
                 path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
             )
@@ -114,6 +115,7 @@ def _files(path: str) -> list[Path]:
       FileNotFoundError: a Hugging Face folder is incomplete.
     """
     root = Path(path)
+    # A single file is a GGUF file, which holds its config and tokenizer too.
     if root.is_file():
         return [root]
     weights = sorted(root.glob("*.safetensors"))
@@ -314,8 +316,10 @@ def _check_gguf(path: Path, reader: Any, kind: str) -> None:
         field(reader, f"{kind}.{name}") for name in ("attention.head_count", "embedding_length")
     )
     whole = field(reader, f"{kind}.attention.key_length")
+    # Without the field a head is as wide as the model's width over its heads.
     if whole is None and isinstance(heads, int) and isinstance(width, int) and heads:
         whole = width // heads
+    # Rotary embeddings of a part of a head, and values of another width, are not implemented.
     for name in ("rope.dimension_count", "attention.value_length"):
         value = field(reader, f"{kind}.{name}", whole)
         if value != whole:
@@ -323,6 +327,8 @@ def _check_gguf(path: Path, reader: Any, kind: str) -> None:
                 f"{path} has the {kind}.{name} {value} and heads of {whole}; only equal ones are "
                 "supported."
             )
+    # A field that is not known is refused unless its value says that it does nothing: 0, or 1 for a
+    # scale.
     for key in reader.fields:
         name = key.removeprefix(f"{kind}.")
         if name == key or name in _GGUF_FIELDS:
@@ -534,6 +540,7 @@ def export(
         "pad_token_id": text.tokenizer.pad_token_id,
     }
     (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # Samplers such as that of `transformers` take their end tokens from this file.
     ids = {key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
     (root / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     _save(tensors, root)
@@ -561,6 +568,7 @@ def _save(tensors: dict[str, np.ndarray], root: Path) -> None:
     """Writes model.safetensors, or shards of at most `_SHARD_BYTES` and their index."""
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, array in tensors.items():
+        # A shard is never empty, so a tensor above the limit gets a file of its own.
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > _SHARD_BYTES:
             shards.append({})
         shards[-1][name] = array

@@ -101,6 +101,7 @@ def _pair(
         for name, need in rules.min_traces.items()
         if name != rules.rejected or need > 1
     }
+    # Every arm of the sweep drops the prompt, so that all arms keep the same prompts.
     if any(trace.text.strip() == rejected.text.strip() for trace in candidates.values()):
         return IDENTICAL
     chosen = candidates[rules.chosen]

@@ -58,6 +58,7 @@ def select(
         return list(pairs)
     k = _count(pairs, fraction)
     if selection == "random":
+        # Pairs are ordered by id before the draw, so that it does not depend on their row order.
         by_id = sorted(range(len(pairs)), key=lambda i: pairs[i].pair_id)
         kept = {by_id[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:k]}
     else:
@@ -93,12 +94,14 @@ def _matched(
     ids = np.array([p.pair_id for p in pairs])
     free = np.ones(len(pairs), bool)
     free[list(top)] = False
+    # The queue is ordered by id before it is shuffled, for the same draw in any row order.
     queue = np.array(sorted(top, key=lambda i: ids[i]))
     taken: set[int] = set()
     for i in queue[np.random.default_rng(seed).permutation(len(queue))]:
         if not free.any():
             free[[j for j in top if j not in taken]] = True
         candidates = np.flatnonzero(free)
+        # The distance is the sum of both differences in tokens.
         distance = np.abs(lengths[candidates] - lengths[i]).sum(axis=1)
         nearest = candidates[distance == distance.min()]
         best = int(nearest[np.argmin(ids[nearest])])  # pair ids break ties

@@ -25,13 +25,16 @@ def request_keys(
       prompts: prompt id of each trace, hexadecimal (16 digits are used).
       samples: index of each trace among those of its prompt.
     """
+    # Five words a trace: two of the generator, two of the prompt and the sample's number.
     words = np.array(
         [_words(generator) + _words(p) + (s,) for p, s in zip(prompts, samples, strict=True)],
         np.uint32,
     )
     # Padding to a power of two keeps the number of compiled shapes small.
     padded = np.zeros((1 << max(8, (len(words) - 1).bit_length()), 5), np.uint32)
+    # The reshape gives no traces at all the shape [0, 5].
     padded[: len(words)] = words.reshape(-1, 5)
+    # The implementation is named, because the draws must not depend on JAX's default generator.
     return np.asarray(_fold(jax.random.key(seed, impl="threefry2x32"), padded))[: len(words)]
 
 
@@ -48,6 +51,7 @@ def _fold(key: Array, words: UInt32[Array, "n 5"]) -> UInt32[Array, "n 2"]:
     def fold_row(row: Array) -> Array:
         folded = key
         for word in row:
+            # The order of the words is part of the draws and must not change.
             folded = jax.random.fold_in(folded, word)
         return jax.random.key_data(folded)
 
@@ -63,6 +67,7 @@ def uniforms(keys: UInt32[Array, "B 2"], positions: Int[Array, " B"]) -> Float[A
     """
 
     def uniform(key: Array, position: Array) -> Array:
+        # The position is folded in last, so a trace's key serves all of its tokens.
         return jax.random.uniform(
             jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
         )
@@ -95,6 +100,8 @@ def draw(
     # Logits are taken relative to the largest, so that no exponential overflows.
     gap = jnp.max(logits, axis=-1, keepdims=True) - logits
     greedy = (temperature == 0)[:, None]
+    # Greedy rows are the limit of temperature 0: weight 1 at the largest logit, 0 elsewhere. The
+    # inner `where` keeps a division by 0 out of them.
     scaled = jnp.where(
         greedy,
         jnp.where(gap == 0, 0.0, jnp.inf),
@@ -103,7 +110,10 @@ def draw(
     weights = jnp.exp(-scaled)
     if filtered:
         weights = jnp.where(nucleus(gap, weights, top_p, top_k), weights, 0.0)
+    # A uniform of 0 takes the first of equal largest logits.
     token = invert(weights, jnp.where(temperature == 0, 0.0, uniform))
+    # The log-probability is of the unfiltered logits at temperature 1: logits minus log-sum-exp,
+    # both relative to the largest logit.
     token_gap = jnp.take_along_axis(gap, token[:, None], axis=-1)[:, 0]
     return token, -token_gap - jnp.log(jnp.sum(jnp.exp(-gap), axis=-1))
 
@@ -130,6 +140,7 @@ def nucleus(
     # Top-k is the smallest gap that collects a mass of k where every token weighs 1.
     top_k_gap = smallest_gap(gap, jnp.ones_like(gap), count.astype(jnp.float32), count == 0)
     kept = gap <= top_k_gap[:, None]
+    # Top-p is a share of the mass that top-k left, so removed tokens weigh 0 from here.
     weights = jnp.where(kept, weights, 0.0)
     top_p_gap = smallest_gap(gap, weights, top_p * jnp.sum(weights, axis=-1), top_p >= 1)
     return kept & (gap <= top_p_gap[:, None])
@@ -155,16 +166,19 @@ def smallest_gap(
 
     def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends  # both occur in the row, and the answer is between them
+        # The midpoint as low + half the distance, because low + high would overflow int32.
         middle = low + (high - low) // 2
         below = bits <= middle[:, None]
         enough = jnp.sum(jnp.where(below, weights, 0.0), axis=-1) >= need
         largest_below = jnp.max(jnp.where(below, bits, 0), axis=-1)
         smallest_above = jnp.min(jnp.where(below, jnp.iinfo(jnp.int32).max, bits), axis=-1)
+        # Where the mass is not enough, the next value that occurs above is the new lower end.
         new_low = jnp.where(enough, low, jnp.minimum(smallest_above, high))
         new_high = jnp.where(enough, largest_below, high)
         # Rows that are done wait for the others.
         return jnp.where(low < high, new_low, low), jnp.where(low < high, new_high, high)
 
+    # Rows whose filter is off begin with both ends equal, so that they are done at once.
     bottom = jnp.where(off, top, 0)
     _, high = jax.lax.while_loop(unfinished, halve, (bottom, top))
     return jnp.where(off, jnp.inf, jax.lax.bitcast_convert_type(high, jnp.float32))
@@ -176,9 +190,12 @@ def invert(weights: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Arr
     Two levels of about √V entries each replace a cumulative sum over the whole vocabulary.
     """
     vocab = weights.shape[-1]
+    # A power of two near √V.
     block = 1 << (max(vocab - 1, 1).bit_length() + 1) // 2
     padded = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(weights.shape[0], -1, block)
     sums = jnp.sum(padded, axis=-1)
+    # The target is relative to the sum of the block sums that are searched, not to another
+    # summation of the weights, which could round differently.
     target = uniform * jnp.sum(sums, axis=-1)
     block_index, before = _first_above(sums, target)
     entries = jnp.take_along_axis(padded, block_index[:, None, None], axis=1)[:, 0]
@@ -192,6 +209,7 @@ def _first_above(weights: Float[Array, "B n"], target: Float[Array, " B"]) -> tu
     """
     cumulative = jnp.cumsum(weights, axis=-1)
     index = jnp.sum(cumulative <= target[:, None], axis=-1)
+    # The last positive weight: padding and filtered tokens must not be drawn.
     last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
     index = jnp.minimum(index, last).astype(jnp.int32)
     before = jnp.take_along_axis(jnp.pad(cumulative, ((0, 0), (1, 0))), index[:, None], axis=-1)[

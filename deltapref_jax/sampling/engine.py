@@ -114,6 +114,7 @@ class _SlotTable:
             request.top_p,
             request.top_k,
         )
+        # `values` are in the order of the fields of `Slots`.
         for column, value in zip(self.slots, values, strict=True):
             column[slot] = value
         self.traces[slot] = trace
@@ -189,6 +190,7 @@ class Engine:
         self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
         state = place(model.state, shardings(model.state, self.mesh))
         self.graphdef, self.weights = unstacked(model.graphdef, state)
+        # The dtype is an attribute of the decoder, which only a merged model shows.
         self.dtype = nnx.merge(model.graphdef, model.state).dtype
         self.cache: Cache | None = None
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
@@ -209,6 +211,7 @@ class Engine:
         """
         started, compiled = time.perf_counter(), compile_seconds()
         self.check(requests)
+        # Traces end in any order, so each is put at its request and sample.
         results: list[list[Completion | None]] = [[None] * request.samples for request in requests]
         for trace in self._run(requests):
             results[trace.request][trace.sample] = self._complete(trace)
@@ -233,14 +236,18 @@ class Engine:
 
     def _run(self, requests: Sequence[Request]) -> Iterator[_Trace]:
         """Yields traces as they end; the device works on the next chunk in the meantime."""
+        # The cache starts at its shortest again: the last call may have grown it.
         self._reserve(0)
         table, prefilled = _SlotTable.empty(self.sampling.slots), self._prefill(requests)
+        # One program with filters serves all requests if any of them filters; it is a static
+        # argument.
         filtered = any(0 < r.top_k < self.spec.vocab or r.top_p < 1 for r in requests)
         remaining = sum(request.samples for request in requests)
         waiting: deque[_Trace] = deque()
         ended: list[_Trace] = []
         while True:
             remaining -= self._refill(requests, table, waiting, prefilled)
+            # All slots are free and nothing waits, so all traces have ended.
             if not table.slots.alive.any():
                 break
             chunk = self._advance(table.slots, filtered, more=remaining > 0)
@@ -257,6 +264,7 @@ class Engine:
         # Few padded lengths (max_prompt, its half, its quarter), so that few programs are compiled.
         lengths = sorted({-(-self.sampling.max_prompt // (8 * part)) * 8 for part in (1, 2, 4)})
         pairs = [(r, s) for r, request in enumerate(requests) for s in range(request.samples)]
+        # Keys of all traces are made by one call, and looked up by the running number of the trace.
         keys = request_keys(
             self.seed,
             self.generator,
@@ -268,11 +276,14 @@ class Engine:
         def padded_length(r: int) -> int:
             return next(length for length in lengths if length >= len(requests[r].tokens))
 
+        # Ids break ties, so that the order of the requests does not matter.
         order = sorted(
             range(len(requests)), key=lambda r: (-len(requests[r].tokens), requests[r].prompt_id)
         )
+        # Prompts in this order have falling lengths, so equal padded lengths are neighbours.
         for length, members in itertools.groupby(order, key=padded_length):
             for group in _batched(members, self.prefill_rows):
+                # Rows without a prompt are computed too, because a group has one compiled shape.
                 tokens = np.zeros((self.prefill_rows, length), np.int32)
                 for row, r in enumerate(group):
                     tokens[row, : len(requests[r].tokens)] = requests[r].tokens
@@ -296,12 +307,16 @@ class Engine:
     ) -> int:
         """Assigns waiting traces to free slots; returns their number."""
         free = np.flatnonzero(~table.slots.alive)
+        # Groups are prefilled only as long as slots are free for them, since every one holds a
+        # cache.
         while len(waiting) < len(free) and (group := next(prefilled, None)) is not None:
             waiting.extend(group)
         assigned = [(int(b), waiting.popleft()) for b in free[: len(waiting)]]
         # One call of `insert` per group of prompts that were prefilled together.
         for _, pairs in itertools.groupby(assigned, key=lambda pair: id(pair[1].prompts)):
             group_pairs = list(pairs)
+            # The arrays have the size of all slots, so that another number of traces compiles
+            # nothing; entries beyond the count are not read.
             indices = np.zeros((2, self.sampling.slots), np.int32)
             indices[:, : len(group_pairs)] = np.transpose([(b, t.row) for b, t in group_pairs])
             prompts = group_pairs[0][1].prompts
@@ -316,9 +331,11 @@ class Engine:
 
         The cache grows with the longest live sequence, because every step reads all of it.
         """
+        # A power of two of at least 256, so that doubling meets few lengths and few programs.
         shortest = min(self.length, max(256, 1 << (self.sampling.max_prompt - 1).bit_length()))
         if self.cache is None or (positions == 0 and self.cache.v[0].shape[2] > shortest):
             self.cache = None  # frees the longer cache before the shorter one is allocated
+            # Heads that do not divide over `tensor` are whole on every device.
             heads = "tensor" if self.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
             self.cache = _new_cache(
                 self.spec,
@@ -340,7 +357,9 @@ class Engine:
             1/16 of the slots are idle.
         """
         B, steps = self.sampling.slots, self.sampling.chunk
+        # Room for every position that the chunk can reach, before it is dispatched.
         self._reserve(int(slots.position[slots.alive].max()) + steps)
+        # With a limit of B - 1 the loop ends early only when no slot is alive.
         max_idle_slots = min(B // 16, B - 1) if more else B - 1
         # A copy, because the transfer may be asynchronous and the host goes on writing to `slots`.
         device_slots = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(ROWS))
@@ -366,16 +385,20 @@ class Engine:
         steps, slots = int(chunk.steps), table.slots
         self.stats["steps"] += steps
         self.stats["slot_steps"] += steps * self.sampling.slots
+        # A slot's position moves by one with each token, so the difference counts its tokens.
         counts = chunk.position - slots.position
         alive = chunk.alive.copy()
         ended = []
         for b in np.flatnonzero(slots.alive):
             trace, n = table.traces[int(b)], counts[b]
+            # NaN logits would give a token without an error, so the log-probabilities are checked.
             if not np.isfinite(chunk.logprobs[:n, b]).all():
                 raise ValueError(
                     "The model gives a log-probability that is not finite after "
                     f"{len(trace.tokens)} tokens; check its weights, or use float32."
                 )
+            # Tokens that were searched before hold no stop string and are not searched prefix by
+            # prefix.
             checked = len(trace.tokens)
             trace.tokens.extend(chunk.tokens[:n, b].tolist())
             trace.logprobs.extend(chunk.logprobs[:n, b].tolist())
@@ -384,11 +407,13 @@ class Engine:
             if self.sampling.stop:
                 length = stopped_length(trace.tokens, checked, self.sampling.stop, self.text.decode)
                 if length is not None:
+                    # What was sampled after the stop string, until the chunk ended, is cut off.
                     trace.tokens, trace.logprobs = trace.tokens[:length], trace.logprobs[:length]
                     trace.finish = "stop"
                     alive[b] = False
             if not alive[b]:
                 ended.append(trace)
+        # Arrays fetched from the device are read-only; the host writes to copies.
         table.slots = slots._replace(
             token=chunk.token.copy(),
             position=chunk.position.copy(),
@@ -399,11 +424,13 @@ class Engine:
 
     def _complete(self, trace: _Trace) -> Completion:
         """Detokenises an ended trace and adds it to the statistics."""
+        # The end token is a token of the trace and not of its text.
         text = self.text.decode(trace.tokens[:-1] if trace.finish == "eos" else trace.tokens)
         if trace.finish == "stop":
             text = before_stop(text, self.sampling.stop) or ""
         self.stats["tokens"] += len(trace.tokens)
         self.stats["truncated"] += trace.finish == "length"
+        # `fsum` is exact before its one rounding, so chunk borders do not change the sum.
         return Completion(trace.tokens, text, trace.finish, math.fsum(trace.logprobs))
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:

@@ -75,6 +75,7 @@ def prefill(
     # Padding has keys and values too; decoding overwrites them before it reads them.
     model = nnx.merge(graphdef, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # The cache is exactly as long as the padded prompt.
     _, cache = model.decode(
         tokens, positions, empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype)
     )
@@ -93,11 +94,15 @@ def insert(
 
     def insert_row(i: Array, cache: Cache) -> Cache:
         def copy(target: Array, source: Array) -> Array:
+            # The slice keeps the prompt's row as an axis of length 1, which is the slot's axis in
+            # the cache.
             row = jax.lax.dynamic_slice_in_dim(source, rows[i], 1)
             return jax.lax.dynamic_update_slice(target, row, (slots[i], 0, 0, 0))
 
         return jax.tree.map(copy, cache, prompts)
 
+    # The number of rows is an argument of the loop and not a shape, so one program serves any
+    # count.
     return jax.lax.fori_loop(0, count, insert_row, cache)
 
 
@@ -105,6 +110,7 @@ def insert(
 def grow(cache: Cache, length: int) -> Cache:
     """Returns the cache, padded to `length` positions."""
     more = length - cache.v[0].shape[2]
+    # Keys have their positions on the last axis and values on the one before it (`Cache`).
     return Cache(
         tuple(jnp.pad(k, ((0, 0),) * 3 + ((0, more),)) for k in cache.k),
         tuple(jnp.pad(v, ((0, 0),) * 2 + ((0, more), (0, 0))) for v in cache.v),
@@ -186,6 +192,7 @@ def advance(
         token, logprob = _next_tokens(
             hidden[:, 0], unembedding, uniform, out.steps, slots, filtered
         )
+        # The host's `generated` is that of the chunk's start, so the steps of this chunk are added.
         ended = jnp.any(token[:, None] == end_ids, axis=-1) | (
             slots.generated + out.steps + 1 >= max_new_tokens
         )

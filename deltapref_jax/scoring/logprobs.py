@@ -44,8 +44,10 @@ def sequence_logprobs(
     labels, owner = (
         jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.targets)
     )
+    # Only positions whose next token is a target are projected to the vocabulary.
     logprobs = token_logprobs(hidden, model.unembedding(), labels, owner > 0, mesh)
     owner = owner.reshape(-1)
+    # Owner 0 stands for tokens that nobody owns; its sum is cut off.
     sums = jax.ops.segment_sum(logprobs.reshape(-1), owner, segments + 1)[1:]
     counts = jax.ops.segment_sum(jnp.ones(owner.shape), owner, segments + 1)[1:]
     return sums, counts
@@ -100,16 +102,21 @@ def score_sequences(
     """
     # all arguments are given, as in training, so that both find one program in the cache
     run = logprob_fn(spec, dtype, max_segments(rows, length), mesh, NO_ADAPTERS)
+    # Weights are placed once, before the loop over batches.
     params = place(params, shardings(params, mesh))
     fits = [i for i, sequence in enumerate(sequences) if sequence.length <= length]
     sums: list[float | None] = [None] * len(sequences)
     positions = filled = 0
     row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    # A prompt is shared only where branches do not cost the faster kernel.
     share = shares_prompts(mesh, length)
     for micro in pack_sequences([sequences[i] for i in fits], rows, length, share):
+        # Half a batch is a second compiled shape; it only occurs where the packing leaves rows
+        # empty.
         batch = drop_empty_half(micro.batch, row_shards)
         positions += batch.tokens.size
         filled += int(np.count_nonzero(batch.segments))
+        # float64 holds float32 exactly, so conversion to Python's float loses nothing.
         logprobs = np.asarray(run(params, shard(batch, mesh, BATCH))[0], np.float64)
         for logprob, j in zip(logprobs, micro.order, strict=False):  # S may be more than there are
             sums[fits[j]] = float(logprob)

@@ -74,6 +74,7 @@ def share_prompt(sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> 
     tokens = np.concatenate(
         [prompt[:-1], *(ids for s in sequences for ids in (prompt[-1:], s.completion_ids))]
     )
+    # A completion's targets begin behind its trunk; the branch's first token is a prompt token.
     targets = np.concatenate([np.zeros(trunk, bool), *(s.targets[trunk:] for s in sequences)])
     # places counted from the start of the trunk or of the branch
     within = np.concatenate([np.arange(n) for n in (trunk, *sizes)])
@@ -81,6 +82,7 @@ def share_prompt(sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> 
     return PackedSample(
         tokens.astype(np.int32),
         targets,
+        # Positions in a branch continue from the trunk, as if the prompt stood directly before it.
         (within + trunk * (branches > 0)).astype(np.int32),
         branches.astype(np.int32),
         tuple(numbers),
@@ -96,6 +98,8 @@ def by_prompt(sequences: Sequence[TokenSequence], length: int, most: int) -> lis
         key = np.asarray(sequence.prompt_ids, np.int32).tobytes()
         size = 1 + len(sequence.completion_ids)
         group, room = newest.get(key, ([], 0))
+        # A new group begins where the newest one of this prompt has no room; older groups are not
+        # searched again.
         if size > room or len(group) == most:
             group, room = [], length - max(0, len(sequence.prompt_ids) - 1)
             groups.append(group)
@@ -114,17 +118,21 @@ def candidate_layouts(
     members = [sequences[i] for i in numbers]
     apart = [pack_one(sequence, i) for i, sequence in zip(numbers, members, strict=True)]
     prompt = members[0].prompt_ids
+    # A prompt of one token would leave an empty trunk, with nothing to share.
     one_prompt = len(prompt) > 1 and all(
         np.array_equal(member.prompt_ids, prompt) for member in members[1:]
     )
     if not share or len(members) < 2 or not one_prompt:
         return [apart]
+    # Both layouts are kept, since a group that does not fit a half-filled row together may fit
+    # apart.
     together = share_prompt(members, numbers)
     return [[together], apart] if len(together.tokens) <= length else [apart]
 
 
 def max_segments(rows: int, length: int) -> int:
     """S: sequences that one micro-batch may hold; a function of its shape alone."""
+    # At least 8 tokens per sequence on average; `layout` opens another micro-batch beyond that.
     return max(rows, rows * length // 8)
 
 
@@ -145,10 +153,12 @@ def layout(
       ValueError: a sample is longer than a row, or a group does not fit one micro-batch.
     """
     # stable sorts: ties keep the order of the groups
+    # The first candidate is the one with the fewest tokens, so it is the one that is sorted by.
     by_sum = sorted(groups, key=lambda g: -sum(len(s.tokens) for s in g[0]))
     by_longest = sorted(by_sum, key=lambda g: -max(len(s.tokens) for s in g[0]))
     layouts = [_first_fit(order, rows, length) for order in (by_sum, by_longest)]
 
+    # Fewer micro-batches win, and then fewer rows in the last one, which may be halved.
     def size(micros: list[list[list[PackedSample]]]) -> tuple[int, int]:
         return len(micros), sum(bool(row) for row in micros[-1]) if micros else 0
 
@@ -165,6 +175,8 @@ def _first_fit(
     for group in groups:
         members = sum(len(s.members) for s in group[0])
         for m, (micro, spaces) in enumerate(zip(micros, free, strict=True)):
+            # The limit S is on sequences and not on tokens, because vectors [S] have one fixed
+            # size.
             fits = held[m] + members <= most
             if fits and any(_insert(layout, micro, spaces) for layout in group):
                 held[m] += members
@@ -186,9 +198,11 @@ def _insert(
 ) -> bool:
     """Puts every sample into the first row with room, or none of them."""
     filled: list[int] = []
+    # Longest first, as a short sample fits in more places.
     for s in sorted(samples, key=lambda s: -len(s.tokens)):
         row = next((r for r, space in enumerate(spaces) if space >= len(s.tokens)), None)
         if row is None:
+            # What was inserted of this layout is taken out again, newest first.
             for r in reversed(filled):
                 spaces[r] += len(micro[r].pop().tokens)
             return False
@@ -209,6 +223,7 @@ def pack(
     With `branched` the batches have branches even where no sample has any, so that all of them run
     in one program.
     """
+    # One batch with branches gives all of them branches, so that they share one compiled program.
     branched = branched or any(s.branches.any() for group in groups for s in group[0])
     return [_fill(micro, rows, length, branched) for micro in layout(groups, rows, length)]
 
@@ -246,6 +261,7 @@ def drop_empty_half(batch: PackedBatch, row_shards: int) -> PackedBatch:
     shape.
     """
     half, odd = divmod(batch.tokens.shape[0], 2)
+    # An odd number of rows has no half, and a half must still divide over the devices.
     if odd or half % row_shards or batch.segments[half:].any():
         return batch
     return PackedBatch(*(None if x is None else x[:half] for x in batch))
@@ -253,12 +269,14 @@ def drop_empty_half(batch: PackedBatch, row_shards: int) -> PackedBatch:
 
 def _fill(micro: list[list[PackedSample]], rows: int, length: int, branched: bool) -> Micro:
     shape = (rows, length)
+    # Zeros everywhere are padding: segment 0, no target, and token 0 whose result is not read.
     tokens, positions, segments, targets, branches = (np.zeros(shape, np.int32) for _ in range(5))
     order: list[int] = []
     number = 0
     for r, row in enumerate(micro):
         start = 0
         for s in row:
+            # Segments are numbered from 1, because 0 is padding.
             number += 1
             span = (r, slice(start, start + len(s.tokens)))
             tokens[span] = s.tokens

@@ -38,6 +38,7 @@ def _tile_shape(tokens: int, vocab: int, logits: int) -> tuple[int, int]:
 
     The entries divide the vocabulary, which is not padded.
     """
+    # The widest divisor of the vocabulary, so that the scan over slices needs no remainder.
     entries = max(n for n in range(1, min(vocab, _MAX_TILE_ENTRIES) + 1) if vocab % n == 0)
     # Slices of a vocabulary whose size is prime, or nearly, would be too narrow.
     if entries < min(vocab, _MAX_TILE_ENTRIES // 8):
@@ -57,10 +58,14 @@ class _Targets(NamedTuple):
 def _targets_first(
     hidden: Array, labels: Array, mask: Array, tile: int, axis: str | None, vocab: int
 ) -> _Targets:
+    # A stable sort keeps the tokens' order; False sorts before True, so targets come first.
     order = jnp.argsort(~mask.reshape(-1), stable=True)
+    # Labels count from the device's first entry: those of another shard fall outside its range and
+    # match no column.
     first_entry = jax.lax.axis_index(axis) * vocab if axis else 0
     return _Targets(
         order,
+        # Rounded up; the loop ends here, and tiles without a target are never computed.
         -(-mask.sum() // tile),
         _pad_to_tiles(hidden.reshape(-1, hidden.shape[-1])[order], tile),
         _pad_to_tiles(labels.reshape(-1)[order] - first_entry, tile),
@@ -80,6 +85,7 @@ def _set_tile(x: Array, i: Array, values: Array) -> Array:
 
 
 def _logits(hidden: Float[Array, "C D"], entries: Float[Array, "E D"]) -> Float[Array, "C E"]:
+    # The product accumulates in float32 also where the operands are bfloat16.
     return jax.lax.dot_general(
         hidden, entries, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -110,6 +116,7 @@ def _forward(
     tile_logits: int,
 ) -> tuple[Array, tuple[Array, ...]]:
     vocab, width = unembedding.shape
+    # Shapes of tiles are static; only the number of tiles that are computed depends on the data.
     size, entries = _tile_shape(mask.size, vocab, tile_logits)
     t = _targets_first(hidden, labels, mask, size, axis, vocab)
 
@@ -132,6 +139,7 @@ def _forward(
 
         return jax.lax.fori_loop(0, t.tiles, tile, carry), None
 
+    # Running sums: the label's logit adds up from 0, the log-sum-exp from the logarithm of 0.
     init = jnp.zeros(t.labels.shape), jnp.full(t.labels.shape, _LOG_ZERO)
     (label_logits, lse), _ = jax.lax.scan(
         vocab_slice, init, (jnp.arange(0, vocab, entries), unembedding.reshape(-1, entries, width))
@@ -141,7 +149,9 @@ def _forward(
         max_lse = jax.lax.pmax(lse, axis)
         lse = max_lse + jnp.log(jax.lax.psum(jnp.exp(lse - max_lse), axis))
         label_logits = jax.lax.psum(label_logits, axis)
+    # The order is inverted by a scatter, and padding behind the tokens is cut off.
     logprobs = jnp.zeros(mask.size).at[t.order].set((label_logits - lse)[: mask.size])
+    # Logits are not saved: the backward pass computes them again, tile by tile.
     saved = (hidden, unembedding, labels, mask, lse)
     return jnp.where(mask, logprobs.reshape(mask.shape), 0.0), saved
 
@@ -166,6 +176,7 @@ def _backward(
     hidden, unembedding, labels, mask, lse, trained = saved
     vocab, width = unembedding.shape
     size, entries = _tile_shape(mask.size, vocab, tile_logits)
+    # The same order as in the forward pass, because it depends on the mask alone.
     t = _targets_first(hidden, labels, mask, size, axis, vocab)
     # Devices along `axis` have the same output: shard_map hands each of them its share of the
     # gradient, and adds up what they return.
@@ -179,8 +190,10 @@ def _backward(
         def tile(i: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             d_hidden, d_w = carry
             h = _get_tile(t.hidden, i, size)
+            # The softmax of a tile from the saved log-sum-exp, without a second reduction.
             p = jnp.exp(_logits(h, w) - _get_tile(lse, i, size)[:, None])
             is_label = jnp.arange(entries) == (_get_tile(t.labels, i, size) - first)[:, None]
+            # The gradient of the logits is cast, so that both products run in the inputs' dtype.
             d_logits = (jnp.where(is_label, 1 - p, -p) * _get_tile(g, i, size)[:, None]).astype(
                 hidden.dtype
             )
@@ -191,6 +204,8 @@ def _backward(
                 )
             return _set_tile(d_hidden, i, _get_tile(d_hidden, i, size) + d_h), d_w
 
+        # The slice's gradient stays in the loop's carry and is written once, after all tiles of
+        # targets.
         zeros = None if trained is None else jnp.zeros(w.shape, jnp.float32)
         d_hidden, d_w = jax.lax.fori_loop(0, t.tiles, tile, (d_hidden, zeros))
         return d_hidden, None if d_w is None else d_w.astype(w.dtype)
@@ -200,6 +215,7 @@ def _backward(
         jnp.zeros(t.hidden.shape, jnp.float32),
         (jnp.arange(0, vocab, entries), unembedding.reshape(-1, entries, width)),
     )
+    # Gradients return to the tokens' own order.
     d_hidden = jnp.zeros((mask.size, width), jnp.float32).at[t.order].set(d_hidden[: mask.size])
     d_w = None if d_w is None else d_w.reshape(unembedding.shape)
     return d_hidden.astype(hidden.dtype).reshape(hidden.shape), d_w, None, None
@@ -232,6 +248,7 @@ def token_logprobs(
     tile_logits = _CPU_TILE_LOGITS if platform_of(mesh) == "cpu" else _TILE_LOGITS
     if mesh is None or mesh.size == 1:
         return _token_logprobs(hidden, unembedding, labels, mask, None, tile_logits)
+    # A vocabulary that does not divide over `tensor` is projected whole on every device.
     divides = unembedding.shape[0] % mesh.shape["tensor"] == 0
     axis = "tensor" if mesh.shape["tensor"] > 1 and divides else None
     return jax.shard_map(

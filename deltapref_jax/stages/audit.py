@@ -61,6 +61,7 @@ class AuditTable(Node, stage="audit", version=2):
 
     def _cases(self, prompt: Prompt) -> list[_Case]:
         problem = from_meta(prompt.meta)
+        # Python seeds from a string alike in every process; each question has draws of its own.
         rng = random.Random(f"{self.seed}|{prompt.prompt_id}")
         return [_Case(prompt, "", 0, solution(problem))] + [
             _Case(prompt, dimension, degree, corrupt(problem, dimension, degree, rng))

@@ -62,6 +62,7 @@ class ResultTable(Node, stage="evaluate", version=5):
         """
         first, job = work[0]
         questions = [each_job.rows(Prompt, node.questions) for node, each_job in work]
+        # Questions are checked before a model is loaded.
         for (node, _), prompts in zip(work, questions, strict=True):
             node._check_checkers(prompts)
         trained = first.policy and job.local_input(first.policy, "policy")
@@ -81,6 +82,7 @@ class ResultTable(Node, stage="evaluate", version=5):
         for (node, each_job), prompts in zip(work, questions, strict=True):
             answered = [(prompt, next(completions)) for prompt in prompts]
             results = node._results(answered)
+            # The seconds and counts of the pass are shared out by tokens.
             each_job.share = sum(result.tokens for result in results) / max(tokens, 1)
             each_job.stats |= {name: each_job.share * n for name, n in engine.stats.items()}
             each_job.write(to_table(Result, results))

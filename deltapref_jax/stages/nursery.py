@@ -169,8 +169,11 @@ CURRICULA = {"solve": solving, "judge": rating}
 
 def training_batch(model: SmallModel, text: ChatTokenizer, step: int) -> StepData:
     """One micro-batch of fresh samples for step `step`; a pure function of model and step."""
+    # Python seeds from a string alike in every process.
     rng = random.Random(f"{model.name}|{model.seed}|{step}")
     samples: list[PackedSample] = []
+    # Samples fill 93% of the rows, because only the first micro-batch is used and first fit leaves
+    # some room in every row.
     room = int(0.93 * model.rows * model.row_length)
     while True:
         s = CURRICULA[model.curriculum](model, text, rng)
@@ -207,6 +210,7 @@ def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[Mo
     old, new = nnx.to_pure_dict(params), nnx.to_pure_dict(grown)
     for name, array in new["blocks"].items():
         top = array[spec.layers :]
+        # With output projections of 0 a new layer adds nothing to the residual stream.
         top = jnp.zeros_like(top) if name in ("o", "down") else top
         old["blocks"][name] = jnp.concatenate([old["blocks"][name], top])
     nnx.replace_by_pure_dict(grown, old)

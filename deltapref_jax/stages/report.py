@@ -1,6 +1,6 @@
 """report: everything a study made, to one page and one summary."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pyarrow as pa
 
@@ -24,13 +24,11 @@ from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.training.checkpoint import read_metrics
 
 
-class Report(Node, stage="report", version=10):
+class Report(Node, stage="report", version=9):
     """report.html, summary.json, and each figure as an SVG file."""
 
     experiment: Experiment
-    # What the page says of every generator. `Generator.about` is not hashed, so that a new sentence
-    # changes no trace; here it is, so that the page is made again.
-    abouts: tuple[str, ...]
+    abouts: tuple[str, ...]  # words for the page, which are hashed nowhere else
     suites: Mapping[str, PromptTable]
     prompts: PromptTable
     traces: Mapping[str, TraceTable]  # by generator, as are verdicts, sequences and logprobs
@@ -58,11 +56,13 @@ class Report(Node, stage="report", version=10):
 
     def study(self, job: Job) -> Study:
         """Everything that the page is made from."""
-        artifacts, versions = [], []
+        artifacts = []
+        versions: dict[str, dict[str, None]] = {}  # library → its versions in order, each once
         for node in self.inputs().values():
             m = job.workspace.manifest(node)
             artifacts.append(ArtifactRecord(m.stage, node.name, m.key, m.seconds, m.stats))
-            versions.append(m.versions)
+            for library, version in m.versions.items():
+                versions.setdefault(library, {})[version] = None
 
         def results(tables: Mapping[str, ResultTable]) -> pa.Table:
             return pa.concat_tables(job.tables(tables).values())
@@ -95,15 +95,5 @@ class Report(Node, stage="report", version=10):
                 arm: job.workspace.manifest(pairs).stats for arm, pairs in self.pairs.items()
             },
             artifacts=artifacts,
-            versions=all_versions(versions),
+            versions={library: ", ".join(seen) for library, seen in versions.items()},
         )
-
-
-def all_versions(manifests: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Library → version over the `versions` of all manifests; several are joined by ", "."""
-    # A dictionary without values is a set that keeps the order of the manifests.
-    found: dict[str, dict[str, None]] = {}
-    for versions in manifests:
-        for library, version in versions.items():
-            found.setdefault(library, {})[version] = None
-    return {library: ", ".join(versions) for library, versions in found.items()}

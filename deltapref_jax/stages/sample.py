@@ -56,9 +56,11 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
         prompts = job.rows(Prompt, self.prompts)
         g, size = self.generator, self.sampling.shard
 
+        # The model is loaded with the first shard that has to be made.
         @functools.cache
         def engine() -> tuple[Engine, list[Request]]:
             model = load(g.model.path, dtype=g.model.dtype, params=g.model.dtype)
+            # Every process samples shards of its own, on its own devices.
             mesh = make_mesh(self.mesh, jax.local_devices())
             engine = Engine(model, self.sampling, self.seed, self.identity, mesh)
             requests = [
@@ -77,6 +79,7 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
 
         def make(shard: int) -> tuple[pa.Table, Stats]:
             sampler, requests = engine()
+            # Counts are those of one shard; `Job.shards` adds them up.
             sampler.stats.clear()
             part = requests[shard * size : (shard + 1) * size]
             traces = [

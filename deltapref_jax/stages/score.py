@@ -45,6 +45,7 @@ class LogProbTable(Node, stage="score", version=4, sharded=True):
         """Scores what `table` does not hold; counts what it held as `from_table`."""
         sequences = job.rows(TokenSequence, self.sequences)
         known = read_logprobs(table_files(self.table), self.weights) if self.table else {}
+        # The model is loaded with the first sequence that the table does not hold.
         model = functools.cache(lambda: load(self.model.path, self.dtype))
 
         def make(shard: int) -> tuple[pa.Table, Stats]:
@@ -79,6 +80,7 @@ class LogProbTable(Node, stage="score", version=4, sharded=True):
                 )
                 for sequence, logprob, key in zip(part, logprobs, keys, strict=True)
             ]
+            # The metadata lets a later run refuse a table that other weights made.
             about = {"weights": self.weights, "dtype": self.dtype}
             return to_table(LogProb, rows).replace_schema_metadata(about), stats | {
                 "tokens": float(read),

@@ -62,6 +62,7 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
       FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
       ConfigError: a prompt file or table is not there, or a task is not known.
     """
+    # Several nodes ask about one model, whose files are read once.
     inspect: Inspect = functools.cache(inspect_model)
     check_models(e, inspect)
     suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
@@ -74,6 +75,7 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
         for name, table in traces.items()
     }
     ratings = {j.name: _ratings(e, j, prompts, traces) for j in e.judges}
+    # Only generators whose traces an arm reads are tokenised and scored.
     used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
     sequences: dict[str, SequenceTable] = {
         g.name: _sequences(e, g, prompts, traces[g.name], inspect)
@@ -111,7 +113,7 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
     return Report(
         label=("report",),
         experiment=e,
-        abouts=tuple(g.about for g in e.generators),
+        abouts=tuple(generator.about for generator in e.generators),
         suites=suites,
         prompts=prompts,
         traces=traces,
@@ -197,7 +199,7 @@ def _content(source: Prompts) -> str:
 
 
 def usable_traces(e: Experiment, arm: Arm) -> dict[str, int]:
-    """Usable traces that a prompt of `arm` must have of every generator, so that arms share prompts.
+    """Usable traces that a prompt of `arm` must have, by generator, so that arms share prompts.
 
     The generators are those of `shared_by`, or of all arms, and the arm's own. One that an arm
     pairs with itself must have two traces.
@@ -327,6 +329,7 @@ def result_tables(
             label=(*label, suite.name),
             questions=suites[suite.name],
             policy=policy,
+            # A trained policy is an input and is hashed by its contents.
             weights="" if policy else weights_hash(model.path),
             suite=suite.name,
             domain=suite.domain,
@@ -378,6 +381,7 @@ def _pairs(
         ),
         dimensions=judge.dimensions if judge else (),
         keep=arm.keep,
+        # What does not matter has one fixed value, so that equal arms get equal keys.
         rank_by=arm.by if rated else "sum",
         fraction=1.0 if arm.keep == "all" else arm.fraction,
         seed=e.seed,

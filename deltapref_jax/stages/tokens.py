@@ -9,7 +9,7 @@ prompt: these mismatched sequences are rows of the same table.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Model, Pairs
 from deltapref_jax.data.preferences import LengthLimit, cut, read_sequences
 from deltapref_jax.models.weights import resolve
-from deltapref_jax.records import Prompt, TokenSequence, Trace, to_table
+from deltapref_jax.records import Prompt, TokenSequence, Trace, digest, to_table
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.sample import TraceTable
@@ -139,35 +139,37 @@ class FileSequences(SequenceTable):
             rows = [sequence for group in read.groups for sequence in group]
             counts = {name: float(count) for name, count in read.counts.items()}
             if OBJECTIVE_KINDS[self.kind].baseline:
-                mismatched, dropped = self._mismatched(rows)
+                mismatched, dropped = self._mismatched(rows, read.mismatched_prompts)
                 rows, counts = rows + mismatched, counts | dropped
             about = {"format": read.format, "ignored": json.dumps(read.ignored)}
             return to_table(TokenSequence, rows).replace_schema_metadata(about), counts
 
         job.shards(1, make, "rows")
 
-    def _mismatched(self, rows: Sequence[TokenSequence]) -> tuple[list[TokenSequence], Stats]:
+    def _mismatched(
+        self, rows: Sequence[TokenSequence], given: Mapping[str, np.ndarray] | None
+    ) -> tuple[list[TokenSequence], Stats]:
         """Every completion behind another prompt, under the length rule.
+
+        Args:
+          rows: matched.
+          given: trace id to the prompt that the file brings for the completion, which has no
+            mismatched row (counted as dropped) where there is none; None: prompts are drawn.
 
         Raises:
           ConfigError: the rule is "error" and such a sequence is too long.
         """
         mismatched: list[TokenSequence] = []
         dropped = truncated = 0
-        partners = derange([row.prompt_id for row in rows], _DERANGEMENT_SEED)
-        for row, partner in zip(rows, partners, strict=True):
-            other = row._replace(
-                prompt_ids=rows[partner].prompt_ids,
-                prompt_id=rows[partner].prompt_id,
-                matched=False,
-                group=None,
-                desirable=None,
-            )
+        for row, other, prompt in _behind_other_prompts(rows, given):
+            if other is None:
+                dropped += 1
+                continue
             too_long = other.length > self.limit.length
             if too_long and self.limit.rule == "error":
                 raise ConfigError(
                     f"{row.trace_id} has a completion that is {other.length} tokens long behind "
-                    f"the prompt of {rows[partner].trace_id} (KTO's baseline), and "
+                    f"{prompt} (KTO's baseline), and "
                     f"config.training.row_length is {self.limit.length}; raise it, or set "
                     "config.training.over_length to 'drop' or 'truncate'."
                 )
@@ -180,3 +182,26 @@ class FileSequences(SequenceTable):
             "dropped_mismatched": float(dropped),
             "truncated_mismatched": float(truncated),
         }
+
+
+def _behind_other_prompts(
+    rows: Sequence[TokenSequence], given: Mapping[str, np.ndarray] | None
+) -> Iterator[tuple[TokenSequence, TokenSequence | None, str]]:
+    """Every row, the row with another prompt (None: it has none), and where that prompt is from."""
+    partners = derange([row.prompt_id for row in rows], _DERANGEMENT_SEED) if given is None else []
+    for i, row in enumerate(rows):
+        other = row._replace(matched=False, group=None, desirable=None)
+        if given is None:
+            partner = rows[partners[i]]
+            prompt_ids, prompt_id = partner.prompt_ids, partner.prompt_id
+            yield (
+                row,
+                other._replace(prompt_ids=prompt_ids, prompt_id=prompt_id),
+                f"the prompt of {partner.trace_id}",
+            )
+        elif row.trace_id in given:
+            ids = given[row.trace_id]
+            other = other._replace(prompt_ids=ids, prompt_id=digest(ids.tolist()))
+            yield row, other, "its mismatched_prompt_ids"
+        else:
+            yield row, None, ""

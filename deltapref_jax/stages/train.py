@@ -61,6 +61,7 @@ class Policy(Node, stage="train", version=4):
     def make(self, job: Job) -> None:
         """Trains, or continues a killed run, and exports."""
         adapters = self.training.lora
+        # Weights that are trained are float32; the frozen base of adapters keeps its stored dtype.
         model = load(self.student.path, self.student.dtype, None if adapters.rank else "float32")
         groups, counts = self.groups(job)
         mesh = make_mesh(self.mesh)
@@ -74,11 +75,13 @@ class Policy(Node, stage="train", version=4):
             job.dir,
             label=self.name,
             dtype=self.student.dtype,
+            # Policy and reference agree before training only if they are the same weights.
             guard=self.reference_weights == self.student_weights,
             monitor=self.monitor,
             base=model.weights if adapters.rank else "",
             check_lease=job.check_lease,
         )
+        # Gathering is collective, so all processes take part; the first alone writes.
         trained = gather_to_host(trained)
         if is_first():
             with job.output_dir("policy") as folder:
@@ -162,19 +165,22 @@ class Policy(Node, stage="train", version=4):
             keep_checkpoints=t.keep_checkpoints,
             remat=t.remat,
             lora=t.lora,
+            # The seed of a run is 32 bits wide.
             seed=self.seed % 2**32,
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class LossTerm:
     """The sequences of one term of the loss: a pair, chosen first, or a single one with a label."""
 
     sequences: tuple[TokenSequence, ...]
     desirable: float = 1.0  # KTO's label, 1 or 0
 
 
-def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]) -> list[Example]:
+def pair_examples(
+    kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence]
+) -> list[LossTerm]:
     """Pairs as the objective reads them: DPO takes pairs, KTO both halves, SFT the chosen ones."""
     needed = {trace for pair in pairs for trace in (pair.chosen_id, pair.rejected_id)}
     by_trace = {row.trace_id: row for row in rows if row.matched and row.trace_id in needed}
@@ -182,26 +188,26 @@ def pair_examples(kind: str, pairs: Sequence[Pair], rows: Sequence[TokenSequence
     for pair in pairs:
         chosen, rejected = by_trace[pair.chosen_id], by_trace[pair.rejected_id]
         if OBJECTIVE_KINDS[kind].unit == "pair":
-            examples.append(Example((chosen, rejected)))
+            examples.append(LossTerm((chosen, rejected)))
         elif OBJECTIVE_KINDS[kind].unit == "example":
-            examples += [Example((chosen,), 1.0), Example((rejected,), 0.0)]
+            examples += [LossTerm((chosen,), 1.0), LossTerm((rejected,), 0.0)]
         else:
-            examples.append(Example((chosen,)))
+            examples.append(LossTerm((chosen,)))
     return examples
 
 
-def file_examples(rows: Sequence[TokenSequence]) -> list[Example]:
+def file_examples(rows: Sequence[TokenSequence]) -> list[LossTerm]:
     """Groups of a file, which was read for the objective: sequences of one group number."""
     groups: dict[int | None, list[TokenSequence]] = {}
     for row in rows:
         if row.matched:
             groups.setdefault(row.group, []).append(row)
-    return [Example(tuple(group), float(bool(group[0].desirable))) for group in groups.values()]
+    return [LossTerm(tuple(group), float(bool(group[0].desirable))) for group in groups.values()]
 
 
 def referenced(
     kind: str,
-    examples: Sequence[Example],
+    examples: Sequence[LossTerm],
     rows: Sequence[TokenSequence],
     logprobs: Mapping[str, Mapping[str, float]],
 ) -> list[Group]:

@@ -38,6 +38,8 @@ class Example(NamedTuple):
     completions: tuple[Any, ...]
     label: bool | None = None  # of a single completion: whether it is desirable
     tools: list[dict[str, Any]] | None = None  # JSON schemas for the template
+    # int32 token ids that the completion follows in KTO's baseline; None: the row brings none
+    mismatched_prompt: np.ndarray | None = None
 
     @property
     def labels(self) -> tuple[bool, ...]:

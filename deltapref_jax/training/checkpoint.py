@@ -36,6 +36,8 @@ def checksum(state: TrainState) -> Array:
     because the files are compressed without a checksum: a flipped bit would restore as another
     number.
     """
+    # Numbers are summed as bits, each as an unsigned integer of its own width, so that NaN and -0.0
+    # count too.
     uints = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = [
         jax.lax.bitcast_convert_type(x, uints[x.dtype.itemsize]) for x in jax.tree.leaves(state)
@@ -72,11 +74,13 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.LatestN(keep),
             step_prefix="step",
             create=True,
+            # Half-written checkpoints of a killed process are deleted at the next start.
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._count_background, barrier_sync_fn=_barrier
             ),
         )
+        # Orbax wants absolute local paths; a bucket's address must stay as it is.
         path = epath.Path(folder)
         self._manager = ocp.CheckpointManager(
             path if "://" in os.fspath(path) else path.absolute(), options=options
@@ -117,6 +121,7 @@ class Checkpoints:
 
     def newest(self) -> int:
         """Returns the steps done in the newest complete checkpoint, 0 if there is none."""
+        # The manager answers None where there is no checkpoint; step numbers begin at 1.
         return self._manager.latest_step() or 0
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -130,6 +135,8 @@ class Checkpoints:
             model, optimizer or base.
         """
         step = self.newest()
+        # The target's shardings decide where shards are read to, so the mesh may differ from the
+        # saved one.
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
@@ -143,6 +150,8 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=Composite(state=StandardRestore(target), counts=JsonRestore())
             )
+            # The sum is taken over what lies on the devices, so damage on the way there is found
+            # too.
             if int(checksum(restored["state"]["state"])) != int(restored["state"]["checksum"]):
                 raise ValueError("its checksum is another than when it was written")
         except Exception as e:  # Tensorstore and Orbax raise many types for a damaged file.
@@ -152,6 +161,7 @@ class Checkpoints:
                 f"The checkpoint {self._path(step)} cannot be read ({self._summarize(e)}); delete "
                 f"that folder and run the same command to {remedy}."
             ) from None
+        # Only the base of adapters is compared: the shapes would match those of another base.
         counts = restored["counts"]
         if (saved_base := counts.pop("base", "")) != self._base:
             raise ArtifactError(
@@ -169,8 +179,10 @@ class Checkpoints:
           ArtifactError: this or the previous save cannot be written. The last complete checkpoint
             is untouched.
         """
+        # One save at a time: an error of the one before is raised here, before a new one starts.
         self.wait()
         began = time.monotonic()
+        # 0 says that this save has not returned: background time is counted from its return.
         self._saving_step, self._save_returned_at = steps_done, 0.0
         try:
             tree = {"state": state, "checksum": checksum(state)}
@@ -212,6 +224,7 @@ class Checkpoints:
 
     def _save_error(self, e: BaseException) -> ArtifactError:
         reason = self._summarize(e)
+        # The manager's cached list of steps may hold the failed one.
         self._manager.reload()
         last = self.newest()
         kept = f"the checkpoint of step {last} is untouched" if last else "there is no earlier one"
@@ -235,6 +248,8 @@ class Metrics:
         self._rows = (
             [row for row in read_metrics(path) if row["step"] <= resumed] if resumed else []
         )
+        # The rows must be the steps 1 to `resumed` without a gap; a checkpoint may outlive a lost
+        # disk page.
         if [row["step"] for row in self._rows] != list(range(1, resumed + 1)):
             raise ArtifactError(
                 f"{path} has lost rows of the first {resumed} steps; delete the directory "
@@ -242,6 +257,7 @@ class Metrics:
             )
         self._remote = "://" in os.fspath(self._path)
         write_atomic(self._path, self._text())
+        # A local file is appended to, so its rows need not stay in memory; a bucket's are kept.
         if not self._remote:
             self._rows.clear()
 

@@ -122,6 +122,8 @@ class Data:
         """
         self.kind, self._training, self._seed = kind, training, seed
         self._fraction, self._share = baseline_fraction, share
+        # A group is trained on whole or not at all: a pair without one side has no margin. A
+        # mismatched row only measures z0, so it can be left out alone.
         fits = [group for group in groups if all(map(self._fits, group.rows))]
         self.groups = [
             group
@@ -130,6 +132,7 @@ class Data:
             for group in fits
         ]
         self.dropped = len(groups) - len(self.groups)
+        # With one row in a micro-batch a pair must fit that row, because it may not be split.
         wide = sum(map(self._wide, self.groups)) if training.rows == 1 else 0
         if wide:
             raise ConfigError(
@@ -143,6 +146,7 @@ class Data:
                 f"config.training.row_length ({training.row_length} tokens); raise it, "
                 "or set over_length to 'drop'."
             )
+        # KTO counts examples, of which a pair gives two. A step is at most the whole data set.
         self.batch = min(
             training.pairs_per_step * (2 if OBJECTIVE_KINDS[kind].unit == "example" else 1),
             len(self.groups),
@@ -152,6 +156,7 @@ class Data:
                 f"All {self.dropped} groups are longer than config.training.row_length "
                 f"({training.row_length} tokens); raise it."
             )
+        # Rounded up: the last step may reach into one more epoch.
         epochs = -(-int(training.epochs * len(self.groups)) // self.batch)
         self.steps = training.steps if training.budget == "steps" else max(1, epochs)
         self.dropped_mismatched = 0
@@ -170,6 +175,7 @@ class Data:
     def _check_baseline(self, fits: Sequence[Group]) -> None:
         """Refuses data that z0 cannot be measured on; counts the rows that are missing."""
         self._mismatched = [group.mismatched for group in self.groups if group.mismatched]
+        # Both examples without a mismatched row and those whose row is too long count here.
         self.dropped_mismatched = len(self.groups) - len(self._mismatched)
         long = sum(group.mismatched is not None for group in fits) - len(self._mismatched)
         if long and self._training.over_length == "error":
@@ -189,6 +195,7 @@ class Data:
                 "own log-ratio, so that the loss compares it with itself; give at least two "
                 "examples."
             )
+        # Prompts become small numbers, so that whole steps can be compared at once.
         ids: dict[tuple[int, ...], int] = {}
         prompts = np.array(
             [
@@ -196,11 +203,14 @@ class Data:
                 for g in self.groups
             ]
         )
+        # The order of the whole run is drawn in advance, to refuse it before the first step and not
+        # hours later.
         epochs = -(-self.steps * self.batch // len(self.groups))
         order = np.concatenate([self._order(epoch) for epoch in range(epochs)])[
             : self.steps * self.batch
         ]
         drawn = prompts[order].reshape(self.steps, self.batch)
+        # A step is refused if all its prompts equal its first.
         alone = np.flatnonzero((drawn == drawn[:, :1]).all(axis=1))
         if len(alone):
             raise ConfigError(
@@ -211,6 +221,7 @@ class Data:
             )
 
     def _order(self, epoch: int) -> np.ndarray:
+        # The generator is seeded by both numbers, so that an epoch's order needs no earlier draw.
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.groups))
 
     def members(self, step: int) -> list[int]:
@@ -245,8 +256,11 @@ class Data:
         same drift.
         """
         rows = [group.mismatched for group in groups if group.mismatched] or self._mismatched
+        # The count is rounded up, so that a small fraction still measures on one row.
         count = min(len(rows), -int(-self._fraction * len(groups) // 1))
+        # The third number keeps this stream apart from that of `_order`, whose seed has two.
         drawn = np.random.default_rng([self._seed, step, 1]).choice(len(rows), count, replace=False)
+        # Sorted indices keep the rows in the order of the step, whatever the draw's.
         return [rows[i] for i in np.sort(drawn)]
 
 
@@ -270,23 +284,30 @@ def pack_step(
       mismatched: rows that KTO's baseline is measured on; None: those of all groups.
       share: reads a prompt once for a pair, or for the examples of the step that have it.
     """
+    # Sequences are numbered through the step; `indices` holds every group's numbers.
     flat = [row for group in groups for row in group.rows]
     starts = np.cumsum([0] + [len(group.rows) for group in groups])
     indices = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
     pairs = OBJECTIVE_KINDS[kind].unit == "pair"
+    # Both members of a pair must lie in one micro-batch, because the loss needs both; other
+    # sequences are free to go wherever they fit.
     packed = pack_sequences(
         [row.sequence for row in flat], rows, length, share, indices if pairs else None
     )
+    # The padded size depends on the shape alone, so all steps run in one compiled program.
     size = max_segments(rows, length)
     batches = [(micro.batch, _examples(micro.order, indices, groups, size)) for micro in packed]
+    # KTO's mismatched rows, packed apart, because they run forward only.
     if mismatched is None:
         mismatched = [group.mismatched for group in groups if group.mismatched]
     if not OBJECTIVE_KINDS[kind].baseline:
         mismatched = []
     others = pack_sequences([row.sequence for row in mismatched], rows, length, share)
+    # At least 1, so that the loss of a step without targets is 0 and not 0/0.
     chosen = float(max(1, sum(int(group.rows[0].sequence.targets.sum()) for group in groups)))
     total = chosen if OBJECTIVE_KINDS[kind].unit == "token" else float(len(groups))
     tokens = sum(row.sequence.length for row in (*flat, *mismatched))
+    # The ids follow the packed order, so that a guard can name the trace of a bad row.
     traces = [
         [source[i].sequence.trace_id for i in micro.order]
         for source, micros in ((flat, packed), (mismatched, others))
@@ -306,9 +327,11 @@ def pack_step(
 def _examples(
     order: np.ndarray, indices: list[list[int]], groups: Sequence[Group], size: int
 ) -> Examples:
+    # Where each sequence of the step lies in this micro-batch's vector [S].
     segment = {int(i): s for s, i in enumerate(order)}
     columns: Any = np.zeros((4, size), np.float32)  # first_ref, second_ref, desirable, weight
     places = np.zeros((2, size), np.int32)
+    # Groups of other micro-batches are left out; a group is here if its first sequence is.
     here = [(group, at) for group, at in zip(groups, indices, strict=True) if at[0] in segment]
     for k, (group, at) in enumerate(here):
         for side, (row, i) in enumerate(zip(group.rows, at, strict=True)):

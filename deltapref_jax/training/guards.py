@@ -75,6 +75,7 @@ def check_reference(
         trace ids of the worst eight, and the likely reasons.
     """
     allowed = NOISE[dtype]
+    # Errors are per root of the tokens; NaN counts as the largest error.
     rows = [
         (float(np.nan_to_num(abs(x), nan=np.inf)) / max(n, 1) ** 0.5, trace, x, n)
         for trace, x, n in _log_ratios(kind, batch, s)
@@ -114,6 +115,7 @@ def check_finite(
     """
     if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
         return
+    # Log-ratios of single sequences are read only now, to name the traces.
     log_ratios = list(_log_ratios(kind, batch, s))
     nonfinite = [trace for trace, x, _ in log_ratios if not np.isfinite(x)]
     where = (
@@ -163,8 +165,10 @@ class LikelihoodDisplacement:
         self._rewards = self._rewards[-2 * WINDOW :]
         if len(self._rewards) < 2 * WINDOW:
             return ""
+        # Rewards are β times the log-ratio.
         before, last = np.split(np.array(self._rewards) / self._beta, 2)
         change = last.mean(axis=0) - before.mean(axis=0)
+        # The standard error of a difference of two means of `WINDOW` steps each.
         error = np.sqrt((before.var(axis=0, ddof=1) + last.var(axis=0, ddof=1)) / WINDOW)
         if not ((change < -3 * error) & (last.mean(axis=0) < 0)).all():
             return ""

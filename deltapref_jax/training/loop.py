@@ -124,6 +124,7 @@ def train(
         ("tokens", "positions", "filled", "seconds_first_step", "seconds_steady", "tokens_steady"),
         0.0,
     )
+    # These are left in reverse order: the last save is waited for before the handler is removed.
     with (
         PreemptionGuard() as preemption,
         Checkpoints(root / "checkpoints", run.keep_checkpoints, base) as checkpoints,
@@ -137,9 +138,12 @@ def train(
         with TrainMonitor(
             spec, lora, mesh, root, label, monitor or MonitorConfig(), bar, run.steps, done
         ) as shown:
+            # Rows of the steps before are read again, because displacement looks at a window of
+            # steps that a restart may have cut in two.
             report = _Report(run, counts, shown, check_lease)
             if is_first():
                 report.replay(root)
+            # The newest step that was dispatched and not read yet; there is at most one.
             previous: _Step | None = None
             for number in range(done + 1, run.steps + 1):
                 # The step's data is a pure function of its number.
@@ -172,18 +176,24 @@ def train(
                         check_reference(kind, batch, jax.device_get(logprobs), dtype)
 
                 # A checkpoint: copying the state waits for the device, so its row is read first.
+                # All processes get the same answer, since a save is collective: one that stopped
+                # alone would leave the others waiting.
                 stop = preemption.should_stop(number)
                 save = stop or number == run.steps or number % run.checkpoint_every == 0
                 if save:
                     report(previous)
                     previous = None
+                # Seconds of saving are not in these: `checkpoints` counts them itself.
                 seconds = time.monotonic() - began
                 counts["seconds_first_step" if number == done + 1 else "seconds_steady"] += seconds
                 counts["tokens_steady"] += batch.tokens if number > done + 1 else 0
+                # Metrics are made durable before the checkpoint: a resumed run needs a row for
+                # every step that its checkpoint has done, and cuts off rows beyond it.
                 if save:
                     check_lease()
                     shown.flush()
                     checkpoints.save(number, state, counts)
+                # The process exits after this, so the background save must be complete.
                 if stop:
                     checkpoints.wait()
                     raise Preempted(
@@ -217,12 +227,16 @@ def train_step(
     frozen = nnx.State({}) if frozen is None else frozen
 
     # KTO's z0 is measured first, over the mismatched rows of the whole step.
+    # The whole parameters are merged only for the baseline: micro-batches get both parts, because
+    # gradients are taken of the trained one alone.
     whole = nnx.merge_state(state.params, frozen) if batch.baseline else None
     drifts = [
         compiled.logprobs(whole, shard(rows, mesh, BATCH))[0] for rows, _, _ in batch.baseline
     ]
     z0 = shard(np.zeros((), np.float32), mesh, everywhere)
     if drifts:
+        # The weight is summed over all mismatched batches first: z0 is the mean over the step, and
+        # not a mean of the batches' means.
         weight = np.float32(sum(float(w.sum()) for _, _, w in batch.baseline))
         shifts = [
             jnp.vdot(s - shard(ref, mesh, everywhere), shard(w, mesh, everywhere))
@@ -243,16 +257,21 @@ def train_step(
             shard(examples, mesh, everywhere),
             hyper,
         )
+        # The running sum is donated to `add`, so no more than two gradients exist at a time.
         grads = more_grads if grads is None else compiled.add(grads, more_grads)
         sums = {name: sums[name] + x if name in sums else x for name, x in more_sums.items()}
         logprobs.append(s)
 
     # One update.
+    # Rate and seed are arrays, since Python numbers would be transferred implicitly, which the
+    # transfer guard forbids.
     rate_and_seed = shard((np.float32(rate), np.uint32(seed)), mesh, everywhere)
     state, norm = compiled.apply(state, grads, *rate_and_seed)
     return state, sums | {"grad_norm": norm, "kl": z0}, logprobs + drifts
 
 
+# It is compiled once here. Clamping operation by operation would send the constant 0 to the device,
+# which is a hidden transfer.
 _clamp = jax.jit(kto_baseline)
 
 
@@ -266,6 +285,7 @@ def _hyper(objective: Objective, batch: StepData, z0: jax.Array, mesh: Mesh) -> 
         o.nll_weight,
         o.desirable_weight,
         o.undesirable_weight,
+        # z0 is on the devices already, so its place is filled with 0 and replaced below.
         0,
         batch.total,
         batch.chosen_tokens,
@@ -300,16 +320,20 @@ class _Report:
         """
         sums = {name: float(x) for name, x in jax.device_get(step.sums).items()}
         row = summarise(self._kind, sums)
+        # The check comes before anything is counted or written, so that no row of a broken step is
+        # kept.
         check_finite(self._kind, step.number, row, step.batch, jax.device_get(step.logprobs))
         self._counts["tokens"] += step.batch.tokens
         self._counts["positions"] += step.batch.positions
         self._counts["filled"] += step.batch.filled
         row |= {
             "step": step.number,
+            # Rounding hides binary fractions such as 0.30000000000000004 in the file.
             "epoch": round(step.batch.epoch, 6),
             "learning_rate": step.learning_rate,
             "num_tokens": int(self._counts["tokens"]),
         }
+        # After a long stall another process may own the folder and write the same rows.
         self._check_lease()
         self._monitor.show(row, step.batch)
         if warning := self.displacement(row):
@@ -325,6 +349,8 @@ def summarise(kind: str, sums: dict[str, float]) -> dict[str, float]:
     """
     row = {name: value for name, value in sums.items() if not name.startswith("count/")}
     if not OBJECTIVE_KINDS[kind].baseline:
+        # The program returns z0 for every objective; without a baseline it is a constant 0 that
+        # says nothing.
         row.pop("kl")
     for side in ("chosen", "rejected"):
         count = sums.get(f"count/{side}")

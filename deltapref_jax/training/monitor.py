@@ -72,6 +72,7 @@ class WandB:
         self._run = wandb.init(
             project="deltapref",
             name=label,
+            # One folder is one run, so a resumed run continues its curves.
             id=digest(str(folder)),
             resume="allow",
             dir=None if remote(folder) else str(folder),
@@ -160,6 +161,7 @@ class TrainMonitor:
         )
         self._tracing, self._trace = False, contextlib.ExitStack()
         self._label, self._steps, self._last_log = label, steps, -LOG_EVERY_SECONDS
+        # A window outside of the steps that are left would otherwise trace nothing silently.
         if config.profile and not (resumed < config.profile[1] and config.profile[0] <= steps):
             first, last = config.profile
             self.warn(

@@ -91,6 +91,7 @@ def cdpo(
 
 def apo_zero(c: Float[Array, " P"], r: Float[Array, " P"], beta: Scalar) -> Float[Array, " P"]:
     """APO-zero: 1 - σ(βc) + σ(βr), which raises chosen and lowers rejected (arXiv 2408.06266)."""
+    # 1 - σ(βc) is σ(-βc).
     return jax.nn.sigmoid(-beta * c) + jax.nn.sigmoid(beta * r)
 
 
@@ -147,6 +148,7 @@ def kto(
       desirable_weight: w_D.
       undesirable_weight: w_U.
     """
+    # With 1 - σ(y) = σ(-y), both cases are one sigmoid whose sign is that of the label.
     sign = 2 * desirable - 1
     weight = jnp.where(desirable > 0, desirable_weight, undesirable_weight)
     return weight * jax.nn.sigmoid(-sign * beta * (x - z0))

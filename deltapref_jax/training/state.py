@@ -46,8 +46,10 @@ def _round_moments(mu: Any, nu: Any, seed: Any, count: Array) -> tuple[Any, Any]
     The random bits depend only on seed, step and parameter path, so they are the same on every
     mesh. One draw of 32 bits serves both moments, with 16 bits each.
     """
+    # The step is folded into the key, so that a resumed run rounds as the uninterrupted one does.
     key = jax.random.fold_in(jax.random.key(seed), count)
     bits = jax.tree_util.tree_map_with_path(
+        # A path's CRC is the same in every process and Python version, unlike `hash`.
         lambda path, x: jax.random.bits(
             jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), x.shape
         ),
@@ -88,12 +90,17 @@ def scale_by_adam(
     def update(
         grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, seed: Any = 0, **_: Any
     ) -> tuple[Any, optax.ScaleByAdamState]:
+        # The count starts at 1, because the correction 1 - b⁰ would divide by 0.
         count = state.count + 1
+        # Moments are updated in float32, whatever they are stored in.
         mu, nu = (jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (state.mu, state.nu))
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, nu, grads)
+        # The bias corrections 1 - bᵗ, as -expm1(t log b); the logarithm is taken in double
+        # precision.
         c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
         direction = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu)
+        # The direction was computed from unrounded moments: rounding affects later steps only.
         stored = (mu, nu) if moments == "float32" else _round_moments(mu, nu, seed, count)
         return direction, optax.ScaleByAdamState(count, *stored)
 
@@ -121,11 +128,14 @@ class Optimizer:
         """
 
         def decayed(params: nnx.State) -> Any:
+            # Decay would pull a norm's scale, which starts at 1, to 0.
             return jax.tree_util.tree_map_with_path(
                 lambda path, _: not path_name(path).endswith("norm"), params
             )
 
         return optax.chain(
+            # The clip comes first and the decay last: decay is decoupled from the gradient's
+            # moments (arXiv 1711.05101, algorithm 2).
             optax.clip_by_global_norm(self.clip),
             scale_by_adam(self.b1, self.b2, self.eps, self.moments),
             optax.add_decayed_weights(self.weight_decay, mask=decayed),
@@ -141,7 +151,9 @@ def init_state(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainStat
       mesh: the mesh.
     """
     transform = optimizer.transform()
+    # Master weights are float32: in bfloat16 an update below 2⁻⁹ of a weight would be lost.
     params = place(params, shardings(params, mesh), np.float32)
+    # Moments are created by the compiled function in their shards, never whole on one device.
     moments = jax.jit(
         transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh)
     )(params)
@@ -168,6 +180,7 @@ def learning_rate(
         return peak * step / warmup_steps
     if schedule == "constant":
         return peak
+    # At least one step, because optax's schedules need a positive number of steps.
     return float(_decay(max(steps - warmup_steps, 1), peak, schedule, floor)[step - warmup_steps])
 
 
@@ -182,4 +195,5 @@ def _decay(steps: int, peak: float, schedule: str, floor: float) -> np.ndarray:
         "linear": optax.linear_schedule(peak, floor * peak, steps),
         "cosine": optax.cosine_decay_schedule(peak, steps, floor),
     }[schedule]
+    # One value more than there are steps: the last is the floor, which no step reaches.
     return np.asarray(decay(jnp.arange(steps + 1)), np.float32)

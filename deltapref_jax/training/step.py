@@ -50,6 +50,7 @@ def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Ar
 
     The likelihood is a mean over the target tokens of the step's chosen (arXiv 2404.19733).
     """
+    # Without a reference the columns of references are not subtracted, whatever they hold.
     given = OBJECTIVE_KINDS[kind].reference
     c, r = (
         (s[e.first] - e.first_ref, s[e.second] - e.second_ref)
@@ -59,6 +60,7 @@ def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Ar
     losses = LOSSES[kind](Terms(c, r, n[e.first], n[e.second], e.desirable), h)
     if not given:  # SimPO's reward is a mean over tokens (arXiv 2405.14734, eq. 4)
         c, r = c / jnp.maximum(n[e.first], 1), r / jnp.maximum(n[e.second], 1)
+    # DPO's implicit reward, β times the log-ratio (arXiv 2305.18290, section 4), or SimPO's.
     values = {
         "loss": losses,
         "rewards/chosen": h.beta * c,
@@ -68,6 +70,8 @@ def _pair_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Ar
         "logps/chosen": s[e.first],
         "logps/rejected": s[e.second],
     }
+    # Dividing by the step's total, and not by the micro-batch's, makes micro-batches add up.
+    # Padding points at sequence 0, whose values are finite, so a weight of 0 removes it.
     sums = {name: jnp.sum(value * e.weight) / h.total for name, value in values.items()}
     sums["nll_loss"] = -jnp.sum(s[e.first] * e.weight) / h.chosen_tokens
     sums["loss"] += h.nll_weight * sums["nll_loss"]
@@ -78,6 +82,8 @@ def _example_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple
     x = s[e.first] - e.first_ref
     losses = LOSSES[kind](Terms(x, x, n[e.first], n[e.first], e.desirable), h)
     sums = {"loss": jnp.sum(losses * e.weight) / h.total}
+    # The sides have no total of their own before the step ends, so sums and counts are returned and
+    # `loop.summarise` divides them.
     for side, member in (
         ("chosen", e.desirable * e.weight),
         ("rejected", (1 - e.desirable) * e.weight),
@@ -91,6 +97,7 @@ def _example_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple
 
 
 def _token_loss(kind: str, s: Array, n: Array, e: Examples, h: Hyper) -> tuple[Array, Sums]:
+    # Without a reference and with one sequence, `first` and `second` are the same.
     losses = LOSSES[kind](Terms(s[e.first], s[e.first], n[e.first], n[e.first], e.desirable), h)
     loss = jnp.sum(losses * e.weight) / h.total
     return loss, {
@@ -134,13 +141,16 @@ def programs(
     adapters: Adapters = NO_ADAPTERS,
 ) -> Programs:
     """Compiles once per model shape, objective, optimizer, row shape and mesh, in one process."""
+    # Only shapes are traced here; no array is allocated.
     transform = optimizer.transform()
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
     params_shape, frozen_shape = partition(shapes, adapters)
     params_place, frozen_place = shardings(params_shape, mesh), shardings(frozen_shape, mesh)
+    # Moments have the paths of their parameters, and are sharded alike by the same rules.
     state_shardings = TrainState(
         params_place, shardings(jax.eval_shape(transform.init, params_shape), mesh)
     )
+    # Rows are spread over the mesh; examples, scalars and sums are small and are on every device.
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
     def gradient(
@@ -153,6 +163,8 @@ def programs(
             total, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
             return total, (sums, s)
 
+        # The loss differentiates the trained part only; the frozen one is a constant of the
+        # closure.
         (_, (sums, s)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, sums, s
 
@@ -160,19 +172,26 @@ def programs(
         state: TrainState, grads: nnx.State, rate: Array, seed: Array
     ) -> tuple[TrainState, Array]:
         updates, moments = transform.update(grads, state.moments, state.params, seed=seed)
+        # `p - rate * u` and not optax's scaling by a schedule, because the rate is an argument.
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        # The norm is that of the raw gradients: the clipped norm would be at most `clip` and show
+        # nothing.
         return TrainState(params, moments), optax.tree.norm(grads)
 
     return Programs(
         gradient=jax.jit(
+            # State is not donated here: all micro-batches of a step read the same parameters.
             gradient,
             in_shardings=(params_place, frozen_place, rows, everywhere, everywhere),
             out_shardings=(params_place, everywhere, everywhere),
         ),
+        # The first sum is donated and its buffers are reused for the result.
         add=jax.jit(
             lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0, out_shardings=params_place
         ),
         apply=jax.jit(
+            # The old state is donated, so that old and new parameters and moments never exist side
+            # by side.
             apply,
             donate_argnums=0,
             in_shardings=(state_shardings, params_place, everywhere, everywhere),

@@ -279,6 +279,13 @@ def test_full_disk_is_one_sentence_and_the_run_continues(tmp_path, monkeypatch):
     assert len(made) == toy.SHARDS + 2
 
 
+class Marked(Node, stage="marked", version=1):
+    mark: int
+
+    def make(self, job):
+        job.write(pa.table({"mark": [self.mark]}))
+
+
 class Adhoc(Node, stage="x", version=1):
     """Made by a function."""
 
@@ -435,3 +442,44 @@ def test_planning_needs_no_jax():
         == "False\n"
     )
     assert (process_index(), process_count()) == (0, 1)
+
+
+def test_links_by_name_are_one_per_artifact_and_never_lie_in_one(tmp_path):
+    """Names that differ in characters no file name takes, names that are folders, and prefixes."""
+    workspace = Workspace(tmp_path)
+    labels = [
+        ("a b",),
+        ("a_b",),
+        ("a/b",),
+        ("..",),
+        ("..", ".."),
+        ("é",),
+        ("e", "s"),
+        ("e", "s", "0"),
+    ]
+    nodes = [Marked(label=label, mark=i) for i, label in enumerate(labels)]
+    run(nodes, workspace, "../my study", show=False)
+    links = {path for path in tmp_path.rglob("*") if path.is_symlink()}
+    names = {link.relative_to(tmp_path / "by_name").as_posix() for link in links}
+    study = "..%2Fmy study"
+    assert names == {
+        f"{study}/{name}" for name in ("a b", "a_b", "a%2Fb", "%2E%2E", "%C3%A9", "e/s")
+    }
+    assert (tmp_path / "by_name" / study / "a b").resolve() == pathlib.Path(
+        workspace.path(nodes[0])
+    )
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert len(index["../my study"]) == len(labels)
+    run(nodes[:1], workspace, "../my study", show=False)
+    assert [p.name for p in (tmp_path / "by_name" / study).iterdir() if p.is_symlink()] == ["a b"]
+
+
+def test_a_finished_study_of_a_workspace_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    workspace, wanted = make(tmp_path)
+
+    def refuse(*_: object) -> bool:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Lease, "take", refuse)
+    run(list(wanted.values()), workspace, "toy", show=False)
+    assert workspace.table(wanted["c"]).num_rows

@@ -180,14 +180,14 @@ def test_unpaired_ids_and_labels(tmp_path):
     found = read(path, kind="kto").groups
     assert ids(found) == [([5, 6], [7, 4], True), ([5, 6], [7, 4], False)]
     assert [(g[0].group, g[0].trace_id) for g in found] == [
-        (0, f"Line 1 of {path}"),
-        (1, f"Line 2 of {path}"),
+        (0, "Line 1 of rows.jsonl"),
+        (1, "Line 2 of rows.jsonl"),
     ]
 
 
 def test_the_place_of_a_completion_is_its_trace_id_and_pairs_share_a_number(tmp_path):
     path = write(many(2), tmp_path / "rows.jsonl")
-    places = [f"Line {i} of {path}, {side}" for i in (1, 2) for side in ("chosen", "rejected")]
+    places = [f"Line {i} of rows.jsonl, {side}" for i in (1, 2) for side in ("chosen", "rejected")]
     for kind, numbers in (("dpo", [0, 0, 1, 1]), ("kto", [0, 1, 2, 3])):
         found = [s for group in read(path, kind=kind).groups for s in group]
         assert [s.trace_id for s in found] == places
@@ -409,6 +409,21 @@ def test_messages_without_a_template_are_one_sentence_and_text_needs_none(tmp_pa
             {"prompt_ids": [1], "completion_ids": [384], "label": 1},
             "'completion_ids' is not a list of token ids from 0 to 383, the model's vocabulary",
         ),
+        (
+            {
+                **{"prompt_ids": [1], "completion_ids": [2], "label": 1},
+                "mismatched_prompt_ids": [384],
+            },
+            "'mismatched_prompt_ids' is not a list of token ids from 0 to 383, the model's "
+            "vocabulary",
+        ),
+        (
+            {
+                **{"prompt_ids": [1, 3], "completion_ids": [2], "label": 1},
+                "mismatched_prompt_ids": [1, 3],
+            },
+            "'mismatched_prompt_ids' is the row's own prompt, and KTO's baseline needs another one",
+        ),
     ],
 )
 def test_a_broken_example_is_one_sentence(row, what, tmp_path):
@@ -468,7 +483,7 @@ def test_an_empty_answer_is_dropped_and_counted(prompt, full, empty, tmp_path):
     path = write(rows, tmp_path / "rows.jsonl")
     pairs, examples, chosen = (read(path, kind=kind) for kind in ("dpo", "kto", "sft"))
     assert [s.trace_id for g in pairs.groups for s in g] == [
-        f"Line 1 of {path}, {side}" for side in ("chosen", "rejected")
+        f"Line 1 of rows.jsonl, {side}" for side in ("chosen", "rejected")
     ]
     assert pairs.counts["empty"] == examples.counts["empty"] == len(empty)
     assert [g[0].desirable for g in examples.groups] == [True, False] + [True] * len(empty)

@@ -14,7 +14,7 @@ import struct
 LONG = "x" * 5000
 STEPS = "--config.training.budget=steps --config.training.steps"
 RANK = "--config.training.lora.rank=4 --config.training.lora"
-FILE = "--config.judges[0].kind=model --config.prompts[0].kind"
+FILE = "--config.judges[0].kind=model --config.prompts[0].tasks=() --config.prompts[0].kind"
 
 GOOD = {
     "train": (
@@ -182,7 +182,8 @@ FLAGS = {  # entry point → (arguments, words)
         ("--config.prompts[0].seed=-1", r"seed is -1"),
         ("--config.prompts[0].kind=jsonl", r"path is empty"),
         (
-            "--config.prompts[0].kind=jsonl --config.prompts[0].path={root}/study.py",
+            "--config.prompts[0].tasks=() --config.prompts[0].kind=jsonl "
+            "--config.prompts[0].path={root}/study.py",
             r"exact and needs",
         ),
         (f"{FILE}=jsonl --config.prompts[0].path=/nowhere.jsonl", r"/nowhere\.jsonl"),

@@ -27,12 +27,11 @@ from deltapref_jax.config import *
 
 
 def get_config():
-    model = Model({model!r})
     return Experiment(
         name="study",
-        student=model,
+        student=Model({model!r}),
         prompts=(Prompts(tasks=("chain",), count=4),),
-        generators=(Generator(name="weak"), Generator(name="strong", model=model)),
+        generators=(Generator(name="weak"), Generator(name="strong", model=Model({model!r}))),
         judges=(Judge(name="exact"),),
         objectives=(Objective(name="dpo"),),
         arms=(Arm(name="a", chosen="strong", rejected="weak"),),

@@ -6,6 +6,7 @@ import types
 
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
@@ -28,6 +29,10 @@ from deltapref_jax.stages import pairs_file, study
 from deltapref_jax.validation import validate, validate_pair_training
 from launch import export
 
+# Entry points define flags of one name, and a process of the tests may import several of them.
+for flag in flags.FLAGS.flags_by_module_dict()["launch.export"]:
+    delattr(flags.FLAGS, flag.name)
+
 TRAINING = Training(
     pairs_per_step=4,
     steps=2,
@@ -37,6 +42,7 @@ TRAINING = Training(
     checkpoint_every=9,
     finishes=("eos", "stop", "length"),
 )
+KTO = Objective(name="kto", kind="kto", learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +60,11 @@ def experiment(tiny_folder, tmp_path_factory):
                 Generator(name="strong", model=Model(path), temperature=0.5),
             ),
             student=Model(path),
-            objectives=(Objective(name="dpo"),),
-            arms=(Arm(name="arm", chosen="strong", rejected="weak", objective="dpo"),),
+            objectives=(Objective(name="dpo"), KTO),
+            arms=tuple(
+                Arm(name=name, chosen="strong", rejected="weak", objective=objective)
+                for name, objective in (("arm", "dpo"), ("kto", "kto"))
+            ),
             suites=(Suite(name="s", prompts=Prompts(tasks=("shop",), count=2)),),
             training=TRAINING,
             sampling=Sampling(max_prompt=96, max_tokens=12, slots=8),
@@ -77,23 +86,27 @@ def made(experiment):
 
 
 @pytest.fixture
-def ids(experiment, made, tmp_path, monkeypatch):
-    """The arm as launch.export writes it with --ids."""
-    out = tmp_path / "ids.parquet"
-    given = {"_CONFIG": experiment, "_ARM": "arm", "_OUT": str(out), "_IDS": True}
-    for name, value in given.items():
-        monkeypatch.setattr(export, name, types.SimpleNamespace(value=value))
-    export.main([])
-    return out
+def exported(experiment, made, tmp_path, monkeypatch):
+    """Writes an arm as launch.export does with --ids; the rows as a table."""
+
+    def write(arm):
+        out = tmp_path / f"{arm}.parquet"
+        given = {"_CONFIG": experiment, "_ARM": arm, "_OUT": str(out), "_IDS": True}
+        for name, value in given.items():
+            monkeypatch.setattr(export, name, types.SimpleNamespace(value=value))
+        export.main([])
+        return pq.read_table(out)
+
+    return write
 
 
 @pytest.fixture
-def trained(ids, experiment, tmp_path):
-    """Trains on the exported arm as launch.train does; the workspace and the policy's node."""
+def trained(exported, experiment, tmp_path):
+    """Trains on an exported arm as launch.train does; the workspace and the policy's node."""
 
-    def train(name, kind, table="", pairs=8):
-        data = tmp_path / f"{pairs}.parquet"
-        pq.write_table(pq.read_table(ids).slice(0, pairs), data)
+    def train(name, kind, table="", rows=16, arm="arm"):
+        data = tmp_path / f"{arm}-{rows}.parquet"
+        pq.write_table(exported(arm).slice(0, rows), data)
         p = validate_pair_training(
             PairTraining(
                 workspace=str(tmp_path / name),
@@ -162,8 +175,8 @@ def test_the_studys_table_leaves_nothing_to_score_and_trains_the_same(
 
 def test_mismatched_rows_that_the_studys_table_lacks_are_scored(experiment, made, trained):
     """Half of the pairs: a derangement of them puts completions behind other prompts."""
-    alone = trained("alone", "kto", pairs=4)
-    workspace, policy = trained("given", "kto", f"{experiment.workspace}/score", pairs=4)
+    alone = trained("alone", "kto", rows=4)
+    workspace, policy = trained("given", "kto", f"{experiment.workspace}/score", rows=4)
     sequences = workspace.rows(TokenSequence, policy.sequences["file"])
     study_table = logprobs(made[0], *made[1].logprobs.values())
     known = [s for s in sequences if s.sequence_id in study_table]
@@ -178,6 +191,28 @@ def test_mismatched_rows_that_the_studys_table_lacks_are_scored(experiment, made
     assert one == pytest.approx(other, rel=2e-6)
     for row, again in zip(metrics(*alone), metrics(workspace, policy), strict=True):
         assert row == pytest.approx(again, rel=2e-5, abs=2e-5)
+
+
+def test_an_exported_arm_of_kto_is_trained_on_as_in_the_study(
+    experiment, made, exported, trained, monkeypatch
+):
+    """The file brings the prompts of the study's mismatched rows, so nothing is left to score."""
+    workspace, report = made
+    node = report.policies["kto"][0]
+    run([node], workspace, show=False)
+    table = exported("kto")
+    assert table.column_names == ["prompt_ids", "completion_ids", "label", "mismatched_prompt_ids"]
+    assert table["label"].to_pylist() == [True, False] * 8
+    assert table["mismatched_prompt_ids"].null_count == 0
+    with monkeypatch.context() as m:
+        m.setattr("deltapref_jax.stages.score.score_sequences", lambda *_: pytest.fail("scored"))
+        m.setattr("deltapref_jax.stages.tokens.derange", lambda *_: pytest.fail("drawn"))
+        again, policy = trained("kto", "kto", f"{experiment.workspace}/score", arm="kto")
+    stats = again.manifest(policy.logprobs["file"]).stats
+    assert stats["from_table"] == stats["rows"] == 32
+    assert again.manifest(policy.sequences["file"]).stats["dropped_mismatched"] == 0
+    assert metrics(again, policy) == metrics(workspace, node)
+    assert any(row["kl"] > 0 for row in metrics(again, policy))
 
 
 def test_a_table_of_launch_train_serves_the_study_and_the_rest_is_scored(

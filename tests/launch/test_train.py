@@ -247,7 +247,7 @@ def test_a_given_table_is_used_and_one_of_other_weights_or_tokens_is_refused(
     with pytest.raises(
         ConfigError,
         match=r"^The table \S+ has no log-probability for 32 of 32 sequences, such as that "
-        r"of Line 1 of \S+messages\.jsonl, chosen; it was made of other tokens .*: leave "
+        r"of Line 1 of messages\.jsonl, chosen; it was made of other tokens .*: leave "
         r"config\.table empty to have them computed\.$",
     ):
         made(dataclasses.replace(pair_training("messages"), table=str(table)))
@@ -356,6 +356,41 @@ def test_mismatched_rows_follow_the_length_rule(pair_training):
         r"row_length is 200; raise it, or set config\.training\.over_length to ",
     ):
         made(pair_training("text", "kto", rows=rows, over_length="error", row_length=200))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_file_may_bring_the_prompts_of_its_mismatched_rows(pair_training, ending):
+    """Null: the row has no mismatched row; a prompt that is too long follows the length rule."""
+    others = [[6, 7], None, [5] * 30, [5]]
+    rows = [
+        {
+            "prompt_ids": [5, 6 + i],
+            "completion_ids": [8, 9, 4],
+            "label": i < 2,
+            "mismatched_prompt_ids": other,
+        }
+        for i, other in enumerate(others)
+    ]
+    for rule in ("drop", "truncate"):  # nothing of the third completion would stay
+        p = pair_training("ids", "kto", ending, rows, over_length=rule, row_length=16)
+        workspace, policy = tokens(p)
+        found = workspace.rows(TokenSequence, policy.sequences["file"])
+        assert [row.prompt_ids.tolist() for row in found if row.matched] == [
+            row["prompt_ids"] for row in rows
+        ]
+        mismatched = {row.trace_id: row for row in found if not row.matched}
+        assert [row.prompt_ids.tolist() for row in mismatched.values()] == [[6, 7], [5]]
+        assert list(mismatched) == [found[0].trace_id, found[3].trace_id]
+        assert all(row.completion_ids.tolist() == [8, 9, 4] for row in mismatched.values())
+        assert workspace.manifest(policy.sequences["file"]).stats["dropped_mismatched"] == 2
+        check(p, policy, workspace)
+    p = pair_training("ids", "kto", ending, rows, over_length="error", row_length=16)
+    with pytest.raises(
+        ConfigError,
+        match=r"^(Line 3|Row 2) of \S+ has a completion that is 33 tokens long behind its "
+        r"mismatched_prompt_ids \(KTO's baseline\), and config\.training\.row_length is 16; raise ",
+    ):
+        tokens(p)
 
 
 def test_what_a_step_of_one_side_lacks_is_left_blank(pair_training, capsys):

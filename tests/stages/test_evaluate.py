@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import shutil
 
@@ -172,5 +173,7 @@ def test_ready_made_suites():
     assert [suite.name for suite in gym if suite.domain == "in"] == ["gsm_symbolic", "lcm"]
     for suites in (inside + outside, gym):
         validate(
-            Experiment(name="e", student=Model("m"), prompts=(suites[0].prompts,), suites=suites)
+            Experiment(
+                name="e", student=Model("m"), prompts=(copy.copy(suites[0].prompts),), suites=suites
+            )
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 
 import launch.nursery
@@ -30,6 +31,10 @@ from deltapref_jax.stages import nursery
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.validation import validate_model_zoo
+
+# Entry points define flags of one name, and a process of the tests may import several of them.
+for flag in flags.FLAGS.flags_by_module_dict()["launch.nursery"]:
+    delattr(flags.FLAGS, flag.name)
 
 OAK = SmallModel(
     name="oak",

@@ -190,6 +190,7 @@ def test_workspace_mesh_and_places_change_no_table(experiment, tiny_folder, tmp_
     (tmp_path / "there").mkdir()
     file = str(shutil.copy(experiment.prompts[1].path, tmp_path / "there" / "asked.jsonl"))
     assert changed(experiment, workspace="other", trackers=("wandb",)) == set()
+    assert changed(experiment, generators__2__about="edited") == {"report"}  # words for the page
     assert not tables & changed(
         experiment, mesh__data=2, student__path=str(moved), prompts__1__path=file
     )

@@ -94,10 +94,13 @@ def _scan_inputs(plan: TilePlan, *arrays: Any) -> tuple[Any, ...]:
 
 def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "K M C"]:
     s = jnp.einsum("kmh,kch->kmc", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    # The query heads of a group are stacked along M and have the same mask.
     mask = jnp.tile(mask, (q.shape[1] // mask.shape[0], 1))
     return jnp.where(mask, s, MASKED_SCORE)
 
 
+# A loop whose number of turns is data is a `while`, which JAX cannot differentiate in reverse, so
+# the backward pass is written out.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
     q: Float[Array, "B T N H"],
@@ -189,6 +192,7 @@ def _backward(
         dq, dk, dv = jax.lax.fori_loop(0, count, key_tile, init)
         return (dk, dv), dq.astype(q.dtype)
 
+    # Keys' gradients add up over the query tiles, so they are the scan's carry, in float32.
     zeros = (jnp.zeros(k_tiles.shape, jnp.float32), jnp.zeros(v_tiles.shape, jnp.float32))
     inputs = _scan_inputs(plan, *(_group_heads(x, K, tile) for x in (q, g, delta)), lse)
     (dk, dv), dq = jax.lax.scan(query_tile, zeros, inputs)

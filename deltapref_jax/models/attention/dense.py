@@ -32,6 +32,7 @@ def cached_attention(
     K = k.shape[1]
     q = jnp.moveaxis(q.reshape(B, T, K, -1, H), 1, 2).reshape(B, K, -1, H)  # m = T * N/K
     scores = jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    # Along m the queries of one token are neighbours, so each row of the mask is repeated for them.
     mask = jnp.repeat(mask, N // K, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1).astype(q.dtype)
     attended = jnp.einsum("bkms,bksh->bkmh", weights, v).reshape(B, K, T, -1, H)

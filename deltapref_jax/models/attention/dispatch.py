@@ -191,6 +191,7 @@ def packed_attention(
 
     def attend_sharded(q: Array, k: Array, v: Array) -> Array:
         heads, copies = _head_sharding(q.shape[2], k.shape[2], mesh.shape["tensor"])
+        # Every device of `tensor` needs a key head of its own.
         k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
         tokens = PartitionSpec(*BATCH, heads, None)
         return jax.shard_map(

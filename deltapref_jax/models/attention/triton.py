@@ -78,6 +78,7 @@ def _forward_kernel(
         j = block_index(turn)
         block = pl.ds(j * step, step)
         v = v_ref[block, :]
+        # A key is visible if it is not later than the query and the query is before the key's end.
         visible = (q_columns >= _columns(j, step)[None, :]) & (
             q_columns < until_ref[block][None, :]
         )
@@ -124,6 +125,7 @@ def _dq_kernel(
             q_columns < until_ref[block][None, :]
         )
         s = _scores(q, k, visible, scale)
+        # FlashAttention-2's ds = p * (g·v - Σ g·out); the scale of the scores follows the loop.
         ds = jnp.exp2(s - lse[:, None]) * (gpu.dot(g, v_ref[block, :].T) - delta[:, None])
         return dq + gpu.dot(ds.astype(k.dtype), k)
 
@@ -165,6 +167,7 @@ def _dkv_kernel(
         ds = p * (gpu.dot(v, g.T) - delta_ref[n, block][None, :])
         return dk + gpu.dot(ds.astype(q.dtype), q), dv + gpu.dot(p.astype(g.dtype), g)
 
+    # Query blocks from the key tile's own to the last one, once for each query head of the group.
     count = (last_ref[j] + 1 - j) * (tile // step) * group
     dk, dv = jax.lax.fori_loop(0, count, query_block, (jnp.zeros(k.shape, jnp.float32),) * 2)
     dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
@@ -330,6 +333,7 @@ def triton_attention(
     L, H = q.shape[1], q.shape[3]
     width = max(16, pl.next_power_of_2(H))
     tile = _tile_size(width)
+    # Added dimensions of a head are 0 and change no product; the scale is that of the true width.
     padding = ((0, 0), (0, -L % tile), (0, 0), (0, width - H))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
     # A padding key is visible to the query of its own column alone.
