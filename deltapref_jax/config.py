@@ -150,10 +150,13 @@ class Model:
 class Generator:
     """A model together with the way it is asked and sampled."""
 
+    # What arms, figures and tables call it.
     name: str = ""
+    # An empty path: the student's model, so that only the sampling differs.
     model: Model = dataclasses.field(default_factory=Model)
     # 0 is greedy.
     temperature: float = 1.0
+    # Tokens are drawn from the most likely ones that together have this probability; 1: off.
     top_p: float = 1.0
     # 0: off.
     top_k: int = 0
@@ -171,6 +174,7 @@ class Generator:
 class Judge:
     """Rates traces from 1 to 5 on each dimension."""
 
+    # What arms, figures and tables call it.
     name: str = ""
     # "exact": by program, from the known truth of the synthetic world; "model": by score tokens.
     kind: str = "exact"
@@ -180,6 +184,7 @@ class Judge:
     noise: float = 0.0
     # Of that noise.
     seed: int = 0
+    # Of DIMENSIONS; a model reads a trace once, and a short question for each of them.
     dimensions: tuple[str, ...] = DIMENSIONS
 
 
@@ -187,11 +192,13 @@ class Judge:
 class Objective:
     """A loss with its hyperparameters; arms name it."""
 
+    # What arms call it.
     name: str = dataclasses.field(default="", metadata=UNHASHED)
     # One of OBJECTIVE_KINDS.
     kind: str = "dpo"
     # Per nat: 0.01 to 0.5; per nat a token in dpo_norm: 5 to 10, and simpo: 2 to 10; not in sft.
     beta: float = 0.1
+    # Peak, reached after warm-up.
     learning_rate: float = 1e-4
     # In robust and cdpo: share of pairs whose label is assumed to be flipped, 0 to below 0.5.
     label_smoothing: float = 0.0
@@ -212,6 +219,7 @@ class Objective:
 class Arm:
     """One data set × one objective × seeds."""
 
+    # What figures and tables call it; the label of its artifacts.
     name: str = ""
     # Generator that writes the chosen traces.
     chosen: str = ""
@@ -231,6 +239,7 @@ class Arm:
     stratum: str = "any"
     # Name of an Objective.
     objective: str = "dpo"
+    # One policy is trained per seed: of the order of its data, and of new adapters.
     seeds: tuple[int, ...] = (0,)
     # Figure that the arm belongs to: "ladder", "selection" or "control".
     group: str = "ladder"
@@ -252,15 +261,19 @@ class Lora:
 class Training:
     """What all arms share."""
 
+    # Pairs of one step over all devices: losses are means over them.
     pairs_per_step: int = 32
     # "steps": `steps` steps; "epochs": an arm's pairs `epochs` times, up to whole steps.
     budget: str = "steps"
+    # Optimizer steps of every arm, with budget "steps".
     steps: int = 30
+    # Passes over an arm's own pairs, with budget "epochs".
     epochs: float = 1.0
     # Share of the steps.
     warmup: float = 0.1
     # "linear", "cosine" or "constant", after warm-up.
     schedule: str = "linear"
+    # AdamW's: per step, times the learning rate; norm weights are not decayed.
     weight_decay: float = 0.0
     # Global gradient norm.
     clip: float = 1.0
@@ -272,11 +285,13 @@ class Training:
     over_length: str = "drop"
     # What the backward pass recomputes, more and more: see models.decoder.POLICIES.
     remat: str = "none"
+    # Rank 0 trains all weights.
     lora: Lora = dataclasses.field(default_factory=Lora)
     # Of Adam's two moments; "bfloat16" halves their memory, rounded stochastically.
     moments: str = "float32"
-    # Steps.
+    # Steps between checkpoints: what a killed run may have to repeat.
     checkpoint_every: int = dataclasses.field(default=10, metadata=UNHASHED)
+    # Newest ones that stay on disk; more allow a return behind a damaged one.
     keep_checkpoints: int = dataclasses.field(default=1, metadata=UNHASHED)
     # Traces that ended otherwise are not trained on.
     finishes: tuple[str, ...] = dataclasses.field(default=("eos", "stop"), metadata=UNHASHED)
@@ -286,12 +301,15 @@ class Training:
 class Suite:
     """A group of evaluation tasks."""
 
+    # What figures and tables call it.
     name: str = ""
     # "in" or "out" of the training domain.
     domain: str = "in"
+    # Evaluation questions; training questions that overlap them are dropped.
     prompts: Prompts = dataclasses.field(default_factory=Prompts)
     # K traces per question at `temperature`.
     samples: int = 1
+    # Of the student and of policies; generators are measured at their own. 0 is greedy.
     temperature: float = 1.0
 
 
@@ -307,7 +325,8 @@ class Sampling:
     slots: int = 64
     # Decode steps per dispatch.
     chunk: int = 16
-    # Prompts in one shard: what a killed run may have to repeat.
+    # Prompts in one shard: what a killed run may have to repeat. Another value makes all that is
+    # behind the traces again, because the files are hashed.
     shard: int = 256
     # Strings that end a trace, cut from it.
     stop: tuple[str, ...] = ()
@@ -317,9 +336,13 @@ class Sampling:
 class Scoring:
     """Packed forward passes without gradient: scoring and judging."""
 
+    # Packed rows of one forward pass over all devices.
     rows: int = 16
+    # Tokens in one packed row; the longest sequence must fit.
     row_length: int = 512
-    # Traces in one shard.
+    # Traces in one shard: what a killed run may have to repeat. Another value makes all that is
+    # behind the tables again: their files are hashed, and rows that are packed otherwise are
+    # rounded otherwise.
     shard: int = 1024
 
 
@@ -327,8 +350,11 @@ class Scoring:
 class MeshShape:
     """Devices along each mesh axis; -1 takes what is left."""
 
+    # Devices that have copies of the weights, and rows of their own.
     data: int = -1
+    # Devices that divide weights and moments, and have rows of their own.
     fsdp: int = 1
+    # Devices that divide each layer's heads and MLP columns.
     tensor: int = 1
     # Devices that share one row's columns: for rows too long for one; training and scoring only.
     context: int = 1
@@ -338,6 +364,7 @@ class MeshShape:
 class Experiment:
     """One study: what is asked, and everything needed to answer it."""
 
+    # The study's folder of links, and what the index calls it.
     name: str = ""
     # One sentence, shown on top of the page.
     question: str = ""
@@ -347,26 +374,37 @@ class Experiment:
     workspace: str = dataclasses.field(default="workspace", metadata=UNHASHED)
     # Of TRACKERS: who is shown an arm's metrics besides metrics.jsonl, while it trains.
     trackers: tuple[str, ...] = dataclasses.field(default=(), metadata=UNHASHED)
+    # Of sampled traces, evaluations, audits and random selections; arms have their own.
     seed: int = 0
     # Training questions.
     prompts: tuple[Prompts, ...] = ()
+    # What writes the traces of the training questions; all are measured on the suites.
     generators: tuple[Generator, ...] = ()
+    # What rates every trace.
     judges: tuple[Judge, ...] = ()
+    # What every arm starts from.
     student: Model = dataclasses.field(default_factory=Model)
     # "" path: the student before training.
     reference: Model = dataclasses.field(default_factory=Model)
     # Parquet file or folder of the reference's log-probabilities; what it lacks is computed.
     table: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Losses that arms name.
     objectives: tuple[Objective, ...] = ()
+    # What is trained.
     arms: tuple[Arm, ...] = ()
     # Generators that must have a usable trace of a prompt for any arm to train on it, so that arms
     # share prompts; (): those of all arms, so that an arm with another generator may change the
     # prompts of every arm.
     shared_by: tuple[str, ...] = ()
+    # What every model is evaluated on.
     suites: tuple[Suite, ...] = ()
+    # Of all arms.
     training: Training = dataclasses.field(default_factory=Training)
+    # Of all traces and evaluations.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    # Of the reference and of model judges.
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
+    # Of all devices; it is in no artifact's key but the report's.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
@@ -388,6 +426,7 @@ class Pairs:
 class PairTraining:
     """One arm trained from a file of pairs, without the rest of a study."""
 
+    # What the index calls the run and its policy.
     name: str = "train"
     # Directory or bucket of tokens, reference table and policy.
     workspace: str = "workspace"
@@ -395,15 +434,19 @@ class PairTraining:
     trackers: tuple[str, ...] = ()
     # Of the order of the data.
     seed: int = 0
+    # The file of pairs.
     data: Pairs = dataclasses.field(default_factory=Pairs)
+    # What is trained.
     student: Model = dataclasses.field(default_factory=Model)
     # "" path: the student before training.
     reference: Model = dataclasses.field(default_factory=Model)
     # Parquet file or folder of the reference's log-probabilities; "": computed once and kept.
     table: str = ""
+    # The loss with its hyperparameters; its name is not used.
     objective: Objective = dataclasses.field(default_factory=lambda: Objective(name="dpo"))
-    # Row_length is the longest sequence too.
+    # Its `row_length` is the longest sequence too.
     training: Training = dataclasses.field(default_factory=Training)
+    # Of all devices; not part of a policy's key.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
@@ -421,6 +464,7 @@ def judge_of(experiment: Experiment, arm: Arm) -> str:
 class SmallModel:
     """A small decoder that the nursery raises."""
 
+    # What `base` and `release` call it.
     name: str = ""
     # SmallModel whose weights it starts from; "": its own random ones.
     base: str = ""
@@ -428,9 +472,13 @@ class SmallModel:
     curriculum: str = "solve"
     # Sizes are the base's where there is one; more layers than it has are grown on top.
     layers: int = 3
+    # Channels of the residual stream.
     width: int = 128
+    # Query heads; they divide the width into even parts.
     heads: int = 4
+    # Key and value heads; they divide the query heads.
     kv_heads: int = 2
+    # Hidden channels of the MLP.
     mlp: int = 352
     # Synthetic families, drawn evenly; a family named twice is drawn twice as often.
     tasks: tuple[str, ...] = ()
@@ -438,12 +486,15 @@ class SmallModel:
     difficulties: tuple[int, ...] = (2,)
     # Careless steps per step in the solutions it learns from.
     error_rate: float = 0.0
+    # Optimizer steps, each of fresh samples.
     steps: int = 1000
     # Packed rows of one step.
     rows: int = 32
+    # Tokens in one packed row.
     row_length: int = 256
     # Peak; 5% warm-up, then cosine to a tenth.
     learning_rate: float = 2e-3
+    # Of its first weights and of its data.
     seed: int = 0
 
 
@@ -451,18 +502,23 @@ class SmallModel:
 class ModelZoo:
     """The models that ship with the project, and how they came about."""
 
+    # What the index calls the run.
     name: str = "nursery"
+    # Directory or bucket of the artifacts.
     workspace: str = "workspace"
     # Folder that receives one Hugging Face folder per released model.
     output: str = NURSERY
     # Tokens of the tokenizer that all models share.
     vocab: int = 640
+    # A base comes before what starts from it.
     models: tuple[SmallModel, ...] = ()
     # Names of the models to ship.
     release: tuple[str, ...] = ()
     # Measured for every released solver.
     suites: tuple[Suite, ...] = ()
+    # Of the suites.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    # Of all devices.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 

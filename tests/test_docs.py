@@ -387,7 +387,9 @@ def test_every_field_and_column_is_documented():
         if dataclasses.is_dataclass(kind):
             section = text.split(f"\n## {kind.__name__}\n")[1].split("\n## ")[0]
             for field in dataclasses.fields(kind):
-                assert f"\n- `{field.name}`: " in section
+                item = section.split(f"\n- `{field.name}`: ")[1].split("\n- ")[0]
+                # type, default, and the comment
+                assert re.search(r", `[^`]*`\. [^*\s]", " ".join(item.split())), (kind, item)
     formats = (ROOT / "docs" / "formats.md").read_text()
     assert f"\n- `{Pair._fields[0]}`, string: " in formats.split("\n### Pair\n")[1]
 
