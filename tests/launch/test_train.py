@@ -623,6 +623,7 @@ def program(pair_training, *more):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path):
     one = pair_training()
     whole = program(dataclasses.replace(one, workspace=str(tmp_path / "whole")))

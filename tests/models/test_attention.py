@@ -222,6 +222,7 @@ def test_a_mesh_is_one_device(shape, heads):
     )
 
 
+@pytest.mark.slow
 def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one():
     spec = ModelSpec(40, 16, 2, 4, 2, 8, 24, tied=True)
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))

@@ -67,6 +67,7 @@ def same(a, b, tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
 def test_micro_batches_and_devices_do_not_matter(tiny, one_device, tmp_path, kind):
     params, _, metrics = run(tiny, kind, 16, one_device, tmp_path / "one")
