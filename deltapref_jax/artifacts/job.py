@@ -284,6 +284,8 @@ class Job:
           Busy: another runner holds it.
           Finished: another runner finished it.
         """
+        if self._lease:  # the runner has claimed it
+            return
         lease = Lease(self.dir / "claims" / "all")
         if not agreed(self._first and lease.take()):
             raise Busy

@@ -483,3 +483,13 @@ def test_a_finished_study_of_a_workspace_that_cannot_be_written_is_read(tmp_path
     monkeypatch.setattr(Lease, "take", refuse)
     run(list(wanted.values()), workspace, "toy", show=False)
     assert workspace.table(wanted["c"]).num_rows
+
+
+def test_a_stage_may_claim_what_the_runner_claimed(tmp_path):
+    def stage(job):
+        job.claim()
+        job.write(pa.table({"x": [1]}))
+
+    workspace, node = Workspace(tmp_path), adhoc(stage)
+    run([node], workspace, show=False)
+    assert workspace.table(node).num_rows == 1

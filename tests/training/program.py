@@ -208,7 +208,6 @@ class Trained(Node, stage="trained", version=1):
             time.sleep(0.1)
             return steps(step)
 
-        job.claim()
         params, _ = tiny(job.dir, steps=12, every=2, source=source, check_lease=job.check_lease)
         with job.output_dir("policy") as folder:
             save(params, folder / "params.npz")
