@@ -17,7 +17,7 @@ from deltapref_jax.files import remote, staged_dir
 from deltapref_jax.mesh import is_first
 from deltapref_jax.models.flops import forward_flops, peak_flops, training_flops
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
-from deltapref_jax.progress import LOG_EVERY_SECONDS
+from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 from deltapref_jax.records import digest
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.checkpoint import Metrics
@@ -230,12 +230,7 @@ class TrainMonitor:
             self._last_log = now
             seconds = self._bar.tasks[self._task].time_remaining
             remaining = f", {seconds / 60:.0f} min left" if seconds else ""
-            self._bar.console.print(
-                f"{self._label}: step {step} of {self._steps}, {text}{remaining}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            log(f"{self._label}: step {step} of {self._steps}, {text}{remaining}")
 
     def warn(self, sentence: str) -> None:
         """Prints a warning above the bar."""
