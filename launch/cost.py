@@ -8,7 +8,7 @@ from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import DIMENSIONS, OBJECTIVE_KINDS, ConfigError, Judge, Scoring
 from deltapref_jax.data.sources import read_prompts
-from deltapref_jax.models.weights import resolve
+from deltapref_jax.models.folder import resolve
 from deltapref_jax.records import Prompt
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable

@@ -11,8 +11,9 @@ from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import LengthLimit
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.lora import check_rank
-from deltapref_jax.models.weights import inspect_model, weights_hash
+from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.stages.score import LogProbTable, known_table, read_logprobs, table_files
 from deltapref_jax.stages.study import check_same_vocabulary

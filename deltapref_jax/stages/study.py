@@ -27,9 +27,10 @@ from deltapref_jax.config import (
 from deltapref_jax.data.sources import task_names
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import inspect_model, weights_hash
+from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.pairs.build import Rules
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable

@@ -18,7 +18,7 @@ from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Model, Pairs
 from deltapref_jax.data.preferences import LengthLimit, cut, read_sequences
-from deltapref_jax.models.weights import resolve
+from deltapref_jax.models.folder import resolve
 from deltapref_jax.records import Prompt, TokenSequence, Trace, digest, to_table
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.stages.prompts import PromptTable
