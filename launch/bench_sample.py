@@ -76,7 +76,7 @@ def random_model() -> LoadedModel:
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0), dtype=jnp.dtype(_DTYPE.value)))
     state = jax.tree.map(lambda x: x.astype(_DTYPE.value), state)
     text: Any = _FakeTokenizer(spec.vocab)
-    return LoadedModel(graphdef, state, spec, text, digest("random"))
+    return LoadedModel(graphdef, state, spec, text, digest("random"), {})
 
 
 def best_seconds(function: Callable[..., jax.Array], *args: jax.Array) -> float:
@@ -101,9 +101,8 @@ def machine_rates(dtype: jnp.dtype) -> tuple[float, float]:
 
 def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple[float, float]:
     """Returns FLOPs and bytes of a decode step of `slots` rows on `length` cached positions."""
-    unembedding = spec.vocab * spec.width
     # The embedding of an untied model is a lookup of a few rows, and counts as no work.
-    matrices = spec.parameters - unembedding * (1 if spec.tied else 2) + unembedding
+    matrices = spec.parameters - (0 if spec.tied else spec.vocab * spec.width)
     attention = 4 * spec.layers * spec.heads * spec.head_width * length
     cache = 2 * spec.layers * spec.kv_heads * spec.head_width * length
     return slots * (2 * matrices + attention), itemsize * (matrices + slots * cache)

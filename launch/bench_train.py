@@ -113,8 +113,8 @@ def make_model(folder: Path) -> None:
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
     from deltapref_jax.models.decoder import Decoder
+    from deltapref_jax.models.export import export
     from deltapref_jax.models.spec import ModelSpec
-    from deltapref_jax.models.weights import export
     from deltapref_jax.text.template import ChatTokenizer
 
     names = {0: "</s>", 1: "<pad>"}

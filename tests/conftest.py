@@ -14,8 +14,9 @@ from flax import nnx  # noqa: E402
 from deltapref_jax.config import MeshShape  # noqa: E402
 from deltapref_jax.mesh import make_mesh  # noqa: E402
 from deltapref_jax.models.decoder import Decoder  # noqa: E402
+from deltapref_jax.models.export import export
 from deltapref_jax.models.spec import ModelSpec  # noqa: E402
-from deltapref_jax.models.weights import export, load  # noqa: E402
+from deltapref_jax.models.weights import load  # noqa: E402
 from deltapref_jax.synthetic.families import FAMILIES  # noqa: E402
 from deltapref_jax.synthetic.tokenizer import build  # noqa: E402
 from deltapref_jax.synthetic.world import problem, solution  # noqa: E402

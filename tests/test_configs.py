@@ -16,9 +16,10 @@ from deltapref_jax import stages
 from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
 from deltapref_jax.judging.scorer import _label_probability_fn
+from deltapref_jax.models.config_json import spec_to_hf
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
-from deltapref_jax.models.spec import ModelSpec, spec_to_hf
+from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.sampling.programs import Slots, advance, grow, insert, prefill
 from deltapref_jax.scoring.logprobs import logprob_fn

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deltapref_jax.config import Scoring
 from deltapref_jax.judging.rubric import RUBRIC, Rubric, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import place, shard
+from deltapref_jax.models.attention.dense import capped
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, abstract
@@ -86,6 +87,7 @@ def _label_probability_fn(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[.
             logits = jnp.einsum(
                 "nd,vd->nv", hidden, model.unembedding(), preferred_element_type=jnp.float32
             )
+            logits = capped(logits, spec.logit_cap)
             # Probabilities are over the whole vocabulary, so their sum shows how much falls on
             # labels.
             return jnp.exp(logits[:, labels] - jax.nn.logsumexp(logits, axis=-1, keepdims=True))

@@ -1,4 +1,8 @@
-"""One decoder for the Llama family: scanned layers, a packed forward pass and a cached one.
+"""One decoder for all families: scanned layers, a packed forward pass and a cached one.
+
+What differs between families is data, in `spec.ModelSpec`; the arrays are those of
+`parameters.PARAMETERS`. All layers are one scan, whatever their kinds: a layer's window and rotary
+embeddings are indices that the scan slices beside its weights.
 
 Steps are pure functions: `graphdef, state = nnx.split(model)` outside, and
 `nnx.merge(graphdef, state)` inside `jax.jit`. `jax.named_scope` names the parts of a step
@@ -19,8 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from deltapref_jax.models.attention.dense import cached_attention
 from deltapref_jax.models.attention.dispatch import packed_attention
-from deltapref_jax.models.rotary import apply_rotary, rotary_angles
-from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
+from deltapref_jax.models.experts import mixture
+from deltapref_jax.models.parameters import Parameter, block_parameters, parameters
+from deltapref_jax.models.rotary import apply_rotary, rotary_angles, segment_lengths
+from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, Layer, ModelSpec
 
 POLICIES = {
     "projections": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
@@ -86,23 +92,63 @@ def _rms_norm_backward(eps: float, saved: tuple[Array, Array], g: Array) -> tupl
 rms_norm.defvjp(lambda x, weight, eps: (rms_norm(x, weight, eps), (x, weight)), _rms_norm_backward)
 
 
-@jax.custom_vjp
-def swiglu(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
-    """SwiGLU's product, silu(gate) * up (arXiv 2002.05202).
+def layer_norm(
+    x: Float[Array, "*n D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "*n D"]:
+    """LayerNorm (arXiv 1607.06450) in float32; returns the dtype of `x`."""
+    h = x.astype(jnp.float32)
+    h = h - jnp.mean(h, axis=-1, keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
+    return (h * weight + bias).astype(x.dtype)
 
-    The backward pass computes the sigmoid again instead of storing it.
+
+def normalize(
+    x: Float[Array, "*n D"], weight: Array, bias: Array | None, spec: ModelSpec
+) -> Float[Array, "*n D"]:
+    """The norm of a spec: RMSNorm by the weight, or by 1 + weight (Gemma), or LayerNorm (Nemotron).
+
+    The weight is added to 1 in float32, so that a weight near 0 keeps its digits.
     """
-    return jax.nn.silu(gate) * up
+    if spec.norm == "rms":
+        return rms_norm(x, weight, spec.norm_eps)
+    weight = 1 + weight.astype(jnp.float32)
+    if bias is None:
+        return rms_norm(x, weight, spec.norm_eps)
+    return layer_norm(x, weight, bias, spec.norm_eps)
 
 
-def _swiglu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+"""The activations of `ModelSpec.activation`."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated(
+    gate: Float[Array, "*n F"], up: Float[Array, "*n F"], activation: str
+) -> Float[Array, "*n F"]:
+    """A gated MLP's product, activation(gate) * up (arXiv 2002.05202).
+
+    The backward pass computes the activation again instead of storing it.
+    """
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _gated_backward(activation: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     gate, up = saved
-    s = jax.nn.sigmoid(gate)
-    # The derivative of silu is σ(x) * (1 + x * (1 - σ(x))).
-    return g * up * (s * (1 + gate * (1 - s))), g * (gate * s)
+    if activation == "silu":
+        s = jax.nn.sigmoid(gate)
+        # The derivative of silu is σ(x) * (1 + x * (1 - σ(x))).
+        return g * up * (s * (1 + gate * (1 - s))), g * (gate * s)
+    y, back = jax.vjp(ACTIVATIONS[activation], gate)
+    return back(g * up)[0], g * y
 
 
-swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+gated.defvjp(
+    lambda gate, up, activation: (gated(gate, up, activation), (gate, up)), _gated_backward
+)
 
 
 @jax.custom_vjp
@@ -147,8 +193,19 @@ def _linear_backward(saved: tuple[Array | None, Array], g: Array) -> tuple[Array
 linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
+def _initial(parameter: Parameter, spec: ModelSpec, rngs: nnx.Rngs) -> nnx.Param:
+    """Draws a parameter of one layer, or of the model, in float32."""
+    shape = parameter.shape(spec)
+    if parameter.init in ("normal", "residual"):
+        # GPT-2's scaling keeps the variance of the residual stream independent of depth.
+        std = 0.02 / (2 * spec.layers) ** 0.5 if parameter.init == "residual" else 0.02
+        return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+    ones = parameter.init == "norm" and spec.norm == "rms"
+    return nnx.Param(jnp.ones(shape) if ones else jnp.zeros(shape))
+
+
 class Block(nnx.Module):
-    """Pre-norm attention and gated MLP with residual connections.
+    """Attention and MLP with norms and residual connections.
 
     Parameters are float32; the computation has its input's dtype. An adapted matrix W [in, out] has
     two more beside it, A [in, r] and B [r, out], that act on activations: y = xW + scale * (xA)B
@@ -157,40 +214,29 @@ class Block(nnx.Module):
 
     def __init__(self, spec: ModelSpec, adapters: Adapters = NO_ADAPTERS, *, rngs: nnx.Rngs):
         self.spec = spec
-        D, N, K, H, F = spec.width, spec.heads, spec.kv_heads, spec.head_width, spec.mlp
-
-        def normal(shape: tuple[int, ...], std: float) -> nnx.Param:
-            return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
-
-        # GPT-2's scaling keeps the variance of the residual stream independent of depth.
-        residual_std = 0.02 / (2 * spec.layers) ** 0.5
-        self.attention_norm = nnx.Param(jnp.ones(D))
-        self.q = normal((D, N, H), 0.02)
-        self.k = normal((D, K, H), 0.02)
-        self.v = normal((D, K, H), 0.02)
-        self.o = normal((N, H, D), residual_std)
-        self.mlp_norm = nnx.Param(jnp.ones(D))
-        self.gate = normal((D, F), 0.02)
-        self.up = normal((D, F), 0.02)
-        self.down = normal((F, D), residual_std)
+        declared = block_parameters(spec)
+        for name, parameter in declared.items():
+            setattr(self, name, _initial(parameter, spec, rngs))
         if adapters.rank:
             # alpha / rank is an array, so that alpha is not a constant of a compiled program.
             self.scale = nnx.Param(jnp.ones(()))
         for name in adapters.targets:
-            shape, inputs = getattr(self, name).shape, 2 if name == "o" else 1
+            shape, inputs = declared[name].shape(spec), declared[name].inputs
             setattr(self, f"{name}_a", nnx.LoRAParam(jnp.zeros((*shape[:inputs], adapters.rank))))
             setattr(self, f"{name}_b", nnx.LoRAParam(jnp.zeros((adapters.rank, *shape[inputs:]))))
 
     def _project(self, x: Float[Array, "B T I"], name: str) -> Array:
-        """Multiplies `x` by a matrix of the block and by its adapters if any; [B, T, *out]."""
+        """Multiplies `x` by a matrix, with its bias and adapters if any; [B, T, *out]."""
 
         def times(x: Array, matrix: nnx.Param, inputs: int) -> Array:
             # An einsum over o's two input axes would transpose the matrix at every call.
             w = matrix[...]
             return linear(x, w.reshape(-1, *w.shape[inputs:]))
 
-        inputs = 2 if name == "o" else 1
+        inputs = block_parameters(self.spec)[name].inputs
         y = times(x, getattr(self, name), inputs)
+        if hasattr(self, f"{name}_bias"):
+            y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
         if not hasattr(self, f"{name}_a"):
             return y
         low_rank = checkpoint_name(times(x, getattr(self, f"{name}_a"), inputs), "projection")
@@ -198,11 +244,41 @@ class Block(nnx.Module):
         scaled = (low_rank * self.scale[...]).astype(x.dtype)
         return y + times(scaled, getattr(self, f"{name}_b"), 1)
 
+    def _normalized(self, x: Array, name: str) -> Array:
+        """Normalises `x` where the family has a norm of that name; otherwise returns it."""
+        if not hasattr(self, name):
+            return x
+        bias = getattr(self, f"{name}_bias")[...] if hasattr(self, f"{name}_bias") else None
+        with jax.named_scope(name):
+            return normalize(x, getattr(self, name)[...], bias, self.spec)
+
+    def _queries_and_keys(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """Normalises queries and keys, of each head or of all heads at once, where a family does.
+
+        Kernels multiply scores by H^-0.5; the queries are multiplied by what remains.
+        """
+        if self.spec.qk_norm == "head":
+            q, k = self._normalized(q, "q_norm"), self._normalized(k, "k_norm")
+        elif self.spec.qk_norm == "heads":
+            with jax.named_scope("qk_norm"):
+                q, k = (
+                    rms_norm(
+                        x.reshape(*x.shape[:2], -1),
+                        getattr(self, name)[...].reshape(-1),
+                        self.spec.norm_eps,
+                    ).reshape(x.shape)
+                    for x, name in ((q, "q_heads_norm"), (k, "k_heads_norm"))
+                )
+        if self.spec.query_scale is not None:
+            q = q * jnp.asarray(self.spec.query_scale * self.spec.head_width**0.5, q.dtype)
+        return q, k
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
         angles: tuple[Array, Array],
-        attend: Callable[[Array, Array, Array], Array],
+        attend: Callable[..., Array],
+        mesh: Mesh | None = None,
     ) -> Float[Array, "B T D"]:
         """Adds the outputs of attention and of the MLP to the residual stream.
 
@@ -211,25 +287,36 @@ class Block(nnx.Module):
           angles: `rotary.rotary_angles` of the tokens.
           attend: maps rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] to the
             attention's output [B, T, N, H].
+          mesh: the mesh over which the rows lie; read by experts alone.
         """
-        with jax.named_scope("attention_norm"):
-            h = rms_norm(x, self.attention_norm[...], self.spec.norm_eps)
+        h = self._normalized(x, "attention_norm")
         with jax.named_scope("attention"):
             q, k, v = (self._project(h, name) for name in "qkv")
+            q, k = self._queries_and_keys(q, k)
             # Named after the rotation, so that the backward pass does not rotate again.
             q, k, v = (
                 checkpoint_name(y, "projection")
                 for y in (apply_rotary(q, angles), apply_rotary(k, angles), v)
             )
             attended = attend(q, k, v).reshape(*x.shape[:-1], -1)
-            x = x + checkpoint_name(self._project(attended, "o"), "projection")
-        with jax.named_scope("mlp_norm"):
-            h = rms_norm(x, self.mlp_norm[...], self.spec.norm_eps)
+            attended = checkpoint_name(self._project(attended, "o"), "projection")
+        x = x + self._normalized(attended, "attention_out_norm")
+        h = self._normalized(x, "mlp_norm")
         with jax.named_scope("mlp"):
-            gate, up = (
-                checkpoint_name(self._project(h, name), "projection") for name in ("gate", "up")
-            )
-            return x + self._project(swiglu(gate, up), "down")
+            h = self._mlp(h, mesh)
+        return x + self._normalized(h, "mlp_out_norm")
+
+    def _mlp(self, h: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+        spec = self.spec
+        if spec.experts:
+            names = ("router", "expert_gate", "expert_up", "expert_down")
+            weights = [getattr(self, name)[...] for name in names]
+            return mixture(h, weights, spec.experts, ACTIVATIONS[spec.activation], mesh)
+        inner = ("gate", "up") if spec.gated else ("up",)
+        products = [checkpoint_name(self._project(h, name), "projection") for name in inner]
+        if spec.gated:
+            return self._project(gated(*products, spec.activation), "down")
+        return self._project(ACTIVATIONS[spec.activation](products[0]), "down")
 
 
 class Decoder(nnx.Module):
@@ -238,6 +325,10 @@ class Decoder(nnx.Module):
     The projection to the vocabulary is left to the caller (`unembedding`), so that no logits tensor
     [B, L, V] need exist.
     """
+
+    final_norm: nnx.Param  # [D]
+    final_norm_bias: nnx.Param  # [D], where norms have biases
+    head: nnx.Param  # [V, D], where the embedding is not tied
 
     def __init__(
         self,
@@ -248,9 +339,8 @@ class Decoder(nnx.Module):
         adapters: Adapters = NO_ADAPTERS,
     ):
         self.spec, self.dtype = spec, dtype
-        self.embed = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32)
-        )
+        declared = parameters(spec)
+        self.embed = _initial(declared["embed"], spec, rngs)
 
         # Layers are stacked, so that a scan over them compiles one layer for any depth.
         @nnx.split_rngs(splits=spec.layers)
@@ -259,11 +349,9 @@ class Decoder(nnx.Module):
             return Block(spec, adapters, rngs=rngs)
 
         self.blocks = stack(rngs)  # every parameter has a leading axis of length `layers`
-        self.final_norm = nnx.Param(jnp.ones(spec.width))
-        if not spec.tied:
-            self.head = nnx.Param(
-                0.02 * jax.random.normal(rngs.params(), (spec.vocab, spec.width), jnp.float32)
-            )
+        for name, parameter in declared.items():
+            if not parameter.stacked and name != "embed":
+                setattr(self, name, _initial(parameter, spec, rngs))
 
     def unembedding(self) -> Float[Array, "V D"]:
         """Returns the rows of the output projection in the computation's dtype."""
@@ -274,11 +362,14 @@ class Decoder(nnx.Module):
         """Looks up the embeddings of tokens, in the computation's dtype."""
         with jax.named_scope("embedding"):
             # The rows are cast and not the table, so that its gradient is summed in float32.
-            return jnp.asarray(self.embed[...])[tokens].astype(self.dtype)
+            x = jnp.asarray(self.embed[...])[tokens].astype(self.dtype)
+            scale = self.spec.embedding_scale
+            return x if scale == 1 else x * jnp.asarray(scale, self.dtype)
 
     def _final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         with jax.named_scope("final_norm"):
-            return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
+            bias = self.final_norm_bias[...] if hasattr(self, "final_norm_bias") else None
+            return normalize(x, self.final_norm[...], bias, self.spec)
 
     def hidden(
         self,
@@ -300,24 +391,57 @@ class Decoder(nnx.Module):
           mesh: the mesh over which the rows lie (see `dispatch.packed_attention`); None means one
             device.
         """
-        # Mask and angles depend on the layout alone, so all layers share them.
-        attend = packed_attention(segments, branches, mesh)
-        angles = rotary_angles(positions, self.spec.head_width, self.spec.rope_theta)
+        # Masks and angles depend on the layout alone, so all layers of a kind share them.
+        spec = self.spec
+        attend = packed_attention(
+            segments,
+            branches,
+            mesh,
+            positions=positions,
+            windows=spec.windows,
+            cap=spec.attention_cap,
+        )
+        kinds = tuple(dict.fromkeys(spec.kinds))
+        angles = [self._angles(kind, positions, segments) for kind in kinds]
         # The structure is that of every layer; the scan slices the leading axis of the parameters.
         graphdef, stacked = nnx.split(self.blocks)
 
-        def layer(x: Array, state: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, state)(x, angles, attend), None
+        def layer(x: Array, inputs: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
+            state, kind = inputs
+            block = nnx.merge(graphdef, state)
+            if kind is None:
+                return block(x, angles[0], attend, mesh), None
+            of_kind = jax.tree.map(lambda *kinds: jnp.stack(kinds)[kind], *angles)
+            window = jnp.asarray([spec.windows.index(k.window) for k in kinds])[kind]
+            return block(x, of_kind, functools.partial(attend, kind=window), mesh), None
 
         x = self._embed(tokens)
         # Rematerialisation is per layer, so that one layer's activations exist at a time.
         if remat != "none":
             layer = jax.checkpoint(layer, policy=POLICIES[remat])
-        x, _ = jax.lax.scan(layer, x, stacked)
+        # Layers of one kind are no data, so that their program is a plain one.
+        of_layer = (
+            None if len(kinds) == 1 else jnp.asarray([kinds.index(kind) for kind in spec.kinds])
+        )
+        x, _ = jax.lax.scan(layer, x, (stacked, of_layer))
         return self._final_norm(x)
 
+    def _angles(
+        self, kind: Layer, positions: Array, segments: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Rotation angles of the layers of a kind; segments are read by LongRoPE alone."""
+        rope = None if kind.rope is None else self.spec.ropes[kind.rope]
+        lengths = None
+        if rope and rope.long_factors and segments is not None:
+            lengths = segment_lengths(positions, segments)
+        return rotary_angles(positions, rope, self.spec.head_width, lengths)
+
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Writes `tokens` into the cache at `positions`; returns their hidden states and the cache.
 
@@ -333,11 +457,17 @@ class Decoder(nnx.Module):
           tokens: token ids; T is 1 for decoding and the padded prompt length for prefilling.
           positions: position of each token in its own sequence.
           cache: a cache of B rows; donate it.
+          mesh: the mesh over which the rows lie; read by experts alone.
         """
+        spec = self.spec
         rows = jnp.arange(tokens.shape[0])[:, None]
         # A token sees the cache up to its own position, which this call writes first.
-        mask = jnp.arange(cache.v[0].shape[2]) <= positions[:, :, None]
-        angles = rotary_angles(positions, self.spec.head_width, self.spec.rope_theta)
+        column, at = jnp.arange(cache.v[0].shape[2]), positions[:, :, None]
+        masks = {
+            window: (column <= at) & (at - column < window) if window else column <= at
+            for window in spec.windows
+        }
+        angles = {kind: self._angles(kind, positions) for kind in dict.fromkeys(spec.kinds)}
         keys, values = list(cache.k), list(cache.v)
 
         def attend_layer(i: int, q: Array, k: Array, v: Array) -> Array:
@@ -346,11 +476,17 @@ class Decoder(nnx.Module):
             # K, H], which is the shape of `k` and `v`.
             keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype))
             values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
-            return cached_attention(q, keys[i].astype(q.dtype), values[i].astype(q.dtype), mask)
+            return cached_attention(
+                q,
+                keys[i].astype(q.dtype),
+                values[i].astype(q.dtype),
+                masks[spec.kinds[i].window],
+                spec.attention_cap,
+            )
 
         x = self._embed(tokens)
-        for i, block in enumerate(self._layers()):
-            x = block(x, angles, functools.partial(attend_layer, i))
+        for i, (block, kind) in enumerate(zip(self._layers(), spec.kinds, strict=True)):
+            x = block(x, angles[kind], functools.partial(attend_layer, i), mesh)
         return self._final_norm(x), Cache(tuple(keys), tuple(values))
 
     def _layers(self) -> Sequence[Block]:

@@ -6,6 +6,7 @@ XLA's own cost analysis cannot replace the formula: it counts the body of a scan
 import numpy as np
 from jaxtyping import Int
 
+from deltapref_jax.models.parameters import matrices
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 
 PEAK_FLOPS = (
@@ -71,22 +72,25 @@ def _products(
     spec: ModelSpec, positions: Int[np.ndarray, " T"], targets: int, adapters: Adapters
 ) -> tuple[float, float, float]:
     """Returns forward FLOPs of products with weights, of attention and of adapters' products."""
-    D, inner, F = spec.width, spec.heads * spec.head_width, spec.mlp
-    kv = spec.kv_heads * spec.head_width
-    sizes = {
-        "q": (D, inner),
-        "k": (D, kv),
-        "v": (D, kv),
-        "o": (inner, D),
-        "gate": (D, F),
-        "up": (D, F),
-        "down": (F, D),
-    }
-    per_token = 2.0 * spec.layers * len(positions)
-    weights = per_token * sum(a * b for a, b in sizes.values()) + 2.0 * D * spec.vocab * targets
-    # Σ (2i + 1) over the positions i of a sequence is its length squared.
-    squared_lengths = 2 * np.asarray(positions, np.float64).sum() + len(positions)
-    attention = 2.0 * spec.layers * inner * squared_lengths
+    # Multiplications of one token in one layer, by matrix; of experts, those that it is sent to.
+    sides = {name: p.sides(spec) for name, p in matrices(spec).items()}
+    share = spec.experts.active if spec.experts else 1
+    products = sum(
+        a * b * (share if matrices(spec)[name].batch else 1) for name, (a, b) in sides.items()
+    )
+    per_token = 2.0 * len(positions)
+    head = 2.0 * spec.width * spec.vocab * targets
+    weights = per_token * spec.layers * products + head
+    # A token at position i sees i + 1 keys, or as many as the layer's window holds.
+    seen = np.asarray(positions, np.float64) + 1
+    inner = spec.heads * spec.head_width
+    attention = sum(
+        # Σ (2i + 1) over the positions i of a sequence is its length squared.
+        2.0 * inner * float((2 * np.minimum(seen, window or np.inf) - 1).sum())
+        for window in (kind.window for kind in spec.kinds)
+    )
     # An adapter multiplies by A [in, rank] and B [rank, out], which is rank * (in + out) weights.
-    low_rank = per_token * adapters.rank * sum(sum(sizes[t]) for t in adapters.targets)
+    low_rank = (
+        per_token * spec.layers * adapters.rank * sum(sum(sides[t]) for t in adapters.targets)
+    )
     return float(weights), float(attention), float(low_rank)

@@ -21,14 +21,18 @@ import numpy as np
 from flax import nnx
 
 from deltapref_jax.config import ConfigError, Lora
+from deltapref_jax.models.export import write_tensors
+from deltapref_jax.models.parameters import PARAMETERS, Parameter, block_parameters, matrices
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
-from deltapref_jax.models.weights import abstract, stored_name, write_tensors
+from deltapref_jax.models.weights import abstract
 
 TARGETS = {
-    stored_name(f"blocks.{name}").split(".")[-2]: name
-    for name in ("q", "k", "v", "o", "gate", "up", "down")
+    p.tensor.split(".")[-2]: p.short
+    for p in PARAMETERS
+    if p.inputs and not p.batch and p.short != "router"
 }
-"""Hugging Face's name of a matrix to the decoder's, such as "q_proj" to "q"."""
+"""Llama's name of a matrix to the decoder's, such as "q_proj" to "q"; all families use them here,
+also where a file fuses several matrices."""
 
 
 def adapters(lora: Lora) -> Adapters:
@@ -44,12 +48,14 @@ def check_rank(lora: Lora, spec: ModelSpec) -> None:
     Raises:
       ConfigError: the rank is larger than the narrowest side of an adapted matrix.
     """
-    heads, kv_heads = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
-    # One side of every matrix is the model's width; this is the other side, MLP width by default.
-    other_side = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}
-    width, name = min(
-        (min(spec.width, other_side.get(TARGETS[t], spec.mlp)), t) for t in lora.targets
-    )
+    declared = matrices(spec)
+    if missing := [t for t in lora.targets if TARGETS[t] not in declared]:
+        there = ", ".join(t for t, name in TARGETS.items() if name in declared)
+        raise ConfigError(
+            f"config.training.lora.targets names {', '.join(missing)}, which a {spec.family} "
+            f"student has not; it has {there}."
+        )
+    width, name = min((min(declared[TARGETS[t]].sides(spec)), t) for t in lora.targets)
     if lora.rank > width:
         raise ConfigError(
             f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; "
@@ -140,14 +146,17 @@ def as_3d(x: Any, axis: int) -> Any:
 
 
 def export_adapter(
-    trained: nnx.State, lora: Lora, base: str, folder: str | os.PathLike[str]
+    trained: nnx.State, spec: ModelSpec, lora: Lora, base: str, folder: str | os.PathLike[str]
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads.
 
-    It holds adapter_config.json and adapter_model.safetensors.
+    It holds adapter_config.json and adapter_model.safetensors. Where a family keeps several
+    matrices in one tensor, its adapter has the ranks of theirs together: A of each below the other,
+    and B of each in the rows of its matrix, with the same scale.
 
     Args:
       trained: adapters.
+      spec: sizes of the decoder.
       lora: rank, alpha and targets.
       base: path or hub name of the base, which PEFT can load it by.
       folder: is created if it does not exist.
@@ -156,27 +165,56 @@ def export_adapter(
     root.mkdir(parents=True, exist_ok=True)
     # PEFT would look up a relative path from the reader's working directory.
     base = os.path.abspath(base) if os.path.exists(base) else base
+    blocks = nnx.to_pure_dict(trained)["blocks"]
+    modules: dict[str, list[Parameter]] = {}  # matrices of a module, in the order of its rows
+    for p in block_parameters(spec).values():
+        if p.inputs:
+            modules.setdefault(p.tensor.removesuffix("weight"), []).append(p)
+    tensors: dict[str, np.ndarray] = {}
+    targets, ranks = [], {}
+    for module, parts in modules.items():
+        adapted = [p for p in parts if f"{p.short}_a" in blocks]
+        if not adapted:
+            continue
+        targets.append(module.split(".")[-2])
+        if len(adapted) > 1:
+            ranks[targets[-1]] = lora.rank * len(adapted)
+        for layer in range(spec.layers):
+            a, b = ([_layer(blocks, p, side, layer) for p in adapted] for side in "ab")
+            rows, columns = sum(p.sides(spec)[1] for p in parts), lora.rank * len(adapted)
+            whole, first = np.zeros((rows, columns), np.float32), 0
+            for p in parts:
+                out = p.sides(spec)[1]
+                if p in adapted:
+                    at = adapted.index(p)
+                    part = slice(at * lora.rank, (at + 1) * lora.rank)
+                    whole[first : first + out, part] = b[at]
+                first += out
+            name = f"base_model.model.{module.format(layer=layer)}"
+            tensors[f"{name}lora_A.weight"] = np.concatenate(a)
+            tensors[f"{name}lora_B.weight"] = whole
+    # PEFT declares alpha as an integer.
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        # PEFT declares alpha as an integer.
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": [t for t in TARGETS if t in lora.targets],
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if ranks:
+        config["rank_pattern"] = ranks
+        config["alpha_pattern"] = {name: alpha * rank // lora.rank for name, rank in ranks.items()}
     (root / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors: dict[str, np.ndarray] = {}
-    for name, leaf in nnx.to_pure_dict(trained)["blocks"].items():
-        target, side = name.split("_")
-        array = np.asarray(jax.device_get(leaf), np.float32)
-        matrix = stored_name(f"blocks.{target}").removesuffix("weight")
-        peft_name = f"base_model.model.{matrix}lora_{side.upper()}.weight"
-        for i, layer in enumerate(as_3d(array, 1 if side == "a" else 2)):
-            # PEFT stores [out, in], as Hugging Face does.
-            tensors[peft_name.format(i)] = np.ascontiguousarray(layer.T)
     write_tensors(tensors, root / "adapter_model.safetensors", root / "adapter_config.json")
+
+
+def _layer(blocks: dict[str, Any], p: Parameter, side: str, layer: int) -> np.ndarray:
+    """A [rank, in] or B [out, rank] of a layer: PEFT stores [out, in], as Hugging Face does."""
+    array = np.asarray(jax.device_get(blocks[f"{p.short}_{side}"]), np.float32)
+    return np.ascontiguousarray(as_3d(array, 1 if side == "a" else 2)[layer].T)

@@ -1,32 +1,36 @@
-"""Sharding of parameters over a mesh: one table from path patterns to mesh axes.
+"""Sharding of parameters over a mesh, by the axes that `parameters.PARAMETERS` declares.
 
 The path of an optimizer moment ends with its parameter's path, so the same table shards both.
 """
 
-import re
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"\b(embed|head)$", ("tensor", "fsdp")),  # [V, D]
-    # Over `tensor`, q, k, v, gate and up are split by their outputs, and o and down by their
-    # inputs, so that one sum over devices ends each half of a block (Megatron-LM, arXiv
-    # 1909.08053).
-    (r"\bblocks\.(q|k|v)$", (None, "fsdp", "tensor", None)),  # [layers, D, N or K, H]
-    (r"\bblocks\.o$", (None, "tensor", None, "fsdp")),  # [layers, N, H, D]
-    (r"\bblocks\.(gate|up)$", (None, "fsdp", "tensor")),  # [layers, D, F]
-    (r"\bblocks\.down$", (None, "tensor", "fsdp")),  # [layers, F, D]
-    (r"\bblocks\.(q|k|v|gate|up)_a$", (None, "fsdp", None)),  # [layers, D, rank]
-    # [layers, rank, N or K, H] or [layers, rank, F]
-    (r"\bblocks\.(q|k|v|gate|up)_b$", (None, None, "tensor")),
-    (r"\bblocks\.(o|down)_a$", (None, "tensor")),  # [layers, N, H, rank] or [layers, F, rank]
-    (r"\bblocks\.(o|down)_b$", (None, None, "fsdp")),  # [layers, rank, D]
-    (r"(norm|\bblocks\.scale)$", ()),  # replicated
-    (r"\b(count|step)$", ()),  # scalars of the optimizer
-)
-"""(Pattern of a parameter's path, mesh axis of each leading dimension): see `spec_for`."""
+from deltapref_jax.models.parameters import PARAMETERS
+
+
+def _rules() -> dict[str, tuple[str | None, ...]]:
+    """Mesh axes of every parameter's dimensions, and of its adapters', by name."""
+    rules: dict[str, tuple[str | None, ...]] = {
+        "blocks.scale": (),
+        # Scalars of the optimizer.
+        "count": (),
+        "step": (),
+    }
+    for p in PARAMETERS:
+        layers = (None,) if p.stacked else ()
+        rules[p.name] = (*layers, *p.axes)
+        if p.inputs and not p.batch:
+            # A is sharded as the inputs of its matrix are, and B as the outputs.
+            rules[f"{p.name}_a"] = (*layers, *p.axes[: p.inputs], None)
+            rules[f"{p.name}_b"] = (*layers, None, *p.axes[p.inputs :])
+    return rules
+
+
+RULES = _rules()
+"""Mesh axis of each leading dimension of a parameter, from `parameters.PARAMETERS`."""
 
 BATCH = PartitionSpec(("data", "fsdp"), "context")
 """Sharding of rows and columns of a packed batch."""
@@ -48,21 +52,22 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns the sharding of a parameter, by the one rule that matches its name.
+    """Returns the sharding of a parameter by its name.
 
     A dimension that its mesh axis does not divide is replicated.
 
     Raises:
-      ValueError: no rule matches, or several do.
+      ValueError: no parameter has the name.
     """
-    # All rules are tried: a parameter that two of them match is as much an error as one of none.
-    matches = [axes for pattern, axes in RULES if re.search(pattern, name)]
-    if len(matches) != 1:
+    # A moment's path ends with its parameter's; the longest end that is a name is the parameter.
+    parts = name.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    axes = next((RULES[end] for end in ends if end in RULES), None)
+    if axes is None:
         raise ValueError(
-            f"{len(matches)} sharding rules match the parameter {name!r} of shape {shape}; "
-            "exactly one must: see models.sharding.RULES."
+            f"No sharding rule matches the parameter {name!r} of shape {shape}; declare it in "
+            "models.parameters.PARAMETERS."
         )
-    (axes,) = matches
     return PartitionSpec(
         *(
             axis if axis and size % mesh.shape[axis] == 0 else None

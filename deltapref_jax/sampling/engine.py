@@ -28,7 +28,7 @@ from deltapref_jax.mesh import make_mesh, place
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import LoadedModel
+from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.sampling.draw import request_keys
 from deltapref_jax.sampling.programs import (
     Chunk,
@@ -167,9 +167,12 @@ class Engine:
           ValueError: slots do not divide over the mesh, the model has too few positions, or a stop
             string is empty.
         """
-        self.spec, self.text, self.sampling = model.spec, model.text, sampling
+        self.text, self.sampling = model.text, sampling
         self.seed, self.generator = seed, generator
         self.length = sampling.max_prompt + sampling.max_tokens
+        # LongRoPE's factors are chosen once, by the longest sequence that may be sampled: keys in a
+        # cache cannot change theirs when a trace grows.
+        self.spec = model.spec.within(self.length)
         if self.length > model.spec.max_positions:
             raise ValueError(
                 f"config.sampling.max_prompt + max_tokens is {self.length} and the model has "
@@ -189,9 +192,10 @@ class Engine:
         # Prompts of one prefill: about an eighth of the slots, at most 16, in whole shards.
         self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
         state = place(model.state, shardings(model.state, self.mesh))
-        self.graphdef, self.weights = unstacked(model.graphdef, state)
         # The dtype is an attribute of the decoder, which only a merged model shows.
         self.dtype = nnx.merge(model.graphdef, model.state).dtype
+        graphdef = model.graphdef if self.spec == model.spec else abstract(self.spec, self.dtype)[0]
+        self.graphdef, self.weights = unstacked(graphdef, state)
         self.cache: Cache | None = None
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
         self.stats: dict[str, float] = defaultdict(float)
@@ -373,6 +377,7 @@ class Engine:
             max_idle_slots=np.int32(max_idle_slots),
             decode_steps=steps,
             filtered=filtered,
+            mesh=self.mesh if self.spec.experts else None,
         )
         return out
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from deltapref_jax.models.attention.dense import capped
 from deltapref_jax.models.decoder import Cache, empty_cache
 from deltapref_jax.sampling.draw import draw, uniforms
 
@@ -77,7 +78,10 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # The cache is exactly as long as the padded prompt.
     _, cache = model.decode(
-        tokens, positions, empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype)
+        tokens,
+        positions,
+        empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype),
+        sharding.mesh,
     )
     return jax.lax.with_sharding_constraint(cache, sharding)
 
@@ -137,16 +141,20 @@ def _next_tokens(
     step: Int[Array, ""],
     slots: Slots,
     filtered: bool,
+    cap: float,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Returns the tokens drawn from the last hidden states, and their log-probabilities."""
     with jax.named_scope("unembedding"):
         logits = jnp.einsum("bd,vd->bv", hidden, unembedding, preferred_element_type=jnp.float32)
+        logits = capped(logits, cap)
     with jax.named_scope("draw"):
         return draw(logits, uniform[step], slots.temperature, slots.top_p, slots.top_k, filtered)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "decode_steps", "filtered"), donate_argnames=("cache",)
+    jax.jit,
+    static_argnames=("graphdef", "decode_steps", "filtered", "mesh"),
+    donate_argnames=("cache",),
 )
 def advance(
     graphdef: nnx.GraphDef,
@@ -159,6 +167,7 @@ def advance(
     *,
     decode_steps: int,
     filtered: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[Cache, Chunk]:
     """Samples up to `decode_steps` tokens in every live slot.
 
@@ -174,6 +183,7 @@ def advance(
         refill them.
       decode_steps: the largest number of steps; static.
       filtered: whether any slot uses top-p or top-k; static.
+      mesh: the mesh over which the slots lie; static, read by experts alone.
     """
     model = nnx.merge(graphdef, weights)
     unembedding = model.unembedding()
@@ -188,9 +198,15 @@ def advance(
 
     def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
         cache, out = state
-        hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache)
+        hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache, mesh)
         token, logprob = _next_tokens(
-            hidden[:, 0], unembedding, uniform, out.steps, slots, filtered
+            hidden[:, 0],
+            unembedding,
+            uniform,
+            out.steps,
+            slots,
+            filtered,
+            model.spec.logit_cap,
         )
         # The host's `generated` is that of the chunk's start, so the steps of this chunk are added.
         ended = jnp.any(token[:, None] == end_ids, axis=-1) | (

@@ -45,7 +45,9 @@ def sequence_logprobs(
         jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.targets)
     )
     # Only positions whose next token is a target are projected to the vocabulary.
-    logprobs = token_logprobs(hidden, model.unembedding(), labels, owner > 0, mesh)
+    logprobs = token_logprobs(
+        hidden, model.unembedding(), labels, owner > 0, mesh, model.spec.logit_cap
+    )
     owner = owner.reshape(-1)
     # Owner 0 stands for tokens that nobody owns; its sum is cut off.
     sums = jax.ops.segment_sum(logprobs.reshape(-1), owner, segments + 1)[1:]
@@ -109,7 +111,7 @@ def score_sequences(
     positions = filled = 0
     row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     # A prompt is shared only where branches do not cost the faster kernel.
-    share = shares_prompts(mesh, length)
+    share = shares_prompts(mesh, length, spec)
     for micro in pack_sequences([sequences[i] for i in fits], rows, length, share):
         # Half a batch is a second compiled shape; it only occurs where the packing leaves rows
         # empty.

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from deltapref_jax.mesh import platform_of
+from deltapref_jax.models.attention.dense import capped
 from deltapref_jax.models.sharding import BATCH
 
 _MAX_TILE_ENTRIES = 2048
@@ -84,14 +85,17 @@ def _set_tile(x: Array, i: Array, values: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, values, i * values.shape[0], 0)
 
 
-def _logits(hidden: Float[Array, "C D"], entries: Float[Array, "E D"]) -> Float[Array, "C E"]:
+def _logits(
+    hidden: Float[Array, "C D"], entries: Float[Array, "E D"], cap: float
+) -> Float[Array, "C E"]:
     # The product accumulates in float32 also where the operands are bfloat16.
-    return jax.lax.dot_general(
+    logits = jax.lax.dot_general(
         hidden, entries, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+    return capped(logits, cap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _token_logprobs(
     hidden: Array,
     unembedding: Array,
@@ -99,12 +103,13 @@ def _token_logprobs(
     mask: Array,
     axis: str | None,
     tile_logits: int,
+    cap: float,
 ) -> Array:
     """`token_logprobs` on one device.
 
     `axis` is the mesh axis that `unembedding` is one shard of, or None where it is whole.
     """
-    return _forward(hidden, unembedding, labels, mask, axis, tile_logits)[0]
+    return _forward(hidden, unembedding, labels, mask, axis, tile_logits, cap)[0]
 
 
 def _forward(
@@ -114,6 +119,7 @@ def _forward(
     mask: Array,
     axis: str | None,
     tile_logits: int,
+    cap: float,
 ) -> tuple[Array, tuple[Array, ...]]:
     vocab, width = unembedding.shape
     # Shapes of tiles are static; only the number of tiles that are computed depends on the data.
@@ -127,7 +133,7 @@ def _forward(
 
         def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             label_logits, lse = carry
-            logits = _logits(_get_tile(t.hidden, i, size), w)
+            logits = _logits(_get_tile(t.hidden, i, size), w, cap)
             # The label's logit is selected by a comparison, which XLA fuses, unlike a gather.
             is_label = jnp.arange(entries) == (_get_tile(t.labels, i, size) - first)[:, None]
             label_logit = jnp.where(is_label, logits, 0.0).sum(axis=1)
@@ -157,20 +163,26 @@ def _forward(
 
 
 def _forward_for_vjp(
-    hidden: Any, unembedding: Any, labels: Any, mask: Any, axis: str | None, tile_logits: int
+    hidden: Any,
+    unembedding: Any,
+    labels: Any,
+    mask: Any,
+    axis: str | None,
+    tile_logits: int,
+    cap: float,
 ) -> tuple[Array, tuple[Any, ...]]:
     """`_forward` of arguments that say whether they are differentiated (`symbolic_zeros`).
 
     A frozen unembedding has no gradient. That is static, so it is saved as () or None.
     """
     out, saved = _forward(
-        hidden.value, unembedding.value, labels.value, mask.value, axis, tile_logits
+        hidden.value, unembedding.value, labels.value, mask.value, axis, tile_logits, cap
     )
     return out, (*saved, () if unembedding.perturbed else None)
 
 
 def _backward(
-    axis: str | None, tile_logits: int, saved: tuple[Any, ...], g: Float[Array, "B L"]
+    axis: str | None, tile_logits: int, cap: float, saved: tuple[Any, ...], g: Float[Array, "B L"]
 ) -> tuple[Array, Array | None, None, None]:
     """Gradients by d logits = g * (onehot(label) - softmax(logits)), tile by tile."""
     hidden, unembedding, labels, mask, lse, trained = saved
@@ -191,12 +203,14 @@ def _backward(
             d_hidden, d_w = carry
             h = _get_tile(t.hidden, i, size)
             # The softmax of a tile from the saved log-sum-exp, without a second reduction.
-            p = jnp.exp(_logits(h, w) - _get_tile(lse, i, size)[:, None])
+            logits = _logits(h, w, cap)
+            p = jnp.exp(logits - _get_tile(lse, i, size)[:, None])
             is_label = jnp.arange(entries) == (_get_tile(t.labels, i, size) - first)[:, None]
             # The gradient of the logits is cast, so that both products run in the inputs' dtype.
-            d_logits = (jnp.where(is_label, 1 - p, -p) * _get_tile(g, i, size)[:, None]).astype(
-                hidden.dtype
-            )
+            d_logits = jnp.where(is_label, 1 - p, -p) * _get_tile(g, i, size)[:, None]
+            if cap:
+                d_logits *= 1 - jnp.square(logits / cap)  # the derivative of tanh is 1 - tanh²
+            d_logits = d_logits.astype(hidden.dtype)
             d_h = jax.lax.dot(d_logits, w, preferred_element_type=jnp.float32)
             if d_w is not None:
                 d_w += jax.lax.dot_general(
@@ -231,6 +245,7 @@ def token_logprobs(
     labels: Int[Array, "B L"],
     mask: Bool[Array, "B L"],
     mesh: Mesh | None = None,
+    cap: float = 0.0,
 ) -> Float[Array, "B L"]:
     """Returns log softmax(hidden * unembeddingᵀ)[label] in nats where `mask`, and 0 elsewhere.
 
@@ -244,15 +259,16 @@ def token_logprobs(
       labels: the token that each position predicts; read where `mask` alone.
       mask: positions to project.
       mesh: the mesh over which the batch lies; None means one device.
+      cap: logits z become cap * tanh(z / cap) before the softmax; 0 leaves them.
     """
     tile_logits = _CPU_TILE_LOGITS if platform_of(mesh) == "cpu" else _TILE_LOGITS
     if mesh is None or mesh.size == 1:
-        return _token_logprobs(hidden, unembedding, labels, mask, None, tile_logits)
+        return _token_logprobs(hidden, unembedding, labels, mask, None, tile_logits, cap)
     # A vocabulary that does not divide over `tensor` is projected whole on every device.
     divides = unembedding.shape[0] % mesh.shape["tensor"] == 0
     axis = "tensor" if mesh.shape["tensor"] > 1 and divides else None
     return jax.shard_map(
-        lambda *local: _token_logprobs(*local, axis, tile_logits),
+        lambda *local: _token_logprobs(*local, axis, tile_logits, cap),
         mesh=mesh,
         in_specs=(PartitionSpec(*BATCH, None), PartitionSpec(axis, None), BATCH, BATCH),
         out_specs=BATCH,

@@ -27,8 +27,10 @@ from deltapref_jax.config import (
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.export import export
+from deltapref_jax.models.parameters import block_parameters
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export, load
+from deltapref_jax.models.weights import load
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.packing import PackedSample, pack, pack_one
 from deltapref_jax.synthetic.corrupt import DEGREES, corrupt
@@ -211,7 +213,8 @@ def grow(spec: ModelSpec, params: nnx.State, layers: int, seed: int) -> tuple[Mo
     for name, array in new["blocks"].items():
         top = array[spec.layers :]
         # With output projections of 0 a new layer adds nothing to the residual stream.
-        top = jnp.zeros_like(top) if name in ("o", "down") else top
+        residual = block_parameters(spec)[name].init == "residual"
+        top = jnp.zeros_like(top) if residual else top
         old["blocks"][name] = jnp.concatenate([old["blocks"][name], top])
     nnx.replace_by_pure_dict(grown, old)
     return deeper, grown

@@ -18,9 +18,10 @@ from deltapref_jax.config import (
 )
 from deltapref_jax.mesh import gather_to_host, is_first, make_mesh
 from deltapref_jax.models.attention.dispatch import shares_prompts
+from deltapref_jax.models.export import export
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export, load
+from deltapref_jax.models.weights import load
 from deltapref_jax.records import Pair, TokenSequence
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.score import LogProbTable, input_logprobs
@@ -85,10 +86,16 @@ class Policy(Node, stage="train", version=4):
         trained = gather_to_host(trained)
         if is_first():
             with job.output_dir("policy") as folder:
-                export(merge(model.state, trained, adapters), model.spec, model.text, folder)
+                export(
+                    merge(model.state, trained, adapters),
+                    model.spec,
+                    model.text,
+                    folder,
+                    config=model.config,
+                )
             if adapters.rank:
                 with job.output_dir("adapter") as folder:
-                    export_adapter(trained, adapters, self.student.path, folder)
+                    export_adapter(trained, model.spec, adapters, self.student.path, folder)
         job.stats |= metrics | counts
         job.stats |= {
             "groups": float(len(data.groups)),
@@ -145,7 +152,7 @@ class Policy(Node, stage="train", version=4):
             self.training,
             self.seed,
             self.objective.baseline_fraction,
-            shares_prompts(mesh, self.training.row_length),
+            shares_prompts(mesh, self.training.row_length, models[self.student.path]),
         )
         check_sequences([row.sequence for group in data.groups for row in group.all_rows], models)
         return data

@@ -103,7 +103,7 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
     for groups in data:
         began = time.perf_counter()
         batch = pack_step(
-            groups, c["kind"], rows, length, share=shares_prompts(mesh, length)
+            groups, c["kind"], rows, length, share=shares_prompts(mesh, length, spec)
         ).drop_empty_halves(1)
         state, sums, _ = train_step(steps, state, batch, objective, c["learning_rate"], mesh)
         jax.block_until_ready(state.params)

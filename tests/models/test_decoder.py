@@ -1,6 +1,7 @@
 """Equal results: packed and unpacked, cached and full, with and without remat, on any mesh."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -18,19 +19,20 @@ from deltapref_jax.models.decoder import (
     POLICIES,
     Decoder,
     empty_cache,
+    gated,
     linear,
     rms_norm,
-    swiglu,
     unstacked,
 )
 from deltapref_jax.models.rotary import apply_rotary, rotary_angles
 from deltapref_jax.models.sharding import BATCH, shardings
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import ModelSpec, Rope
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.packing import pack, pack_one
 from deltapref_jax.scoring.projection import token_logprobs
 
+swiglu = functools.partial(gated, activation="silu")
 SPEC = ModelSpec(40, 16, 3, 4, 2, 8, 24, tied=False)
 LENGTHS = (9, 5, 7, 12, 3)
 
@@ -84,7 +86,7 @@ def test_mask_is_the_picture_in_the_docstring():
 def test_rotation_turns_pairs_by_the_position_and_scores_depend_on_distance_only():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.float32)
     positions = jnp.array([[0, 1, 5, 9]])
-    got = apply_rotary(x, rotary_angles(positions, 8, 100.0))
+    got = apply_rotary(x, rotary_angles(positions, Rope(100.0), 8))
     turn = np.exp(1j * np.asarray(positions)[0][:, None, None] * 100.0 ** (-np.arange(4) / 4))
     complex_ = (np.asarray(x)[0, ..., :4] + 1j * np.asarray(x)[0, ..., 4:]) * turn
     np.testing.assert_allclose(
@@ -92,8 +94,8 @@ def test_rotation_turns_pairs_by_the_position_and_scores_depend_on_distance_only
     )
 
     def score(a, b):
-        q = apply_rotary(x[:, :1], rotary_angles(jnp.array([[a]]), 8, 100.0))[0, 0, 0]
-        k = apply_rotary(x[:, 1:2], rotary_angles(jnp.array([[b]]), 8, 100.0))[0, 0, 0]
+        q = apply_rotary(x[:, :1], rotary_angles(jnp.array([[a]]), Rope(100.0), 8))[0, 0, 0]
+        k = apply_rotary(x[:, 1:2], rotary_angles(jnp.array([[b]]), Rope(100.0), 8))[0, 0, 0]
         return float(q @ k)
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)

@@ -13,10 +13,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from deltapref_jax.config import LORA_TARGETS, Lora
+from deltapref_jax.models.export import export
 from deltapref_jax.models.flops import forward_flops, training_flops
 from deltapref_jax.models.lora import adapters, add_adapters, export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import abstract, export, load
+from deltapref_jax.models.weights import abstract, load
 
 FULL, LORA = Lora(), Lora(4, 6.0)
 SOME = Lora(2, 3.0, ("down_proj", "q_proj"))
@@ -122,7 +123,7 @@ def test_a_base_is_loaded_in_its_own_dtype(tiny, tmp_path):
 
 
 def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
-    export_adapter(adapted[0], LORA, "the/base", tmp_path / "adapter")
+    export_adapter(adapted[0], tiny.spec, LORA, "the/base", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (
         config["peft_type"],
@@ -187,7 +188,7 @@ def test_peft_gives_our_logits(tiny, adapted, tmp_path):
             "there is no torch with peft here; DELTAPREF_PEFT may name an interpreter that has them"
         )
     export(tiny.state, tiny.spec, tiny.text, tmp_path / "base")
-    export_adapter(adapted[0], LORA, str(tmp_path / "base"), tmp_path / "adapter")
+    export_adapter(adapted[0], tiny.spec, LORA, str(tmp_path / "base"), tmp_path / "adapter")
     subprocess.run(
         [python, "-c", _PEFT, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.npy"],
         check=True,

@@ -20,8 +20,9 @@ import transformers
 from flax import nnx
 
 from deltapref_jax.config import Sampling
-from deltapref_jax.models.spec import spec_from_hf
-from deltapref_jax.models.weights import export, load
+from deltapref_jax.models.config_json import spec_from_hf
+from deltapref_jax.models.export import export
+from deltapref_jax.models.weights import load
 from deltapref_jax.records import TokenSequence, digest
 from deltapref_jax.sampling.engine import Engine, Request
 from deltapref_jax.scoring.logprobs import logprob_fn, token_logprobs

@@ -4,7 +4,8 @@ import dataclasses
 import jax
 import pytest
 
-from deltapref_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
+from deltapref_jax.models.config_json import spec_from_hf, spec_to_hf
+from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
 
 SMALL = {

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from deltapref_jax.models import weights
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.export import export
 from deltapref_jax.models.folder import resolve, weights_hash
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export, inspect_model, load
+from deltapref_jax.models.weights import inspect_model, load
 
 TOKENS = 3, 14, 15, 92, 65, 35
 

@@ -11,8 +11,8 @@ from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment, Generator, Model, Sampling, Suite
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.export import export
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export
 from deltapref_jax.records import Prompt, Result
 from deltapref_jax.stages import evaluate
 from deltapref_jax.stages.study import result_tables

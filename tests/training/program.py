@@ -30,8 +30,8 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape, Objective
 from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.export import export  # noqa: F401  (before the forks, once)
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export  # noqa: F401  (before the forks, once)
 from deltapref_jax.preemption import (
     Preempted,
     PreemptionGuard,

@@ -24,7 +24,7 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import export
+from deltapref_jax.models.export import export
 from deltapref_jax.preemption import Preempted
 from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
 from deltapref_jax.training.state import Optimizer, init_state

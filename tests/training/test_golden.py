@@ -11,7 +11,7 @@ from flax import nnx
 
 from deltapref_jax.config import Objective
 from deltapref_jax.models import weights
-from deltapref_jax.models.spec import spec_from_hf
+from deltapref_jax.models.config_json import spec_from_hf
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.logprobs import logprob_fn
 from deltapref_jax.scoring.packing import max_segments, pack_sequences

@@ -21,9 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from deltapref_jax.models.attention.masks import MASKED_SCORE, TileRanges, tile_ranges
+from deltapref_jax.models.attention.dense import capped
+from deltapref_jax.models.attention.masks import (
+    MASKED_SCORE,
+    TileRanges,
+    Visibility,
+    tile_ranges,
+)
 
 
 class TilePlan(NamedTuple):
@@ -32,6 +38,11 @@ class TilePlan(NamedTuple):
     columns: Any  # column of every query in its row, [Tq, C]
     until: Any  # `masks.visible_until` of the keys, [B, Tk, C]
     ranges: TileRanges  # fields [B, Tq]
+    # Where there are branches and a window: positions of queries [B, Tq, C] and of keys
+    # [B, Tk, C], and the window.
+    positions: Any = None
+    key_positions: Any = None
+    window: Any = None
 
 
 def split_into_tiles(x: Array, tile: int, mode: str = "constant") -> Array:
@@ -41,29 +52,40 @@ def split_into_tiles(x: Array, tile: int, mode: str = "constant") -> Array:
 
 
 def plan_tiles(
-    until: Int[Array, "B L"], tile: int, columns: Int[Array, " T"] | None = None
+    visibility: Visibility, tile: int, columns: Int[Array, " T"] | None = None
 ) -> TilePlan:
     """Computes which key tiles every query tile reads.
 
     Args:
-      until: `masks.visible_until` of whole rows.
+      visibility: of whole rows.
       tile: C, the number of keys and of queries in a tile.
       columns: columns of the queries in their order, where a row is split over devices; None means
         all columns of the row.
     """
+    until, positions, window = visibility
     keys = split_into_tiles(until, tile)
-    queries = split_into_tiles(
-        (jnp.arange(until.shape[1]) if columns is None else columns)[None], tile, "edge"
-    )[0]
-    return TilePlan(queries, keys, tile_ranges(keys.reshape(keys.shape[0], -1), queries))
+    columns = jnp.arange(until.shape[1]) if columns is None else columns
+    queries = split_into_tiles(columns[None], tile, "edge")[0]
+    plan = TilePlan(queries, keys, tile_ranges(keys.reshape(keys.shape[0], -1), queries))
+    if positions is None:
+        return plan
+    return plan._replace(
+        positions=split_into_tiles(positions[:, columns], tile),
+        key_positions=split_into_tiles(positions, tile),
+        window=window,
+    )
 
 
-def _tile_mask(
-    columns: Int[Array, " C"], until: Int[Array, "B T C"], row: Array, j: Array
-) -> Bool[Array, "C C"]:
-    """Returns which keys of tile j (axis 1) the queries in `columns` (axis 0) see."""
+def _tile_mask(columns: Int[Array, " C"], plan: TilePlan, row: Array, j: Array, at: Any) -> Array:
+    """Returns which keys of tile j (axis 1) the queries in `columns` (axis 0) see, [C, C].
+
+    The queries' positions `at` are () where the columns say everything.
+    """
     keys = j * columns.shape[0] + jnp.arange(columns.shape[0])
-    return (columns[:, None] >= keys) & (columns[:, None] < until[row, j])
+    mask = (columns[:, None] >= keys) & (columns[:, None] < plan.until[row, j])
+    if plan.window is not None:
+        mask &= at[:, None] - plan.key_positions[row, j] < plan.window
+    return mask
 
 
 def _group_heads(x: Float[Array, "B T N H"], groups: int, tile: int) -> Float[Array, "B t K M H"]:
@@ -88,45 +110,50 @@ def _scan_inputs(plan: TilePlan, *arrays: Any) -> tuple[Any, ...]:
     """Merges the axes of rows and query tiles, to be scanned: (row, columns, ranges, *arrays)."""
     B, T = plan.ranges.first.shape
     row, columns = jnp.repeat(jnp.arange(B), T), jnp.tile(plan.columns, (B, 1))
-    merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (plan.ranges, *arrays))
+    at = () if plan.positions is None else plan.positions
+    merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (at, plan.ranges, *arrays))
     return row, columns, *merged
 
 
-def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "K M C"]:
+def _scores(q: Array, k: Array, mask: Array, cap: float) -> Float[Array, "K M C"]:
     s = jnp.einsum("kmh,kch->kmc", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     # The query heads of a group are stacked along M and have the same mask.
     mask = jnp.tile(mask, (q.shape[1] // mask.shape[0], 1))
-    return jnp.where(mask, s, MASKED_SCORE)
+    return jnp.where(mask, capped(s, cap), MASKED_SCORE)
 
 
 # A loop whose number of turns is data is a `while`, which JAX cannot differentiate in reverse, so
 # the backward pass is written out.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def blockwise_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     plan: TilePlan,
     tile: int,
+    cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over the tiles of a plan (`plan_tiles` with the same `tile`)."""
-    return _forward(q, k, v, plan, tile)[0]
+    """Grouped-query attention over the tiles of a plan (`plan_tiles` with the same `tile`).
+
+    A cap turns the scores s into cap * tanh(s / cap).
+    """
+    return _forward(q, k, v, plan, tile, cap)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, plan: TilePlan, tile: int
+    q: Array, k: Array, v: Array, plan: TilePlan, tile: int, cap: float
 ) -> tuple[Array, tuple[Any, ...]]:
     K = k.shape[2]
     k_tiles, v_tiles = (_group_heads(x, K, tile) for x in (k, v))
 
     def query_tile(_: None, x: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
-        row, columns, ranges, q_tile = x
+        row, columns, at, ranges, q_tile = x
         count, tile_index = ranges.tile_indices()
 
         def key_tile(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             j = tile_index(turn)
             row_max, row_sum, out = carry
-            s = _scores(q_tile, k_tiles[row, j], _tile_mask(columns, plan.until, row, j))
+            s = _scores(q_tile, k_tiles[row, j], _tile_mask(columns, plan, row, j, at), cap)
             # Online softmax: sums so far are rescaled to the new maximum.
             new_max = jnp.maximum(row_max, s.max(axis=-1))
             p = jnp.exp(s - new_max[..., None])
@@ -157,7 +184,7 @@ def _forward(
 
 
 def _backward(
-    tile: int, saved: tuple[Any, ...], g: Float[Array, "B T N H"]
+    tile: int, cap: float, saved: tuple[Any, ...], g: Float[Array, "B T N H"]
 ) -> tuple[Array, Array, Array, None]:
     """Gradients by FlashAttention-2's equations: ds = p * (g·v - Σ g·out), with p recomputed."""
     q, k, v, plan, out, lse = saved
@@ -170,17 +197,21 @@ def _backward(
     def query_tile(
         carry: tuple[Array, Array], x: tuple[Any, ...]
     ) -> tuple[tuple[Array, Array], Array]:
-        row, columns, ranges, q_tile, g_tile, delta_tile, lse_tile = x
+        row, columns, at, ranges, q_tile, g_tile, delta_tile, lse_tile = x
         count, tile_index = ranges.tile_indices()
 
         def key_tile(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             j = tile_index(turn)
             dq, dk, dv = carry
             k_tile, v_tile = k_tiles[row, j], v_tiles[row, j]
-            s = _scores(q_tile, k_tile, _tile_mask(columns, plan.until, row, j))
+            s = _scores(q_tile, k_tile, _tile_mask(columns, plan, row, j, at), cap)
             p = jnp.exp(s - lse_tile[..., None])
             dp = jnp.einsum("kmh,kch->kmc", g_tile, v_tile, preferred_element_type=jnp.float32)
-            ds = (p * (dp - delta_tile) * scale).astype(q.dtype)
+            ds = p * (dp - delta_tile) * scale
+            if cap:
+                # d tanh = 1 - tanh²; where a key is hidden p is 0, and the factor is kept finite.
+                ds *= 1 - jnp.square(jnp.clip(s / cap, -1, 1))
+            ds = ds.astype(q.dtype)
             dk_tile, dv_tile = (
                 jnp.einsum("kmc,kmh->kch", a, b, preferred_element_type=jnp.float32)
                 for a, b in ((ds, q_tile), (p.astype(g.dtype), g_tile))

@@ -12,9 +12,25 @@ def dense_attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
+    cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention by XLA: softmax in float32, memory of B * N * T * S scores."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    """Grouped-query attention by XLA: softmax in float32, memory of B * N * T * S scores.
+
+    A cap turns the scores s into cap * tanh(s / cap) (Gemma 2, arXiv 2408.00118, section 2).
+    """
+    if not cap:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32)
+    scores = capped(scores * q.shape[-1] ** -0.5, cap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED_SCORE), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def capped(x: Array, cap: float) -> Array:
+    """Returns cap * tanh(x / cap), or `x` where the cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def cached_attention(
@@ -22,6 +38,7 @@ def cached_attention(
     k: Float[Array, "B K H S"],
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
+    cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """Computes `dense_attention` over a key/value cache.
 
@@ -32,6 +49,7 @@ def cached_attention(
     K = k.shape[1]
     q = jnp.moveaxis(q.reshape(B, T, K, -1, H), 1, 2).reshape(B, K, -1, H)  # m = T * N/K
     scores = jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = capped(scores, cap)
     # Along m the queries of one token are neighbours, so each row of the mask is repeated for them.
     mask = jnp.repeat(mask, N // K, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1).astype(q.dtype)

@@ -15,18 +15,20 @@ segments.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from deltapref_jax.mesh import platform_of
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
 from deltapref_jax.models.attention.dense import dense_attention
-from deltapref_jax.models.attention.masks import packed_mask, visible_until
+from deltapref_jax.models.attention.masks import Visibility, packed_mask, visible_until
 from deltapref_jax.models.sharding import BATCH
+from deltapref_jax.models.spec import ModelSpec
 
 TILE = 128
 """Tile of `blockwise` on accelerators; shorter rows are not cut into tiles on any platform."""
@@ -34,7 +36,14 @@ CPU_TILE = 64
 """Tile of `blockwise` on CPU: the fastest of 64, 96, 128 and 192."""
 
 
-def select_kernel(platform: str, length: int, branched: bool, split: bool) -> str:
+def select_kernel(
+    platform: str,
+    length: int,
+    branched: bool,
+    split: bool,
+    windowed: bool = False,
+    capped: bool = False,
+) -> str:
     """Returns the kernel for packed rows: "dense", "blockwise", "splash" or "triton".
 
     A row of one tile has nothing to skip and runs dense. On CPU blockwise was faster than dense at
@@ -45,25 +54,39 @@ def select_kernel(platform: str, length: int, branched: bool, split: bool) -> st
       length: L.
       branched: whether the rows have branches.
       split: whether each row is split over several devices (the mesh axis `context`).
+      windowed: whether a layer has a window.
+      capped: whether scores are capped.
     """
     if length <= TILE and not split:
         return "dense"
-    if platform in ("gpu", "cuda") and not split:
+    if platform in ("gpu", "cuda") and not split and not capped and not (branched and windowed):
         return "triton"
-    if platform == "tpu" and not split and not branched:
+    # The longest row that `splash.MAX_WINDOW_ROW` allows; Pallas is not imported for it.
+    if platform == "tpu" and not split and not branched and (not windowed or length <= 1 << 15):
         return "splash"
     return "blockwise"
 
 
-def shares_prompts(mesh: Mesh | None, length: int) -> bool:
-    """Returns whether rows of `length` tokens run on the same kernel with and without branches.
+def shares_prompts(mesh: Mesh | None, length: int, spec: ModelSpec) -> bool:
+    """Returns whether completions of one prompt are packed as branches behind one copy of it.
 
-    If so, completions of one prompt are packed as branches behind a single copy of it; otherwise
-    the branches would cost the faster kernel.
+    They are where rows of `length` tokens run on the same kernel with and without branches:
+    otherwise the branches would cost the faster kernel. Not where LongRoPE has two lists of
+    factors: a prompt's numbers would depend on the length of each completion.
     """
+    if any(0 < rope.original < length for rope in spec.ropes):
+        return False
     split = mesh is not None and mesh.shape["context"] > 1
     unbranched, branched = (
-        select_kernel(platform_of(mesh), length, branches, split) for branches in (False, True)
+        select_kernel(
+            platform_of(mesh),
+            length,
+            branches,
+            split,
+            any(spec.windows),
+            bool(spec.attention_cap),
+        )
+        for branches in (False, True)
     )
     return unbranched == branched
 
@@ -108,30 +131,38 @@ def _zigzag_exchange(x: Array, devices: int, inverse: bool = False) -> Array:
     return jnp.concatenate(halves, axis=1)
 
 
-def _context_parallel(q: Array, k: Array, v: Array, until: Array, devices: int, tile: int) -> Array:
+def _context_parallel(
+    q: Array, k: Array, v: Array, visibility: Visibility, devices: int, tile: int, cap: float
+) -> Array:
     """Attention of rows split over `context`: all-gathered keys and values, exchanged queries."""
-    k, v, until = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v, until))
+    gathered = jax.tree.map(
+        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True),
+        (k, v, visibility.until, visibility.positions),
+    )
+    k, v, until, positions = gathered
     columns = zigzag_columns(jax.lax.axis_index("context"), devices, q.shape[1])
     # A device computes two distant blocks of columns; a tile lies within one of them.
     tile = min(tile, max(1, q.shape[1] // 2))
     q = _zigzag_exchange(q, devices)
-    out = blockwise_attention(q, k, v, plan_tiles(until, tile, columns), tile)
-    return _zigzag_exchange(out, devices, inverse=True)
+    plan = plan_tiles(Visibility(until, positions, visibility.window), tile, columns)
+    return _zigzag_exchange(blockwise_attention(q, k, v, plan, tile, cap), devices, inverse=True)
 
 
-def _run_kernel(kernel: str, q: Array, k: Array, v: Array, visibility: Array, tile: int) -> Array:
+def _run_kernel(
+    kernel: str, q: Array, k: Array, v: Array, visibility: Any, tile: int, cap: float
+) -> Array:
     """Attention of whole rows on one device; `visibility` is the kernel's form of the mask."""
     # Pallas for a platform is imported where that platform is used: elsewhere it only costs time.
     if kernel == "triton":
         from deltapref_jax.models.attention.triton import triton_attention
 
-        return triton_attention(q, k, v, visibility)
+        return triton_attention(q, k, v, visibility.until)
     if kernel == "splash":
         from deltapref_jax.models.attention.splash import splash_attention
 
-        return splash_attention(q, k, v, visibility)
+        return splash_attention(q, k, v, visibility[0], visibility[1], cap)
     tile = min(tile, q.shape[1])
-    return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile)
+    return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile, cap)
 
 
 def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None, int]:
@@ -147,18 +178,25 @@ def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None,
     return None, 1
 
 
+Attend = Callable[..., Array]
+"""Attention of a layer: (queries [B, L, N, H], keys and values [B, L, K, H], `kind`: the index of
+the layer's window) to [B, L, N, H]."""
+
+
 def packed_attention(
     segments: Int[Array, "B L"],
     branches: Int[Array, "B L"] | None = None,
     mesh: Mesh | None = None,
     kernel: str = "",
-) -> Callable[
-    [Float[Array, "B L N H"], Float[Array, "B L K H"], Float[Array, "B L K H"]],
-    Float[Array, "B L N H"],
-]:
+    positions: Int[Array, "B L"] | None = None,
+    windows: Sequence[int] = (0,),
+    cap: float = 0.0,
+) -> Attend:
     """Returns attention among the tokens of packed rows as a function of queries, keys, values.
 
-    The mask is that of `masks.packed_mask`; what the output holds at padding differs by kernel.
+    The function's fourth argument says which of `windows` the layer has, as an index; it may be
+    traced, so that a scan over layers of different windows compiles one layer. The mask is that of
+    `masks.packed_mask`; what the output holds at padding differs by kernel.
 
     Args:
       segments: 1 upward, a contiguous run per sequence; 0 is padding.
@@ -167,29 +205,43 @@ def packed_attention(
       mesh: rows lie over data and fsdp, heads over tensor, columns over context; None means one
         device.
       kernel: "dense", "blockwise", "splash" or "triton"; "" means that of `select_kernel`.
+      positions: position of each token in its own sequence; read with branches and windows alone.
+      windows: positions that a query sees, its own included, in layers of each kind; 0 means all.
+      cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
     """
     length = segments.shape[1]
     context = mesh.shape["context"] if mesh is not None else 1
     kernel = kernel or select_kernel(
-        platform_of(mesh), length, branches is not None, split=context > 1
+        platform_of(mesh), length, branches is not None, context > 1, any(windows), bool(cap)
     )
+    # Computed here and not in the returned function, so that all layers share them.
     if kernel == "dense":
-        mask = packed_mask(segments, branches)
-        return lambda q, k, v: dense_attention(q, k, v, mask)
+        masks = [packed_mask(segments, branches, window, positions) for window in windows]
+        return lambda q, k, v, kind=0: dense_attention(q, k, v, _select(masks, kind), cap)
 
     tile = CPU_TILE if platform_of(mesh) == "cpu" else TILE
-    # Computed here and not in the returned function, so that all layers share it.
-    visibility = segments if kernel == "splash" else visible_until(segments, branches)
+    if kernel == "splash":
+        # A window of a row's length hides nothing, and is a number as the others are.
+        sizes = [min(w or length, length) if any(windows) else None for w in windows]
+        visibilities: list[Any] = [(segments, size) for size in sizes]
+        specs: Any = (BATCH, PartitionSpec())
+    elif branches is not None and any(windows):
+        until = visible_until(segments, branches)
+        visibilities = [Visibility(until, positions, window or length) for window in windows]
+        specs = Visibility(BATCH, BATCH, PartitionSpec())
+    else:
+        visibilities = [Visibility(visible_until(segments, branches, w)) for w in windows]
+        specs = Visibility(BATCH)
 
-    def attend(q: Array, k: Array, v: Array, visibility: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array, visibility: Any) -> Array:
         if context > 1:
-            return _context_parallel(q, k, v, visibility, context, tile)
-        return _run_kernel(kernel, q, k, v, visibility, tile)
+            return _context_parallel(q, k, v, visibility, context, tile, cap)
+        return _run_kernel(kernel, q, k, v, visibility, tile, cap)
 
     if mesh is None or mesh.size == 1:
-        return lambda q, k, v: attend(q, k, v, visibility)
+        return lambda q, k, v, kind=0: attend(q, k, v, _select(visibilities, kind))
 
-    def attend_sharded(q: Array, k: Array, v: Array) -> Array:
+    def attend_sharded(q: Array, k: Array, v: Array, kind: Any = 0) -> Array:
         heads, copies = _head_sharding(q.shape[2], k.shape[2], mesh.shape["tensor"])
         # Every device of `tensor` needs a key head of its own.
         k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
@@ -197,9 +249,18 @@ def packed_attention(
         return jax.shard_map(
             attend,
             mesh=mesh,
-            in_specs=(tokens, tokens, tokens, BATCH),
+            in_specs=(tokens, tokens, tokens, specs),
             out_specs=tokens,
             check_vma=False,
-        )(q, k, v, visibility)
+        )(q, k, v, _select(visibilities, kind))
 
     return attend_sharded
+
+
+def _select(kinds: Sequence[Any], kind: Any) -> Any:
+    """Returns the entry of a layer's kind; `kind` may be traced where there are several."""
+    if len(kinds) == 1:
+        return kinds[0]
+    if isinstance(kind, int):
+        return kinds[kind]
+    return jax.tree.map(lambda *entries: jnp.stack(entries)[kind], *kinds)

@@ -24,12 +24,22 @@ running maximum, and -inf minus -inf is NaN in a tile that holds no visible key 
 
 
 def packed_mask(
-    segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None
+    segments: Int[Array, "B L"],
+    branches: Int[Array, "B L"] | None = None,
+    window: int = 0,
+    positions: Int[Array, "B L"] | None = None,
 ) -> Bool[Array, "B L L"]:
     """Returns the mask that is True where a query (axis 1) may see a key (axis 2).
 
-    The key must lie in the query's segment, not later than the query, and in the trunk or in the
-    query's own branch.
+    The key must lie in the query's segment, not later than the query, in the trunk or in the
+    query's own branch, and at most window - 1 positions before it.
+
+    Args:
+      segments: 1 upward; 0 is padding.
+      branches: 0 for the trunk; None where there are none.
+      window: positions that a query sees, its own included; 0 means all.
+      positions: position of each token in its own sequence; None means that segments have no
+        branches, so that a distance in columns is one in positions.
     """
     length = segments.shape[1]
     # The lower triangle is causality: segments are contiguous, so later columns are later tokens.
@@ -38,22 +48,28 @@ def packed_mask(
     )
     if branches is not None:
         mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+    if window:
+        at = jnp.arange(length)[None] if positions is None else positions
+        mask &= at[:, :, None] - at[:, None, :] < window
     return mask
 
 
 def visible_until(
-    segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None
+    segments: Int[Array, "B L"], branches: Int[Array, "B L"] | None = None, window: int = 0
 ) -> Int[Array, "B L"]:
     """Expresses `packed_mask` as one integer per key: query i sees key j if j <= i < result[j].
 
-    The result is the end of the key's segment or, for a key in a branch, the end of the branch.
-    This is FlashMask's column-wise mask (arXiv 2410.01359). Unlike in `packed_mask`, a padding
-    token sees itself alone, so that every query has a key.
+    The result is the end of the key's segment or, for a key in a branch, the end of the branch, and
+    in rows without branches at most `window` columns away. This is FlashMask's column-wise mask
+    (arXiv 2410.01359). Unlike in `packed_mask`, a padding token sees itself alone, so that every
+    query has a key. Where there are branches, several queries of one position see a key of the
+    trunk from different columns, so that a window needs their positions too (`Visibility`).
 
     Args:
       segments: one contiguous run per number; 0 is padding.
       branches: one contiguous run per number within a segment, except for the trunk (0), which
         may lie anywhere; None where there are no branches.
+      window: positions that a query sees, its own included; 0 means all.
     """
     column = jnp.arange(segments.shape[1])
 
@@ -68,7 +84,17 @@ def visible_until(
     ends = run_end(segments)
     if branches is not None:
         ends = jnp.where(branches > 0, jnp.minimum(ends, run_end(branches)), ends)
+    elif window:
+        ends = jnp.minimum(ends, column + window)
     return jnp.where(segments > 0, ends, column + 1)
+
+
+class Visibility(NamedTuple):
+    """Which keys the queries of packed rows see, for kernels that work in tiles."""
+
+    until: Any  # `visible_until` of the keys, [B, L]
+    positions: Any = None  # of the tokens, [B, L], where there are branches and a window
+    window: Any = None  # beside `positions`: the window, []
 
 
 class TileRanges(NamedTuple):

@@ -22,6 +22,7 @@ loop over the rows, with a copy of each. No tile crosses the border of two rows,
 segment numbers. The kernel compares columns and segments inside a tile.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,13 +34,17 @@ from deltapref_jax.models.attention.masks import last_query_tile, tile_ranges, v
 
 LANES = 128
 """Lanes of a TPU's vector registers: rows are padded to a multiple of them."""
+_ROW_BITS = 15
+MAX_WINDOW_ROW = 1 << _ROW_BITS
+"""Rows with a window are at most this long: the kernel gets one integer per query, which holds the
+query's column and the first column that it sees."""
 TILES = (512, 256, LANES)
 """Tile sizes in order of preference; the first that divides the padded row is used. Wide tiles mean
 few grid steps; the widest takes half a MiB of a core's memory."""
 
 
 def splash_tables(
-    segments: Int[Array, "B L"], tile: int
+    segments: Int[Array, "B L"], tile: int, window: Array | int | None = None
 ) -> tuple[mask_info.MaskInfo, mask_info.MaskInfo]:
     """Builds the kernel's tables for whole rows (L is a multiple of `tile`).
 
@@ -51,13 +56,22 @@ def splash_tables(
 
     Scalar memory pads a line to 128 numbers, so the tables have the narrowest integer types: the
     MiB of a v5e then holds 2,700 query blocks.
+
+    Args:
+      segments: 1 upward, a contiguous run per sequence; 0 is padding.
+      tile: a divisor of L.
+      window: positions that a query sees, its own included; None means all.
     """
     B, T = segments.shape[0], segments.shape[1] // tile
     i, row = jnp.arange(T), jnp.arange(B)[:, None, None] * T
-    until = visible_until(segments)
-    first = tile_ranges(until, jnp.arange(segments.shape[1]).reshape(T, tile)).first
-    last = last_query_tile(until, tile)
+    until, column = visible_until(segments), jnp.arange(segments.shape[1])
     order: Any = jnp.arange(segments.size, dtype=jnp.int32)
+    if window is not None:
+        until = jnp.minimum(until, column + window)
+        first_seen = jnp.maximum(column - window + 1, 0)
+        order = jnp.tile((first_seen << _ROW_BITS) | column, B).astype(jnp.int32)
+    first = tile_ranges(until, column.reshape(T, tile)).first
+    last = last_query_tile(until, tile)
 
     def table(low: Array, high: Array) -> tuple[Array, Array]:
         """Returns (data_next, block_mask) of blocks that read blocks `low` to `high`."""
@@ -73,11 +87,23 @@ def splash_tables(
     return forward, mask_info.MaskInfo(data_next, None, block_mask, None, order)
 
 
+def _sees_within_row(length: int) -> Callable[[Array, Array], Array]:
+    """Returns the kernel's mask function where queries hold their first visible column."""
+
+    def sees(query: Array, key: Array) -> Array:
+        column = key % length
+        return ((query & (MAX_WINDOW_ROW - 1)) >= column) & ((query >> _ROW_BITS) <= column)
+
+    return sees
+
+
 def splash_attention(
     q: Float[Array, "B L N H"],
     k: Float[Array, "B L K H"],
     v: Float[Array, "B L K H"],
     segments: Int[Array, "B L"],
+    window: Array | int | None = None,
+    cap: float = 0.0,
     interpret: bool = False,
 ) -> Float[Array, "B L N H"]:
     """Attention within the segments of whole rows.
@@ -89,13 +115,17 @@ def splash_attention(
       k: keys, before their repetition for groups of query heads.
       v: values.
       segments: 1 upward, a contiguous run per sequence; 0 is padding.
+      window: positions that a query sees, its own included; None means all. It may be traced, so
+        that layers of different windows share one program; rows are then at most `MAX_WINDOW_ROW`
+        long.
+      cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
       interpret: whether to run the kernel's program in XLA, on any device.
     """
     B, L, N, H = q.shape
     padding = -L % LANES
     tile = next(tile for tile in TILES if (L + padding) % tile == 0)
     ids = jnp.pad(segments, ((0, 0), (0, padding)))
-    forward, backward = splash_tables(ids, tile)
+    forward, backward = splash_tables(ids, tile, window)
     sizes = kernel.BlockSizes(
         block_q=tile,
         block_kv=tile,
@@ -112,11 +142,11 @@ def splash_attention(
         is_mqa=False,
         save_residuals=False,
         mask_value=kernel.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
+        attn_logits_soft_cap=cap or None,
         # The name lets `decoder.POLICIES` keep the output, so that remat does not run it again.
         residual_checkpoint_name="attention",
         # Causality: compares the columns of queries and keys, counted over the concatenated rows.
-        mask_function=jnp.greater_equal,
+        mask_function=jnp.greater_equal if window is None else _sees_within_row(L + padding),
         interpret=interpret,
     )
 
