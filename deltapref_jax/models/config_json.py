@@ -149,7 +149,7 @@ def family_of(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     # The automatic class of `transformers` reads a Mistral with layer_types like this.
     if kind == "mistral" and "layer_types" in config:
         return FAMILIES["ministral"], dict(config) | {"model_type": "ministral"}
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"model_type is {reprlib.repr(kind)} in config.json; supported: {', '.join(FAMILIES)}."
         )
@@ -169,14 +169,15 @@ def _check_types(config: Mapping[str, Any]) -> None:
     Raises:
       ValueError: it names the field.
     """
-    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+    for name in (*_REQUIRED, "vocab_size", "num_attention_heads", "max_position_embeddings"):
         if config.get(name) is not None:
             _size(name, config[name])
-    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+    for name in ("num_key_value_heads", "head_dim"):
         if config.get(name):
             _size(name, config[name])
-    if config.get("max_position_embeddings") is not None:
-        _size("max_position_embeddings", config["max_position_embeddings"])
+    for name in ("rms_norm_eps", "norm_eps"):
+        if config.get(name) is not None:
+            _positive(name, config[name])
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise ValueError(
             f"tie_word_embeddings is {reprlib.repr(config['tie_word_embeddings'])} in config.json; "
@@ -203,11 +204,11 @@ def _complete(family: Family, config: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    # A null head_dim or number of heads means the default there too.
+    # A head_dim of 0 means the default, as null does.
     fields = {
         name: value
         for name, value in copy.deepcopy(dict(config)).items()
-        if name not in _NO_EFFECT and not (name in ("head_dim",) and not value)
+        if name not in _NO_EFFECT and not (name == "head_dim" and not value)
     }
     log = logging.getLogger("transformers")
     level = log.level
@@ -340,19 +341,25 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family, text = family_of(config)
     out = dict(text) | {"architectures": [family.architecture], "model_type": family.model_type}
-    options = _complete(family, text).rope_parameters or {}
+    options = _without_type(_complete(family, text).rope_parameters or {})
     full = options.get("full_attention", options)
     scaled = full.get("rope_type", "default") != "default"
     out["rope_parameters"] = options
     out["rope_theta"] = full.get("rope_theta")
-    out["rope_scaling"] = (
-        {key: value for key, value in full.items() if key not in ("rope_theta", "type")}
-        if scaled
-        else None
-    )
+    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+    out["rope_scaling"] = scaling if scaled else None
     if family.model_type == "gemma3_text":
         out["rope_local_base_freq"] = options["sliding_attention"]["rope_theta"]
     if family.model_type == "qwen3_moe":
         count = out.get("num_experts", out.get("num_local_experts"))
         out["num_experts"] = out["num_local_experts"] = count
     return {key: value for key, value in out.items() if value is not None or key in text}
+
+
+def _without_type(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary options without `type`, the old name of rope_type, in one order."""
+    return {
+        key: _without_type(value) if isinstance(value, Mapping) else value
+        for key, value in sorted(options.items())
+        if key != "type"
+    }

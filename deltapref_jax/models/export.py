@@ -45,6 +45,32 @@ def export(
       config: config.json of the model that it was; None for a plain Llama that came from no file.
     """
     root = Path(folder)
+    end_ids = list(text.end_ids)
+    ids = {
+        "eos_token_id": end_ids,
+        "bos_token_id": text.tokenizer.bos_token_id,
+        "pad_token_id": text.tokenizer.pad_token_id,
+    }
+    write_folder(state, spec, root, dtype, config, ids)
+    # Samplers such as that of `transformers` take their end tokens from this file.
+    (root / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    text.save(root)
+    return weights_hash(str(root))
+
+
+def write_folder(
+    state: nnx.State,
+    spec: ModelSpec,
+    root: Path,
+    dtype: str,
+    config: Mapping[str, Any] | None,
+    ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json and the weights of a decoder; arguments as in `export`.
+
+    Args:
+      ids: special tokens that config.json names.
+    """
     root.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, list[np.ndarray]] = {}  # the rows of a tensor, one parameter's each
     flat = nnx.to_pure_dict(state)
@@ -55,24 +81,16 @@ def export(
         for place, part in zip(found[name], array if p.stacked else [array], strict=True):
             for tensor, piece in zip(place.tensors, part if p.batch else [part], strict=True):
                 tensors.setdefault(tensor, []).append(to_stored(piece, p, spec))
-    whole = {
-        name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in tensors.items()
-    }
     fields = portable(config) if config is not None else spec_to_hf(spec)
-    fields |= {
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "eos_token_id": list(text.end_ids),
-        "bos_token_id": text.tokenizer.bos_token_id,
-        "pad_token_id": text.tokenizer.pad_token_id,
-    }
+    fields |= {"dtype": dtype, "torch_dtype": dtype, **(ids or {})}
     (root / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    # Samplers such as that of `transformers` take their end tokens from this file.
-    ids = {key: fields[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
-    (root / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-    _save(whole, root)
-    text.save(root)
-    return weights_hash(str(root))
+    _save(
+        {
+            name: rows[0] if len(rows) == 1 else np.concatenate(rows)
+            for name, rows in tensors.items()
+        },
+        root,
+    )
 
 
 def write_tensors(tensors: dict[str, np.ndarray], path: Path, mode_from: Path) -> None:

@@ -75,15 +75,34 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
       ValueError: the architecture is not supported, or a tensor is missing or has another shape.
     """
     local_path, stored = _open(path)
-    spec, places = stored.spec, check_tensors(stored, path)
-    graphdef, state = abstract(spec, jnp.dtype(dtype))
+    spec = stored.spec
+    graphdef, state = assemble(stored, path, dtype, params)
+    text, weights = ChatTokenizer.load(local_path), weights_hash(local_path)
+    return LoadedModel(graphdef, state, spec, text, weights, stored.config)
+
+
+def assemble(
+    stored: Stored, path: str, dtype: str = "float32", params: str | None = "float32"
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Builds a decoder and its parameters, as host arrays, from the tensors of an opened model.
+
+    Args:
+      stored: the opened model.
+      path: its path, for error messages.
+      dtype: see `load`.
+      params: see `load`.
+
+    Raises:
+      ValueError: see `stored.check_tensors`.
+    """
+    places = check_tensors(stored, path)
+    graphdef, state = abstract(stored.spec, jnp.dtype(dtype))
     flat: dict[str, np.ndarray] = {}
-    for name, parameter in parameters(spec).items():
+    for name, parameter in parameters(stored.spec).items():
         array = read_parameter(stored, parameter, places[name])
         flat[name] = array.astype(jnp.dtype(params or array.dtype), copy=False)
     nnx.replace_by_pure_dict(state, unflatten(flat))
-    text, weights = ChatTokenizer.load(local_path), weights_hash(local_path)
-    return LoadedModel(graphdef, state, spec, text, weights, stored.config)
+    return graphdef, state
 
 
 def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.export import export
 from deltapref_jax.models.folder import weights_hash
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import ModelSpec, Rope
 from deltapref_jax.models.weights import load
 from deltapref_jax.synthetic.tokenizer import TEMPLATE
 from deltapref_jax.text import gguf_tokenizer
@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
         "test",
     )
     spec = ModelSpec(
-        len(text.tokenizer), 64, 2, 4, 2, 16, 96, rope_theta=1e5, tied=False, max_positions=128
+        len(text.tokenizer), 64, 2, 4, 2, 16, 96, ropes=(Rope(1e5),), tied=False, max_positions=128
     )
     export(
         jax.tree.map(lambda x: 5 * x, nnx.state(Decoder(spec, rngs=nnx.Rngs(1)))), spec, text, path

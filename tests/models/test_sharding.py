@@ -86,10 +86,10 @@ def test_an_unknown_parameter_is_refused_with_its_name_and_shape():
     mesh = make_mesh(MeshShape())
     with pytest.raises(
         ValueError,
-        match=r"^0 sharding rules match the parameter 'blocks\.router' of shape \(2, 8\); "
-        r"exactly one must: see models\.sharding\.RULES\.$",
+        match=r"^No sharding rule matches the parameter 'blocks\.routes' of shape \(2, 8\); "
+        r"declare it in models\.parameters\.PARAMETERS\.$",
     ):
-        shardings({"blocks": {"router": np.zeros((2, 8))}}, mesh)
+        shardings({"blocks": {"routes": np.zeros((2, 8))}}, mesh)
 
 
 def test_mesh_sizes_must_multiply_to_the_devices():

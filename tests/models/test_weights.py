@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from deltapref_jax.models import weights
+from deltapref_jax.models import export as exporting
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.export import export
 from deltapref_jax.models.folder import resolve, weights_hash
@@ -137,7 +137,7 @@ def test_exported_is_read_back(text, tmp_path, tied, dtype):
 
 
 def test_big_models_are_written_in_shards_with_an_index(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(exporting, "_SHARD_BYTES", 20_000)
     state = write(text, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(f.name for f in tmp_path.glob("*.safetensors"))

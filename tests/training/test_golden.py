@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from deltapref_jax.config import Objective
-from deltapref_jax.models import weights
 from deltapref_jax.models.config_json import spec_from_hf
+from deltapref_jax.models.stored import open_folder
+from deltapref_jax.models.weights import assemble
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.logprobs import logprob_fn
 from deltapref_jax.scoring.packing import max_segments, pack_sequences
@@ -151,9 +152,9 @@ def test_kto_losses_and_gradients(name):
 @pytest.fixture(scope="module")
 def model():
     folder = GOLDEN / "train" / "tied"
-    spec, read, names = weights._read_folder(folder)
-    assert spec == spec_from_hf(json.loads((folder / "config.json").read_text()))
-    return spec, weights.assemble(spec, read, False, str(folder), names)
+    stored = open_folder(folder)
+    assert stored.spec == spec_from_hf(json.loads((folder / "config.json").read_text()))
+    return stored.spec, assemble(stored, str(folder))[1]
 
 
 def rows_of(model, mesh, ids, attention, completion):
