@@ -131,7 +131,8 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     compare the processes' values.
 
     Args:
-      tree: arrays, with the same values on every process; None leaves stay None.
+      tree: arrays, with the same values on every process, or what has a shape and is indexed as
+        one (`stored.StoredParameter`); None leaves stay None.
       shardings: a sharding for all leaves, or a tree of them.
       dtype: every part is copied to this dtype, so that the result may be donated; None keeps the
         leaf's dtype, and the result may share memory with a host array.
@@ -140,7 +141,8 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     def parts(x: Any, sharding: Sharding) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x if dtype is None else x.astype(dtype), sharding)
-        host = np.asarray(x)
+        # What can be cut without being read, such as a parameter in its file, is not read whole.
+        host = np.asarray(x) if isinstance(x, jax.Array) or not hasattr(x, "shape") else x
         return jax.make_array_from_callback(
             host.shape,
             sharding,
@@ -148,7 +150,8 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
         )
 
     local = all(s.is_fully_addressable for s in jax.tree.leaves(shardings))
-    if local and dtype is None:
+    on_host = all(isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(tree))
+    if local and dtype is None and on_host:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)

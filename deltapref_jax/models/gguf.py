@@ -50,7 +50,7 @@ def open_gguf_model(path: Path) -> Stored:
     }
     spec = spec_from_hf(config)
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = tensors[name]
         array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         for part, count in (("attn_q", spec.heads), ("attn_k", spec.kv_heads)):
@@ -58,7 +58,7 @@ def open_gguf_model(path: Path) -> Stored:
             if part in name:
                 pairs = array.reshape(count, -1, 2, array.shape[-1])
                 array = pairs.swapaxes(1, 2).reshape(array.shape)
-        return array
+        return array[index]
 
     # GGUF lists the axes of a tensor from the innermost to the outermost.
     shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}

@@ -130,7 +130,7 @@ def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
         )
         # The same scale as `blocks.scale` in training, here on the product of the matrices.
         delta = lora.alpha / lora.rank * product.reshape(w.shape)
-        tree["blocks"][name] = w.astype(jnp.float32) + delta
+        tree["blocks"][name] = np.asarray(w).astype(np.float32) + delta
     merged = jax.tree.map(lambda x: x, params)  # a new tree: `params` keeps its arrays
     nnx.replace_by_pure_dict(merged, tree)
     return merged

@@ -39,7 +39,8 @@ class Stored(NamedTuple):
     spec: ModelSpec
     config: Mapping[str, Any]  # its config.json, or what that would be
     shapes: Shapes
-    read: Callable[[str], np.ndarray]  # maps the name of a tensor to its numbers
+    # Maps the name of a tensor, and slices of its axes, to its numbers: () means all of it.
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]
     gguf: bool = False
 
 
@@ -60,7 +61,7 @@ def open_folder(path: Path) -> Stored:
     try:
         config = json.loads((path / "config.json").read_text())
         files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
-        handles = {file.name: safe_open(file, framework="flax") for file in files}
+        handles = {file.name: safe_open(file, framework="numpy") for file in files}
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
     except Exception as e:  # json and safetensors raise different types on a truncated file
@@ -88,8 +89,9 @@ def open_folder(path: Path) -> Stored:
             owners[name], stored_names[name] = file, stored
             shapes[name] = tuple(header.get_shape())
 
-    def read(name: str) -> np.ndarray:
-        return np.asarray(handles[owners[name]].get_tensor(stored_names[name]))
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor = handles[owners[name]].get_slice(stored_names[name])
+        return tensor[index] if index else tensor[:]
 
     return Stored(spec, config, shapes, read)
 
@@ -197,18 +199,78 @@ def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
     return found
 
 
-def read_parameter(stored: Stored, p: Parameter, layers: list[Place]) -> np.ndarray:
-    """Reads a parameter of all layers, in its stored dtype."""
-    shape = p.shape(stored.spec)
-    arrays = []
-    for place in layers:
-        parts = []
-        for tensor in place.tensors:
-            array = stored.read(tensor)
-            array = array[slice(*place.rows)] if place.rows else array
-            if p.batch and stored.gguf:
-                parts += [from_stored(expert, p, shape[1:]) for expert in array]
-            else:
-                parts.append(from_stored(array, p, shape[p.batch :]))
-        arrays.append(np.stack(parts) if p.batch else parts[0])
-    return np.stack(arrays) if p.stacked else arrays[0]
+class StoredParameter:
+    """A parameter of all layers that is read from its file part by part.
+
+    It is indexed by slices, as `jax.make_array_from_callback` does for every device, and reads no
+    more than the bytes of that part. `numpy.asarray` reads all of it.
+    """
+
+    def __init__(self, stored: Stored, p: Parameter, layers: list[Place], dtype: Any = None):
+        """Reads nothing; a dtype of None is that of the file."""
+        self._stored, self._p, self._layers, self._dtype = stored, p, layers, dtype
+        self.shape = (*((len(layers),) if p.stacked else ()), *p.shape(stored.spec))
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part, in the parameter's dtype."""
+        slices = [slice(*x.indices(n)) for x, n in zip(index, self.shape, strict=True)]
+        layers = self._layers[slices.pop(0)] if self._p.stacked else self._layers
+        parts = [self._read_layer(place, slices) for place in layers]
+        array = np.stack(parts) if self._p.stacked else parts[0]
+        return array.astype(self._dtype or array.dtype, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Reads all of it."""
+        return self[(slice(None),) * self.ndim].astype(dtype or self._dtype or None, copy=False)
+
+    def _read_layer(self, place: Place, slices: list[slice]) -> np.ndarray:
+        p = self._p
+        if not p.batch:
+            rows = place.rows or (0, None)
+            return self._read_matrix(place.tensors[0], rows, slices)
+        chosen = range(p.shape(self._stored.spec)[0])[slices[0]]
+        if self._stored.gguf:  # one tensor [experts, out, in]
+            array = self._stored.read(place.tensors[0], (slices[0],))
+            rest = tuple(slices[1:])
+            return np.stack(
+                [from_stored(x, p, p.shape(self._stored.spec)[1:])[rest] for x in array]
+            )
+        return np.stack(
+            [self._read_matrix(place.tensors[e], (0, None), slices[1:]) for e in chosen]
+        )
+
+    def _read_matrix(
+        self, tensor: str, rows: tuple[int, int | None], slices: list[slice]
+    ) -> np.ndarray:
+        """Reads a part of a matrix or vector whose rows begin at rows[0] of a tensor."""
+        p, sizes = self._p, self._p.shape(self._stored.spec)[self._p.batch :]
+        first = rows[0]
+        if not p.inputs and p.dims[0] == "V":
+            return self._stored.read(tensor, tuple(slices))
+        if not p.inputs:  # a vector is small: it is read whole
+            end = first + math.prod(sizes)
+            return self._stored.read(tensor, (slice(first, end),)).reshape(sizes)[tuple(slices)]
+        sides = [(slices[: p.inputs], sizes[: p.inputs]), (slices[p.inputs :], sizes[p.inputs :])]
+        (columns, in_shape, in_rest), (outs, out_shape, out_rest) = (_flat(*side) for side in sides)
+        outs = slice(first + outs.start, first + outs.stop)
+        block = self._stored.read(tensor, (outs, columns))
+        return block.T.reshape(*in_shape, *out_shape)[(*in_rest, *out_rest)]
+
+
+def _flat(
+    slices: list[slice], sizes: tuple[int, ...]
+) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
+    """Slices of several axes as one range of the axis that they are in a file.
+
+    Returns:
+      The range, the shape that it unfolds to, and what is still to be cut out of that: a range
+      holds whole entries of the first axis.
+    """
+    inner = math.prod(sizes[1:])
+    first = slices[0]
+    return (
+        slice(first.start * inner, first.stop * inner),
+        (first.stop - first.start, *sizes[1:]),
+        (slice(None), *slices[1:]),
+    )

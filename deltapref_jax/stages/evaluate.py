@@ -9,7 +9,7 @@ from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import MeshShape, Model, Sampling
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.progress import Counter
 from deltapref_jax.records import Prompt, Result, digest, to_table
 from deltapref_jax.sampling.engine import Completion, Engine, Request
@@ -67,7 +67,7 @@ class ResultTable(Node, stage="evaluate", version=5):
             node._check_checkers(prompts)
         trained = first.policy and job.local_input(first.policy, "policy")
         path = str(trained or first.model.path)
-        model = load(path, dtype=first.model.dtype, params=first.model.dtype)
+        model = open_model(path, dtype=first.model.dtype, params=first.model.dtype)
         mesh = make_mesh(first.mesh, jax.local_devices())
         engine = Engine(model, first.sampling, first.seed, _IDENTITY, mesh)
         requests = [

@@ -12,7 +12,7 @@ from deltapref_jax.judging.exact import rate_exactly
 from deltapref_jax.judging.rubric import conversation
 from deltapref_jax.judging.scorer import Ratings, rate_traces
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Prompt, Rating, Trace, from_table, schema
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.sample import TraceTable, asked
@@ -83,7 +83,7 @@ def rater(
 
         return exactly
 
-    model = functools.cache(lambda: load(judge.model.path, judge.model.dtype))
+    model = functools.cache(lambda: open_model(judge.model.path, judge.model.dtype))
 
     def by_model(
         prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]
