@@ -6,9 +6,10 @@ they are of (judge, generator, arm, seed, suite) are the keys of its mappings.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     Arm,
@@ -127,6 +128,23 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
         pairs=pairs,
         policies=policies,
         results=results,
+    )
+
+
+def part_of(report: Report, arms: Collection[str]) -> Report:
+    """The report of some arms, by name; everything behind it is part of the whole study.
+
+    Keys stay the same, and arms share prompts with those that are left out.
+    """
+    policies = {name: report.policies[name] for name in arms}
+    behind = set(in_order(policy for seeds in policies.values() for policy in seeds.values()))
+    return dataclasses.replace(
+        report,
+        sequences={name: node for name, node in report.sequences.items() if node in behind},
+        logprobs={name: node for name, node in report.logprobs.items() if node in behind},
+        pairs={name: report.pairs[name] for name in arms},
+        policies=policies,
+        results={name: report.results[name] for name in arms},
     )
 
 
