@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
-_ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row for every artifact.")
+_ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
 _ONLY = flags.DEFINE_string(
     "only",
     "",
@@ -61,9 +61,10 @@ def main(_: list[str]) -> None:
     report = whole if arms is None else part_of(whole, arms)
     console = plain_console()
     if _DRY_RUN.value:
-        from launch.cost import check_prompts, plan_table
+        from launch.cost import check_prompts
+        from launch.dry_run import show_plan
 
-        console.print(plan_table(report, workspace))
+        show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
     mesh = make_mesh(
