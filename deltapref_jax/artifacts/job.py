@@ -74,6 +74,7 @@ class Job:
         self._counter: Counter | None = None
         self.finished = False
         self._announced = False
+        self._stood = ""  # how many shards stood when this job began to make one
         self._advanced = 0  # rows of the shard at hand that the bar counts already
 
     def table(self, node: Node) -> pa.Table:
@@ -184,6 +185,8 @@ class Job:
             while len(done) < count:
                 before = len(done)
                 for i, name in enumerate(names):
+                    if done and not self._announced:
+                        self._stood = f", {len(done)} of {count} shards are complete"
                     if name not in done and self._shard(i, name, make, together):
                         done.add(name)
                         self.advance(self._sidecar(name)["rows"] - self._advanced)
@@ -274,7 +277,7 @@ class Job:
     def log_start(self) -> None:
         """Says in the log that the artifact is being made, once."""
         if self.show and not self._announced:
-            log(f"{self.node.name}: starts")
+            log(f"{self.node.name}: starts{self._stood}")
         self._announced = True
 
     def claim(self) -> None:

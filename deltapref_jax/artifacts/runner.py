@@ -7,6 +7,7 @@ processes process 0 decides, and the others are told; all of them run every stag
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from deltapref_jax.artifacts.job import Busy, Finished, Job
@@ -44,7 +45,7 @@ def run(
     """
     # The inputs of all come first, so that the artifacts of one batch are ready together.
     nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
-    pending, made = list(nodes), 0
+    pending, made = _missing(nodes, workspace, show, verify), 0
     waits: dict[Node, float] = {}
     not_before: dict[Node, float] = {}
     waited, indexed = 0.0, time.monotonic()
@@ -88,6 +89,23 @@ def run(
             f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
         )
     agreed(True)  # nobody reads before process 0 has written
+
+
+def _missing(nodes: Sequence[Node], workspace: Workspace, show: bool, verify: bool) -> list[Node]:
+    """The nodes that are not complete; says how many are, where some are missing."""
+    missing = [
+        node
+        for node in nodes
+        if not (
+            agreed(workspace.key(node) is not None) and agreed(workspace.complete(node, verify))
+        )
+    ]
+    stages = Counter(node.stage for node in nodes)
+    stages.subtract(node.stage for node in missing)
+    if show and process_index() == 0 and 0 < len(missing) < len(nodes):
+        complete = ", ".join(f"{stage} {count}" for stage, count in stages.items() if count)
+        log(f"Complete: {len(nodes) - len(missing)} of {len(nodes)} artifacts ({complete})", True)
+    return missing
 
 
 def _batch(node: Node, pending: Sequence[Node], workspace: Workspace) -> list[Node]:
