@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 
 from deltapref_jax.artifacts.lease import Lease
@@ -171,3 +172,38 @@ def test_artifacts_of_one_batch_are_made_in_one_pass_without_those_that_another_
     run(nodes, workspace, show=False)
     assert made == ["a2", "a1", "b1+b2", "a3"]
     assert all(workspace.complete(node) for node in nodes)
+
+
+class Numbers(Node, stage="numbers", version=1, sharded=True):
+    """Three shards of a row each; the third fails once `fails` is in the folder."""
+
+    place: str
+    before: "Numbers | None" = None
+
+    def make(self, job):
+        def make(shard):
+            if shard == 2 and pathlib.Path(self.place, "fails").exists():
+                raise ValueError("stopped")
+            return pa.table({"n": [shard]}), {}
+
+        job.shards(3, make, "rows")
+
+
+def test_a_continued_run_says_what_is_complete_and_which_shards(tmp_path, capsys):
+    first = Numbers(label=("first",), place=str(tmp_path))
+    second = Numbers(label=("second",), place=str(tmp_path), before=first)
+    workspace = tmp_path / "workspace"
+    run([first], Workspace(workspace))
+    assert "Complete" not in capsys.readouterr().err
+    (tmp_path / "fails").touch()
+    with pytest.raises(ValueError, match="stopped"):
+        run([second], Workspace(workspace))
+    (tmp_path / "fails").unlink()
+    assert "Complete: 1 of 2 artifacts (numbers 1)\n" in capsys.readouterr().err
+    run([second], Workspace(workspace))
+    err = capsys.readouterr().err
+    assert "Complete: 1 of 2 artifacts (numbers 1)\n" in err
+    assert "second: starts, 2 of 3 shards are complete\n" in err
+    run([second], Workspace(workspace))
+    err = capsys.readouterr().err
+    assert "Complete" not in err and "2 artifacts: 0 made here" in err
