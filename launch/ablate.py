@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
     )  # sizes that do not fit the devices are refused before anything is made
     check_rows("config.training", e.training.rows, e.training.row_length, mesh)
     check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
-    _say_standing(workspace, report)
+    say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
     run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
     _say_detectable(console, workspace, report)
@@ -79,7 +79,7 @@ def _before_training(report: Node) -> list[Node]:
     ]
 
 
-def _say_standing(workspace: Workspace, report: Node) -> None:
+def say_standing(workspace: Workspace, report: Node) -> None:
     """Of a run that continues: how many artifacts of every stage stand."""
     from deltapref_jax.processes import process_index
     from deltapref_jax.progress import log
@@ -130,16 +130,19 @@ def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -
         )
 
 
-def policy_table(workspace: Workspace, report: "Report") -> Table:
+def say_policies(console: Console, workspace: Workspace, report: "Report") -> None:
     """The folder of every policy of the study, by arm and seed."""
-    table = Table(title=f"Policies in {workspace.root}", title_justify="left")
+    table = Table()
     for name in ("arm", "seed", "folder"):
         table.add_column(name, overflow="fold")
     for arm, seeds in report.policies.items():
         for seed, policy in seeds.items():
             folder = workspace.path(policy).relative_to(workspace.root) / "policy"
             table.add_row(arm, str(seed), str(folder))
-    return table
+    if table.rows:
+        # A table's title would be wrapped at the table's width.
+        console.print(f"Policies in {workspace.root}:", soft_wrap=True)
+        console.print(table)
 
 
 def _show(console: Console, workspace: Workspace, report: "Report") -> None:
@@ -147,7 +150,7 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
 
     folder = workspace.path(report)
     console.print(terminal_table(json.loads((folder / "summary.json").read_text())))
-    console.print(policy_table(workspace, report))
+    say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)
     if report.experiment.table:
         held = sum(workspace.manifest(n).stats["from_table"] for n in report.logprobs.values())
