@@ -11,11 +11,13 @@ import contextlib
 import fnmatch
 import functools
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
+from rich.table import Table
 
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
@@ -72,6 +74,7 @@ def main(_: list[str]) -> None:
     )  # sizes that do not fit the devices are refused before anything is made
     check_rows("config.training", e.training.rows, e.training.row_length, mesh)
     check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
+    say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
     others = [] if arms is None else _standing(workspace, whole)
     make = functools.partial(
@@ -125,6 +128,23 @@ def _before_training(report: Node) -> list[Node]:
     ]
 
 
+def say_standing(workspace: Workspace, report: Node) -> None:
+    """Of a run that continues: how many artifacts of every stage stand."""
+    from deltapref_jax.processes import process_index
+    from deltapref_jax.progress import log
+
+    if process_index() != 0:
+        return
+    nodes = in_order([report])
+    of_stage = Counter(node.stage for node in nodes)
+    standing = Counter(node.stage for node in nodes if workspace.complete(node))
+    if standing:
+        counts = ", ".join(
+            f"{stage} {standing[stage]} of {count}" for stage, count in of_stage.items()
+        )
+        log(f"{standing.total()} of {len(nodes)} artifacts stand: {counts}", always=True)
+
+
 def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:
     """Before the arms train: the smallest difference to the student that this set-up would find."""
     import pyarrow as pa
@@ -159,6 +179,21 @@ def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -
         )
 
 
+def say_policies(console: Console, workspace: Workspace, report: "Report") -> None:
+    """The folder of every policy of the study, by arm and seed."""
+    table = Table()
+    for name in ("arm", "seed", "folder"):
+        table.add_column(name, overflow="fold")
+    for arm, seeds in report.policies.items():
+        for seed, policy in seeds.items():
+            folder = workspace.path(policy).relative_to(workspace.root) / "policy"
+            table.add_row(arm, str(seed), str(folder))
+    if table.rows:
+        # A table's title would be wrapped at the table's width.
+        console.print(f"Policies in {workspace.root}:", soft_wrap=True)
+        console.print(table)
+
+
 def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     from deltapref_jax.analysis.report import terminal_table
 
@@ -171,6 +206,7 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
             "page names them.",
             soft_wrap=True,
         )
+    say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)
     if report.experiment.table:
         held = sum(workspace.manifest(n).stats["from_table"] for n in report.logprobs.values())

@@ -7,12 +7,12 @@ processes process 0 decides, and the others are told; all of them run every stag
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from deltapref_jax.artifacts.job import Busy, Finished, Job
+from deltapref_jax.artifacts.job import Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
-from deltapref_jax.artifacts.workspace import Manifest, Workspace
+from deltapref_jax.artifacts.shards import Busy
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
 from deltapref_jax.processes import agreed, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
@@ -45,7 +45,7 @@ def run(
     """
     # The inputs of all come first, so that the artifacts of one batch are ready together.
     nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
-    pending, made = _missing(nodes, workspace, show, verify), 0
+    pending, made = list(nodes), 0
     waits: dict[Node, float] = {}
     not_before: dict[Node, float] = {}
     waited, indexed = 0.0, time.monotonic()
@@ -59,16 +59,18 @@ def run(
             # Clocks of the processes differ, so they agree on whether to try a sharded artifact
             # again.
             if not stands and agreed(time.monotonic() >= not_before.get(node, 0.0)):
-                with _making(_batch(node, pending, workspace), workspace, show) as jobs:
+                together = _batch(node, pending, workspace)
+                with _making(together, workspace, show) as jobs:
                     if jobs and node.batch() is None:
                         node.make(jobs[0])
                     elif jobs:
                         node.make_batch([(job.node, job) for job in jobs])
                 made += sum(job.finished for job in jobs)
                 stands = agreed(workspace.complete(node))
-                if node.sharded:  # to see whether a shard is free costs reading the inputs
-                    waits[node] = min(2 * waits.get(node, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
-                    not_before[node] = time.monotonic() + waits[node]
+                # To see whether a shard is free costs reading the inputs.
+                for each in together if node.sharded else ():
+                    waits[each] = min(2 * waits.get(each, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
+                    not_before[each] = time.monotonic() + waits[each]
             if stands:
                 pending.remove(node)
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
@@ -89,23 +91,6 @@ def run(
             f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
         )
     agreed(True)  # nobody reads before process 0 has written
-
-
-def _missing(nodes: Sequence[Node], workspace: Workspace, show: bool, verify: bool) -> list[Node]:
-    """The nodes that are not complete; says how many are, where some are missing."""
-    missing = [
-        node
-        for node in nodes
-        if not (
-            agreed(workspace.key(node) is not None) and agreed(workspace.complete(node, verify))
-        )
-    ]
-    stages = Counter(node.stage for node in nodes)
-    stages.subtract(node.stage for node in missing)
-    if show and process_index() == 0 and 0 < len(missing) < len(nodes):
-        complete = ", ".join(f"{stage} {count}" for stage, count in stages.items() if count)
-        log(f"Complete: {len(nodes) - len(missing)} of {len(nodes)} artifacts ({complete})", True)
-    return missing
 
 
 def _batch(node: Node, pending: Sequence[Node], workspace: Workspace) -> list[Node]:
@@ -139,12 +124,8 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
             except (Busy, Finished):
                 job.close()
         yield jobs
-        for job in jobs if process_index() == 0 else ():
-            if workspace.complete(job.node):  # another runner made the last shard at this moment
-                continue
-            manifest = job.finish()
-            if show:
-                log(f"{job.node.name}: {_done(manifest)}")
+        for job in jobs:
+            job.conclude()
         agreed(True)  # the other processes read only what process 0 has finished
     except (Busy, Finished):
         pass
@@ -155,19 +136,6 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
     finally:
         for job in jobs:
             job.close()
-
-
-def _done(manifest: Manifest) -> str:
-    """What making the artifact took: rows, steps, seconds and tokens per second."""
-    parts = [
-        f"{manifest.stats[unit]:,.0f} {unit}"
-        for unit in ("rows", "steps")
-        if unit in manifest.stats
-    ]
-    parts.append(f"{manifest.seconds:,.1f} s")
-    if manifest.stats.get("tokens") and manifest.seconds:
-        parts.append(f"{manifest.stats['tokens'] / manifest.seconds:,.0f} tokens/s")
-    return ", ".join(parts)
 
 
 def _start(node: Node, workspace: Workspace, show: bool) -> Job:

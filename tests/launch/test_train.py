@@ -645,7 +645,6 @@ def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path)
     assert steps[-1].startswith("train: step 12 of 12")
     assert re.fullmatch(
         r"1 artifacts: 0 made here, 1 stood or made elsewhere\n"
-        r"Complete: 2 of 3 artifacts \(tokens 1, score 1\)\n"
         r"train: starts\ntrain: continues after step \d+ of 12\n"
         r"train: 12 steps, [\d.]+ s, [\d,]+ tokens/s\n"
         r"3 artifacts: 1 made here, 2 stood or made elsewhere",
