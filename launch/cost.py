@@ -92,7 +92,7 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
       ConfigError: the longest prompt is too long.
     """
     read = functools.cache(lambda table: _known_prompts(table, workspace))
-    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path)))
+    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path, weights=False)))
     longest = functools.cache(
         lambda table, path, system, prefix: max(
             (len(texts(path).prompt_ids(asked(p, system, prefix))) for p in read(table)), default=0
@@ -102,9 +102,9 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
     for node in in_order([report]):
         if isinstance(node, TraceTable) and not workspace.complete(node):
             g = node.generator
-            lengths[node.name] = longest(node.prompts, g.model.path, g.system, g.prefix)
+            lengths[node.name] = longest(node.prompts, g.model.place, g.system, g.prefix)
         elif isinstance(node, ResultTable) and not workspace.complete(node):
-            lengths[node.name] = longest(node.questions, node.model.path, node.system, node.prefix)
+            lengths[node.name] = longest(node.questions, node.model.place, node.system, node.prefix)
     worst = max(lengths, key=lambda name: lengths[name], default="")
     most = report.experiment.sampling.max_prompt
     if worst and lengths[worst] > most:

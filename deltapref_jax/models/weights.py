@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.folder import model_files, resolve, weights_hash
+from deltapref_jax.models.folder import model_files, resolve, unfetched, weights_hash
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
 from deltapref_jax.text.template import ChatTokenizer
@@ -76,32 +76,65 @@ class LoadedModel:
 
 def _read_folder(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
     """Returns the spec, a function that reads a tensor by name, and the shapes of all tensors."""
+    spec = _read_spec(path)
     try:
-        config = json.loads((path / "config.json").read_text())
         files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
         handles = {file.name: safe_open(file, framework="flax") for file in files}
+    except Exception as e:  # safetensors raises different types on a truncated file
+        raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
+
+    def headers(handle: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for name in handle.keys():  # noqa: SIM118
+            header = handle.get_slice(name)  # reads no weights
+            yield name, header.get_dtype(), tuple(header.get_shape())
+
+    shapes, owners = _shapes(str(path), {file: headers(h) for file, h in handles.items()})
+    return spec, lambda name: np.asarray(handles[owners[name]].get_tensor(name)), shapes
+
+
+def _read_spec(path: Path) -> ModelSpec:
+    """Reads a folder's config.json.
+
+    Raises:
+      ValueError: the file is damaged, or describes a model that is not supported.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
-    except Exception as e:  # json and safetensors raise different types on a truncated file
+    except Exception as e:  # of the text, of JSON, or of the file system
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    spec = spec_from_hf(config)
-    owners: dict[str, str] = {}
+    return spec_from_hf(config)
+
+
+def _shapes(
+    where: str, files: Mapping[str, Iterable[tuple[str, str, tuple[int, ...]]]]
+) -> tuple[Shapes, dict[str, str]]:
+    """Returns the shape of every tensor, and the file that it is in.
+
+    Args:
+      where: the model, for messages.
+      files: name, dtype and shape of the tensors of every file of safetensors.
+
+    Raises:
+      ValueError: a tensor is in two files, or is quantised.
+    """
     shapes: Shapes = {}
-    for file, handle in handles.items():
-        for name in handle.keys():  # noqa: SIM118
+    owners: dict[str, str] = {}
+    for file, headers in files.items():
+        for name, dtype, shape in headers:
             if name in owners:
                 raise ValueError(
-                    f"Tensor {name} of {path} is in {owners[name]} and in {file}; leave one of the "
-                    "two files, or give the folder an index that names its shards."
+                    f"Tensor {name} of {where} is in {owners[name]} and in {file}; leave one of "
+                    "the two files, or give the folder an index that names its shards."
                 )
-            header = handle.get_slice(name)  # reads no weights
-            if header.get_dtype() not in _DTYPES:
+            if dtype not in _DTYPES:
                 raise ValueError(
-                    f"Tensor {name} of {path} is stored as {header.get_dtype()}, and quantised "
-                    "weights are not supported; give the model in float32, bfloat16 or float16."
+                    f"Tensor {name} of {where} is stored as {dtype}, and quantised weights are not "
+                    "supported; give the model in float32, bfloat16 or float16."
                 )
-            owners[name], shapes[name] = file, tuple(header.get_shape())
-    return spec, lambda name: np.asarray(handles[owners[name]].get_tensor(name)), shapes
+            owners[name], shapes[name] = file, shape
+    return shapes, owners
 
 
 def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
@@ -259,22 +292,30 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     local_path, gguf, (spec, read, shapes) = _open(path)
     state = assemble(spec, read, gguf, path, shapes, params)
     graphdef = abstract(spec, jnp.dtype(dtype))[0]
-    return LoadedModel(
-        graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(local_path)
-    )
+    return LoadedModel(graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(path))
 
 
 def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
     """Returns the sizes and the tokenizer of a model, and checks it without reading its weights.
+
+    Of a model on the hub, config and tokenizer are fetched and checked first, then the headers of
+    its safetensors are read there; its weights stay where they are.
 
     Raises:
       FileNotFoundError: there is no model, or the folder is incomplete.
       ValueError: the architecture is not supported, a tensor is missing or has another shape, or
         the tokenizer cannot be used.
     """
-    local_path, gguf, (spec, _, shapes) = _open(path)
+    if remote := unfetched(path):
+        repo, files = remote
+        local_path, gguf = resolve(path, weights=False), False
+        spec, text = _read_spec(Path(local_path)), ChatTokenizer.load(local_path)
+        shapes = _shapes(path, {file: repo.tensors(file) for file in files})[0]
+    else:
+        local_path, gguf, (spec, _, shapes) = _open(path)
+        text = ChatTokenizer.load(local_path)
     _check_tensors(spec, gguf, path, shapes)
-    return spec, ChatTokenizer.load(local_path)
+    return spec, text
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]]:

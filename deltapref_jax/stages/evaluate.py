@@ -51,7 +51,7 @@ class ResultTable(Node, stage="evaluate", version=5):
 
     def batch(self) -> object:
         """All suites of one model: slots stay filled, and its weights are loaded once."""
-        return self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
+        return self.policy or (self.weights, self.model.place, self.model.dtype, self.sampling)
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:
@@ -66,7 +66,7 @@ class ResultTable(Node, stage="evaluate", version=5):
         for (node, _), prompts in zip(work, questions, strict=True):
             node._check_checkers(prompts)
         trained = first.policy and job.local_input(first.policy, "policy")
-        path = str(trained or first.model.path)
+        path = str(trained or first.model.place)
         model = load(path, dtype=first.model.dtype, params=first.model.dtype)
         mesh = make_mesh(first.mesh, jax.local_devices())
         engine = Engine(model, first.sampling, first.seed, _IDENTITY, mesh)

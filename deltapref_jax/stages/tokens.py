@@ -41,7 +41,7 @@ class SequenceTable(Node, stage="tokens", version=1, sharded=True):
 
     def load_tokenizer(self) -> ChatTokenizer:
         """The tokenizer whose ids these are."""
-        return ChatTokenizer.load(resolve(self.model.path))
+        return ChatTokenizer.load(resolve(self.model.place, weights=False))
 
 
 class TraceSequences(SequenceTable):
