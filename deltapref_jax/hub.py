@@ -226,10 +226,13 @@ def _refuse(e: Exception, name: str, kind: Kind, revision: str) -> NoReturn:
             f"The hub's {what} has no revision {revision!r}; give a branch, a tag or a whole "
             "commit, or leave revision empty."
         )
-    elif isinstance(e, errors.RepositoryNotFoundError | errors.HFValidationError):
+    # The hub does not tell a repository that is missing from one that the token may not see.
+    elif status in (401, 403) or isinstance(
+        e, errors.RepositoryNotFoundError | errors.HFValidationError
+    ):
         sentence = (
-            f"The hub has no {what} that this machine may see, and there is no such file or folder "
-            "here; check the name, or set HF_TOKEN for a private one."
+            f"The hub has no {what} that this machine may see, and there is no such file or "
+            "folder here; check the name, or set HF_TOKEN to a token that may read it."
         )
     elif is_unwritable(e):
         sentence = (
@@ -238,11 +241,6 @@ def _refuse(e: Exception, name: str, kind: Kind, revision: str) -> NoReturn:
         )
     elif isinstance(e, errors.EntryNotFoundError) and status is not None:
         sentence = f"The hub's {what} lacks a file that it lists ({reason}); give another revision."
-    elif status in (401, 403):
-        sentence = (
-            f"The hub refuses the {what} to this machine's token (status {status}); set HF_TOKEN to "
-            "a token that may read it."
-        )
     elif status is not None:
         sentence = (
             f"The hub answers with status {status} for the {what}; run the same command again "
@@ -253,7 +251,8 @@ def _refuse(e: Exception, name: str, kind: Kind, revision: str) -> NoReturn:
     else:
         sentence = (
             f"The hub at {constants.ENDPOINT} cannot be reached for the {what} "
-            f"({type(e.__cause__ or e).__name__}), and there is no such file or folder here; check the name and "
-            "this machine's connection, or set HF_HUB_OFFLINE=1 to use what was fetched before."
+            f"({type(e.__cause__ or e).__name__}), and there is no such file or folder here; check "
+            "the name and this machine's connection, or set HF_HUB_OFFLINE=1 to use what was "
+            "fetched before."
         )
     raise FileNotFoundError(sentence) from e

@@ -3,6 +3,7 @@
 Every request is noted, so that tests can tell what was asked for, and in which order.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -91,8 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body):
         url = urllib.parse.urlsplit(self.path)
-        path = urllib.parse.unquote(url.path)
-        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        path = url.path  # a slash in the name of a branch stays quoted
+        self.hub.requests.append(
+            (self.command, urllib.parse.unquote(path), self.headers.get("Range", ""))
+        )
         time.sleep(self.hub.seconds)
         if self.hub.status:
             return self._send(self.hub.status, b"{}")
@@ -105,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, b"{}")
 
     def _commit(self, kind, name, revision):
+        revision = urllib.parse.unquote(revision)
         repo = self.hub.repos.get((kind, name))
         if repo is None:  # the hub does not tell a missing repository from a private one
             self._send(401, b'{"error": "Invalid username or password."}')
@@ -154,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.gated:
             return self._send(401, b"{}", {"X-Error-Code": "GatedRepo"})
         head = {"X-Repo-Commit": commit}
-        data = repo.commits[commit].get(file)
+        data = repo.commits[commit].get(urllib.parse.unquote(file))
         if data is None:
             return self._send(404, b"{}", head | {"X-Error-Code": "EntryNotFound"})
         if not large(file):
@@ -174,17 +178,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, b"{}")
 
     def _send(self, status, data, headers=None):
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            if status == 200:
-                start, stop = int(asked[1]), int(asked[2] or len(data) - 1)
-                status, data = 206, data[start : stop + 1]
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part and status == 200:
+            status, data = 206, data[int(part[1]) : int(part[2] or len(data) - 1) + 1]
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            with contextlib.suppress(BrokenPipeError):  # a client that did not wait
+                self.wfile.write(data)
 
 
 def _entry(file, data):

@@ -10,7 +10,6 @@ from deltapref_jax.files import remote
 from deltapref_jax.hub import repository
 from deltapref_jax.models.folder import hub_repository
 
-
 Config = TypeVar("Config")
 
 
