@@ -126,26 +126,26 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         files = repo.commits[commit]
         entries = [_entry(file, data) for file, data in files.items()]
+        entries += _folders(files)
         if what == "tree":
             inside = [e for e in entries if e["path"].startswith(folder and f"{folder}/")]
-            if folder and not inside:
+            if "recursive=true" not in self.path.lower():
+                depth = folder.count("/") + bool(folder)
+                inside = [e for e in inside if e["path"].count("/") == depth]
+            if not inside:
                 return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return self._send(200, json.dumps(inside).encode())
         if what == "paths-info":
             asked = urllib.parse.parse_qs(body.decode()).get("paths", [])
             if self.headers.get("Content-Type", "").startswith("application/json"):
                 asked = json.loads(body)["paths"]
-            folders = [
-                {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-                for path in asked
-                if any(e["path"].startswith(f"{path}/") for e in entries)
-            ]
-            found = [e for e in entries if e["path"] in asked] + folders
+            found = [e for e in entries if e["path"] in asked]
             return self._send(200, json.dumps(found).encode())
         siblings = [
             {"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]}
             | ({"lfs": {**e["lfs"], "sha256": e["lfs"]["oid"]}} if "lfs" in e else {})
             for e in entries
+            if e["type"] == "file"
         ]
         about = {"id": name, "sha": commit, "siblings": siblings, "private": False}
         about |= {"gated": "auto" if repo.gated else False, "downloads": 0, "likes": 0, "tags": []}
@@ -197,3 +197,8 @@ def _entry(file, data):
         sha256 = hashlib.sha256(data).hexdigest()
         entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
     return entry
+
+
+def _folders(files):
+    parents = {str(p) for file in files for p in pathlib.PurePosixPath(file).parents} - {"."}
+    return [{"type": "directory", "path": p, "size": 0, "oid": "0" * 40} for p in sorted(parents)]

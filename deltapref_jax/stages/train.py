@@ -88,7 +88,7 @@ class Policy(Node, stage="train", version=4):
                 export(merge(model.state, trained, adapters), model.spec, model.text, folder)
             if adapters.rank:
                 with job.output_dir("adapter") as folder:
-                    export_adapter(trained, adapters, self.student.path, folder)
+                    export_adapter(trained, adapters, self.student, folder)
         job.stats |= metrics | counts
         job.stats |= {
             "groups": float(len(data.groups)),
