@@ -120,10 +120,6 @@ class Prompts:
     path: str = dataclasses.field(default="", metadata=UNHASHED)
     # Split of a hub or TFDS data set.
     split: str = "train"
-    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
-    name: str = dataclasses.field(default="", metadata=UNHASHED)
-    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
-    revision: str = dataclasses.field(default="", metadata=UNHASHED)
     # Synthetic families, or reasoning-gym tasks; mixed in equal numbers.
     tasks: tuple[str, ...] = ()
     # Questions kept; 0: all (files only).
@@ -138,6 +134,10 @@ class Prompts:
     answer_field: str = "answer"
     # How answers of a file are checked: "math", "exact", or "" (unchecked).
     checker: str = ""
+    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -146,10 +146,10 @@ class Model:
 
     # "" means: the student's.
     path: str = dataclasses.field(default="", metadata=UNHASHED)
-    # Branch, tag or commit of a hub name, "": the default branch; manifests have the commit.
-    revision: str = dataclasses.field(default="", metadata=UNHASHED)
     # Of activations and weights in forward passes.
     dtype: str = "float32"
+    # Branch, tag or commit of a hub name, "": the default branch; manifests have the commit.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
     @property
     def place(self) -> str:
@@ -427,14 +427,14 @@ class Pairs:
     path: str = dataclasses.field(default="", metadata=UNHASHED)
     # Split of a hub data set or folder.
     split: str = "train"
-    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
-    name: str = dataclasses.field(default="", metadata=UNHASHED)
-    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
-    revision: str = dataclasses.field(default="", metadata=UNHASHED)
     # Processes that tokenise; a file of less than a thousand rows each needs fewer.
     workers: int = dataclasses.field(default=4, metadata=UNHASHED)
     # Of over_length "truncate": the end of a sequence that stays; TRL's names.
     truncation_mode: str = "keep_start"
+    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
 
 @dataclasses.dataclass

@@ -122,7 +122,7 @@ def test_a_base_is_loaded_in_its_own_dtype(tiny, tmp_path):
 
 
 def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
-    export_adapter(adapted[0], LORA, Model("the/base", "v2"), tmp_path / "adapter")
+    export_adapter(adapted[0], LORA, Model("the/base", revision="v2"), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (
         config["peft_type"],

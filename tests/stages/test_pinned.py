@@ -90,9 +90,9 @@ def test_a_dry_run_of_models_on_the_hub_fetches_no_weights(hub, folder, data, tm
     named = Model(MODEL)
     models = {
         "student": named,
-        "reference": Model(MODEL, "later"),
-        "generator": Model(MODEL, second),
-        "judge": Model(MODEL, first),
+        "reference": Model(MODEL, revision="later"),
+        "generator": Model(MODEL, revision=second),
+        "judge": Model(MODEL, revision=first),
     }
     e = experiment(tmp_path, **{k: dataclasses.replace(m) for k, m in models.items()})
     report = study.plan(e)
@@ -161,7 +161,7 @@ def test_pair_training_fetches_weights_when_they_are_needed(hub, folder, data, t
 def test_a_folder_has_no_revision(hub, folder, data):
     for path in (str(folder), "gs://bucket/model"):
         with pytest.raises(ConfigError) as raised:
-            pinned(PairTraining(data=Pairs(str(data)), student=Model(path, "v1")))
+            pinned(PairTraining(data=Pairs(str(data)), student=Model(path, revision="v1")))
         assert str(raised.value) == (
             f"revision of the model {path} is 'v1', and it is in no repository of the hub; leave "
             "the field empty."
