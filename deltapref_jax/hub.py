@@ -213,6 +213,9 @@ def _hub_errors(name: str, kind: Kind, revision: str) -> Iterator[None]:
 def _refuse(e: Exception, name: str, kind: Kind, revision: str) -> NoReturn:
     from huggingface_hub import constants, errors
 
+    # This is how the library says that neither the hub nor its cache gives a file.
+    if isinstance(e, errors.LocalEntryNotFoundError) and isinstance(e.__cause__, Exception):
+        e = e.__cause__
     what = f"{_word(kind)} {name!r}"
     status = getattr(getattr(e, "response", None), "status_code", None)
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -251,7 +254,7 @@ def _refuse(e: Exception, name: str, kind: Kind, revision: str) -> NoReturn:
     else:
         sentence = (
             f"The hub at {constants.ENDPOINT} cannot be reached for the {what} "
-            f"({type(e.__cause__ or e).__name__}), and there is no such file or folder here; check "
+            f"({type(e).__name__}), and there is no such file or folder here; check "
             "the name and this machine's connection, or set HF_HUB_OFFLINE=1 to use what was "
             "fetched before."
         )

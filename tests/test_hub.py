@@ -1,3 +1,4 @@
+import errno
 import socket
 import time
 
@@ -101,3 +102,23 @@ def test_content_that_changed_on_the_way_is_removed(hub, folder):
         repo.fetch(["model.safetensors"])
     hub.repos["model", NAME].commits[commit]["model.safetensors"] = b"weights"
     assert (repo.fetch(["model.safetensors"]) / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_hub_that_fails_in_the_middle_is_one_sentence(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.push(NAME, folder)
+    repository(NAME, "", "model")
+    hub.status = 503
+    assert refusal().startswith("The hub answers with status 503 for the model 'someone/tiny'; ")
+
+
+def test_a_full_disk_is_one_sentence(hub, folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.push(NAME, folder)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    assert refusal() == (
+        f"There is no room for someone/tiny in {huggingface_hub.constants.HF_HUB_CACHE} ([Errno "
+        "28] No space left on device); make room, or set HF_HOME to another folder."
+    )

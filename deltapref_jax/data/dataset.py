@@ -29,7 +29,7 @@ def content_of(source: Pairs | Prompts) -> str:
     """
     if on_hub(source):
         repo = repository(source.path, source.revision, "dataset")
-        if not repo.offline:
+        if not _offline(repo):
             with _one_sentence(source):
                 _check_split(source, _builder(source, repo))
         content = f"{source.path}@{repo.commit}"
@@ -55,19 +55,18 @@ def load_split(source: Pairs | Prompts) -> Any:
     """
     import datasets
 
-    subset = source.name or None
     if on_hub(source):
         repo = repository(source.path, source.revision, "dataset")
-        if repo.offline:
+        if _offline(repo):
             return _cached_split(source, repo)
         with _one_sentence(source):
-            return datasets.load_dataset(
-                source.path, subset, split=source.split, revision=repo.commit
-            )
+            builder = _builder(source, repo)
+            builder.download_and_prepare()
+            return builder.as_dataset(split=source.split)
     folder = Path(local_copy(source.path))
     with _one_sentence(source):
         if not _saved(folder):
-            return datasets.load_dataset(str(folder), subset, split=source.split)
+            return datasets.load_dataset(str(folder), source.name or None, split=source.split)
         data = datasets.load_from_disk(str(folder))
         return data[source.split] if isinstance(data, dict) else data
 
@@ -77,17 +76,29 @@ def _saved(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
+def _offline(repo: Repository) -> bool:
+    """Whether a data set is read from the cache; HF_DATASETS_OFFLINE is a switch of its own."""
+    import datasets
+
+    return repo.offline or bool(datasets.config.HF_HUB_OFFLINE)
+
+
 def _builder(source: Pairs | Prompts, repo: Repository) -> Any:
     """The library's description of a data set on the hub.
 
     Raises:
       ConfigError: it has no such subset, or several and none is named.
+      ConnectionError: the hub does not give it.
     """
     import datasets
 
     subset = source.name or None
     try:
-        return datasets.load_dataset_builder(source.path, subset, revision=repo.commit)
+        builder = datasets.load_dataset_builder(source.path, subset, revision=repo.commit)
+        # Where the hub does not answer, the library takes what it has of any other commit.
+        if builder.hash != repo.commit:
+            raise ConnectionError(f"the hub does not give the commit {repo.commit}")
+        return builder
     except ValueError:  # also of data files that cannot be read
         subsets = datasets.get_dataset_config_names(source.path, revision=repo.commit)
         if source.name in subsets or len(subsets) == 1 and not source.name:

@@ -87,6 +87,14 @@ def test_subset_and_split_are_looked_up_before_data_are_fetched(hub, several):
     assert data_asked(hub) == {"easy", "hard"}
 
 
+def test_a_subset_that_its_author_made_the_default_need_not_be_named(hub, several):
+    card = several / "README.md"
+    card.write_text(card.read_text().replace('"hard",', '"hard", "default": true,'))
+    hub.push(NAME, several, kind="dataset")
+    content_of(Pairs(path=NAME))
+    assert load_split(Pairs(path=NAME))["prompt"][:] == ["7 * 8?", "9 * 9?"]
+
+
 def test_offline_the_data_of_the_same_commit_come_from_the_cache(hub, folder, offline):
     first = hub.push(NAME, folder, kind="dataset")
     load_split(Pairs(path=NAME))
@@ -103,6 +111,21 @@ def test_offline_the_data_of_the_same_commit_come_from_the_cache(hub, folder, of
     with pytest.raises(ConfigError, match=r"\(split 'no'\) cannot be loaded"):
         load_split(Pairs(path=NAME, split="no"))
     assert not hub.requests
+
+
+def test_another_commit_is_no_stand_in_when_the_hub_fails(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.push(NAME, folder, kind="dataset")
+    load_split(Pairs(path=NAME))
+    write(folder, data__train=["d?"])
+    hub.push(NAME, folder, kind="dataset")
+    repository.cache_clear()
+    repository(NAME, "", "dataset")
+    hub.status = 503
+    with pytest.raises(
+        ConfigError, match=r"\(ConnectionError: the hub does not give the commit \w+\)"
+    ):
+        load_split(Pairs(path=NAME))
 
 
 def test_offline_what_is_missing_is_one_sentence(hub, several, offline):
