@@ -16,6 +16,7 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import DIMENSIONS, ConfigError, Judge, Model, Scoring
 from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.models.flops import forward_flops, training_flops
+from deltapref_jax.models.folder import resolve
 from deltapref_jax.models.lora import adapters
 from deltapref_jax.models.memory import (
     BYTES,
@@ -25,7 +26,7 @@ from deltapref_jax.models.memory import (
     training_memory,
 )
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import inspect_model, resolve
+from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.records import Prompt
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
@@ -292,7 +293,7 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
       ConfigError: the longest prompt is too long.
     """
     read = functools.cache(lambda table: _known_prompts(table, workspace))
-    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path)))
+    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path, weights=False)))
     longest = functools.cache(
         lambda table, path, system, prefix: max(
             (len(texts(path).prompt_ids(asked(p, system, prefix))) for p in read(table)), default=0
@@ -302,9 +303,9 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
     for node in in_order([report]):
         if isinstance(node, TraceTable) and not workspace.complete(node):
             g = node.generator
-            lengths[node.name] = longest(node.prompts, g.model.path, g.system, g.prefix)
+            lengths[node.name] = longest(node.prompts, g.model.place, g.system, g.prefix)
         elif isinstance(node, ResultTable) and not workspace.complete(node):
-            lengths[node.name] = longest(node.questions, node.model.path, node.system, node.prefix)
+            lengths[node.name] = longest(node.questions, node.model.place, node.system, node.prefix)
     worst = max(lengths, key=lambda name: lengths[name], default="")
     most = report.experiment.sampling.max_prompt
     if worst and lengths[worst] > most:

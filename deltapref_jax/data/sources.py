@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Prompts, check_choice, need_reasoning_gym
+from deltapref_jax.data.dataset import load_split
 from deltapref_jax.files import local_copy
 from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic import world
@@ -216,19 +217,9 @@ def _parquet(source: Prompts) -> Iterable[Prompt]:
 
 
 def _hub(source: Prompts) -> Iterable[Prompt]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(source.path, split=source.split)
-    except Exception as e:  # the library and the hub raise dozens of types
-        raise ConfigError(
-            f"The data set {source.path!r} (split {source.split!r}) cannot be loaded "
-            f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split "
-            "and connection, or give a local folder."
-        ) from e
     return _from_columns(
         source,
-        ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(data)),
+        ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(load_split(source))),
         Path(source.path).name,
     )
 

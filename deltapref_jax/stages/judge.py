@@ -83,7 +83,7 @@ def rater(
 
         return exactly
 
-    model = functools.cache(lambda: load(judge.model.path, judge.model.dtype))
+    model = functools.cache(lambda: load(judge.model.place, judge.model.dtype))
 
     def by_model(
         prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]

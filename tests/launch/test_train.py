@@ -28,7 +28,8 @@ from configs.train import get_config
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
-from deltapref_jax.models.weights import export, inspect_model, load, weights_hash
+from deltapref_jax.models.folder import weights_hash
+from deltapref_jax.models.weights import export, inspect_model, load
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.pairs_file import check, plan
