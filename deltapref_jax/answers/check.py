@@ -77,9 +77,11 @@ def _stated(found: Statement, text: str, gold: str) -> str:
     said = found.text[:_MAX_ANSWER]
     if found.how == "box" and "$" not in said:
         return f"${said}$"  # its full stops and exclamation marks end no sentence
+    whole = without_thoughts(text).strip()
+    if not found.text and _gold_number(gold) and "\n" not in whole[:_MAX_ANSWER]:
+        return whole if len(whole) <= _MAX_ANSWER and reading.number(whole) else ""  # "twenty-five"
     if found.how != "number" or _gold_number(gold):
         return said
-    whole = without_thoughts(text).strip()
     if reading.gold_letter(gold) or reading.is_words(gold):
         # Words that are not announced are an answer only where they are all that the trace says.
         if (
@@ -106,9 +108,7 @@ def _compare(gold: str, said: str, kind: str) -> Verdict:
             return Verdict(False, said, "")
     else:
         for candidate in [*reading.readings(said), head]:
-            if reading.words(candidate) == reading.words(gold) or reading.same_formula(
-                candidate, gold
-            ):
+            if _same_words(candidate, gold) or reading.same_formula(candidate, gold):
                 return Verdict(True, candidate.strip("*_ "), "")
     if kind == "exact" or reading.is_words(gold) or not head:
         return Verdict(False, head, "")
@@ -117,9 +117,21 @@ def _compare(gold: str, said: str, kind: str) -> Verdict:
     return Verdict(correct, head, note)
 
 
+_TRUTH = {"yes": "true", "no": "false"}
+
+
+def _same_words(said: str, gold: str) -> bool:
+    """Whether both have the same words; yes and no are answers to what is true and false."""
+    one, other = reading.words(said), reading.words(gold)
+    return _TRUTH.get(one, one) == _TRUTH.get(other, other)
+
+
 def _gold_number(gold: str) -> frozenset[Fraction] | None:
-    """Values of a reference answer that is a number with or without a unit; 0101 is none."""
-    if re.fullmatch(r"\s*0\d+\s*", gold):
+    """Values of a reference answer that is a number with or without a unit.
+
+    0101 is none, while the 025 of a contest that asks for three digits is 25.
+    """
+    if re.fullmatch(r"\s*0\d{3,}\s*", gold):
         return None
     found = reading.number(gold)
     return found[0] if found else None
