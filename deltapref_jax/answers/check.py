@@ -110,7 +110,7 @@ def _compare(gold: str, said: str, kind: str) -> Verdict:
         for candidate in [*reading.readings(said), head]:
             if _same_words(candidate, gold) or reading.same_formula(candidate, gold):
                 return Verdict(True, candidate.strip("*_ "), "")
-    if kind == "exact" or reading.is_words(gold) or not head:
+    if kind == "exact" or reading.is_words(gold) or _is_digits(gold) or not head:
         return Verdict(False, head, "")
     request = {"kind": "math", "gold": reading.normalize(gold), "answer": head}
     correct, note = _worker.grade(request)
@@ -126,12 +126,17 @@ def _same_words(said: str, gold: str) -> bool:
     return _TRUTH.get(one, one) == _TRUTH.get(other, other)
 
 
+def _is_digits(gold: str) -> bool:
+    """Whether the reference is a row of digits and no number, such as 0101."""
+    return re.fullmatch(r"\s*0\d{3,}\s*", gold) is not None
+
+
 def _gold_number(gold: str) -> frozenset[Fraction] | None:
     """Values of a reference answer that is a number with or without a unit.
 
     0101 is none, while the 025 of a contest that asks for three digits is 25.
     """
-    if re.fullmatch(r"\s*0\d{3,}\s*", gold):
+    if _is_digits(gold):
         return None
     found = reading.number(gold)
     return found[0] if found else None

@@ -42,7 +42,7 @@ _MARKER = re.compile(
     rf"[*_ \t]{{0,9}}(?:\b{_VERB}|:)"
     rf"|\b(?:correct|right|best) (?:option|choice|statement)[*_ \t]{{0,9}}(?:\b{_VERB}|:)"
     # "we get the answer 12", "Ans: 12", "I choose (C)", and "hence C." at the end.
-    r"|\b(?:the|an) answer(?=[ \t]{1,9}\$?-?\d)|\bans[.:=]{1,2}(?=\s)"
+    r"|(?<!is )\b(?:the|an) answer(?=[ \t]{1,9}\$?-?\d)|\[\[(?=[A-J]\]\])|\bans[.:=]{1,2}(?=\s)"
     r"|\b(?:I|we)(?:'ll| will| would)? (?:choose|pick|select|go with)\b"
     r"(?= (?:option |choice |answer )?[*(]{0,3}[A-J]\b)"
     r"|\b(?:so|hence|thus|therefore),?(?= [*(]{0,3}[A-J][).*]{0,3}\s{0,9}\Z)"
@@ -50,7 +50,8 @@ _MARKER = re.compile(
     r"|(?:答案|答え|정답)[* ]{0,9}(?:是|为|為|は|은|는|选|選|[:：])[:： ]{0,9}"
     r"|(?:故|应|所以|因此)选(?:择)?[:： ]{0,9}(?=[A-J])"
     r"|(?:\b(?:ответ|respuesta|réponse|antwort|resposta|risposta|đáp án)|الإجابة|الجواب|उत्तर)"
-    r"(?: (?:final|finale|correcta|correcte|finală))?[* ]{0,9}(?:\b(?:es|est|ist|é|è|là)\b|هي|है|هو|[:=])"
+    r"(?: (?:finale?|correct[ae]|final))?[* ]{0,9}"
+    r"(?:\b(?:es|est|ist|é|è|là)\b|هي|है|هو|[:=])"
     # A heading or a line of its own.
     r"|^[ \t#*_>-]{0,9}(?:the )?(?:final |correct )?answer[ \t*_:]{0,9}$",
     re.IGNORECASE | re.MULTILINE,
@@ -63,7 +64,9 @@ _NO_STATEMENT = re.compile(
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-−])?(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"(?:/\d+|[-–]\d+(?:\.\d+)?)?)(?:\\?%|[ ](?:thousand|million|billion|trillion)\b)?"
+    r"(?:/\d+|[-–]\d+(?:\.\d+)?|e[-+]?\d+\b)?)"
+    r"(?: ?(?:×|x|\\times|\\cdot|\*) ?10(?=[\^⁰¹²³⁴-⁹⁻]))?(?:\^\{?[-−]?\d+\}?|[⁰¹²³⁴-⁹⁻]+)?"
+    r"(?:\\?%|[ ](?:thousand|million|billion|trillion)\b)?"
 )
 _APPROXIMATION = re.compile(
     r"(?:,? {0,3}\bor {1,3}(?:about|approximately|roughly)|[≈]|\\approx)[ $\\(]{0,5}[\d.,]+"

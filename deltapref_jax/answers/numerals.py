@@ -21,7 +21,7 @@ _PART = "|".join(sorted(_PARTS, key=len, reverse=True))
 _NUMERAL = re.compile(
     rf"(?P<sign>minus |negative )?(?P<a>an? (?=(?:{'|'.join(_SCALES)}|{_PART})\b))?"
     rf"(?P<words>(?:{_WORD})\b(?:(?:\s*-\s*|\s+(?:and\s+)?)(?:{_WORD})\b)*)?"
-    rf"(?P<part>(?:(?<=a)|(?<=an)|\s*-\s*|\s+|(?<![\w ]))(?:{_PART})\b)?"
+    rf"(?P<part>[\s-]*(?:{_PART})\b)?"
     rf"(?P<more>\s+and\s+(?:an?|one)[\s-](?P<half>half|third|quarter)\b)?",
 )
 
@@ -55,7 +55,9 @@ def in_words(text: str) -> tuple[Fraction, str] | None:
     if m is None or not (m["words"] or m["part"]):
         return None
     rest = text[m.end() :]
-    if re.match(r"[\w-]|\s+\w+(?:ths?|rds?)\b", rest) or re.search(r"\d|\b(?:or|and|to)\b", rest):
+    if re.match(
+        r"[\w-]|\s+a\s+(?:dozen|hundred|thousand|million|billion)\b|\s+\w+(?:ths?|rds?)\b", rest
+    ) or re.search(r"\d|\b(?:or|and|to)\b", rest):
         return None
     if m["words"] and not m["part"] and rest.startswith(" of"):
         return None  # "one of them"

@@ -37,6 +37,7 @@ def normalize(text: str) -> str:
     """The text with one sign for each meaning, without fonts, layout and formulas' borders."""
     text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", unicodedata.normalize("NFC", text))
     text = re.sub("[₀-₉]", lambda m: f"_{ord(m[0]) - 0x2080}", text)
+    text = re.sub(r"，(?!\d)", ", ", text)
     text = "".join(
         unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uff5e" else c for c in text
     )
@@ -95,10 +96,10 @@ def ends(text: str) -> list[int]:
 
 
 _FILLER = re.compile(
-    r"(?:[\s*_\"'`:=>~]|\\approx|\\(?=\s)|(?:therefore|thus|hence|then|so|clearly|simply|just|also|"
+    r"(?:[\s*_\"'`:=>~#]|\\approx|\\(?=\s)|(?:therefore|thus|hence|then|so|clearly|simply|just|also|"
     r"now|indeed|approximately|approx\.|about|around|roughly|exactly|equal to|equals|given by|"
     r"as follows|it is|it's|this is|that is|there (?:is|are)|a total of|only|still|actually|"
-    r"probably|the (?:number|value|total|sum|result|product)(?: of)?)\b,?)*",
+    r"probably|the (?:number|value|total|sum|result|product)(?: of| is| was)?)\b,?)*",
     re.IGNORECASE,
 )
 _OPTION = re.compile(
@@ -295,6 +296,7 @@ def letter(text: str) -> str | None:
 
 _SEVERAL = re.compile(
     r"\d\s*[–—]\s*[-\d]|\b(?:or|and|to|between|from|either|neither|both|through)\b|,\s|\\pm"
+    r"|[<>]|\\(?:[lg]eq?|neq?|[lg]t)(?![a-z])"
 )
 
 
@@ -329,6 +331,7 @@ _UNIT = re.compile(
 def formula(text: str) -> str:
     r"""The formula without spaces and needless braces: \frac12 is \frac{1}{2}, x^{2} is x^2."""
     text = normalize(_UNIT.sub("", text)).strip("*_ ")
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\{[bB]matrix\}", "{pmatrix}", text)  # brackets of a matrix are a choice
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}", text)

@@ -22,7 +22,7 @@ from deltapref_jax.stages.verify import verdict
 _IDENTITY = digest("evaluation")
 
 
-class ResultTable(Node, stage="evaluate", version=5):
+class ResultTable(Node, stage="evaluate", version=6):
     """RESULT: one model on one suite. Missing suites of one model are sampled in one pass.
 
     Attributes:

@@ -280,7 +280,12 @@ def _ended(head: str, whole: str, answer: Messages, ends: Sequence[str]) -> str:
     """The conversation with an end token behind its last message, which `head` precedes."""
     said = answer[-1]["content"].strip()
     after = whole.rfind(said) + len(said) if said else len(head)
-    return whole if any(end in whole[after:] for end in ends) else whole + ends[0]
+    found = sorted((whole.index(end, after), len(end)) for end in ends if end in whole[after:])
+    if not found:
+        return whole + ends[0]
+    until = sum(found[0])
+    # Some templates end the conversation once more behind the turn's end, as that of Phi-3 does.
+    return whole[:until] if any(end in whole[until:] for end in ends) else whole
 
 
 def _behind(asked: str, content: str) -> str:
