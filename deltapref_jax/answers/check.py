@@ -63,13 +63,19 @@ def _answered(prompt: Mapping[str, Any], text: str, kind: str) -> Verdict:
     golds = json.loads(prompt["meta"]).get("answers") or [prompt["answer"]]
     found = statement(text)
     verdict = Verdict(False, "", "no answer")
-    for gold in golds:
+    for gold in map(_boxed, golds):
         said = _stated(found, text, gold)
         if said:
             verdict = _compare(gold, said, kind)
             if verdict.correct:
                 break
     return verdict
+
+
+def _boxed(gold: str) -> str:
+    """The reference answer, or what the box of a worked solution (MATH, NuminaMath) holds."""
+    found = statement(gold) if "\\boxed" in gold else None
+    return found.text if found and found.how == "box" else gold
 
 
 def _stated(found: Statement, text: str, gold: str) -> str:
@@ -82,14 +88,11 @@ def _stated(found: Statement, text: str, gold: str) -> str:
         return whole if len(whole) <= _MAX_ANSWER and reading.number(whole) else ""  # "twenty-five"
     if found.how != "number" or _gold_number(gold):
         return said
+    # What is not announced is an answer only where it is all that the trace says.
+    alone = len(whole) <= _MAX_ANSWER and "\n" not in whole
+    if alone and _compare(gold, whole, "exact").correct:
+        return whole
     if reading.gold_letter(gold) or reading.is_words(gold):
-        # Words that are not announced are an answer only where they are all that the trace says.
-        if (
-            len(whole) <= _MAX_ANSWER
-            and "\n" not in whole
-            and _compare(gold, whole, "exact").correct
-        ):
-            return whole
         return said
     return last_formula(text) or said
 

@@ -22,7 +22,7 @@ _NUMERAL = re.compile(
     rf"(?P<sign>minus |negative )?(?P<a>an? (?=(?:{'|'.join(_SCALES)}|{_PART})\b))?"
     rf"(?P<words>(?:{_WORD})\b(?:(?:\s*-\s*|\s+(?:and\s+)?)(?:{_WORD})\b)*)?"
     rf"(?P<part>[\s-]*(?:{_PART})\b)?"
-    rf"(?P<more>\s+and\s+(?:an?|one)[\s-](?P<half>half|third|quarter)\b)?",
+    rf"(?P<more>\s+and\s+an?\s(?P<half>half|third|quarter)\b)?",
 )
 
 
@@ -68,7 +68,11 @@ def in_words(text: str) -> tuple[Fraction, str] | None:
             return None
         value = Fraction(cardinal)
     if m["part"]:
-        value /= _PARTS[re.sub(r"[^a-z]", "", m["part"])]
+        part = re.sub(r"[^a-z]", "", m["part"])
+        alone = part in _ORDINALS.split() and not (m["words"] or m["a"])
+        if alone or (value != 1 and not part.endswith("s")):
+            return None  # "third" and "twenty-fifth" are places in an order
+        value /= _PARTS[part]
     if m["half"]:
         value += Fraction(1, _PARTS[m["half"]])
     return (-value if m["sign"] else value), m[0].strip()
