@@ -61,7 +61,7 @@ def in_words(text: str) -> tuple[Fraction, str] | None:
         return None
     if m["words"] and not m["part"] and rest.startswith(" of"):
         return None  # "one of them"
-    value: Fraction | None = Fraction(1)
+    value = Fraction(1)
     if m["words"]:
         cardinal = _cardinal(m["words"])
         if cardinal is None:
