@@ -198,7 +198,7 @@ class Cost:
         for node in in_order([self._report]):
             model = _model(node)
             if model:
-                paths[_weights(node)] = model.path
+                paths[_weights(node)] = model.place
         return paths
 
     def _spec_of(self, weights: str, path: str) -> ModelSpec | None:
@@ -218,14 +218,14 @@ class Cost:
             return node.stage, None, "", 0
         rank = node.training.lora.rank if isinstance(node, Policy) else 0
         dtype = node.dtype if isinstance(node, LogProbTable) else model.dtype
-        return node.stage, self._spec(model.path), dtype, rank
+        return node.stage, self._spec(model.place), dtype, rank
 
     def _flops(self, node: Node, length: float) -> float:
         """Of one sequence."""
         model, positions = _model(node), np.arange(round(length))
         if model is None:
             return 0.0
-        spec, answer = self._spec(model.path), self._report.experiment.sampling.max_tokens
+        spec, answer = self._spec(model.place), self._report.experiment.sampling.max_tokens
         if isinstance(node, RatingTable | AuditTable):
             return forward_flops(spec, positions, len(node.judge.dimensions))
         targets = min(answer, len(positions))
@@ -237,7 +237,7 @@ class Cost:
         model = _model(node)
         if model is None:
             return 0.0
-        spec = self._spec(model.path)
+        spec = self._spec(model.place)
         if isinstance(node, TraceTable | ResultTable):
             slots = node.sampling.slots
             return sampling_memory(spec, slots, self._longest, model.dtype, node.mesh)
@@ -252,7 +252,7 @@ class Cost:
     def _disk(self, node: Node, work: Work, taken: Taken) -> float:
         """Bytes that stay: an exported policy with its checkpoints, or a table."""
         if isinstance(node, Policy):
-            spec, t = self._spec(node.student.path), node.training
+            spec, t = self._spec(node.student.place), node.training
             checkpoint = trained_parameters(spec, t) * (4 + 2 * BYTES[t.moments])
             return spec.parameters * 4 + t.keep_checkpoints * checkpoint + _FOLDER_BYTES
         if taken.sequences:
