@@ -7,7 +7,7 @@ other, and experts are one tensor each, except in GGUF.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,10 @@ class Place(NamedTuple):
     rows: tuple[int, int] | None  # first and end; None means all
 
 
+Headers = Mapping[str, Iterable[tuple[str, str, tuple[int, ...]]]]
+"""Name, dtype and shape of the tensors of every file of safetensors."""
+
+
 def open_folder(path: Path) -> Stored:
     """Opens a Hugging Face folder.
 
@@ -58,42 +62,89 @@ def open_folder(path: Path) -> Stored:
       FileNotFoundError: the folder is incomplete.
       ValueError: it is damaged, or describes a model that is not supported.
     """
+    config, spec = _read_config(path)
     try:
-        config = json.loads((path / "config.json").read_text())
         files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
         handles = {file.name: safe_open(file, framework="numpy") for file in files}
+    except Exception as e:  # safetensors raises different types on a truncated file
+        raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
+
+    def headers(handle: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for name in handle.keys():  # noqa: SIM118
+            header = handle.get_slice(name)  # reads no weights
+            yield name, header.get_dtype(), tuple(header.get_shape())
+
+    shapes, owners = _shapes(config, str(path), {f: headers(h) for f, h in handles.items()})
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        file, stored_name = owners[name]
+        tensor = handles[file].get_slice(stored_name)
+        return tensor[index] if index else tensor[:]
+
+    return Stored(spec, config, shapes, read)
+
+
+def unread_folder(folder: Path, where: str, headers: Headers) -> Stored:
+    """A model whose weights are still on the hub, for `check_tensors` alone.
+
+    Args:
+      folder: holds its config.json.
+      where: the model, for messages.
+      headers: of its files on the hub.
+
+    Raises:
+      ValueError: it is damaged, or describes a model that is not supported.
+    """
+    config, spec = _read_config(folder)
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        raise FileNotFoundError(f"Tensor {name} of {where} has not been fetched.")
+
+    return Stored(spec, config, _shapes(config, where, headers)[0], read)
+
+
+def _read_config(path: Path) -> tuple[Mapping[str, Any], ModelSpec]:
+    """Reads a folder's config.json.
+
+    Raises:
+      ValueError: the file is damaged, or describes a model that is not supported.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
-    except Exception as e:  # json and safetensors raise different types on a truncated file
+    except Exception as e:  # of the text, of JSON, or of the file system
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    spec = spec_from_hf(config)
-    owners: dict[str, str] = {}
-    stored_names: dict[str, str] = {}
+    return config, spec_from_hf(config)
+
+
+def _shapes(
+    config: Mapping[str, Any], where: str, files: Headers
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, str]]]:
+    """Returns the shape of every tensor by its name, and its file and its name there.
+
+    Raises:
+      ValueError: a tensor is in two files, or is quantised.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, handle in handles.items():
-        for stored in handle.keys():  # noqa: SIM118
-            name = _text_name(stored) if "text_config" in config else stored
+    owners: dict[str, tuple[str, str]] = {}
+    for file, headers in files.items():
+        for stored_name, dtype, shape in headers:
+            name = _text_name(stored_name) if "text_config" in config else stored_name
             if not name:
                 continue
             if name in owners:
                 raise ValueError(
-                    f"Tensor {stored} of {path} is in {owners[name]} and in {file}; leave one of "
-                    "the two files, or give the folder an index that names its shards."
+                    f"Tensor {stored_name} of {where} is in {owners[name][0]} and in {file}; leave "
+                    "one of the two files, or give the folder an index that names its shards."
                 )
-            header = handle.get_slice(stored)  # reads no weights
-            if header.get_dtype() not in _DTYPES:
+            if dtype not in _DTYPES:
                 raise ValueError(
-                    f"Tensor {stored} of {path} is stored as {header.get_dtype()}, and quantised "
-                    "weights are not supported; give the model in float32, bfloat16 or float16."
+                    f"Tensor {stored_name} of {where} is stored as {dtype}, and quantised weights "
+                    "are not supported; give the model in float32, bfloat16 or float16."
                 )
-            owners[name], stored_names[name] = file, stored
-            shapes[name] = tuple(header.get_shape())
-
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = handles[owners[name]].get_slice(stored_names[name])
-        return tensor[index] if index else tensor[:]
-
-    return Stored(spec, config, shapes, read)
+            owners[name], shapes[name] = (file, stored_name), shape
+    return shapes, owners
 
 
 def _text_name(name: str) -> str:

@@ -12,11 +12,17 @@ import numpy as np
 from flax import nnx
 
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.folder import model_files, resolve, weights_hash
+from deltapref_jax.models.folder import model_files, resolve, unfetched, weights_hash
 from deltapref_jax.models.gguf import open_gguf_model
 from deltapref_jax.models.parameters import parameters
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
-from deltapref_jax.models.stored import Stored, StoredParameter, check_tensors, open_folder
+from deltapref_jax.models.stored import (
+    Stored,
+    StoredParameter,
+    check_tensors,
+    open_folder,
+    unread_folder,
+)
 from deltapref_jax.text.template import ChatTokenizer
 
 
@@ -90,7 +96,7 @@ def open_model(path: str, dtype: str = "float32", params: str | None = "float32"
     local_path, stored = _open(path)
     spec = stored.spec
     graphdef, state = assemble(stored, path, dtype, params)
-    text, weights = ChatTokenizer.load(local_path), weights_hash(local_path)
+    text, weights = ChatTokenizer.load(local_path), weights_hash(path)
     return LoadedModel(graphdef, state, spec, text, weights, stored.config)
 
 
@@ -122,14 +128,25 @@ def assemble(
 def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
     """Returns the sizes and the tokenizer of a model, and checks it without reading its weights.
 
+    Of a model on the hub, config and tokenizer are fetched and checked first, then the headers of
+    its safetensors are read there; its weights stay where they are.
+
     Raises:
       FileNotFoundError: there is no model, or the folder is incomplete.
       ValueError: the architecture is not supported, a tensor is missing or has another shape, or
         the tokenizer cannot be used.
     """
-    local_path, stored = _open(path)
+    if remote := unfetched(path):
+        repo, files = remote
+        local_path = resolve(path, weights=False)
+        text = ChatTokenizer.load(local_path)
+        headers = {file: repo.tensors(file) for file in files}
+        stored = unread_folder(Path(local_path), path, headers)
+    else:
+        local_path, stored = _open(path)
+        text = ChatTokenizer.load(local_path)
     check_tensors(stored, path)
-    return stored.spec, ChatTokenizer.load(local_path)
+    return stored.spec, text
 
 
 def _open(path: str) -> tuple[str, Stored]:

@@ -64,11 +64,11 @@ class Policy(Node, stage="train", version=4):
         adapters = self.training.lora
         # Weights that are trained are float32; the frozen base of adapters keeps its stored dtype.
         model = open_model(
-            self.student.path, self.student.dtype, None if adapters.rank else "float32"
+            self.student.place, self.student.dtype, None if adapters.rank else "float32"
         )
         groups, counts = self.groups(job)
         mesh = make_mesh(self.mesh)
-        data = self.data(groups, mesh, {self.student.path: model.spec})
+        data = self.data(groups, mesh, {self.student.place: model.spec})
         trained, metrics = train(
             model.spec,
             model.state,
@@ -97,7 +97,7 @@ class Policy(Node, stage="train", version=4):
                 )
             if adapters.rank:
                 with job.output_dir("adapter") as folder:
-                    export_adapter(trained, model.spec, adapters, self.student.path, folder)
+                    export_adapter(trained, model.spec, adapters, self.student, folder)
         job.stats |= metrics | counts
         job.stats |= {
             "groups": float(len(data.groups)),
