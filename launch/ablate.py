@@ -7,6 +7,7 @@ Several runners may work in one workspace: each takes what is ready and not held
 can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
 """
 
+import functools
 import json
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import Experiment
+from deltapref_jax.config import ConfigError, Experiment
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate
 from launch.flags import define_profile_steps, run_main, window
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
+_DEVICES = flags.DEFINE_string(
+    "devices",
+    "",
+    "Devices that a dry run assumes, instead of those that the environment describes: "
+    "HOSTSxDEVICES, such as 4x4, or SLICESxHOSTSxDEVICES; gpu:2x8 are two hosts of GPUs.",
+)
 _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
 _PROFILE = define_profile_steps()
 
@@ -35,29 +42,47 @@ def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     e: Experiment = validate(_CONFIG.value)
     profile = window(_PROFILE.value)
+    if _DEVICES.value and not _DRY_RUN.value:
+        raise ConfigError(
+            f"--devices is {_DEVICES.value!r} and only a dry run assumes devices; leave it out, or "
+            "add --dry_run."
+        )
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
-    from deltapref_jax.mesh import check_rows, make_mesh
+    from deltapref_jax.devices import assumed_devices, attached_devices
+    from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
-    from deltapref_jax.processes import start_processes
+    from deltapref_jax.processes import process_index, start_processes
+    from deltapref_jax.stages.meshes import mesh_lines
     from deltapref_jax.stages.study import plan
 
-    start_processes()
-    install_group_shutdown(release_all)
+    if _DRY_RUN.value:  # A job would be joined only when all of its hosts run the command.
+        devices = assumed_devices(_DEVICES.value)
+    else:
+        start_processes()
+        install_group_shutdown(release_all)
+        devices = attached_devices()
     workspace = Workspace(e.workspace)
-    report = plan(e, profile)
+    # Meshes that do not fit the devices are refused here, before anything is made.
+    report = plan(e, profile, devices)
     console = plain_console()
+    if _DRY_RUN.value:
+        memory = "" if devices.platform == "cpu" else " with room for every model"
+        console.print(
+            f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
+            "--devices states others.",
+            soft_wrap=True,
+        )
+    if process_index() == 0:
+        inspect = functools.cache(inspect_model)
+        for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
+            console.print(line, soft_wrap=True)
     if _DRY_RUN.value:
         from launch.cost import check_prompts, plan_table
 
         console.print(plan_table(report, workspace))
         check_prompts(report, workspace)
         return
-    mesh = make_mesh(
-        e.mesh
-    )  # sizes that do not fit the devices are refused before anything is made
-    check_rows("config.training", e.training.rows, e.training.row_length, mesh)
-    check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
     # what the arms train on comes first, so that what they can show is said before they train
     run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
     _say_detectable(console, workspace, report)

@@ -4,10 +4,11 @@ The path of an optimizer moment ends with its parameter's path, so the same tabl
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(embed|head)$", ("tensor", "fsdp")),  # [V, D]
@@ -47,7 +48,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(part for part in parts if part not in ("value", "raw_value"))
 
 
-def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns the sharding of a parameter, by the one rule that matches its name.
 
     A dimension that its mesh axis does not divide is replicated.
@@ -55,6 +56,16 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Raises:
       ValueError: no rule matches, or several do.
     """
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(_rule(name, shape), shape, strict=False)
+        )
+    )
+
+
+def _rule(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """Mesh axes of the leading dimensions of a parameter, by the one rule that matches its name."""
     # All rules are tried: a parameter that two of them match is as much an error as one of none.
     matches = [axes for pattern, axes in RULES if re.search(pattern, name)]
     if len(matches) != 1:
@@ -62,16 +73,26 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
             f"{len(matches)} sharding rules match the parameter {name!r} of shape {shape}; "
             "exactly one must: see models.sharding.RULES."
         )
-    (axes,) = matches
-    return PartitionSpec(
-        *(
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=False)
-        )
-    )
+    return matches[0]
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def undivided(tree: Any, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Parameters that a mesh axis should divide and does not, by axis.
+
+    Args:
+      tree: parameters, or their shapes.
+      sizes: devices along every mesh axis.
+    """
+    found: dict[str, list[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        for axis, size in zip(_rule(name, leaf.shape), leaf.shape, strict=False):
+            if axis and size % sizes[axis]:
+                found.setdefault(axis, []).append(name)
+    return found
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the NamedSharding of every leaf of a tree of parameters or of a training state.
 
     Leaves are arrays or their shapes.

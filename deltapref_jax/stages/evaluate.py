@@ -51,7 +51,8 @@ class ResultTable(Node, stage="evaluate", version=5):
 
     def batch(self) -> object:
         """All suites of one model: slots stay filled, and its weights are loaded once."""
-        return self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
+        model = self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
+        return model, self.mesh
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:

@@ -9,11 +9,13 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, PairTraining, reference_of
 from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import LengthLimit
+from deltapref_jax.devices import attached_devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.weights import inspect_model, weights_hash
 from deltapref_jax.records import TokenSequence
+from deltapref_jax.stages.meshes import fit_training
 from deltapref_jax.stages.score import LogProbTable, known_table, read_logprobs, table_files
 from deltapref_jax.stages.study import check_same_vocabulary
 from deltapref_jax.stages.tokens import FileSequences
@@ -34,13 +36,15 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
 
     Raises:
       ConfigError: the data file or the table is not there, the table is of other weights than the
-        reference, the reference has another tokenizer, or adapters are wider than the student.
+        reference, the reference has another tokenizer, adapters are wider than the student, or the
+        mesh does not fit.
       FileNotFoundError, ValueError: a model is not there, or not one that can be loaded.
     """
     check_place(p.data.path)
     kind, reference = p.objective.kind, reference_of(p.student, p.reference)
     spec, tokenizer = inspect_model(p.student.path)
     check_rank(p.training.lora, spec)
+    training = fit_training(p.training, p.student, attached_devices(), lambda _: spec)
     if OBJECTIVE_KINDS[kind].reference:
         check_same_vocabulary(tokenizer, inspect_model(reference.path)[1])
     length, rule = p.training.row_length, p.training.over_length
@@ -66,7 +70,7 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
         known=known_table(p.table, weights),
         model=reference,
         table=p.table,
-        mesh=p.mesh,
+        mesh=training.mesh,
     )
     return Policy(
         label=(p.name,),
@@ -76,10 +80,10 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
         student_weights=weights_hash(p.student.path),
         reference_weights=weights,
         objective=p.objective,
-        training=p.training,
+        training=training,
         seed=p.seed,
         student=p.student,
-        mesh=p.mesh,
+        mesh=training.mesh,
         monitor=MonitorConfig(p.trackers, profile),
     )
 
@@ -98,7 +102,7 @@ def check(p: PairTraining, policy: Policy, workspace: Workspace) -> None:
     for row in rows:
         zeros.setdefault(row.trace_id, {})[row.sequence_id] = 0.0
     groups = referenced(p.objective.kind, examples, rows, zeros)
-    policy.data(groups, make_mesh(p.mesh), specs)
+    policy.data(groups, make_mesh(policy.mesh), specs)
     if p.table:
         check_known(rows, read_logprobs(table_files(p.table), policy.reference_weights), p.table)
 

@@ -25,6 +25,7 @@ from deltapref_jax.config import (
     reference_of,
 )
 from deltapref_jax.data.sources import task_names
+from deltapref_jax.devices import Devices, attached_devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
@@ -34,6 +35,7 @@ from deltapref_jax.pairs.build import Rules
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.meshes import fit_meshes
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.report import Report
@@ -51,20 +53,26 @@ _AUDIT_COUNT = 60  # problems a judge is audited on
 Inspect = Callable[[str], tuple[ModelSpec, ChatTokenizer]]
 
 
-def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
+def plan(
+    e: Experiment, profile: tuple[int, int] | None = None, devices: Devices | None = None
+) -> Report:
     """Every artifact of the study, as the inputs of its report.
+
+    The report's experiment has all sizes of all meshes stated (see `fit_meshes`).
 
     Args:
       e: validated.
       profile: first and last training step, from 1, that JAX's profiler traces in every arm.
+      devices: that the meshes are made over; None: those of this job.
 
     Raises:
       FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
-      ConfigError: a prompt file or table is not there, or a task is not known.
+      ConfigError: a prompt file or table is not there, a task is not known, or a mesh does not fit.
     """
     # Several nodes ask about one model, whose files are read once.
     inspect: Inspect = functools.cache(inspect_model)
     check_models(e, inspect)
+    e = fit_meshes(e, devices or attached_devices(), lambda path: inspect(path)[0])
     suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
     prompts = prompt_table(("prompts",), e.prompts, suites)
 
@@ -219,7 +227,7 @@ def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
         weights=weights_hash(model.path),
         sampling=e.sampling,
         seed=e.seed,
-        mesh=e.mesh,
+        mesh=g.mesh,
     )
 
 
@@ -246,7 +254,7 @@ def _ratings(
             scoring=e.scoring,
             system=table.generator.system,
             prefix=table.generator.prefix,
-            mesh=e.mesh,
+            mesh=judge.mesh,
         )
         for name, table in traces.items()
     }
@@ -263,7 +271,7 @@ def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable
         scoring=e.scoring,
         count=_AUDIT_COUNT,
         seed=e.seed,
-        mesh=e.mesh,
+        mesh=judge.mesh,
     )
 
 
@@ -306,7 +314,7 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
             known=known,
             model=reference,
             table=e.table,
-            mesh=e.mesh,
+            mesh=e.scoring.mesh,
         )
         for name, table in sequences.items()
         if name in read
@@ -342,7 +350,7 @@ def result_tables(
             sampling=e.sampling,
             seed=e.seed,
             model=model,
-            mesh=e.mesh,
+            mesh=generator.mesh if generator else e.sampling.mesh,
         )
 
     return {suite.name: of(suite) for suite in e.suites}
@@ -411,6 +419,6 @@ def _policy(
         training=e.training,
         seed=seed,
         student=e.student,
-        mesh=e.mesh,
+        mesh=e.training.mesh,
         monitor=monitor,
     )
