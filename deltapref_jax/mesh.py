@@ -69,7 +69,7 @@ def fit_shape(
         that fit.
     """
     stated = _stated(shape)
-    named = ", ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(shape).items() if n)
+    named = " ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(shape).items() if n)
     agrees = Condition(
         lambda s: all(s[axis] == size for axis, size in stated.items()),
         lambda _: (
@@ -162,13 +162,13 @@ def _nearest(
     best = sorted(fitting, key=lambda s: (round(distance(s), 9), order(s)))[:2]
     if not best:
         return ""
-    return "; nearest that fits: " + ", or ".join(describe(MeshShape(*sizes)) for sizes in best)
+    return "; nearest that fits: " + " or ".join(describe(MeshShape(*sizes)) for sizes in best)
 
 
 def describe(shape: MeshShape) -> str:
-    """The axes with more than one device, such as "data=2, fsdp=8"."""
+    """The axes with more than one device, such as "data=2 fsdp=8"."""
     sizes = {axis: size for axis, size in dataclasses.asdict(shape).items() if size != 1}
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
 
 
 def make_mesh(

@@ -85,9 +85,11 @@ def main(_: list[str]) -> None:
         return
     # what the arms train on comes first, so that what they can show is said before they train
     run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
-    _say_detectable(console, workspace, report)
+    if process_index() == 0:
+        _say_detectable(console, workspace, report)
     run([report], workspace, e.name, verify=_VERIFY.value)
-    _show(console, workspace, report)
+    if process_index() == 0:
+        _show(console, workspace, report)
 
 
 def _before_training(report: Node) -> list[Node]:

@@ -1,11 +1,9 @@
 """A process joins the job that its cluster's environment describes, and no other."""
 
-import http.server
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -73,30 +71,6 @@ def joined(monkeypatch):
         return calls[0] if calls else None
 
     return start
-
-
-@pytest.fixture
-def metadata(monkeypatch):
-    """A metadata server with the attributes that a test puts into the dictionary."""
-    attributes = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            assert self.headers["Metadata-Flavor"] == "Google"
-            value = attributes.get(self.path.rpartition("/")[2], 404)
-            code, text = (value, "error") if isinstance(value, int) else (200, value)
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield attributes, f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize(
