@@ -184,16 +184,27 @@ def test_a_new_sentence_on_the_page_changes_the_report_only(experiment, field):
     assert changed(experiment, **{field: "Another sentence."}) == {"report"}
 
 
-def test_workspace_mesh_and_places_change_no_table(experiment, tiny_folder, tmp_path):
-    tables = {label for label in keys(experiment) if label != "report"}
+def test_workspace_and_places_change_no_key(experiment, tiny_folder, tmp_path):
     moved = shutil.copytree(tiny_folder, tmp_path / "elsewhere")
     (tmp_path / "there").mkdir()
     file = str(shutil.copy(experiment.prompts[1].path, tmp_path / "there" / "asked.jsonl"))
     assert changed(experiment, workspace="other", trackers=("wandb",)) == set()
     assert changed(experiment, generators__2__about="edited") == {"report"}  # words for the page
-    assert not tables & changed(
-        experiment, mesh__data=2, student__path=str(moved), prompts__1__path=file
-    )
+    assert changed(experiment, student__path=str(moved), prompts__1__path=file) == set()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"training__mesh__data": 2},
+        {"scoring__mesh__tensor": 2},
+        {"judges__0__mesh__fsdp": 8},
+        {"sampling__mesh__tensor": 4},
+        {"generators__2__mesh__tensor": 8},
+    ],
+)
+def test_no_mesh_changes_a_key(experiment, fields):
+    assert changed(experiment, **fields) == set()
 
 
 def test_edited_prompts_and_weights_are_noticed(experiment, tiny_folder, tmp_path):
