@@ -62,8 +62,9 @@ SLURM = {
 # By system: variables of each process, and meshes that are stated; the others are chosen.
 SYSTEMS = {
     "gke": ({"TPU_WORKER_HOSTNAMES": "localhost,localhost"}, ()),
+    # Two slices of one host each, whose metadata differ in the number of the slice.
     "cloud tpu": (
-        {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+        {},
         ("training.mesh.data=2", "scoring.mesh.data=2", "judges[0].mesh.fsdp=4"),
     ),
     "slurm": (
@@ -212,7 +213,7 @@ def test_two_processes_make_the_tables_of_one(study, one, system, metadata_serve
             attributes |= {
                 "agent-worker-number": "0",
                 "worker-network-endpoints": "x:y:localhost",
-                "tpu-env": "",
+                "tpu-env": "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_COORDINATOR_ADDRESS: 'localhost'",
             }
         more = variables | own(index) | {"GCE_METADATA_IP": server, "JAX_COORDINATOR_PORT": port}
         processes.append(start(study, workspace, 2, flags, **more))
