@@ -533,6 +533,11 @@ class ModelZoo:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
+def mesh_of(own: MeshShape, stage: MeshShape) -> MeshShape:
+    """The mesh of a generator or judge: its own if that has a size, else that of its stage."""
+    return stage if own == MeshShape() else own
+
+
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's."""
     return dataclasses.replace(model, path=model.path or experiment.student.path)

@@ -78,6 +78,7 @@ def main(_: list[str]) -> None:
     profile = window(_PROFILE.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.devices import attached_devices
     from deltapref_jax.mesh import is_first
     from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
@@ -89,7 +90,7 @@ def main(_: list[str]) -> None:
     start_processes()
     install_group_shutdown(release_all)
     workspace = Workspace(p.workspace)
-    policy, console = plan(p, profile), plain_console()
+    policy, console = plan(p, profile, attached_devices()), plain_console()
     if is_first():
         for line in training_lines(
             policy.training, policy.student, lambda path: inspect_model(path)[0]

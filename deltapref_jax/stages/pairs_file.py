@@ -9,7 +9,7 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, PairTraining, reference_of
 from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.preferences import LengthLimit
-from deltapref_jax.devices import attached_devices
+from deltapref_jax.devices import Devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.lora import check_rank
@@ -25,7 +25,9 @@ from deltapref_jax.training.monitor import MonitorConfig
 _SHARD = 1024  # sequences scored between two marks: what a killed run may have to repeat
 
 
-def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
+def plan(
+    p: PairTraining, profile: tuple[int, int] | None = None, devices: Devices | None = None
+) -> Policy:
     """The policy's node; its inputs are the file's sequences and their reference log-probabilities.
 
     A hub name stands for what the data set held when it was first read.
@@ -33,6 +35,8 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
     Args:
       p: validated.
       profile: first and last training step, from 1, that JAX's profiler traces.
+      devices: that the mesh must fit; the policy's config has its sizes. None: the mesh is not
+        looked at before it is made.
 
     Raises:
       ConfigError: the data file or the table is not there, the table is of other weights than the
@@ -44,7 +48,9 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
     kind, reference = p.objective.kind, reference_of(p.student, p.reference)
     spec, tokenizer = inspect_model(p.student.path)
     check_rank(p.training.lora, spec)
-    training = fit_training(p.training, p.student, attached_devices(), lambda _: spec)
+    training = p.training
+    if devices:
+        training = fit_training(training, p.student, devices, lambda _: spec)
     if OBJECTIVE_KINDS[kind].reference:
         check_same_vocabulary(tokenizer, inspect_model(reference.path)[1])
     length, rule = p.training.row_length, p.training.over_length

@@ -21,11 +21,12 @@ from deltapref_jax.config import (
     Suite,
     check_choice,
     judge_of,
+    mesh_of,
     model_of,
     reference_of,
 )
 from deltapref_jax.data.sources import task_names
-from deltapref_jax.devices import Devices, attached_devices
+from deltapref_jax.devices import Devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.lora import check_rank
@@ -58,12 +59,11 @@ def plan(
 ) -> Report:
     """Every artifact of the study, as the inputs of its report.
 
-    The report's experiment has all sizes of all meshes stated (see `fit_meshes`).
-
     Args:
       e: validated.
       profile: first and last training step, from 1, that JAX's profiler traces in every arm.
-      devices: that the meshes are made over; None: those of this job.
+      devices: that the meshes must fit; the report's experiment has their sizes (`fit_meshes`).
+        None: no mesh is looked at before a stage makes it.
 
     Raises:
       FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
@@ -72,7 +72,8 @@ def plan(
     # Several nodes ask about one model, whose files are read once.
     inspect: Inspect = functools.cache(inspect_model)
     check_models(e, inspect)
-    e = fit_meshes(e, devices or attached_devices(), lambda path: inspect(path)[0])
+    if devices:
+        e = fit_meshes(e, devices, lambda path: inspect(path)[0])
     suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
     prompts = prompt_table(("prompts",), e.prompts, suites)
 
@@ -227,7 +228,7 @@ def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
         weights=weights_hash(model.path),
         sampling=e.sampling,
         seed=e.seed,
-        mesh=g.mesh,
+        mesh=mesh_of(g.mesh, e.sampling.mesh),
     )
 
 
@@ -254,7 +255,7 @@ def _ratings(
             scoring=e.scoring,
             system=table.generator.system,
             prefix=table.generator.prefix,
-            mesh=judge.mesh,
+            mesh=mesh_of(judge.mesh, e.scoring.mesh),
         )
         for name, table in traces.items()
     }
@@ -271,7 +272,7 @@ def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable
         scoring=e.scoring,
         count=_AUDIT_COUNT,
         seed=e.seed,
-        mesh=judge.mesh,
+        mesh=mesh_of(judge.mesh, e.scoring.mesh),
     )
 
 
@@ -350,7 +351,7 @@ def result_tables(
             sampling=e.sampling,
             seed=e.seed,
             model=model,
-            mesh=generator.mesh if generator else e.sampling.mesh,
+            mesh=mesh_of(asked.mesh, e.sampling.mesh),
         )
 
     return {suite.name: of(suite) for suite in e.suites}

@@ -46,6 +46,20 @@ if os.environ.pop("ON_TPU_VM", ""):
     for module in (cloud_tpu_init, cloud_tpu_cluster, cluster):
         module.running_in_cloud_tpu_vm = True
     os.environ.pop("TPU_SKIP_MDS_QUERY", None)
+if "MEGASCALE_SLICE_ID" in os.environ:  # JAX counts all CPUs as one slice; here a process is one.
+    from jax.experimental import mesh_utils
+
+    from deltapref_jax import devices, mesh
+
+    hybrid = mesh_utils.create_hybrid_device_mesh
+
+    def by_process(inside, across, devices, **_):
+        print("hybrid mesh", inside, across, file=sys.stderr)
+        return hybrid(inside, across, devices, process_is_granule=True)
+
+    mesh_utils.create_hybrid_device_mesh = by_process
+    for module in (devices, mesh):
+        module.count_slices = lambda devices: len({d.process_index for d in devices})
 import launch.ablate
 from launch.flags import run_main
 
@@ -79,6 +93,7 @@ MESHES = {
     "slurm": "Meshes: training fsdp=2 tensor=2; scoring fsdp=4; on each host sampling tensor=2; "
     "generator weak data=2.",
 }
+HYBRID = {"hybrid mesh [1, 2, 1, 1] [2, 1, 1, 1]", "hybrid mesh [1, 2, 1, 1] [1, 2, 1, 1]"}
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +242,10 @@ def test_two_processes_make_the_tables_of_one(study, one, system, metadata_serve
     assert MESHES[system] in ended[0][0].splitlines()
     assert "Page: " in ended[0][0]
     assert not [line for line in ended[1][0].splitlines() if "[Gloo]" not in line]
+    # With two slices the meshes of all devices span them, by data or, as these are CPUs, by fsdp.
+    for _, err in ended:
+        hybrid = {line for line in err.splitlines() if line.startswith("hybrid mesh")}
+        assert hybrid == (HYBRID if system == "cloud tpu" else set())
 
     made, expected = artifacts(workspace), artifacts(one)
     assert made.keys() == expected.keys()
