@@ -163,7 +163,7 @@ def start(study, workspace, devices, flags=(), **variables):
 def one(study):
     """The workspace of one process with one device."""
     process = start(study, study / "one", 1)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "Meshes" not in out
     return study / "one"
@@ -233,7 +233,7 @@ def test_two_processes_make_the_tables_of_one(study, one, system, metadata_serve
         more = variables | own(index) | {"GCE_METADATA_IP": server, "JAX_COORDINATOR_PORT": port}
         processes.append(start(study, workspace, 2, flags, **more))
     try:
-        ended = [process.communicate(timeout=300) for process in processes]
+        ended = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
