@@ -3,6 +3,7 @@
 file ──tokens──▶ SEQUENCE ──score──▶ LOGPROB ──train──▶ metrics.jsonl, policy/ (a model folder)
 """
 
+import functools
 from pathlib import Path
 
 from deltapref_jax.artifacts.workspace import Workspace
@@ -44,13 +45,14 @@ def plan(
         mesh does not fit.
       FileNotFoundError, ValueError: a model is not there, or not one that can be loaded.
     """
+    training = p.training
+    if devices:
+        inspect = functools.cache(inspect_model)
+        training = fit_training(training, p.student, devices, lambda path: inspect(path)[0])
     check_place(p.data.path)
     kind, reference = p.objective.kind, reference_of(p.student, p.reference)
     spec, tokenizer = inspect_model(p.student.path)
     check_rank(p.training.lora, spec)
-    training = p.training
-    if devices:
-        training = fit_training(training, p.student, devices, lambda _: spec)
     if OBJECTIVE_KINDS[kind].reference:
         check_same_vocabulary(tokenizer, inspect_model(reference.path)[1])
     length, rule = p.training.row_length, p.training.over_length
