@@ -5,9 +5,10 @@ devices of each host.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh
@@ -176,9 +177,15 @@ def _has_room(
     ]
 
 
+@functools.lru_cache(maxsize=8)
+def _shapes(spec: ModelSpec) -> Any:
+    """The shapes of a model's parameters; many meshes are tried on one model."""
+    return abstract(spec)[1]
+
+
 def _weights(spec: ModelSpec, sizes: Sizes) -> int:
     """Parameters on one device."""
-    params, mesh = abstract(spec)[1], AbstractMesh(sizes, AXES)
+    params, mesh = _shapes(spec), AbstractMesh(sizes, AXES)
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(shardings(params, mesh)), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
 
@@ -231,7 +238,7 @@ def _whole(name: str, shape: MeshShape, model: Model, spec_of: SpecOf) -> list[s
     sizes = dataclasses.asdict(shape)
     if sizes["fsdp"] == sizes["tensor"] == 1:
         return []
-    found = undivided(abstract(spec_of(model.path))[1], sizes)
+    found = undivided(_shapes(spec_of(model.path)), sizes)
     return [
         f"Mesh of {name}: {axis}={sizes[axis]} does not divide {', '.join(names)} of {model.path}, "
         "so that every device along it has them whole."
