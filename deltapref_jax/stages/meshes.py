@@ -136,7 +136,7 @@ def _fit_sampling(
         """Whether there is room for the weights and twice the longest cache, which is copied."""
         if not host.memory:
             return True
-        spec = spec_of(model.path)
+        spec = spec_of(model.place)
         heads = spec.kv_heads / (sizes[2] if spec.kv_heads % sizes[2] == 0 else 1)
         positions = s.slots / (sizes[0] * sizes[1]) * (s.max_prompt + s.max_tokens)
         cache = 2 * spec.layers * heads * spec.head_width * positions * width
@@ -162,7 +162,7 @@ def _has_room(
         return []
 
     def size(sizes: Sizes) -> int:
-        return _weights(spec_of(model.path), sizes) * width
+        return _weights(spec_of(model.place), sizes) * width
 
     return [
         Condition(
@@ -238,7 +238,7 @@ def _whole(name: str, shape: MeshShape, model: Model, spec_of: SpecOf) -> list[s
     sizes = dataclasses.asdict(shape)
     if sizes["fsdp"] == sizes["tensor"] == 1:
         return []
-    found = undivided(_shapes(spec_of(model.path)), sizes)
+    found = undivided(_shapes(spec_of(model.place)), sizes)
     return [
         f"Mesh of {name}: {axis}={sizes[axis]} does not divide {', '.join(names)} of {model.path}, "
         "so that every device along it has them whole."
