@@ -325,8 +325,8 @@ class Sampling:
     slots: int = 64
     # Decode steps per dispatch.
     chunk: int = 16
-    # Prompts in one shard: what a killed run may have to repeat. Another value makes all that is
-    # behind the traces again, because the files are hashed.
+    # Prompts in one shard of traces and questions in one shard of results: what a killed run may
+    # have to repeat. Another value makes all that is behind them again, because files are hashed.
     shard: int = 256
     # Strings that end a trace, cut from it.
     stop: tuple[str, ...] = ()

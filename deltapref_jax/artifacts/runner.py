@@ -9,9 +9,10 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
-from deltapref_jax.artifacts.job import Busy, Finished, Job
+from deltapref_jax.artifacts.job import Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
-from deltapref_jax.artifacts.workspace import Manifest, Workspace
+from deltapref_jax.artifacts.shards import Busy
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
 from deltapref_jax.processes import agreed, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
@@ -56,16 +57,18 @@ def run(
             # Clocks of the processes differ, so they agree on whether to try a sharded artifact
             # again.
             if not stands and agreed(time.monotonic() >= not_before.get(node, 0.0)):
-                with _making(_batch(node, pending, workspace), workspace, show) as jobs:
+                together = _batch(node, pending, workspace)
+                with _making(together, workspace, show) as jobs:
                     if jobs and node.batch() is None:
                         node.make(jobs[0])
                     elif jobs:
                         node.make_batch([(job.node, job) for job in jobs])
                 made += sum(job.finished for job in jobs)
                 stands = agreed(workspace.complete(node))
-                if node.sharded:  # to see whether a shard is free costs reading the inputs
-                    waits[node] = min(2 * waits.get(node, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
-                    not_before[node] = time.monotonic() + waits[node]
+                # To see whether a shard is free costs reading the inputs.
+                for each in together if node.sharded else ():
+                    waits[each] = min(2 * waits.get(each, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
+                    not_before[each] = time.monotonic() + waits[each]
             if stands:
                 pending.remove(node)
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
@@ -119,12 +122,8 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
             except (Busy, Finished):
                 job.close()
         yield jobs
-        for job in jobs if process_index() == 0 else ():
-            if workspace.complete(job.node):  # another runner made the last shard at this moment
-                continue
-            manifest = job.finish()
-            if show:
-                log(f"{job.node.name}: {_done(manifest)}")
+        for job in jobs:
+            job.conclude()
         agreed(True)  # the other processes read only what process 0 has finished
     except (Busy, Finished):
         pass
@@ -135,19 +134,6 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
     finally:
         for job in jobs:
             job.close()
-
-
-def _done(manifest: Manifest) -> str:
-    """What making the artifact took: rows, steps, seconds and tokens per second."""
-    parts = [
-        f"{manifest.stats[unit]:,.0f} {unit}"
-        for unit in ("rows", "steps")
-        if unit in manifest.stats
-    ]
-    parts.append(f"{manifest.seconds:,.1f} s")
-    if manifest.stats.get("tokens") and manifest.seconds:
-        parts.append(f"{manifest.stats['tokens'] / manifest.seconds:,.0f} tokens/s")
-    return ", ".join(parts)
 
 
 def _start(node: Node, workspace: Workspace, show: bool) -> Job:

@@ -50,7 +50,19 @@ def evaluated(p, seed):
     return to_table(
         Result,
         [
-            Result(f"{d}-suite", d, "t", f"{q}", s, bool(right[i, q, s]), ("length", "eos")[s], 9)
+            Result(
+                f"{d}-suite",
+                d,
+                "t",
+                f"{q}",
+                s,
+                "It is 7.",
+                "7",
+                bool(right[i, q, s]),
+                ("length", "eos")[s],
+                -2.5,
+                9,
+            )
             for i, d in enumerate(DOMAINS)
             for q in range(40)
             for s in range(2)

@@ -1,5 +1,6 @@
 """Several runners on one workspace: each takes what is ready, and everything is made once."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -8,11 +9,13 @@ import pathlib
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 
 from deltapref_jax.artifacts.lease import Lease
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.shards import Shards, make_shards
 from deltapref_jax.artifacts.workspace import Workspace
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
@@ -90,7 +93,7 @@ def test_two_runners_end_with_the_tables_of_one_and_make_everything_once(toy, tm
     assert {label for label, _ in together} == {node.name for node in nodes}
     made = (tmp_path / "2" / "made.log").read_text().splitlines()
     assert sorted(made) == sorted((tmp_path / "1" / "made.log").read_text().splitlines())
-    assert len(made) == len(set(made)) == 3 * (toy.SHARDS + 1 + 4)
+    assert len(made) == len(set(made)) == 3 * (toy.SHARDS + 1 + 4 * toy.SHARDS)
     workspaces = [Workspace(tmp_path / str(runners)) for runners in (1, 2)]
     assert all(workspace.complete(node, verify=True) for workspace in workspaces for node in nodes)
     index = json.loads((tmp_path / "2" / "index.json").read_text())
@@ -107,44 +110,45 @@ class Noted(Node, stage="noted", version=1):
         job.write_file("a", b"a")
 
 
-class Batched(Noted, stage="batched", version=1):
-    """Artifacts of one letter are made in one pass."""
+class Batched(Noted, stage="batched", version=1, sharded=True):
+    """Artifacts of one letter have one pool of shards, two each."""
 
     def batch(self):
         return self.name_[0]
 
     @classmethod
     def make_batch(cls, work):
-        MADE.append("+".join(node.name_ for node, _ in work))
-        for _, job in work:
-            job.share = 1 / len(work)
-            job.write_file("a", b"a")
+        PASSES.append("+".join(node.name_ for node, _ in work))
+        make_shards([Shards(job, 2, functools.partial(node.shard, job)) for node, job in work])
+
+    def shard(self, job, index):
+        job.advance(1)
+        MADE.append(f"{self.name_}/{index}")
+        return pa.table({"name": [self.name_], "shard": [index]}), {"shards": 1.0}
 
 
-MADE = []
+MADE, PASSES = [], []
 
 
 @pytest.fixture
 def made():
     MADE.clear()
+    PASSES.clear()
     return MADE
 
 
-def held(workspace, node):
-    """The claim of another runner on a node."""
+def held(workspace, node, what="all"):
+    """The claim of another runner on a node, or on one of its shards."""
     folder = workspace.path(node)
     folder.mkdir(parents=True, exist_ok=True)
-    lease = Lease(folder / "claims" / "all")
+    lease = Lease(folder / "claims" / what)
     assert lease.take()
     return lease
 
 
-@pytest.mark.parametrize("kind", [Noted, Batched])
-def test_what_another_runner_holds_is_skipped_and_asked_for_again(
-    tmp_path, made, kind, monkeypatch
-):
+def test_what_another_runner_holds_is_skipped_and_asked_for_again(tmp_path, made, monkeypatch):
     workspace = Workspace(tmp_path)
-    nodes = [kind(label=(name,), name_=name) for name in ("a1", "b1", "c1")]
+    nodes = [Noted(label=(name,), name_=name) for name in ("a1", "b1", "c1")]
     lease = held(workspace, nodes[0])
     slept = []
 
@@ -160,14 +164,60 @@ def test_what_another_runner_holds_is_skipped_and_asked_for_again(
     assert len(slept) == 2
 
 
-def test_artifacts_of_one_batch_are_made_in_one_pass_without_those_that_another_holds(
+def both_shards(*names):
+    return [f"{name}/{shard}" for name in names for shard in range(2)]
+
+
+def test_a_pool_is_made_without_the_shards_that_another_holds_and_without_what_stands(
     tmp_path, made, monkeypatch
 ):
     workspace = Workspace(tmp_path)
     nodes = [Batched(label=(n,), name_=n) for n in ("a1", "b1", "a2", "a3", "b2")]
     run([nodes[2]], workspace, show=False)
-    lease = held(workspace, nodes[3])
-    monkeypatch.setattr("deltapref_jax.artifacts.runner.time.sleep", lambda _: lease.release())
+    lease = held(workspace, nodes[3], "shard-00001-of-00002")
+    complete = []
+
+    def sleep(_):
+        # What does not wait for the other runner is finished, with the shards of its own alone.
+        complete[:] = [node.name_ for node in nodes if workspace.complete(node)]
+        lease.release()
+
+    monkeypatch.setattr("deltapref_jax.artifacts.runner.time.sleep", sleep)
     run(nodes, workspace, show=False)
-    assert made == ["a2", "a1", "b1+b2", "a3"]
-    assert all(workspace.complete(node) for node in nodes)
+    assert complete == ["a1", "b1", "a2", "b2"]
+    assert made == [*both_shards("a2", "a1"), "a3/0", *both_shards("b1", "b2"), "a3/1"]
+    assert PASSES == ["a2", "a1+a3", "b1+b2", "a3"]
+    for node in nodes:
+        assert workspace.complete(node, verify=True)
+        assert workspace.table(node)["shard"].to_pylist() == [0, 1]
+        assert workspace.manifest(node).stats == {"rows": 2, "shards": 2}
+        assert not list((workspace.path(node) / "claims").glob("shard*"))
+
+
+def test_a_pool_that_is_killed_keeps_what_stands(tmp_path, made, monkeypatch):
+    nodes = [Batched(label=(n,), name_=n) for n in ("a1", "a2", "a3")]
+    whole = Batched.shard
+
+    def shard(self, job, index):
+        if (self.name_, index) == ("a2", 1):
+            raise KeyboardInterrupt
+        return whole(self, job, index)
+
+    monkeypatch.setattr(Batched, "shard", shard)
+    with pytest.raises(KeyboardInterrupt):
+        run(nodes, Workspace(tmp_path), show=False)
+    assert made == [*both_shards("a1"), "a2/0"]
+    assert Workspace(tmp_path).complete(nodes[0])
+    made.clear()
+    monkeypatch.undo()
+    run(nodes, Workspace(tmp_path), show=False)
+    assert made == ["a2/1", *both_shards("a3")]
+
+
+def test_seconds_are_those_of_the_shards(tmp_path, made, monkeypatch):
+    """Time that a process spends on other artifacts of the pool is not counted."""
+    nodes = [Batched(label=(n,), name_=n) for n in ("a1", "a2")]
+    clock = itertools.count(0, 10.0)
+    monkeypatch.setattr("deltapref_jax.artifacts.shards.time.time", lambda: next(clock))
+    run(nodes, Workspace(tmp_path), show=False)
+    assert [Workspace(tmp_path).manifest(node).seconds for node in nodes] == [20.0, 20.0]

@@ -18,6 +18,7 @@ import pyarrow as pa
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.shards import Shards, make_shards
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.processes import versions
 
@@ -102,8 +103,8 @@ class Meeting(Node, stage="meeting", version=1):
         log(job, f"end {os.getpid()} {time.monotonic()}")
 
 
-class Answers(Node, stage="answers", version=1):
-    """A model's answers to one of its suites; those of one model are made in one pass."""
+class Answers(Node, stage="answers", version=1, sharded=True):
+    """A model's answers to one of its suites, in shards; those of one model are one pool."""
 
     source: Node
     suite: int
@@ -114,12 +115,18 @@ class Answers(Node, stage="answers", version=1):
 
     @classmethod
     def make_batch(cls, work: "list[tuple[Answers, Job]]") -> None:
-        for node, job in work:
-            log(job, "answer")
-            time.sleep(node.nap)
-            right = [x > node.suite / 10 for x in job.table(node.source)["x"].to_pylist()]
-            job.share = 1 / len(work)
-            job.write(pa.table({"right": right}))
+        make_shards([node._shards(job) for node, job in work])
+
+    def _shards(self, job: Job) -> Shards:
+        numbers = job.table(self.source)["x"].to_pylist()
+
+        def make(shard: int) -> tuple[pa.Table, dict[str, float]]:
+            log(job, f"{shard}")
+            time.sleep(self.nap)
+            right = [x > self.suite / 10 for x in numbers[shard * ROWS : (shard + 1) * ROWS]]
+            return pa.table({"right": right}), {"tokens": float(shard)}
+
+        return Shards(job, SHARDS, make, SHARDS * ROWS)
 
 
 def started(root: pathlib.Path) -> set[str]:
