@@ -168,8 +168,13 @@ class Lease:
             # The rename prevents half-written claims after a crash, or on a file system without
             # locks.
             temporary = self._path.parent / f".{self._owner['id']}"
-            temporary.write_text(text)
-            temporary.replace(self._path)
+            try:
+                temporary.write_text(text)
+                temporary.replace(self._path)
+            except BaseException:  # The exceptions of signals are none of Exception.
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         self._renewed = _clock()
 
     def _look(self) -> None:

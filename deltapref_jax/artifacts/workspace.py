@@ -181,6 +181,26 @@ class Workspace:
             f"{self.path(node)} and run again: only that artifact is made anew."
         )
 
+    def remove_temporary(self, node: Node) -> None:
+        """Removes temporary files and folders from an artifact that no other process works on.
+
+        One that was suspended, and whose lease this process has taken over, may still want to
+        rename them. It finds them missing and leaves.
+        """
+        if not remote(self.root):
+            for path in self.path(node).glob(".*.*"):
+                _remove(path)
+
+    def remove_leftovers(self, node: Node) -> None:
+        """Removes what killed and suspended processes left in an artifact that is complete."""
+        if not remote(self.root):
+            folder = self.path(node)
+            self.remove_temporary(node)
+            # A suspended process continues a checkpoint that its successor has removed.
+            for path in folder.glob("*/*.orbax-checkpoint-tmp"):
+                _remove(path)
+            _remove_claims(folder / "claims")
+
     def write_index(self, study: str, nodes: Iterable[Node]) -> None:
         """Names the complete artifacts of `study` in index.json, and as links under by_name/.
 
@@ -202,6 +222,9 @@ class Workspace:
         if not lease.take():
             return
         try:
+            if not remote(self.root):
+                for path in self.root.glob(f".{file.name}.*"):  # of killed processes
+                    _remove(path)
             index: dict[str, dict[str, str]] = {}
             with contextlib.suppress(OSError, ValueError):
                 index = json.loads(file.read_text())
@@ -216,6 +239,20 @@ class Workspace:
                 Path(self.root, "by_name", _file_name(study)),
                 {"/".join(map(_file_name, node.label)): Path(self.path(node)) for node in named},
             )
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a file or folder, unless another process does that too."""
+    with contextlib.suppress(OSError):
+        path.rmtree() if path.is_dir() else path.unlink()
+
+
+def _remove_claims(folder: epath.Path) -> None:
+    """Removes all claims: of killed processes, or of one that is about to remove it itself."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                _remove(path)
 
 
 def _file_name(word: str) -> str:

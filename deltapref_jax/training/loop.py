@@ -136,7 +136,16 @@ def train(
             state, counts = checkpoints.restore(state)
         check_lease()  # The monitor cuts the metrics back to the steps done.
         with TrainMonitor(
-            spec, lora, mesh, root, label, monitor or MonitorConfig(), bar, run.steps, done
+            spec,
+            lora,
+            mesh,
+            root,
+            label,
+            monitor or MonitorConfig(),
+            bar,
+            run.steps,
+            done,
+            check_lease,
         ) as shown:
             # Rows of the steps before are read again, because displacement looks at a window of
             # steps that a restart may have cut in two.

@@ -7,19 +7,9 @@ import pathlib
 import re
 from typing import Any
 
-# Seconds and rates, and which of several runners made something, under whose name for it.
-_TIME = re.compile(r".*seconds.*|.*per_second|started|ended|digest|maker|label")
-# The models of one pass over several suites share their slots, so that these counts of the engine
-# depend on which suites a killed run had left.
-_OF_THE_PASS = {
-    "prompt_tokens",
-    "padded_prompt_tokens",
-    "steps",
-    "slot_steps",
-    "truncated",
-    "tokens",
-    "utilisation",
-}
+# Seconds and rates, with the tokens that a rate is of, and the name under which one of several
+# runners made what has two names in the study.
+_TIME = re.compile(r".*seconds.*|.*per_second|tokens_steady|started|ended|digest|label")
 _TABLE_OF_TIMES = re.compile(rb"<caption>Where the time went.*?</table>", re.DOTALL)
 _PAGE = ("report.html", "summary.json")  # files with times in them
 _CHECKPOINT = re.compile(r"(.*/checkpoints/step_\d+)/.*")
@@ -66,9 +56,6 @@ def _timeless(value: Any, key: str) -> Any:
         return [_timeless(part, key) for part in value]
     if not isinstance(value, dict):
         return value
-    if key.startswith("evaluate/") and "stats" in value:
-        stats = {k: v for k, v in value["stats"].items() if k not in _OF_THE_PASS}
-        value = value | {"stats": stats}
     if "files" in value:
         value = value | {"files": {k: v for k, v in value["files"].items() if k not in _PAGE}}
     if key.endswith("/summary.json"):  # "stages" says where the time went

@@ -27,9 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
-
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from typing import Any
 
 HOUR = 3600.0
 DISK, BYTES = "full disk", "no more bytes"  # a small tmpfs; a limit on the process
@@ -256,10 +255,12 @@ class _Case:
         from tests.kill.runners import session_members
 
         self.codes.append(str(runner.code))
+        lines = [line for line in runner.stderr.splitlines() if not NOTICES.fullmatch(line)]
         if runner.code not in expected:
             codes = " or ".join(map(str, sorted(expected)))
-            self.problems.append(f"exit code {runner.code} instead of {codes}")
-        lines = [line for line in runner.stderr.splitlines() if not NOTICES.fullmatch(line)]
+            self.problems.append(
+                f"exit code {runner.code} instead of {codes} ({' / '.join(lines)})"
+            )
         wanted = SENTENCES.get(runner.code or 0)
         right = len(lines) == 1 and re.fullmatch(wanted, lines[0]) if wanted else not lines
         if not right:
@@ -415,7 +416,9 @@ def main() -> int:
             for future in concurrent.futures.as_completed(waiting):
                 results.append(future.result())
                 _print(results[-1])
-    failed = [result.number for result in sorted(results, key=lambda r: r.number) if result.problems]
+    failed = [
+        result.number for result in sorted(results, key=lambda r: r.number) if result.problems
+    ]
     if given.json:
         given.json.write_text(json.dumps([dataclasses.asdict(r) for r in results]))
     print(

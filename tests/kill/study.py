@@ -19,6 +19,9 @@ from deltapref_jax.config import *
 FINISHES = ("eos", "stop", "length")
 
 
+SUMS = {root!r} + "/sums.jsonl"
+
+
 def suite(name, domain, prompts):
     return Suite(name=name, domain=domain, prompts=prompts, samples=2)
 
@@ -34,11 +37,14 @@ def get_config():
         arms=(
             Arm(name="dpo", chosen="strong", rejected="weak", seeds=(0, 1)),
             Arm(name="kto", chosen="strong", rejected="weak", objective="kto"),
-            Arm(name="top", chosen="strong", rejected="weak", keep="top", judge="model", fraction=0.5),
+            Arm(
+                name="top", chosen="strong", rejected="weak", keep="top", judge="model",
+                fraction=0.5,
+            ),
         ),
         suites=(
             suite("chain", "in", Prompts(tasks=("chain",), count=4, difficulty=1, seed=9)),
-            suite("sums", "out", Prompts(kind="jsonl", path={root!r} + "/sums.jsonl", checker="math")),
+            suite("sums", "out", Prompts(kind="jsonl", path=SUMS, checker="math")),
         ),
         training=Training(
             pairs_per_step=4, steps=6, rows=4, row_length=192, checkpoint_every=2,
