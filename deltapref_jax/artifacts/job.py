@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -193,14 +194,13 @@ class Job:
         if self._lease:  # the runner has claimed it
             return
         lease = Lease(self.dir / "claims" / "all")
-        if not agreed(self._first and lease.take()):
+        clean = functools.partial(self.workspace.remove_temporary, self.node)
+        if not agreed(self._first and lease.take(clean)):
             raise Busy
         self._lease = lease
         # Another runner may have finished the artifact between the look and the lease.
         if agreed(self.workspace.complete(self.node)):
             raise Finished
-        if self._first:
-            self.workspace.remove_temporary(self.node)
         self._began = time.time()
         self.log_start()
 

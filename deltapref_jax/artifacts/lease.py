@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -74,13 +74,18 @@ class Lease:
         self._renewed = _clock()
         self.lost = False
 
-    def take(self) -> bool:
-        """Takes the lease if it is free, expired or of a dead process; returns whether it did."""
+    def take(self, on_taken: Callable[[], None] = lambda: None) -> bool:
+        """Takes the lease if it is free, expired or of a dead process; returns whether it did.
+
+        Args:
+          on_taken: called before any other process can take the lease over.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             if self._held_by_another():
                 return False
             self._write()
+            on_taken()
         _held.add(self)
         threading.Thread(target=self._keep_renewing, daemon=True).start()
         return True

@@ -199,6 +199,7 @@ def train(
                 # Metrics are made durable before the checkpoint: a resumed run needs a row for
                 # every step that its checkpoint has done, and cuts off rows beyond it.
                 if save:
+                    checkpoints.wait()  # Saving may have taken longer than a lease.
                     check_lease()
                     shown.flush()
                     checkpoints.save(number, state, counts)

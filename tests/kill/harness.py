@@ -368,7 +368,7 @@ def _run_and_clean(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=100, help="how many")
-    parser.add_argument("--case", type=int, help="one case alone")
+    parser.add_argument("--case", type=int, nargs="+", help="these cases alone")
     parser.add_argument("--seed", type=int, default=0, help="of moments and sizes")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--keep", type=pathlib.Path, help="folder for workspaces that differ")
@@ -394,7 +394,7 @@ def main() -> int:
     given, began = _parse(), time.monotonic()
     # Before JAX is imported, since a process with threads cannot have a user namespace of its own.
     mounts = private_mounts()
-    numbers = [given.case] if given.case is not None else list(range(given.cases))
+    numbers = given.case or list(range(given.cases))
     if not mounts:
         print("No tmpfs may be mounted here: cases of a full disk are left out.")
         numbers = [n for n in numbers if KINDS[n % len(KINDS)].what != DISK]
