@@ -91,6 +91,8 @@ class Runner:
         self, workspace: str, disturbance: Disturbance | None, clock: float, warm: bool
     ) -> None:
         """Changes this process, which is the child, as the case wants it."""
+        # A shell that starts the harness in the background has it ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         lease.Lease.__init__.__defaults__ = (LEASE_SECONDS,)
         job.LEASE_SECONDS = LEASE_SECONDS
         # Only the first run writes the compilation cache, which a killed process could damage.

@@ -375,6 +375,19 @@ def test_metrics_that_lost_rows_are_refused(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
+def test_metrics_of_a_suspended_process_do_not_reach_the_file_of_its_successor(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    suspended = Metrics(path, 0)
+    suspended.write({"step": 1})
+    successor = Metrics(path, 1)
+    suspended.write({"step": 2})
+    suspended.flush()
+    successor.write({"step": 2, "again": True})
+    for metrics in (suspended, successor):
+        metrics.close()
+    assert list(read_metrics(path)) == [{"step": 1}, {"step": 2, "again": True}]
+
+
 def test_metrics_in_a_bucket_are_written_whole_before_each_checkpoint(monkeypatch):
     import fsspec
     from fsspec.implementations.memory import MemoryFileSystem
