@@ -232,6 +232,25 @@ def test_a_run_that_slept_through_its_lease_leaves_the_folder_alone(program, tmp
     assert "theirs" in (folder / "claims" / "all").read_text()
 
 
+def test_a_lease_that_is_lost_while_a_save_is_waited_for_ends_the_run_before_the_next_save(
+    program, tmp_path, monkeypatch
+):
+    waits, wait = [], Checkpoints.wait
+
+    def slow(self):
+        wait(self)
+        waits.append(self.newest())
+
+    def check_lease():
+        if 2 in waits:
+            raise LostLease("lost")
+
+    monkeypatch.setattr(Checkpoints, "wait", slow)
+    with pytest.raises(LostLease):
+        program.tiny(tmp_path, steps=8, every=2, check_lease=check_lease)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
 @pytest.mark.slow
 def test_a_suspended_runner_leaves_the_artifact_to_the_one_that_took_over(spawn, tmp_path):
     """The lease expires after two seconds; the first runner is suspended until all is made."""
