@@ -8,11 +8,13 @@ can be watched while they train: --config.trackers="('tensorboard',)", --profile
 """
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
+from rich.table import Table
 
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
@@ -58,6 +60,7 @@ def main(_: list[str]) -> None:
     )  # sizes that do not fit the devices are refused before anything is made
     check_rows("config.training", e.training.rows, e.training.row_length, mesh)
     check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
+    say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
     run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
     _say_detectable(console, workspace, report)
@@ -74,6 +77,23 @@ def _before_training(report: Node) -> list[Node]:
         for node in in_order([report])
         if node is not report and not any(isinstance(n, Policy) for n in in_order([node]))
     ]
+
+
+def say_standing(workspace: Workspace, report: Node) -> None:
+    """Of a run that continues: how many artifacts of every stage stand."""
+    from deltapref_jax.processes import process_index
+    from deltapref_jax.progress import log
+
+    if process_index() != 0:
+        return
+    nodes = in_order([report])
+    of_stage = Counter(node.stage for node in nodes)
+    standing = Counter(node.stage for node in nodes if workspace.complete(node))
+    if standing:
+        counts = ", ".join(
+            f"{stage} {standing[stage]} of {count}" for stage, count in of_stage.items()
+        )
+        log(f"{standing.total()} of {len(nodes)} artifacts stand: {counts}", always=True)
 
 
 def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:
@@ -110,11 +130,27 @@ def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -
         )
 
 
+def say_policies(console: Console, workspace: Workspace, report: "Report") -> None:
+    """The folder of every policy of the study, by arm and seed."""
+    table = Table()
+    for name in ("arm", "seed", "folder"):
+        table.add_column(name, overflow="fold")
+    for arm, seeds in report.policies.items():
+        for seed, policy in seeds.items():
+            folder = workspace.path(policy).relative_to(workspace.root) / "policy"
+            table.add_row(arm, str(seed), str(folder))
+    if table.rows:
+        # A table's title would be wrapped at the table's width.
+        console.print(f"Policies in {workspace.root}:", soft_wrap=True)
+        console.print(table)
+
+
 def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     from deltapref_jax.analysis.report import terminal_table
 
     folder = workspace.path(report)
     console.print(terminal_table(json.loads((folder / "summary.json").read_text())))
+    say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)
     if report.experiment.table:
         held = sum(workspace.manifest(n).stats["from_table"] for n in report.logprobs.values())

@@ -20,6 +20,8 @@ from deltapref_jax.artifacts.lease import Lease, LostLease
 from deltapref_jax.artifacts.node import Node
 from deltapref_jax.artifacts.shards import (
     Busy,
+    Made,
+    Pass,
     Shards,
     Stats,
     bad_shard,
@@ -50,7 +52,8 @@ class Job:
       dir: the artifact's directory; it may hold the work of a killed run.
       stats: counts for the manifest; those of shards are added up.
       finished: whether this job wrote the manifest.
-      advance: moves the bar by so many rows, for a stage whose shards take long.
+      advance: moves the bar by so many rows of the shard at hand, for a stage whose shards take
+        long.
       shard_seconds: that the shards took, whoever made them.
       files: what the artifact consists of, relative to `dir`, beside its shards; patterns like
         `policy/*` are allowed.
@@ -165,7 +168,7 @@ class Job:
         """Makes every shard that is not there; several processes share the work by claiming shards.
 
         Args:
-          count: of shards; 0 is taken for 1, so that an empty table has its columns.
+          count: of shards; an empty table has one too, so that it has its columns.
           make: shard index to its table and counts; a pure function, so that whoever makes a shard
             makes the same bytes.
           unit: of the rows, for the progress bar.
@@ -175,7 +178,12 @@ class Job:
         Raises:
           Busy: other runners hold all shards that are left.
         """
-        for _ in standing([Shards(self, count, make, total, together)], unit):
+
+        def one(shards: Pass, advance: Callable[[int], None]) -> list[Made]:
+            self.advance = advance
+            return [Made(*make(i)) for _, i in shards]
+
+        for _ in standing([Shards(self, [1] * count, total, together)], one, 1, unit):
             pass
 
     def log_start(self, stood: str = "") -> None:

@@ -1,15 +1,14 @@
 """evaluate: a model's answers to the questions of one suite, checked, sample by sample."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import jax
-import pyarrow as pa
 
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime
-from deltapref_jax.artifacts.shards import Shards, Stats, make_shards
+from deltapref_jax.artifacts.shards import Made, Pass, Shards, Stats, make_shards
 from deltapref_jax.config import MeshShape, Model, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import load
@@ -55,17 +54,21 @@ class ResultTable(Node, stage="evaluate", version=6, sharded=True):
     mesh: MeshShape = runtime()
 
     def batch(self) -> object:
-        """All suites of one model: its weights are loaded once, and processes share its shards."""
+        """All suites of one model: its weights are loaded once, and its slots stay filled."""
         return self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:
-        """Answers and checks one shard of `sampling.shard` questions at a time, of all suites.
+        """Answers and checks the questions of all suites, `sampling.shard` of them in one pass.
+
+        A suite has shards of so many questions; shards of small suites are answered in one pass, so
+        that slots stay filled. The seconds and counts of a pass are shared out by tokens.
 
         Raises:
           ValueError: a question is longer than config.sampling.max_prompt, or has no checker;
             nothing has been sampled.
         """
+        size = work[0][0].sampling.shard
         questions: dict[ResultTable, list[Prompt]] = {
             node: job.rows(Prompt, node.questions) for node, job in work
         }
@@ -74,26 +77,29 @@ class ResultTable(Node, stage="evaluate", version=6, sharded=True):
             node._check_checkers(prompts)
         # The model is loaded with the first shard that has to be made, and serves all of them.
         sampler = functools.cache(lambda: _sampler(*work[0], questions))
-        make_shards([node._shards(job, questions[node], sampler) for node, job in work])
+        suites: dict[Shards, ResultTable] = {
+            node._shards(job, len(questions[node])): node for node, job in work
+        }
 
-    def _shards(
-        self,
-        job: Job,
-        prompts: Sequence[Prompt],
-        sampler: Callable[[], tuple[Engine, dict["ResultTable", list[Request]]]],
-    ) -> Shards:
-        size = self.sampling.shard
-
-        def make(shard: int) -> tuple[pa.Table, Stats]:
+        def make(chosen: Pass, advance: Callable[[int], None]) -> list[Made]:
             engine, requests = sampler()
-            # Counts are those of one shard; they are added up when all shards stand.
+            parts = [(suites[shards], slice(i * size, (i + 1) * size)) for shards, i in chosen]
+            # Counts are those of one pass.
             engine.stats.clear()
-            part = slice(shard * size, (shard + 1) * size)
-            answers = engine.generate(requests[self][part], job.advance)
-            results = self._results(zip(prompts[part], answers, strict=True))
-            return to_table(Result, results), dict(engine.stats)
+            asked_now = [request for node, part in parts for request in requests[node][part]]
+            answers = iter(engine.generate(asked_now, advance))
+            results = [
+                node._results([(prompt, next(answers)) for prompt in questions[node][part]])
+                for node, part in parts
+            ]
+            return [_shard(rows, engine.stats) for rows in results]
 
-        return Shards(job, -(-len(prompts) // size), make, len(prompts) * self.samples)
+        make_shards(list(suites), make, size)
+
+    def _shards(self, job: Job, questions: int) -> Shards:
+        size = self.sampling.shard
+        sizes = [min(size, questions - start) for start in range(0, questions, size)]
+        return Shards(job, sizes, questions * self.samples)
 
     def _check_checkers(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -108,7 +114,7 @@ class ResultTable(Node, stage="evaluate", version=6, sharded=True):
             prompt.prompt_id, tokens, self.samples, self.temperature, self.top_p, self.top_k
         )
 
-    def _results(self, answered: Iterable[tuple[Prompt, Sequence[Completion]]]) -> list[Result]:
+    def _results(self, answered: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Result]:
         checked = [
             (prompt, sample, completion, verdict(prompt, "", completion.text, completion.finish))
             for prompt, completions in answered
@@ -130,6 +136,17 @@ class ResultTable(Node, stage="evaluate", version=6, sharded=True):
             )
             for prompt, sample, completion, said in checked
         ]
+
+
+def _shard(results: list[Result], stats: Stats) -> Made:
+    """One shard with its part of what a pass took."""
+    tokens = sum(result.tokens for result in results)
+    share = tokens / max(stats["tokens"], 1)
+    own = {
+        "tokens": float(tokens),
+        "truncated": float(sum(result.finish == "length" for result in results)),
+    }
+    return Made(to_table(Result, results), {k: share * n for k, n in stats.items()} | own, share)
 
 
 def _sampler(

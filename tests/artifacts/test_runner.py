@@ -1,6 +1,5 @@
 """Several runners on one workspace: each takes what is ready, and everything is made once."""
 
-import functools
 import importlib.util
 import itertools
 import json
@@ -12,10 +11,11 @@ import sys
 import pyarrow as pa
 import pytest
 
+from deltapref_jax.artifacts import lease as lease_module
 from deltapref_jax.artifacts.lease import Lease
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
-from deltapref_jax.artifacts.shards import Shards, make_shards
+from deltapref_jax.artifacts.shards import Made, Shards, make_shards
 from deltapref_jax.artifacts.workspace import Workspace
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
@@ -111,20 +111,31 @@ class Noted(Node, stage="noted", version=1):
 
 
 class Batched(Noted, stage="batched", version=1, sharded=True):
-    """Artifacts of one letter have one pool of shards, two each."""
+    """Artifacts of one letter have one pool of shards, two each, three in a pass."""
 
     def batch(self):
         return self.name_[0]
 
     @classmethod
     def make_batch(cls, work):
-        PASSES.append("+".join(node.name_ for node, _ in work))
-        make_shards([Shards(job, 2, functools.partial(node.shard, job)) for node, job in work])
+        names = {Shards(job, [1, 1], 2): node.name_ for node, job in work}
 
-    def shard(self, job, index):
-        job.advance(1)
-        MADE.append(f"{self.name_}/{index}")
-        return pa.table({"name": [self.name_], "shard": [index]}), {"shards": 1.0}
+        def make(chosen, advance):
+            PASSES.append([f"{names[shards]}/{i}" for shards, i in chosen])
+            Batched.interrupt(PASSES)
+            made = []
+            for shards, i in chosen:
+                advance(1)
+                MADE.append(f"{names[shards]}/{i}")
+                table = pa.table({"name": [names[shards]], "shard": [i]})
+                made.append(Made(table, {"shards": 1.0}, 1 / len(chosen)))
+            return made
+
+        make_shards(list(names), make, 3)
+
+    @staticmethod
+    def interrupt(passes):
+        pass
 
 
 MADE, PASSES = [], []
@@ -164,60 +175,95 @@ def test_what_another_runner_holds_is_skipped_and_asked_for_again(tmp_path, made
     assert len(slept) == 2
 
 
-def both_shards(*names):
-    return [f"{name}/{shard}" for name in names for shard in range(2)]
+def of_batch(*names):
+    return [Batched(label=(name,), name_=name) for name in names]
 
 
-def test_a_pool_is_made_without_the_shards_that_another_holds_and_without_what_stands(
+def test_a_pool_is_made_in_passes_without_what_another_holds_and_what_stands(
     tmp_path, made, monkeypatch
 ):
+    """A pass has three shards, of whatever artifacts; what is complete is finished."""
     workspace = Workspace(tmp_path)
-    nodes = [Batched(label=(n,), name_=n) for n in ("a1", "b1", "a2", "a3", "b2")]
+    nodes = of_batch("a1", "b1", "a2", "a3", "b2")
     run([nodes[2]], workspace, show=False)
     lease = held(workspace, nodes[3], "shard-00001-of-00002")
     complete = []
 
     def sleep(_):
-        # What does not wait for the other runner is finished, with the shards of its own alone.
         complete[:] = [node.name_ for node in nodes if workspace.complete(node)]
         lease.release()
 
     monkeypatch.setattr("deltapref_jax.artifacts.runner.time.sleep", sleep)
     run(nodes, workspace, show=False)
     assert complete == ["a1", "b1", "a2", "b2"]
-    assert made == [*both_shards("a2", "a1"), "a3/0", *both_shards("b1", "b2"), "a3/1"]
-    assert PASSES == ["a2", "a1+a3", "b1+b2", "a3"]
+    assert PASSES == [
+        ["a2/0", "a2/1"],
+        ["a1/0", "a1/1", "a3/0"],
+        ["b1/0", "b1/1", "b2/0"],
+        ["b2/1"],
+        ["a3/1"],
+    ]
     for node in nodes:
         assert workspace.complete(node, verify=True)
-        assert workspace.table(node)["shard"].to_pylist() == [0, 1]
+        assert workspace.table(node).to_pylist() == [
+            {"name": node.name_, "shard": shard} for shard in range(2)
+        ]
         assert workspace.manifest(node).stats == {"rows": 2, "shards": 2}
         assert not list((workspace.path(node) / "claims").glob("shard*"))
 
 
 def test_a_pool_that_is_killed_keeps_what_stands(tmp_path, made, monkeypatch):
-    nodes = [Batched(label=(n,), name_=n) for n in ("a1", "a2", "a3")]
-    whole = Batched.shard
+    nodes = of_batch("a1", "a2", "a3")
 
-    def shard(self, job, index):
-        if (self.name_, index) == ("a2", 1):
+    def interrupt(passes):
+        if len(passes) == 2:
             raise KeyboardInterrupt
-        return whole(self, job, index)
 
-    monkeypatch.setattr(Batched, "shard", shard)
+    monkeypatch.setattr(Batched, "interrupt", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(nodes, Workspace(tmp_path), show=False)
-    assert made == [*both_shards("a1"), "a2/0"]
-    assert Workspace(tmp_path).complete(nodes[0])
-    made.clear()
-    monkeypatch.undo()
+    first, killed = [["a1/0", "a1/1", "a2/0"], ["a2/1", "a3/0", "a3/1"]]
+    assert [first, killed] == PASSES
+    assert made == first
+    assert [Workspace(tmp_path).complete(node) for node in nodes] == [True, False, False]
     run(nodes, Workspace(tmp_path), show=False)
-    assert made == ["a2/1", *both_shards("a3")]
+    assert [first, killed, killed] == PASSES
+    assert made == first + killed
 
 
-def test_seconds_are_those_of_the_shards(tmp_path, made, monkeypatch):
-    """Time that a process spends on other artifacts of the pool is not counted."""
-    nodes = [Batched(label=(n,), name_=n) for n in ("a1", "a2")]
-    clock = itertools.count(0, 10.0)
+def test_seconds_of_a_pass_are_shared_out(tmp_path, made, monkeypatch):
+    nodes = of_batch("a1", "a2")
+    clock = itertools.count(0, 9.0)
     monkeypatch.setattr("deltapref_jax.artifacts.shards.time.time", lambda: next(clock))
     run(nodes, Workspace(tmp_path), show=False)
-    assert [Workspace(tmp_path).manifest(node).seconds for node in nodes] == [20.0, 20.0]
+    assert PASSES == [["a1/0", "a1/1", "a2/0"], ["a2/1"]]
+    assert [Workspace(tmp_path).manifest(node).seconds for node in nodes] == [6.0, 3.0 + 9.0]
+
+
+def test_processes_leave_each_other_their_part_of_a_pool(tmp_path, made, monkeypatch):
+    monkeypatch.setattr("deltapref_jax.artifacts.shards.process_count", lambda: 3)
+    run(of_batch("a1", "a2", "a3"), Workspace(tmp_path), show=False)
+    assert [len(part) for part in PASSES] == [2, 2, 1, 1]
+
+
+def test_a_late_process_leaves_the_shards_that_another_has_made(tmp_path, made, monkeypatch):
+    """It was suspended past its lease: the table of the other stands."""
+    (node,) = of_batch("a1")
+    times = []
+
+    def written():
+        return {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+    def interrupt(passes):
+        if len(passes) == 1:
+            for lease in list(lease_module._held):
+                lease.release()
+            run(of_batch("a1"), Workspace(tmp_path), show=False)
+            times.append(written())
+
+    monkeypatch.setattr(Batched, "interrupt", interrupt)
+    run([node], Workspace(tmp_path), show=False)
+    assert PASSES == [["a1/0", "a1/1"]] * 2
+    assert "manifest.json" in times[0]
+    assert {name: t for name, t in written().items() if name in times[0]} == times[0]
+    assert Workspace(tmp_path).complete(node, verify=True)

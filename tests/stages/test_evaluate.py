@@ -101,6 +101,20 @@ def loads(monkeypatch):
     return paths
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """Ids of the questions that engines are asked, one list for every call."""
+    asked = []
+    real = Engine.generate
+
+    def generate(self, requests, advance):
+        asked.append([request.prompt_id for request in requests])
+        return real(self, requests, advance)
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    return asked
+
+
 def test_results(tables, tmp_path):
     rows = results(tmp_path, tables())
     assert [(row.suite, row.domain, row.task, row.sample) for row in rows] == [
@@ -137,43 +151,46 @@ def test_rows_keep_the_text_the_answer_and_the_log_probability(tables, tmp_path,
     ]
 
 
-def test_tables_do_not_depend_on_the_size_of_a_shard(tables, tmp_path, loads):
+def test_tables_do_not_depend_on_the_size_of_a_shard(tables, tmp_path, loads, passes):
     """Nor are programs compiled for another shard or suite."""
     sampling = dataclasses.replace(SAMPLING, chunk=3)
-    compiled = advance._cache_size()
-    whole = results(tmp_path, tables(SUITES, sampling=dataclasses.replace(sampling, shard=64)))
-    assert (len(loads), advance._cache_size()) == (1, compiled + 1)
-    for shard in (1, 3):
+    compiled, whole = advance._cache_size(), None
+    for shard, sizes in (
+        (64, [12]),
+        (8, [8, 4]),
+        (3, [3, 1, 3, 1, 3, 1]),
+        (1, [1] * 12),
+    ):
+        passes.clear()
         wanted = tables(SUITES, sampling=dataclasses.replace(sampling, shard=shard))
         rows = results(tmp_path, wanted)
-        files = Workspace(tmp_path).manifest(wanted["logic"]).files
-        assert len(files) == -(-4 // shard)
+        assert [len(part) for part in passes] == sizes
+        assert len(Workspace(tmp_path).manifest(wanted["logic"]).files) == -(-4 // shard)
+        whole = whole or rows
         for a, b in zip(rows, whole, strict=True):
             assert a._replace(logprob=0.0) == b._replace(logprob=0.0)
             assert a.logprob == pytest.approx(b.logprob, rel=1e-4, abs=1e-4)
-    assert (len(loads), advance._cache_size()) == (3, compiled + 1)
+    assert (len(loads), advance._cache_size()) == (4, compiled + 1)
 
 
-def test_a_killed_evaluation_makes_the_missing_shards_alone(tables, tmp_path, monkeypatch):
-    wanted, sampled = tables(SUITES), []
-    real = Engine.generate
+def test_a_killed_evaluation_makes_the_missing_shards_alone(tables, tmp_path, passes, monkeypatch):
+    wanted, uninterrupted = tables(SUITES), tables(SUITES)
+    whole = Engine.generate
 
     def generate(self, requests, advance):
-        sampled.append([request.prompt_id for request in requests])
-        if len(sampled) == 4:
+        completions = whole(self, requests, advance)
+        if len(passes) == 4:
             raise KeyboardInterrupt
-        return real(self, requests, advance)
+        return completions
 
     monkeypatch.setattr(Engine, "generate", generate)
-    uninterrupted = tables(SUITES)
     with pytest.raises(KeyboardInterrupt):
         results(tmp_path / "killed", wanted)
     assert Workspace(tmp_path / "killed").complete(wanted["chain"])  # two shards of each suite
-    killed = sampled[3]
     results(tmp_path / "killed", wanted)
-    assert sampled[4] == killed
-    assert len(sampled) == 3 + 1 + 3
-    assert len({ids for part in sampled for ids in part}) == 3 * 4
+    assert passes[4] == passes[3]
+    assert len(passes) == 3 + 1 + 3
+    assert len({prompt for part in passes for prompt in part}) == 3 * 4
     results(tmp_path / "whole", uninterrupted)
     for suite in SUITES:
         one, other = (
