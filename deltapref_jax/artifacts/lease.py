@@ -48,6 +48,20 @@ def release_all() -> None:
         lease.release()
 
 
+def remove_claims(folder: epath.Path) -> None:
+    """Removes the claims on a local artifact that is complete.
+
+    They are those of killed processes, or of one that is about to remove its claim itself.
+    """
+    with contextlib.suppress(OSError):
+        if any(path.name != ".lock" for path in folder.iterdir()):
+            # Under the lock no process is writing a claim.
+            with Lease(folder / "all")._locked():
+                for path in folder.iterdir():
+                    if path.name != ".lock":
+                        path.unlink()
+
+
 def _pid_namespace() -> str:
     """Host name and PID namespace, within which a process id identifies a process.
 

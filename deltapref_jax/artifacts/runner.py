@@ -135,9 +135,7 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
         # at, the sentence is that of the lost lease, or another has finished the work.
         for job in jobs:
             job.check_lease()
-        if process_count() == 1 and any(
-            not job.finished and workspace.complete(job.node) for job in jobs
-        ):
+        if _finished_elsewhere(jobs, workspace):
             return
         if is_unwritable(e):
             raise unwritable(getattr(e, "filename", None) or workspace.root, e) from e
@@ -145,6 +143,16 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
     finally:
         for job in jobs:
             job.close()
+
+
+def _finished_elsewhere(jobs: Sequence[Job], workspace: Workspace) -> bool:
+    """Whether another runner has finished one of the artifacts meanwhile."""
+    # An error that is met here says less than the one that led here.
+    with contextlib.suppress(Exception):
+        return process_count() == 1 and any(
+            not job.finished and workspace.complete(job.node) for job in jobs
+        )
+    return False
 
 
 def _start(node: Node, workspace: Workspace, show: bool) -> Job:

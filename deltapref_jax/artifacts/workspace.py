@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from deltapref_jax.artifacts.lease import Lease
+from deltapref_jax.artifacts.lease import Lease, remove_claims
 from deltapref_jax.artifacts.node import Node
 from deltapref_jax.files import (
     ArtifactError,
@@ -199,7 +199,7 @@ class Workspace:
             # A suspended process continues a checkpoint that its successor has removed.
             for path in folder.glob("*/*.orbax-checkpoint-tmp"):
                 _remove(path)
-            _remove_claims(folder / "claims")
+            remove_claims(folder / "claims")
 
     def write_index(self, study: str, nodes: Iterable[Node]) -> None:
         """Names the complete artifacts of `study` in index.json, and as links under by_name/.
@@ -245,14 +245,6 @@ def _remove(path: epath.Path) -> None:
     """Removes a file or folder, unless another process does that too."""
     with contextlib.suppress(OSError):
         path.rmtree() if path.is_dir() else path.unlink()
-
-
-def _remove_claims(folder: epath.Path) -> None:
-    """Removes all claims: of killed processes, or of one that is about to remove it itself."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if path.name != ".lock":
-                _remove(path)
 
 
 def _file_name(word: str) -> str:

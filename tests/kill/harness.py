@@ -99,7 +99,7 @@ KINDS = (
 """A run of at least so many cases has each of them once."""
 
 # Exit codes of a runner that was disturbed while it ran. A SIGTERM before Python could handle it
-# kills the process. One who slept may find that all is done, or that another has taken over.
+# kills the process. A suspended runner may find that all is done, or that it was taken over.
 CODES: dict[Any, set[int]] = {
     SIGKILL: {-SIGKILL},
     SIGTERM: {75, -SIGTERM},
@@ -227,20 +227,20 @@ class _Case:
             self._check(runner, CODES[kind.what] if hit and runner in victims else {0})
 
     def _wake(self, sleeper: Any, others: Sequence[Any]) -> list[Any]:
-        """Continues a runner that was suspended, after its lease ran out; returns who took over.
+        """Continues a suspended runner after its lease ran out, while its successor works or after.
 
-        It is continued while another one works, or when that has ended.
+        Returns the successor if it was started for that.
         """
         from tests.kill.runners import LEASE_SECONDS, Runner
 
         sleeper.wait()
-        heir = [] if others else [Runner(self._reference.arguments, self._workspace)]
-        took_over = [*others, *heir][0]
+        started = [] if others else [Runner(self._reference.arguments, self._workspace)]
+        successor = [*others, *started][0]
         until = time.monotonic() + LEASE_SECONDS + self._rng.choice((0.5, 1.0, 2.0, 60.0))
-        took_over.wait(lambda: time.monotonic() > until)
+        successor.wait(lambda: time.monotonic() > until)
         if sleeper.look() != "ended":
             os.kill(sleeper.pid, SIGCONT)
-        return heir
+        return started
 
     def undisturbed(self) -> None:
         """The same command again."""
