@@ -210,6 +210,13 @@ class Workspace:
         with contextlib.suppress(OSError, ArtifactError):
             self._write_index(study, list(nodes))
 
+    def _clean_index(self) -> None:
+        """Removes temporary files of the index and its claim, which killed processes left."""
+        if not remote(self.root):
+            for path in [*self.root.glob(".index.json.*"), *self.root.glob("claims/.*")]:
+                if path.name != ".lock":
+                    _remove(path)
+
     def _write_index(self, study: str, nodes: list[Node]) -> None:
         entries = {
             node.name: os.path.join(node.stage, self._keys[node])
@@ -219,12 +226,9 @@ class Workspace:
         file = self.root / "index.json"
         # The index is read, changed and written, so only one runner does it at a time.
         lease = Lease(self.root / "claims" / "index")
-        if not lease.take():
+        if not lease.take(self._clean_index):
             return
         try:
-            if not remote(self.root):
-                for path in self.root.glob(f".{file.name}.*"):  # of killed processes
-                    _remove(path)
             index: dict[str, dict[str, str]] = {}
             with contextlib.suppress(OSError, ValueError):
                 index = json.loads(file.read_text())

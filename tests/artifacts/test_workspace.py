@@ -509,7 +509,8 @@ def test_leftovers_of_killed_processes_are_removed_when_the_study_runs_again(tmp
         (folder / "checkpoints" / "step_2.orbax-checkpoint-tmp").mkdir(parents=True)
         (folder / "claims" / "all").write_text("{}")
         (folder / "claims" / ".x").touch()
-    (tmp_path / ".index.json.x").touch()
+    for name in (".index.json.x", "claims/index", "claims/.x"):
+        (tmp_path / name).touch()
     run(nodes, Workspace(tmp_path), "toy", show=False)
     assert [p for p in paths() if not p.endswith("checkpoints")] == before
 
