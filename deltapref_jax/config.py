@@ -134,6 +134,10 @@ class Prompts:
     answer_field: str = "answer"
     # How answers of a file are checked: "math", "exact", or "" (unchecked).
     checker: str = ""
+    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -144,6 +148,13 @@ class Model:
     path: str = dataclasses.field(default="", metadata=UNHASHED)
     # Of activations and weights in forward passes.
     dtype: str = "float32"
+    # Branch, tag or commit of a hub name, "": the default branch; manifests have the commit.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
+
+    @property
+    def place(self) -> str:
+        """Path and revision as one text, which `models.folder.resolve` finds the model by."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
 @dataclasses.dataclass
@@ -420,6 +431,10 @@ class Pairs:
     workers: int = dataclasses.field(default=4, metadata=UNHASHED)
     # Of over_length "truncate": the end of a sequence that stays; TRL's names.
     truncation_mode: str = "keep_start"
+    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -523,8 +538,11 @@ class ModelZoo:
 
 
 def model_of(experiment: Experiment, model: Model) -> Model:
-    """`model` with the empty path resolved to the student's."""
-    return dataclasses.replace(model, path=model.path or experiment.student.path)
+    """`model` with the empty path resolved to the student's, and its revision."""
+    if model.path:
+        return model
+    student = experiment.student
+    return dataclasses.replace(model, path=student.path, revision=student.revision)
 
 
 def reference_of(student: Model, reference: Model) -> Model:

@@ -223,6 +223,8 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
     for name, is_read in (
         ("path", stored),
         ("split", prompts.kind in ("hub", "tfds")),
+        ("name", prompts.kind == "hub"),
+        ("revision", prompts.kind == "hub"),
         ("tasks", not stored),
         ("difficulty", prompts.kind == "synthetic"),
         ("prompt_field", stored),
@@ -432,13 +434,15 @@ def _check_suites(suites: Sequence[Suite]) -> None:
 
 
 def _check_models(e: Experiment) -> None:
-    """Checks the dtypes of all models, and the fields of generators and judges."""
+    """Checks dtype and revision of all models, and the fields of generators and judges."""
     for model, field in (
         [(e.student, "student"), (e.reference, "reference")]
         + [(g.model, f"generator {g.name}") for g in e.generators]
         + [(j.model, f"judge {j.name}") for j in e.judges]
     ):
         check_choice(f"dtype of {field}", model.dtype, DTYPES)
+        reason = "its path is empty"
+        _refuse_unread(f"revision of {field}", model.revision, "", model.path, reason)
     for g in e.generators:
         _check_strength(f"temperature of generator {g.name!r}", g.temperature)
         _check_range(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)

@@ -1,12 +1,15 @@
 """Runs a delta study: every artifact of the config that is not there yet, then the page.
 
-    python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify]
-        [--config.training.steps=60 …]
+    python -m launch.ablate --config=configs/quickstart.py [--dry_run [--all_rows]] [--verify]
+        [--only=GLOB,…] [--config.training.steps=60 …] [--config.generators[weak].temperature=0.7]
 
 Several runners may work in one workspace: each takes what is ready and not held by another. Arms
 can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
 """
 
+import contextlib
+import fnmatch
+import functools
 import json
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -19,7 +22,8 @@ from rich.table import Table
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import Experiment
+from deltapref_jax.config import ConfigError, Experiment
+from deltapref_jax.files import ArtifactError
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate
 from launch.flags import define_profile_steps, run_main, window
@@ -29,6 +33,13 @@ if TYPE_CHECKING:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
+_ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
+_ONLY = flags.DEFINE_string(
+    "only",
+    "",
+    "Run these arms alone: names or patterns, such as dpo-*,kto-top. The others keep their part in "
+    "what arms share, so that artifacts are those of the whole study.",
+)
 _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
 _PROFILE = define_profile_steps()
 
@@ -36,23 +47,26 @@ _PROFILE = define_profile_steps()
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     e: Experiment = validate(_CONFIG.value)
+    arms = _arms(e, _ONLY.value)
     profile = window(_PROFILE.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
     from deltapref_jax.mesh import check_rows, make_mesh
     from deltapref_jax.preemption import install_group_shutdown
     from deltapref_jax.processes import start_processes
-    from deltapref_jax.stages.study import plan
+    from deltapref_jax.stages.study import part_of, plan
 
     start_processes()
     install_group_shutdown(release_all)
     workspace = Workspace(e.workspace)
-    report = plan(e, profile)
+    whole = plan(e, profile)
+    report = whole if arms is None else part_of(whole, arms)
     console = plain_console()
     if _DRY_RUN.value:
-        from launch.cost import check_prompts, plan_table
+        from launch.cost import check_prompts
+        from launch.dry_run import show_plan
 
-        console.print(plan_table(report, workspace))
+        show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
     mesh = make_mesh(
@@ -62,10 +76,45 @@ def main(_: list[str]) -> None:
     check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
     say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
-    run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
+    others = [] if arms is None else _standing(workspace, whole)
+    make = functools.partial(
+        run, workspace=workspace, study=e.name, verify=_VERIFY.value, also_named=others
+    )
+    make(_before_training(report))
     _say_detectable(console, workspace, report)
-    run([report], workspace, e.name, verify=_VERIFY.value)
+    make([report])
     _show(console, workspace, report)
+
+
+def _arms(e: Experiment, patterns: str) -> list[str] | None:
+    """Names of the arms that --only chooses, in the config's order; None without the flag.
+
+    Raises:
+      ConfigError: a pattern matches no arm.
+    """
+    if not patterns:
+        return None
+    names = [arm.name for arm in e.arms]
+    chosen: set[str] = set()
+    for pattern in patterns.split(","):
+        name = pattern.strip()
+        matched = [name] if name in names else fnmatch.filter(names, name)
+        if not matched:
+            known = f"the study has {', '.join(map(repr, names))}" if names else "it has no arms"
+            raise ConfigError(f"--only has {name!r}, which matches no arm; {known}.")
+        chosen |= set(matched)
+    return [name for name in names if name in chosen]
+
+
+def _standing(workspace: Workspace, report: Node) -> list[Node]:
+    """Artifacts of the whole study that stand, so that its index keeps them."""
+    standing = []
+    for node in in_order([report]):
+        # what is damaged is said when it is wanted
+        with contextlib.suppress(ArtifactError):
+            if workspace.complete(node):
+                standing.append(node)
+    return standing
 
 
 def _before_training(report: Node) -> list[Node]:
@@ -105,7 +154,7 @@ def _say_detectable(console: Console, workspace: Workspace, report: "Report") ->
 
     if not report.student:
         return
-    seeds = min((len(arm.seeds) for arm in report.experiment.arms), default=1)
+    seeds = min((len(policies) for policies in report.policies.values()), default=1)
     student = pa.concat_tables(workspace.table(node) for node in report.student.values())
     changes = ", ".join(
         f"{points:.1f} points {DOMAIN_WORDS[domain]}"
@@ -149,7 +198,14 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     from deltapref_jax.analysis.report import terminal_table
 
     folder = workspace.path(report)
-    console.print(terminal_table(json.loads((folder / "summary.json").read_text())))
+    summary = json.loads((folder / "summary.json").read_text())
+    console.print(terminal_table(summary))
+    if left_out := summary["left_out"]:
+        console.print(
+            f"{len(left_out)} of {len(report.experiment.arms)} arms were left out by --only; the "
+            "page names them.",
+            soft_wrap=True,
+        )
     say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)
     if report.experiment.table:
@@ -161,4 +217,4 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run_main(main)
+    run_main(main, listed=Experiment)

@@ -94,4 +94,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run_main(main)
+    run_main(main, listed=ModelZoo)

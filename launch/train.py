@@ -10,7 +10,9 @@ Run the same command again to continue a killed run. Most used, with their defau
 
     --config.data.path              the pairs: a file, folder or hub name
     --config.data.split             split of a folder or hub data set (train)
+    --config.data.name, .revision   subset of a hub data set; branch, tag or commit ('', '')
     --config.student.path           the model: a Hugging Face folder, hub name or .gguf file
+    --config.student.revision       branch, tag or commit of a hub name ('')
     --config.student.dtype          float32 or bfloat16, of the computation; weights stay float32
                                     (float32)
     --config.reference.path         another reference; without it, the student before training

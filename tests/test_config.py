@@ -298,8 +298,32 @@ CASES = [  # path of a field, value, sentence
     (
         "judges.0",
         Judge("m", model=Model("there")),
-        "model of judge 'm' is Model(path='there', dtype='float32') and nothing reads it, for its "
-        "kind is 'exact'; leave it at Model(path='', dtype='float32').",
+        "model of judge 'm' is Model(path='there', dtype='float32', revision='') and nothing reads "
+        "it, for its kind is 'exact'; leave it at Model(path='', dtype='float32', revision='').",
+    ),
+    (
+        "generators.0.model",
+        Model(revision="v1"),
+        "revision of generator * is 'v1' and nothing reads it, for its path is empty; "
+        "leave it at ''.",
+    ),
+    (
+        "reference",
+        Model(revision="v1"),
+        "revision of reference is 'v1' and nothing reads it, for its path is empty; leave it at "
+        "''.",
+    ),
+    (
+        "prompts.1.name",
+        "main",
+        "config.prompts[1].name is 'main' and nothing reads it, for its kind is 'jsonl'; leave it "
+        "at ''.",
+    ),
+    (
+        "prompts.1.revision",
+        "v1",
+        "config.prompts[1].revision is 'v1' and nothing reads it, for its kind is 'jsonl'; leave "
+        "it at ''.",
     ),
     (
         "prompts.1.difficulty",

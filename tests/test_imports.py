@@ -11,7 +11,7 @@ ROWS = [
     {"cluster"},
     {"records", "progress", "processes", "validation"},
     {"files"},
-    {"artifacts", "mesh", "preemption"},
+    {"artifacts", "hub", "mesh", "preemption"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},
     {"sampling", "judging", "pairs", "training", "analysis"},

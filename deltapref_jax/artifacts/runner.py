@@ -28,6 +28,7 @@ def run(
     study: str = "",
     show: bool = True,
     verify: bool = False,
+    also_named: Sequence[Node] = (),
 ) -> None:
     """Makes what is missing of `wanted` and of their inputs; what stands is left alone.
 
@@ -37,6 +38,7 @@ def run(
       study: its name in the index; "" writes none.
       show: progress bars.
       verify: checksums of everything that stands, not only of what is read.
+      also_named: nodes that the index names too if they stand.
 
     Raises:
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
@@ -72,7 +74,7 @@ def run(
             if stands:
                 pending.remove(node)
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
-                workspace.write_index(study, nodes)
+                workspace.write_index(study, [*also_named, *nodes])
                 indexed = time.monotonic()
         if len(pending) < before:
             waited = 0.0
@@ -86,7 +88,7 @@ def run(
         for node in nodes:
             workspace.remove_leftovers(node)
         if study:
-            workspace.write_index(study, nodes)
+            workspace.write_index(study, [*also_named, *nodes])
     if show and process_index() == 0:
         log(
             f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"

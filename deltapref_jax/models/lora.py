@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltapref_jax.config import ConfigError, Lora
+from deltapref_jax.config import ConfigError, Lora, Model
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract, stored_name, write_tensors
 
@@ -140,7 +140,7 @@ def as_3d(x: Any, axis: int) -> Any:
 
 
 def export_adapter(
-    trained: nnx.State, lora: Lora, base: str, folder: str | os.PathLike[str]
+    trained: nnx.State, lora: Lora, base: Model, folder: str | os.PathLike[str]
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -149,17 +149,17 @@ def export_adapter(
     Args:
       trained: adapters.
       lora: rank, alpha and targets.
-      base: path or hub name of the base, which PEFT can load it by.
+      base: path or hub name of the base, and its revision, which PEFT can load it by.
       folder: is created if it does not exist.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     # PEFT would look up a relative path from the reader's working directory.
-    base = os.path.abspath(base) if os.path.exists(base) else base
+    path = os.path.abspath(base.path) if os.path.exists(base.path) else base.path
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": path,
         "r": lora.rank,
         # PEFT declares alpha as an integer.
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -168,7 +168,7 @@ def export_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-    }
+    } | ({"revision": base.revision} if base.revision else {})
     (root / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in nnx.to_pure_dict(trained)["blocks"].items():

@@ -6,12 +6,10 @@ name in GGUF. Hugging Face stores a projection as [out, in]; the decoder's are [
 """
 
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,11 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from deltapref_jax.files import local_copy, remote
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.folder import model_files, resolve, unfetched, weights_hash
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec, spec_from_hf, spec_to_hf
 from deltapref_jax.text.gguf_tokenizer import field, open_gguf
-from deltapref_jax.text.template import ChatTokenizer, named_end_ids
+from deltapref_jax.text.template import ChatTokenizer
 
 # Parameter of `Decoder`: (name in safetensors, name in GGUF); {} stands for the layer.
 _NAMES = {
@@ -48,7 +46,6 @@ _NAMES = {
 }
 _TRANSPOSED = ("q", "k", "v", "o", "gate", "up", "down")
 """Parameters whose last two axes (after reshaping) are transposed in a file."""
-_TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Stored dtypes that are numbers by themselves; others need scales, which nothing here reads."""
 _SHARD_BYTES = 4 << 30
@@ -77,155 +74,67 @@ class LoadedModel:
     weights: str
 
 
-def resolve(path: str) -> str:
-    """Returns a local folder or file for `path`.
-
-    A name like `organisation/model` is downloaded from the hub; a `gs://` path is copied.
-
-    Raises:
-      FileNotFoundError: `path` does not exist locally, on the hub or in the bucket.
-    """
-    if remote(path):
-        return local_copy(path)
-    if os.path.exists(path):
-        return path
-    if path.count("/") == 1 and not path.startswith((".", "/")) and not path.endswith(".gguf"):
-        from huggingface_hub import snapshot_download
-
-        try:
-            # Weights in other formats than safetensors are not fetched: a repository may hold both.
-            return snapshot_download(
-                path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
-            )
-        # The hub's client raises dozens of types; all of them mean that the model is not available.
-        except Exception as e:
-            raise FileNotFoundError(
-                f"The hub did not give {path!r} ({type(e).__name__}) and there is no such folder; "
-                "give a local Hugging Face folder or a .gguf file."
-            ) from e
-    raise FileNotFoundError(
-        f"There is no model at {path}; give a Hugging Face folder, a hub name or a .gguf file."
-    )
-
-
-def _files(path: str) -> list[Path]:
-    """Returns the files that define a model: its weights, its config and its tokenizer.
-
-    Raises:
-      FileNotFoundError: a Hugging Face folder is incomplete.
-    """
-    root = Path(path)
-    # A single file is a GGUF file, which holds its config and tokenizer too.
-    if root.is_file():
-        return [root]
-    weights = sorted(root.glob("*.safetensors"))
-    index = root / "model.safetensors.index.json"
-    if not (root / "config.json").exists() or not (weights or index.exists()):
-        raise FileNotFoundError(
-            f"The folder {path} has no {'config.json' if weights else 'safetensors'}; "
-            "give a complete Hugging Face folder."
-        )
-    # An index names the shards of the model, of which one can be missing after a broken download;
-    # what lies beside them is a part of another save, a copy or an adapter.
-    if index.exists():
-        named = _indexed(index)
-        for name in sorted(named - {file.name for file in weights}):
-            raise FileNotFoundError(
-                f"The folder {path} has no {name}, which {index.name} names; "
-                "give a complete Hugging Face folder."
-            )
-        weights = [file for file in weights if file.name in named]
-    elif (root / "model.safetensors").exists():
-        weights = [root / "model.safetensors"]
-    return weights + [root / name for name in _TEXT_FILES if (root / name).exists()]
-
-
-def _indexed(index: Path) -> set[str]:
-    """Returns the names of the files that an index of shards names.
-
-    Raises:
-      ValueError: the index is damaged.
-    """
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError("weight_map names something that is no file beside it")
-    except Exception as e:  # json, text and lookup raise different types
-        raise ValueError(
-            f"The index {index} cannot be read ({type(e).__name__}: {e}); fetch it again."
-        ) from e
-    return names
-
-
-@functools.lru_cache(maxsize=256)
-def _file_hash(path: str, size: int, mtime: int) -> str:
-    """Hashes a file; size and time of modification are keys of the cache."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_hash(path: str) -> str:
-    """Returns 16 hex digits over weights, config and tokenizer, independent of their location.
-
-    End tokens of generation_config.json are a part of it where config.json names others.
-
-    Raises:
-      FileNotFoundError: there is no model at `path`.
-      ValueError: its index is damaged.
-    """
-    digest = hashlib.sha256()
-    root = resolve(path)
-    for file in _files(root):
-        stat = file.stat()
-        # A GGUF file has the same hash under any name, as a folder has.
-        name = "gguf" if file.suffix == ".gguf" else file.name
-        digest.update(f"{name} {_file_hash(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
-    if (Path(root) / "generation_config.json").exists():
-        ends, others = (
-            _end_ids_or_none(Path(root) / name)
-            for name in ("generation_config.json", "config.json")
-        )
-        if ends != others:
-            digest.update(f"end tokens {ends}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _end_ids_or_none(file: Path) -> list[int] | None:
-    """The end tokens that a file names; None of a damaged one, which loading refuses."""
-    try:
-        return named_end_ids(file)
-    except ValueError:
-        return None
-
-
 def _read_folder(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
     """Returns the spec, a function that reads a tensor by name, and the shapes of all tensors."""
+    spec = _read_spec(path)
+    try:
+        files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
+        handles = {file.name: safe_open(file, framework="flax") for file in files}
+    except Exception as e:  # safetensors raises different types on a truncated file
+        raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
+
+    def headers(handle: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for name in handle.keys():  # noqa: SIM118
+            header = handle.get_slice(name)  # reads no weights
+            yield name, header.get_dtype(), tuple(header.get_shape())
+
+    shapes, owners = _shapes(str(path), {file: headers(h) for file, h in handles.items()})
+    return spec, lambda name: np.asarray(handles[owners[name]].get_tensor(name)), shapes
+
+
+def _read_spec(path: Path) -> ModelSpec:
+    """Reads a folder's config.json.
+
+    Raises:
+      ValueError: the file is damaged, or describes a model that is not supported.
+    """
     try:
         config = json.loads((path / "config.json").read_text())
-        files = [file for file in _files(str(path)) if file.suffix == ".safetensors"]
-        handles = {file.name: safe_open(file, framework="flax") for file in files}
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
-    except Exception as e:  # json and safetensors raise different types on a truncated file
+    except Exception as e:  # of the text, of JSON, or of the file system
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    spec = spec_from_hf(config)
-    owners: dict[str, str] = {}
+    return spec_from_hf(config)
+
+
+def _shapes(
+    where: str, files: Mapping[str, Iterable[tuple[str, str, tuple[int, ...]]]]
+) -> tuple[Shapes, dict[str, str]]:
+    """Returns the shape of every tensor, and the file that it is in.
+
+    Args:
+      where: the model, for messages.
+      files: name, dtype and shape of the tensors of every file of safetensors.
+
+    Raises:
+      ValueError: a tensor is in two files, or is quantised.
+    """
     shapes: Shapes = {}
-    for file, handle in handles.items():
-        for name in handle.keys():  # noqa: SIM118
+    owners: dict[str, str] = {}
+    for file, headers in files.items():
+        for name, dtype, shape in headers:
             if name in owners:
                 raise ValueError(
-                    f"Tensor {name} of {path} is in {owners[name]} and in {file}; leave one of the "
-                    "two files, or give the folder an index that names its shards."
+                    f"Tensor {name} of {where} is in {owners[name]} and in {file}; leave one of "
+                    "the two files, or give the folder an index that names its shards."
                 )
-            header = handle.get_slice(name)  # reads no weights
-            if header.get_dtype() not in _DTYPES:
+            if dtype not in _DTYPES:
                 raise ValueError(
-                    f"Tensor {name} of {path} is stored as {header.get_dtype()}, and quantised "
-                    "weights are not supported; give the model in float32, bfloat16 or float16."
+                    f"Tensor {name} of {where} is stored as {dtype}, and quantised weights are not "
+                    "supported; give the model in float32, bfloat16 or float16."
                 )
-            owners[name], shapes[name] = file, tuple(header.get_shape())
-    return spec, lambda name: np.asarray(handles[owners[name]].get_tensor(name)), shapes
+            owners[name], shapes[name] = file, shape
+    return shapes, owners
 
 
 def _read_gguf(path: Path) -> tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]:
@@ -383,28 +292,36 @@ def load(path: str, dtype: str = "float32", params: str | None = "float32") -> L
     local_path, gguf, (spec, read, shapes) = _open(path)
     state = assemble(spec, read, gguf, path, shapes, params)
     graphdef = abstract(spec, jnp.dtype(dtype))[0]
-    return LoadedModel(
-        graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(local_path)
-    )
+    return LoadedModel(graphdef, state, spec, ChatTokenizer.load(local_path), weights_hash(path))
 
 
 def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
     """Returns the sizes and the tokenizer of a model, and checks it without reading its weights.
+
+    Of a model on the hub, config and tokenizer are fetched and checked first, then the headers of
+    its safetensors are read there; its weights stay where they are.
 
     Raises:
       FileNotFoundError: there is no model, or the folder is incomplete.
       ValueError: the architecture is not supported, a tensor is missing or has another shape, or
         the tokenizer cannot be used.
     """
-    local_path, gguf, (spec, _, shapes) = _open(path)
+    if remote := unfetched(path):
+        repo, files = remote
+        local_path, gguf = resolve(path, weights=False), False
+        spec, text = _read_spec(Path(local_path)), ChatTokenizer.load(local_path)
+        shapes = _shapes(path, {file: repo.tensors(file) for file in files})[0]
+    else:
+        local_path, gguf, (spec, _, shapes) = _open(path)
+        text = ChatTokenizer.load(local_path)
     _check_tensors(spec, gguf, path, shapes)
-    return spec, ChatTokenizer.load(local_path)
+    return spec, text
 
 
 def _open(path: str) -> tuple[str, bool, tuple[ModelSpec, Callable[[str], np.ndarray], Shapes]]:
     """Returns a model's local path, whether it is a GGUF file, and its spec, reader and shapes."""
     local_path = resolve(path)
-    _files(local_path)
+    model_files(local_path)
     gguf = os.path.isfile(local_path)
     return local_path, gguf, (_read_gguf if gguf else _read_folder)(Path(local_path))
 

@@ -23,7 +23,7 @@ from deltapref_jax.stages.verify import verdict
 _IDENTITY = digest("evaluation")
 
 
-class ResultTable(Node, stage="evaluate", version=6, sharded=True):
+class ResultTable(Node, stage="evaluate", version=7, sharded=True):
     """RESULT: one model on one suite. The missing suites of one model share one engine.
 
     An answer is a function of seed, model, question and sample index; which shard it is in, and who
@@ -55,7 +55,7 @@ class ResultTable(Node, stage="evaluate", version=6, sharded=True):
 
     def batch(self) -> object:
         """All suites of one model: its weights are loaded once, and its slots stay filled."""
-        return self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
+        return self.policy or (self.weights, self.model.place, self.model.dtype, self.sampling)
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:
@@ -153,7 +153,7 @@ def _sampler(
     node: ResultTable, job: Job, questions: Mapping[ResultTable, Sequence[Prompt]]
 ) -> tuple[Engine, dict[ResultTable, list[Request]]]:
     """The engine of a node's model, and the requests of every suite, whose lengths are checked."""
-    path = job.local_input(node.policy, "policy") if node.policy else node.model.path
+    path = job.local_input(node.policy, "policy") if node.policy else node.model.place
     model = load(str(path), dtype=node.model.dtype, params=node.model.dtype)
     # Every process answers shards of its own, on its own devices.
     mesh = make_mesh(node.mesh, jax.local_devices())

@@ -21,7 +21,7 @@ from deltapref_jax.stages.sample import TraceTable, asked
 Rate = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], tuple[Ratings, Stats]]
 
 
-class RatingTable(Node, stage="judge", version=4, sharded=True):
+class RatingTable(Node, stage="judge", version=5, sharded=True):
     """RATING: every trace on every dimension of the judge.
 
     A model sees the whole conversation that the traces answer.
@@ -83,7 +83,7 @@ def rater(
 
         return exactly
 
-    model = functools.cache(lambda: load(judge.model.path, judge.model.dtype))
+    model = functools.cache(lambda: load(judge.model.place, judge.model.dtype))
 
     def by_model(
         prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]

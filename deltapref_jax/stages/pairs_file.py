@@ -3,17 +3,17 @@
 file ──tokens──▶ SEQUENCE ──score──▶ LOGPROB ──train──▶ metrics.jsonl, policy/ (a model folder)
 """
 
-from pathlib import Path
-
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, PairTraining, reference_of
 from deltapref_jax.data.blocks import check_place
+from deltapref_jax.data.dataset import content_of
 from deltapref_jax.data.preferences import LengthLimit
-from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.lora import check_rank
-from deltapref_jax.models.weights import inspect_model, weights_hash
+from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.records import TokenSequence
+from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.stages.score import LogProbTable, known_table, read_logprobs, table_files
 from deltapref_jax.stages.study import check_same_vocabulary
 from deltapref_jax.stages.tokens import FileSequences
@@ -26,8 +26,6 @@ _SHARD = 1024  # sequences scored between two marks: what a killed run may have 
 def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
     """The policy's node; its inputs are the file's sequences and their reference log-probabilities.
 
-    A hub name stands for what the data set held when it was first read.
-
     Args:
       p: validated.
       profile: first and last training step, from 1, that JAX's profiler traces.
@@ -38,23 +36,23 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
       FileNotFoundError, ValueError: a model is not there, or not one that can be loaded.
     """
     check_place(p.data.path)
+    p = pinned(p)
     kind, reference = p.objective.kind, reference_of(p.student, p.reference)
-    spec, tokenizer = inspect_model(p.student.path)
+    spec, tokenizer = inspect_model(p.student.place)
     check_rank(p.training.lora, spec)
     if OBJECTIVE_KINDS[kind].reference:
-        check_same_vocabulary(tokenizer, inspect_model(reference.path)[1])
+        check_same_vocabulary(tokenizer, inspect_model(reference.place)[1])
     length, rule = p.training.row_length, p.training.over_length
-    path = Path(local_copy(p.data.path))
     sequences = FileSequences(
         label=("tokens",),
         tokenizer=tokenizer.identity,
         model=p.student,
-        content=content_hash(path) if path.exists() else p.data.path,
+        content=content_of(p.data),
         data=p.data,
         kind=kind,
         limit=LengthLimit(length, rule, p.data.truncation_mode),
     )
-    weights = weights_hash(reference.path)
+    weights = weights_hash(reference.place)
     logprobs = LogProbTable(
         label=("score",),
         sequences=sequences,
@@ -73,7 +71,7 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
         pairs=None,
         sequences={"file": sequences},
         logprobs={"file": logprobs} if OBJECTIVE_KINDS[kind].reference else {},
-        student_weights=weights_hash(p.student.path),
+        student_weights=weights_hash(p.student.place),
         reference_weights=weights,
         objective=p.objective,
         training=p.training,
@@ -92,7 +90,7 @@ def check(p: PairTraining, policy: Policy, workspace: Workspace) -> None:
     """
     rows = workspace.rows(TokenSequence, policy.sequences["file"])
     examples = file_examples(rows)
-    paths = {p.student.path, reference_of(p.student, p.reference).path}
+    paths = {p.student.place, reference_of(p.student, p.reference).place}
     specs = {path: inspect_model(path)[0] for path in paths if path}
     zeros: dict[str, dict[str, float]] = {}  # any value will do, since nothing is trained
     for row in rows:

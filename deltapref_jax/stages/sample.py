@@ -59,7 +59,7 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
         # The model is loaded with the first shard that has to be made.
         @functools.cache
         def engine() -> tuple[Engine, list[Request]]:
-            model = load(g.model.path, dtype=g.model.dtype, params=g.model.dtype)
+            model = load(g.model.place, dtype=g.model.dtype, params=g.model.dtype)
             # Every process samples shards of its own, on its own devices.
             mesh = make_mesh(self.mesh, jax.local_devices())
             engine = Engine(model, self.sampling, self.seed, self.identity, mesh)

@@ -46,7 +46,7 @@ class LogProbTable(Node, stage="score", version=4, sharded=True):
         sequences = job.rows(TokenSequence, self.sequences)
         known = read_logprobs(table_files(self.table), self.weights) if self.table else {}
         # The model is loaded with the first sequence that the table does not hold.
-        model = functools.cache(lambda: load(self.model.path, self.dtype))
+        model = functools.cache(lambda: load(self.model.place, self.dtype))
 
         def make(shard: int) -> tuple[pa.Table, Stats]:
             part = sequences[shard * self.shard : (shard + 1) * self.shard]

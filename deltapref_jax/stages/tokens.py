@@ -18,7 +18,7 @@ from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Model, Pairs
 from deltapref_jax.data.preferences import LengthLimit, cut, read_sequences
-from deltapref_jax.models.weights import resolve
+from deltapref_jax.models.folder import resolve
 from deltapref_jax.records import Prompt, TokenSequence, Trace, digest, to_table
 from deltapref_jax.scoring.derange import derange
 from deltapref_jax.stages.prompts import PromptTable
@@ -28,7 +28,7 @@ from deltapref_jax.text.template import ChatTokenizer
 _DERANGEMENT_SEED = 0  # one for all studies and files, so that they can share reference tables
 
 
-class SequenceTable(Node, stage="tokens", version=1, sharded=True):
+class SequenceTable(Node, stage="tokens", version=2, sharded=True):
     """SEQUENCE: prompts with completions, matched and mismatched, under one tokenizer.
 
     Attributes:
@@ -41,7 +41,7 @@ class SequenceTable(Node, stage="tokens", version=1, sharded=True):
 
     def load_tokenizer(self) -> ChatTokenizer:
         """The tokenizer whose ids these are."""
-        return ChatTokenizer.load(resolve(self.model.path))
+        return ChatTokenizer.load(resolve(self.model.place, weights=False))
 
 
 class TraceSequences(SequenceTable):

@@ -62,10 +62,10 @@ class Policy(Node, stage="train", version=4):
         """Trains, or continues a killed run, and exports."""
         adapters = self.training.lora
         # Weights that are trained are float32; the frozen base of adapters keeps its stored dtype.
-        model = load(self.student.path, self.student.dtype, None if adapters.rank else "float32")
+        model = load(self.student.place, self.student.dtype, None if adapters.rank else "float32")
         groups, counts = self.groups(job)
         mesh = make_mesh(self.mesh)
-        data = self.data(groups, mesh, {self.student.path: model.spec})
+        data = self.data(groups, mesh, {self.student.place: model.spec})
         trained, metrics = train(
             model.spec,
             model.state,
@@ -88,7 +88,7 @@ class Policy(Node, stage="train", version=4):
                 export(merge(model.state, trained, adapters), model.spec, model.text, folder)
             if adapters.rank:
                 with job.output_dir("adapter") as folder:
-                    export_adapter(trained, adapters, self.student.path, folder)
+                    export_adapter(trained, adapters, self.student, folder)
         job.stats |= metrics | counts
         job.stats |= {
             "groups": float(len(data.groups)),

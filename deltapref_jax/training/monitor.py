@@ -165,6 +165,8 @@ class TrainMonitor:
         )
         self._tracing, self._trace = False, contextlib.ExitStack()
         self._label, self._steps, self._last_log = label, steps, -LOG_EVERY_SECONDS
+        if resumed and is_first():
+            log(f"{label}: continues after step {resumed:,} of {steps:,}", always=True)
         # A window outside of the steps that are left would otherwise trace nothing silently.
         if config.profile and not (resumed < config.profile[1] and config.profile[0] <= steps):
             first, last = config.profile

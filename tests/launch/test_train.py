@@ -28,7 +28,8 @@ from configs.train import get_config
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Lora, Model, Objective, Pairs, PairTraining, Training
-from deltapref_jax.models.weights import export, inspect_model, load, weights_hash
+from deltapref_jax.models.folder import weights_hash
+from deltapref_jax.models.weights import export, inspect_model, load
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.pairs_file import check, plan
@@ -644,7 +645,8 @@ def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path)
     steps = [line for line in logged if re.match(r"train: step \d+ of 12, loss \d", line)]
     assert steps[-1].startswith("train: step 12 of 12")
     assert re.fullmatch(
-        r"1 artifacts: 0 made here, 1 stood or made elsewhere\ntrain: starts\n"
+        r"1 artifacts: 0 made here, 1 stood or made elsewhere\n"
+        r"train: starts\ntrain: continues after step \d+ of 12\n"
         r"train: 12 steps, [\d.]+ s, [\d,]+ tokens/s\n"
         r"3 artifacts: 1 made here, 2 stood or made elsewhere",
         "\n".join(line for line in logged if line not in steps),

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export, load, weights_hash
+from deltapref_jax.models.weights import export, load
 from deltapref_jax.synthetic.tokenizer import TEMPLATE
 from deltapref_jax.text import gguf_tokenizer
 from deltapref_jax.text.template import ChatTokenizer

@@ -15,14 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from deltapref_jax.models import weights
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.folder import resolve, weights_hash
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import (
-    export,
-    inspect_model,
-    load,
-    resolve,
-    weights_hash,
-)
+from deltapref_jax.models.weights import export, inspect_model, load
 
 TOKENS = 3, 14, 15, 92, 65, 35
 
@@ -286,8 +281,8 @@ def test_what_a_folder_lacks_is_named(folder, lost, error, sentence):
         ),
         (
             "someone/nothing",
-            "The hub did not give 'someone/nothing' (LocalEntryNotFoundError) and there is no such "
-            "folder; give a local Hugging Face folder or a .gguf file.",
+            "Nothing of the hub's model 'someone/nothing' is in this machine's cache, and "
+            "HF_HUB_OFFLINE is set; unset it to fetch it, or give a folder or file that exists.",
         ),
     ],
 )

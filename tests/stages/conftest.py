@@ -8,7 +8,7 @@ from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape, Model
-from deltapref_jax.models.weights import weights_hash
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.records import Prompt, Trace, digest, to_table
 from deltapref_jax.stages.score import LogProbTable
 from deltapref_jax.stages.tokens import TraceSequences

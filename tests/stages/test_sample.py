@@ -9,8 +9,9 @@ from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Generator, MeshShape, Model, Sampling
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export, weights_hash
+from deltapref_jax.models.weights import export
 from deltapref_jax.records import Prompt, Trace, Verdict
 from deltapref_jax.stages.sample import TraceTable, asked
 from deltapref_jax.stages.verify import VerdictTable

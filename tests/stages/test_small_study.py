@@ -25,7 +25,7 @@ from deltapref_jax.config import (
 )
 from deltapref_jax.progress import plain_console
 from deltapref_jax.records import Pair, Prompt, Result, TokenSequence
-from deltapref_jax.stages.study import plan
+from deltapref_jax.stages.study import part_of, plan
 from deltapref_jax.validation import validate
 from launch.ablate import say_policies, say_standing
 
@@ -274,3 +274,21 @@ def test_the_index_names_every_artifact_and_links_lead_to_their_folders(made):
         p for folder, names, _ in os.walk(links) for p in names if os.path.islink(f"{folder}/{p}")
     ]
     assert len(found) == len(nodes)
+
+
+def test_some_arms_alone_are_artifacts_of_the_whole_study(made, again):
+    old = artifacts(again.root)
+    whole, workspace = again()
+    part = part_of(whole, ["kto"])
+    named = [node for node in in_order([whole]) if workspace.complete(node)]
+    run([part], workspace, made.name, show=False, also_named=named)
+    assert counts(artifacts(again.root) - old) == {"report": 1}
+    summary = json.loads((workspace.path(part) / "summary.json").read_text())
+    assert [arm["name"] for arm in summary["arms"]] == ["kto"]
+    assert summary["left_out"] == ["dpo"]
+    page = (workspace.path(part) / "report.html").read_text()
+    assert "1 of the 2 arms of the config (kto)" in page and "Left out: dpo." in page
+    # what was left out keeps its name in the index
+    index = json.loads((workspace.root / "index.json").read_text())["small study"]
+    assert set(index) == {node.name for node in in_order([whole])}
+    assert index["report"] == f"report/{workspace.key(part)}"
