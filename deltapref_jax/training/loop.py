@@ -199,9 +199,9 @@ def train(
                 # Metrics are made durable before the checkpoint: a resumed run needs a row for
                 # every step that its checkpoint has done, and cuts off rows beyond it.
                 if save:
-                    checkpoints.wait()  # Saving may have taken longer than a lease.
-                    check_lease()
+                    checkpoints.wait()
                     shown.flush()
+                    check_lease()  # Both may have taken longer than a lease.
                     checkpoints.save(number, state, counts)
                 # The process exits after this, so the background save must be complete.
                 if stop:
