@@ -141,6 +141,24 @@ class Prompts:
 
 
 @dataclasses.dataclass
+class MeshShape:
+    """Devices along each mesh axis. 0: chosen, see docs/running.md; -1: all that are left.
+
+    With a -1 the axes that are 0 have one device.
+    """
+
+    # Devices that have copies of the weights, and rows of their own.
+    data: int = 0
+    # Devices that divide weights and moments, and have rows of their own.
+    fsdp: int = 0
+    # Devices that divide each layer's heads and MLP columns.
+    tensor: int = 0
+    # Devices that share one row's columns: for rows too long for one; training, scoring and judging
+    # only, and never chosen.
+    context: int = 0
+
+
+@dataclasses.dataclass
 class Model:
     """A Hugging Face folder, a hub name or a GGUF file."""
 
@@ -179,6 +197,9 @@ class Generator:
     prefix: str = ""
     # What it is, for the page.
     about: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Of each host's devices, for its traces and for its evaluation; without a size: the mesh of
+    # `sampling`.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -197,6 +218,8 @@ class Judge:
     seed: int = 0
     # Of DIMENSIONS; a model reads a trace once, and a short question for each of them.
     dimensions: tuple[str, ...] = DIMENSIONS
+    # Of all devices, of kind "model"; without a size: the mesh of `scoring`.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -306,6 +329,8 @@ class Training:
     keep_checkpoints: int = dataclasses.field(default=1, metadata=UNHASHED)
     # Traces that ended otherwise are not trained on.
     finishes: tuple[str, ...] = dataclasses.field(default=("eos", "stop"), metadata=UNHASHED)
+    # Of all devices.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -341,6 +366,8 @@ class Sampling:
     shard: int = 256
     # Strings that end a trace, cut from it.
     stop: tuple[str, ...] = ()
+    # Of each host's devices: every host samples shards of its own.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -355,20 +382,8 @@ class Scoring:
     # behind the tables again: their files are hashed, and rows that are packed otherwise are
     # rounded otherwise.
     shard: int = 1024
-
-
-@dataclasses.dataclass
-class MeshShape:
-    """Devices along each mesh axis; -1 takes what is left."""
-
-    # Devices that have copies of the weights, and rows of their own.
-    data: int = -1
-    # Devices that divide weights and moments, and have rows of their own.
-    fsdp: int = 1
-    # Devices that divide each layer's heads and MLP columns.
-    tensor: int = 1
-    # Devices that share one row's columns: for rows too long for one; training and scoring only.
-    context: int = 1
+    # Of all devices.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -415,8 +430,6 @@ class Experiment:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     # Of the reference and of model judges.
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
-    # Of all devices; it is in no artifact's key but the report's.
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
 @dataclasses.dataclass
@@ -461,8 +474,6 @@ class PairTraining:
     objective: Objective = dataclasses.field(default_factory=lambda: Objective(name="dpo"))
     # Its `row_length` is the longest sequence too.
     training: Training = dataclasses.field(default_factory=Training)
-    # Of all devices; not part of a policy's key.
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
 def judge_of(experiment: Experiment, arm: Arm) -> str:
@@ -533,8 +544,13 @@ class ModelZoo:
     suites: tuple[Suite, ...] = ()
     # Of the suites.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    # Of all devices.
+    # Of all devices: the small models train on it.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+
+
+def mesh_of(own: MeshShape, stage: MeshShape) -> MeshShape:
+    """The mesh of a generator or judge: its own if that has a size, else that of its stage."""
+    return stage if own == MeshShape() else own
 
 
 def model_of(experiment: Experiment, model: Model) -> Model:

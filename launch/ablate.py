@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
+_DEVICES = flags.DEFINE_string(
+    "devices",
+    "",
+    "Devices that a dry run assumes, instead of those that the environment describes: "
+    "HOSTSxDEVICES, such as 4x4, or SLICESxHOSTSxDEVICES; gpu:2x8 are two hosts of GPUs.",
+)
 _ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
 _ONLY = flags.DEFINE_string(
     "only",
@@ -49,19 +55,42 @@ def main(_: list[str]) -> None:
     e: Experiment = validate(_CONFIG.value)
     arms = _arms(e, _ONLY.value)
     profile = window(_PROFILE.value)
+    if _DEVICES.value and not _DRY_RUN.value:
+        raise ConfigError(
+            f"--devices is {_DEVICES.value!r} and only a dry run assumes devices; leave it out, or "
+            "add --dry_run."
+        )
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
-    from deltapref_jax.mesh import check_rows, make_mesh
+    from deltapref_jax.devices import assumed_devices, attached_devices
+    from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
-    from deltapref_jax.processes import start_processes
+    from deltapref_jax.processes import process_index, start_processes
+    from deltapref_jax.stages.meshes import mesh_lines
     from deltapref_jax.stages.study import part_of, plan
 
-    start_processes()
-    install_group_shutdown(release_all)
+    if _DRY_RUN.value:  # A job would be joined only when all of its hosts run the command.
+        devices = assumed_devices(_DEVICES.value)
+    else:
+        start_processes()
+        install_group_shutdown(release_all)
+        devices = attached_devices()
     workspace = Workspace(e.workspace)
-    whole = plan(e, profile)
+    # Meshes that do not fit the devices are refused here, before anything is made.
+    whole = plan(e, profile, devices)
     report = whole if arms is None else part_of(whole, arms)
     console = plain_console()
+    if _DRY_RUN.value:
+        memory = "" if devices.platform == "cpu" else " with room for every model"
+        console.print(
+            f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
+            "--devices states others.",
+            soft_wrap=True,
+        )
+    if process_index() == 0:
+        inspect = functools.cache(inspect_model)
+        for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
+            console.print(line, soft_wrap=True)
     if _DRY_RUN.value:
         from launch.cost import check_prompts
         from launch.dry_run import show_plan
@@ -69,11 +98,6 @@ def main(_: list[str]) -> None:
         show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
-    mesh = make_mesh(
-        e.mesh
-    )  # sizes that do not fit the devices are refused before anything is made
-    check_rows("config.training", e.training.rows, e.training.row_length, mesh)
-    check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
     say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
     others = [] if arms is None else _standing(workspace, whole)
@@ -81,9 +105,11 @@ def main(_: list[str]) -> None:
         run, workspace=workspace, study=e.name, verify=_VERIFY.value, also_named=others
     )
     make(_before_training(report))
-    _say_detectable(console, workspace, report)
+    if process_index() == 0:
+        _say_detectable(console, workspace, report)
     make([report])
-    _show(console, workspace, report)
+    if process_index() == 0:
+        _show(console, workspace, report)
 
 
 def _arms(e: Experiment, patterns: str) -> list[str] | None:

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -27,6 +27,7 @@ from deltapref_jax.preemption import (
     exit_process,
     raise_on_signals,
     stop_raising,
+    unheard_signal,
 )
 from launch.fields import config_help
 
@@ -156,6 +157,8 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             main(argv)
             exit_process()
         except Exception as e:
+            if signalled := unheard_signal():
+                _exit_for_signal(signalled)
             raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
             if (
                 isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
@@ -168,15 +171,18 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
                 exit_all(2, str(unwritable(getattr(e, "filename", None) or "The output", e)))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
-        except KeyboardInterrupt:
-            stop_raising()
-            exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
-        except Preempted as e:
-            stop_raising()
-            # Each process has received the signal, and saves and exits by itself.
-            exit_all(Preempted.code, str(e), notify_others=False)
+        except (KeyboardInterrupt, Preempted) as e:
+            _exit_for_signal(e)
 
     return wrapped
+
+
+def _exit_for_signal(e: BaseException) -> NoReturn:
+    stop_raising()
+    if isinstance(e, KeyboardInterrupt):
+        exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
+    # Each process has received the signal, and saves and exits by itself.
+    exit_all(Preempted.code, str(e), notify_others=False)
 
 
 def _parse(argv: list[str]) -> list[str]:

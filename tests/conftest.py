@@ -1,7 +1,9 @@
+import http.server
 import importlib.util
 import os
 import pathlib
 import sys
+import threading
 
 # eight devices on the CPU, set before JAX starts, so that sharded runs can be compared with one
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,6 +59,43 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def one_device():
     return make_mesh(MeshShape(), jax.devices()[:1])
+
+
+@pytest.fixture
+def metadata_server():
+    """Starts Google's metadata server: returns its attributes, to be filled in, and its address."""
+    servers = []
+
+    def start():
+        attributes = {}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                assert self.headers["Metadata-Flavor"] == "Google"
+                value = attributes.get(self.path.rpartition("/")[2], 404)
+                code, text = (value, "error") if isinstance(value, int) else (200, value)
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return attributes, f"127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def metadata(metadata_server):
+    """A metadata server with the attributes that a test puts into the dictionary."""
+    return metadata_server()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ ROWS = [
     {"config", "display"},
     {"cluster"},
     {"records", "progress", "processes", "validation"},
-    {"files"},
+    {"files", "devices"},
     {"artifacts", "hub", "mesh", "preemption"},
     {"models", "text", "data", "answers", "synthetic"},
     {"scoring"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from etils import epath
 
-from deltapref_jax.artifacts.lease import LEASE_SECONDS, Lease, LostLease
+from deltapref_jax.artifacts.lease import Lease, LostLease
 from deltapref_jax.artifacts.node import Node
 from deltapref_jax.artifacts.shards import (
     Busy,
@@ -122,12 +123,13 @@ class Job:
             # system.
             temporary = Path(self.dir / f".{name}.{uuid.uuid4().hex}")
             try:
+                self.check_lease()
+                # What a killed run left is removed now: after the writing, which may take longer
+                # than the lease, it could be the work of another process.
+                shutil.rmtree(self.dir / name, ignore_errors=True)
                 temporary.mkdir()
                 yield temporary
-                # Writing may have taken longer than the lease, so it is checked right before the
-                # rename.
                 self.check_lease()
-                shutil.rmtree(self.dir / name, ignore_errors=True)  # of a killed run
                 temporary.rename(self.dir / name)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -148,7 +150,7 @@ class Job:
         """A file of the artifact, whole."""
         self.check_lease()
         if self._first:
-            write_atomic(self.dir / name, data)
+            write_atomic(self.dir / name, data, self.check_lease)
         self.files.append(name)
 
     def write(self, table: pa.Table) -> None:
@@ -200,7 +202,8 @@ class Job:
         if self._lease:  # the runner has claimed it
             return
         lease = Lease(self.dir / "claims" / "all")
-        if not agreed(self._first and lease.take()):
+        clean = functools.partial(self.workspace.remove_temporary, self.node)
+        if not agreed(self._first and lease.take(clean)):
             raise Busy
         self._lease = lease
         # Another runner may have finished the artifact between the look and the lease.
@@ -274,25 +277,12 @@ class Job:
         ).sealed()
         text = json.dumps(manifest._asdict(), indent=1)
         # The manifest is written last: from here the artifact is complete.
-        write_atomic(self.dir / "manifest.json", text.encode())
-        self._remove_leftovers()
+        write_atomic(self.dir / "manifest.json", text.encode(), self.check_lease)
         self.finished = True
         return manifest
 
     def _matching(self, pattern: str) -> list[str]:
         return sorted(os.path.relpath(file, self.dir) for file in self.dir.glob(pattern))
-
-    def _remove_leftovers(self) -> None:
-        """Removes temporary files and folders of killed processes.
-
-        Their age is that against the manifest, which was just written on the same file system: this
-        host's clock may be hours ahead of the one that times the files that another is writing.
-        """
-        now = (self.dir / "manifest.json").stat().mtime
-        for path in self.dir.glob(".*.*"):
-            with contextlib.suppress(OSError):
-                if path.stat().mtime < now - LEASE_SECONDS:
-                    path.rmtree() if path.is_dir() else path.unlink()
 
     def _checked(self, name: str) -> tuple[int, str]:
         """Size and checksum of a file; a shard must still be what its maker wrote."""

@@ -14,7 +14,7 @@ from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.shards import Busy
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
-from deltapref_jax.processes import agreed, process_index
+from deltapref_jax.processes import agreed, process_count, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
 _WAIT_SECONDS = 0.5  # between looks at what other runners hold
@@ -84,8 +84,11 @@ def run(
             if show and process_index() == 0 and waited % LOG_EVERY_SECONDS < _WAIT_SECONDS:
                 held = [node.name for node in pending if workspace.key(node) is not None]
                 log(f"Waiting for other runners, who hold {', '.join(held[:3])} …", always=True)
-    if study and process_index() == 0:
-        workspace.write_index(study, [*also_named, *nodes])
+    if process_index() == 0:
+        for node in nodes:
+            workspace.remove_leftovers(node)
+        if study:
+            workspace.write_index(study, [*also_named, *nodes])
     if show and process_index() == 0:
         log(
             f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
@@ -130,12 +133,28 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
     except (Busy, Finished):
         pass
     except Exception as e:
+        # A process that was suspended finds the folder changed by its successor. Whatever it fails
+        # at, the sentence is that of the lost lease, or another has finished the work.
+        for job in jobs:
+            job.check_lease()
+        if _finished_elsewhere(jobs, workspace):
+            return
         if is_unwritable(e):
             raise unwritable(getattr(e, "filename", None) or workspace.root, e) from e
         raise
     finally:
         for job in jobs:
             job.close()
+
+
+def _finished_elsewhere(jobs: Sequence[Job], workspace: Workspace) -> bool:
+    """Whether another runner has finished one of the artifacts meanwhile."""
+    # An error that is met here says less than the one that led here.
+    with contextlib.suppress(Exception):
+        return process_count() == 1 and any(
+            not job.finished and workspace.complete(job.node) for job in jobs
+        )
+    return False
 
 
 def _start(node: Node, workspace: Workspace, show: bool) -> Job:

@@ -55,7 +55,8 @@ class ResultTable(Node, stage="evaluate", version=7, sharded=True):
 
     def batch(self) -> object:
         """All suites of one model: its weights are loaded once, and its slots stay filled."""
-        return self.policy or (self.weights, self.model.place, self.model.dtype, self.sampling)
+        model = self.policy or (self.weights, self.model.place, self.model.dtype, self.sampling)
+        return model, self.mesh
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:

@@ -3,16 +3,20 @@
 file ──tokens──▶ SEQUENCE ──score──▶ LOGPROB ──train──▶ metrics.jsonl, policy/ (a model folder)
 """
 
+import functools
+
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, PairTraining, reference_of
 from deltapref_jax.data.blocks import check_place
 from deltapref_jax.data.dataset import content_of
 from deltapref_jax.data.preferences import LengthLimit
+from deltapref_jax.devices import Devices
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.records import TokenSequence
+from deltapref_jax.stages.meshes import fit_training
 from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.stages.score import LogProbTable, known_table, read_logprobs, table_files
 from deltapref_jax.stages.study import check_same_vocabulary
@@ -23,18 +27,27 @@ from deltapref_jax.training.monitor import MonitorConfig
 _SHARD = 1024  # sequences scored between two marks: what a killed run may have to repeat
 
 
-def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
+def plan(
+    p: PairTraining, profile: tuple[int, int] | None = None, devices: Devices | None = None
+) -> Policy:
     """The policy's node; its inputs are the file's sequences and their reference log-probabilities.
 
     Args:
       p: validated.
       profile: first and last training step, from 1, that JAX's profiler traces.
+      devices: that the mesh must fit; the policy's config has its sizes. None: the mesh is not
+        looked at before it is made.
 
     Raises:
       ConfigError: the data file or the table is not there, the table is of other weights than the
-        reference, the reference has another tokenizer, or adapters are wider than the student.
+        reference, the reference has another tokenizer, adapters are wider than the student, or the
+        mesh does not fit.
       FileNotFoundError, ValueError: a model is not there, or not one that can be loaded.
     """
+    training = p.training
+    if devices:
+        inspect = functools.cache(inspect_model)
+        training = fit_training(training, p.student, devices, lambda path: inspect(path)[0])
     check_place(p.data.path)
     p = pinned(p)
     kind, reference = p.objective.kind, reference_of(p.student, p.reference)
@@ -64,7 +77,7 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
         known=known_table(p.table, weights),
         model=reference,
         table=p.table,
-        mesh=p.mesh,
+        mesh=training.mesh,
     )
     return Policy(
         label=(p.name,),
@@ -74,10 +87,10 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
         student_weights=weights_hash(p.student.place),
         reference_weights=weights,
         objective=p.objective,
-        training=p.training,
+        training=training,
         seed=p.seed,
         student=p.student,
-        mesh=p.mesh,
+        mesh=training.mesh,
         monitor=MonitorConfig(p.trackers, profile),
     )
 
@@ -96,7 +109,7 @@ def check(p: PairTraining, policy: Policy, workspace: Workspace) -> None:
     for row in rows:
         zeros.setdefault(row.trace_id, {})[row.sequence_id] = 0.0
     groups = referenced(p.objective.kind, examples, rows, zeros)
-    policy.data(groups, make_mesh(p.mesh), specs)
+    policy.data(groups, make_mesh(policy.mesh), specs)
     if p.table:
         check_known(rows, read_logprobs(table_files(p.table), policy.reference_weights), p.table)
 

@@ -22,11 +22,13 @@ from deltapref_jax.config import (
     Suite,
     check_choice,
     judge_of,
+    mesh_of,
     model_of,
     reference_of,
 )
 from deltapref_jax.data.dataset import content_of
 from deltapref_jax.data.sources import task_names
+from deltapref_jax.devices import Devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.folder import weights_hash
@@ -37,6 +39,7 @@ from deltapref_jax.pairs.build import Rules
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.meshes import fit_meshes
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.stages.prompts import PromptTable
@@ -55,21 +58,27 @@ _AUDIT_COUNT = 60  # problems a judge is audited on
 Inspect = Callable[[str], tuple[ModelSpec, ChatTokenizer]]
 
 
-def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
+def plan(
+    e: Experiment, profile: tuple[int, int] | None = None, devices: Devices | None = None
+) -> Report:
     """Every artifact of the study, as the inputs of its report.
 
     Args:
       e: validated.
       profile: first and last training step, from 1, that JAX's profiler traces in every arm.
+      devices: that the meshes must fit; the report's experiment has their sizes (`fit_meshes`).
+        None: no mesh is looked at before a stage makes it.
 
     Raises:
       FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
-      ConfigError: a prompt file or table is not there, or a task is not known.
+      ConfigError: a prompt file or table is not there, a task is not known, or a mesh does not fit.
     """
     # Several nodes ask about one model, whose files are read once.
     inspect: Inspect = functools.cache(inspect_model)
     e = pinned(e)
     check_models(e, inspect)
+    if devices:
+        e = fit_meshes(e, devices, lambda path: inspect(path)[0])
     suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
     prompts = prompt_table(("prompts",), e.prompts, suites)
 
@@ -243,7 +252,7 @@ def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
         weights=weights_hash(model.place),
         sampling=e.sampling,
         seed=e.seed,
-        mesh=e.mesh,
+        mesh=mesh_of(g.mesh, e.sampling.mesh),
     )
 
 
@@ -270,7 +279,7 @@ def _ratings(
             scoring=e.scoring,
             system=table.generator.system,
             prefix=table.generator.prefix,
-            mesh=e.mesh,
+            mesh=mesh_of(judge.mesh, e.scoring.mesh),
         )
         for name, table in traces.items()
     }
@@ -287,7 +296,7 @@ def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable
         scoring=e.scoring,
         count=_AUDIT_COUNT,
         seed=e.seed,
-        mesh=e.mesh,
+        mesh=mesh_of(judge.mesh, e.scoring.mesh),
     )
 
 
@@ -330,7 +339,7 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
             known=known,
             model=reference,
             table=e.table,
-            mesh=e.mesh,
+            mesh=e.scoring.mesh,
         )
         for name, table in sequences.items()
         if name in read
@@ -366,7 +375,7 @@ def result_tables(
             sampling=e.sampling,
             seed=e.seed,
             model=model,
-            mesh=e.mesh,
+            mesh=mesh_of(asked.mesh, e.sampling.mesh),
         )
 
     return {suite.name: of(suite) for suite in e.suites}
@@ -435,6 +444,6 @@ def _policy(
         training=e.training,
         seed=seed,
         student=e.student,
-        mesh=e.mesh,
+        mesh=e.training.mesh,
         monitor=monitor,
     )

@@ -161,9 +161,13 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     ): r"dtype of student is 'int8'; choose one of 'float32', 'bfloat16'\.",
     (
         QUICK,
-        "--config.mesh.data=0",
-    ): r"config\.mesh is MeshShape\(data=0, .*\); sizes are positive, and at most one is "
-    r"-1\.",
+        "--config.training.mesh.data=-2",
+    ): r"config\.training\.mesh is MeshShape\(data=-2, .*\); sizes are positive, 0 where they "
+    r"are to be chosen, and at most one is -1\.",
+    (
+        QUICK,
+        "--devices=4x4",
+    ): r"--devices is '4x4' and only a dry run assumes devices; leave it out, or add --dry_run\.",
     (
         QUICK,
         "--only=dpo-*,ppo",

@@ -19,6 +19,7 @@ from deltapref_jax.config import (
     Experiment,
     Generator,
     Judge,
+    MeshShape,
     Model,
     Objective,
     Prompts,
@@ -114,13 +115,13 @@ def test_flops_memory_and_disk_are_by_formula(experiment, tiny, tmp_path):
     sample, policy = cost(report.traces["a"]), cost(report.policies["dpo"][0])
     assert sample.flops == 32 * forward_flops(spec, np.arange(50), 20)
     assert policy.flops == 24 * training_flops(spec, np.arange(40), 20)
-    assert sample.memory == sampling_memory(spec, 64, 50, "float32", experiment.mesh)
-    assert policy.memory == training_memory(spec, experiment.training, "float32", experiment.mesh)
+    assert sample.memory == sampling_memory(spec, 64, 50, "float32", MeshShape())
+    assert policy.memory == training_memory(spec, experiment.training, "float32", MeshShape())
     # the policy in float32, and one checkpoint with two moments
     assert 0 <= policy.disk - spec.parameters * (4 + 12) < 20_000
     judged = cost(report.ratings["m"]["b"])
     assert judged.flops == 16 * forward_flops(spec, np.arange(64), 5)
-    assert judged.memory == scoring_memory(spec, 16, 64, "float32", experiment.mesh)
+    assert judged.memory == scoring_memory(spec, 16, 64, "float32", MeshShape())
     assert cost(report.prompts).flops == cost(report.prompts).memory == 0
 
 

@@ -733,8 +733,9 @@ def test_help_and_a_missing_file(pair_training):
             "config.workspace is empty; name a folder or bucket for the artifacts.",
         ),
         (
-            "--config.training.rows=3",
-            "config.training.rows is 3 and the mesh spreads rows over 2 devices *",
+            "--config.training.mesh.data=3",
+            "config.training.mesh is data=3 and there are 2 devices; the sizes must multiply to "
+            "that; nearest that fits: data=2 or fsdp=2.",
         ),
     ],
 )
