@@ -272,7 +272,7 @@ def _number(argument: str, path: str, items: Any, item: str) -> int:
     if re.fullmatch(r"-?\d{1,9}", item):
         return int(item)
     name = item[1:-1] if re.fullmatch(r"'.*'|\".*\"", item) else item
-    names = [getattr(each, "name", None) for each in items]
+    names = [getattr(each, "name", "") or None for each in items]
     if name in names:
         return names.index(name)
     raise _NoSuchPath(f"{argument}: there is no {name!r} in {path}; {_known(items)}.")
@@ -280,7 +280,7 @@ def _number(argument: str, path: str, items: Any, item: str) -> int:
 
 def _known(items: tuple[Any, ...] | list[Any]) -> str:
     """What the items of a list are called."""
-    names = [getattr(each, "name", None) for each in items]
+    names = [getattr(each, "name", "") or None for each in items]
     if items and None in names:
         return "its items have no names, and are numbered from [0]"
     return f"it has {', '.join(f'[{name}]' for name in names) or 'no items'}"

@@ -19,7 +19,7 @@ from deltapref_jax.judging.scorer import _label_probability_fn
 from deltapref_jax.models.config_json import spec_to_hf
 from deltapref_jax.models.decoder import empty_cache, unstacked
 from deltapref_jax.models.sharding import ROWS
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import ModelSpec, Rope
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.sampling.programs import Slots, advance, grow, insert, prefill
 from deltapref_jax.scoring.logprobs import logprob_fn
@@ -35,7 +35,7 @@ NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__i
 STUDIES = [name for name in NAMES if name not in ("mine", "nursery", "train")]  # mine: test_docs
 HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ModelSpec(
-        49_152, 576, 30, 9, 3, 64, 1536, 1e5, 1e-5, True, 8192
+        49_152, 576, 30, 9, 3, 64, 1536, 1e-5, True, 8192, ropes=(Rope(1e5),)
     )
 }
 

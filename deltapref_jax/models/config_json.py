@@ -205,6 +205,11 @@ def _check_types(config: Mapping[str, Any]) -> None:
                 f"{name} is {reprlib.repr(config[name])} in config.json; it must be a JSON object."
             )
     heads, width = config.get("num_attention_heads"), config["hidden_size"]
+    groups, head_width = config.get("num_key_value_heads"), config.get("head_dim")
+    if heads and groups and heads % groups:
+        raise ValueError(f"heads is {heads}; it must be a multiple of kv_heads, {groups}.")
+    if head_width and head_width % 2:
+        raise ValueError(f"head_width is {head_width}; rotary embeddings need an even number.")
     if heads and not config.get("head_dim") and width % heads:
         raise ValueError(
             f"hidden_size is {width} and num_attention_heads {heads} in config.json; without a "

@@ -273,7 +273,8 @@ class StoredParameter:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads all of it."""
-        return self[(slice(None),) * self.ndim].astype(dtype or self._dtype or None, copy=False)
+        array = self[(slice(None),) * self.ndim]
+        return array.astype(dtype or array.dtype, copy=False)
 
     def _read_layer(self, place: Place, slices: list[slice]) -> np.ndarray:
         p = self._p

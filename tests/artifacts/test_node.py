@@ -98,7 +98,7 @@ def test_config_is_plain_data_without_what_is_not_hashed():
     assert {"checkpoint_every", "keep_checkpoints"}.isdisjoint(node.config()["training"])
     described = node.describe()
     assert described.keys() == {"label", "scale", "training", "model", "mesh", "where"}
-    assert described["model"] == {"path": "/there", "dtype": "bfloat16"}
+    assert described["model"] == {"path": "/there", "dtype": "bfloat16", "revision": ""}
     assert described["training"]["checkpoint_every"] == Training().checkpoint_every
 
 
@@ -142,7 +142,10 @@ def test_the_fields_that_are_not_hashed_are_these():
     """A field that changes what is made must not be among them."""
     assert {f"{kind.__name__}.{field.name}" for kind, field in unhashed()} == {
         "Model.path",
+        "Model.revision",
+        "Prompts.name",
         "Prompts.path",
+        "Prompts.revision",
         "Generator.about",
         "Generator.mesh",
         "Judge.mesh",
@@ -156,7 +159,9 @@ def test_the_fields_that_are_not_hashed_are_these():
         "Experiment.workspace",
         "Experiment.trackers",
         "Experiment.table",
+        "Pairs.name",
         "Pairs.path",
+        "Pairs.revision",
         "Pairs.workers",
     }
 

@@ -81,7 +81,7 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (
         QUICK,
         "--config.student.pth=x",
-    ): r"--config\.student\.pth=x: Model has no field 'pth'; it has path, dtype\.",
+    ): r"--config\.student\.pth=x: Model has no field 'pth'; it has path, dtype, revision\.",
     (
         QUICK,
         "--config.stepz=3",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deltapref_jax.hub import repository
-from deltapref_jax.models import weights as weights_module
+from deltapref_jax.models import export as exporting
 from deltapref_jax.models.export import export
 from deltapref_jax.models.folder import resolve, weights_hash
 from deltapref_jax.models.weights import inspect_model, load
@@ -23,7 +23,7 @@ def folder(tiny_folder, tmp_path):
 @pytest.fixture
 def sharded(tiny, tmp_path, monkeypatch):
     """The tiny model in several files with an index, and a file beside them."""
-    monkeypatch.setattr(weights_module, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(exporting, "_SHARD_BYTES", 20_000)
     export(tiny.state, tiny.spec, tiny.text, tmp_path / "sharded")
     (tmp_path / "sharded" / "adapter.safetensors").write_bytes(b"stray")
     (tmp_path / "sharded" / "pytorch_model.bin").write_bytes(b"stray")

@@ -45,7 +45,7 @@ def model(peaky: float = 1.0, seed: int = 0) -> LoadedModel:
         ),
         state,
     )
-    return LoadedModel(graphdef, state, SPEC, Letters(), "cd" * 8)
+    return LoadedModel(graphdef, state, SPEC, Letters(), "cd" * 8, {})
 
 
 def requests(count: int = 14, **options) -> list[Request]:

@@ -91,13 +91,13 @@ def results(root, wanted):
 def loads(monkeypatch):
     """Paths of the models that evaluation loads: one for every pool of shards."""
     paths = []
-    real = evaluate.load
+    real = evaluate.open_model
 
     def load(path, **options):
         paths.append(path)
         return real(path, **options)
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(evaluate, "open_model", load)
     return paths
 
 

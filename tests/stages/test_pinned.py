@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+from rich.console import Console
 
 from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.artifacts.runner import run
@@ -30,7 +31,8 @@ from deltapref_jax.models.export import export
 from deltapref_jax.stages import pairs_file, study
 from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.validation import validate
-from launch.cost import check_prompts, plan_table
+from launch.cost import check_prompts
+from launch.dry_run import show_plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MODEL, DATA = "someone/tiny", "someone/pairs"
@@ -96,7 +98,7 @@ def test_a_dry_run_of_models_on_the_hub_fetches_no_weights(hub, folder, data, tm
     }
     e = experiment(tmp_path, **{k: dataclasses.replace(m) for k, m in models.items()})
     report = study.plan(e)
-    plan_table(report, Workspace(e.workspace))
+    show_plan(Console(), report, Workspace(e.workspace))
     check_prompts(report, Workspace(e.workspace))
     assert not weights_asked(hub)
     known = report.experiment

@@ -118,7 +118,7 @@ def test_a_table_of_some_rows_is_used_and_counted(bench, worked, table):
 
 def test_a_table_of_all_rows_needs_no_model(bench, worked, table, monkeypatch):
     held, path = table(slice(None))
-    monkeypatch.setattr(score, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(score, "open_model", lambda *_: pytest.fail("the model was loaded"))
     known = known_table(path, bench.weights)
     made = bench.score(bench.tokens(bench.traces("g", worked[0])), known=known, table=path)
     assert bench.rows(LogProb, made) == held

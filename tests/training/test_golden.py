@@ -154,7 +154,7 @@ def model():
     folder = GOLDEN / "train" / "tied"
     stored = open_folder(folder)
     assert stored.spec == spec_from_hf(json.loads((folder / "config.json").read_text()))
-    return stored.spec, assemble(stored, str(folder))[1]
+    return stored.spec, jax.tree.map(np.asarray, assemble(stored, str(folder))[1])
 
 
 def rows_of(model, mesh, ids, attention, completion):
