@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from deltapref_jax.files import local_copy, remote
+from deltapref_jax.text.gguf_file import gguf_parts
 from deltapref_jax.text.template import named_end_ids
 
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -47,12 +48,12 @@ def model_files(path: str) -> list[Path]:
     """Returns the files that define a model: its weights, its config and its tokenizer.
 
     Raises:
-      FileNotFoundError: a Hugging Face folder is incomplete.
+      FileNotFoundError: a Hugging Face folder or a split GGUF file is incomplete.
     """
     root = Path(path)
-    # A single file is a GGUF file, which holds its config and tokenizer too.
+    # A single file is a GGUF file, which holds its config and tokenizer too, or one of its parts.
     if root.is_file():
-        return [root]
+        return [Path(part) for part in gguf_parts(path)]
     weights = sorted(root.glob("*.safetensors"))
     index = root / "model.safetensors.index.json"
     if not (root / "config.json").exists() or not (weights or index.exists()):
