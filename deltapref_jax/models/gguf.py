@@ -7,7 +7,7 @@ of that is undone, so `models.families` remains the only place that knows what a
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ TYPES = (
     "Q6_K",
 )
 """Types of tensors that are read, by llama.cpp's names."""
+
+_FAMILIES = {family.gguf: family for family in FAMILIES.values() if family.gguf}
+"""Families by the name of their architecture in GGUF."""
 
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -126,10 +129,9 @@ def open_gguf_model(path: Path) -> Stored:
 
     fields, tensors = _open_parts(path)
     arch = str(fields.get("general.architecture"))
-    supported = {family.gguf: family for family in FAMILIES.values() if family.gguf}
-    if arch not in supported:
+    if arch not in _FAMILIES:
         raise ValueError(
-            f"{path} has the general.architecture {arch!r}; supported: {', '.join(supported)}."
+            f"{path} has the general.architecture {arch!r}; supported: {', '.join(_FAMILIES)}."
         )
     for name, tensor in tensors.items():
         if tensor.type.name not in TYPES:
@@ -143,7 +145,9 @@ def open_gguf_model(path: Path) -> Stored:
 
     def numbers(name: str) -> np.ndarray:
         tensor = tensors[name]
-        return dequantize(tensor.data, tensor.type).astype(np.float32)
+        # Float32 is copied too: what is returned must not depend on the file any more.
+        copy = tensor.type.name == "F32"
+        return dequantize(tensor.data, tensor.type).astype(np.float32, copy=copy)
 
     config = _config(fields, arch, tensors)
     config["rope_parameters"] = _rope_parameters(fields, arch, config, tensors, numbers)
@@ -218,15 +222,10 @@ def _value(fields: Mapping[str, Any], name: str, default: Any = None) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _head_width(fields: Mapping[str, Any], arch: str) -> Any:
+def _head_width(fields: Mapping[str, Any], arch: str) -> int:
     """Width of a head: without a field it is the model's width over the number of heads."""
-    whole = fields.get(f"{arch}.attention.key_length")
-    heads, width = (
-        fields.get(f"{arch}.{name}") for name in ("attention.head_count", "embedding_length")
-    )
-    if whole is None and isinstance(heads, int) and isinstance(width, int) and heads:
-        return width // heads
-    return whole
+    width = fields[f"{arch}.embedding_length"] // fields[f"{arch}.attention.head_count"]
+    return int(fields.get(f"{arch}.attention.key_length", width))
 
 
 def _config(
@@ -241,7 +240,7 @@ def _config(
         return _value(fields, f"{arch}.{name}", default)
 
     window = get(_WINDOW) or 0
-    family = next(family for family in FAMILIES.values() if family.gguf == arch).model_type
+    family = _FAMILIES[arch].model_type
     # Mistral is converted to llama, and OLMo 3 to olmo2.
     family = {"llama": "mistral", "olmo2": "olmo3"}.get(arch, family) if window else family
     config: dict[str, Any] = {
@@ -306,61 +305,73 @@ def _rope_parameters(
     arch: str,
     config: Mapping[str, Any],
     tensors: Mapping[str, GgufTensor],
-    numbers: Any,
+    numbers: Callable[[str], np.ndarray],
 ) -> dict[str, Any]:
     """The rotary embeddings in the words of config.json."""
-
-    def get(name: str, default: Any = None) -> Any:
-        return _value(fields, f"{arch}.rope.{name}", default)
-
-    def factors(name: str) -> list[float]:
-        return [float(str(value)) for value in numbers(name)]
-
-    kind, factor = get("scaling.type"), get("scaling.factor") or 0
-    original = get("scaling.original_context_length")
-    options = {"rope_type": "default", "rope_theta": get("freq_base", 1e4)}
-    if _FREQUENCIES in tensors:
-        # Llama 3's scaling is a list of divisors of the frequencies here. LongRoPE with the same
-        # list for short and long sequences says exactly that, whatever they were made from.
-        both = factors(_FREQUENCIES)
-        options |= {
-            "rope_type": "longrope",
-            "short_factor": both,
-            "long_factor": both,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": config.get("max_position_embeddings"),
-        }
-    elif _LONG in tensors:
-        options |= {
-            "rope_type": "longrope",
-            "short_factor": factors(_SHORT),
-            "long_factor": factors(_LONG),
-            "attention_factor": get("scaling.attn_factor", 1.0),
-            "original_max_position_embeddings": original,
-        }
-    elif kind == "yarn":
-        options |= {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original or config.get("max_position_embeddings"),
-            "attention_factor": get("scaling.yarn_attn_factor"),
-            "beta_fast": get("scaling.yarn_beta_fast"),
-            "beta_slow": get("scaling.yarn_beta_slow"),
-        }
-    elif kind in (None, "linear") and factor:
-        options |= {"rope_type": "linear", "factor": factor}
-    elif kind not in (None, "none", "linear"):
-        options["rope_type"] = kind  # which is refused by its name
-    whole, rotated = config["head_dim"], get("dimension_count")
+    base = _value(fields, f"{arch}.rope.freq_base", 1e4)
+    options = {"rope_type": "default", "rope_theta": base}
+    if _FREQUENCIES in tensors or _LONG in tensors:
+        options |= _divisors(fields, arch, config, tensors, numbers)
+    else:
+        options |= _scaling(fields, arch, config)
+    whole = config["head_dim"]
     if FAMILIES[config["model_type"]].partial_rotary:
-        options["partial_rotary_factor"] = _share(rotated or whole, whole)
+        rotated = fields.get(f"{arch}.rope.dimension_count", whole)
+        options["partial_rotary_factor"] = _share(rotated, whole)
     options = {name: value for name, value in options.items() if value is not None}
     if config["model_type"] not in ("gemma3_text", "olmo3"):
         return options
     # Layers with a window are not scaled, and Gemma 3's have a base of their own.
-    base = 1e4 if arch == "gemma3" else options["rope_theta"]
-    local = {"rope_type": "default", "rope_theta": get("freq_base_swa", base)}
-    return {"full_attention": options, "sliding_attention": local}
+    local = _value(fields, f"{arch}.{_SWA_BASE}", 1e4 if arch == "gemma3" else base)
+    return {
+        "full_attention": options,
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    }
+
+
+def _divisors(
+    fields: Mapping[str, Any],
+    arch: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, GgufTensor],
+    numbers: Callable[[str], np.ndarray],
+) -> dict[str, Any]:
+    """A scaling that the file holds as tensors: a divisor of every frequency.
+
+    Llama 3's is one list, whatever it was made from. LongRoPE with the same list for short and long
+    sequences says exactly that.
+    """
+    short, long = (_FREQUENCIES,) * 2 if _FREQUENCIES in tensors else (_SHORT, _LONG)
+    original = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return {
+        "rope_type": "longrope",
+        "short_factor": [float(str(value)) for value in numbers(short)],
+        "long_factor": [float(str(value)) for value in numbers(long)],
+        "attention_factor": _value(fields, f"{arch}.rope.scaling.attn_factor", 1.0),
+        "original_max_position_embeddings": original,
+    }
+
+
+def _scaling(fields: Mapping[str, Any], arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scaling that the metadata describe; without a name a factor is linear."""
+
+    def get(name: str) -> Any:
+        return _value(fields, f"{arch}.rope.scaling.{name}")
+
+    kind, factor = get("type"), get("factor")
+    if kind == "yarn":
+        original = get("original_context_length") or config.get("max_position_embeddings")
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "attention_factor": get("yarn_attn_factor"),
+            "beta_fast": get("yarn_beta_fast"),
+            "beta_slow": get("yarn_beta_slow"),
+        }
+    if kind in (None, "linear") and factor:
+        return {"rope_type": "linear", "factor": factor}
+    return {} if kind in (None, "linear", "none") else {"rope_type": kind}  # refused by its name
 
 
 def _share(part: int, whole: int) -> float:
@@ -377,13 +388,20 @@ def _check_fields(
     Raises:
       ValueError: it names the field.
     """
+    for name in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count"):
+        value = fields.get(f"{arch}.{name}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{path} has the {arch}.{name} {reprlib.repr(value)}; it must be a whole number "
+                "above 0: give a whole model."
+            )
     whole = _head_width(fields, arch)
-    family = next(family for family in FAMILIES.values() if family.gguf == arch)
+    partial = _FAMILIES[arch].partial_rotary
     # Values of another width are not implemented, and rotary embeddings of a part of a head only
     # for some families.
     for name in ("rope.dimension_count", "attention.value_length"):
         value = fields.get(f"{arch}.{name}", whole)
-        if value != whole and not (family.partial_rotary and name == "rope.dimension_count"):
+        if value != whole and not (partial and name == "rope.dimension_count"):
             raise ValueError(
                 f"{path} has the {arch}.{name} {value} and heads of {whole}; only equal ones are "
                 "supported."

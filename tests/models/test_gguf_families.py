@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from deltapref_jax.models.config_json import portable, spec_from_hf
 from deltapref_jax.models.folder import weights_hash
-from deltapref_jax.models.gguf import TYPES, _config, _layer_types, open_gguf_model
+from deltapref_jax.models.gguf import TYPES, _check_fields, _config, _layer_types, open_gguf_model
 from deltapref_jax.models.parameters import parameters
 from deltapref_jax.models.stored import check_tensors, open_folder, read_parameter
 from deltapref_jax.models.weights import assemble, load
@@ -327,6 +327,19 @@ def test_a_field_that_nothing_reads_is_refused_by_its_name(name, fields, sentenc
     with pytest.raises(ValueError, match="with that option is not supported") as error:
         open_gguf_model(path)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0, "0"), (1.5, "1.5")])
+def test_a_size_that_is_none_is_refused(value, shown, tmp_path):
+    """Files of other converters may lack a field, or have one number per layer."""
+    path = write("llama", tmp_path / "m.gguf")
+    fields = open_gguf(str(path)).fields | {"llama.block_count": value}
+    with pytest.raises(ValueError) as error:
+        _check_fields(path, fields, "llama", {})
+    assert str(error.value) == (
+        f"{path} has the llama.block_count {shown}; it must be a whole number above 0: give a "
+        "whole model."
+    )
 
 
 def test_divisors_of_frequencies_are_exact(tmp_path):
