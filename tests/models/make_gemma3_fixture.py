@@ -68,16 +68,17 @@ def tokenizer_of(path: str) -> sentencepiece.SentencePieceProcessor:
 
 
 @torch.no_grad()
-def logprobs_of(model, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities [L, V] of the next token, in nats."""
-    return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+def logprobs_of(model, ids: list[int], last: int = 0) -> torch.Tensor:
+    """Log-probabilities [L, V] of the next token, in nats; of the last tokens alone if not 0."""
+    logits = model(torch.tensor([ids]), logits_to_keep=last).logits[0]
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def greedy(model, prompt: list[int]) -> dict:
     """The greedy continuation and the smallest gap between its best and second tokens."""
     ids, gaps = list(prompt), []
     for _ in range(GREEDY_TOKENS):
-        best = logprobs_of(model, ids)[-1].topk(2)
+        best = logprobs_of(model, ids, 1)[-1].topk(2)
         gaps.append(float(best.values[0] - best.values[1]))
         ids.append(int(best.indices[0]))
     if min(gaps) < MIN_GAP:
