@@ -35,8 +35,7 @@ def detected_processes() -> int:
             if name == "GkeTpuCluster":
                 # Its process count asks the metadata server about slices, which GKE describes in
                 # the environment wherever there is more than one.
-                slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
-                return slices * len(cluster._get_worker_list_in_slice())  # type: ignore[attr-defined]
+                return detected_slices() * len(cluster._get_worker_list_in_slice())  # type: ignore[attr-defined]
             return cluster.get_process_count()
     return _cloud_tpu_processes()  # JAX's own test of it takes seconds where there is no pod.
 
@@ -50,11 +49,23 @@ def _cloud_tpu_processes() -> int:
         return 1
     if not _metadata("agent-worker-number"):
         return 1
+    return detected_slices() * len(_metadata("worker-network-endpoints").split(","))
+
+
+def detected_slices() -> int:
+    """Number of TPU slices of the job, as GKE's environment or a Cloud TPU's metadata say.
+
+    Raises:
+      RuntimeError: the metadata server of a Cloud TPU fails.
+    """
+    from jax._src import cloud_tpu_init
+
     slices = os.environ.get("MEGASCALE_NUM_SLICES")
-    if not slices:
+    on_gke = any(key.startswith(("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDR")) for key in os.environ)
+    if not slices and not on_gke and cloud_tpu_init.running_in_cloud_tpu_vm:
         found = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata("tpu-env"), re.M)
-        slices = found[1] if found else "1"
-    return int(slices) * len(_metadata("worker-network-endpoints").split(","))
+        slices = found[1] if found else ""
+    return int(slices or 1)
 
 
 def _metadata(key: str) -> str:
@@ -99,7 +110,7 @@ def local_device_ids() -> list[int] | None:
       ConfigError: the tasks of this node cannot share its GPUs evenly.
     """
     rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    tasks, gpus = _tasks_on_node(), _visible_gpus()
+    tasks, gpus = _tasks_on_node(), visible_gpus()
     if os.environ.get("JAX_LOCAL_DEVICE_IDS") or rank is None or not tasks or not gpus:
         return None
     if tasks == 1 or gpus == 1 or _sees_only_its_own():
@@ -127,7 +138,7 @@ def _tasks_on_node() -> int:
     return counts[node] if node < len(counts) else 0
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """Number of GPUs that this process sees, without starting a backend."""
     for key in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         if (listed := os.environ.get(key)) is not None:

@@ -134,6 +134,28 @@ class Prompts:
     answer_field: str = "answer"
     # How answers of a file are checked: "math", "exact", or "" (unchecked).
     checker: str = ""
+    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
+
+
+@dataclasses.dataclass
+class MeshShape:
+    """Devices along each mesh axis. 0: chosen, see docs/running.md; -1: all that are left.
+
+    With a -1 the axes that are 0 have one device.
+    """
+
+    # Devices that have copies of the weights, and rows of their own.
+    data: int = 0
+    # Devices that divide weights and moments, and have rows of their own.
+    fsdp: int = 0
+    # Devices that divide each layer's heads and MLP columns.
+    tensor: int = 0
+    # Devices that share one row's columns: for rows too long for one; training, scoring and judging
+    # only, and never chosen.
+    context: int = 0
 
 
 @dataclasses.dataclass
@@ -144,6 +166,13 @@ class Model:
     path: str = dataclasses.field(default="", metadata=UNHASHED)
     # Of activations and weights in forward passes.
     dtype: str = "float32"
+    # Branch, tag or commit of a hub name, "": the default branch; manifests have the commit.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
+
+    @property
+    def place(self) -> str:
+        """Path and revision as one text, which `models.folder.resolve` finds the model by."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
 @dataclasses.dataclass
@@ -168,6 +197,9 @@ class Generator:
     prefix: str = ""
     # What it is, for the page.
     about: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Of each host's devices, for its traces and for its evaluation; without a size: the mesh of
+    # `sampling`.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -186,6 +218,8 @@ class Judge:
     seed: int = 0
     # Of DIMENSIONS; a model reads a trace once, and a short question for each of them.
     dimensions: tuple[str, ...] = DIMENSIONS
+    # Of all devices, of kind "model"; without a size: the mesh of `scoring`.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -295,6 +329,8 @@ class Training:
     keep_checkpoints: int = dataclasses.field(default=1, metadata=UNHASHED)
     # Traces that ended otherwise are not trained on.
     finishes: tuple[str, ...] = dataclasses.field(default=("eos", "stop"), metadata=UNHASHED)
+    # Of all devices.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -325,11 +361,13 @@ class Sampling:
     slots: int = 64
     # Decode steps per dispatch.
     chunk: int = 16
-    # Prompts in one shard: what a killed run may have to repeat. Another value makes all that is
-    # behind the traces again, because the files are hashed.
+    # Prompts in one shard of traces and questions in one shard of results: what a killed run may
+    # have to repeat. Another value makes all that is behind them again, because files are hashed.
     shard: int = 256
     # Strings that end a trace, cut from it.
     stop: tuple[str, ...] = ()
+    # Of each host's devices: every host samples shards of its own.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -344,20 +382,8 @@ class Scoring:
     # behind the tables again: their files are hashed, and rows that are packed otherwise are
     # rounded otherwise.
     shard: int = 1024
-
-
-@dataclasses.dataclass
-class MeshShape:
-    """Devices along each mesh axis; -1 takes what is left."""
-
-    # Devices that have copies of the weights, and rows of their own.
-    data: int = -1
-    # Devices that divide weights and moments, and have rows of their own.
-    fsdp: int = 1
-    # Devices that divide each layer's heads and MLP columns.
-    tensor: int = 1
-    # Devices that share one row's columns: for rows too long for one; training and scoring only.
-    context: int = 1
+    # Of all devices.
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -404,8 +430,6 @@ class Experiment:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     # Of the reference and of model judges.
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
-    # Of all devices; it is in no artifact's key but the report's.
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
 @dataclasses.dataclass
@@ -420,6 +444,10 @@ class Pairs:
     workers: int = dataclasses.field(default=4, metadata=UNHASHED)
     # Of over_length "truncate": the end of a sequence that stays; TRL's names.
     truncation_mode: str = "keep_start"
+    # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
+    name: str = dataclasses.field(default="", metadata=UNHASHED)
+    # Branch, tag or commit of a hub data set, "": the default branch; its commit is hashed.
+    revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
 
 @dataclasses.dataclass
@@ -446,8 +474,6 @@ class PairTraining:
     objective: Objective = dataclasses.field(default_factory=lambda: Objective(name="dpo"))
     # Its `row_length` is the longest sequence too.
     training: Training = dataclasses.field(default_factory=Training)
-    # Of all devices; not part of a policy's key.
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
 def judge_of(experiment: Experiment, arm: Arm) -> str:
@@ -518,13 +544,21 @@ class ModelZoo:
     suites: tuple[Suite, ...] = ()
     # Of the suites.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    # Of all devices.
+    # Of all devices: the small models train on it.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
+def mesh_of(own: MeshShape, stage: MeshShape) -> MeshShape:
+    """The mesh of a generator or judge: its own if that has a size, else that of its stage."""
+    return stage if own == MeshShape() else own
+
+
 def model_of(experiment: Experiment, model: Model) -> Model:
-    """`model` with the empty path resolved to the student's."""
-    return dataclasses.replace(model, path=model.path or experiment.student.path)
+    """`model` with the empty path resolved to the student's, and its revision."""
+    if model.path:
+        return model
+    student = experiment.student
+    return dataclasses.replace(model, path=student.path, revision=student.revision)
 
 
 def reference_of(student: Model, reference: Model) -> Model:

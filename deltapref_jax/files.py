@@ -49,13 +49,22 @@ class ArtifactError(RuntimeError):
     code = 2  # exit code of the entry points
 
 
-def write_atomic(path: epath.Path, data: bytes) -> None:
+def write_atomic(
+    path: epath.Path, data: bytes, check_lease: Callable[[], None] = lambda: None
+) -> None:
     """Writes `data` to `path`, which either does not change or holds all of it, also after a crash.
+
+    Args:
+      path: a file in a folder that exists.
+      data: all that it holds.
+      check_lease: called when the temporary file stands, which whoever takes the folder over
+        removes. So a process that is suspended at any moment cannot replace its successor's file.
 
     Raises:
       ArtifactError: the file cannot be written; the temporary file has been removed.
     """
     if remote(path):  # An object store makes an object visible only when its upload is complete.
+        check_lease()
         with _bucket_errors(path, unwritable):
             path.write_bytes(data)
         return
@@ -66,11 +75,14 @@ def write_atomic(path: epath.Path, data: bytes) -> None:
             file.flush()
             # Without fsync, the rename may reach the disk before the data does.
             os.fsync(file.fileno())
+        check_lease()
         temporary.replace(path)
-    except OSError as e:
+    except BaseException as e:  # The exceptions of signals are none of Exception.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise unwritable(path, e) from e
+        if isinstance(e, OSError):
+            raise unwritable(path, e) from e
+        raise
 
 
 def is_unwritable(e: BaseException) -> bool:

@@ -1,9 +1,10 @@
 """Device meshes with the axes data, fsdp, tensor and context; host arrays to devices and back."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,74 +12,202 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from deltapref_jax.config import ConfigError, MeshShape
+from deltapref_jax.devices import Devices, count_slices
 
 AXES = ("data", "fsdp", "tensor", "context")
 
+Sizes = tuple[int, ...]
+"""Devices along data, fsdp, tensor and context."""
 
-def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
+
+class Batch(NamedTuple):
+    """What a mesh spreads: `rows`, which are called `name` in the config's part `field`."""
+
+    field: str
+    name: str
+    rows: int
+    row_length: int = 0
+
+
+def wide_first(sizes: Sizes) -> Any:
+    """Order of choice of meshes of all devices: most shards of rows, then most shards of weights.
+
+    Rows over as many devices as divide them waste none, and fsdp needs the least memory.
+    """
+    data, fsdp, tensor, _ = sizes
+    return -data * fsdp, tensor, data
+
+
+class Condition(NamedTuple):
+    """What a shape must meet, and the sentence, without its end, where no shape of a list does."""
+
+    holds: Callable[[Sizes], bool]
+    sentence: Callable[[list[Sizes]], str]
+
+
+def fit_shape(
+    field: str,
+    shape: MeshShape,
+    devices: Devices,
+    conditions: Sequence[Condition] = (),
+    order: Callable[[Sizes], Any] = wide_first,
+) -> MeshShape:
+    """Returns a shape whose four sizes are all stated and fit the devices.
+
+    Sizes that `shape` states are kept. Of the shapes with these sizes that fit, the first by
+    `order` is returned.
+
+    Args:
+      field: the config field of the shape, for messages.
+      shape: see `MeshShape`.
+      devices: what the mesh is made over.
+      conditions: what it must meet besides, such as `rows_divide`.
+      order: sort key of the shapes to choose from.
+
+    Raises:
+      ConfigError: no shape fits. The sentence names the field, the devices, and the nearest shapes
+        that fit.
+    """
+    stated = _stated(shape)
+    named = " ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(shape).items() if n)
+    agrees = Condition(
+        lambda s: all(s[axis] == size for axis, size in stated.items()),
+        lambda _: (
+            f"{field} is {named} and there are {devices.words}; the sizes must multiply to that"
+        ),
+    )
+    needed = [_spans_slices(f"{field} is {named or 'not stated'}", devices), *conditions]
+    shapes = every = _shapes(devices.total)
+    for condition in (agrees, *needed):
+        left = [s for s in shapes if condition.holds(s)]
+        if not left:
+            fitting = [
+                s for s in every if (shape.context or s[3] == 1) and all(c.holds(s) for c in needed)
+            ]
+            raise ConfigError(f"{condition.sentence(shapes)}{_nearest(stated, fitting, order)}.")
+        shapes = left
+    return MeshShape(*min(shapes, key=order))
+
+
+def _spans_slices(beginning: str, devices: Devices) -> Condition:
+    tpu = devices.platform == "tpu"
+    places, across = ("slices", "data") if tpu else ("hosts", "data x fsdp")
+    return Condition(
+        lambda s: _across_slices(s, devices.slices, tpu) is not None,
+        lambda _: (
+            f"{beginning} and the {devices.words} are in {devices.slices} {places}; {across} "
+            "must be a multiple of that"
+        ),
+    )
+
+
+def rows_divide(field: str, batch: Batch, devices: Devices) -> list[Condition]:
+    """Conditions that the rows of a batch divide over data x fsdp, and its columns over context.
+
+    Args:
+      field: the config field of the mesh, for messages.
+      batch: what the mesh spreads.
+      devices: what the mesh is made over.
+    """
+    where, name, rows, row_length = batch
+    return [
+        Condition(
+            lambda s: rows % (s[0] * s[1]) == 0,
+            lambda shapes: (
+                f"{where}.{name} is {rows} and {field} spreads {name} over "
+                f"{min(s[0] * s[1] for s in shapes)} of {devices.words} (data x fsdp); make {name} "
+                "a multiple of that"
+            ),
+        ),
+        Condition(
+            lambda s: row_length % s[3] == 0,
+            lambda shapes: (
+                f"{where}.row_length is {row_length} and {field} splits each row over "
+                f"{min(s[3] for s in shapes)} of {devices.words} (context); make row_length a "
+                "multiple of that"
+            ),
+        ),
+    ]
+
+
+def _stated(shape: MeshShape) -> dict[int, int]:
+    """Sizes that are not free to choose, by the number of their axis."""
+    sizes = dataclasses.astuple(shape)
+    chosen = () if -1 in sizes else (0, 1, 2)  # context is never chosen
+    return {
+        axis: max(size, 1)
+        for axis, size in enumerate(sizes)
+        if size != -1 and not (size == 0 and axis in chosen)
+    }
+
+
+def _shapes(count: int) -> list[Sizes]:
+    """All sizes that multiply to `count`."""
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    return [
+        (a, b, c, count // (a * b * c))
+        for a, b, c in itertools.product(divisors, repeat=3)
+        if count % (a * b * c) == 0
+    ]
+
+
+def _nearest(
+    stated: dict[int, int], fitting: Iterable[Sizes], order: Callable[[Sizes], Any]
+) -> str:
+    """Names the two fitting shapes that differ least from the stated sizes, by ratios."""
+
+    def distance(sizes: Sizes) -> float:
+        return sum(abs(math.log(sizes[axis] / size)) for axis, size in stated.items())
+
+    best = sorted(fitting, key=lambda s: (round(distance(s), 9), order(s)))[:2]
+    if not best:
+        return ""
+    return "; nearest that fits: " + " or ".join(describe(MeshShape(*sizes)) for sizes in best)
+
+
+def describe(shape: MeshShape) -> str:
+    """The axes with more than one device, such as "data=2 fsdp=8"."""
+    sizes = {axis: size for axis, size in dataclasses.asdict(shape).items() if size != 1}
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
+
+
+def make_mesh(
+    shape: MeshShape, devices: list[Any] | None = None, field: str = "config.mesh"
+) -> Mesh:
     """Makes a mesh over `devices` (all by default) with Auto axes.
 
-    One size may be -1: it is the number of devices divided by the other sizes. See `device_grid`
-    for devices in several slices.
+    `data` takes what is left if no size says otherwise; `fit_shape` chooses by what fits. See
+    `device_grid` for devices in several slices.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or do not divide over slices.
     """
     devices = devices or jax.devices()
-    sizes = [shape.data, shape.fsdp, shape.tensor, shape.context]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if int(np.prod(sizes)) != len(devices):
-        raise ConfigError(
-            f"config.mesh is {shape.data} x {shape.fsdp} x {shape.tensor} x {shape.context} (data, "
-            f"fsdp, tensor, context) and there are {len(devices)} devices; the sizes must multiply "
-            "to that, one of them may be -1."
-        )
+    if not shape.data and -1 not in dataclasses.astuple(shape):
+        shape = dataclasses.replace(shape, data=-1)
+    known = Devices(len(devices), len(devices), count_slices(devices), devices[0].platform)
+    sizes = dataclasses.astuple(fit_shape(field, shape, known))
     types = (AxisType.Auto,) * len(AXES)
-    if _slices(devices) == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if known.slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     return Mesh(device_grid(sizes, devices), AXES, axis_types=types)
 
 
-def _slices(devices: list[Any]) -> int:
-    """Number of groups of devices with a fast network: slices of TPUs, hosts of GPUs or CPUs."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
-
-
-def device_grid(sizes: list[int], devices: list[Any]) -> np.ndarray:
+def device_grid(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
     """Arranges devices of several slices so that the slow network carries as little as possible.
 
     `data` spans the slices, because it exchanges gradients once a step. GPUs of several hosts may
     be spanned by `fsdp` too, where `data` is too small.
 
     Args:
-      sizes: of the axes; their product is the number of devices.
+      sizes: of the axes; their product is the number of devices, and they divide over the slices.
       devices: devices with a `slice_index`, equally many in each slice.
 
     Returns:
       Devices [data, fsdp, tensor, context].
-
-    Raises:
-      ConfigError: the sizes do not divide over the slices; the sentence names the nearest that do.
     """
-    slices, tpu = _slices(devices), devices[0].platform == "tpu"
-    across = _across_slices(sizes, slices, tpu)
-    if across is None:
-        fits = [
-            other
-            for other in itertools.product(_divisors(len(devices)), repeat=len(sizes))
-            if math.prod(other) == len(devices) and _across_slices(other, slices, tpu)
-        ]
-        nearest = min(
-            fits, key=lambda o: sum(abs(math.log(x / y)) for x, y in zip(o, sizes, strict=True))
-        )
-        raise ConfigError(
-            f"config.mesh is {' x '.join(map(str, sizes))} (data, fsdp, tensor, context) and the "
-            f"{len(devices)} devices are in {slices} {'slices' if tpu else 'hosts'}; "
-            f"{'data' if tpu else 'data x fsdp'} must be a multiple of that: the nearest is "
-            f"{' x '.join(map(str, nearest))}."
-        )
+    across = _across_slices(sizes, count_slices(devices), devices[0].platform == "tpu")
+    assert across, f"{sizes} do not divide over the slices"
     return mesh_utils.create_hybrid_device_mesh(
         [size // outer for size, outer in zip(sizes, across, strict=True)],
         across,
@@ -93,10 +222,6 @@ def _across_slices(sizes: Sequence[int], slices: int, tpu: bool) -> list[int] | 
     data = slices if tpu else math.gcd(sizes[0], slices)
     fsdp = slices // data
     return None if sizes[0] % data or sizes[1] % fsdp else [data, fsdp, 1, 1]
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
@@ -131,7 +256,8 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     compare the processes' values.
 
     Args:
-      tree: arrays, with the same values on every process; None leaves stay None.
+      tree: arrays, with the same values on every process, or what has a shape and is indexed as
+        one (`stored.StoredParameter`); None leaves stay None.
       shardings: a sharding for all leaves, or a tree of them.
       dtype: every part is copied to this dtype, so that the result may be donated; None keeps the
         leaf's dtype, and the result may share memory with a host array.
@@ -140,7 +266,8 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     def parts(x: Any, sharding: Sharding) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x if dtype is None else x.astype(dtype), sharding)
-        host = np.asarray(x)
+        # What can be cut without being read, such as a parameter in its file, is not read whole.
+        host = np.asarray(x) if isinstance(x, jax.Array) or not hasattr(x, "shape") else x
         return jax.make_array_from_callback(
             host.shape,
             sharding,
@@ -148,7 +275,8 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
         )
 
     local = all(s.is_fully_addressable for s in jax.tree.leaves(shardings))
-    if local and dtype is None:
+    on_host = all(isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(tree))
+    if local and dtype is None and on_host:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)

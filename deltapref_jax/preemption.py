@@ -59,6 +59,14 @@ def stop_raising() -> None:
     _unheard = None
 
 
+def unheard_signal() -> BaseException | None:
+    """The exception of a signal that has not reached the entry point; None if there is none.
+
+    A library may have turned it into another exception, as lazy imports do.
+    """
+    return _unheard[1] if _unheard else None
+
+
 def _raise_for_signal(number: int, _: Any) -> NoReturn:
     global _unheard
     error = Preempted(_STOPPED) if number == signal.SIGTERM else KeyboardInterrupt()

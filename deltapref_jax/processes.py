@@ -50,6 +50,15 @@ def start_processes() -> None:
     jax.distributed.initialize(**explicit, local_device_ids=local_device_ids())
 
 
+def described_processes() -> int:
+    """The number of processes of the job that the environment describes, without joining it.
+
+    Raises:
+      RuntimeError: the metadata server of a Cloud TPU fails.
+    """
+    return int(os.environ.get("JAX_NUM_PROCESSES") or detected_processes())
+
+
 def _distributed_jax() -> Any:
     """The `jax` module if this process has joined a JAX job, otherwise None."""
     jax = sys.modules.get("jax")

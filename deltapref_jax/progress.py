@@ -1,6 +1,7 @@
 """The progress bar that all stages share: task, count, rate, elapsed and remaining time."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -84,31 +85,38 @@ class Counter:
       total: units in all; None hides the time left.
       unit: in the plural, such as "traces".
       show: whether anything is shown.
+      stood: units that are done already, which no rate counts.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str, show: bool = True):
+    def __init__(self, label: str, total: int | None, unit: str, show: bool = True, stood: int = 0):
         label = printable(label)
-        self._label, self._total, self._unit, self._show = label, total, unit, show
-        self._done, self._began = 0, time.monotonic()
-        self._logged = self._began
+        self._label, self._total, self._unit = label, total, unit
+        self._stood = self._done = stood
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._logs = show and not sys.stderr.isatty()
         self._bar = progress(show)
-        self._task = self._bar.add_task(label, total=total, unit=unit, note="")
+        self._task = self._bar.add_task(label, total=total, completed=stood, unit=unit, note="")
 
     def __enter__(self) -> "Counter":
         self._bar.start()
+        if self._logs:
+            threading.Thread(target=self._keep_logging, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._bar.stop()
 
     def advance(self, units: int) -> None:
         """So many units more are done."""
         self._done += units
         self._bar.advance(self._task, units)
-        now = time.monotonic()
-        if self._show and now - self._logged >= LOG_EVERY_SECONDS:
-            self._logged = now
-            rate = self._done / (now - self._began)
+
+    def _keep_logging(self) -> None:
+        # A thread writes the lines, so that a log grows while a model is loaded or compiled too.
+        while not self._ended.wait(LOG_EVERY_SECONDS):
+            rate = (self._done - self._stood) / (time.monotonic() - self._began)
             of = f" of {self._total:,}" if self._total else ""
             left = (
                 f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""

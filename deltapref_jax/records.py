@@ -157,8 +157,11 @@ class Result(NamedTuple):
     task: str
     prompt_id: str
     sample: int
+    text: str  # decoded without special tokens and without the stop string
+    answer: str  # what was extracted from the text; "" if nothing
     correct: bool  # an unfinished trace is wrong
-    finish: str
+    finish: str  # "eos", "stop" or "length"
+    logprob: float  # nats; sum over the sampled tokens, temperature 1, unfiltered
     tokens: int
 
 

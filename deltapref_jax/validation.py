@@ -223,6 +223,8 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
     for name, is_read in (
         ("path", stored),
         ("split", prompts.kind in ("hub", "tfds")),
+        ("name", prompts.kind == "hub"),
+        ("revision", prompts.kind == "hub"),
         ("tasks", not stored),
         ("difficulty", prompts.kind == "synthetic"),
         ("prompt_field", stored),
@@ -274,6 +276,7 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
         _check_size(f"row_length {where}", p.row_length, 1024)
         _check_strength(f"learning_rate {where}", p.learning_rate)
         _check_seed(f"seed {where}", p.seed)
+        _check_mesh("config.mesh", zoo.mesh, (f"row_length {where}", p.row_length))
         if not p.base and (p.heads % p.kv_heads or p.width % p.heads or p.width // p.heads % 2):
             raise ConfigError(
                 f"heads {where} is {p.heads}, kv_heads {p.kv_heads} and width {p.width}; heads "
@@ -284,7 +287,6 @@ def validate_model_zoo(zoo: ModelZoo) -> ModelZoo:
         check_choice("config.release", name, known)
     _check_suites(zoo.suites)
     _check_sampling(zoo.sampling)
-    _check_mesh(zoo.mesh)
     return zoo
 
 
@@ -319,7 +321,6 @@ def validate_pair_training(single: PairTraining) -> PairTraining:
             reference=single.reference,
             objectives=(dataclasses.replace(single.objective, name=single.objective.kind),),
             training=dataclasses.replace(single.training, over_length="drop"),
-            mesh=single.mesh,
         )
     )
     _check_unused(single)
@@ -432,13 +433,15 @@ def _check_suites(suites: Sequence[Suite]) -> None:
 
 
 def _check_models(e: Experiment) -> None:
-    """Checks the dtypes of all models, and the fields of generators and judges."""
+    """Checks dtype and revision of all models, and the fields of generators and judges."""
     for model, field in (
         [(e.student, "student"), (e.reference, "reference")]
         + [(g.model, f"generator {g.name}") for g in e.generators]
         + [(j.model, f"judge {j.name}") for j in e.judges]
     ):
         check_choice(f"dtype of {field}", model.dtype, DTYPES)
+        reason = "its path is empty"
+        _refuse_unread(f"revision of {field}", model.revision, "", model.path, reason)
     for g in e.generators:
         _check_strength(f"temperature of generator {g.name!r}", g.temperature)
         _check_range(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
@@ -461,6 +464,7 @@ def _check_models(e: Experiment) -> None:
             ("model", Model(), j.kind == "model", kind),
             ("noise", 0.0, j.kind == "exact", kind),
             ("seed", 0, noisy, silent),
+            ("mesh", MeshShape(), j.kind == "model", kind),
         ):
             name = f"{field} of judge {j.name!r}"
             _refuse_unread(name, getattr(j, field), default, is_read, reason)
@@ -590,25 +594,47 @@ def _check_sampling(s: Sampling) -> None:
         raise ConfigError(
             "config.sampling.stop holds an empty string, which every text contains; remove it."
         )
+    _check_mesh("config.sampling.mesh", s.mesh)
 
 
-def _check_mesh(mesh: MeshShape) -> None:
-    sizes = dataclasses.astuple(mesh)
-    if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
-        raise ConfigError(f"config.mesh is {mesh}; sizes are positive, and at most one is -1.")
-    for field, size in zip(("data", "fsdp", "tensor", "context"), sizes, strict=True):
-        _check_range(f"config.mesh.{field}", size, -1, 2**20, "no pod has more devices")
+def _check_mesh(field: str, mesh: MeshShape, row_length: tuple[str, int] | None = None) -> None:
+    """Checks the sizes of a mesh; `row_length`: field and value of what its context divides."""
+    sizes = dataclasses.asdict(mesh)
+    if list(sizes.values()).count(-1) > 1 or min(sizes.values()) < -1:
+        raise ConfigError(
+            f"{field} is {mesh}; sizes are positive, 0 where they are to be chosen, and at most "
+            "one is -1."
+        )
+    for axis, size in sizes.items():
+        _check_range(f"{field}.{axis}", size, -1, 2**20, "no pod has more devices")
+    if row_length is None:
+        if mesh.context not in (0, 1):
+            raise ConfigError(
+                f"{field}.context is {mesh.context}, and decoding has no rows to split; leave it "
+                "at 0."
+            )
+    elif mesh.context > 1 and row_length[1] % mesh.context:
+        raise ConfigError(
+            f"{row_length[0]} is {row_length[1]} and {field}.context splits each row over "
+            f"{mesh.context} devices; make row_length a multiple of that."
+        )
+
+
+def _check_meshes(e: Experiment) -> None:
+    """Checks the meshes of all stages and models, as far as that needs no devices."""
+    training = "config.training.row_length", e.training.row_length
+    scoring = "config.scoring.row_length", e.scoring.row_length
+    _check_mesh("config.training.mesh", e.training.mesh, training)
+    _check_mesh("config.scoring.mesh", e.scoring.mesh, scoring)
+    for i, judge in enumerate(e.judges):
+        _check_mesh(f"config.judges[{i}].mesh", judge.mesh, scoring)
+    for i, generator in enumerate(e.generators):
+        _check_mesh(f"config.generators[{i}].mesh", generator.mesh)
 
 
 def _check_sizes(e: Experiment) -> None:
-    """Checks sampling, scoring and the mesh."""
+    """Checks sampling, scoring and the meshes."""
     _check_sampling(e.sampling)
     _check_rows("config.scoring", e.scoring.rows, e.scoring.row_length)
     _check_count("config.scoring.shard", e.scoring.shard)
-    _check_mesh(e.mesh)
-    for field, length in (("training", e.training.row_length), ("scoring", e.scoring.row_length)):
-        if e.mesh.context > 1 and length % e.mesh.context:
-            raise ConfigError(
-                f"config.{field}.row_length is {length} and config.mesh.context splits each row "
-                f"over {e.mesh.context} devices; make row_length a multiple of that."
-            )
+    _check_meshes(e)

@@ -10,11 +10,11 @@
 
 import ast
 import importlib
-import io
 import pathlib
 import re
 import textwrap
-import tokenize
+
+from launch.fields import classes, fields_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = "python -m docs.refresh"
@@ -28,32 +28,10 @@ Written by `{COMMAND}` from `deltapref_jax/config.py`; edit that file instead.
 A study is an [Experiment](#experiment), one run from a file of pairs is a
 [PairTraining](#pairtraining), and the models that ship are described by a [ModelZoo](#modelzoo).
 Any field can be set on the command line by its path, such as `--config.training.steps=60` or
-`--config.generators[0].temperature=0.7`. A field marked *not hashed* says where something is or how
-it is shown: two runs that differ only there share their artifacts. `deltapref_jax/validation.py`
-refuses values that cannot work, before a device is used."""
-
-
-def _comments(source: str) -> dict[int, str]:
-    """Every comment of a source file by its line, without the number sign."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-
-
-def _field_comment(node: ast.AnnAssign, comments: dict[int, str], lines: list[str]) -> str:
-    """The comment lines right above a field, and those on its own lines."""
-    first = node.lineno
-    while first > 1 and lines[first - 2].strip().startswith("#"):
-        first -= 1
-    end = node.end_lineno or node.lineno
-    return " ".join(comments[i] for i in range(first, end + 1) if i in comments)
-
-
-def _fields(class_: ast.ClassDef) -> list[ast.AnnAssign]:
-    return [node for node in class_.body if isinstance(node, ast.AnnAssign)]
-
-
-def _classes(source: str) -> list[ast.ClassDef]:
-    return [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+`--config.generators[weak].temperature=0.7`, where an item of a list has its name or its number in
+brackets. A field marked *not hashed* says where something is or how it is shown: two runs that
+differ only there share their artifacts. `deltapref_jax/validation.py` refuses values that cannot
+work, before a device is used."""
 
 
 def _item(text: str) -> str:
@@ -74,38 +52,20 @@ def _linked(type_: str, names: set[str]) -> str:
     return " of ".join([f"`{type_}`", *links]) if type_ not in names else links[0]
 
 
-def _default(node: ast.AnnAssign) -> str:
-    """The default as it would be written in a config."""
-    value = node.value
-    if isinstance(value, ast.Call):
-        given = {keyword.arg: keyword.value for keyword in value.keywords}
-        if "default" in given:
-            value = given["default"]
-        else:
-            factory = given["default_factory"]
-            value = factory.body if isinstance(factory, ast.Lambda) else factory
-            text = ast.unparse(value) + "()" * (not isinstance(value, ast.Call))
-            return text.replace("'", '"')
-    return ast.unparse(value).replace("'", '"') if value is not None else ""
-
-
 def config_page() -> str:
     """docs/config.md: choices first, then the classes, whole configs before their parts."""
     source = (ROOT / "deltapref_jax" / "config.py").read_text()
-    comments, lines = _comments(source), source.splitlines()
-    classes = [c for c in _classes(source) if c.decorator_list]
+    declared = [c for c in classes(source) if c.decorator_list]
     whole = ("Experiment", "PairTraining", "ModelZoo")
-    classes.sort(key=lambda c: whole.index(c.name) if c.name in whole else len(whole))
-    names = {c.name for c in classes}
+    declared.sort(key=lambda c: whole.index(c.name) if c.name in whole else len(whole))
+    names = {c.name for c in declared}
     parts = [CONFIG_INTRODUCTION, *_choices(source)]
-    for class_ in classes:
+    for class_ in declared:
         parts.append(f"\n## {class_.name}\n\n{ast.get_docstring(class_)}\n")
-        for node in _fields(class_):
-            assert isinstance(node.target, ast.Name)
-            kind = _linked(ast.unparse(node.annotation), names)
-            hidden = " *Not hashed.*" if "UNHASHED" in ast.unparse(node) else ""
-            comment = _field_comment(node, comments, lines)
-            about = f"`{node.target.id}`: {kind}, `{_default(node)}`. {comment}{hidden}"
+        for field in fields_of(class_, source):
+            hidden = "" if field.hashed else " *Not hashed.*"
+            kind = _linked(field.type, names)
+            about = f"`{field.name}`: {kind}, `{field.default}`. {field.comment}{hidden}"
             parts.append(_item(about.strip()))
     return "\n".join(parts) + "\n"
 
@@ -128,23 +88,18 @@ def record_tables() -> str:
     """Every table of `records`: its columns with Arrow types and meanings."""
     records = importlib.import_module("deltapref_jax.records")
     source = (ROOT / "deltapref_jax" / "records.py").read_text()
-    comments, lines = _comments(source), source.splitlines()
     parts = []
-    for class_ in _classes(source):
+    for class_ in classes(source):
         if not any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in class_.bases):
             continue
         schema = records.schema(getattr(records, class_.name))
         summary = (ast.get_docstring(class_) or "").splitlines()[0]
         parts.append(f"\n### {class_.name}\n\n{summary}\n")
-        for node in _fields(class_):
-            assert isinstance(node.target, ast.Name)
-            comment = _field_comment(node, comments, lines)
-            kind = (
-                str(schema.field(node.target.id).type)
-                .replace("item: ", "")
-                .replace("element: ", "")
-            )
-            parts.append(_item(f"`{node.target.id}`, {kind}" + (f": {comment}" if comment else "")))
+        for field in fields_of(class_, source):
+            arrow = str(schema.field(field.name).type)
+            kind = arrow.replace("item: ", "").replace("element: ", "")
+            about = f": {field.comment}" if field.comment else ""
+            parts.append(_item(f"`{field.name}`, {kind}{about}"))
     return "\n".join(parts) + "\n"
 
 

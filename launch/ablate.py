@@ -1,23 +1,29 @@
 """Runs a delta study: every artifact of the config that is not there yet, then the page.
 
-    python -m launch.ablate --config=configs/quickstart.py [--dry_run] [--verify]
-        [--config.training.steps=60 …]
+    python -m launch.ablate --config=configs/quickstart.py [--dry_run [--all_rows]] [--verify]
+        [--only=GLOB,…] [--config.training.steps=60 …] [--config.generators[weak].temperature=0.7]
 
 Several runners may work in one workspace: each takes what is ready and not held by another. Arms
 can be watched while they train: --config.trackers="('tensorboard',)", --profile_steps=10:12.
 """
 
+import contextlib
+import fnmatch
+import functools
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
+from rich.table import Table
 
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import Experiment
+from deltapref_jax.config import ConfigError, Experiment
+from deltapref_jax.files import ArtifactError
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate
 from launch.flags import define_profile_steps, run_main, window
@@ -27,6 +33,19 @@ if TYPE_CHECKING:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
+_DEVICES = flags.DEFINE_string(
+    "devices",
+    "",
+    "Devices that a dry run assumes, instead of those that the environment describes: "
+    "HOSTSxDEVICES, such as 4x4, or SLICESxHOSTSxDEVICES; gpu:2x8 are two hosts of GPUs.",
+)
+_ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
+_ONLY = flags.DEFINE_string(
+    "only",
+    "",
+    "Run these arms alone: names or patterns, such as dpo-*,kto-top. The others keep their part in "
+    "what arms share, so that artifacts are those of the whole study.",
+)
 _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
 _PROFILE = define_profile_steps()
 
@@ -34,35 +53,94 @@ _PROFILE = define_profile_steps()
 def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     e: Experiment = validate(_CONFIG.value)
+    arms = _arms(e, _ONLY.value)
     profile = window(_PROFILE.value)
+    if _DEVICES.value and not _DRY_RUN.value:
+        raise ConfigError(
+            f"--devices is {_DEVICES.value!r} and only a dry run assumes devices; leave it out, or "
+            "add --dry_run."
+        )
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
-    from deltapref_jax.mesh import check_rows, make_mesh
+    from deltapref_jax.devices import assumed_devices, attached_devices
+    from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
-    from deltapref_jax.processes import start_processes
-    from deltapref_jax.stages.study import plan
+    from deltapref_jax.processes import process_index, start_processes
+    from deltapref_jax.stages.meshes import mesh_lines
+    from deltapref_jax.stages.study import part_of, plan
 
-    start_processes()
-    install_group_shutdown(release_all)
+    if _DRY_RUN.value:  # A job would be joined only when all of its hosts run the command.
+        devices = assumed_devices(_DEVICES.value)
+    else:
+        start_processes()
+        install_group_shutdown(release_all)
+        devices = attached_devices()
     workspace = Workspace(e.workspace)
-    report = plan(e, profile)
+    # Meshes that do not fit the devices are refused here, before anything is made.
+    whole = plan(e, profile, devices)
+    report = whole if arms is None else part_of(whole, arms)
     console = plain_console()
     if _DRY_RUN.value:
-        from launch.cost import check_prompts, plan_table
+        memory = "" if devices.platform == "cpu" else " with room for every model"
+        console.print(
+            f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
+            "--devices states others.",
+            soft_wrap=True,
+        )
+    if process_index() == 0:
+        inspect = functools.cache(inspect_model)
+        for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
+            console.print(line, soft_wrap=True)
+    if _DRY_RUN.value:
+        from launch.cost import check_prompts
+        from launch.dry_run import show_plan
 
-        console.print(plan_table(report, workspace))
+        show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
-    mesh = make_mesh(
-        e.mesh
-    )  # sizes that do not fit the devices are refused before anything is made
-    check_rows("config.training", e.training.rows, e.training.row_length, mesh)
-    check_rows("config.scoring", e.scoring.rows, e.scoring.row_length, mesh)
+    say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
-    run(_before_training(report), workspace, e.name, verify=_VERIFY.value)
-    _say_detectable(console, workspace, report)
-    run([report], workspace, e.name, verify=_VERIFY.value)
-    _show(console, workspace, report)
+    others = [] if arms is None else _standing(workspace, whole)
+    make = functools.partial(
+        run, workspace=workspace, study=e.name, verify=_VERIFY.value, also_named=others
+    )
+    make(_before_training(report))
+    if process_index() == 0:
+        _say_detectable(console, workspace, report)
+    make([report])
+    if process_index() == 0:
+        _show(console, workspace, report)
+
+
+def _arms(e: Experiment, patterns: str) -> list[str] | None:
+    """Names of the arms that --only chooses, in the config's order; None without the flag.
+
+    Raises:
+      ConfigError: a pattern matches no arm.
+    """
+    if not patterns:
+        return None
+    names = [arm.name for arm in e.arms]
+    chosen: set[str] = set()
+    for pattern in patterns.split(","):
+        name = pattern.strip()
+        matched = [name] if name in names else fnmatch.filter(names, name)
+        if not matched:
+            known = f"the study has {', '.join(map(repr, names))}" if names else "it has no arms"
+            raise ConfigError(f"--only has {name!r}, which matches no arm; {known}.")
+        chosen |= set(matched)
+    return [name for name in names if name in chosen]
+
+
+def _standing(workspace: Workspace, report: Node) -> list[Node]:
+    """Artifacts of the whole study that stand, so that its index keeps them."""
+    standing = []
+    for node in in_order([report]):
+        # what is damaged is said when it is wanted
+        with contextlib.suppress(ArtifactError):
+            if workspace.complete(node):
+                standing.append(node)
+    return standing
 
 
 def _before_training(report: Node) -> list[Node]:
@@ -76,6 +154,23 @@ def _before_training(report: Node) -> list[Node]:
     ]
 
 
+def say_standing(workspace: Workspace, report: Node) -> None:
+    """Of a run that continues: how many artifacts of every stage stand."""
+    from deltapref_jax.processes import process_index
+    from deltapref_jax.progress import log
+
+    if process_index() != 0:
+        return
+    nodes = in_order([report])
+    of_stage = Counter(node.stage for node in nodes)
+    standing = Counter(node.stage for node in nodes if workspace.complete(node))
+    if standing:
+        counts = ", ".join(
+            f"{stage} {standing[stage]} of {count}" for stage, count in of_stage.items()
+        )
+        log(f"{standing.total()} of {len(nodes)} artifacts stand: {counts}", always=True)
+
+
 def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:
     """Before the arms train: the smallest difference to the student that this set-up would find."""
     import pyarrow as pa
@@ -85,7 +180,7 @@ def _say_detectable(console: Console, workspace: Workspace, report: "Report") ->
 
     if not report.student:
         return
-    seeds = min((len(arm.seeds) for arm in report.experiment.arms), default=1)
+    seeds = min((len(policies) for policies in report.policies.values()), default=1)
     student = pa.concat_tables(workspace.table(node) for node in report.student.values())
     changes = ", ".join(
         f"{points:.1f} points {DOMAIN_WORDS[domain]}"
@@ -110,11 +205,34 @@ def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -
         )
 
 
+def say_policies(console: Console, workspace: Workspace, report: "Report") -> None:
+    """The folder of every policy of the study, by arm and seed."""
+    table = Table()
+    for name in ("arm", "seed", "folder"):
+        table.add_column(name, overflow="fold")
+    for arm, seeds in report.policies.items():
+        for seed, policy in seeds.items():
+            folder = workspace.path(policy).relative_to(workspace.root) / "policy"
+            table.add_row(arm, str(seed), str(folder))
+    if table.rows:
+        # A table's title would be wrapped at the table's width.
+        console.print(f"Policies in {workspace.root}:", soft_wrap=True)
+        console.print(table)
+
+
 def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     from deltapref_jax.analysis.report import terminal_table
 
     folder = workspace.path(report)
-    console.print(terminal_table(json.loads((folder / "summary.json").read_text())))
+    summary = json.loads((folder / "summary.json").read_text())
+    console.print(terminal_table(summary))
+    if left_out := summary["left_out"]:
+        console.print(
+            f"{len(left_out)} of {len(report.experiment.arms)} arms were left out by --only; the "
+            "page names them.",
+            soft_wrap=True,
+        )
+    say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)
     if report.experiment.table:
         held = sum(workspace.manifest(n).stats["from_table"] for n in report.logprobs.values())
@@ -125,4 +243,4 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run_main(main)
+    run_main(main, listed=Experiment)

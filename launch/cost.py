@@ -1,59 +1,171 @@
-"""The plan of a dry run: every artifact, which exist, and what the rest will cost at most."""
+"""What making an artifact will take: sequences, tokens, FLOPs, memory, disk and seconds.
 
+Numbers of sequences are upper bounds: every source full, nothing dropped. What finished artifacts
+of the workspace took (`launch.rates`) gives tokens and bytes of a sequence, and seconds; without
+them tokens are those of the longest sequences, bytes are a guess, and seconds are not known.
+"""
+
+import dataclasses
 import functools
+import os
 
-from rich.table import Table
+import numpy as np
 
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import DIMENSIONS, OBJECTIVE_KINDS, ConfigError, Judge, Scoring
+from deltapref_jax.config import DIMENSIONS, ConfigError, Judge, Model, Scoring
 from deltapref_jax.data.sources import read_prompts
+from deltapref_jax.models.flops import forward_flops, training_flops
 from deltapref_jax.models.folder import resolve
+from deltapref_jax.models.lora import adapters
+from deltapref_jax.models.memory import (
+    BYTES,
+    sampling_memory,
+    scoring_memory,
+    trained_parameters,
+    training_memory,
+)
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.records import Prompt
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.report import Report
 from deltapref_jax.stages.sample import TraceTable, asked
 from deltapref_jax.stages.score import LogProbTable
 from deltapref_jax.stages.tokens import TraceSequences
 from deltapref_jax.stages.train import Policy
+from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.synthetic.corrupt import DEGREES
 from deltapref_jax.text.template import ChatTokenizer
+from launch.rates import Kind, Rates, Taken, read_rates, sequences_of_step
 
 _QUICKLY_MADE = 10_000  # synthetic questions, in a second
+_FOLDER_BYTES = 12_000  # of manifest, shard descriptions and claims
+# Compressed bytes of a row, and of each token in it, as they were in the quickstart.
+_ROW_BYTES = {
+    "prompts": (100, 0),
+    "sample": (50, 4),
+    "verify": (20, 0),
+    "judge": (50, 0),
+    "audit": (10, 0),
+    "tokens": (20, 2),
+    "score": (40, 0),
+    "pair": (100, 0),
+    "evaluate": (40, 4),
+    "report": (1_000_000, 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What has to be done for an artifact.
+
+    Attributes:
+      items: what it consists of, at most.
+      unit: of them, in the plural.
+      sequences: that a model reads or writes, or rows of a table that no model makes.
+      longest: tokens of the longest sequence; 0 where no model reads any.
+      rows: of its table; 0 where it is none.
+    """
+
+    items: int
+    unit: str
+    sequences: int
+    longest: int = 0
+    rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What making an artifact takes.
+
+    Attributes:
+      work: sequences and what they give.
+      tokens: of all sequences.
+      measured: whether tokens are by the mean of finished artifacts; otherwise all are the longest.
+      flops: model FLOPs of matrix products.
+      memory: bytes per device; 0 without a model.
+      disk: bytes that stay.
+      seconds: None where the rate is not known.
+    """
+
+    work: Work
+    tokens: float
+    measured: bool
+    flops: float
+    memory: float
+    disk: float
+    seconds: float | None
 
 
 class Cost:
-    """Upper bounds by artifact: every source full, every prompt and trace at its longest."""
+    """Estimates of a study's artifacts."""
 
     def __init__(self, report: Report, workspace: Workspace):
         self._report, self._workspace = report, workspace
         sampling = report.experiment.sampling
         self._longest = sampling.max_prompt + sampling.max_tokens
         self._rows: dict[Node, int] = {}
+        self._spec = functools.cache(lambda path: inspect_model(path)[0])
+        self._by_weights = self._known_weights()
 
-    def __call__(self, node: Node) -> tuple[int, int]:
-        """Traces and tokens that making the artifact takes: sampled, read, or trained on."""
+    def __call__(self, node: Node) -> Estimate:
+        """What making the artifact takes, whether it is there or not."""
+        work, taken = self.work(node), self.rates.taken.get(self._kind(node), Taken())
+        length, measured = float(work.longest), bool(taken.tokens)
+        if measured:
+            length = min(length, taken.tokens / taken.sequences)
+        rate = taken.seconds / taken.sequences if taken.sequences else None
+        return Estimate(
+            work,
+            work.sequences * length,
+            measured,
+            work.sequences * self._flops(node, length),
+            self._memory(node),
+            self._disk(node, work, taken),
+            None if rate is None else work.sequences * rate,
+        )
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """What finished artifacts of the workspace took."""
+        return read_rates(self._workspace, self._spec_of)
+
+    def work(self, node: Node) -> Work:
+        """Items, sequences and rows of an artifact."""
+        if isinstance(node, PromptTable):
+            questions = self._questions(node)
+            return Work(questions, "prompts", questions, rows=questions)
         if isinstance(node, TraceTable):
-            return self._traces(node), self._traces(node) * self._longest
-        if isinstance(node, LogProbTable):
-            assert isinstance(node.sequences, TraceSequences)  # of a study
-            sequences = 2 * self._traces(node.sequences.traces)  # matched and mismatched
-            return sequences, sequences * self._longest
+            traces = self._traces(node)
+            return Work(traces, "traces", traces, self._longest, traces)
+        if isinstance(node, VerdictTable):
+            traces = self._traces(node.traces)
+            return Work(traces, "verdicts", traces, rows=traces)
+        if isinstance(node, TraceSequences | LogProbTable):
+            table = node if isinstance(node, TraceSequences) else node.sequences
+            assert isinstance(table, TraceSequences)  # of a study
+            sequences = 2 * self._traces(table.traces)  # matched and mismatched
+            longest = self._longest if isinstance(node, LogProbTable) else 0
+            return Work(sequences, "sequences", sequences, longest, sequences)
         if isinstance(node, RatingTable):
-            return self._rated(node.judge, node.scoring, self._traces(node.traces))
+            return _rated(node.judge, node.scoring, self._traces(node.traces))
         if isinstance(node, AuditTable):
             problems = min(node.count, self._questions(node.prompts))
-            solutions = problems * (1 + len(DIMENSIONS) * DEGREES)
-            return self._rated(node.judge, node.scoring, solutions)
+            return _rated(node.judge, node.scoring, problems * (1 + len(DIMENSIONS) * DEGREES))
         if isinstance(node, ResultTable):
             answers = self._questions(node.questions) * node.samples
-            return answers, answers * self._longest
+            return Work(answers, "answers", answers, self._longest, answers)
+        if isinstance(node, PairTable):
+            pairs = self._pool(node)
+            return Work(pairs, "pairs", pairs, rows=pairs)
         if isinstance(node, Policy):
             return self._trained(node)
-        return 0, 0
+        return Work(1, "page", 1, rows=1)
 
     def _questions(self, prompts: PromptTable) -> int:
         if prompts not in self._rows:
@@ -68,19 +180,108 @@ class Cost:
     def _traces(self, table: TraceTable) -> int:
         return self._questions(table.prompts) * table.generator.samples
 
-    def _rated(self, judge: Judge, scoring: Scoring, texts: int) -> tuple[int, int]:
-        return texts, 0 if judge.kind == "exact" else texts * scoring.row_length
+    def _pool(self, pairs: PairTable) -> int:
+        return max(1, int(self._questions(pairs.prompts) * pairs.fraction))
 
-    def _trained(self, policy: Policy) -> tuple[int, int]:
-        t, kind = policy.training, OBJECTIVE_KINDS[policy.objective.kind]
+    def _trained(self, policy: Policy) -> Work:
+        t = policy.training
         assert policy.pairs is not None  # policies of a study have pairs
-        pool = max(1, int(self._questions(policy.pairs.prompts) * policy.pairs.fraction))
-        pairs = t.pairs_per_step * t.steps
+        steps = t.steps
         if t.budget == "epochs":
-            pairs = int(pool * t.epochs) + t.pairs_per_step
-        # KTO reads each completion behind another prompt too
-        traces = pairs * (1 if kind.unit == "token" else 2) * (1 + kind.baseline)
-        return traces, traces * min(self._longest, t.row_length)
+            steps = -(-int(self._pool(policy.pairs) * t.epochs) // t.pairs_per_step)
+        sequences = steps * sequences_of_step(policy.objective.kind, t.pairs_per_step)
+        return Work(steps, "steps", sequences, min(self._longest, t.row_length))
+
+    def _known_weights(self) -> dict[str, str]:
+        """Path of a model by the hash of its weights, of all models of the study."""
+        paths: dict[str, str] = {}
+        for node in in_order([self._report]):
+            model = _model(node)
+            if model:
+                paths[_weights(node)] = model.place
+        return paths
+
+    def _spec_of(self, weights: str, path: str) -> ModelSpec | None:
+        """Sizes of a model of the study, or of another one that is on this machine."""
+        known = self._by_weights.get(weights) if weights else None
+        known = known or (path if path in self._by_weights.values() else "")
+        if not known and not os.path.exists(path):
+            return None
+        try:
+            return self._spec(known or path)
+        except (OSError, ValueError):
+            return None
+
+    def _kind(self, node: Node) -> Kind:
+        model = _model(node)
+        if model is None:
+            return node.stage, None, "", 0
+        rank = node.training.lora.rank if isinstance(node, Policy) else 0
+        dtype = node.dtype if isinstance(node, LogProbTable) else model.dtype
+        return node.stage, self._spec(model.place), dtype, rank
+
+    def _flops(self, node: Node, length: float) -> float:
+        """Of one sequence."""
+        model, positions = _model(node), np.arange(round(length))
+        if model is None:
+            return 0.0
+        spec, answer = self._spec(model.place), self._report.experiment.sampling.max_tokens
+        if isinstance(node, RatingTable | AuditTable):
+            return forward_flops(spec, positions, len(node.judge.dimensions))
+        targets = min(answer, len(positions))
+        if isinstance(node, Policy):
+            return training_flops(spec, positions, targets, adapters(node.training.lora))
+        return forward_flops(spec, positions, targets)
+
+    def _memory(self, node: Node) -> float:
+        model = _model(node)
+        if model is None:
+            return 0.0
+        spec = self._spec(model.place)
+        if isinstance(node, TraceTable | ResultTable):
+            slots = node.sampling.slots
+            return sampling_memory(spec, slots, self._longest, model.dtype, node.mesh)
+        if isinstance(node, Policy):
+            return training_memory(spec, node.training, model.dtype, node.mesh)
+        if isinstance(node, LogProbTable):
+            return scoring_memory(spec, node.rows, node.row_length, node.dtype, node.mesh)
+        assert isinstance(node, RatingTable | AuditTable)
+        shape = node.scoring
+        return scoring_memory(spec, shape.rows, shape.row_length, model.dtype, node.mesh)
+
+    def _disk(self, node: Node, work: Work, taken: Taken) -> float:
+        """Bytes that stay: an exported policy with its checkpoints, or a table."""
+        if isinstance(node, Policy):
+            spec, t = self._spec(node.student.place), node.training
+            checkpoint = trained_parameters(spec, t) * (4 + 2 * BYTES[t.moments])
+            return spec.parameters * 4 + t.keep_checkpoints * checkpoint + _FOLDER_BYTES
+        if taken.sequences:
+            return work.sequences * taken.disk / taken.sequences + _FOLDER_BYTES
+        row, token = _ROW_BYTES.get(node.stage, (100, 0))
+        length = self._longest if token else 0
+        return work.rows * (row + token * length) + _FOLDER_BYTES
+
+
+def _model(node: Node) -> Model | None:
+    """The model that makes an artifact; None where none does."""
+    if isinstance(node, TraceTable):
+        return node.generator.model
+    if isinstance(node, RatingTable | AuditTable):
+        return None if node.judge.kind == "exact" else node.judge.model
+    if isinstance(node, LogProbTable | ResultTable):
+        return node.model
+    return node.student if isinstance(node, Policy) else None
+
+
+def _weights(node: Node) -> str:
+    """Hash of the model's weights; "" of a policy that is not trained yet."""
+    return str(node.student_weights if isinstance(node, Policy) else getattr(node, "weights", ""))
+
+
+def _rated(judge: Judge, scoring: Scoring, texts: int) -> Work:
+    ratings = texts * len(judge.dimensions)
+    longest = 0 if judge.kind == "exact" else scoring.row_length
+    return Work(ratings, "ratings", texts, longest, ratings)
 
 
 def check_prompts(report: Report, workspace: Workspace) -> None:
@@ -92,7 +293,7 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
       ConfigError: the longest prompt is too long.
     """
     read = functools.cache(lambda table: _known_prompts(table, workspace))
-    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path)))
+    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path, weights=False)))
     longest = functools.cache(
         lambda table, path, system, prefix: max(
             (len(texts(path).prompt_ids(asked(p, system, prefix))) for p in read(table)), default=0
@@ -102,9 +303,9 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
     for node in in_order([report]):
         if isinstance(node, TraceTable) and not workspace.complete(node):
             g = node.generator
-            lengths[node.name] = longest(node.prompts, g.model.path, g.system, g.prefix)
+            lengths[node.name] = longest(node.prompts, g.model.place, g.system, g.prefix)
         elif isinstance(node, ResultTable) and not workspace.complete(node):
-            lengths[node.name] = longest(node.questions, node.model.path, node.system, node.prefix)
+            lengths[node.name] = longest(node.questions, node.model.place, node.system, node.prefix)
     worst = max(lengths, key=lambda name: lengths[name], default="")
     most = report.experiment.sampling.max_prompt
     if worst and lengths[worst] > most:
@@ -124,33 +325,3 @@ def _known_prompts(table: PromptTable, workspace: Workspace) -> list[Prompt]:
         or (source.kind == "synthetic" and source.count <= _QUICKLY_MADE)
     ]
     return [prompt for source in local for prompt in read_prompts(source)[0]]
-
-
-def plan_table(report: Report, workspace: Workspace) -> Table:
-    """A row per artifact: name, key, whether it is there, and what making it takes.
-
-    A key hashes the contents of the inputs, so before these are made nobody knows whether what is
-    behind them is there: such artifacts have a "?", and a sum of their own.
-    """
-    cost = Cost(report, workspace)
-    e = report.experiment
-    table = Table(title=f"{e.name}: {e.question}", title_justify="left")
-    table.add_column("artifact", overflow="fold")
-    table.add_column("key", no_wrap=True)
-    table.add_column("there")
-    table.add_column("traces ≤", justify="right", no_wrap=True)
-    table.add_column("tokens ≤", justify="right", no_wrap=True)
-    sums = {"yes": [0, 0, 0], "no": [0, 0, 0], "?": [0, 0, 0]}  # artifacts, traces, tokens
-    for node in in_order([report]):
-        key = workspace.key(node)
-        there = "?" if key is None else "yes" if workspace.complete(node) else "no"
-        needs = (0, 0) if there == "yes" else cost(node)
-        sums[there] = [a + b for a, b in zip(sums[there], (1, *needs), strict=True)]
-        table.add_row(node.name, key or "", there, *(f"{n:,}" if n else "" for n in needs))
-    table.add_section()
-    total = sum(count for count, _, _ in sums.values())
-    table.add_row(f"{total} artifacts")
-    for there, words in (("yes", "there"), ("no", "missing"), ("?", "behind missing ones")):
-        count, traces, tokens = sums[there]
-        table.add_row(f"{count} {words}", "", there, f"{traces:,}", f"{tokens:,}")
-    return table

@@ -81,4 +81,4 @@ def _id_rows(
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "arm", "out"])
-    run_main(main)
+    run_main(main, listed=Experiment)

@@ -5,12 +5,15 @@ and SIGTERM (preemption) with --preempted_exit_code once the current work is sav
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -24,7 +27,9 @@ from deltapref_jax.preemption import (
     exit_process,
     raise_on_signals,
     stop_raising,
+    unheard_signal,
 )
+from launch.fields import config_help
 
 # A flag defined here is listed in the --help of the entry point that calls the function.
 flags.disclaim_key_flags()
@@ -32,9 +37,19 @@ _PROJECT = tuple(
     f"{Path(__file__).resolve().parent.parent / name}{os.sep}"
     for name in ("deltapref_jax", "launch", "evals", "configs")
 )
+_PATH = re.compile(r"(--?config)((?:\.\w+|\[[^\]]*\])+)(=.*)?", re.DOTALL)
+"""A flag for a field: the config, the path within it, and the value."""
+_PART = re.compile(r"\.(\w+)|\[([^\]]*)\]")
+"""One step of a path: a field's name, or an item's name or number."""
 
 
-def run_main(main: Callable[[list[str]], None], default_config: str = "") -> None:
+class _NoSuchPath(ValueError):
+    """A flag names nothing in the config; the message is one sentence."""
+
+
+def run_main(
+    main: Callable[[list[str]], None], default_config: str = "", listed: type | None = None
+) -> None:
     """Parses flags and runs `main`.
 
     The project's own errors exit with their sentence, and others with their traceback.
@@ -42,7 +57,11 @@ def run_main(main: Callable[[list[str]], None], default_config: str = "") -> Non
     Args:
       main: the entry point's function, called with the arguments that are no flags.
       default_config: the config file to use without --config.
+      listed: class of the config whose fields --help lists.
     """
+    if listed and any(re.match("--?help", argument) for argument in sys.argv[1:]):
+        program = sys.modules["__main__"]
+        program.__doc__ = f"{program.__doc__ or ''}\n{config_help(listed)}"
     # Orbax logs the traceback of a failed save; the sentence has what matters of it.
     logging.set_verbosity(logging.FATAL)
     if not sys.stderr.isatty():
@@ -138,6 +157,8 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             main(argv)
             exit_process()
         except Exception as e:
+            if signalled := unheard_signal():
+                _exit_for_signal(signalled)
             raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
             if (
                 isinstance(e, ArtifactError | FileNotFoundError | ValueError | FloatingPointError)
@@ -150,20 +171,23 @@ def _with_exit_codes(main: Callable[[list[str]], None]) -> Callable[[list[str]],
                 exit_all(2, str(unwritable(getattr(e, "filename", None) or "The output", e)))
             abort_all_on_error(e)
             raise  # An exception of a library is a bug of this project, and needs its traceback.
-        except KeyboardInterrupt:
-            stop_raising()
-            exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
-        except Preempted as e:
-            stop_raising()
-            # Each process has received the signal, and saves and exits by itself.
-            exit_all(Preempted.code, str(e), notify_others=False)
+        except (KeyboardInterrupt, Preempted) as e:
+            _exit_for_signal(e)
 
     return wrapped
 
 
+def _exit_for_signal(e: BaseException) -> NoReturn:
+    stop_raising()
+    if isinstance(e, KeyboardInterrupt):
+        exit_all(130, "Stopped. Run the same command to continue; finished shards are kept.")
+    # Each process has received the signal, and saves and exits by itself.
+    exit_all(Preempted.code, str(e), notify_others=False)
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; an exception of absl or the config library exits with one sentence."""
-    config_flag = next((a.split("=", 1)[1] for a in argv[1:] if re.match(r"--?config=", a)), "")
+    config_flag = _config_flag(argv)
     path = config_flag.split(":")[0]
     if path and not (path.endswith(".py") and os.path.isfile(path)):
         sys.exit(
@@ -172,14 +196,94 @@ def _parse(argv: list[str]) -> list[str]:
                 "--config=configs/quickstart.py."
             )
         )
+    given = list(argv)
     try:
+        # The library that defines a flag for each overridden field reads them from sys.argv.
+        sys.argv[:] = argv = _with_numbers(given, config_flag)
         return flags.FLAGS(argv)
     except KeyboardInterrupt:
         sys.exit(_fail("Stopped before anything was done.", 130))
     except BaseException as e:  # The config file may raise any type.
         if not isinstance(e, Exception) and _line_in(path, e) is None:  # as --help does
             raise
-        sys.exit(_fail(_explain(e, config_flag, argv)))
+        sentence = _explain(e, config_flag, given)
+        for number, name in zip(argv, given, strict=True):
+            sentence = sentence.replace(number, name)
+        sys.exit(_fail(sentence))
+
+
+def _config_flag(argv: list[str]) -> str:
+    """The value of --config, which may be an argument of its own; "" without one."""
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
+        if match := re.match(r"--?config(=|$)", argument):
+            return argument[match.end() :] if match[1] else following
+    return ""
+
+
+def _with_numbers(argv: list[str], config_flag: str) -> list[str]:
+    """`argv` with the number of an item for its name: generators[weak] becomes generators[0].
+
+    Raises:
+      _NoSuchPath: a list has no item of that name, or the flag is no path.
+    """
+    paths = [argument for argument in argv if re.match(r"--?config\.", argument)]
+    if not paths or not config_flag or "config" not in flags.FLAGS:
+        return argv
+    parser = flags.FLAGS["config"].parser
+    # The flag is parsed later, and the file must not be executed again then.
+    parser.parse = functools.cache(parser.parse)  # type: ignore[method-assign]
+    loaded = parser.parse(config_flag)
+    return [argv[0], *(_with_number(argument, loaded) for argument in argv[1:])]
+
+
+def _with_number(argument: str, value: Any) -> str:
+    """One argument; `value` is the config. A field that it has not is left to the library."""
+    if not re.match(r"--?config\.", argument):
+        return argument
+    match = _PATH.fullmatch(argument)
+    if not match:
+        raise _NoSuchPath(
+            f"{argument} is no path to a field; write it as --config.training.steps=60 or "
+            "--config.generators[weak].temperature=0.7."
+        )
+    path, given = match[1], "config"
+    for part in _PART.finditer(match[2]):
+        if value is None:
+            return argument
+        if not part[1]:
+            number = _number(argument, given, value, part[2])
+            path = f"{path}[{number}]"
+            value = value[number] if -len(value) <= number < len(value) else None
+        elif isinstance(value, tuple | list):
+            raise _NoSuchPath(f"{argument}: {given} is a list; {_known(value)}.")
+        else:
+            path, value = f"{path}.{part[1]}", getattr(value, part[1], None)
+        given += part[0]
+    if dataclasses.is_dataclass(value) and match[3] not in ("=build", "=none"):
+        fields = ", ".join(field.name for field in dataclasses.fields(value))
+        raise _NoSuchPath(f"{argument}: {given} is no single value; set one of its {fields}.")
+    return path + (match[3] or "")
+
+
+def _number(argument: str, path: str, items: Any, item: str) -> int:
+    """The number of an item that is given by its number or its name, which may be quoted."""
+    if not isinstance(items, tuple | list):
+        raise _NoSuchPath(f"{argument}: {path} is no list, so that it has no [{item}].")
+    if re.fullmatch(r"-?\d{1,9}", item):
+        return int(item)
+    name = item[1:-1] if re.fullmatch(r"'.*'|\".*\"", item) else item
+    names = [getattr(each, "name", None) for each in items]
+    if name in names:
+        return names.index(name)
+    raise _NoSuchPath(f"{argument}: there is no {name!r} in {path}; {_known(items)}.")
+
+
+def _known(items: tuple[Any, ...] | list[Any]) -> str:
+    """What the items of a list are called."""
+    names = [getattr(each, "name", None) for each in items]
+    if items and None in names:
+        return "its items have no names, and are numbered from [0]"
+    return f"it has {', '.join(f'[{name}]' for name in names) or 'no items'}"
 
 
 def _line_in(path: str, e: BaseException) -> int | None:
@@ -204,6 +308,8 @@ def _explain(e: BaseException, config_flag: str, argv: list[str]) -> str:
         known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
         argument = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
         return f"{argument}: {kind} has no field {name!r}; it has {known}."
+    if isinstance(e, _NoSuchPath):
+        return text
     if isinstance(e, flags.DuplicateFlagError):
         return "--config is given twice; give it once."
     if isinstance(e, IndexError):

@@ -51,7 +51,7 @@ def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str,
     from deltapref_jax.stages.study import audit_table, prompt_table, result_tables
 
     path = Model(path=str(Path(zoo.output) / model.name))
-    e = Experiment(student=path, suites=zoo.suites, sampling=zoo.sampling, mesh=zoo.mesh)
+    e = Experiment(student=path, suites=zoo.suites, sampling=zoo.sampling)
     if model.curriculum == "judge":
         judge = Judge(name=model.name, kind="model", model=path)
         problems = (dataclasses.replace(_AUDITED, tasks=model.tasks),)
@@ -94,4 +94,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run_main(main)
+    run_main(main, listed=ModelZoo)

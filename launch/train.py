@@ -10,7 +10,9 @@ Run the same command again to continue a killed run. Most used, with their defau
 
     --config.data.path              the pairs: a file, folder or hub name
     --config.data.split             split of a folder or hub data set (train)
+    --config.data.name, .revision   subset of a hub data set; branch, tag or commit ('', '')
     --config.student.path           the model: a Hugging Face folder, hub name or .gguf file
+    --config.student.revision       branch, tag or commit of a hub name ('')
     --config.student.dtype          float32 or bfloat16, of the computation; weights stay float32
                                     (float32)
     --config.reference.path         another reference; without it, the student before training
@@ -44,8 +46,8 @@ Run the same command again to continue a killed run. Most used, with their defau
     --config.training.lora.rank     of adapters, trained instead of all weights; 0: none (0)
     --config.training.lora.alpha    adapters are scaled by alpha / rank (16.0)
     --config.training.lora.targets  adapted matrices, such as "('q_proj', 'v_proj')" (all seven)
-    --config.mesh.data, .fsdp, .tensor, .context    devices along each axis; -1 takes what is left
-                                    (-1, 1, 1, 1)
+    --config.training.mesh.data, .fsdp, .tensor, .context    devices along each axis; 0: chosen,
+                                    -1: all that are left (0, 0, 0, 0)
     --config.training.checkpoint_every  steps between checkpoints (50)
     --config.trackers               "('tensorboard',)" or "('wandb',)": metrics while it trains;
                                     metrics.jsonl always is
@@ -78,22 +80,29 @@ def main(_: list[str]) -> None:
     profile = window(_PROFILE.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
-    from deltapref_jax.mesh import check_rows, is_first, make_mesh
+    from deltapref_jax.devices import attached_devices
+    from deltapref_jax.mesh import is_first
+    from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
     from deltapref_jax.processes import start_processes
+    from deltapref_jax.stages.meshes import training_lines
     from deltapref_jax.stages.pairs_file import check, plan
     from launch.trained import show
 
     start_processes()
     install_group_shutdown(release_all)
-    check_rows("config.training", p.training.rows, p.training.row_length, make_mesh(p.mesh))
     workspace = Workspace(p.workspace)
-    policy = plan(p, profile)
+    policy, console = plan(p, profile, attached_devices()), plain_console()
+    if is_first():
+        for line in training_lines(
+            policy.training, policy.student, lambda path: inspect_model(path)[0]
+        ):
+            console.print(line, soft_wrap=True)
     run(list(policy.sequences.values()), workspace, p.name)
     check(p, policy, workspace)
     run([policy], workspace, p.name)
     if is_first():
-        show(plain_console(), workspace, policy)
+        show(console, workspace, policy)
 
 
 if __name__ == "__main__":

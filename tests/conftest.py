@@ -1,4 +1,9 @@
+import http.server
+import importlib.util
 import os
+import pathlib
+import sys
+import threading
 
 # eight devices on the CPU, set before JAX starts, so that sharded runs can be compared with one
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +17,7 @@ import pytest  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from deltapref_jax.config import MeshShape  # noqa: E402
+from deltapref_jax.hub import repository  # noqa: E402
 from deltapref_jax.mesh import make_mesh  # noqa: E402
 from deltapref_jax.models.decoder import Decoder  # noqa: E402
 from deltapref_jax.models.export import export
@@ -53,3 +59,86 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def one_device():
     return make_mesh(MeshShape(), jax.devices()[:1])
+
+
+@pytest.fixture
+def metadata_server():
+    """Starts Google's metadata server: returns its attributes, to be filled in, and its address."""
+    servers = []
+
+    def start():
+        attributes = {}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                assert self.headers["Metadata-Flavor"] == "Google"
+                value = attributes.get(self.path.rpartition("/")[2], 404)
+                code, text = (value, "error") if isinstance(value, int) else (200, value)
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return attributes, f"127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def metadata(metadata_server):
+    """A metadata server with the attributes that a test puts into the dictionary."""
+    return metadata_server()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine that the libraries ask, with caches of its own."""
+    import datasets
+    import huggingface_hub
+
+    module = importlib.util.spec_from_file_location(
+        "fake_hub", pathlib.Path(__file__).with_name("hub.py")
+    )
+    fake = importlib.util.module_from_spec(module)
+    sys.modules["fake_hub"] = fake
+    module.loader.exec_module(fake)
+    served = fake.Hub()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        served.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", served.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    repository.cache_clear()
+    yield served
+    repository.cache_clear()
+    served.close()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Returns a function that is HF_HUB_OFFLINE=1 in a new program."""
+    import datasets
+    import huggingface_hub
+
+    def switch():
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        repository.cache_clear()
+
+    return switch

@@ -1,11 +1,9 @@
 """A process joins the job that its cluster's environment describes, and no other."""
 
-import http.server
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -73,30 +71,6 @@ def joined(monkeypatch):
         return calls[0] if calls else None
 
     return start
-
-
-@pytest.fixture
-def metadata(monkeypatch):
-    """A metadata server with the attributes that a test puts into the dictionary."""
-    attributes = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            assert self.headers["Metadata-Flavor"] == "Google"
-            value = attributes.get(self.path.rpartition("/")[2], 404)
-            code, text = (value, "error") if isinstance(value, int) else (200, value)
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield attributes, f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -290,12 +264,11 @@ exit_process()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["slurm", "gke", "cloud tpu"])
-def test_two_processes_join_and_agree(system, metadata):
+def test_two_processes_join_and_agree():
+    """Under SLURM; `launch/test_pod.py` has the other systems, and whole studies."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    attributes, server = metadata
     clean = {k: v for k, v in os.environ.items() if not k.startswith(PREFIXES)}
     common = clean | {
         "JAX_COORDINATOR_PORT": port,
@@ -303,43 +276,17 @@ def test_two_processes_join_and_agree(system, metadata):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(ROOT),
     }
-    processes = []
-    for index in "01":
-        if system == "slurm":
-            variables = SLURM | {
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_NTASKS": "2",
-                "SLURM_PROCID": index,
-                "SLURM_LOCALID": index,
-                "SLURM_NODEID": "0",
-            }
-        elif system == "gke":
-            variables = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": index}
-        else:  # Two slices of one host each, whose metadata differ in the number of the slice.
-            attributes |= {
-                "agent-worker-number": "0",
-                "worker-network-endpoints": "x:y:localhost",
-                "tpu-env": "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_COORDINATOR_ADDRESS: 'localhost'",
-            }
-            variables = {"MEGASCALE_SLICE_ID": index}
-        tpu = (
-            ""
-            if system == "slurm"
-            else "import os, jax; from jax._src import cloud_tpu_init as init\n"
-            "from jax._src.clusters import cloud_tpu_cluster, cluster\n"
-            "for module in (init, cloud_tpu_cluster, cluster): "
-            "module.running_in_cloud_tpu_vm = True\n"
-            "os.environ.pop('TPU_SKIP_MDS_QUERY', None)\n"
+    task = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env=common | SLURM | task | {"SLURM_PROCID": index, "SLURM_LOCALID": index},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", tpu + PROGRAM],
-                env=common | variables | {"GCE_METADATA_IP": server},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        for index in "01"
+    ]
     try:
         ended = [process.communicate(timeout=180) for process in processes]
     finally:

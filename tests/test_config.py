@@ -15,6 +15,7 @@ from deltapref_jax.config import (
     Generator,
     Judge,
     Lora,
+    MeshShape,
     Model,
     ModelZoo,
     Objective,
@@ -298,8 +299,32 @@ CASES = [  # path of a field, value, sentence
     (
         "judges.0",
         Judge("m", model=Model("there")),
-        "model of judge 'm' is Model(path='there', dtype='float32') and nothing reads it, for its "
-        "kind is 'exact'; leave it at Model(path='', dtype='float32').",
+        "model of judge 'm' is Model(path='there', dtype='float32', revision='') and nothing reads "
+        "it, for its kind is 'exact'; leave it at Model(path='', dtype='float32', revision='').",
+    ),
+    (
+        "generators.0.model",
+        Model(revision="v1"),
+        "revision of generator * is 'v1' and nothing reads it, for its path is empty; "
+        "leave it at ''.",
+    ),
+    (
+        "reference",
+        Model(revision="v1"),
+        "revision of reference is 'v1' and nothing reads it, for its path is empty; leave it at "
+        "''.",
+    ),
+    (
+        "prompts.1.name",
+        "main",
+        "config.prompts[1].name is 'main' and nothing reads it, for its kind is 'jsonl'; leave it "
+        "at ''.",
+    ),
+    (
+        "prompts.1.revision",
+        "v1",
+        "config.prompts[1].revision is 'v1' and nothing reads it, for its kind is 'jsonl'; leave "
+        "it at ''.",
     ),
     (
         "prompts.1.difficulty",
@@ -436,16 +461,38 @@ CASES = [  # path of a field, value, sentence
     ),
     ("scoring.shard", 0, "config.scoring.shard is 0; it must be at least 1."),
     (
-        "mesh.fsdp",
-        -1,
-        "config.mesh is MeshShape(data=-1, fsdp=-1, tensor=1, context=1); sizes are positive, and "
-        "at most one is -1.",
+        "training.mesh",
+        MeshShape(-1, -1),
+        "config.training.mesh is MeshShape(data=-1, fsdp=-1, tensor=0, context=0); sizes are "
+        "positive, 0 where they are to be chosen, and at most one is -1.",
     ),
     (
-        "mesh.tensor",
-        0,
-        "config.mesh is MeshShape(data=-1, fsdp=1, tensor=0, context=1); sizes are positive, and "
-        "at most one is -1.",
+        "generators.1.mesh.tensor",
+        -2,
+        "config.generators[1].mesh is MeshShape(data=0, fsdp=0, tensor=-2, context=0); sizes are "
+        "positive, 0 where they are to be chosen, and at most one is -1.",
+    ),
+    (
+        "scoring.mesh.fsdp",
+        2**30,
+        "config.scoring.mesh.fsdp is 1073741824; it must be at least -1 and at most 1,048,576, for "
+        "no pod has more devices.",
+    ),
+    (
+        "sampling.mesh.context",
+        2,
+        "config.sampling.mesh.context is 2, and decoding has no rows to split; leave it at 0.",
+    ),
+    (
+        "generators.0.mesh.context",
+        2,
+        "config.generators[0].mesh.context is 2, and decoding has no rows to split; leave it at 0.",
+    ),
+    (
+        "judges.1",
+        Judge(name="n", kind="exact", mesh=MeshShape(2)),
+        "mesh of judge 'n' is MeshShape(data=2, fsdp=0, tensor=0, context=0) and nothing reads "
+        "it, for its kind is 'exact'; leave it at MeshShape(data=0, fsdp=0, tensor=0, context=0).",
     ),
     (
         "training.remat",
@@ -494,10 +541,10 @@ CASES = [  # path of a field, value, sentence
         "are trained; set config.training.lora.rank, or leave the others as they are.",
     ),
     (
-        "mesh.context",
+        "training.mesh.context",
         7,
-        "config.training.row_length is 512 and config.mesh.context splits each row over 7 devices; "
-        "make row_length a multiple of that.",
+        "config.training.row_length is 512 and config.training.mesh.context splits each row over 7 "
+        "devices; make row_length a multiple of that.",
     ),
 ]
 
@@ -576,7 +623,8 @@ def test_what_is_right_passes_unchanged():
         ("generators.1.temperature", 0),
         ("arms.0.fraction", 1),
         ("objectives.0.learning_rate", 0.0),
-        ("mesh.data", 4),
+        ("training.mesh.data", 4),
+        ("sampling.mesh.fsdp", -1),
         ("objectives.0.nll_weight", 1),
         ("objectives.1.baseline_fraction", 0.1),
         (

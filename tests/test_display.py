@@ -1,6 +1,8 @@
 """Text of others is shown as it is: no markup is read, no terminal steered, no XML broken."""
 
+import re
 import sys
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -38,6 +40,28 @@ def test_bars_logs_and_sentences_are_clean(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         exit_all(2, HOSTILE)
     assert capsys.readouterr().err.count(SHOWN) == 3
+
+
+def test_a_log_has_a_line_every_half_minute_whatever_the_work_does(capsys, monkeypatch):
+    """While nothing is done too, as when a program is compiled; what stood counts in no rate."""
+    monkeypatch.setattr("deltapref_jax.progress.LOG_EVERY_SECONDS", 0.05)
+    lines = []
+    with Counter("sample/weak", 1000, "traces", stood=400) as counter:
+        while len(lines) < 2:
+            lines += capsys.readouterr().err.splitlines()
+        counter.advance(100)
+        while "500" not in lines[-1]:
+            lines += capsys.readouterr().err.splitlines()
+    assert lines[0][9:] == "sample/weak: 400 of 1,000 traces, 0.0 traces/s"
+    said = re.fullmatch(
+        r"sample/weak: 500 of 1,000 traces, ([\d.,]+) traces/s, \d+ s left", lines[-1][9:]
+    )
+    assert 0 < float(said[1].replace(",", "")) <= 100 / 0.05
+    capsys.readouterr()
+    with Counter("sample/weak", 1000, "traces", show=False):
+        time.sleep(0.15)
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "".join(map(chr, range(0x300))), "\ufffe\U0001f600"])

@@ -1,5 +1,6 @@
 """Meshes over several slices, and placing host arrays on devices part by part."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
-from deltapref_jax.mesh import device_grid, make_mesh, place
+from deltapref_jax.devices import Devices
+from deltapref_jax.mesh import Batch, device_grid, fit_shape, make_mesh, place, rows_divide
 from deltapref_jax.models.sharding import shardings
 
 
@@ -60,35 +62,105 @@ def test_data_spans_the_slices_and_the_other_axes_stay_in_one(sizes):
     )
 
 
+POD = Devices(16, 4, 1, "tpu")
+SLICES = Devices(32, 4, 2, "tpu")
+GPUS = Devices(16, 8, 2, "gpu")
+
+
+def fitted(shape, devices=POD, rows=32, row_length=512, **more):
+    conditions = rows_divide(
+        "config.m", Batch("config.training", "rows", rows, row_length), devices
+    )
+    return dataclasses.astuple(fit_shape("config.m", shape, devices, conditions, **more))
+
+
 @pytest.mark.parametrize(
-    ("sizes", "devices", "sentence"),
+    ("shape", "devices", "rows", "sizes"),
+    [
+        (MeshShape(), POD, 32, (1, 16, 1, 1)),
+        (MeshShape(), POD, 8, (1, 8, 2, 1)),  # rows that do not divide over all devices
+        (MeshShape(), SLICES, 32, (2, 16, 1, 1)),
+        (MeshShape(), GPUS, 16, (1, 16, 1, 1)),
+        (MeshShape(), Devices(1, 1), 3, (1, 1, 1, 1)),
+        (MeshShape(data=-1), POD, 32, (16, 1, 1, 1)),
+        (MeshShape(fsdp=-1), POD, 32, (1, 16, 1, 1)),
+        (MeshShape(tensor=4), POD, 32, (1, 4, 4, 1)),
+        (MeshShape(data=-1, tensor=4), POD, 32, (4, 1, 4, 1)),
+        (MeshShape(context=2), POD, 32, (1, 8, 1, 2)),
+        (MeshShape(2, 2, 2, 2), POD, 32, (2, 2, 2, 2)),
+        (MeshShape(fsdp=4), SLICES, 32, (8, 4, 1, 1)),
+    ],
+)
+def test_sizes_that_are_not_stated_are_chosen(shape, devices, rows, sizes):
+    assert fitted(shape, devices, rows) == sizes
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "rows", "sentence"),
     [
         (
-            [1, 16, 1, 1],
-            v5e(2),
-            "config.mesh is 1 x 16 x 1 x 1 (data, fsdp, tensor, context) and the 16 devices are in "
-            "2 slices; data must be a multiple of that: the nearest is 2 x 8 x 1 x 1.",
+            MeshShape(fsdp=16),
+            POD.of_host,
+            32,
+            "config.m is fsdp=16 and there are 4 devices; the sizes must multiply to that; nearest "
+            "that fits: fsdp=4 or data=2 fsdp=2.",
         ),
         (
-            [2, 4, 4, 1],
-            v5e(4),
-            "config.mesh is 2 x 4 x 4 x 1 (data, fsdp, tensor, context) and the 32 devices are in "
-            "4 slices; data must be a multiple of that: the nearest is 4 x 2 x 4 x 1.",
+            MeshShape(fsdp=32),
+            SLICES,
+            32,
+            "config.m is fsdp=32 and the 32 devices are in 2 slices; data must be a multiple of "
+            "that; nearest that fits: data=2 fsdp=16 or data=4 fsdp=8.",
         ),
         (
-            [1, 1, 8, 1],
-            gpus(2),
-            "config.mesh is 1 x 1 x 8 x 1 (data, fsdp, tensor, context) and the 8 devices are in "
-            "2 hosts; data x fsdp must be a multiple of that: the nearest is 1 x 2 x 4 x 1.",
+            MeshShape(1, 1, 16),
+            GPUS,
+            32,
+            "config.m is data=1 fsdp=1 tensor=16 and the 16 devices are in 2 hosts; data x fsdp "
+            "must be a multiple of that; nearest that fits: fsdp=2 tensor=8 or data=2 tensor=8.",
+        ),
+        (
+            MeshShape(data=8),
+            POD.of_host._replace(total=8),
+            12,
+            "config.training.rows is 12 and config.m spreads rows over 8 of 8 devices (data x "
+            "fsdp); make rows a multiple of that; nearest that fits: data=4 tensor=2 or data=2 "
+            "fsdp=2 tensor=2.",
+        ),
+        (
+            MeshShape(),
+            SLICES,
+            3,
+            "config.training.rows is 3 and config.m spreads rows over 2 of 32 devices (data x "
+            "fsdp); make rows a multiple of that.",
+        ),
+        (
+            MeshShape(context=16),
+            POD,
+            32,
+            "config.training.row_length is 500 and config.m splits each row over 16 of 16 devices "
+            "(context); make row_length a multiple of that; nearest that fits: fsdp=4 context=4 or "
+            "data=2 fsdp=2 context=4.",
         ),
     ],
 )
-def test_sizes_that_do_not_divide_over_slices_are_refused_with_the_nearest(
-    sizes, devices, sentence
-):
+def test_a_mesh_that_fits_nothing_is_refused_with_the_nearest(shape, devices, rows, sentence):
     with pytest.raises(ConfigError) as e:
-        device_grid(sizes, devices)
+        fitted(shape, devices, rows, row_length=500)
     assert str(e.value) == sentence
+
+
+def test_what_is_nearest_fits():
+    """Whatever is asked, the shapes that the sentence names are themselves accepted."""
+    for devices in (POD, SLICES, GPUS):
+        for axis in ("data", "fsdp", "tensor", "context"):
+            with pytest.raises(ConfigError) as e:
+                fitted(MeshShape(**{axis: 24}), devices)
+            for named in str(e.value).partition("nearest that fits: ")[2][:-1].split(" or "):
+                sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | {
+                    name: int(size) for name, size in (part.split("=") for part in named.split())
+                }
+                assert fitted(MeshShape(**sizes), devices) == tuple(sizes.values())
 
 
 def test_fsdp_spans_hosts_of_gpus_where_data_is_too_small():
@@ -100,7 +172,7 @@ def test_fsdp_spans_hosts_of_gpus_where_data_is_too_small():
 
 def test_make_mesh_asks_for_the_grid_of_several_slices(monkeypatch):
     asked = []
-    monkeypatch.setattr("deltapref_jax.mesh._slices", lambda devices: 2)
+    monkeypatch.setattr("deltapref_jax.mesh.count_slices", lambda devices: 2)
 
     def grid(sizes, devices):
         asked.append(sizes)
@@ -108,7 +180,7 @@ def test_make_mesh_asks_for_the_grid_of_several_slices(monkeypatch):
 
     monkeypatch.setattr("deltapref_jax.mesh.device_grid", grid)
     assert tuple(make_mesh(MeshShape(2, -1)).shape.values()) == (2, 4, 1, 1)
-    assert asked == [[2, 4, 1, 1]]
+    assert asked == [(2, 4, 1, 1)]
 
 
 @pytest.mark.parametrize("dtype", [None, np.float32])

@@ -33,6 +33,9 @@ def in_weakref():
 def in_bare_except():
     try: send()
     except: pass
+def turned_into_another():
+    try: send()
+    except BaseException as e: raise ValueError("Could not import a module.") from e
 def heard(): send()
 
 def main(_):
@@ -92,6 +95,8 @@ run_main(main)
         ("in_del", signal.SIGTERM),
         ("in_weakref", signal.SIGINT),
         ("in_bare_except", signal.SIGTERM),
+        ("turned_into_another", signal.SIGTERM),
+        ("turned_into_another", signal.SIGINT),
     ],
 )
 def test_a_lost_signal_is_raised_again_and_cleanup_is_not_disturbed(tmp_path, where, number):
@@ -101,7 +106,7 @@ def test_a_lost_signal_is_raised_again_and_cleanup_is_not_disturbed(tmp_path, wh
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stderr) == ENDS[number]
-    assert (tmp_path / "lost").exists() == (where != "heard")
+    assert (tmp_path / "lost").exists() == (where not in ("heard", "turned_into_another"))
     assert (tmp_path / "cleaned").exists()
 
 

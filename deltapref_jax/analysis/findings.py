@@ -54,12 +54,32 @@ def _per_domain(s: Summary, clauses: Sequence[str]) -> str:
 def findings(s: Summary) -> list[Finding]:
     """The page's headline, made from the numbers alone."""
     return [
+        *_part(s),
         *_generator_delta(s),
         *_sample_delta(s),
         *_survival(s),
         *_controls(s),
         *_arms(s),
         *_instruments(s),
+    ]
+
+
+def _part(s: Summary) -> list[Finding]:
+    """Which arms the page has, where a run was of some of them."""
+    if not s.left_out:
+        return []
+    run, config = len(s.arms), len(s.arms) + len(s.left_out)
+    missing = (
+        f" Comparisons that need them are missing: {_listed(s.uncompared)}." if s.uncompared else ""
+    )
+    return [
+        Finding(
+            "Part of the study",
+            f"this page has {run} of the {config} arms of the config "
+            f"({_listed([a.name for a in s.arms])}), and its p values are adjusted over these "
+            f"alone. Left out: {_listed(s.left_out)}.{missing} Prompts and pairs are those of the "
+            "whole study.",
+        )
     ]
 
 
@@ -175,7 +195,7 @@ def _arms(s: Summary) -> list[Finding]:
         clauses.append(f"{gained} and {lost}{shown}")
     return [
         Finding(
-            f"All {len(s.arms)} arms",
+            f"The {len(s.arms)} arms" if s.left_out else f"All {len(s.arms)} arms",
             "against the student before training, after Holm's correction: "
             f"{_per_domain(s, clauses)}.",
         )

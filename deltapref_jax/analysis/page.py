@@ -232,6 +232,9 @@ class Summary:
     name: str
     question: str
     domains: list[str]
+    # Arms of the config that this run left out, and the comparisons that need them.
+    left_out: list[str] = field(default_factory=list)
+    uncompared: list[str] = field(default_factory=list)
     student: Evaluation | None = None
     suites: list[SuiteSummary] = field(default_factory=list)
     # Smallest change in points that one arm would show, by domain; planned before training.

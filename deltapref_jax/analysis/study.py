@@ -51,7 +51,8 @@ class Study:
     ratings: Mapping[str, Mapping[str, pa.Table]]  # judge → generator → Rating
     audits: Mapping[str, pa.Table]  # judge → Audit
     pairs: Mapping[str, pa.Table]  # arm → Pair
-    results: Mapping[str, Mapping[int, pa.Table]]  # arm → seed → Result, all suites
+    # arm → seed → Result, all suites; texts and answers are not needed
+    results: Mapping[str, Mapping[int, pa.Table]]
     student: pa.Table | None  # Result, before training
     capability: Mapping[str, pa.Table]  # generator → Result
     metrics: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm → seed → metrics.jsonl

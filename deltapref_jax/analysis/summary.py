@@ -29,7 +29,7 @@ from deltapref_jax.analysis.page import (
     Trend,
 )
 from deltapref_jax.analysis.study import ArtifactRecord, Study, columns
-from deltapref_jax.config import OBJECTIVE_KINDS, Arm, judge_of
+from deltapref_jax.config import OBJECTIVE_KINDS, Arm, Experiment, judge_of
 from deltapref_jax.records import Prompt, from_table
 
 Changes = Mapping[str, Mapping[str, st.Change]]  # domain → arm → change
@@ -49,6 +49,7 @@ _DROP_COUNTS = ("empty", "duplicate", "too_long", "truncated", "unfinished")
 def summarise(study: Study) -> Summary:
     """All numbers of the page, and its sentences."""
     s = Summary(study.experiment.name, study.experiment.question, study.domains)
+    s.left_out, s.uncompared = _left_out(study)
     s.generators = [_generator(study, name) for name in study.traces]
     if study.student is not None:
         s.student = _evaluation(study, study.student)
@@ -60,9 +61,9 @@ def summarise(study: Study) -> Summary:
         changes = {d: st.changes(study.student, after, d) for d in study.domains}
         s.arms = _arms(study, changes)
         s.trends = _trends(s.arms, changes)
-        s.contrasts = _contrasts(s.arms, changes)
+        s.contrasts = _contrasts(study.experiment, s.arms, changes)
         s.survival = _survival(study, s.arms, changes)
-        s.controls = _controls(s.arms, changes)
+        s.controls = _controls(study.experiment, s.arms, changes)
     s.judges = [judges.describe(study, name) for name in study.rated]
     s.agreement = judges.agreement(study)
     s.stages = _stages(study.distinct_artifacts)
@@ -171,13 +172,11 @@ def _arm(study: Study, arm: Arm, changes: dict[str, ArmChange]) -> ArmSummary:
     runs = study.results[arm.name].values()
     truncated, tokens = zip(*(_lengths(run) for run in runs), strict=True)
     counts = study.pair_counts.get(arm.name, {})
-    # A judge shapes the pairs of an arm if it labels them or if it ranks them.
-    shaped = arm.direction != "generator" or arm.keep in ("top", "matched")
     return ArmSummary(
         arm=arm,
         kind=objective.kind,
         seeds=len(runs),
-        pair_judge=judge_of(study.experiment, arm) if shaped else "",
+        pair_judge=_pair_judge(study.experiment, arm),
         generator_delta=_generator_delta(study, arm),
         sample_delta=_sample_delta(study, arm.name),
         pairs=study.pairs[arm.name].num_rows if arm.name in study.pairs else None,
@@ -192,6 +191,12 @@ def _arm(study: Study, arm: Arm, changes: dict[str, ArmChange]) -> ArmSummary:
         ),
         changes=changes,
     )
+
+
+def _pair_judge(e: Experiment, arm: Arm) -> str:
+    """The judge that labels or ranks the pairs of an arm; "" if none does."""
+    shaped = arm.direction != "generator" or arm.keep in ("top", "matched")
+    return judge_of(e, arm) if shaped else ""
 
 
 def _generator_delta(study: Study, arm: Arm) -> ByDomain | None:
@@ -299,26 +304,26 @@ def _difference(a: ArmSummary, b: ArmSummary, changes: Changes) -> ByDomain:
     return {d: st.contrast(of_arms[a.name], of_arms[b.name]) for d, of_arms in changes.items()}
 
 
-def _contrasts(arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
+def _contrasts(e: Experiment, arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
     """Selected pairs against as many random or length-matched ones, and against all of the pool."""
-
-    def comparable(a: ArmSummary, b: ArmSummary) -> bool:
-        if (*_data(a.arm), a.arm.direction) != (*_data(b.arm), b.arm.direction):
-            return False
-        if b.arm.keep == "random":
-            return b.arm.fraction == a.arm.fraction
-        if b.arm.keep == "matched":
-            ranked_by = (a.arm.fraction, a.arm.by, a.pair_judge)
-            return ranked_by == (b.arm.fraction, b.arm.by, b.pair_judge)
-        return b.arm.keep == "all"
-
     return [
         Contrast(a.name, b.name, b.arm.keep, _difference(a, b, changes))
         for a in arms
-        if a.arm.keep == "top"
         for b in arms
-        if comparable(a, b)
+        if _selects_from(e, a.arm, b.arm)
     ]
+
+
+def _selects_from(e: Experiment, a: Arm, b: Arm) -> bool:
+    """Whether a keeps the top pairs of the data that b keeps pairs of otherwise."""
+    if a.keep != "top" or (*_data(a), a.direction) != (*_data(b), b.direction):
+        return False
+    if b.keep == "random":
+        return b.fraction == a.fraction
+    if b.keep == "matched":
+        ranked_by = (a.fraction, a.by, _pair_judge(e, a))
+        return ranked_by == (b.fraction, b.by, _pair_judge(e, b))
+    return b.keep == "all"
 
 
 def _survival(study: Study, arms: Sequence[ArmSummary], changes: Changes) -> list[Survival]:
@@ -353,7 +358,7 @@ def _survival(study: Study, arms: Sequence[ArmSummary], changes: Changes) -> lis
     return survival
 
 
-def _controls(arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
+def _controls(e: Experiment, arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
     """Control arms against the ladder arms of the same two generators.
 
     Controls are SFT, strata of correctness, and other directions.
@@ -361,12 +366,33 @@ def _controls(arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
     return [
         Contrast(a.name, b.name, b.arm.keep, _difference(a, b, changes))
         for a in arms
-        if a.arm.group == "control"
         for b in arms
-        if (b.arm.group, b.arm.keep) == ("ladder", "all")
-        and (a.arm.chosen, a.arm.rejected) == (b.arm.chosen, b.arm.rejected)
-        and (a.arm.objective == b.arm.objective or a.kind == "sft")
+        if _controls_for(e, a.arm, b.arm)
     ]
+
+
+def _controls_for(e: Experiment, a: Arm, b: Arm) -> bool:
+    """Whether a is a control of the ladder arm b."""
+    kinds = {o.name: o.kind for o in e.objectives}
+    return (
+        (a.group, b.group, b.keep) == ("control", "ladder", "all")
+        and (a.chosen, a.rejected) == (b.chosen, b.rejected)
+        and (a.objective == b.objective or kinds[a.objective] == "sft")
+    )
+
+
+def _left_out(study: Study) -> tuple[list[str], list[str]]:
+    """Arms of the config that were not run, and the comparisons of other arms that need them."""
+    e = study.experiment
+    run = [a for a in e.arms if a.name in study.pairs or a.name in study.results]
+    others = [a for a in e.arms if a not in run] if run else []
+    uncompared = [
+        f"{a.name} minus {b.name}"
+        for a in run
+        for b in others
+        if _selects_from(e, a, b) or _controls_for(e, a, b)
+    ]
+    return [a.name for a in others], uncompared
 
 
 def _stages(artifacts: Iterable[ArtifactRecord]) -> list[StageSummary]:

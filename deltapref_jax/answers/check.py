@@ -63,7 +63,7 @@ def _answered(prompt: Mapping[str, Any], text: str, kind: str) -> Verdict:
     golds = json.loads(prompt["meta"]).get("answers") or [prompt["answer"]]
     found = statement(text)
     verdict = Verdict(False, "", "no answer")
-    for gold in golds:
+    for gold in map(_boxed, golds):
         said = _stated(found, text, gold)
         if said:
             verdict = _compare(gold, said, kind)
@@ -72,22 +72,27 @@ def _answered(prompt: Mapping[str, Any], text: str, kind: str) -> Verdict:
     return verdict
 
 
+def _boxed(gold: str) -> str:
+    """The reference answer, or what the box of a worked solution (MATH, NuminaMath) holds."""
+    found = statement(gold) if "\\boxed" in gold else None
+    return found.text if found and found.how == "box" else gold
+
+
 def _stated(found: Statement, text: str, gold: str) -> str:
     """What is held against `gold`: the statement, or what stands for one in a trace without any."""
     said = found.text[:_MAX_ANSWER]
     if found.how == "box" and "$" not in said:
         return f"${said}$"  # its full stops and exclamation marks end no sentence
+    whole = without_thoughts(text).strip()
+    if not found.text and _gold_number(gold) and "\n" not in whole[:_MAX_ANSWER]:
+        return whole if len(whole) <= _MAX_ANSWER and reading.number(whole) else ""  # "twenty-five"
     if found.how != "number" or _gold_number(gold):
         return said
-    whole = without_thoughts(text).strip()
+    # What is not announced is an answer only where it is all that the trace says.
+    alone = len(whole) <= _MAX_ANSWER and "\n" not in whole
+    if alone and _compare(gold, whole, "exact").correct:
+        return whole
     if reading.gold_letter(gold) or reading.is_words(gold):
-        # Words that are not announced are an answer only where they are all that the trace says.
-        if (
-            len(whole) <= _MAX_ANSWER
-            and "\n" not in whole
-            and _compare(gold, whole, "exact").correct
-        ):
-            return whole
         return said
     return last_formula(text) or said
 
@@ -106,20 +111,35 @@ def _compare(gold: str, said: str, kind: str) -> Verdict:
             return Verdict(False, said, "")
     else:
         for candidate in [*reading.readings(said), head]:
-            if reading.words(candidate) == reading.words(gold) or reading.same_formula(
-                candidate, gold
-            ):
+            if _same_words(candidate, gold) or reading.same_formula(candidate, gold):
                 return Verdict(True, candidate.strip("*_ "), "")
-    if kind == "exact" or reading.is_words(gold) or not head:
+    if kind == "exact" or reading.is_words(gold) or _is_digits(gold) or not head:
         return Verdict(False, head, "")
     request = {"kind": "math", "gold": reading.normalize(gold), "answer": head}
     correct, note = _worker.grade(request)
     return Verdict(correct, head, note)
 
 
+_TRUTH = {"yes": "true", "no": "false"}
+
+
+def _same_words(said: str, gold: str) -> bool:
+    """Whether both have the same words; yes and no are answers to what is true and false."""
+    one, other = reading.words(said), reading.words(gold)
+    return _TRUTH.get(one, one) == _TRUTH.get(other, other)
+
+
+def _is_digits(gold: str) -> bool:
+    """Whether the reference is a row of digits and no number, such as 0101."""
+    return re.fullmatch(r"\s*0\d{3,}\s*", gold) is not None
+
+
 def _gold_number(gold: str) -> frozenset[Fraction] | None:
-    """Values of a reference answer that is a number with or without a unit; 0101 is none."""
-    if re.fullmatch(r"\s*0\d+\s*", gold):
+    """Values of a reference answer that is a number with or without a unit.
+
+    0101 is none, while the 025 of a contest that asks for three digits is 25.
+    """
+    if _is_digits(gold):
         return None
     found = reading.number(gold)
     return found[0] if found else None

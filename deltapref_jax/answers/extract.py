@@ -9,17 +9,31 @@ import re
 from typing import NamedTuple
 
 _MAX_STATEMENT = 2000  # characters
-_THINK = "(?:think|thinking|thoughts?|reasoning)"
-_THOUGHT_ENDS = re.compile(rf"</{_THINK}>", re.IGNORECASE)
-_THOUGHT_BEGINS = re.compile(rf"<{_THINK}>", re.IGNORECASE)
-_TAG_BEGINS = re.compile("<answer>", re.IGNORECASE)
-_TAG_ENDS = re.compile("</answer>", re.IGNORECASE)
+_THINK = "(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis)"
+_THOUGHT_ENDS = re.compile(
+    rf"</{_THINK}>|<\|end_of_thought\|>|◁/think▷|(?-i:\[/THINK\])", re.IGNORECASE
+)
+_THOUGHT_BEGINS = re.compile(
+    rf"<{_THINK}>|<\|begin_of_thought\|>|◁think▷|(?-i:\[THINK\])", re.IGNORECASE
+)
+_TAG_BEGINS = re.compile(r"<(?:final[_ ])?answer>|(?-i:\[ANSWER\])", re.IGNORECASE)
+_TAG_ENDS = re.compile(r"</(?:final[_ ])?answer>|(?-i:\[/ANSWER\])", re.IGNORECASE)
+_CONTROL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</s>|<end_of_turn>")
+_REJECTED = re.compile(r"(?:\bnot|n't be|\binstead of|\brather than)[\s$\\(]{0,9}\Z")
+_REVISED = re.compile(
+    r"\b(?:wait|hold on|oops|sorry|correction|i made (?:a|an) \w{0,12} ?(?:mistake|error)|"
+    r"(?:that|this) (?:is|was) (?:wrong|incorrect|not right))\b",
+    re.IGNORECASE,
+)
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s{0,9}\{)|\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;()\[\]\\]{0,20}(?:\\text\{)?[\s$,]{0,9}(and|or|,)?[\s$,}()\[\]\\]{0,20}"
 )
 _HASHES = re.compile(r"^####[ \t]{1,9}(\S[^\n]{0,99})$", re.MULTILINE)
-_VERB = r"(?:is|are|was|would be|should be|must be|will be|equals)\b(?:[ \t]{0,9}[:=])?"
+_VERB = (
+    r"(?:is|are|was|would be|should be|must be|will be|equals|comes (?:out )?to|came (?:out )?to|"
+    r"turns out to be|works out to)\b(?:[ \t]{0,9}[:=])?"
+)
 _MARKER = re.compile(
     # "Answer:", "**Answer** =", "answer (in cm):"
     r"\banswers?\b[*_\"' \t]{0,9}(?:\([^()\n]{0,40}\)[*_ \t]{0,9})?[:=]"
@@ -27,6 +41,17 @@ _MARKER = re.compile(
     r"|\banswers?\b(?:\s{1,9}(?:to|for|of|in|here|that|we|i|choice|option)\b[^\n.:=?!]{0,80}?)?"
     rf"[*_ \t]{{0,9}}(?:\b{_VERB}|:)"
     rf"|\b(?:correct|right|best) (?:option|choice|statement)[*_ \t]{{0,9}}(?:\b{_VERB}|:)"
+    # "we get the answer 12", "Ans: 12", "I choose (C)", and "hence C." at the end.
+    r"|(?<!is )\b(?:the|an) answer(?=[ \t]{1,9}\$?-?\d)|\[\[(?=[A-J]\]\])|\bans[.:=]{1,2}(?=\s)"
+    r"|\b(?:I|we)(?:'ll| will| would)? (?:choose|pick|select|go with)\b"
+    r"(?= (?:option |choice |answer )?[*(]{0,3}[A-J]\b)"
+    r"|\b(?:so|hence|thus|therefore),?(?= [*(]{0,3}[A-J][).*]{0,3}\s{0,9}\Z)"
+    # Other languages, such as "答案是42", "故选B", "Ответ: 42" and "Die Antwort ist 42".
+    r"|(?:答案|答え|정답)[* ]{0,9}(?:是|为|為|は|은|는|选|選|[:：])[:： ]{0,9}"
+    r"|(?:故|应|所以|因此)选(?:择)?[:： ]{0,9}(?=[A-J])"
+    r"|(?:\b(?:ответ|respuesta|réponse|antwort|resposta|risposta|đáp án)|الإجابة|الجواب|उत्तर)"
+    r"(?: (?:finale?|correct[ae]|final))?[* ]{0,9}"
+    r"(?:\b(?:es|est|ist|é|è|là)\b|هي|है|هو|[:=])"
     # A heading or a line of its own.
     r"|^[ \t#*_>-]{0,9}(?:the )?(?:final |correct )?answer[ \t*_:]{0,9}$",
     re.IGNORECASE | re.MULTILINE,
@@ -39,7 +64,9 @@ _NO_STATEMENT = re.compile(
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-−])?(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"(?:/\d+|[-–]\d+(?:\.\d+)?)?)"
+    r"(?:/\d+|[-–]\d+(?:\.\d+)?|e[-+]?\d+\b)?)"
+    r"(?: ?(?:×|x|\\times|\\cdot|\*) ?10(?=[\^⁰¹²³⁴-⁹⁻]))?(?:\^\{?[-−]?\d+\}?|[⁰¹²³⁴-⁹⁻]+)?"
+    r"(?:\\?%|[ ](?:thousand|million|billion|trillion)\b)?"
 )
 _APPROXIMATION = re.compile(
     r"(?:,? {0,3}\bor {1,3}(?:about|approximately|roughly)|[≈]|\\approx)[ $\\(]{0,5}[\d.,]+"
@@ -57,13 +84,13 @@ class Statement(NamedTuple):
 
 
 def without_thoughts(text: str) -> str:
-    """The text behind the last thought, and before one that does not end."""
+    """The text behind the last thought, and before one that does not end, without end tokens."""
     begin = 0
     for end in _THOUGHT_ENDS.finditer(text):
         begin = end.end()
     text = text[begin:]
     unended = _THOUGHT_BEGINS.search(text)
-    return text[: unended.start()] if unended else text
+    return _CONTROL.sub(" ", text[: unended.start()] if unended else text)
 
 
 def _tagged(text: str) -> str | None:
@@ -74,6 +101,14 @@ def _tagged(text: str) -> str | None:
     if begins and not ends:  # the tag is left open
         return text[begins[-1] :]
     return None
+
+
+def _solution(text: str) -> str:
+    """What stands in the last <solution>…</solution>, or the whole text."""
+    end = text.rfind("</solution>")
+    begin = text.rfind("<solution>", 0, max(end, 0)) + len("<solution>")
+    inside = text[begin:end] if end > begin >= len("<solution>") else ""
+    return inside if inside.strip() else text
 
 
 def _boxed(text: str) -> str:
@@ -100,6 +135,8 @@ def _boxed(text: str) -> str:
             return line
     if not boxes:
         return ""
+    while len(boxes) > 1 and _REJECTED.search(text, max(0, boxes[-1][0] - 40), boxes[-1][0]):
+        boxes.pop()  # "5, not 7"
     first = len(boxes) - 1
     while first and (
         between := _BETWEEN_BOXES.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0])
@@ -119,6 +156,9 @@ def _line(text: str, begin: int) -> str:
         if text.startswith(opening, begin):
             end = text.find(closing, begin + 2, begin + _MAX_STATEMENT)
             return text[begin : end + 2] if end >= 0 else text[begin : begin + _MAX_STATEMENT]
+    if text.startswith("```", begin):  # a code block
+        inside = text[begin + 3 : begin + 3 + _MAX_STATEMENT].partition("```")[0]
+        return inside.partition("\n")[2].strip() or inside.strip()
     end = text.find("\n", begin, begin + _MAX_STATEMENT)
     return text[begin : end if end >= 0 else begin + _MAX_STATEMENT]
 
@@ -140,7 +180,14 @@ def statement(text: str) -> Statement:
         if boxed := _boxed(tagged).strip():
             return Statement(boxed, "box")
         return Statement((_said(tagged) or tagged).strip(), "tags")
+    text = _solution(text)
     if boxed := _boxed(text).strip():
+        rest = text[max(text.rfind("\\boxed"), text.rfind("\\fbox")) :]
+        while boxed.startswith("\\boxed{") and boxed == f"\\boxed{{{_boxed(boxed)}}}":
+            boxed = _boxed(boxed)
+        revised = _REVISED.search(rest)
+        if revised and (line := _said(rest[revised.end() :])):
+            return Statement(line, "line")
         return Statement(boxed, "box")
     hashes = _HASHES.findall(text)  # as a heading they announce no number
     if hashes and re.match(r"[-−$\\]{0,3}\d", hashes[-1]):

@@ -9,12 +9,15 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from deltapref_jax.answers.numerals import in_words
+
 _SIGNS = str.maketrans(
     {
         "−": "-", "﹣": "-", "－": "-", "⁄": "/", "’": "'", "‘": "'", "“": '"', "”": '"',
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2007": " ", "×": r"\times ", "·": r"\cdot ",
         "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "≈": r"\approx ", "`": "", "±": r"\pm ", "∪": r"\cup ", "°": r"^\circ ", "√": r"\sqrt ",
+        "。": ". ", "、": ", ",
     }
 )  # fmt: skip
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -34,6 +37,7 @@ def normalize(text: str) -> str:
     """The text with one sign for each meaning, without fonts, layout and formulas' borders."""
     text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", unicodedata.normalize("NFC", text))
     text = re.sub("[₀-₉]", lambda m: f"_{ord(m[0]) - 0x2080}", text)
+    text = re.sub(r"，(?!\d)", ", ", text)
     text = "".join(
         unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uff5e" else c for c in text
     )
@@ -44,6 +48,7 @@ def normalize(text: str) -> str:
     text = re.sub(r"\$\s*([^$\n]*[^$\s])\s*\$(?!\d)", r" \1 ", text)  # not "$5 and $6"
     text = re.sub(r"\$(?!\d)", " ", text)
     text = re.sub(r"(\d)(?:\{,\}|\\,|\\!,?)(?=\d{3}(?!\d))", r"\1,", text)
+    text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = _GAP.sub(" ", text)
     for _ in range(5):  # fonts within fonts
         text, count = _FONT.subn(r" \1 ", text)
@@ -59,10 +64,11 @@ def normalize(text: str) -> str:
 # ---------------------------------------------------------------- where an answer ends
 _REASON = (
     r"because|since|as|so|which|where|when|for|but|not|hence|therefore|thus|i\.e\.|given|assuming|"
-    r"who|whose|they|it|he|she|we|you|this|there|that|the|an?"
+    r"who|whose|they|it|he|she|we|you|this|there|that|the|an?|"
+    r"weil|denn|nicht|porque|pues|car|parce|perché|потому|так|а"
 )
 _END = re.compile(
-    rf"[.!?](?=[\s*\"')]|$)|;|\s\((?=[a-z])|\s[-–—]\s(?=[A-Za-z])|,\s+(?:{_REASON})\b|\s(?:because|since)\b"
+    rf"[.!?](?=[\s*\"')]|$)|[。！？]|[，,]\s*(?:因为|不是|而)|;|\s\((?=[a-z])|\s[-–—]\s(?=[A-Za-z])|,\s+(?:{_REASON})\b|\s(?:because|since)\b"
     r"|\s[✓✔✅]|\n"
 )
 _FORMULA = re.compile(
@@ -90,10 +96,10 @@ def ends(text: str) -> list[int]:
 
 
 _FILLER = re.compile(
-    r"(?:[\s*_\"'`:=>~]|\\approx|\\(?=\s)|(?:therefore|thus|hence|then|so|clearly|simply|just|also|"
+    r"(?:[\s*_\"'`:=>~#]|\\approx|\\(?=\s)|(?:therefore|thus|hence|then|so|clearly|simply|just|also|"
     r"now|indeed|approximately|approx\.|about|around|roughly|exactly|equal to|equals|given by|"
     r"as follows|it is|it's|this is|that is|there (?:is|are)|a total of|only|still|actually|"
-    r"probably|the (?:number|value|total|sum|result|product)(?: of)?)\b,?)*",
+    r"probably|the (?:number|value|total|sum|result|product)(?: of| is| was)?)\b,?)*",
     re.IGNORECASE,
 )
 _OPTION = re.compile(
@@ -102,7 +108,11 @@ _OPTION = re.compile(
 
 
 # ---------------------------------------------------------------- numbers
-_DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# Thousands are set apart by commas or spaces, and in India hundreds of thousands too (1,00,000).
+_DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?![,\d])|\d+)(?:\.\d+)?|\.\d+"
+_GROUPED = re.compile(
+    r"(?<![\w.,'])\d{1,3}(?:(?:'\d{3})+|(?:_\d{3})+|(?:\.\d{3}){2,})(?![\w']|\.\d)"
+)
 _FRACTION = r"\\frac\s*(?:\{\s*(?P<a>-?\d+)\s*\}|(?P<a1>\d))\s*(?:\{\s*(?P<b>\d+)\s*\}|(?P<b1>\d))"
 _VALUE = re.compile(
     r"(?P<sign>[-–+]?|(?i:minus |negative ))\s*"
@@ -173,12 +183,6 @@ def _unfilled(text: str) -> str:
     return text[_FILLER.match(text).end() :]  # type: ignore[union-attr]
 
 
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen \
-fifteen sixteen seventeen eighteen nineteen twenty"
-_TENS = "thirty forty fifty sixty seventy eighty ninety hundred"
-_NUMBER_WORDS = {word: Fraction(i) for i, word in enumerate(_WORDS.split())} | {
-    word: Fraction(10 * i) for i, word in enumerate(_TENS.split(), 3)
-}
 _HEDGE = re.compile(
     r"\b(?:or|and|to|between|from|either|neither|both|through|at|least|most|more|less|fewer|"
     r"greater|than|not|no|cannot|if|unless|step|divided|times|plus|minus)\b|n't",
@@ -190,9 +194,10 @@ _TOKEN = re.compile(r"(?:(?<=\s)|^)[-$€£]{0,2}(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.
 def _at_start(head: str) -> tuple[frozenset[Fraction], str] | None:
     """The number that `head`, a normalized text, starts with, if only a unit or words follow."""
     head = _unfilled(head).strip("*_\"' ")
-    word = re.match(r"([a-z]+)(?![\w-])(?! of\b)", head.lower())
-    if word and word[1] in _NUMBER_WORDS and not re.search(r"\d|\bor\b|\band\b", head):
-        return frozenset([_NUMBER_WORDS[word[1]]]), word[1]
+    if alone := re.fullmatch(r"\(\s*([-−]?[\d./]+)\s*\)", head):
+        head = alone[1]
+    if spelled := in_words(head.lower()):
+        return frozenset([spelled[0]]), spelled[1]
     m = _VALUE.match(head)
     if m is None:
         return None
@@ -211,6 +216,9 @@ def _at_start(head: str) -> tuple[frozenset[Fraction], str] | None:
     return frozenset({value, value / 100} if m["percent"] else {value}), m[0].strip()
 
 
+_FACTORIAL = re.compile(r"\s*\$[^$]*[\w)]!\s*\$[\s.]*")  # "$5!$"; behind words it ends a sentence
+
+
 def number(text: str) -> tuple[frozenset[Fraction], str] | None:
     """The number that `text` commits to and what was read; None if there is no single one.
 
@@ -220,6 +228,8 @@ def number(text: str) -> tuple[frozenset[Fraction], str] | None:
     Returns:
       Its values, several for a percentage (50% is 50 and 1/2) and for "1/3 ≈ 0.333".
     """
+    if _FACTORIAL.fullmatch(text):
+        return None
     text = _unfilled(text)
     if option := _OPTION.match(text):
         text = _unfilled(text[option.end() :])
@@ -286,6 +296,7 @@ def letter(text: str) -> str | None:
 
 _SEVERAL = re.compile(
     r"\d\s*[–—]\s*[-\d]|\b(?:or|and|to|between|from|either|neither|both|through)\b|,\s|\\pm"
+    r"|[<>]|\\(?:[lg]eq?|neq?|[lg]t)(?![a-z])"
 )
 
 
@@ -312,13 +323,16 @@ def words(text: str) -> str:
 
 
 _UNIT = re.compile(
-    r"(?<=[\w})])(?:\\[,;: ]|~|\s)*\\(?:text|textrm|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?(?=[\s$.]*$)"
+    r"(?<=[\w})])(?:\\[,;: ]|~|\s)*\\(?:text|textrm|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"
+    r"(?=(?:[\s$.]|\\[)\]])*$)"
 )
 
 
 def formula(text: str) -> str:
     r"""The formula without spaces and needless braces: \frac12 is \frac{1}{2}, x^{2} is x^2."""
     text = normalize(_UNIT.sub("", text)).strip("*_ ")
+    text = text.replace(r"\varnothing", r"\emptyset")
+    text = re.sub(r"\{[bB]matrix\}", "{pmatrix}", text)  # brackets of a matrix are a choice
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(

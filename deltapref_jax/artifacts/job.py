@@ -14,30 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
-from deltapref_jax.artifacts.lease import LEASE_SECONDS, Lease, LostLease
+from deltapref_jax.artifacts.lease import Lease, LostLease
 from deltapref_jax.artifacts.node import Node
+from deltapref_jax.artifacts.shards import (
+    Busy,
+    Made,
+    Pass,
+    Shards,
+    Stats,
+    bad_shard,
+    read_sidecar,
+    standing,
+)
 from deltapref_jax.artifacts.workspace import Manifest, Workspace
 from deltapref_jax.files import (
-    ArtifactError,
     download,
     file_sha256,
     remote,
-    sha256,
     staged_dir,
     write_atomic,
 )
-from deltapref_jax.processes import agreed, process_count, process_index, versions
-from deltapref_jax.progress import Counter, log
+from deltapref_jax.processes import agreed, process_index, versions
+from deltapref_jax.progress import log
 from deltapref_jax.records import Record
-
-Stats = dict[str, float]
-
-
-class Busy(Exception):
-    """Another runner holds what is left of an artifact; the runner comes back to it."""
 
 
 class Finished(Exception):
@@ -51,8 +52,9 @@ class Job:
       dir: the artifact's directory; it may hold the work of a killed run.
       stats: counts for the manifest; those of shards are added up.
       finished: whether this job wrote the manifest.
-      share: of the time since the claim that was spent on this artifact, where several were made in
-        one pass.
+      advance: moves the bar by so many rows of the shard at hand, for a stage whose shards take
+        long.
+      shard_seconds: that the shards took, whoever made them.
       files: what the artifact consists of, relative to `dir`, beside its shards; patterns like
         `policy/*` are allowed.
     """
@@ -61,20 +63,18 @@ class Job:
         self.node, self.workspace = node, workspace
         self.dir = workspace.path(node)
         self.stats: Stats = {}
-        self.share = 1.0
         self.files: list[str] = []
         self.show = show and process_index() == 0
         self._first = process_index() == 0
-        # `_elsewhere` corrects the seconds: work of other makers is added, and waiting subtracted.
-        self._began, self._elsewhere = time.time(), 0.0
+        self.advance: Callable[[int], None] = lambda rows: None
+        self.shard_seconds = 0.0
+        self._began = time.time()
         self._lease: Lease | None = None
         # checksums of files that went to a bucket, so that they are not fetched back for them
         self._uploaded: dict[str, tuple[int, str]] = {}
         self._open = contextlib.ExitStack()
-        self._counter: Counter | None = None
         self.finished = False
         self._announced = False
-        self._advanced = 0  # rows of the shard at hand that the bar counts already
 
     def table(self, node: Node) -> pa.Table:
         """The table of an input."""
@@ -123,12 +123,13 @@ class Job:
             # system.
             temporary = Path(self.dir / f".{name}.{uuid.uuid4().hex}")
             try:
+                self.check_lease()
+                # What a killed run left is removed now: after the writing, which may take longer
+                # than the lease, it could be the work of another process.
+                shutil.rmtree(self.dir / name, ignore_errors=True)
                 temporary.mkdir()
                 yield temporary
-                # Writing may have taken longer than the lease, so it is checked right before the
-                # rename.
                 self.check_lease()
-                shutil.rmtree(self.dir / name, ignore_errors=True)  # of a killed run
                 temporary.rename(self.dir / name)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -149,7 +150,7 @@ class Job:
         """A file of the artifact, whole."""
         self.check_lease()
         if self._first:
-            write_atomic(self.dir / name, data)
+            write_atomic(self.dir / name, data, self.check_lease)
         self.files.append(name)
 
     def write(self, table: pa.Table) -> None:
@@ -167,7 +168,7 @@ class Job:
         """Makes every shard that is not there; several processes share the work by claiming shards.
 
         Args:
-          count: of shards; 0 is taken for 1, so that an empty table has its columns.
+          count: of shards; an empty table has one too, so that it has its columns.
           make: shard index to its table and counts; a pure function, so that whoever makes a shard
             makes the same bytes.
           unit: of the rows, for the progress bar.
@@ -177,104 +178,18 @@ class Job:
         Raises:
           Busy: other runners hold all shards that are left.
         """
-        count = max(count, 1)
-        names = [f"shard-{i:05d}-of-{count:05d}" for i in range(count)]
-        with Counter(self.node.name, total, unit, self.show) as self._counter:
-            done: set[str] = set()
-            while len(done) < count:
-                before = len(done)
-                for i, name in enumerate(names):
-                    if name not in done and self._shard(i, name, make, together):
-                        done.add(name)
-                        self.advance(self._sidecar(name)["rows"] - self._advanced)
-                        self._advanced = 0
-                if len(done) == before:
-                    if process_count() == 1:
-                        raise Busy
-                    # the processes of a job take the same steps, so this one waits for the others
-                    time.sleep(0.2)
-                    self._elsewhere -= 0.2
-        for name in names:
-            side = self._sidecar(name)
-            self.files.append(f"{name}.parquet")
-            for key, value in side["stats"].items():
-                self.stats[key] = self.stats.get(key, 0) + value
-            self.stats["rows"] = self.stats.get("rows", 0) + side["rows"]
-            self._elsewhere += 0 if side["maker"] == self._maker else side["seconds"]
 
-    def advance(self, rows: int) -> None:
-        """Moves the bar within a shard, for a stage whose shards take long."""
-        if self._counter:
-            self._counter.advance(rows)
-            self._advanced += rows
+        def one(shards: Pass, advance: Callable[[int], None]) -> list[Made]:
+            self.advance = advance
+            return [Made(*make(i)) for _, i in shards]
 
-    @functools.cached_property
-    def _maker(self) -> str:
-        return uuid.uuid4().hex
+        for _ in standing([Shards(self, [1] * count, total, together)], one, 1, unit):
+            pass
 
-    def _sidecar(self, name: str) -> dict[str, Any]:
-        path = self.dir / f"{name}.json"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise self._bad_shard(name, f"{path} is unreadable") from e
-
-    def _bad_shard(self, name: str, what: str) -> ArtifactError:
-        return ArtifactError(
-            f"{what} ({self.node.name}); delete {self.dir / name}.json and run again: only that "
-            "shard is made anew."
-        )
-
-    def _shard(
-        self,
-        index: int,
-        name: str,
-        make: Callable[[int], tuple[pa.Table, Stats]],
-        together: bool,
-    ) -> bool:
-        """Whether the shard stands; makes it if nobody else is at it."""
-        done = self.dir / f"{name}.json"
-        # Where the processes make a shard together, all of them must take the same branch.
-        decide = agreed if together else bool
-        if decide(done.exists()):
-            return True
-        lease = Lease(self.dir / "claims" / name)
-        writes = self._first or not together
-        if not decide(writes and lease.take()):
-            return False
-        self.log_start()
-        try:
-            # Another runner may have finished the shard between the look and the lease.
-            if decide(done.exists()):
-                return True
-            began = time.time()
-            table, stats = make(index)
-            if writes:
-                # The file is made in memory, so that the checksum is that of what was meant to be
-                # written.
-                sink = pa.BufferOutputStream()
-                pq.write_table(
-                    table, sink, compression="zstd", version="2.6", data_page_version="1.0"
-                )
-                data = sink.getvalue().to_pybytes()
-                write_atomic(self.dir / f"{name}.parquet", data)
-                side = {
-                    "rows": table.num_rows,
-                    "stats": stats,
-                    "sha256": sha256(data),
-                    "seconds": time.time() - began,
-                    "maker": self._maker,
-                }
-                # The sidecar is written last: the shard is done when it stands.
-                write_atomic(done, json.dumps(side).encode())
-            return decide(True)
-        finally:
-            lease.release()
-
-    def log_start(self) -> None:
-        """Says in the log that the artifact is being made, once."""
+    def log_start(self, stood: str = "") -> None:
+        """Says in the log that the artifact is being made, and what of it stood, once."""
         if self.show and not self._announced:
-            log(f"{self.node.name}: starts")
+            log(f"{self.node.name}: starts{stood}")
         self._announced = True
 
     def claim(self) -> None:
@@ -287,7 +202,8 @@ class Job:
         if self._lease:  # the runner has claimed it
             return
         lease = Lease(self.dir / "claims" / "all")
-        if not agreed(self._first and lease.take()):
+        clean = functools.partial(self.workspace.remove_temporary, self.node)
+        if not agreed(self._first and lease.take(clean)):
             raise Busy
         self._lease = lease
         # Another runner may have finished the artifact between the look and the lease.
@@ -314,6 +230,14 @@ class Job:
         if self._lease and self._first:
             self._lease.release()
         self._lease = None
+
+    def conclude(self) -> None:
+        """Finishes the artifact in process 0, unless that is done, and says what making it took."""
+        # Another runner may have made the last shard, and finished the artifact, at this moment.
+        if process_index() == 0 and not self.finished and not self.workspace.complete(self.node):
+            manifest = self.finish()
+            if self.show:
+                log(f"{self.node.name}: {_what_it_took(manifest)}")
 
     def finish(self) -> Manifest:
         """Writes the manifest and returns it.
@@ -346,45 +270,46 @@ class Job:
             files={name: list(self._checked(name)) for name in names},
             stats=self.stats,
             versions=versions(),
-            seconds=round(self.share * (ended - self._began) + self._elsewhere, 3),
+            # A process that makes shards also waits for others, and makes shards of others.
+            seconds=round(self.shard_seconds if node.sharded else ended - self._began, 3),
             started=_stamp(self._began),
             ended=_stamp(ended),
         ).sealed()
         text = json.dumps(manifest._asdict(), indent=1)
         # The manifest is written last: from here the artifact is complete.
-        write_atomic(self.dir / "manifest.json", text.encode())
-        self._remove_leftovers()
+        write_atomic(self.dir / "manifest.json", text.encode(), self.check_lease)
         self.finished = True
         return manifest
 
     def _matching(self, pattern: str) -> list[str]:
         return sorted(os.path.relpath(file, self.dir) for file in self.dir.glob(pattern))
 
-    def _remove_leftovers(self) -> None:
-        """Removes temporary files and folders of killed processes.
-
-        Their age is that against the manifest, which was just written on the same file system: this
-        host's clock may be hours ahead of the one that times the files that another is writing.
-        """
-        now = (self.dir / "manifest.json").stat().mtime
-        for path in self.dir.glob(".*.*"):
-            with contextlib.suppress(OSError):
-                if path.stat().mtime < now - LEASE_SECONDS:
-                    path.rmtree() if path.is_dir() else path.unlink()
-
     def _checked(self, name: str) -> tuple[int, str]:
         """Size and checksum of a file; a shard must still be what its maker wrote."""
         file, shard = self.dir / name, name.removesuffix(".parquet")
         is_shard = shard != name and (self.dir / f"{shard}.json").exists()
         if not file.exists():
-            raise self._bad_shard(shard, f"{file} is missing")
+            raise bad_shard(self, shard, f"{file} is missing")
         if name in self._uploaded:
             return self._uploaded[name]
         sha = file_sha256(file)
-        if is_shard and sha != self._sidecar(shard)["sha256"]:
-            raise self._bad_shard(shard, f"{file} is not what was written (checksum)")
+        if is_shard and sha != read_sidecar(self, shard)["sha256"]:
+            raise bad_shard(self, shard, f"{file} is not what was written (checksum)")
         return file.stat().length, sha
 
 
 def _stamp(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def _what_it_took(manifest: Manifest) -> str:
+    """What making the artifact took: rows, steps, seconds and tokens per second."""
+    parts = [
+        f"{manifest.stats[unit]:,.0f} {unit}"
+        for unit in ("rows", "steps")
+        if unit in manifest.stats
+    ]
+    parts.append(f"{manifest.seconds:,.1f} s")
+    if manifest.stats.get("tokens") and manifest.seconds:
+        parts.append(f"{manifest.stats['tokens'] / manifest.seconds:,.0f} tokens/s")
+    return ", ".join(parts)

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -48,6 +48,20 @@ def release_all() -> None:
         lease.release()
 
 
+def remove_claims(folder: epath.Path) -> None:
+    """Removes the claims on a local artifact that is complete.
+
+    They are those of killed processes, or of one that is about to remove its claim itself.
+    """
+    with contextlib.suppress(OSError):
+        if any(path.name != ".lock" for path in folder.iterdir()):
+            # Under the lock no process is writing a claim.
+            with Lease(folder / "all")._locked():
+                for path in folder.iterdir():
+                    if path.name != ".lock":
+                        path.unlink()
+
+
 def _pid_namespace() -> str:
     """Host name and PID namespace, within which a process id identifies a process.
 
@@ -74,13 +88,18 @@ class Lease:
         self._renewed = _clock()
         self.lost = False
 
-    def take(self) -> bool:
-        """Takes the lease if it is free, expired or of a dead process; returns whether it did."""
+    def take(self, on_taken: Callable[[], None] = lambda: None) -> bool:
+        """Takes the lease if it is free, expired or of a dead process; returns whether it did.
+
+        Args:
+          on_taken: called before any other process can take the lease over.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             if self._held_by_another():
                 return False
             self._write()
+            on_taken()
         _held.add(self)
         threading.Thread(target=self._keep_renewing, daemon=True).start()
         return True
@@ -168,8 +187,13 @@ class Lease:
             # The rename prevents half-written claims after a crash, or on a file system without
             # locks.
             temporary = self._path.parent / f".{self._owner['id']}"
-            temporary.write_text(text)
-            temporary.replace(self._path)
+            try:
+                temporary.write_text(text)
+                temporary.replace(self._path)
+            except BaseException:  # The exceptions of signals are none of Exception.
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         self._renewed = _clock()
 
     def _look(self) -> None:

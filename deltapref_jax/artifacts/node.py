@@ -70,14 +70,13 @@ class Node(_Dataclasses):
         raise NotImplementedError(f"The stage {self.stage!r} has no make().")
 
     def batch(self) -> Any:
-        """Nodes that return the same go to `make_batch` together; None: each is made alone."""
+        """Sharded nodes that return the same go to one `make_batch`; None: `make` makes each."""
         return None
 
     @classmethod
     def make_batch(cls, work: "Sequence[tuple[Self, Job]]") -> None:
-        """Makes several artifacts in one pass, for stages that gain by it (see `batch`)."""
-        for node, job in work:
-            node.make(job)
+        """Makes the shards of several artifacts from one pool (`shards.make_shards`)."""
+        raise NotImplementedError(f"The stage {cls.stage!r} has no make_batch().")
 
     @property
     def name(self) -> str:

@@ -9,11 +9,12 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
-from deltapref_jax.artifacts.job import Busy, Finished, Job
+from deltapref_jax.artifacts.job import Finished, Job
 from deltapref_jax.artifacts.node import Node, in_order
-from deltapref_jax.artifacts.workspace import Manifest, Workspace
+from deltapref_jax.artifacts.shards import Busy
+from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
-from deltapref_jax.processes import agreed, process_index
+from deltapref_jax.processes import agreed, process_count, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
 _WAIT_SECONDS = 0.5  # between looks at what other runners hold
@@ -27,6 +28,7 @@ def run(
     study: str = "",
     show: bool = True,
     verify: bool = False,
+    also_named: Sequence[Node] = (),
 ) -> None:
     """Makes what is missing of `wanted` and of their inputs; what stands is left alone.
 
@@ -36,6 +38,7 @@ def run(
       study: its name in the index; "" writes none.
       show: progress bars.
       verify: checksums of everything that stands, not only of what is read.
+      also_named: nodes that the index names too if they stand.
 
     Raises:
       ArtifactError: a finished artifact is damaged, or the workspace cannot be written.
@@ -56,20 +59,22 @@ def run(
             # Clocks of the processes differ, so they agree on whether to try a sharded artifact
             # again.
             if not stands and agreed(time.monotonic() >= not_before.get(node, 0.0)):
-                with _making(_batch(node, pending, workspace), workspace, show) as jobs:
+                together = _batch(node, pending, workspace)
+                with _making(together, workspace, show) as jobs:
                     if jobs and node.batch() is None:
                         node.make(jobs[0])
                     elif jobs:
                         node.make_batch([(job.node, job) for job in jobs])
                 made += sum(job.finished for job in jobs)
                 stands = agreed(workspace.complete(node))
-                if node.sharded:  # to see whether a shard is free costs reading the inputs
-                    waits[node] = min(2 * waits.get(node, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
-                    not_before[node] = time.monotonic() + waits[node]
+                # To see whether a shard is free costs reading the inputs.
+                for each in together if node.sharded else ():
+                    waits[each] = min(2 * waits.get(each, _WAIT_SECONDS / 2), _LONGEST_WAIT_SECONDS)
+                    not_before[each] = time.monotonic() + waits[each]
             if stands:
                 pending.remove(node)
             if study and process_index() == 0 and time.monotonic() - indexed > _INDEX_SECONDS:
-                workspace.write_index(study, nodes)
+                workspace.write_index(study, [*also_named, *nodes])
                 indexed = time.monotonic()
         if len(pending) < before:
             waited = 0.0
@@ -79,8 +84,11 @@ def run(
             if show and process_index() == 0 and waited % LOG_EVERY_SECONDS < _WAIT_SECONDS:
                 held = [node.name for node in pending if workspace.key(node) is not None]
                 log(f"Waiting for other runners, who hold {', '.join(held[:3])} …", always=True)
-    if study and process_index() == 0:
-        workspace.write_index(study, nodes)
+    if process_index() == 0:
+        for node in nodes:
+            workspace.remove_leftovers(node)
+        if study:
+            workspace.write_index(study, [*also_named, *nodes])
     if show and process_index() == 0:
         log(
             f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
@@ -119,16 +127,18 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
             except (Busy, Finished):
                 job.close()
         yield jobs
-        for job in jobs if process_index() == 0 else ():
-            if workspace.complete(job.node):  # another runner made the last shard at this moment
-                continue
-            manifest = job.finish()
-            if show:
-                log(f"{job.node.name}: {_done(manifest)}")
+        for job in jobs:
+            job.conclude()
         agreed(True)  # the other processes read only what process 0 has finished
     except (Busy, Finished):
         pass
     except Exception as e:
+        # A process that was suspended finds the folder changed by its successor. Whatever it fails
+        # at, the sentence is that of the lost lease, or another has finished the work.
+        for job in jobs:
+            job.check_lease()
+        if _finished_elsewhere(jobs, workspace):
+            return
         if is_unwritable(e):
             raise unwritable(getattr(e, "filename", None) or workspace.root, e) from e
         raise
@@ -137,17 +147,14 @@ def _making(nodes: Sequence[Node], workspace: Workspace, show: bool) -> Iterator
             job.close()
 
 
-def _done(manifest: Manifest) -> str:
-    """What making the artifact took: rows, steps, seconds and tokens per second."""
-    parts = [
-        f"{manifest.stats[unit]:,.0f} {unit}"
-        for unit in ("rows", "steps")
-        if unit in manifest.stats
-    ]
-    parts.append(f"{manifest.seconds:,.1f} s")
-    if manifest.stats.get("tokens") and manifest.seconds:
-        parts.append(f"{manifest.stats['tokens'] / manifest.seconds:,.0f} tokens/s")
-    return ", ".join(parts)
+def _finished_elsewhere(jobs: Sequence[Job], workspace: Workspace) -> bool:
+    """Whether another runner has finished one of the artifacts meanwhile."""
+    # An error that is met here says less than the one that led here.
+    with contextlib.suppress(Exception):
+        return process_count() == 1 and any(
+            not job.finished and workspace.complete(job.node) for job in jobs
+        )
+    return False
 
 
 def _start(node: Node, workspace: Workspace, show: bool) -> Job:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from deltapref_jax.artifacts.lease import Lease
+from deltapref_jax.artifacts.lease import Lease, remove_claims
 from deltapref_jax.artifacts.node import Node
 from deltapref_jax.files import (
     ArtifactError,
@@ -181,6 +181,26 @@ class Workspace:
             f"{self.path(node)} and run again: only that artifact is made anew."
         )
 
+    def remove_temporary(self, node: Node) -> None:
+        """Removes temporary files and folders from an artifact that no other process works on.
+
+        One that was suspended, and whose lease this process has taken over, may still want to
+        rename them. It finds them missing and leaves.
+        """
+        if not remote(self.root):
+            for path in self.path(node).glob(".*.*"):
+                _remove(path)
+
+    def remove_leftovers(self, node: Node) -> None:
+        """Removes what killed and suspended processes left in an artifact that is complete."""
+        if not remote(self.root):
+            folder = self.path(node)
+            self.remove_temporary(node)
+            # A suspended process continues a checkpoint that its successor has removed.
+            for path in folder.glob("*/*.orbax-checkpoint-tmp"):
+                _remove(path)
+            remove_claims(folder / "claims")
+
     def write_index(self, study: str, nodes: Iterable[Node]) -> None:
         """Names the complete artifacts of `study` in index.json, and as links under by_name/.
 
@@ -189,6 +209,13 @@ class Workspace:
         """
         with contextlib.suppress(OSError, ArtifactError):
             self._write_index(study, list(nodes))
+
+    def _clean_index(self) -> None:
+        """Removes temporary files of the index and its claim, which killed processes left."""
+        if not remote(self.root):
+            for path in [*self.root.glob(".index.json.*"), *self.root.glob("claims/.*")]:
+                if path.name != ".lock":
+                    _remove(path)
 
     def _write_index(self, study: str, nodes: list[Node]) -> None:
         entries = {
@@ -199,7 +226,7 @@ class Workspace:
         file = self.root / "index.json"
         # The index is read, changed and written, so only one runner does it at a time.
         lease = Lease(self.root / "claims" / "index")
-        if not lease.take():
+        if not lease.take(self._clean_index):
             return
         try:
             index: dict[str, dict[str, str]] = {}
@@ -216,6 +243,12 @@ class Workspace:
                 Path(self.root, "by_name", _file_name(study)),
                 {"/".join(map(_file_name, node.label)): Path(self.path(node)) for node in named},
             )
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a file or folder, unless another process does that too."""
+    with contextlib.suppress(OSError):
+        path.rmtree() if path.is_dir() else path.unlink()
 
 
 def _file_name(word: str) -> str:

@@ -8,13 +8,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Pairs
+from deltapref_jax.data.dataset import load_split
 from deltapref_jax.files import local_copy
 
 BLOCK = 256  # rows that are read and tokenised together
@@ -118,7 +118,8 @@ def open_blocks(
     """
     path = source.path
     if not os.path.isfile(local_copy(path)):
-        data = _dataset(path, source.split)
+        check_place(path)
+        data = load_split(source)
         wanted = read(data.column_names)
         return _Arrow(
             path, data.select_columns([c for c in data.column_names if c in wanted])
@@ -158,24 +159,6 @@ def check_place(path: str) -> None:
     )
     if here and not os.path.exists(local_copy(path)):
         raise ConfigError(f"There is no data file or folder {path}; check config.data.path.")
-
-
-def _dataset(path: str, split: str) -> Any:
-    """The data set in a local folder (saved by `datasets`, or of data files) or of a hub name."""
-    import datasets
-
-    check_place(path)
-    path = local_copy(path)
-    folder = Path(path)
-    try:
-        saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-        data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-        return data[split] if isinstance(data, dict) else data
-    except Exception as e:  # the library and the hub raise dozens of types
-        raise ConfigError(
-            f"The data set {path!r} (split {split!r}) cannot be loaded "
-            f"({_first_line(e)}); check name, split and connection, or give a local folder."
-        ) from e
 
 
 def _first_line(e: Exception) -> str:

@@ -8,8 +8,8 @@
 Labelled token ids may have a column `mismatched_prompt_ids`: the prompt behind which the row's
 completion stands in KTO's baseline (null: the row has no mismatched row).
 A `prompt` of text in front of whole conversations (UltraFeedback-binarized) and a list of messages
-that the conversations repeat are understood too. Messages may hold tool calls, and a column `tools`
-their JSON schemas, both in OpenAI's form.
+that the conversations repeat are understood too. `data.messages` lists the forms of messages. A
+column `tools` may hold the JSON schemas of tools in OpenAI's form.
 """
 
 import json
@@ -19,22 +19,24 @@ from typing import Any
 import numpy as np
 
 from deltapref_jax.config import ConfigError
-from deltapref_jax.text.preference import Example
+from deltapref_jax.data.messages import Row, content
+from deltapref_jax.text.preference import ANSWERS, Example
 
+# Columns that change what a generator was asked, and that no format has a place for.
+_INSTRUCTIONS = ("system", "system_prompt", "system_message", "functions")
 FORMATS = {  # columns that decide (the first match wins), then the other columns that are read
     "token ids, paired": (("prompt_ids", "chosen_ids", "rejected_ids"), ()),
     "token ids, unpaired": (("prompt_ids", "completion_ids", "label"), ("mismatched_prompt_ids",)),
-    "paired": (("chosen", "rejected"), ("prompt", "tools")),
-    "unpaired": (("prompt", "completion", "label"), ("tools",)),
+    "paired": (("chosen", "rejected"), ("prompt", "tools", *_INSTRUCTIONS)),
+    "unpaired": (("prompt", "completion", "label"), ("tools", *_INSTRUCTIONS)),
 }
 # Names that other formats give to what an answer replies to.
 PROMPT_LIKE = {
     *("context", "conversation", "conversations", "dialogue", "history", "human", "input"),
-    *("inputs", "instruction", "instructions", "messages", "post", "problem", "prompt_text"),
-    *("query", "question", "questions", "request", "system", "system_prompt", "user"),
-    "user_prompt",
+    *("inputs", "instruction", "instructions", "messages", "post", "prefix", "problem"),
+    *("prompt_text", "prompts", "query", "question", "questions", "request", "system"),
+    *("system_message", "system_prompt", "text", "user", "user_input", "user_prompt"),
 }
-Row = dict[str, Any]
 
 
 def format_of(path: str, columns: Collection[str]) -> str:
@@ -80,6 +82,7 @@ def read_example(row: Row, name: str, vocab: int, columns: Set[str]) -> Example:
         return Example(prompt, (completion,), _label(row.get("label")), mismatched_prompt=other)
     prompt, completions = _paired(row, columns) if name == "paired" else _unpaired(row)
     label = None if name == "paired" else _label(row.get("label"))
+    _check_instructions(row, prompt)
     return Example(prompt, completions, label, _tools(row, prompt))
 
 
@@ -134,46 +137,18 @@ def _mismatched_prompt(row: Row, prompt: np.ndarray, vocab: int) -> np.ndarray |
     return other
 
 
-def _content(row: Row, column: str) -> Any:
-    """The text, or the list of messages with text, in a column."""
-    value = row.get(column)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and {"role", "content"} <= value.keys():
-        # Arrow stores a list of messages as one list per key in some files.
-        value = [
-            dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)
-        ]
-    if not isinstance(value, list | tuple) or not value:
-        what = "missing" if value is None else "neither text nor a list of messages"
-        raise ValueError(f"{column!r} is {what}")
-    return [_message(message, column) for message in value]
-
-
-def _message(message: Any, column: str) -> Row:
-    """A message without fields that are null; the content of a tool call may be null."""
-    if not isinstance(message, dict):
-        message = {}
-    message = {key: value for key, value in message.items() if value is not None}
-    calls = message.get("tool_calls")
-    if calls:
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise ValueError(f"{column!r} has 'tool_calls' that are no list of objects")
-        message = {"content": ""} | message | {"tool_calls": [_call(call) for call in calls]}
-    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise ValueError(f"{column!r} has a message without 'role' and 'content' as text")
-    return message
-
-
-def _call(call: Row) -> Row:
-    """A tool call with its arguments as an object, for templates; OpenAI writes them as JSON."""
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _call(call["function"])}
-    try:
-        arguments = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    return call | {"arguments": arguments}
+def _check_instructions(row: Row, prompt: Any) -> None:
+    """Refuses a system message or functions in a column of their own that the prompt lacks."""
+    for name in _INSTRUCTIONS:
+        value = row.get(name)
+        if not value or (isinstance(value, str) and not value.strip()):
+            continue
+        held = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+        if not (isinstance(value, str) and any(value.strip() in text for text in held)):
+            where = "'tools'" if name == "functions" else "a first message of 'prompt'"
+            raise ValueError(
+                f"{name!r} would not be read (give it as {where}, or remove the column)"
+            )
 
 
 def _tools(row: Row, prompt: Any) -> list[Row] | None:
@@ -204,8 +179,8 @@ def _answer(value: Any, column: str) -> list[Row]:
 
 def _paired(row: Row, columns: Set[str]) -> tuple[Any, tuple[Any, Any]]:
     """The prompt, and the chosen and the rejected completion."""
-    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
-    prompt = None if row.get("prompt") is None else _content(row, "prompt")
+    chosen, rejected = content(row, "chosen"), content(row, "rejected")
+    prompt = None if row.get("prompt") is None else content(row, "prompt")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one of 'chosen' and 'rejected' is text and the other is messages")
     if isinstance(chosen, str) and prompt is None:
@@ -217,6 +192,7 @@ def _paired(row: Row, columns: Set[str]) -> tuple[Any, tuple[Any, Any]]:
     if prompt is None or (isinstance(prompt, str) and whole):
         n = _shared(chosen, rejected)
         if not n:
+            _check_unread(columns)
             raise ValueError(
                 "the conversations in 'chosen' and 'rejected' share no first message, so there is "
                 "no prompt"
@@ -237,7 +213,7 @@ def _paired(row: Row, columns: Set[str]) -> tuple[Any, tuple[Any, Any]]:
 
 def _unpaired(row: Row) -> tuple[Any, tuple[Any]]:
     """The prompt, and the completion."""
-    prompt, completion = _content(row, "prompt"), _content(row, "completion")
+    prompt, completion = content(row, "prompt"), content(row, "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, (completion,)
     answer = _answer(completion, "completion")
@@ -278,22 +254,30 @@ def _same_text(content: str, prompt: str) -> bool:
     return prompt.strip() in content or (content.strip() != "" and content.strip() in prompt)
 
 
-def _split_text(chosen: str, rejected: str, columns: Set[str]) -> tuple[str, tuple[str, str]]:
-    """Answers of text that begin with their prompt, in a source without a column for it."""
-    if "prompt" in columns:
-        raise ValueError("'prompt' is missing")
-    unread = sorted(PROMPT_LIKE & columns)
+def _check_unread(columns: Set[str]) -> None:
+    """Refuses a source without a prompt that has a column which may be one."""
+    unread = sorted(c for c in columns - {"prompt"} if c.lower() in PROMPT_LIKE | {"prompt"})
     if unread:
         raise ValueError(
             f"'prompt' is missing, and {', '.join(map(repr, unread))} would not be read (rename "
             "the question's column to 'prompt', or remove them if the answers begin with the "
             "question)"
         )
+
+
+def _split_text(chosen: str, rejected: str, columns: Set[str]) -> tuple[str, tuple[str, str]]:
+    """Answers of text that begin with their prompt, in a source without a column for it."""
+    if "prompt" in columns:
+        raise ValueError("'prompt' is missing")
+    _check_unread(columns)
     n = _shared(chosen, rejected)
     if not chosen[:n].strip():
         raise ValueError(
             "'prompt' is missing, and 'chosen' and 'rejected' begin with no text that they share"
         )
+    # Behind the last name of the assistant stand words of the answers, though they share them.
+    if spoken := list(ANSWERS.finditer(chosen, 0, n)):
+        n = spoken[-1].end()
     return chosen[:n], (chosen[n:], rejected[n:])
 
 

@@ -31,7 +31,9 @@ from deltapref_jax.text.template import ChatTokenizer
 
 Group = list[TokenSequence]
 
-_COUNTED = ("read", "prompt_not_prefix", "undesirable", "empty")  # while blocks are read
+_COUNTED = (  # while blocks are read
+    *("read", "prompt_not_prefix", "undesirable", "empty", "empty_prompt", "shared_prompt"),
+)
 
 
 class LengthLimit(NamedTuple):
@@ -75,9 +77,12 @@ def read_sequences(
                               `text.preference`
         undesirable           examples dropped because SFT trains on desirable ones only
         empty                 groups dropped because an answer is empty
+        empty_prompt          rows whose prompt has no text
+        shared_prompt         rows of text whose prompt is what both answers begin with
         too_long, truncated, truncated_to_nothing, unscored     see `limit_lengths`
         same                  pairs kept whose two answers have the same tokens
         masked_turns          completion tokens kept that are no targets: the user says them
+        one_label             examples kept, where all of them are of one label
         groups                groups kept
 
     Args:
@@ -130,7 +135,7 @@ def read_sequences(
         groups,
         name,
         ignored,
-        dict(counts) | limited | _kept(groups),
+        dict(counts) | limited | _kept(groups, unit),
         mismatched_prompts if given else None,
     )
 
@@ -151,8 +156,9 @@ def _check_any_left(path: str, groups: int, counts: Counter[str]) -> None:
     )
 
 
-def _kept(groups: Sequence[Group]) -> dict[str, int]:
+def _kept(groups: Sequence[Group], unit: str) -> dict[str, int]:
     """Counts of what is trained on."""
+    one_label = unit == "example" and len({group[0].desirable for group in groups}) == 1
     masks = [s.scored for group in groups for s in group if s.scored is not None]
     return {
         "same": sum(
@@ -161,6 +167,7 @@ def _kept(groups: Sequence[Group]) -> dict[str, int]:
             if len(group) == 2
         ),
         "masked_turns": sum(int(np.sum(~mask)) for mask in masks),
+        "one_label": len(groups) * one_label,
         "groups": len(groups),
     }
 
@@ -189,7 +196,7 @@ def _prepare(
 ) -> _Prepared:
     columns: set[str] = set()
     examples: list[tuple[str, Example]] = []
-    shared_prompt = ""
+    counts, shared_prompt = Counter[str](), ""
     try:
         block = blocks[number]
         for where, raw in block:
@@ -201,7 +208,9 @@ def _prepare(
             except ValueError as e:
                 raise _BrokenRow(where, e) from e
             columns |= row.keys()
+            counts["empty_prompt"] += is_empty(example.prompt)
             if isinstance(example.prompt, str) and "prompt" not in row:
+                counts["shared_prompt"] += 1
                 shared_prompt = shared_prompt or where
             examples += _units(where, example, unit)
         tokens = _tokenised(examples, tokenizer)
@@ -211,7 +220,7 @@ def _prepare(
         where, what = e.args
         return _Prepared(error=f"{where}: {what}; fix or remove the row.")
     groups: list[Group] = []
-    counts = Counter(read=len(block), prompt_not_prefix=sum(t.prompt_not_prefix for t in tokens))
+    counts.update(read=len(block), prompt_not_prefix=sum(t.prompt_not_prefix for t in tokens))
     for (where, example), ids in zip(examples, tokens, strict=True):
         if unit == "token" and not example.labels[0]:
             counts["undesirable"] += 1

@@ -1,5 +1,7 @@
 """Prompts from files, data sets and generators of questions: one function per kind of source."""
 
+import ast
+import contextlib
 import json
 import math
 import re
@@ -11,6 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Prompts, check_choice, need_reasoning_gym
+from deltapref_jax.data.dataset import load_split
+from deltapref_jax.data.messages import content
 from deltapref_jax.files import local_copy
 from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic import world
@@ -92,6 +96,32 @@ def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
 
 
 _WORKED = re.compile(r"^####[ \t]*(\S.*?)\s*\Z", re.MULTILINE)  # GSM8K's last line
+_LONGEST = 400  # characters of a reference answer; a longer one is a worked solution
+# Columns of answers to choose from, and of what stands before a question.
+_CHOICES = ("choices", "options", "endings")
+_BEFORE = ("system", "system_prompt", "system_message", "context", "passage", "tools")
+
+
+def _stated(text: str, where: str, source: Prompts) -> str:
+    r"""The answer in a cell: what "####" states, or a worked solution with a \boxed{}.
+
+    The checkers read the box. A list of one text that is stored as text ('["34"]') is that text.
+
+    Raises:
+      ConfigError: it is a worked solution that states none.
+    """
+    if worked := _WORKED.search(text):
+        return worked[1]
+    if re.fullmatch(r"\[\s*([\"']).*\1\s*\]", text, re.DOTALL):
+        with contextlib.suppress(ValueError, SyntaxError):  # several, or no list
+            (text,) = (str(each) for each in ast.literal_eval(text))
+    if len(text) > _LONGEST and "\\boxed" not in text:
+        raise ConfigError(
+            f"{where} has a text of {len(text)} characters in {source.answer_field!r}, which "
+            "states no answer behind '####' or in \\boxed{}; give the answer alone, or set "
+            "answer_field."
+        )
+    return text
 
 
 def _reference_answers(answer: Any, where: str, source: Prompts) -> list[str]:
@@ -119,15 +149,60 @@ def _reference_answers(answer: Any, where: str, source: Prompts) -> list[str]:
                 f"{where} has {kind} in {field!r}, which no trace can be checked against; give the "
                 "answer as text or a number (or a list of the accepted ones), or set answer_field."
             )
-        text = str(each).strip()
-        worked = _WORKED.search(text)
-        found.append(worked[1] if worked else text)
+        found.append(_stated(str(each).strip(), where, source))
     if not found:
         raise ConfigError(
             f"{where} has an empty list in {field!r}; give at least one accepted answer, or set "
             "answer_field."
         )
     return list(dict.fromkeys(found))
+
+
+def _messages(row: Row, column: str, where: str) -> list[dict[str, str]]:
+    """The conversation in a column, which ends with the user's message.
+
+    Raises:
+      ConfigError: it is no conversation, ends otherwise, or holds more than text.
+    """
+    if row[column] is None or row[column] == "":
+        return [{"role": "user", "content": ""}]
+    try:
+        found = [{}] if row[column] == [] else content(row, column)
+    except ValueError as e:
+        detail = f" ({e})" if "JSON" in str(e) else ""
+        raise ConfigError(
+            f"{where} has a prompt that is neither text nor a list of chat messages; "
+            f"each message needs 'role' and 'content', both text{detail}."
+        ) from e
+    messages = [{"role": "user", "content": found}] if isinstance(found, str) else found
+    if messages[-1].get("role") != "user":
+        raise ConfigError(
+            f"{where} has a prompt whose last message is not the user's; cut the answer off."
+        )
+    for name in ("tool_calls", "function_call", "reasoning_content", "thinking"):
+        if any(message.get(name) for message in messages):
+            raise ConfigError(f"{where} has messages with {name!r}, which is not read; remove it.")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _check_unread(row: Row, messages: list[dict[str, str]], source: Prompts, where: str) -> None:
+    """Refuses columns without which a question is another one, unless the prompt holds them.
+
+    Raises:
+      ConfigError: it names the column.
+    """
+    asked = "\n".join(message["content"] for message in messages)
+    for name in {*_BEFORE, *_CHOICES} - {source.prompt_field, source.answer_field}:
+        value = row.get(name)
+        if isinstance(value, dict):  # ARC: {"text": [...], "label": [...]}
+            value = value.get("text", value)
+        texts = value if isinstance(value, list) and name in _CHOICES else [value]
+        held = [text for text in texts if text is not None and str(text).strip()]
+        if held and not all(str(text).strip() in asked for text in held):
+            raise ConfigError(
+                f"{where} has a column {name!r} that would not be read, and "
+                f"{source.prompt_field!r} does not hold it; write it into the prompt, or remove it."
+            )
 
 
 def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Prompt]:
@@ -144,32 +219,13 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
                 f"{where} has no column {source.prompt_field!r}; it has {sorted(row)}: "
                 "set prompt_field."
             )
-        prompt, answer = row[source.prompt_field], row.get(source.answer_field)
+        answer = row.get(source.answer_field)
         if source.checker:
             golds = _reference_answers(answer, where, source)
         else:
             golds = ["" if answer is None else str(answer)]
-        if prompt is None or isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt or ""}]
-        elif isinstance(prompt, dict) and {"role", "content"} <= prompt.keys():
-            # Arrow stores a list of messages as one list per key in some files.
-            prompt = [
-                {"role": r, "content": c}
-                for r, c in zip(prompt["role"], prompt["content"], strict=True)
-            ]
-        try:
-            messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
-            if not all(isinstance(text, str) for m in messages for text in m.values()):
-                raise TypeError
-        except (TypeError, KeyError) as e:
-            raise ConfigError(
-                f"{where} has a prompt that is neither text nor a list of chat messages; "
-                "each message needs 'role' and 'content', both text."
-            ) from e
-        if not messages or messages[-1]["role"] != "user":
-            raise ConfigError(
-                f"{where} has a prompt whose last message is not the user's; cut the answer off."
-            )
+        messages = _messages(row, source.prompt_field, where)
+        _check_unread(row, messages, source, where)
         meta = {"answers": golds} if len(golds) > 1 else {}
         yield _prompt(task, messages, golds[0], source.checker, meta)
 
@@ -216,19 +272,9 @@ def _parquet(source: Prompts) -> Iterable[Prompt]:
 
 
 def _hub(source: Prompts) -> Iterable[Prompt]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(source.path, split=source.split)
-    except Exception as e:  # the library and the hub raise dozens of types
-        raise ConfigError(
-            f"The data set {source.path!r} (split {source.split!r}) cannot be loaded "
-            f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); check name, split "
-            "and connection, or give a local folder."
-        ) from e
     return _from_columns(
         source,
-        ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(data)),
+        ((f"Row {i} of {source.path}", dict(row)) for i, row in enumerate(load_split(source))),
         Path(source.path).name,
     )
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from deltapref_jax.models.config_json import spec_from_hf
 from deltapref_jax.models.families import FAMILIES
-from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.stored import Stored
 from deltapref_jax.text.gguf_file import GgufTensor, gguf_parts, open_gguf
 
@@ -143,18 +142,26 @@ def open_gguf_model(path: Path) -> Stored:
         raise ValueError(f"{path} has no tokenizer.ggml.tokens; give a whole model.")
     _check_fields(path, fields, arch, tensors)
 
-    def numbers(name: str) -> np.ndarray:
+    def numbers(name: str, rows: tuple[slice, ...] = ()) -> np.ndarray:
         tensor = tensors[name]
         # Float32 is copied too: what is returned must not depend on the file any more.
         copy = tensor.type.name == "F32"
-        return dequantize(tensor.data, tensor.type).astype(np.float32, copy=copy)
+        return dequantize(tensor.data[rows], tensor.type).astype(np.float32, copy=copy)
 
     config = _config(fields, arch, tensors)
     config["rope_parameters"] = _rope_parameters(fields, arch, config, tensors, numbers)
     spec = spec_from_hf(config)
 
-    def read(name: str) -> np.ndarray:
-        return _as_converted(numbers(name), name, arch, spec)
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        heads = {"attn_q": spec.heads, "attn_k": spec.kv_heads}.get(name.split(".")[-2])
+        if arch in _INTERLEAVED and heads:
+            return _halves(numbers(name), heads)[index]
+        # Blocks of quantised numbers lie within rows, so those of a part are dequantised alone.
+        axes = len(tensors[name].shape) - 1
+        inner: tuple[Any, ...] = (..., *index[axes:])
+        array = numbers(name, index[:axes])[inner]
+        plus_one = spec.norm.endswith("plus_one") and name.endswith("norm.weight")
+        return array - 1 if plus_one else array
 
     shapes = {
         name: tensor.shape
@@ -164,17 +171,10 @@ def open_gguf_model(path: Path) -> Stored:
     return Stored(spec, config, shapes, read, gguf=True)
 
 
-def _as_converted(array: np.ndarray, name: str, arch: str, spec: ModelSpec) -> np.ndarray:
-    """A tensor as it was before llama.cpp's converter changed it."""
-    part = name.split(".")[-2]
-    if arch in _INTERLEAVED and part in ("attn_q", "attn_k"):
-        # The converter interleaves the two halves of every head, in weights and in biases.
-        count = spec.heads if part == "attn_q" else spec.kv_heads
-        pairs = array.reshape(count, -1, 2, *array.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(array.shape)
-    if spec.norm.endswith("plus_one") and name.endswith("norm.weight"):
-        return array - 1
-    return array
+def _halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Queries or keys with the two halves of every head, which the converter interleaves."""
+    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def _open_parts(path: Path) -> tuple[Mapping[str, Any], dict[str, GgufTensor]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltapref_jax.config import ConfigError, Lora
+from deltapref_jax.config import ConfigError, Lora, Model
 from deltapref_jax.models.export import write_tensors
 from deltapref_jax.models.parameters import PARAMETERS, Parameter, block_parameters, matrices
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
@@ -130,7 +130,7 @@ def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
         )
         # The same scale as `blocks.scale` in training, here on the product of the matrices.
         delta = lora.alpha / lora.rank * product.reshape(w.shape)
-        tree["blocks"][name] = w.astype(jnp.float32) + delta
+        tree["blocks"][name] = np.asarray(w).astype(np.float32) + delta
     merged = jax.tree.map(lambda x: x, params)  # a new tree: `params` keeps its arrays
     nnx.replace_by_pure_dict(merged, tree)
     return merged
@@ -146,7 +146,7 @@ def as_3d(x: Any, axis: int) -> Any:
 
 
 def export_adapter(
-    trained: nnx.State, spec: ModelSpec, lora: Lora, base: str, folder: str | os.PathLike[str]
+    trained: nnx.State, spec: ModelSpec, lora: Lora, base: Model, folder: str | os.PathLike[str]
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads.
 
@@ -158,13 +158,13 @@ def export_adapter(
       trained: adapters.
       spec: sizes of the decoder.
       lora: rank, alpha and targets.
-      base: path or hub name of the base, which PEFT can load it by.
+      base: path or hub name of the base, and its revision, which PEFT can load it by.
       folder: is created if it does not exist.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     # PEFT would look up a relative path from the reader's working directory.
-    base = os.path.abspath(base) if os.path.exists(base) else base
+    path = os.path.abspath(base.path) if os.path.exists(base.path) else base.path
     blocks = nnx.to_pure_dict(trained)["blocks"]
     modules: dict[str, list[Parameter]] = {}  # matrices of a module, in the order of its rows
     for p in block_parameters(spec).values():
@@ -198,7 +198,7 @@ def export_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": path,
         "r": lora.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -206,7 +206,7 @@ def export_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-    }
+    } | ({"revision": base.revision} if base.revision else {})
     if ranks:
         config["rank_pattern"] = ranks
         config["alpha_pattern"] = {name: alpha * rank // lora.rank for name, rank in ranks.items()}

@@ -3,10 +3,11 @@
 The path of an optimizer moment ends with its parameter's path, so the same table shards both.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.models.parameters import PARAMETERS
 
@@ -51,7 +52,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(part for part in parts if part not in ("value", "raw_value"))
 
 
-def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns the sharding of a parameter by its name.
 
     A dimension that its mesh axis does not divide is replicated.
@@ -59,6 +60,16 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Raises:
       ValueError: no parameter has the name.
     """
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(_rule(name, shape), shape, strict=False)
+        )
+    )
+
+
+def _rule(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """Mesh axes of the leading dimensions of the parameter that a path names."""
     # A moment's path ends with its parameter's; the longest end that is a name is the parameter.
     parts = name.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
@@ -68,15 +79,26 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
             f"No sharding rule matches the parameter {name!r} of shape {shape}; declare it in "
             "models.parameters.PARAMETERS."
         )
-    return PartitionSpec(
-        *(
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=False)
-        )
-    )
+    return axes
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def undivided(tree: Any, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Parameters that a mesh axis should divide and does not, by axis.
+
+    Args:
+      tree: parameters, or their shapes.
+      sizes: devices along every mesh axis.
+    """
+    found: dict[str, list[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        for axis, size in zip(_rule(name, leaf.shape), leaf.shape, strict=False):
+            if axis and size % sizes[axis]:
+                found.setdefault(axis, []).append(name)
+    return found
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the NamedSharding of every leaf of a tree of parameters or of a training state.
 
     Leaves are arrays or their shapes.

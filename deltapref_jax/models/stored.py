@@ -7,7 +7,7 @@ other, and experts are one tensor each, except in GGUF.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,8 @@ class Stored(NamedTuple):
     spec: ModelSpec
     config: Mapping[str, Any]  # its config.json, or what that would be
     shapes: Shapes
-    read: Callable[[str], np.ndarray]  # maps the name of a tensor to its numbers
+    # Maps the name of a tensor, and slices of its axes, to its numbers: () means all of it.
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]
     gguf: bool = False
 
 
@@ -50,6 +51,10 @@ class Place(NamedTuple):
     rows: tuple[int, int] | None  # first and end; None means all
 
 
+Headers = Mapping[str, Iterable[tuple[str, str, tuple[int, ...]]]]
+"""Name, dtype and shape of the tensors of every file of safetensors."""
+
+
 def open_folder(path: Path) -> Stored:
     """Opens a Hugging Face folder.
 
@@ -57,41 +62,89 @@ def open_folder(path: Path) -> Stored:
       FileNotFoundError: the folder is incomplete.
       ValueError: it is damaged, or describes a model that is not supported.
     """
+    config, spec = _read_config(path)
+    try:
+        files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
+        handles = {file.name: safe_open(file, framework="numpy") for file in files}
+    except Exception as e:  # safetensors raises different types on a truncated file
+        raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
+
+    def headers(handle: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for name in handle.keys():  # noqa: SIM118
+            header = handle.get_slice(name)  # reads no weights
+            yield name, header.get_dtype(), tuple(header.get_shape())
+
+    shapes, owners = _shapes(config, str(path), {f: headers(h) for f, h in handles.items()})
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        file, stored_name = owners[name]
+        tensor = handles[file].get_slice(stored_name)
+        return tensor[index] if index else tensor[:]
+
+    return Stored(spec, config, shapes, read)
+
+
+def unread_folder(folder: Path, where: str, headers: Headers) -> Stored:
+    """A model whose weights are still on the hub, for `check_tensors` alone.
+
+    Args:
+      folder: holds its config.json.
+      where: the model, for messages.
+      headers: of its files on the hub.
+
+    Raises:
+      ValueError: it is damaged, or describes a model that is not supported.
+    """
+    config, spec = _read_config(folder)
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        raise FileNotFoundError(f"Tensor {name} of {where} has not been fetched.")
+
+    return Stored(spec, config, _shapes(config, where, headers)[0], read)
+
+
+def _read_config(path: Path) -> tuple[Mapping[str, Any], ModelSpec]:
+    """Reads a folder's config.json.
+
+    Raises:
+      ValueError: the file is damaged, or describes a model that is not supported.
+    """
     try:
         config = json.loads((path / "config.json").read_text())
-        files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
-        handles = {file.name: safe_open(file, framework="flax") for file in files}
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
-    except Exception as e:  # json and safetensors raise different types on a truncated file
+    except Exception as e:  # of the text, of JSON, or of the file system
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    spec = spec_from_hf(config)
-    owners: dict[str, str] = {}
-    stored_names: dict[str, str] = {}
+    return config, spec_from_hf(config)
+
+
+def _shapes(
+    config: Mapping[str, Any], where: str, files: Headers
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, str]]]:
+    """Returns the shape of every tensor by its name, and its file and its name there.
+
+    Raises:
+      ValueError: a tensor is in two files, or is quantised.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, handle in handles.items():
-        for stored in handle.keys():  # noqa: SIM118
-            name = _text_name(stored) if "text_config" in config else stored
+    owners: dict[str, tuple[str, str]] = {}
+    for file, headers in files.items():
+        for stored_name, dtype, shape in headers:
+            name = _text_name(stored_name) if "text_config" in config else stored_name
             if not name:
                 continue
             if name in owners:
                 raise ValueError(
-                    f"Tensor {stored} of {path} is in {owners[name]} and in {file}; leave one of "
-                    "the two files, or give the folder an index that names its shards."
+                    f"Tensor {stored_name} of {where} is in {owners[name][0]} and in {file}; leave "
+                    "one of the two files, or give the folder an index that names its shards."
                 )
-            header = handle.get_slice(stored)  # reads no weights
-            if header.get_dtype() not in _DTYPES:
+            if dtype not in _DTYPES:
                 raise ValueError(
-                    f"Tensor {stored} of {path} is stored as {header.get_dtype()}, and quantised "
-                    "weights are not supported; give the model in float32, bfloat16 or float16."
+                    f"Tensor {stored_name} of {where} is stored as {dtype}, and quantised weights "
+                    "are not supported; give the model in float32, bfloat16 or float16."
                 )
-            owners[name], stored_names[name] = file, stored
-            shapes[name] = tuple(header.get_shape())
-
-    def read(name: str) -> np.ndarray:
-        return np.asarray(handles[owners[name]].get_tensor(stored_names[name]))
-
-    return Stored(spec, config, shapes, read)
+            owners[name], shapes[name] = (file, stored_name), shape
+    return shapes, owners
 
 
 def _text_name(name: str) -> str:
@@ -197,18 +250,78 @@ def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
     return found
 
 
-def read_parameter(stored: Stored, p: Parameter, layers: list[Place]) -> np.ndarray:
-    """Reads a parameter of all layers, in its stored dtype."""
-    shape = p.shape(stored.spec)
-    arrays = []
-    for place in layers:
-        parts = []
-        for tensor in place.tensors:
-            array = stored.read(tensor)
-            array = array[slice(*place.rows)] if place.rows else array
-            if p.batch and stored.gguf:
-                parts += [from_stored(expert, p, shape[1:]) for expert in array]
-            else:
-                parts.append(from_stored(array, p, shape[p.batch :]))
-        arrays.append(np.stack(parts) if p.batch else parts[0])
-    return np.stack(arrays) if p.stacked else arrays[0]
+class StoredParameter:
+    """A parameter of all layers that is read from its file part by part.
+
+    It is indexed by slices, as `jax.make_array_from_callback` does for every device, and reads no
+    more than the bytes of that part. `numpy.asarray` reads all of it.
+    """
+
+    def __init__(self, stored: Stored, p: Parameter, layers: list[Place], dtype: Any = None):
+        """Reads nothing; a dtype of None is that of the file."""
+        self._stored, self._p, self._layers, self._dtype = stored, p, layers, dtype
+        self.shape = (*((len(layers),) if p.stacked else ()), *p.shape(stored.spec))
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part, in the parameter's dtype."""
+        slices = [slice(*x.indices(n)) for x, n in zip(index, self.shape, strict=True)]
+        layers = self._layers[slices.pop(0)] if self._p.stacked else self._layers
+        parts = [self._read_layer(place, slices) for place in layers]
+        array = np.stack(parts) if self._p.stacked else parts[0]
+        return array.astype(self._dtype or array.dtype, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Reads all of it."""
+        return self[(slice(None),) * self.ndim].astype(dtype or self._dtype or None, copy=False)
+
+    def _read_layer(self, place: Place, slices: list[slice]) -> np.ndarray:
+        p = self._p
+        if not p.batch:
+            rows = place.rows or (0, None)
+            return self._read_matrix(place.tensors[0], rows, slices)
+        chosen = range(p.shape(self._stored.spec)[0])[slices[0]]
+        if self._stored.gguf:  # one tensor [experts, out, in]
+            array = self._stored.read(place.tensors[0], (slices[0],))
+            rest = tuple(slices[1:])
+            return np.stack(
+                [from_stored(x, p, p.shape(self._stored.spec)[1:])[rest] for x in array]
+            )
+        return np.stack(
+            [self._read_matrix(place.tensors[e], (0, None), slices[1:]) for e in chosen]
+        )
+
+    def _read_matrix(
+        self, tensor: str, rows: tuple[int, int | None], slices: list[slice]
+    ) -> np.ndarray:
+        """Reads a part of a matrix or vector whose rows begin at rows[0] of a tensor."""
+        p, sizes = self._p, self._p.shape(self._stored.spec)[self._p.batch :]
+        first = rows[0]
+        if not p.inputs and p.dims[0] == "V":
+            return self._stored.read(tensor, tuple(slices))
+        if not p.inputs:  # a vector is small: it is read whole
+            end = first + math.prod(sizes)
+            return self._stored.read(tensor, (slice(first, end),)).reshape(sizes)[tuple(slices)]
+        sides = [(slices[: p.inputs], sizes[: p.inputs]), (slices[p.inputs :], sizes[p.inputs :])]
+        (columns, in_shape, in_rest), (outs, out_shape, out_rest) = (_flat(*side) for side in sides)
+        outs = slice(first + outs.start, first + outs.stop)
+        block = self._stored.read(tensor, (outs, columns))
+        return block.T.reshape(*in_shape, *out_shape)[(*in_rest, *out_rest)]
+
+
+def _flat(
+    slices: list[slice], sizes: tuple[int, ...]
+) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
+    """Slices of several axes as one range of the axis that they are in a file.
+
+    Returns:
+      The range, the shape that it unfolds to, and what is still to be cut out of that: a range
+      holds whole entries of the first axis.
+    """
+    inner = math.prod(sizes[1:])
+    first = slices[0]
+    return (
+        slice(first.start * inner, first.stop * inner),
+        (first.stop - first.start, *sizes[1:]),
+        (slice(None), *slices[1:]),
+    )

@@ -24,7 +24,7 @@ class _Case(NamedTuple):
     text: str
 
 
-class AuditTable(Node, stage="audit", version=2):
+class AuditTable(Node, stage="audit", version=3):
     """AUDIT: ratings of solutions of the first `count` synthetic questions, clean and corrupted.
 
     Every question is solved by program and corrupted in every dimension and degree.

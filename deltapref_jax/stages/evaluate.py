@@ -1,16 +1,17 @@
 """evaluate: a model's answers to the questions of one suite, checked, sample by sample."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import jax
 
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime
+from deltapref_jax.artifacts.shards import Made, Pass, Shards, Stats, make_shards
 from deltapref_jax.config import MeshShape, Model, Sampling
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
-from deltapref_jax.progress import Counter
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Prompt, Result, digest, to_table
 from deltapref_jax.sampling.engine import Completion, Engine, Request
 from deltapref_jax.stages.prompts import PromptTable
@@ -22,8 +23,11 @@ from deltapref_jax.stages.verify import verdict
 _IDENTITY = digest("evaluation")
 
 
-class ResultTable(Node, stage="evaluate", version=5):
-    """RESULT: one model on one suite. Missing suites of one model are sampled in one pass.
+class ResultTable(Node, stage="evaluate", version=7, sharded=True):
+    """RESULT: one model on one suite. The missing suites of one model share one engine.
+
+    An answer is a function of seed, model, question and sample index; which shard it is in, and who
+    makes that, change it by rounding at most.
 
     Attributes:
       policy: what is evaluated, where it was trained here; None: the model at `model.path`.
@@ -50,42 +54,53 @@ class ResultTable(Node, stage="evaluate", version=5):
     mesh: MeshShape = runtime()
 
     def batch(self) -> object:
-        """All suites of one model: slots stay filled, and its weights are loaded once."""
-        return self.policy or (self.weights, self.model.path, self.model.dtype, self.sampling)
+        """All suites of one model: its weights are loaded once, and its slots stay filled."""
+        model = self.policy or (self.weights, self.model.place, self.model.dtype, self.sampling)
+        return model, self.mesh
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:
-        """Answers and checks the questions of all suites.
+        """Answers and checks the questions of all suites, `sampling.shard` of them in one pass.
+
+        A suite has shards of so many questions; shards of small suites are answered in one pass, so
+        that slots stay filled. The seconds and counts of a pass are shared out by tokens.
 
         Raises:
-          ValueError: a question is longer than config.sampling.max_prompt, or has no checker.
+          ValueError: a question is longer than config.sampling.max_prompt, or has no checker;
+            nothing has been sampled.
         """
-        first, job = work[0]
-        questions = [each_job.rows(Prompt, node.questions) for node, each_job in work]
+        size = work[0][0].sampling.shard
+        questions: dict[ResultTable, list[Prompt]] = {
+            node: job.rows(Prompt, node.questions) for node, job in work
+        }
         # Questions are checked before a model is loaded.
-        for (node, _), prompts in zip(work, questions, strict=True):
+        for node, prompts in questions.items():
             node._check_checkers(prompts)
-        trained = first.policy and job.local_input(first.policy, "policy")
-        path = str(trained or first.model.path)
-        model = load(path, dtype=first.model.dtype, params=first.model.dtype)
-        mesh = make_mesh(first.mesh, jax.local_devices())
-        engine = Engine(model, first.sampling, first.seed, _IDENTITY, mesh)
-        requests = [
-            node._request(prompt, model.text.prompt_ids(asked(prompt, node.system, node.prefix)))
-            for (node, _), prompts in zip(work, questions, strict=True)
-            for prompt in prompts
-        ]
-        total = sum(request.samples for request in requests)
-        with Counter(first.name, total, "traces", job.show) as counter:
-            completions = iter(engine.generate(requests, counter.advance))
-        tokens = engine.stats["tokens"]
-        for (node, each_job), prompts in zip(work, questions, strict=True):
-            answered = [(prompt, next(completions)) for prompt in prompts]
-            results = node._results(answered)
-            # The seconds and counts of the pass are shared out by tokens.
-            each_job.share = sum(result.tokens for result in results) / max(tokens, 1)
-            each_job.stats |= {name: each_job.share * n for name, n in engine.stats.items()}
-            each_job.write(to_table(Result, results))
+        # The model is loaded with the first shard that has to be made, and serves all of them.
+        sampler = functools.cache(lambda: _sampler(*work[0], questions))
+        suites: dict[Shards, ResultTable] = {
+            node._shards(job, len(questions[node])): node for node, job in work
+        }
+
+        def make(chosen: Pass, advance: Callable[[int], None]) -> list[Made]:
+            engine, requests = sampler()
+            parts = [(suites[shards], slice(i * size, (i + 1) * size)) for shards, i in chosen]
+            # Counts are those of one pass.
+            engine.stats.clear()
+            asked_now = [request for node, part in parts for request in requests[node][part]]
+            answers = iter(engine.generate(asked_now, advance))
+            results = [
+                node._results([(prompt, next(answers)) for prompt in questions[node][part]])
+                for node, part in parts
+            ]
+            return [_shard(rows, engine.stats) for rows in results]
+
+        make_shards(list(suites), make, size)
+
+    def _shards(self, job: Job, questions: int) -> Shards:
+        size = self.sampling.shard
+        sizes = [min(size, questions - start) for start in range(0, questions, size)]
+        return Shards(job, sizes, questions * self.samples)
 
     def _check_checkers(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -101,6 +116,11 @@ class ResultTable(Node, stage="evaluate", version=5):
         )
 
     def _results(self, answered: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Result]:
+        checked = [
+            (prompt, sample, completion, verdict(prompt, "", completion.text, completion.finish))
+            for prompt, completions in answered
+            for sample, completion in enumerate(completions)
+        ]
         return [
             Result(
                 suite=self.suite,
@@ -108,10 +128,44 @@ class ResultTable(Node, stage="evaluate", version=5):
                 task=prompt.task,
                 prompt_id=prompt.prompt_id,
                 sample=sample,
-                correct=bool(verdict(prompt, "", completion.text, completion.finish).correct),
+                text=completion.text,
+                answer=said.answer,
+                correct=bool(said.correct),
                 finish=completion.finish,
+                logprob=completion.logprob,
                 tokens=len(completion.tokens),
             )
-            for prompt, completions in answered
-            for sample, completion in enumerate(completions)
+            for prompt, sample, completion, said in checked
         ]
+
+
+def _shard(results: list[Result], stats: Stats) -> Made:
+    """One shard with its part of what a pass took."""
+    tokens = sum(result.tokens for result in results)
+    share = tokens / max(stats["tokens"], 1)
+    own = {
+        "tokens": float(tokens),
+        "truncated": float(sum(result.finish == "length" for result in results)),
+    }
+    return Made(to_table(Result, results), {k: share * n for k, n in stats.items()} | own, share)
+
+
+def _sampler(
+    node: ResultTable, job: Job, questions: Mapping[ResultTable, Sequence[Prompt]]
+) -> tuple[Engine, dict[ResultTable, list[Request]]]:
+    """The engine of a node's model, and the requests of every suite, whose lengths are checked."""
+    path = job.local_input(node.policy, "policy") if node.policy else node.model.place
+    model = open_model(str(path), dtype=node.model.dtype, params=node.model.dtype)
+    # Every process answers shards of its own, on its own devices.
+    mesh = make_mesh(node.mesh, jax.local_devices())
+    engine = Engine(model, node.sampling, node.seed, _IDENTITY, mesh)
+    requests = {
+        suite: [
+            suite._request(prompt, model.text.prompt_ids(asked(prompt, suite.system, suite.prefix)))
+            for prompt in prompts
+        ]
+        for suite, prompts in questions.items()
+    }
+    for of_suite in requests.values():
+        engine.check(of_suite)
+    return engine, requests

@@ -12,7 +12,7 @@ from deltapref_jax.judging.exact import rate_exactly
 from deltapref_jax.judging.rubric import conversation
 from deltapref_jax.judging.scorer import Ratings, rate_traces
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Prompt, Rating, Trace, from_table, schema
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.sample import TraceTable, asked
@@ -21,7 +21,7 @@ from deltapref_jax.stages.sample import TraceTable, asked
 Rate = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], tuple[Ratings, Stats]]
 
 
-class RatingTable(Node, stage="judge", version=4, sharded=True):
+class RatingTable(Node, stage="judge", version=5, sharded=True):
     """RATING: every trace on every dimension of the judge.
 
     A model sees the whole conversation that the traces answer.
@@ -83,7 +83,7 @@ def rater(
 
         return exactly
 
-    model = functools.cache(lambda: load(judge.model.path, judge.model.dtype))
+    model = functools.cache(lambda: open_model(judge.model.place, judge.model.dtype))
 
     def by_model(
         prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]

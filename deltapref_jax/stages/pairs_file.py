@@ -3,18 +3,21 @@
 file ──tokens──▶ SEQUENCE ──score──▶ LOGPROB ──train──▶ metrics.jsonl, policy/ (a model folder)
 """
 
-from pathlib import Path
+import functools
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, PairTraining, reference_of
 from deltapref_jax.data.blocks import check_place
+from deltapref_jax.data.dataset import content_of
 from deltapref_jax.data.preferences import LengthLimit
-from deltapref_jax.files import content_hash, local_copy
+from deltapref_jax.devices import Devices
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.lora import check_rank
 from deltapref_jax.models.weights import inspect_model
 from deltapref_jax.records import TokenSequence
+from deltapref_jax.stages.meshes import fit_training
+from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.stages.score import LogProbTable, known_table, read_logprobs, table_files
 from deltapref_jax.stages.study import check_same_vocabulary
 from deltapref_jax.stages.tokens import FileSequences
@@ -24,38 +27,45 @@ from deltapref_jax.training.monitor import MonitorConfig
 _SHARD = 1024  # sequences scored between two marks: what a killed run may have to repeat
 
 
-def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
+def plan(
+    p: PairTraining, profile: tuple[int, int] | None = None, devices: Devices | None = None
+) -> Policy:
     """The policy's node; its inputs are the file's sequences and their reference log-probabilities.
-
-    A hub name stands for what the data set held when it was first read.
 
     Args:
       p: validated.
       profile: first and last training step, from 1, that JAX's profiler traces.
+      devices: that the mesh must fit; the policy's config has its sizes. None: the mesh is not
+        looked at before it is made.
 
     Raises:
       ConfigError: the data file or the table is not there, the table is of other weights than the
-        reference, the reference has another tokenizer, or adapters are wider than the student.
+        reference, the reference has another tokenizer, adapters are wider than the student, or the
+        mesh does not fit.
       FileNotFoundError, ValueError: a model is not there, or not one that can be loaded.
     """
+    training = p.training
+    if devices:
+        inspect = functools.cache(inspect_model)
+        training = fit_training(training, p.student, devices, lambda path: inspect(path)[0])
     check_place(p.data.path)
+    p = pinned(p)
     kind, reference = p.objective.kind, reference_of(p.student, p.reference)
-    spec, tokenizer = inspect_model(p.student.path)
+    spec, tokenizer = inspect_model(p.student.place)
     check_rank(p.training.lora, spec)
     if OBJECTIVE_KINDS[kind].reference:
-        check_same_vocabulary(tokenizer, inspect_model(reference.path)[1])
+        check_same_vocabulary(tokenizer, inspect_model(reference.place)[1])
     length, rule = p.training.row_length, p.training.over_length
-    path = Path(local_copy(p.data.path))
     sequences = FileSequences(
         label=("tokens",),
         tokenizer=tokenizer.identity,
         model=p.student,
-        content=content_hash(path) if path.exists() else p.data.path,
+        content=content_of(p.data),
         data=p.data,
         kind=kind,
         limit=LengthLimit(length, rule, p.data.truncation_mode),
     )
-    weights = weights_hash(reference.path)
+    weights = weights_hash(reference.place)
     logprobs = LogProbTable(
         label=("score",),
         sequences=sequences,
@@ -67,20 +77,20 @@ def plan(p: PairTraining, profile: tuple[int, int] | None = None) -> Policy:
         known=known_table(p.table, weights),
         model=reference,
         table=p.table,
-        mesh=p.mesh,
+        mesh=training.mesh,
     )
     return Policy(
         label=(p.name,),
         pairs=None,
         sequences={"file": sequences},
         logprobs={"file": logprobs} if OBJECTIVE_KINDS[kind].reference else {},
-        student_weights=weights_hash(p.student.path),
+        student_weights=weights_hash(p.student.place),
         reference_weights=weights,
         objective=p.objective,
-        training=p.training,
+        training=training,
         seed=p.seed,
         student=p.student,
-        mesh=p.mesh,
+        mesh=training.mesh,
         monitor=MonitorConfig(p.trackers, profile),
     )
 
@@ -93,13 +103,13 @@ def check(p: PairTraining, policy: Policy, workspace: Workspace) -> None:
     """
     rows = workspace.rows(TokenSequence, policy.sequences["file"])
     examples = file_examples(rows)
-    paths = {p.student.path, reference_of(p.student, p.reference).path}
+    paths = {p.student.place, reference_of(p.student, p.reference).place}
     specs = {path: inspect_model(path)[0] for path in paths if path}
     zeros: dict[str, dict[str, float]] = {}  # any value will do, since nothing is trained
     for row in rows:
         zeros.setdefault(row.trace_id, {})[row.sequence_id] = 0.0
     groups = referenced(p.objective.kind, examples, rows, zeros)
-    policy.data(groups, make_mesh(p.mesh), specs)
+    policy.data(groups, make_mesh(policy.mesh), specs)
     if p.table:
         check_known(rows, read_logprobs(table_files(p.table), policy.reference_weights), p.table)
 

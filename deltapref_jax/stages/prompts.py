@@ -10,7 +10,7 @@ from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.records import Prompt, to_table
 
 
-class PromptTable(Node, stage="prompts", version=3):
+class PromptTable(Node, stage="prompts", version=4):
     """PROMPT: the distinct questions of all sources that do not overlap a question of `suites`.
 
     Attributes:

@@ -65,7 +65,10 @@ class Report(Node, stage="report", version=9):
                 versions.setdefault(library, {})[version] = None
 
         def results(tables: Mapping[str, ResultTable]) -> pa.Table:
-            return pa.concat_tables(job.tables(tables).values())
+            # The page shows no answers, and their texts are most of what the tables hold.
+            return pa.concat_tables(
+                table.drop_columns(["text", "answer"]) for table in job.tables(tables).values()
+            )
 
         return Study(
             experiment=self.experiment,

@@ -10,7 +10,7 @@ from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import Generator, MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Prompt, Trace, digest, to_table
 from deltapref_jax.sampling.engine import Completion, Engine, Request
 from deltapref_jax.stages.prompts import PromptTable
@@ -59,7 +59,7 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
         # The model is loaded with the first shard that has to be made.
         @functools.cache
         def engine() -> tuple[Engine, list[Request]]:
-            model = load(g.model.path, dtype=g.model.dtype, params=g.model.dtype)
+            model = open_model(g.model.place, dtype=g.model.dtype, params=g.model.dtype)
             # Every process samples shards of its own, on its own devices.
             mesh = make_mesh(self.mesh, jax.local_devices())
             engine = Engine(model, self.sampling, self.seed, self.identity, mesh)

@@ -11,7 +11,7 @@ from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import ConfigError, MeshShape, Model
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import LogProb, TokenSequence, to_table
 from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.tokens import SequenceTable
@@ -46,7 +46,7 @@ class LogProbTable(Node, stage="score", version=4, sharded=True):
         sequences = job.rows(TokenSequence, self.sequences)
         known = read_logprobs(table_files(self.table), self.weights) if self.table else {}
         # The model is loaded with the first sequence that the table does not hold.
-        model = functools.cache(lambda: load(self.model.path, self.dtype))
+        model = functools.cache(lambda: open_model(self.model.place, self.dtype))
 
         def make(shard: int) -> tuple[pa.Table, Stats]:
             part = sequences[shard * self.shard : (shard + 1) * self.shard]

@@ -6,9 +6,10 @@ they are of (judge, generator, arm, seed, suite) are the keys of its mappings.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     Arm,
@@ -21,10 +22,13 @@ from deltapref_jax.config import (
     Suite,
     check_choice,
     judge_of,
+    mesh_of,
     model_of,
     reference_of,
 )
+from deltapref_jax.data.dataset import content_of
 from deltapref_jax.data.sources import task_names
+from deltapref_jax.devices import Devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
 from deltapref_jax.models.folder import weights_hash
@@ -35,7 +39,9 @@ from deltapref_jax.pairs.build import Rules
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.meshes import fit_meshes
 from deltapref_jax.stages.pair import PairTable
+from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.report import Report
 from deltapref_jax.stages.sample import TraceTable
@@ -52,20 +58,27 @@ _AUDIT_COUNT = 60  # problems a judge is audited on
 Inspect = Callable[[str], tuple[ModelSpec, ChatTokenizer]]
 
 
-def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
+def plan(
+    e: Experiment, profile: tuple[int, int] | None = None, devices: Devices | None = None
+) -> Report:
     """Every artifact of the study, as the inputs of its report.
 
     Args:
       e: validated.
       profile: first and last training step, from 1, that JAX's profiler traces in every arm.
+      devices: that the meshes must fit; the report's experiment has their sizes (`fit_meshes`).
+        None: no mesh is looked at before a stage makes it.
 
     Raises:
       FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
-      ConfigError: a prompt file or table is not there, or a task is not known.
+      ConfigError: a prompt file or table is not there, a task is not known, or a mesh does not fit.
     """
     # Several nodes ask about one model, whose files are read once.
     inspect: Inspect = functools.cache(inspect_model)
+    e = pinned(e)
     check_models(e, inspect)
+    if devices:
+        e = fit_meshes(e, devices, lambda path: inspect(path)[0])
     suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
     prompts = prompt_table(("prompts",), e.prompts, suites)
 
@@ -131,6 +144,23 @@ def plan(e: Experiment, profile: tuple[int, int] | None = None) -> Report:
     )
 
 
+def part_of(report: Report, arms: Collection[str]) -> Report:
+    """The report of some arms, by name; everything behind it is part of the whole study.
+
+    Keys stay the same, and arms share prompts with those that are left out.
+    """
+    policies = {name: report.policies[name] for name in arms}
+    behind = set(in_order(policy for seeds in policies.values() for policy in seeds.values()))
+    return dataclasses.replace(
+        report,
+        sequences={name: node for name, node in report.sequences.items() if node in behind},
+        logprobs={name: node for name, node in report.logprobs.items() if node in behind},
+        pairs={name: report.pairs[name] for name in arms},
+        policies=policies,
+        results={name: report.results[name] for name in arms},
+    )
+
+
 def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
     """Refuses models that the study cannot use, before anything is made.
 
@@ -141,7 +171,7 @@ def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
     """
     longest = e.sampling.max_prompt + e.sampling.max_tokens
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
-        spec, text = inspect(model_of(e, model).path)
+        spec, text = inspect(model_of(e, model).place)
         text.check_template()
         if longest > spec.max_positions:
             raise ConfigError(
@@ -149,12 +179,12 @@ def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
                 f"{model_of(e, model).path} has {spec.max_positions} positions; lower one of the "
                 "two."
             )
-    spec, tokenizer = inspect(e.student.path)
+    spec, tokenizer = inspect(e.student.place)
     check_rank(e.training.lora, spec)
-    check_same_vocabulary(tokenizer, inspect(model_of(e, e.reference).path)[1])
+    check_same_vocabulary(tokenizer, inspect(model_of(e, e.reference).place)[1])
     for judge in e.judges:
         if judge.kind == "model":
-            text = inspect(model_of(e, judge.model).path)[1]
+            text = inspect(model_of(e, judge.model).place)[1]
             text.check_template()
             label_ids(text)
 
@@ -187,7 +217,7 @@ def prompt_table(
 
 
 def _content(source: Prompts) -> str:
-    """What a source's path holds; what is not on this machine is a name on the hub."""
+    """What a source's path holds; of a data set on the hub, its name and commit."""
     path = Path(local_copy(source.path))
     if source.kind in ("synthetic", "reasoning_gym"):
         for task in source.tasks:
@@ -196,6 +226,8 @@ def _content(source: Prompts) -> str:
         raise ConfigError(f"There is no prompt file {source.path}; check prompts.path.")
     if source.kind == "tfds" and not path.is_dir():
         raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
+    if source.kind == "hub":
+        return content_of(source)
     return content_hash(path) if source.path and path.exists() else source.path
 
 
@@ -217,10 +249,10 @@ def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
         label=("sample", g.name),
         prompts=prompts,
         generator=dataclasses.replace(g, model=model),
-        weights=weights_hash(model.path),
+        weights=weights_hash(model.place),
         sampling=e.sampling,
         seed=e.seed,
-        mesh=e.mesh,
+        mesh=mesh_of(g.mesh, e.sampling.mesh),
     )
 
 
@@ -229,7 +261,7 @@ def _judge(e: Experiment, judge: Judge) -> tuple[Judge, str]:
     if judge.kind == "exact":
         return judge, ""
     model = model_of(e, judge.model)
-    return dataclasses.replace(judge, model=model), weights_hash(model.path)
+    return dataclasses.replace(judge, model=model), weights_hash(model.place)
 
 
 def _ratings(
@@ -247,7 +279,7 @@ def _ratings(
             scoring=e.scoring,
             system=table.generator.system,
             prefix=table.generator.prefix,
-            mesh=e.mesh,
+            mesh=mesh_of(judge.mesh, e.scoring.mesh),
         )
         for name, table in traces.items()
     }
@@ -264,20 +296,20 @@ def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable
         scoring=e.scoring,
         count=_AUDIT_COUNT,
         seed=e.seed,
-        mesh=e.mesh,
+        mesh=mesh_of(judge.mesh, e.scoring.mesh),
     )
 
 
 def _sequences(
     e: Experiment, g: Generator, prompts: PromptTable, traces: TraceTable, inspect: Inspect
 ) -> TraceSequences:
-    tokenizer = inspect(e.student.path)[1].identity
+    tokenizer = inspect(e.student.place)[1].identity
     return TraceSequences(
         label=("tokens", g.name),
         prompts=prompts,
         traces=traces,
         tokenizer=tokenizer,
-        sampled=inspect(model_of(e, g.model).path)[1].identity == tokenizer,
+        sampled=inspect(model_of(e, g.model).place)[1].identity == tokenizer,
         shard=e.scoring.shard,
         model=e.student,
     )
@@ -289,7 +321,7 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
     with_reference = [a for a in e.arms if OBJECTIVE_KINDS[kinds[a.objective]].reference]
     read = {name for arm in with_reference for name in (arm.chosen, arm.rejected)}
     reference = reference_of(e.student, e.reference)
-    weights = weights_hash(reference.path)
+    weights = weights_hash(reference.place)
     if e.table and not read:
         raise ConfigError(
             f"config.table is {e.table!r} and no arm's objective has a reference; leave it empty."
@@ -307,7 +339,7 @@ def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str
             known=known,
             model=reference,
             table=e.table,
-            mesh=e.mesh,
+            mesh=e.scoring.mesh,
         )
         for name, table in sequences.items()
         if name in read
@@ -331,7 +363,7 @@ def result_tables(
             questions=suites[suite.name],
             policy=policy,
             # A trained policy is an input and is hashed by its contents.
-            weights="" if policy else weights_hash(model.path),
+            weights="" if policy else weights_hash(model.place),
             suite=suite.name,
             domain=suite.domain,
             samples=suite.samples,
@@ -343,7 +375,7 @@ def result_tables(
             sampling=e.sampling,
             seed=e.seed,
             model=model,
-            mesh=e.mesh,
+            mesh=mesh_of(asked.mesh, e.sampling.mesh),
         )
 
     return {suite.name: of(suite) for suite in e.suites}
@@ -406,12 +438,12 @@ def _policy(
         pairs=pairs,
         sequences={name: sequences[name] for name in both},
         logprobs={name: logprobs[name] for name in both} if with_reference else {},
-        student_weights=weights_hash(e.student.path),
-        reference_weights=weights_hash(reference_of(e.student, e.reference).path),
+        student_weights=weights_hash(e.student.place),
+        reference_weights=weights_hash(reference_of(e.student, e.reference).place),
         objective=objective,
         training=e.training,
         seed=seed,
         student=e.student,
-        mesh=e.mesh,
+        mesh=e.training.mesh,
         monitor=monitor,
     )

@@ -21,7 +21,7 @@ from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.export import export
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Pair, TokenSequence
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.score import LogProbTable, input_logprobs
@@ -63,10 +63,12 @@ class Policy(Node, stage="train", version=4):
         """Trains, or continues a killed run, and exports."""
         adapters = self.training.lora
         # Weights that are trained are float32; the frozen base of adapters keeps its stored dtype.
-        model = load(self.student.path, self.student.dtype, None if adapters.rank else "float32")
+        model = open_model(
+            self.student.place, self.student.dtype, None if adapters.rank else "float32"
+        )
         groups, counts = self.groups(job)
         mesh = make_mesh(self.mesh)
-        data = self.data(groups, mesh, {self.student.path: model.spec})
+        data = self.data(groups, mesh, {self.student.place: model.spec})
         trained, metrics = train(
             model.spec,
             model.state,
@@ -95,7 +97,7 @@ class Policy(Node, stage="train", version=4):
                 )
             if adapters.rank:
                 with job.output_dir("adapter") as folder:
-                    export_adapter(trained, model.spec, adapters, self.student.path, folder)
+                    export_adapter(trained, model.spec, adapters, self.student, folder)
         job.stats |= metrics | counts
         job.stats |= {
             "groups": float(len(data.groups)),

@@ -15,11 +15,13 @@ where they were sampled, see `template`; a file has no such border.) Where TRL d
   samples. Then the prompt is rendered alone, and the answer follows it as it was written; such rows
   are counted (`prompt_not_prefix`).
 - In an answer of several messages the assistant's turns are targets, with their ends, and what the
-  user says and the headers of the turns are not.
+  user says and the headers of the turns are not. The same holds for text whose prompt names its
+  turns as HH-RLHF does ("\\n\\nHuman:", "\\n\\nAssistant:").
 """
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +31,10 @@ from deltapref_jax.text.template import ChatTokenizer, Messages, added_bos
 
 Ids = np.ndarray
 Spans = list[tuple[int, int]]  # start and stop, in characters
+
+ANSWERS = re.compile(r"(?:\A\s*|\n\n)Assistant:")
+"""Where the assistant begins to speak in a conversation that is stored as one text."""
+_ASKS = re.compile(r"(?:\A\s*|\n\n)Human:")
 
 
 class Example(NamedTuple):
@@ -99,7 +105,7 @@ def _split(
         return Tokens(prompt, tuple(np.asarray(ids, np.int32) for ids in alone), True)
     border = min(_common(prompt, whole) for whole in wholes)
     masks = (
-        None if turns is None else _mask(text.offsets(whole), turns)[border:]
+        None if turns is None else _mask(text.offsets(whole), turns)[border - len(bos) :]
         for whole, turns in zip(rendered.wholes, rendered.turns, strict=True)
     )
     return Tokens(
@@ -134,12 +140,22 @@ def _text(text: ChatTokenizer, prompt: str, completions: Sequence[str]) -> _Rend
     ended = [
         c if c.rstrip().endswith(ends) else c + str(text.tokenizer.eos_token) for c in completions
     ]
-    return _Rendered(
-        prompt.removeprefix(bos),
-        tuple((prompt + c).removeprefix(bos) for c in ended),
-        (None,) * len(ended),
-        bos=bool(bos),
-    )
+    prompt = prompt.removeprefix(bos)
+    wholes = tuple((prompt + c).removeprefix(bos) for c in ended)
+    turns = tuple(_spoken(prompt, whole) for whole in wholes)
+    return _Rendered(prompt, wholes, turns, bos=bool(bos))
+
+
+def _spoken(prompt: str, whole: str) -> Spans | None:
+    """The assistant's turns behind a prompt of named turns; None where the user says no more."""
+    begin, turns = len(prompt), []
+    if not _ASKS.search(prompt):
+        return None
+    while asked := _ASKS.search(whole, begin):
+        turns.append((begin, asked.start()))
+        answered = ANSWERS.search(whole, asked.end())
+        begin = answered.end() if answered else len(whole)
+    return [*turns, (begin, len(whole))] if turns else None
 
 
 def _chat(text: ChatTokenizer, example: Example) -> _Rendered:
@@ -163,9 +179,12 @@ def _chat(text: ChatTokenizer, example: Example) -> _Rendered:
         raise ValueError(
             f"the chat template of {text.where} refuses the messages ({e}); fix their roles"
         ) from e
-    several, calls = any(len(a) > 1 for a in answers), any(a[0].get("tool_calls") for a in answers)
-    if several or calls:
+    several = any(len(a) > 1 for a in answers)
+    calls = any(a[0].get("tool_calls") for a in answers)
+    thoughts = any(a[0].get(name) for a in answers for name in _THOUGHTS)
+    if several or calls or thoughts:
         what = "an answer of several messages" if several else "a tool call"
+        what = what if several or calls else "a thought in a field of its own"
         raise ValueError(
             f"the chat template of {text.where} renders the prompt otherwise when an answer "
             f"follows, so that {what} has no place behind it; give one assistant message"
@@ -176,13 +195,18 @@ def _chat(text: ChatTokenizer, example: Example) -> _Rendered:
     return _Rendered(asked, behind, (None,) * len(behind), apart=True)
 
 
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that templates write as the assistant's thought."""
+
+
 def _check_tools(text: ChatTokenizer, example: Example) -> None:
-    """Refuses tools and tool calls that the template would drop without a word."""
+    """Refuses tools, tool calls and thoughts that the template would drop without a word."""
     template = str(text.tokenizer.chat_template)
     messages = [m for part in (example.prompt, *example.completions) for m in part]
-    calls = any(message.get("tool_calls") for message in messages)
-    for name, given in (("tools", example.tools), ("tool_calls", calls)):
-        if given and name not in template:
+    fields = ("tool_calls", "function_call", *_THOUGHTS)
+    held = [(name, any(message.get(name) for message in messages)) for name in fields]
+    for name, given in (("tools", example.tools), *held):
+        if given and not re.search(rf"\b{name}\b", template):
             raise ValueError(
                 f"the chat template of {text.where} does not write {name!r}; remove them, or use a "
                 "model whose template does"
@@ -248,14 +272,20 @@ def _without_end(content: str, ends: Sequence[str]) -> str:
 def _kept(asked: str, whole: str, answer: Messages) -> bool:
     """Whether the rendering is that of the prompt alone, then the answer as it was written."""
     rest = whole[len(asked) :]
-    return whole.startswith(asked) and all(m["content"].strip() in rest for m in answer)
+    said = [m["content"] for m in answer] + [str(m.get(n, "")) for m in answer for n in _THOUGHTS]
+    return whole.startswith(asked) and all(text.strip() in rest for text in said)
 
 
 def _ended(head: str, whole: str, answer: Messages, ends: Sequence[str]) -> str:
     """The conversation with an end token behind its last message, which `head` precedes."""
     said = answer[-1]["content"].strip()
     after = whole.rfind(said) + len(said) if said else len(head)
-    return whole if any(end in whole[after:] for end in ends) else whole + ends[0]
+    found = sorted((whole.index(end, after), len(end)) for end in ends if end in whole[after:])
+    if not found:
+        return whole + ends[0]
+    until = sum(found[0])
+    # Some templates end the conversation once more behind the turn's end, as that of Phi-3 does.
+    return whole[:until] if any(end in whole[until:] for end in ends) else whole
 
 
 def _behind(asked: str, content: str) -> str:

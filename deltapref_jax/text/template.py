@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,8 @@ from deltapref_jax.text.gguf_tokenizer import tokenizer_from_gguf
 
 Messages = Sequence[dict[str, Any]]  # role, content, and tool_calls in some
 
-# Templates end a turn with one of these, which is not always the tokenizer's eos_token.
+# Templates end a turn with one of these, which is not always the tokenizer's eos_token. Another one
+# is found by rendering a turn, see `_turn_end`.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
@@ -36,7 +38,7 @@ _FIXED_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(
         f" | replace('%{directive}', '{TEMPLATE_DATE.strftime('%' + directive)}')"
-        for directive in ("-d", "-m", *"aAbBcdFHIjmMpSTUwWxXyY")
+        for directive in ("-d", "-m", "-H", "-I", "-j", *"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ")
     )
     + " }}{% endmacro %}\n"
 )
@@ -68,6 +70,7 @@ class ChatTokenizer:
             known[t] for t in _TURN_ENDS if t in known and t in str(tokenizer.chat_template or "")
         ]
         self._bos = _bos(tokenizer)
+        turn = [*self._turn_end(), *turn]
         self.end_ids = tuple(dict.fromkeys([*turn, tokenizer.eos_token_id, *end_ids]))
 
     @classmethod
@@ -151,10 +154,13 @@ class ChatTokenizer:
     @functools.cached_property
     def _template_error(self) -> str:
         """What is wrong with the template, shown by one question; "" if nothing is."""
+        messages = [{"role": "user", "content": "question"}]
         try:
-            rendered = self._render([{"role": "user", "content": "question"}], False, None)
+            rendered, *others = [self._render(messages, False, None) for _ in range(4)]
         except Exception as e:  # a template is a program, which may raise anything
             return (str(e).strip() or type(e).__name__).splitlines()[0]
+        if set(others) != {rendered}:
+            return "it renders one question in several ways"
         return "" if "question" in rendered else "it leaves out what the user asks"
 
     def prompt_ids(self, messages: Messages) -> list[int]:
@@ -198,10 +204,50 @@ class ChatTokenizer:
         """Ids of rendered text that starts a sequence; they begin with one BOS at most."""
         return [*self._bos, *self.encode([text])[0]]
 
-    @property
+    @functools.cached_property
     def special(self) -> list[str]:
-        """The control tokens, as text."""
-        return [str(token) for token in self.tokenizer.all_special_tokens]
+        """Texts that mean more than their words: control tokens, and what the template writes.
+
+        The latter are the lines that it puts around contents, such as "[INST]" or "### Response:",
+        which are ordinary text to many tokenizers.
+        """
+        frame = [line.strip() for part in self._frame for line in part.splitlines()]
+        written = [line for line in frame if len(line) > 2 and not line.replace(" ", "").isalnum()]
+        return list(dict.fromkeys([*self._control_tokens, *written]))
+
+    @functools.cached_property
+    def _control_tokens(self) -> list[str]:
+        # Gemma's <start_of_turn> and Mistral's [INST] are special, and no special token's name.
+        added = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        return [str(token) for token in dict.fromkeys([*self.tokenizer.all_special_tokens, *added])]
+
+    @functools.cached_property
+    def _frame(self) -> list[str]:
+        """What the template puts before, between and behind the contents of three messages."""
+        return self._around("user", "assistant", "user")
+
+    def _around(self, *roles: str) -> list[str]:
+        """What the template puts around the contents of `roles`, whose last is an answer or asks.
+
+        It is [] where there is no template, or one that cannot render this, of which
+        `_template_error` tells.
+        """
+        contents = [f"content-{i}-of-{len(roles)}" for i in range(len(roles))]
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        try:
+            rendered = self._render(messages, roles[-1] == "assistant", None)
+        except Exception:  # a template is a program, which may raise anything
+            return []
+        parts = re.split("|".join(contents), rendered)
+        return parts if len(parts) == len(roles) + 1 else []
+
+    def _turn_end(self) -> list[int]:
+        """The control token that the template puts behind what the assistant says; [] if none."""
+        around = self._around("user", "assistant")
+        behind = around[-1].lstrip() if around else ""
+        ends = [token for token in self._control_tokens if behind.startswith(token)]
+        known = self.tokenizer.get_vocab()
+        return [known[max(ends, key=len)]] if ends else []
 
     def completion_ids(self, text: str, ended: bool) -> list[int]:
         """Ids of an answer; the end-of-turn token follows only if the answer ended with it."""

@@ -5,6 +5,7 @@ and the run's counts so far. Orbax writes under a temporary name, and deletes ol
 when the new one is complete, so a failed save leaves the checkpoint before it untouched.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -238,13 +239,21 @@ class Metrics:
     """`metrics.jsonl`: one JSON object per step, truncated to the step that a run resumes from.
 
     A bucket's objects cannot be appended to, so the whole file is written there at every `flush`.
+    A local file stays open: a process that was suspended appends to its own file, and not to the
+    one that another process has put there since.
 
     Raises:
       ArtifactError: the rows of the steps done are not all there, or the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resumed: int):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        resumed: int,
+        check_lease: Callable[[], None] = lambda: None,
+    ):
         self._path = epath.Path(path)
+        self._check_lease = check_lease
         self._rows = (
             [row for row in read_metrics(path) if row["step"] <= resumed] if resumed else []
         )
@@ -256,10 +265,11 @@ class Metrics:
                 f"{self._path.parent} and run again: only that run is made anew."
             )
         self._remote = "://" in os.fspath(self._path)
-        write_atomic(self._path, self._text())
+        write_atomic(self._path, self._text(), check_lease)
         # A local file is appended to, so its rows need not stay in memory; a bucket's are kept.
         if not self._remote:
             self._rows.clear()
+            self._file = self._path.open("a", encoding="utf-8")
 
     def _text(self) -> bytes:
         return "".join(json.dumps(row) + "\n" for row in self._rows).encode()
@@ -274,18 +284,23 @@ class Metrics:
             self._rows.append(row)
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         except OSError as e:
             raise unwritable(self._path, e) from e
 
     def flush(self) -> None:
         """Makes the rows so far durable; to be called before the checkpoint of the same step."""
         if self._remote:
-            write_atomic(self._path, self._text())
+            write_atomic(self._path, self._text(), self._check_lease)
             return
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        if not self._remote:
+            with contextlib.suppress(OSError):  # What could not be written was reported by `write`.
+                self._file.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

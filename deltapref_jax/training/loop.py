@@ -136,7 +136,16 @@ def train(
             state, counts = checkpoints.restore(state)
         check_lease()  # The monitor cuts the metrics back to the steps done.
         with TrainMonitor(
-            spec, lora, mesh, root, label, monitor or MonitorConfig(), bar, run.steps, done
+            spec,
+            lora,
+            mesh,
+            root,
+            label,
+            monitor or MonitorConfig(),
+            bar,
+            run.steps,
+            done,
+            check_lease,
         ) as shown:
             # Rows of the steps before are read again, because displacement looks at a window of
             # steps that a restart may have cut in two.
@@ -190,8 +199,9 @@ def train(
                 # Metrics are made durable before the checkpoint: a resumed run needs a row for
                 # every step that its checkpoint has done, and cuts off rows beyond it.
                 if save:
-                    check_lease()
+                    checkpoints.wait()
                     shown.flush()
+                    check_lease()  # Both may have taken longer than a lease.
                     checkpoints.save(number, state, counts)
                 # The process exits after this, so the background save must be complete.
                 if stop:

@@ -131,6 +131,7 @@ class TrainMonitor:
       bar: a started `rich` progress bar.
       steps: number of steps of the run.
       resumed: number of steps done before this process started.
+      check_lease: raises if the folder is another process's now.
     """
 
     def __init__(
@@ -144,12 +145,15 @@ class TrainMonitor:
         bar: Any,
         steps: int,
         resumed: int,
+        check_lease: Callable[[], None] = lambda: None,
     ):
         self._spec, self._adapters, self.folder = spec, adapters, folder
         self._profile = config.profile
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak * mesh.devices.size if peak else None
-        self._metrics = Metrics(folder / "metrics.jsonl", resumed) if is_first() else None
+        self._metrics = (
+            Metrics(folder / "metrics.jsonl", resumed, check_lease) if is_first() else None
+        )
         names = config.trackers if is_first() else ()
         self._trackers = [TRACKERS[name](folder, label, resumed) for name in names]
         self._bar = bar
@@ -161,6 +165,8 @@ class TrainMonitor:
         )
         self._tracing, self._trace = False, contextlib.ExitStack()
         self._label, self._steps, self._last_log = label, steps, -LOG_EVERY_SECONDS
+        if resumed and is_first():
+            log(f"{label}: continues after step {resumed:,} of {steps:,}", always=True)
         # A window outside of the steps that are left would otherwise trace nothing silently.
         if config.profile and not (resumed < config.profile[1] and config.profile[0] <= steps):
             first, last = config.profile
@@ -173,6 +179,8 @@ class TrainMonitor:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._metrics:
+            self._metrics.close()
         self._stop_trace()
         for tracker in self._trackers:
             with contextlib.suppress(Exception):  # A failing tracker must not fail the run.

@@ -128,9 +128,9 @@ class Optimizer:
         """
 
         def decayed(params: nnx.State) -> Any:
-            # Decay would pull a norm's scale, which starts at 1, to 0.
+            # Decay would pull a norm's scale, which starts at 1, to 0; biases have none either.
             return jax.tree_util.tree_map_with_path(
-                lambda path, _: not path_name(path).endswith("norm"), params
+                lambda path, _: not path_name(path).endswith(("norm", "_bias")), params
             )
 
         return optax.chain(

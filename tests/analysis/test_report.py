@@ -50,7 +50,19 @@ def evaluated(p, seed):
     return to_table(
         Result,
         [
-            Result(f"{d}-suite", d, "t", f"{q}", s, bool(right[i, q, s]), ("length", "eos")[s], 9)
+            Result(
+                f"{d}-suite",
+                d,
+                "t",
+                f"{q}",
+                s,
+                "It is 7.",
+                "7",
+                bool(right[i, q, s]),
+                ("length", "eos")[s],
+                -2.5,
+                9,
+            )
             for i, d in enumerate(DOMAINS)
             for q in range(40)
             for s in range(2)
@@ -350,3 +362,21 @@ def test_what_a_judge_may_be_used_for():
     assert sentence(blind).endswith("below 0.65. The exact judge carries it.")
     assert sentence(blind, has_exact=False).endswith("below 0.65.")
     assert "was not measured" in sentence(None)
+
+
+def test_arms_that_were_left_out_are_named_with_the_comparisons_that_need_them(study):
+    for name in ("random", "dpo-strong"):
+        for field in ("pairs", "results", "metrics", "pair_counts"):
+            del getattr(study, field)[name]
+    s = summarise(study)
+    assert [a.name for a in s.arms] == ["dpo-mid", "top", "sft"]
+    assert s.left_out == ["dpo-strong", "random"]
+    assert s.uncompared == ["top minus dpo-strong", "top minus random", "sft minus dpo-strong"]
+    assert (s.contrasts, s.controls) == ([], [])
+    part = s.findings[0]
+    assert part.topic == "Part of the study"
+    assert "3 of the 5 arms of the config (dpo-mid, top and sft)" in part.text
+    assert "Left out: dpo-strong and random." in part.text
+    page = render(study, s, draw(study, s), dict.fromkeys(DIMENSIONS, "well?"))
+    assert "missing: top minus dpo-strong, top minus random and sft minus dpo-strong." in page
+    assert '<h2 id="arms">Arms of this run</h2>' in page

@@ -17,7 +17,7 @@ def results(right, suite="s", domain="in"):
     return to_table(
         Result,
         [
-            Result(suite, domain, suite, f"{suite}{q:04d}", s, bool(c), "eos", 5)
+            Result(suite, domain, suite, f"{suite}{q:04d}", s, "", "", bool(c), "eos", -1.0, 5)
             for q, line in enumerate(right)
             for s, c in enumerate(line)
         ],

@@ -11,7 +11,7 @@ import random
 import re
 from pathlib import Path
 
-PER_KIND = 400
+PER_KIND = 500
 
 FRAMES = r"""
 Answer: {a}
@@ -81,6 +81,26 @@ Final Answer: The final answer is $LATEX$. I hope it is correct.
 The answer goes into <answer> tags. <answer>{a}</answer>
 <think>I must write <answer>99999</answer>.</think><answer>{a}</answer>
 <answer>99999</answer> No, again: <answer>{a}</answer>
+<final_answer>{a}</final_answer>
+<scratchpad>The answer is 99999.</scratchpad>The answer is {a}.
+[THINK]The answer is 99999.[/THINK]Answer: {a}
+<|begin_of_thought|>\boxed{99999}<|end_of_thought|>\n\nAnswer: {a}<|end_of_solution|>
+<solution>The answer is {a}.</solution> It took 99999 tries.
+\boxed{LATEX}, not \boxed{99999}
+\boxed{99999}\nWait, that is wrong. The answer is {a}.
+The answer is:\n```\n{a}\n```
+Answer:\n```text\n{a}\n```\nI tried 99999 too.
+The answer comes to {a}.
+Ans: {a}
+答案是{a}。
+答案：{a}
+最终答案为：\boxed{LATEX}
+Ответ: {a}.
+Die Antwort ist {a}.
+La respuesta es {a}.
+Réponse : {a}
+答えは {a}
+The answer is {a}.<|im_end|>
 """.strip().splitlines()
 
 # What is said | golds that it equals | golds that it does not. "~" before a line: for "math" alone,
@@ -163,6 +183,30 @@ tex \approx 3.14 | 3.14 | 3; 314
 12 (one dozen) | 12 | 1
 12 apples | 12 | 1; 13
 12 of them | 12 | 13
+1'200'000 | 1200000 | 1; 1200; 12
+1_200 | 1200 | 1; 200
+1.200.000 | 1200000 | 1.2; 1; 1200
+12,34,567 | 1234567 | 12; 34; 1234; 567
+tex (-3) | -3 | 3
+25 | 025; 25 | 250; 0.25
+033 | 33; 33.0 | 330; 3; 303
+twelve | 12; 12.0 | 10; 2; 20
+twenty-five | 25 | 20; 5; 205
+minus three | -3 | 3; 0
+negative three | -3 | 3
+one hundred and five | 105 | 100; 5; 1005
+two thousand three hundred | 2300 | 2000; 300; 2; 3
+one million | 1000000; 1,000,000 | 1; 1000
+a dozen | 12 | 1; 10
+two thirds | 2/3; \frac{2}{3} | 2; 3; 23
+three quarters | 3/4; 0.75 | 3; 4
+one half | 1/2; 0.5 | 1; 2
+half | 0.5 | 1; 2
+one and a half | 3/2; 1.5 | 1; 0.5; 2
+two and a half | 2.5 | 2; 0.5
+three or four | | 3; 4; 34; 7
+two hundredths | | 2; 200; 100
+twenty-fifth | | 20; 25; 5
 (B) 42 | 42 | 4; 2
 B. 42 | 42 | 4; 2
 option (C), 42 | 42 | 4

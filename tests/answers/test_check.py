@@ -208,3 +208,26 @@ def test_the_answer_that_each_task_of_reasoning_gym_gives_is_right():
             wrong[task] = found
     assert wrong == {}
     assert unnamed == ["boxnet", "propositional_logic", "rush_hour"]
+
+
+@pytest.mark.parametrize("checker", ["exact", "math"])
+@pytest.mark.parametrize(
+    ("gold", "said", "right"),
+    [
+        (r"First $2 + 2 = 4$. So it is \boxed{4}.", "The answer is 4.", True),
+        (r"First $2 + 2 = 4$. So it is \boxed{4}.", "The answer is 2.", False),
+        (r"$\boxed{\frac{3}{4}}$", r"\boxed{0.75}", True),
+        ("025", r"\boxed{25}", True),
+        ("0101", r"\boxed{101}", False),
+        ("True", "Answer: yes", True),
+        ("no", "Answer: False", True),
+        ("yes", "Answer: False", False),
+        ("[1, 2]", "[1,2]", True),
+        ("[1, 2]", "So we have [1,2] and 3", False),
+        ("5", r"\boxed{5!}", False),
+        ("12", "The answer is ≥ 12.", False),
+    ],
+)
+def test_reference_answers_of_many_forms(checker, gold, said, right):
+    prompt = {"checker": checker, "answer": gold, "meta": "{}"}
+    assert check(prompt, said).correct is right

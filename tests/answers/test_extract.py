@@ -94,7 +94,9 @@ def test_any_text_has_an_answer_or_none(text):
         "<answer>", "</answer>", "<think>", "answer", "answer:", "answer is ", "answer is\n", "$",
         "Answer: not 6 ", r"\boxed{", r"\boxed{}", r"\boxed{1},", "{", "}", "\\", "$$", r"\[",
         r"\(", "(", "*", " ", "\n", "#", "\n####", "#### 1\n", "1", "1,", "1/", "-", "1-", "a ",
-        "≈", ", or about ", "answer to ",
+        "≈", ", or about ", "answer to ", "<solution>", "</solution>", "one ", "and ", "```",
+        "one hundred ", "答案是", "wait, ", r"not \boxed{1}", "[THINK]", "<|x|>", "1'000", "1_",
+        "so A", r"\boxed{\boxed{",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("head", ["", "The answer is ", r"\boxed{", "Answer:"])

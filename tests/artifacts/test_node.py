@@ -110,6 +110,9 @@ def unhashed():
 
 def other(value):
     """Another value of the same type."""
+    if dataclasses.is_dataclass(value):
+        field = dataclasses.fields(value)[0].name
+        return dataclasses.replace(value, **{field: other(getattr(value, field))})
     return (*value, "x") if isinstance(value, tuple) else value + type(value)(1)
 
 
@@ -141,10 +144,15 @@ def test_the_fields_that_are_not_hashed_are_these():
         "Model.path",
         "Prompts.path",
         "Generator.about",
+        "Generator.mesh",
+        "Judge.mesh",
         "Objective.name",
+        "Sampling.mesh",
+        "Scoring.mesh",
         "Training.checkpoint_every",
         "Training.finishes",
         "Training.keep_checkpoints",
+        "Training.mesh",
         "Experiment.workspace",
         "Experiment.trackers",
         "Experiment.table",

@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
+from etils import epath
 
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.lease import Lease, LostLease
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.files import ArtifactError
+from deltapref_jax.files import ArtifactError, write_atomic
+from deltapref_jax.preemption import Preempted
 from deltapref_jax.processes import process_count, process_index
 
 TOY = pathlib.Path(__file__).with_name("toy_study.py")
@@ -387,20 +389,88 @@ def test_a_folder_replaces_what_a_killed_run_left(tmp_path):
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_an_hour_off_removes_nothing_that_is_being_written(tmp_path, monkeypatch, hours):
-    """The times of files are those of a file server; `time.time` is this host's."""
+    """Another runner may be writing a shard of an artifact that is not complete."""
     now = time.time
 
+    class Numbers(toy.Numbers, stage="numbers", version=1, sharded=True):
+        def make(self, job):
+            (job.dir / ".shard.new").touch()
+            os.utime(job.dir / ".shard.new", (now() - 1000,) * 2)
+            monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+            super().make(job)
+            assert (job.dir / ".shard.new").exists()
+
+    node = Numbers(label=("numbers", "a"), seed=1)
+    run([node], Workspace(tmp_path), show=False)
+    assert not (Workspace(tmp_path).path(node) / ".shard.new").exists()
+
+
+def test_whoever_claims_an_artifact_removes_what_is_being_written_by_one_who_lost_it(tmp_path):
+    """So that one who was suspended between its check and its rename cannot replace a file."""
+
     def stage(job):
-        (job.dir / ".shard.young").touch()
-        (job.dir / ".policy.old").mkdir()
-        (job.dir / ".policy.old" / "weights").touch()
-        os.utime(job.dir / ".policy.old", (now() - 1000,) * 2)
-        monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+        assert sorted(p.name for p in job.dir.iterdir()) == ["claims"]
         job.write_file("a", b"a")
 
     node = adhoc(stage)
+    folder = pathlib.Path(Workspace(tmp_path).path(node))
+    (folder / ".policy.x").mkdir(parents=True)
+    (folder / ".a.x").touch()
     run([node], Workspace(tmp_path), show=False)
-    assert [p.name for p in Workspace(tmp_path).path(node).glob(".*.*")] == [".shard.young"]
+    assert (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone"), ArtifactError("gone")])
+def test_the_error_of_a_runner_that_lost_its_lease_is_that_it_lost_it(tmp_path, error):
+    def stage(job):
+        claim = job.dir / "claims" / "all"
+        claim.write_text(claim.read_text().replace('"id": "', '"id": "theirs'))
+        raise error
+
+    with pytest.raises(LostLease):
+        run([adhoc(stage)], Workspace(tmp_path), show=False)
+
+
+def test_an_error_does_not_matter_where_another_runner_has_finished_the_artifact(tmp_path):
+    """It may have removed the temporary file of a shard that this one was writing."""
+    workspace, wanted = make(tmp_path, ("a",))
+    manifest = pathlib.Path(workspace.path(wanted["a"]), "manifest.json")
+    kept = manifest.read_bytes()
+    manifest.unlink()
+
+    def fails(self, job):
+        manifest.write_bytes(kept)
+        raise ArtifactError("gone")
+
+    class Failing(toy.Numbers, stage="numbers", version=1, sharded=True):
+        make = fails
+
+    node = Failing(label=("numbers", "a"), seed=1)
+    run([node], Workspace(tmp_path), show=False)
+    assert manifest.read_bytes() == kept
+
+
+def test_a_file_is_not_replaced_by_one_who_lost_the_lease_while_it_wrote(tmp_path):
+    def lost():
+        assert len(list(tmp_path.iterdir())) == 2  # The temporary file stands.
+        raise LostLease("lost")
+
+    path = epath.Path(tmp_path / "a")
+    write_atomic(path, b"theirs")
+    with pytest.raises(LostLease):
+        write_atomic(path, b"mine", lost)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"theirs")]
+
+
+@pytest.mark.parametrize("e", [KeyboardInterrupt, Preempted("stopped"), OSError(errno.ENOSPC, "")])
+def test_a_write_that_does_not_end_leaves_no_file(tmp_path, monkeypatch, e):
+    def fails(_):
+        raise e
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises((KeyboardInterrupt, Preempted, ArtifactError)):
+        write_atomic(epath.Path(tmp_path / "a"), b"a")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -424,15 +494,25 @@ def test_a_full_disk_of_any_library_is_one_sentence(tmp_path, error):
     )
 
 
-def test_leftovers_of_killed_writers_are_swept(tmp_path):
-    workspace, wanted = make(tmp_path, ("a",))
-    folder = pathlib.Path(workspace.path(wanted["a"]))
-    (folder / "manifest.json").unlink()
-    for name, age in (("old", 1000), ("new", 0)):
-        (folder / f".shard.{name}").touch()
-        os.utime(folder / f".shard.{name}", (time.time() - age,) * 2)
-    make(tmp_path, ("a",))
-    assert [p.name for p in folder.glob(".shard*")] == [".shard.new"]
+def test_leftovers_of_killed_processes_are_removed_when_the_study_runs_again(tmp_path):
+    nodes = list(toy.nodes(0.0).values())
+    run(nodes, Workspace(tmp_path), "toy", show=False)
+
+    def paths():
+        return sorted(str(p) for p in tmp_path.rglob("*"))
+
+    before = paths()
+    for folder in {p.parent for p in tmp_path.glob("*/*/manifest.json")}:
+        (folder / ".shard.x").touch()
+        (folder / ".policy.x").mkdir()
+        (folder / ".policy.x" / "weights").touch()
+        (folder / "checkpoints" / "step_2.orbax-checkpoint-tmp").mkdir(parents=True)
+        (folder / "claims" / "all").write_text("{}")
+        (folder / "claims" / ".x").touch()
+    for name in (".index.json.x", "claims/index", "claims/.x"):
+        (tmp_path / name).touch()
+    run(nodes, Workspace(tmp_path), "toy", show=False)
+    assert [p for p in paths() if not p.endswith("checkpoints")] == before
 
 
 def test_planning_needs_no_jax():

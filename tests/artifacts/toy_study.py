@@ -12,12 +12,14 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import pyarrow as pa
 
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.shards import Made, Pass, Shards, make_shards
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.processes import versions
 
@@ -102,8 +104,8 @@ class Meeting(Node, stage="meeting", version=1):
         log(job, f"end {os.getpid()} {time.monotonic()}")
 
 
-class Answers(Node, stage="answers", version=1):
-    """A model's answers to one of its suites; those of one model are made in one pass."""
+class Answers(Node, stage="answers", version=1, sharded=True):
+    """A model's answers to one of its suites, in shards, two of them in one pass."""
 
     source: Node
     suite: int
@@ -114,12 +116,20 @@ class Answers(Node, stage="answers", version=1):
 
     @classmethod
     def make_batch(cls, work: "list[tuple[Answers, Job]]") -> None:
-        for node, job in work:
-            log(job, "answer")
-            time.sleep(node.nap)
-            right = [x > node.suite / 10 for x in job.table(node.source)["x"].to_pylist()]
-            job.share = 1 / len(work)
-            job.write(pa.table({"right": right}))
+        suites = {Shards(job, [ROWS] * SHARDS, SHARDS * ROWS): node for node, job in work}
+        numbers = work[0][1].table(work[0][0].source)["x"].to_pylist()
+
+        def make(chosen: Pass, advance: Callable[[int], None]) -> list[Made]:
+            made = []
+            for shards, i in chosen:
+                log(shards.job, f"{i}")
+                time.sleep(suites[shards].nap)
+                limit = suites[shards].suite / 10
+                right = [x > limit for x in numbers[i * ROWS : (i + 1) * ROWS]]
+                made.append(Made(pa.table({"right": right}), {"tokens": float(i)}, 1 / len(chosen)))
+            return made
+
+        make_shards(list(suites), make, 2 * ROWS)
 
 
 def started(root: pathlib.Path) -> set[str]:

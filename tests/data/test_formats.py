@@ -34,6 +34,51 @@ def test_a_question_under_another_name_is_not_passed_over(column, answers):
     assert read(row | {"prompt": "2 + 2?"}).prompt == "2 + 2?"
 
 
+@pytest.mark.parametrize("column", ["Prompt", "PROMPT", "Question", "text"])
+def test_a_prompt_in_other_letters_is_not_passed_over(column):
+    with pytest.raises(ValueError, match=f"^'prompt' is missing, and '{column}' would not be read"):
+        read({column: "2 + 2?", "chosen": "The sum is 4", "rejected": "The sum is 5"})
+
+
+def test_answers_of_messages_beside_their_question_name_its_column():
+    row = {"conversations": USER, "chosen": GOOD, "rejected": BAD}
+    with pytest.raises(ValueError, match="^'prompt' is missing, and 'conversations' would not be"):
+        read(row)
+    assert read({"prompt": USER, "chosen": GOOD[0], "rejected": BAD[0]})[:2] == (USER, (GOOD, BAD))
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("prompt", ["Sort: b a", USER])
+def test_a_system_message_in_a_column_of_its_own_is_not_passed_over(column, prompt):
+    answers = ("a b", "b a") if isinstance(prompt, str) else (GOOD, BAD)
+    row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    with pytest.raises(ValueError) as error:
+        read(row | {column: "You sort words."})
+    assert str(error.value) == (
+        f"{column!r} would not be read (give it as a first message of 'prompt', or remove the "
+        "column)"
+    )
+    for nothing in (None, "", " \n"):
+        assert read(row | {column: nothing})[:2] == read(row)[:2]
+    held = "You sort words. Sort: b a" if isinstance(prompt, str) else SYSTEM + USER
+    assert read(row | {"prompt": held, column: "You sort words."}).prompt == held
+
+
+def test_functions_in_a_column_of_their_own_are_not_passed_over():
+    row = {"prompt": USER, "completion": GOOD, "label": True, "functions": [{"name": "sort"}]}
+    with pytest.raises(ValueError, match="^'functions' would not be read .give it as 'tools'"):
+        read(row, "unpaired")
+
+
+def test_words_behind_the_assistants_name_belong_to_the_answers():
+    asked = "\n\nHuman: 2 + 2?\n\nAssistant:"
+    found = read({"chosen": asked + " It is 4", "rejected": asked + " It is 5"})
+    assert found[:2] == (asked, (" It is 4", " It is 5"))
+    more = asked + " It is 4\n\nHuman: Sure?\n\nAssistant:"
+    found = read({"chosen": more + " Yes, 4", "rejected": more + " Yes, 5"})
+    assert found[:2] == (more, (" Yes, 4", " Yes, 5"))
+
+
 def test_answers_that_share_nothing_have_no_prompt():
     for shared in ("", " \n"):
         with pytest.raises(ValueError, match=r"^'prompt' is missing, and 'chosen' and 'rejected' "):

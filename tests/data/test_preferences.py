@@ -598,3 +598,48 @@ def test_a_completion_that_nothing_scores_is_dropped_and_counted(tmp_path):
     found = read(write(rows, tmp_path / "rows.jsonl"), kind="kto", limit=LengthLimit(10, "drop"))
     assert (ids(found.groups), found.counts["unscored"]) == ([([5], [4], True)], 1)
     assert cut(sequence([5, 6], [7]), LengthLimit(2, "truncate")) is None
+
+
+def test_prompts_without_text_and_prompts_that_answers_share_are_counted(tmp_path):
+    rows = [
+        {"prompt": "", "chosen": "four", "rejected": "five"},
+        {"prompt": " \n", "chosen": "four", "rejected": "five"},
+        {"prompt": "2 + 2?", "chosen": "four", "rejected": "five"},
+    ]
+    counts = read(write(rows, tmp_path / "a.jsonl")).counts
+    assert (counts["empty_prompt"], counts["shared_prompt"]) == (2, 0)
+    empty = {"prompt": [{"role": "user", "content": " "}], "chosen": GOOD, "rejected": BAD}
+    assert read(write([empty], tmp_path / "b.jsonl")).counts["empty_prompt"] == 1
+    rows = [{"chosen": "It is four", "rejected": "It is five"}] * 2
+    counts = read(write(rows, tmp_path / "c.jsonl")).counts
+    assert (counts["empty_prompt"], counts["shared_prompt"]) == (0, 2)
+    rows = [{"chosen": USER + GOOD, "rejected": USER + BAD}]
+    assert read(write(rows, tmp_path / "d.jsonl")).counts["shared_prompt"] == 0
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_that_are_all_the_same_are_counted(label, tmp_path):
+    rows = [{"prompt": "2 + 2?", "completion": c, "label": label} for c in ("four", "five")]
+    path = write(rows, tmp_path / "a.jsonl")
+    assert read(path, kind="kto").counts["one_label"] == 2
+    path = write([*rows, rows[0] | {"label": not label}], tmp_path / "b.jsonl")
+    assert read(path, kind="kto").counts["one_label"] == 0
+    if label:
+        assert read(write(rows, tmp_path / "c.jsonl"), kind="sft").counts["one_label"] == 0
+
+
+@pytest.mark.parametrize("tokenizer", ["tokenizer_plain", "tokenizer_bos"])
+def test_what_the_user_says_in_a_conversation_of_text_is_no_target(tokenizer, tmp_path):
+    asked = "\n\nHuman: 2 + 2?\n\nAssistant:"
+    chosen, rejected = (
+        f"{asked} {a}\n\nHuman: Sure?\n\nAssistant: {b}" for a, b in (("4", "Yes"), ("5", "No"))
+    )
+    path = write([{"chosen": chosen, "rejected": rejected}], tmp_path / "x.jsonl")
+    found = read(path, tokenizer)
+    decode = text(tokenizer).tokenizer.decode
+    end = text(tokenizer).tokenizer.eos_token
+    scored = [decode(s.completion_ids[s.scored]) for s in found.groups[0]]
+    assert scored == [f" 4 Yes{end}", f" 5 No{end}"]
+    whole = [decode(s.completion_ids) for s in found.groups[0]]
+    assert whole == [c.removeprefix(asked) + end for c in (chosen, rejected)]
+    assert found.counts["masked_turns"] == sum(int((~s.scored).sum()) for s in found.groups[0])

@@ -235,7 +235,64 @@ REFUSED = {
     "list with null": (["1", None], r"has null in 'answer'"),
     "nan": (float("nan"), r"has nan in 'answer'"),
     "infinity": (float("inf"), r"has inf in 'answer'"),
+    "worked": (
+        "We add. " * 60,
+        r"has a text of 479 characters in 'answer', which states no answer",
+    ),
 }
+
+
+UNREAD = {
+    "choices": (["red", "blue"], "Which? red"),
+    "options": (["A) red", "B) blue"], "Which?"),
+    "choices of ARC": ({"text": ["red", "blue"], "label": ["A", "B"]}, "Which?"),
+    "system": ("Be short.", "Which?"),
+    "context": ("Red is warm.", "Which?"),
+    "tools": ([{"name": "add"}], "Which?"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_what_belongs_to_a_question_is_not_passed_over(tmp_path, case):
+    value, question = UNREAD[case]
+    column = case.partition(" ")[0]
+    rows = [{"prompt": question, "answer": "red", column: value}]
+    source = Prompts(kind="jsonl", path=write_jsonl(tmp_path / "x.jsonl", rows), checker="exact")
+    with pytest.raises(ConfigError) as error:
+        read_prompts(source)
+    assert str(error.value) == (
+        f"Line 1 of {source.path} has a column {column!r} that would not be read, and 'prompt' "
+        "does not hold it; write it into the prompt, or remove it."
+    )
+    held = value.get("text") if isinstance(value, dict) else value
+    texts = [str(t) for t in held] if column in ("choices", "options") else [str(held)]
+    for fine in ({column: None}, {"prompt": question + "\n" + "\n".join(texts)}):
+        write_jsonl(tmp_path / "x.jsonl", [rows[0] | fine])
+        assert read_prompts(source)[1]["read"] == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"from": "human", "value": "Which?"}],
+        json.dumps([{"role": "user", "content": "Which?"}]),
+        {"role": "user", "content": "Which?"},
+        [{"role": "user", "content": [{"type": "text", "text": "Which?"}]}],
+    ],
+)
+def test_every_form_of_messages_is_a_question(tmp_path, prompt):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": prompt}, {"prompt": "Which?"}])
+    found, counts = read_prompts(Prompts(kind="jsonl", path=path))
+    assert [p.question for p in found] == ["Which?"]
+    assert counts["duplicate"] == 1
+
+
+def test_a_call_in_a_question_is_refused(tmp_path):
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    rows = [{"prompt": [called, {"role": "user", "content": "Which?"}]}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(ConfigError, match="has messages with 'tool_calls', which is not read"):
+        read_prompts(Prompts(kind="jsonl", path=path))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -256,6 +313,11 @@ def test_a_reference_answer_that_is_none_is_refused_with_its_line(tmp_path, case
         ("4 * 2 = 8.\n#### 8", "8", None),
         ("2400 / 2 = 1200.\n#### 1,200\n", "1,200", None),
         ("#### 8", "8", None),
+        ('["34"]', "34", None),
+        ("['34']", "34", None),
+        ('["a", "b"]', '["a", "b"]', None),
+        ("[1, 2]", "[1, 2]", None),
+        ("So " * 200 + r"\boxed{8}.", "So " * 200 + r"\boxed{8}.", None),
         ("#### A heading\nand text", "#### A heading\nand text", None),
         (6, "6", None),
         (0, "0", None),

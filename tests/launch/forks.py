@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import time
+from typing import NoReturn
 
 import flax.nnx  # noqa: F401
 import gguf  # noqa: F401
@@ -29,12 +30,18 @@ SECONDS = 120  # after which a case is killed
 
 
 def child(entry: str, arguments: list[str], folder: str) -> None:
-    """Becomes the entry point, in a session of its own, so that all of it can be killed."""
+    """Becomes the entry point, with files for what it prints."""
+    flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+    out, err = (os.open(os.path.join(folder, name), flags, 0o644) for name in ("out", "err"))
+    become(entry, arguments, folder, out, err)
+
+
+def become(entry: str, arguments: list[str], folder: str, out: int, err: int) -> NoReturn:
+    """Runs the entry point in a session of its own, so that all of it can be killed, and exits."""
     os.setsid()
-    for name, number in (("out", 1), ("err", 2)):
-        file = os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        os.dup2(file, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     os.chdir(folder)
     sys.argv = [entry, *arguments]
     code = 1

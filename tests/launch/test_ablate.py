@@ -1,5 +1,6 @@
 """Bad input to the entry point: one sentence on stderr, exit code 2, before JAX is imported."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from deltapref_jax.config import Experiment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DRIVER = """
@@ -158,9 +161,31 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     ): r"dtype of student is 'int8'; choose one of 'float32', 'bfloat16'\.",
     (
         QUICK,
-        "--config.mesh.data=0",
-    ): r"config\.mesh is MeshShape\(data=0, .*\); sizes are positive, and at most one is "
-    r"-1\.",
+        "--config.training.mesh.data=-2",
+    ): r"config\.training\.mesh is MeshShape\(data=-2, .*\); sizes are positive, 0 where they "
+    r"are to be chosen, and at most one is -1\.",
+    (
+        QUICK,
+        "--devices=4x4",
+    ): r"--devices is '4x4' and only a dry run assumes devices; leave it out, or add --dry_run\.",
+    (
+        QUICK,
+        "--only=dpo-*,ppo",
+    ): r"--only has 'ppo', which matches no arm; the study has 'dpo-weak', .*'sft-strong'\.",
+    (QUICK, "--config.arms=()", "--only=x"): r"--only has 'x', .*; it has no arms\.",
+    (
+        QUICK,
+        "--config.generators[week].top_k=1",
+    ): r"--config\.generators\[week\]\.top_k=1: there is no 'week' in config\.generators; it has "
+    r"\[weak\], \[fair\], \[good\], \[strong\], \[elm\]\.",
+    (
+        QUICK,
+        "--config.generators[weak].temprature=1",
+    ): r"--config\.generators\[weak\]\.temprature=1: Generator has no field 'temprature'; .*",
+    (
+        QUICK,
+        "--config.generators[weak].top_k=many",
+    ): r"--config\.generators\[weak\]\.top_k=many: invalid literal .*",
     (QUICK, "--config.scoring.rows=0"): r"config\.scoring\.rows is 0; it must be at least 1\.",
 }
 
@@ -192,6 +217,53 @@ def test_bad_input_is_one_sentence_before_jax(said, case):
     code, stderr = said[case]
     assert re.fullmatch(CASES[case] + "\n", stderr), stderr
     assert code == 2
+
+
+def test_an_item_of_a_list_is_set_by_its_name_or_number():
+    script = (
+        "import json, sys\nimport launch.ablate\nfrom launch.flags import run_main\n"
+        "def show(_):\n    e = launch.ablate._CONFIG.value\n"
+        "    arm = next(a for a in e.arms if a.name == 'dpo-top')\n"
+        "    print(json.dumps([e.generators[0].temperature, e.generators[1].top_k,"
+        " e.judges[1].dimensions, arm.seeds, e.suites[1].prompts.count, e.prompts[0].count]))\n"
+        "run_main(show)\n"
+    )
+    flags = (
+        "--config.generators[weak].temperature=0.7",
+        "--config.generators[1].top_k=5",
+        "--config.judges['model'].dimensions=('factuality',)",
+        "--config.arms[dpo-top].seeds=(3, 4)",
+        "--config.suites[shop].prompts.count",
+        "7",
+        "--config.prompts[-1].count=9",
+    )
+    for config in ([QUICK], QUICK.split("=")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *config, *flags],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment(),
+            timeout=120,
+        )
+        assert done.stderr == ""
+        assert json.loads(done.stdout) == [0.7, 5, ["factuality"], [3, 4], 7, 9]
+
+
+def test_help_lists_every_field_with_type_default_and_comment():
+    done = run("--help")
+    text = " ".join(done.stdout.split())
+    for line in (
+        "--config.seed=0 (int): Of sampled traces, evaluations, audits and random selections; ",
+        "--config.prompts[0].count=0 (int): Questions kept; 0: all (files only).",
+        "--config.generators[NAME].temperature=1.0 (float): 0 is greedy.",
+        "--config.arms[NAME].keep=\"all\" (str): One of 'all', 'top', 'random', 'matched'.",
+        "--config.training.lora.rank=0 (int): ",
+        "--config.suites[NAME].prompts has .kind, .path, ",
+    ):
+        assert line in text
+    for field in dataclasses.fields(Experiment):
+        assert f"--config.{field.name}" in text
 
 
 def run(*arguments):

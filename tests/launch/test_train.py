@@ -646,7 +646,8 @@ def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path)
     steps = [line for line in logged if re.match(r"train: step \d+ of 12, loss \d", line)]
     assert steps[-1].startswith("train: step 12 of 12")
     assert re.fullmatch(
-        r"1 artifacts: 0 made here, 1 stood or made elsewhere\ntrain: starts\n"
+        r"1 artifacts: 0 made here, 1 stood or made elsewhere\n"
+        r"train: starts\ntrain: continues after step \d+ of 12\n"
         r"train: 12 steps, [\d.]+ s, [\d,]+ tokens/s\n"
         r"3 artifacts: 1 made here, 2 stood or made elsewhere",
         "\n".join(line for line in logged if line not in steps),
@@ -732,8 +733,9 @@ def test_help_and_a_missing_file(pair_training):
             "config.workspace is empty; name a folder or bucket for the artifacts.",
         ),
         (
-            "--config.training.rows=3",
-            "config.training.rows is 3 and the mesh spreads rows over 2 devices *",
+            "--config.training.mesh.data=3",
+            "config.training.mesh is data=3 and there are 2 devices; the sizes must multiply to "
+            "that; nearest that fits: data=2 or fsdp=2.",
         ),
     ],
 )

@@ -1,5 +1,8 @@
 """Every kernel equals dense attention, on meshes too, and skips the tiles that it may skip."""
 
+import functools
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from deltapref_jax.models.attention.dispatch import (
     zigzag_columns,
 )
 from deltapref_jax.models.attention.masks import (
+    Visibility,
     last_query_tile,
     packed_mask,
     tile_ranges,
@@ -108,7 +112,8 @@ def same(got, want, tolerance):
 
 def tiled(until, tile, columns=None):
     """Returns blockwise attention as a function of queries, keys and values."""
-    return lambda q, k, v: blockwise_attention(q, k, v, plan_tiles(until, tile, columns), tile)
+    plan = plan_tiles(Visibility(until), tile, columns)
+    return lambda q, k, v: blockwise_attention(q, k, v, plan, tile)
 
 
 @pytest.mark.parametrize("tile", [8, 32, 40])
@@ -151,7 +156,7 @@ def tiles_read(ranges, tiles):
 
 def test_tile_indices_are_the_tiles_of_the_ranges():
     segments = rows([*LAYOUT, [7, 1, 88], [50, 46]])
-    ranges = plan_tiles(visible_until(segments, branched(segments)), 8).ranges
+    ranges = plan_tiles(Visibility(visible_until(segments, branched(segments))), 8).ranges
     tiles = tiles_read(ranges, 12)
     for b, i in np.ndindex(tiles.shape[:2]):
         count, index = type(ranges)(*(x[b, i] for x in ranges)).tile_indices()
@@ -160,7 +165,7 @@ def test_tile_indices_are_the_tiles_of_the_ranges():
 
 def work(segments, branches=None, tile=64, columns=None):
     """Returns the number of pairs of tiles that blockwise attention computes."""
-    plan = plan_tiles(visible_until(segments, branches), tile, columns)
+    plan = plan_tiles(Visibility(visible_until(segments, branches)), tile, columns)
     return int(plan.ranges.tile_indices()[0].sum())
 
 
@@ -287,6 +292,92 @@ def test_a_kernel_interpreted_is_dense(kernel, length, width, dtype, tolerance):
     assert {x.dtype for x in got} == {jnp.dtype(dtype)}
     exact = results(dense(segments), segments, *[x.astype(jnp.float32) for x in inputs])
     same([x.astype(jnp.float32) for x in got], exact, tolerance)
+
+
+def positions_of(segments, branches=None):
+    """Positions in a sequence: a branch continues from its trunk."""
+    positions = np.zeros(segments.shape, np.int32)
+    branches = np.zeros(segments.shape, int) if branches is None else np.asarray(branches)
+    for n in np.unique(segments[segments > 0]):
+        row, columns = np.nonzero(np.asarray(segments) == n)
+        trunk = int((branches[row, columns] == 0).sum())
+        for b in np.unique(branches[row, columns]):
+            own = columns[branches[row[0], columns] == b]
+            positions[row[0], own] = np.arange(len(own)) + (trunk if b else 0)
+    return jnp.asarray(positions)
+
+
+WINDOWS = (0, 7, 40)
+"""Windows of the layers' kinds: none, less than a tile, more than one."""
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("kernel", ["dense", "blockwise", "splash", "triton"])
+def test_windows_and_caps_in_every_kernel(kernel, branches, cap, monkeypatch):
+    """Each kind of layer equals dense attention; the kind is traced, as in a scan over layers."""
+    if (kernel == "splash" and branches) or (kernel == "triton" and (branches or cap)):
+        chosen = select_kernel("tpu" if kernel == "splash" else "gpu", 256, branches, False, 1, cap)
+        assert chosen == "blockwise"
+        return
+    for name in ("splash", "triton"):  # run on this device
+        module = importlib.import_module(f"deltapref_jax.models.attention.{name}")
+        run = getattr(module, f"{name}_attention")
+        monkeypatch.setattr(module, f"{name}_attention", functools.partial(run, interpret=True))
+    segments = rows(LONG, 256)
+    branches = branched(segments) if branches else None
+    positions = positions_of(segments, branches)
+    inputs = arrays(segments, width=64)
+    attend = packed_attention(segments, branches, None, kernel, positions, WINDOWS, cap)
+    for kind, window in enumerate(WINDOWS):
+        mask = packed_mask(segments, branches, window, positions)
+        exact = results(lambda q, k, v, m=mask: plain(q, k, v, m, cap), segments, *inputs)
+        traced = jax.jit(lambda n, *x: results(functools.partial(attend, kind=n), segments, *x))
+        same(traced(jnp.int32(kind), *inputs), exact, 2e-5)
+
+
+def plain(q, k, v, mask, cap):
+    """Attention as it is written in a book."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    scores = cap * jnp.tanh(scores / cap) if cap else scores
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+
+def test_a_window_of_a_mask_is_counted_in_positions():
+    """A branch behind another one sees the end of the trunk as if it followed it directly."""
+    segments = jnp.ones((1, 9), jnp.int32)
+    branches = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 2, 2]])
+    mask = packed_mask(segments, branches, 3, positions_of(segments, branches))[0]
+    seen = [np.flatnonzero(row).tolist() for row in np.asarray(mask)]
+    assert seen[4:] == [[2, 3, 4], [3, 4, 5], [4, 5, 6], [2, 3, 7], [3, 7, 8]]
+
+
+def test_a_window_leaves_tiles_unread():
+    segments = rows([[4096]], 4096)
+    plan = plan_tiles(Visibility(visible_until(segments, None, 512)), 64)
+    assert int(plan.ranges.tile_indices()[0].sum()) <= 64 * (512 // 64 + 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 1, 4)])
+def test_windows_on_a_mesh_are_those_of_one_device(shape):
+    mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
+    branches = branched(segments)
+    for tree in (None, branches):
+        positions = positions_of(segments, tree)
+        placed = [None if x is None else shard(x, mesh, BATCH) for x in (segments, tree, positions)]
+        attend = packed_attention(placed[0], placed[1], mesh, "blockwise", placed[2], WINDOWS, 2.0)
+        inputs = arrays(segments)
+        for kind, window in enumerate(WINDOWS):
+            mask = packed_mask(segments, tree, window, positions)
+            same(
+                results(
+                    functools.partial(attend, kind=kind), segments, *shard(inputs, mesh, BATCH)
+                ),
+                results(lambda q, k, v, m=mask: plain(q, k, v, m, 2.0), segments, *inputs),
+                2e-5,
+            )
 
 
 @pytest.mark.parametrize("kernel", [splash_attention, triton_attention])

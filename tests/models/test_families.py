@@ -49,6 +49,7 @@ def case(request):
     folder = HERE / request.param
     stored = open_folder(folder)
     graphdef, state = assemble(stored, str(folder))
+    state = jax.tree.map(np.asarray, state)
     return Case(
         stored.spec,
         graphdef,
@@ -285,3 +286,16 @@ def test_transformers_reads_what_is_written(case, tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert again.model_type == json.loads((tmp_path / "config.json").read_text())["model_type"]
     assert open_folder(tmp_path).spec == case.spec
+
+
+@pytest.mark.parametrize(
+    "shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 4, "tensor": 2}], ids=str
+)
+def test_devices_read_their_own_parts(case, shape, request):
+    """Parameters in their files are placed as host arrays are, and parts are read once or less."""
+    folder = HERE / request.node.callspec.params["case"]
+    mesh = make_mesh(MeshShape(**({"data": 1, "fsdp": 1} | shape)))
+    _, lazy = assemble(open_folder(folder), str(folder))
+    placed = place(lazy, shardings(case.state, mesh))
+    for ours, whole in zip(jax.tree.leaves(placed), jax.tree.leaves(case.state), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), whole)

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,8 +19,7 @@ from safetensors.numpy import load_file
 from deltapref_jax.models.config_json import portable, spec_from_hf
 from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.gguf import TYPES, _check_fields, _config, _layer_types, open_gguf_model
-from deltapref_jax.models.parameters import parameters
-from deltapref_jax.models.stored import check_tensors, open_folder, read_parameter
+from deltapref_jax.models.stored import open_folder
 from deltapref_jax.models.weights import assemble, load
 from deltapref_jax.text.gguf_file import open_gguf
 
@@ -184,7 +184,7 @@ def vocabulary(w, size):
 
 def logits_of(stored, tokens):
     graphdef, state = assemble(stored, "file.gguf")
-    model = nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, state)))
     positions = jnp.arange(len(tokens))[None]
     hidden = model.hidden(tokens[None], positions, jnp.ones_like(positions))
     logits = jnp.einsum("bld,vd->blv", hidden, model.unembedding())[0]
@@ -203,9 +203,12 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         np.testing.assert_allclose(
             logits_of(stored, expected[f"tokens_{i}"]), expected[f"logits_{i}"], rtol=0, atol=1e-4
         )
-    for name, p in parameters(folder.spec).items():
-        ours, theirs = (read_parameter(s, p, check_tensors(s, "m")[name]) for s in (stored, folder))
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6, err_msg=name)
+    ours, theirs = (assemble(opened, "m")[1] for opened in (stored, folder))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=0, atol=1e-6),
+        nnx.to_pure_dict(ours),
+        nnx.to_pure_dict(theirs),
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in TYPES if name != "F32"])
@@ -250,6 +253,17 @@ def test_half_precision_has_the_logits_of_the_rounded_weights(kind, tmp_path):
         write("qwen3-moe", tmp_path / "b.gguf", lambda a: (rounded(a), None))
     )
     np.testing.assert_array_equal(logits_of(stored, tokens), logits_of(expected, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biases", "qwen3-moe", "gemma3", "phi3"])
+def test_a_part_of_a_tensor_is_that_part_of_the_whole(name, tmp_path):
+    """Devices ask for their rows and columns alone."""
+    stored = open_gguf_model(write(name, tmp_path / "m.gguf"))
+    for tensor, shape in stored.shapes.items():
+        whole = stored.read(tensor, ())
+        assert whole.shape == shape
+        for index in ((slice(1, 3),), (slice(2, 5), slice(3, 8))[: len(shape)]):
+            np.testing.assert_array_equal(stored.read(tensor, index), whole[index])
 
 
 def test_a_type_that_is_not_read_is_refused_by_its_name(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from deltapref_jax.config import LORA_TARGETS, Lora
+from deltapref_jax.config import LORA_TARGETS, Lora, Model
 from deltapref_jax.models.export import export
 from deltapref_jax.models.flops import forward_flops, training_flops
 from deltapref_jax.models.lora import adapters, add_adapters, export_adapter, merge
@@ -123,14 +123,17 @@ def test_a_base_is_loaded_in_its_own_dtype(tiny, tmp_path):
 
 
 def test_the_adapter_folder_has_pefts_names_and_layout(tiny, adapted, tmp_path):
-    export_adapter(adapted[0], tiny.spec, LORA, "the/base", tmp_path / "adapter")
+    export_adapter(
+        adapted[0], tiny.spec, LORA, Model("the/base", revision="v2"), tmp_path / "adapter"
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (
         config["peft_type"],
         config["r"],
         config["lora_alpha"],
         config["base_model_name_or_path"],
-    ) == ("LORA", 4, 6, "the/base")
+        config["revision"],
+    ) == ("LORA", 4, 6, "the/base", "v2")
     assert config["target_modules"] == list(LORA_TARGETS)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * tiny.spec.layers
@@ -188,7 +191,7 @@ def test_peft_gives_our_logits(tiny, adapted, tmp_path):
             "there is no torch with peft here; DELTAPREF_PEFT may name an interpreter that has them"
         )
     export(tiny.state, tiny.spec, tiny.text, tmp_path / "base")
-    export_adapter(adapted[0], tiny.spec, LORA, str(tmp_path / "base"), tmp_path / "adapter")
+    export_adapter(adapted[0], tiny.spec, LORA, Model(str(tmp_path / "base")), tmp_path / "adapter")
     subprocess.run(
         [python, "-c", _PEFT, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.npy"],
         check=True,

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.sharding import RULES, path_name, shardings, spec_for
+from deltapref_jax.models.sharding import RULES, path_name, shardings, spec_for, undivided
 from deltapref_jax.models.spec import Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.training.state import Optimizer
@@ -105,11 +105,23 @@ def test_mesh_sizes_must_multiply_to_the_devices():
         "tensor": 1,
         "context": 1,
     }
-    for shape in (MeshShape(3, 1, 1), MeshShape(-1, 3, 1), MeshShape(2, 2, 1)):
-        with pytest.raises(
-            ConfigError,
-            match=r"^config\.mesh is -?\d x \d x 1 x 1 \(data, fsdp, tensor, context\) and "
-            r"there are 8 devices; the sizes must multiply to that, one of them may "
-            r"be -1\.$",
-        ):
+    for shape, named in (
+        (MeshShape(3, 1, 1), "data=3 fsdp=1 tensor=1"),
+        (MeshShape(-1, 3, 1), "data=-1 fsdp=3 tensor=1"),
+        (MeshShape(2, 2, 1), "data=2 fsdp=2 tensor=1"),
+    ):
+        with pytest.raises(ConfigError) as error:
             make_mesh(shape)
+        assert str(error.value).startswith(
+            f"config.mesh is {named} and there are 8 devices; the sizes must multiply to that; "
+            "nearest that fits: "
+        )
+
+
+def test_what_an_axis_leaves_whole_is_named():
+    params = abstract(BIG)[1]
+    assert undivided(params, {"data": 3, "fsdp": 4, "tensor": 8, "context": 1}) == {}
+    assert undivided(params, {"data": 1, "fsdp": 1, "tensor": 16, "context": 1}) == {
+        "tensor": ["blocks.k", "blocks.v"]
+    }
+    assert undivided(params, {"data": 1, "fsdp": 3, "tensor": 1, "context": 1}).keys() == {"fsdp"}

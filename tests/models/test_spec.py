@@ -7,7 +7,7 @@ import pytest
 
 from deltapref_jax.models.config_json import spec_from_hf, spec_to_hf
 from deltapref_jax.models.families import FAMILIES
-from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.spec import ModelSpec, Rope
 from deltapref_jax.models.weights import abstract
 
 SMALL = {

@@ -282,8 +282,8 @@ def test_what_a_folder_lacks_is_named(folder, lost, error, sentence):
         ),
         (
             "someone/nothing",
-            "The hub did not give 'someone/nothing' (LocalEntryNotFoundError) and there is no such "
-            "folder; give a local Hugging Face folder or a .gguf file.",
+            "Nothing of the hub's model 'someone/nothing' is in this machine's cache, and "
+            "HF_HUB_OFFLINE is set; unset it to fetch it, or give a folder or file that exists.",
         ),
     ],
 )

@@ -23,9 +23,11 @@ from deltapref_jax.config import (
     Suite,
     Training,
 )
+from deltapref_jax.progress import plain_console
 from deltapref_jax.records import Pair, Prompt, Result, TokenSequence
-from deltapref_jax.stages.study import plan
+from deltapref_jax.stages.study import part_of, plan
 from deltapref_jax.validation import validate
+from launch.ablate import say_policies, say_standing
 
 QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
 
@@ -180,6 +182,33 @@ def test_there_is_one_table_of_results_for_every_policy_and_suite(made):
     assert len(paths) == 2 * (1 + 1 + 3)
 
 
+def test_the_end_of_a_study_names_the_folder_of_every_policy(made, capsys):
+    report, workspace = plan(made), Workspace(made.workspace)
+    say_policies(plain_console(width=60), workspace, report)
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    rows = {tuple(line[:2]): line[2] for line in lines if len(line) == 3 and line[1] in ("0", "1")}
+    assert set(rows) == {("dpo", "0"), ("dpo", "1"), ("kto", "0")}
+    assert lines[0] == ["Policies", "in", f"{made.workspace}:"]
+    for (arm, seed), folder in rows.items():
+        assert os.path.isfile(f"{made.workspace}/{folder}/model.safetensors")
+        assert folder == f"train/{workspace.key(report.policies[arm][int(seed)])}/policy"
+
+
+def test_a_continued_study_says_what_stands(made, again, capsys):
+    report = plan(dataclasses.replace(made, workspace=str(again.root)))
+    workspace = Workspace(again.root)
+    shutil.rmtree(workspace.path(report.policies["dpo"][1]))
+    say_standing(Workspace(again.root), report)
+    said = capsys.readouterr().err
+    # What is behind the missing policy has no key yet, so it is not known to stand.
+    assert said[9:] == (
+        "25 of 29 artifacts stand: prompts 3 of 3, sample 2 of 2, verify 2 of 2, tokens 2 of 2, "
+        "score 2 of 2, evaluate 10 of 12, pair 2 of 2, train 2 of 3, report 0 of 1\n"
+    )
+    say_standing(Workspace(again.root / "other"), report)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_arms_train_on_is_the_sequences_of_their_pairs(made):
     report, workspace = plan(made), Workspace(made.workspace)
     pairs = workspace.rows(Pair, report.pairs["dpo"])
@@ -245,3 +274,21 @@ def test_the_index_names_every_artifact_and_links_lead_to_their_folders(made):
         p for folder, names, _ in os.walk(links) for p in names if os.path.islink(f"{folder}/{p}")
     ]
     assert len(found) == len(nodes)
+
+
+def test_some_arms_alone_are_artifacts_of_the_whole_study(made, again):
+    old = artifacts(again.root)
+    whole, workspace = again()
+    part = part_of(whole, ["kto"])
+    named = [node for node in in_order([whole]) if workspace.complete(node)]
+    run([part], workspace, made.name, show=False, also_named=named)
+    assert counts(artifacts(again.root) - old) == {"report": 1}
+    summary = json.loads((workspace.path(part) / "summary.json").read_text())
+    assert [arm["name"] for arm in summary["arms"]] == ["kto"]
+    assert summary["left_out"] == ["dpo"]
+    page = (workspace.path(part) / "report.html").read_text()
+    assert "1 of the 2 arms of the config (kto)" in page and "Left out: dpo." in page
+    # what was left out keeps its name in the index
+    index = json.loads((workspace.root / "index.json").read_text())["small study"]
+    assert set(index) == {node.name for node in in_order([whole])}
+    assert index["report"] == f"report/{workspace.key(part)}"

@@ -11,11 +11,13 @@ from deltapref_jax.config import (
     Experiment,
     Generator,
     Judge,
+    MeshShape,
     Model,
     Objective,
     Prompts,
     Suite,
 )
+from deltapref_jax.devices import Devices
 from deltapref_jax.stages.study import check_models, plan, usable_traces
 from deltapref_jax.validation import validate
 
@@ -67,10 +69,10 @@ def experiment(tiny_folder, tmp_path):
     )
 
 
-def keys(e):
+def keys(e, devices=None):
     """The key of every artifact by label, were the contents of every artifact its key."""
     found = {}
-    for node in in_order([plan(e)]):
+    for node in in_order([plan(e, devices=devices)]):
         found[node] = node.key({name: found[source] for name, source in node.inputs().items()})
     assert len({node.name for node in found}) == len(found)
     return {node.name: key for node, key in found.items()}
@@ -184,16 +186,56 @@ def test_a_new_sentence_on_the_page_changes_the_report_only(experiment, field):
     assert changed(experiment, **{field: "Another sentence."}) == {"report"}
 
 
-def test_workspace_mesh_and_places_change_no_table(experiment, tiny_folder, tmp_path):
-    tables = {label for label in keys(experiment) if label != "report"}
+def test_workspace_and_places_change_no_key(experiment, tiny_folder, tmp_path):
     moved = shutil.copytree(tiny_folder, tmp_path / "elsewhere")
     (tmp_path / "there").mkdir()
     file = str(shutil.copy(experiment.prompts[1].path, tmp_path / "there" / "asked.jsonl"))
     assert changed(experiment, workspace="other", trackers=("wandb",)) == set()
     assert changed(experiment, generators__2__about="edited") == {"report"}  # words for the page
-    assert not tables & changed(
-        experiment, mesh__data=2, student__path=str(moved), prompts__1__path=file
-    )
+    assert changed(experiment, student__path=str(moved), prompts__1__path=file) == set()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"training__mesh__data": 2},
+        {"scoring__mesh__tensor": 2},
+        {"judges__0__mesh__fsdp": 8},
+        {"sampling__mesh__tensor": 4},
+        {"generators__2__mesh__tensor": 8},
+    ],
+)
+def test_no_mesh_changes_a_key(experiment, fields):
+    assert changed(experiment, **fields) == set()
+
+
+def test_no_devices_change_a_key(experiment):
+    assert keys(experiment, Devices(8, 4)) == keys(experiment, Devices(1, 1)) == keys(experiment)
+
+
+def test_every_stage_gets_the_mesh_of_its_model(experiment):
+    experiment.training.mesh.fsdp = 2
+    experiment.scoring.mesh.fsdp = 4
+    experiment.sampling.mesh.tensor = 2
+    experiment.generators[1].mesh.tensor = 4
+    stated = {
+        node.name: node.mesh for node in in_order([plan(experiment)]) if hasattr(node, "mesh")
+    }
+    fitted = plan(experiment, devices=Devices(16, 4))
+    sizes = {node.name: node.mesh for node in in_order([fitted]) if hasattr(node, "mesh")}
+    assert stated.keys() == sizes.keys()
+    for name, wanted, found in (
+        ("train/zero/0", MeshShape(fsdp=2), MeshShape(8, 2, 1, 1)),
+        ("score/mid", MeshShape(fsdp=4), MeshShape(4, 4, 1, 1)),
+        ("judge/m/mid", MeshShape(fsdp=4), MeshShape(4, 4, 1, 1)),
+        ("audit/m", MeshShape(fsdp=4), MeshShape(4, 4, 1, 1)),
+        ("sample/weak", MeshShape(tensor=2), MeshShape(2, 1, 2, 1)),
+        ("sample/mid", MeshShape(tensor=4), MeshShape(1, 1, 4, 1)),
+        ("capability/mid/s", MeshShape(tensor=4), MeshShape(1, 1, 4, 1)),
+        ("evaluate/student/s", MeshShape(tensor=2), MeshShape(2, 1, 2, 1)),
+        ("evaluate/sft/0/t", MeshShape(tensor=2), MeshShape(2, 1, 2, 1)),
+    ):
+        assert (stated[name], sizes[name]) == (wanted, found), name
 
 
 def test_edited_prompts_and_weights_are_noticed(experiment, tiny_folder, tmp_path):
@@ -219,10 +261,6 @@ def test_prompt_folders_are_hashed_by_content(experiment, tmp_path):
     before = keys(hub)["prompts"]
     (folder / "train.jsonl").write_text('{"prompt": "b"}\n')
     assert keys(hub)["prompts"] != before
-    named = dataclasses.replace(
-        experiment, prompts=(Prompts(kind="hub", path="someone/questions"),)
-    )
-    assert plan(named).prompts.contents == ("someone/questions",)
 
 
 @pytest.mark.parametrize(

@@ -292,3 +292,35 @@ def test_many_are_each_as_alone():
         (alone,) = tokenise(text, [one])
         assert got.prompt.tolist() == alone.prompt.tolist()
         assert [c.tolist() for c in got.completions] == [c.tolist() for c in alone.completions]
+
+
+THOUGHT = [{"role": "assistant", "content": "4", "reasoning_content": "two and two"}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "function_call"])
+def test_what_the_template_does_not_write_is_one_sentence(name):
+    answer = [{"role": "assistant", "content": "4", name: "two and two"}]
+    with pytest.raises(ValueError, match=f"does not write '{name}'; remove them"):
+        tokenise(made(IM), [Example(USER, (answer, said("5")))])
+
+
+def test_a_thought_in_a_field_is_a_target_where_the_template_writes_it():
+    template = IM.replace(
+        "{{ m['content'] }}",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m['content'] }}",
+    )
+    found = parts(made(template), USER, THOUGHT, said("5"))
+    assert found[1:3] == ("<think>two and two</think>4<|im_end|>\n", "5<|im_end|>\n")
+
+
+def test_a_thought_that_the_template_names_and_drops_is_one_sentence():
+    template = IM + "{# reasoning_content is left out #}"
+    with pytest.raises(ValueError, match="so that a thought in a field of its own has no place"):
+        tokenise(made(template), [Example(USER, (THOUGHT, said("5")))])
+
+
+def test_an_end_of_the_conversation_behind_the_turns_end_is_no_target():
+    """As the template of Phi-3 writes it."""
+    template = IM + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    assert parts(made(template), USER, said("4"), said("5"))[1:3] == ("4<|im_end|>", "5<|im_end|>")

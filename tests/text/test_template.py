@@ -17,6 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from deltapref_jax.config import ConfigError
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.packing import pack_one
 from deltapref_jax.text.template import TEMPLATE_DATE, ChatTokenizer
@@ -259,7 +260,8 @@ def test_a_broken_generation_config_is_one_sentence(content, tmp_path):
 def test_decode_leaves_special_tokens_out_and_words_as_they_are():
     text = made(IM)
     assert text.decode(text.encode_plain("<|im_start|>a , b .<|im_end|>")) == "a , b ."
-    assert set(text.special) == {"<s>", "</s>"}
+    assert set(text.special) == {*SPECIAL, "<|im_start|>user", "<|im_start|>assistant"}
+    assert "[user]" in made(PLAIN).special
 
 
 def test_saved_is_loaded(tmp_path):
@@ -355,3 +357,25 @@ def test_no_tokenizer_is_one_sentence(tmp_path):
         ValueError, match=rf"^The folder {tmp_path} has no tokenizer\.json; copy the model's "
     ):
         ChatTokenizer.load(str(tmp_path))
+
+
+def test_the_control_token_behind_an_answer_ends_a_trace_whatever_its_name():
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }} {{ END }}{% endfor %}"
+    for end in ("<|im_end|>", "<s>"):  # neither is the tokenizer's eos_token
+        text = made(turns.replace("{{ END }}", end), eos_token="</s>", bos_token=None)
+        ends = [text.tokenizer.convert_ids_to_tokens(i) for i in text.end_ids]
+        assert ends == [end, "</s>"]
+    alone = made(turns.replace(" {{ END }}", ""))  # the next turn's beginning is no end
+    assert [alone.tokenizer.convert_ids_to_tokens(i) for i in alone.end_ids] == ["</s>"]
+
+
+def test_a_template_that_draws_at_random_is_one_sentence():
+    text = made("{{ range(99999) | random }}" + PLAIN)
+    with pytest.raises(ConfigError, match="it renders one question in several ways"):
+        text.prompt_ids(CHAT)
+
+
+@pytest.mark.parametrize("form", ["%e", "%j", "%f", "%Z", "%G-W%V-%u", "%D", "%-H", "%R"])
+def test_every_part_of_a_date_is_written(form):
+    rendered = made("{{ strftime_now('" + form + "') }}|" + PLAIN).render(CHAT)
+    assert rendered.split("|")[0] == TEMPLATE_DATE.strftime(form)

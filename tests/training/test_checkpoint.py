@@ -232,6 +232,25 @@ def test_a_run_that_slept_through_its_lease_leaves_the_folder_alone(program, tmp
     assert "theirs" in (folder / "claims" / "all").read_text()
 
 
+def test_a_lease_that_is_lost_while_a_save_is_waited_for_ends_the_run_before_the_next_save(
+    program, tmp_path, monkeypatch
+):
+    waits, wait = [], Checkpoints.wait
+
+    def slow(self):
+        wait(self)
+        waits.append(self.newest())
+
+    def check_lease():
+        if 2 in waits:
+            raise LostLease("lost")
+
+    monkeypatch.setattr(Checkpoints, "wait", slow)
+    with pytest.raises(LostLease):
+        program.tiny(tmp_path, steps=8, every=2, check_lease=check_lease)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
 @pytest.mark.slow
 def test_a_suspended_runner_leaves_the_artifact_to_the_one_that_took_over(spawn, tmp_path):
     """The lease expires after two seconds; the first runner is suspended until all is made."""
@@ -373,6 +392,19 @@ def test_metrics_that_lost_rows_are_refused(tmp_path):
         "again: only that run is made anew."
     )
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_metrics_of_a_suspended_process_do_not_reach_the_file_of_its_successor(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    suspended = Metrics(path, 0)
+    suspended.write({"step": 1})
+    successor = Metrics(path, 1)
+    suspended.write({"step": 2})
+    suspended.flush()
+    successor.write({"step": 2, "again": True})
+    for metrics in (suspended, successor):
+        metrics.close()
+    assert list(read_metrics(path)) == [{"step": 1}, {"step": 2, "again": True}]
 
 
 def test_metrics_in_a_bucket_are_written_whole_before_each_checkpoint(monkeypatch):

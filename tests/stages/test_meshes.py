@@ -1,0 +1,176 @@
+"""Meshes of stages and models: which are chosen, what is refused, and what is said of them."""
+
+import dataclasses
+
+import pytest
+
+from deltapref_jax.config import (
+    ConfigError,
+    Experiment,
+    Generator,
+    Judge,
+    Lora,
+    MeshShape,
+    Model,
+    Sampling,
+    Scoring,
+    Training,
+)
+from deltapref_jax.devices import Devices
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.stages.meshes import fit_meshes, fit_training, mesh_lines, training_lines
+
+SPECS = {
+    "8b": ModelSpec(128_256, 4096, 32, 32, 8, 128, 14_336, tied=False),
+    "1b": ModelSpec(128_256, 2048, 16, 32, 8, 64, 8192),
+    "odd": ModelSpec(1000, 48, 2, 3, 1, 16, 96),
+}
+GIB = 2**30
+V5E = Devices(16, 4, 1, "tpu", int(15.75 * GIB))
+
+
+def study(**fields):
+    return dataclasses.replace(
+        Experiment(
+            student=Model("1b", "bfloat16"),
+            generators=(
+                Generator(name="small", model=Model("1b", "bfloat16")),
+                Generator(name="big", model=Model("8b", "bfloat16")),
+            ),
+            judges=(
+                Judge(name="exact"),
+                Judge(name="m", kind="model", model=Model("8b", "bfloat16")),
+            ),
+            training=Training(rows=32),
+            scoring=Scoring(rows=32),
+            sampling=Sampling(max_prompt=512, max_tokens=512, slots=64),
+        ),
+        **fields,
+    )
+
+
+def sizes(e):
+    """Sizes of every mesh, by what it belongs to."""
+    meshes = {"training": e.training, "scoring": e.scoring, "sampling": e.sampling}
+    meshes |= {item.name: item for item in (*e.generators, *e.judges)}
+    return {name: dataclasses.astuple(item.mesh) for name, item in meshes.items()}
+
+
+def fitted(devices=V5E, **fields):
+    return sizes(fit_meshes(study(**fields), devices, SPECS.__getitem__))
+
+
+def test_every_stage_and_model_has_a_mesh_of_its_own():
+    assert fitted() == {
+        "training": (1, 16, 1, 1),
+        "scoring": (1, 16, 1, 1),
+        "m": (1, 16, 1, 1),
+        "exact": (0, 0, 0, 0),  # it runs on no device
+        "sampling": (4, 1, 1, 1),
+        "small": (4, 1, 1, 1),
+        # 16 GB of weights fit no device, and with the cache not a half of one
+        "big": (2, 1, 2, 1),
+    }
+    assert fitted(V5E._replace(memory=0))["big"] == (4, 1, 1, 1)
+    assert fitted(V5E._replace(memory=5 * GIB))["big"] == (1, 1, 4, 1)
+
+
+def test_slices_are_spanned_by_data_and_hosts_sample_alone():
+    found = fitted(Devices(32, 4, 2, "tpu"))
+    assert found["training"] == found["scoring"] == found["m"] == (2, 16, 1, 1)
+    assert found["sampling"] == (4, 1, 1, 1)
+
+
+def test_a_models_mesh_comes_before_its_stages():
+    e = study(
+        sampling=Sampling(slots=64, mesh=MeshShape(tensor=2)),
+        scoring=Scoring(rows=32, mesh=MeshShape(tensor=4)),
+        training=Training(rows=32, mesh=MeshShape(fsdp=8)),
+    )
+    e.generators[1].mesh.tensor = 4
+    e.judges[1].mesh.data = 8
+    assert sizes(fit_meshes(e, V5E, SPECS.__getitem__)) == {
+        "training": (2, 8, 1, 1),
+        "scoring": (1, 4, 4, 1),
+        "m": (8, 2, 1, 1),
+        "exact": (0, 0, 0, 0),
+        "sampling": (2, 1, 2, 1),
+        "small": (2, 1, 2, 1),
+        "big": (1, 1, 4, 1),
+    }
+    assert sizes(e)["sampling"] == (0, 0, 2, 0)  # the config is as it was
+
+
+def test_nothing_is_chosen_on_one_device():
+    found = fitted(Devices(1, 1))
+    assert set(found.values()) == {(1, 1, 1, 1), (0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"sampling": Sampling(slots=64, mesh=MeshShape(fsdp=16))},
+            "config.sampling.mesh is fsdp=16 and there are 4 devices; the sizes must multiply to "
+            "that; nearest that fits: fsdp=4 or data=2 fsdp=2.",
+        ),
+        (
+            {"sampling": Sampling(slots=6, mesh=MeshShape(data=4))},
+            "config.sampling.slots is 6 and config.sampling.mesh spreads slots over 4 of 4 devices "
+            "(data x fsdp); make slots a multiple of that; nearest that fits: data=2 tensor=2 or "
+            "tensor=4.",
+        ),
+        (
+            {"generators": (Generator(name="g", model=Model("8b"), mesh=MeshShape(tensor=8)),)},
+            "config.generators[0].mesh is tensor=8 and there are 4 devices; the sizes must "
+            "multiply to that; nearest that fits: tensor=4 or data=2 tensor=2.",
+        ),
+        (
+            {"judges": (Judge(name="m", kind="model", mesh=MeshShape(fsdp=3)),)},
+            "config.judges[0].mesh is fsdp=3 and there are 16 devices; the sizes must multiply to "
+            "that; nearest that fits: data=4 fsdp=4 or data=2 fsdp=4 tensor=2.",
+        ),
+        (
+            {"generators": (Generator(name="g", model=Model("8b"), mesh=MeshShape(data=4)),)},
+            "Weights of the model 8b need 29.9 GiB on each of 4 devices by "
+            "config.generators[0].mesh, and a device has 15.8 GiB; take more devices or another "
+            "mesh; nearest that fits: data=2 tensor=2 or data=2 fsdp=2.",
+        ),
+        (
+            {"training": Training(rows=32, mesh=MeshShape(data=16))},
+            "Weights, gradients and moments of the model 1b need 18.4 GiB on each of 16 devices by "
+            "config.training.mesh, and a device has 15.8 GiB; take more devices or another mesh; "
+            "nearest that fits: data=8 fsdp=2 or data=8 tensor=2.",
+        ),
+    ],
+)
+def test_a_mesh_that_fits_neither_devices_nor_model_is_one_sentence(fields, sentence):
+    with pytest.raises(ConfigError) as e:
+        fit_meshes(study(**fields), V5E, SPECS.__getitem__)
+    assert str(e.value) == sentence
+
+
+def test_adapters_need_room_for_the_weights_alone():
+    small = V5E._replace(memory=3 * GIB)
+    student, of = Model("1b"), SPECS.__getitem__
+    data = Training(rows=32, mesh=MeshShape(data=-1))
+    with pytest.raises(ConfigError, match="^Weights, gradients and moments of the model 1b need"):
+        fit_training(data, student, small, of)
+    adapters = dataclasses.replace(data, lora=Lora(rank=8))
+    assert fit_training(adapters, student, small, of).mesh == MeshShape(16, 1, 1, 1)
+
+
+def test_the_meshes_are_said_with_what_they_leave_whole():
+    e = study(judges=(), generators=(Generator(name="odd", model=Model("odd")),))
+    e.sampling.mesh.tensor = 4
+    fit = fit_meshes(e, V5E._replace(memory=0), SPECS.__getitem__)
+    assert mesh_lines(fit, V5E, SPECS.__getitem__) == [
+        "Meshes: training fsdp=16; scoring fsdp=16; on each host sampling tensor=4.",
+        "Mesh of generator odd: tensor=4 does not divide blocks.k, blocks.o, blocks.q, blocks.v of "
+        "odd, so that every device along it has them whole.",
+    ]
+    assert mesh_lines(fit_meshes(e, Devices(4, 4), SPECS.__getitem__), Devices(1, 1), None) == []
+    assert training_lines(fit.training, fit.student, SPECS.__getitem__) == [
+        "Mesh: training fsdp=16."
+    ]
+    assert training_lines(Training(mesh=MeshShape(1, 1, 1, 1)), fit.student, None) == []
