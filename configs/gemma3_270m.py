@@ -40,7 +40,7 @@ EXAMPLE = (
 def get_config() -> Experiment:
     tasks = ("gsm_symbolic", "chain_sum")
     return Experiment(
-        name="gemma3-270m",
+        name="gemma3_270m",
         question=(
             "Does a generator that is shown a worked example teach Gemma 3 270M more than a hot "
             "one without?"
