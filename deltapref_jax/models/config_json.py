@@ -156,11 +156,20 @@ def family_of(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     return FAMILIES[kind], config
 
 
-def unused_fields(config: Mapping[str, Any]) -> list[str]:
-    """Returns the fields of a config.json that have no part in its spec, in their order."""
+def fields_of(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns the fields of a supported config.json: what is read, what changes no logit, the rest.
+
+    The rest is what neither the family of `transformers` nor this project knows, and what has the
+    value without effect.
+    """
     family, text = family_of(config)
     read = {*_READ, *family.reads}
-    return [name for name in text if name not in read]
+    without_effect = {*_NO_EFFECT, *family.unused}
+    found: dict[str, list[str]] = {"read": [], "without effect": [], "not read": []}
+    for name in text:
+        kind = "read" if name in read else "without effect"
+        found[kind if name in read | without_effect else "not read"].append(name)
+    return found
 
 
 def _check_types(config: Mapping[str, Any]) -> None:
@@ -178,6 +187,13 @@ def _check_types(config: Mapping[str, Any]) -> None:
     for name in ("rms_norm_eps", "norm_eps"):
         if config.get(name) is not None:
             _positive(name, config[name])
+    for name in ("layer_types", "no_rope_layers"):
+        entries, layers = config.get(name), config["num_hidden_layers"]
+        if isinstance(entries, list) and len(entries) < layers:
+            raise ValueError(
+                f"{name} has {len(entries)} entries in config.json and num_hidden_layers is "
+                f"{layers}; every layer needs one."
+            )
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise ValueError(
             f"tie_word_embeddings is {reprlib.repr(config['tie_word_embeddings'])} in config.json; "
@@ -255,7 +271,16 @@ def _ropes(family: Family, hf: Any, head_width: int) -> tuple[Rope, ...]:
     options = hf.rope_parameters or {}
     kinds = ("full_attention", "sliding_attention")
     by_kind = [(kind, options[kind]) for kind in kinds if options.get(kind) is not None]
-    if family.model_type not in ("gemma3_text", "olmo3"):
+    if family.model_type in ("gemma3_text", "olmo3"):
+        # Beside the options of a kind of layers, `transformers` passes over others.
+        for option, value in options.items():
+            if option not in kinds and value and value != "default":
+                raise ValueError(
+                    f"rope_parameters.{option} is {reprlib.repr(value)} in config.json; a "
+                    f"{family.model_type} model has options for each kind of layers: "
+                    f"{', '.join(kinds)}."
+                )
+    else:
         for kind in (*kinds, "chunked_attention"):
             if kind in options:
                 raise ValueError(

@@ -136,6 +136,12 @@ def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
       ValueError: the architecture is not supported, a tensor is missing or has another shape, or
         the tokenizer cannot be used.
     """
+    stored, text = open_model_files(path)
+    return stored.spec, text
+
+
+def open_model_files(path: str) -> tuple[Stored, ChatTokenizer]:
+    """Opens a model without reading its weights, and checks it; errors are `inspect_model`'s."""
     if remote := unfetched(path):
         repo, files = remote
         local_path = resolve(path, weights=False)
@@ -146,7 +152,7 @@ def inspect_model(path: str) -> tuple[ModelSpec, ChatTokenizer]:
         local_path, stored = _open(path)
         text = ChatTokenizer.load(local_path)
     check_tensors(stored, path)
-    return stored.spec, text
+    return stored, text
 
 
 def _open(path: str) -> tuple[str, Stored]:

@@ -6,11 +6,6 @@ from deltapref_jax.models.families.family import Family, Fields, attention_biase
 
 
 def _read(config: Any) -> Fields:
-    if len(config.no_rope_layers) < config.num_hidden_layers:
-        raise ValueError(
-            f"no_rope_layers has {len(config.no_rope_layers)} entries in config.json and "
-            f"num_hidden_layers is {config.num_hidden_layers}; every layer needs one."
-        )
     layers = zip(layers_by_type(config), config.no_rope_layers, strict=False)
     mlp = ("gate", "up", "down") if config.mlp_bias else ()
     return {
