@@ -1,7 +1,7 @@
 """Reads GGUF files: metadata, and where the tensors lie (ggml's docs/gguf.md).
 
-The reader of the `gguf` package makes an array of every string's every part, which takes half a
-minute for the 262,144 tokens of Gemma; this one takes about a second.
+The reader of the `gguf` package makes an array of every part of every string, which takes 8 seconds
+for the 262,144 tokens of Gemma; this one takes 0.2.
 """
 
 import re
