@@ -107,6 +107,7 @@ _INTERLEAVED = ("llama", "smollm3")
 """Architectures whose rotary embeddings pair neighbours in llama.cpp."""
 _FREQUENCIES = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+_CHUNK = 2**22  # numbers
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (0,),
@@ -124,8 +125,6 @@ def open_gguf_model(path: Path) -> Stored:
       FileNotFoundError: a part is missing.
       ValueError: the file is damaged, or describes a model that is not supported.
     """
-    from gguf.quants import dequantize
-
     fields, tensors = _open_parts(path)
     arch = str(fields.get("general.architecture"))
     if arch not in _FAMILIES:
@@ -143,10 +142,7 @@ def open_gguf_model(path: Path) -> Stored:
     _check_fields(path, fields, arch, tensors)
 
     def numbers(name: str, rows: tuple[slice, ...] = ()) -> np.ndarray:
-        tensor = tensors[name]
-        # Float32 is copied too: what is returned must not depend on the file any more.
-        copy = tensor.type.name == "F32"
-        return dequantize(tensor.data[rows], tensor.type).astype(np.float32, copy=copy)
+        return _dequantised(tensors[name], rows)
 
     config = _config(fields, arch, tensors)
     config["rope_parameters"] = _rope_parameters(fields, arch, config, tensors, numbers)
@@ -169,6 +165,19 @@ def open_gguf_model(path: Path) -> Stored:
         if name not in (_FREQUENCIES, _LONG, _SHORT)
     }
     return Stored(spec, config, shapes, read, gguf=True)
+
+
+def _dequantised(tensor: GgufTensor, rows: tuple[slice, ...]) -> np.ndarray:
+    """Numbers of some rows, float32: `_CHUNK` at a time, for the steps in between are as large."""
+    from gguf.quants import dequantize
+
+    data, width = tensor.data[rows], tensor.shape[-1]
+    flat = data.reshape(-1, data.shape[-1])
+    out = np.empty((len(flat), width), np.float32)
+    step = max(1, _CHUNK // width)
+    for first in range(0, len(flat), step):
+        out[first : first + step] = dequantize(flat[first : first + step], tensor.type)
+    return out.reshape(*data.shape[:-1], width)
 
 
 def _halves(array: np.ndarray, heads: int) -> np.ndarray:
