@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deltapref_jax.files import local_copy, remote
 from deltapref_jax.hub import Repository, repository
+from deltapref_jax.text.gguf_file import gguf_parts
 from deltapref_jax.text.template import named_end_ids
 
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -108,12 +109,12 @@ def model_files(path: str) -> list[Path]:
     """Returns the files that define a model: its weights, its config and its tokenizer.
 
     Raises:
-      FileNotFoundError: a Hugging Face folder is incomplete.
+      FileNotFoundError: a Hugging Face folder or a split GGUF file is incomplete.
     """
     root = Path(path)
-    # A single file is a GGUF file, which holds its config and tokenizer too.
+    # A single file is a GGUF file, which holds its config and tokenizer too, or one of its parts.
     if root.is_file():
-        return [root]
+        return [Path(part) for part in gguf_parts(path)]
     names = {file.name for file in root.glob("*.safetensors")}
     if not (root / "config.json").exists() or not (names or (root / _INDEX).exists()):
         raise FileNotFoundError(
@@ -196,16 +197,16 @@ def weights_hash(path: str) -> str:
     if repo is None:
         root = Path(resolve(path))
         # A GGUF file has the same hash under any name, as a folder has.
-        contents = {
-            "gguf" if file.suffix == ".gguf" else file.name: _content_hash(file)
+        contents = [
+            ("gguf" if file.suffix == ".gguf" else file.name, _content_hash(file))
             for file in model_files(str(root))
-        }
+        ]
     else:
         root = _fetch_description(repo)
         names = weight_files(repo.files, root / _INDEX, repo.where, repo.remedy)
         names += [name for name in _TEXT_FILES if name in repo.files]
-        contents = {name: repo.files[name].sha256 or _content_hash(root / name) for name in names}
-    for name, content in contents.items():
+        contents = [(n, repo.files[n].sha256 or _content_hash(root / n)) for n in names]
+    for name, content in contents:
         digest.update(f"{name} {content}\n".encode())
     if (root / "generation_config.json").exists():
         ends, others = (

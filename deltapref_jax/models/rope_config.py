@@ -187,12 +187,11 @@ def _longrope(
                 "numbers, one per pair of rotated dimensions."
             )
         lists.append(tuple(1 / _positive(key, value) for value in values))
-    return rope._replace(
-        factors=lists[0],
-        long_factors=lists[1],
-        original=int(original),
-        scale=_positive("attention_factor", scale),
-    )
+    rope = rope._replace(factors=lists[0], scale=_positive("attention_factor", scale))
+    # Equal lists do not depend on the length of a sequence.
+    if lists[0] == lists[1]:
+        return rope
+    return rope._replace(long_factors=lists[1], original=int(original))
 
 
 def _positive(name: str, value: Any) -> float:

@@ -39,6 +39,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 Q8 = gguf.GGMLQuantizationType.Q8_0
+YARN = gguf.RopeScalingType.YARN
 
 
 def renamed(name):
@@ -214,18 +215,28 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
     ("changes", "sentence"),
     [
         (
-            {"pre": "tekken"},
-            "{} names the pre-tokenizer 'tekken'; known: gpt-2, smollm, llama-bpe, qwen2.",
+            {"pre": "whale"},
+            "{} names the pre-tokenizer 'whale'; known: gpt-2, smollm, llama-bpe, qwen2, dbrx, "
+            "gpt-4o, tekken.",
+        ),
+        (
+            {"model": "bert"},
+            "{} holds a 'bert' tokenizer; only byte-level BPE ('gpt2') and SentencePiece ('llama') "
+            "are supported: convert the model to a Hugging Face folder.",
         ),
         (
             {"model": "llama"},
-            "{} holds a 'llama' tokenizer; only byte-level BPE ('gpt2') is supported: convert the "
-            "model to a Hugging Face folder.",
+            "{} has no tokenizer.ggml.scores, without which its tokenizer cannot be rebuilt; "
+            "convert the model again, or give a Hugging Face folder.",
         ),
-        ({"arch": "gemma3"}, "model_type is 'gemma3' in config.json; supported: llama."),
         (
-            {"scaling": gguf.RopeScalingType.YARN},
-            "rope_type is 'yarn' in config.json; only 'default' is supported.",
+            {"arch": "mamba"},
+            "{} has the general.architecture 'mamba'; supported: llama, smollm3, qwen2, qwen3, "
+            "qwen3moe, gemma2, gemma3, olmo2, phi3, nemotron.",
+        ),
+        (
+            {"scaling": gguf.RopeScalingType.LONGROPE},
+            "{} has no tensor rope_factors_long.weight, which LongRoPE needs; fetch it again.",
         ),
         (
             {"merges": False},
@@ -234,8 +245,8 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
         ),
         (
             {"fields": {"split.count": 3}},
-            "{} is one of 3 parts of a model (split.count); merge them with llama-gguf-split "
-            "--merge.",
+            "{} is one of 3 parts of a model (split.count); name the parts "
+            "NAME-00001-of-00003.gguf and so on, or merge them with llama-gguf-split --merge.",
         ),
         (
             {"fields": {"llama.rope.dimension_count": 8}},
@@ -253,8 +264,19 @@ def test_the_hash_of_a_file_is_of_its_content(folder, tmp_path):
             "give a model without it.",
         ),
         (
-            {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},
-            "rope_type is 'llama3' in config.json; only 'default' is supported.",
+            {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}, "scaling": YARN},
+            "{} has the llama.rope.scaling.type 'yarn' and a tensor rope_freqs.weight; a model "
+            "with both is not supported.",
+        ),
+        (
+            {"fields": {"llama.attention.scale": 1.0}},
+            "{} has the llama.attention.scale 1.0, and a decoder with that option is not "
+            "supported; give a model without it.",
+        ),
+        (
+            {"fields": {"llama.rope.scaling.attn_factor": 1.5}},
+            "{} has the llama.rope.scaling.attn_factor 1.5, and a decoder with that option is not "
+            "supported; give a model without it.",
         ),
     ],
 )
