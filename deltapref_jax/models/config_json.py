@@ -49,6 +49,7 @@ _READ = (
 )
 """Fields that are read for every family that has them."""
 _NO_EFFECT = (
+    "_name_or_path",  # where version 4 had read the model
     "architectures",
     "attention_dropout",
     "attn_implementation",

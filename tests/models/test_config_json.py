@@ -99,6 +99,12 @@ def test_a_field_of_another_decoder_is_refused_by_its_name(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_where_a_config_came_from_changes_nothing(family):
+    """Version 4 saved the path of the model that it had read, as most files of the hub show."""
+    assert spec_from_hf(base(family) | {"_name_or_path": "/a/b"}) == spec_from_hf(base(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_weights_are_refused_for_every_family(family):
     with pytest.raises(ValueError, match="quantised weights are not supported"):
         spec_from_hf(base(family) | {"quantization_config": {"quant_method": "awq"}})
