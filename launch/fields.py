@@ -110,7 +110,8 @@ def _flag_lines(
             yield f"{inner}={field.default} ({field.type}): {_with_choices(field.comment)}"
             continue
         if field.type.startswith("tuple"):
-            named = any(each.name == "name" for each in by_class[part])
+            # What an item is called is its first field; a hub data set's name is its subset's.
+            named = by_class[part][0].name == "name"
             inner += "[NAME]" if named else "[0]"
         if part in listed:
             names = ", ".join(f".{each.name}" for each in by_class[part])

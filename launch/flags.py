@@ -272,15 +272,27 @@ def _number(argument: str, path: str, items: Any, item: str) -> int:
     if re.fullmatch(r"-?\d{1,9}", item):
         return int(item)
     name = item[1:-1] if re.fullmatch(r"'.*'|\".*\"", item) else item
-    names = [getattr(each, "name", "") or None for each in items]
+    names = _names(items)
     if name in names:
         return names.index(name)
     raise _NoSuchPath(f"{argument}: there is no {name!r} in {path}; {_known(items)}.")
 
 
+def _names(items: tuple[Any, ...] | list[Any]) -> list[str | None]:
+    """What items are called, by their first field; a hub data set's name is its subset's."""
+    return [
+        each.name if dataclasses.is_dataclass(each) and _first_field(each) == "name" else None
+        for each in items
+    ]
+
+
+def _first_field(item: Any) -> str:
+    return dataclasses.fields(item)[0].name
+
+
 def _known(items: tuple[Any, ...] | list[Any]) -> str:
     """What the items of a list are called."""
-    names = [getattr(each, "name", "") or None for each in items]
+    names = _names(items)
     if items and None in names:
         return "its items have no names, and are numbered from [0]"
     return f"it has {', '.join(f'[{name}]' for name in names) or 'no items'}"
