@@ -280,14 +280,12 @@ def _number(argument: str, path: str, items: Any, item: str) -> int:
 
 def _names(items: tuple[Any, ...] | list[Any]) -> list[str | None]:
     """What items are called, by their first field; a hub data set's name is its subset's."""
-    return [
-        each.name if dataclasses.is_dataclass(each) and _first_field(each) == "name" else None
-        for each in items
-    ]
 
+    def called(item: Any) -> str | None:
+        named = dataclasses.is_dataclass(item) and dataclasses.fields(item)[0].name == "name"
+        return getattr(item, "name", None) if named else None
 
-def _first_field(item: Any) -> str:
-    return dataclasses.fields(item)[0].name
+    return [called(item) for item in items]
 
 
 def _known(items: tuple[Any, ...] | list[Any]) -> str:
