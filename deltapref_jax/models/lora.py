@@ -48,6 +48,8 @@ def check_rank(lora: Lora, spec: ModelSpec) -> None:
     Raises:
       ConfigError: the rank is larger than the narrowest side of an adapted matrix.
     """
+    if not lora.rank:
+        return
     declared = matrices(spec)
     if missing := [t for t in lora.targets if TARGETS[t] not in declared]:
         there = ", ".join(t for t, name in TARGETS.items() if name in declared)
