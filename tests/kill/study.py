@@ -6,8 +6,8 @@ import pathlib
 from flax import nnx
 
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.export import export
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import export
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.tokenizer import build
 from deltapref_jax.synthetic.world import problem, solution
