@@ -157,6 +157,12 @@ class MeshShape:
     # only, and never chosen.
     context: int = 0
 
+    @property
+    def stated(self) -> str:
+        """The sizes that are not 0, such as "data=2 fsdp=-1"; empty if all are to be chosen."""
+        sizes = dataclasses.asdict(self)
+        return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size)
+
 
 @dataclasses.dataclass
 class Model:

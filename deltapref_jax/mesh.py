@@ -69,14 +69,14 @@ def fit_shape(
         that fit.
     """
     stated = _stated(shape)
-    named = " ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(shape).items() if n)
     agrees = Condition(
         lambda s: all(s[axis] == size for axis, size in stated.items()),
         lambda _: (
-            f"{field} is {named} and there are {devices.words}; the sizes must multiply to that"
+            f"{field} is {shape.stated} and there {'is' if devices.total == 1 else 'are'} "
+            f"{devices.words}; the sizes must multiply to that"
         ),
     )
-    needed = [_spans_slices(f"{field} is {named or 'not stated'}", devices), *conditions]
+    needed = [_spans_slices(f"{field} is {shape.stated or 'not stated'}", devices), *conditions]
     shapes = every = _shapes(devices.total)
     for condition in (agrees, *needed):
         left = [s for s in shapes if condition.holds(s)]
@@ -101,24 +101,34 @@ def _spans_slices(beginning: str, devices: Devices) -> Condition:
     )
 
 
-def rows_divide(field: str, batch: Batch, devices: Devices) -> list[Condition]:
+def rows_divide(field: str, shape: MeshShape, batch: Batch, devices: Devices) -> list[Condition]:
     """Conditions that the rows of a batch divide over data x fsdp, and its columns over context.
 
     Args:
       field: the config field of the mesh, for messages.
+      shape: what the config states of the mesh, for messages.
       batch: what the mesh spreads.
       devices: what the mesh is made over.
     """
     where, name, rows, row_length = batch
+
+    def rows_sentence(shapes: list[Sizes]) -> str:
+        shards = min(s[0] * s[1] for s in shapes)
+        if shape.stated:
+            return (
+                f"{where}.{name} is {rows} and {field} spreads {name} over {shards} of "
+                f"{devices.words} (data x fsdp); make {name} a multiple of that"
+            )
+        # A mesh that is chosen fails only because data x fsdp must span slices or hosts.
+        places = "slices" if devices.platform == "tpu" else "hosts"
+        return (
+            f"{where}.{name} is {rows} and {field} states no size, so that a mesh is chosen, but "
+            f"each over {devices.words} in {devices.slices} {places} spreads {name} over at least "
+            f"{shards} (data x fsdp); set {where}.{name} to a multiple of that"
+        )
+
     return [
-        Condition(
-            lambda s: rows % (s[0] * s[1]) == 0,
-            lambda shapes: (
-                f"{where}.{name} is {rows} and {field} spreads {name} over "
-                f"{min(s[0] * s[1] for s in shapes)} of {devices.words} (data x fsdp); make {name} "
-                "a multiple of that"
-            ),
-        ),
+        Condition(lambda s: rows % (s[0] * s[1]) == 0, rows_sentence),
         Condition(
             lambda s: row_length % s[3] == 0,
             lambda shapes: (

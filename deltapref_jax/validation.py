@@ -87,7 +87,7 @@ def _refuse_unread(field: str, value: Any, default: Any, is_read: Any, reason: s
     if value != default and not is_read:
         raise ConfigError(
             f"{field} is {_shown(value)} and nothing reads it, for {reason}; leave it at "
-            f"{default!r}."
+            f"{_shown(default)}."
         )
 
 
@@ -189,6 +189,8 @@ def _check_rows(field: str, rows: int, row_length: int) -> None:
 
 def _shown(value: Any) -> str:
     """A value for a sentence; Python refuses to write whole numbers of thousands of digits."""
+    if isinstance(value, MeshShape):
+        return value.stated or "0 in every size"
     try:
         return repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}…"
     except ValueError:
@@ -212,8 +214,8 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
             )
         if prompts.count < len(prompts.tasks):
             raise ConfigError(
-                f"{field}.count is {prompts.count}; it must be at least the {len(prompts.tasks)} "
-                "tasks."
+                f"{field}.count is {prompts.count}; it must be at least "
+                f"{len(prompts.tasks)}, the number of its tasks."
             )
     elif not prompts.path:
         raise ConfigError(
@@ -602,8 +604,8 @@ def _check_mesh(field: str, mesh: MeshShape, row_length: tuple[str, int] | None 
     sizes = dataclasses.asdict(mesh)
     if list(sizes.values()).count(-1) > 1 or min(sizes.values()) < -1:
         raise ConfigError(
-            f"{field} is {mesh}; sizes are positive, 0 where they are to be chosen, and at most "
-            "one is -1."
+            f"{field} is {mesh.stated}; sizes are positive, 0 where they are to be chosen, "
+            "and at most one is -1."
         )
     for axis, size in sizes.items():
         _check_range(f"{field}.{axis}", size, -1, 2**20, "no pod has more devices")

@@ -41,6 +41,8 @@ _PATH = re.compile(r"(--?config)((?:\.\w+|\[[^\]]*\])+)(=.*)?", re.DOTALL)
 """A flag for a field: the config, the path within it, and the value."""
 _PART = re.compile(r"\.(\w+)|\[([^\]]*)\]")
 """One step of a path: a field's name, or an item's name or number."""
+_OTHER_CODES = (1, 2, 130)
+"""Exit codes that cannot mean a preemption as well: a traceback, an error to fix, Ctrl-C."""
 
 
 class _NoSuchPath(ValueError):
@@ -85,6 +87,11 @@ def _define_preempted_exit_code() -> None:
             "again. Schedulers restart on some codes only (docs/running.md).",
             lower_bound=1,
             upper_bound=255,
+        )
+        flags.register_validator(
+            "preempted_exit_code",
+            lambda code: code not in _OTHER_CODES,
+            "1, 2 and 130 mean an exception, an error to fix and Ctrl-C; choose another code",
         )
 
 

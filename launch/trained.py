@@ -67,8 +67,10 @@ def _show_speed(console: Console, policy: Policy, stats: dict[str, float]) -> No
     unit = OBJECTIVE_KINDS[policy.objective.kind].unit
     whole = batch < wanted * (2 if unit == "example" else 1)
     console.print(
-        f"{stats['steps']:,.0f} steps of {batch:,} {'pairs' if unit == 'pair' else 'examples'}"
-        + f", which are all there are (config.training.pairs_per_step is {wanted:,})" * whole,
+        f"{stats['steps']:,.0f} step{'s' * (stats['steps'] != 1)} of {batch:,} "
+        f"{'pair' if unit == 'pair' else 'example'}{'s' * (batch != 1)}"
+        + f", which are all there are (config.training.pairs_per_step is {wanted:,})"
+        * whole,
         soft_wrap=True,
     )
     if stats["seconds_steady"]:

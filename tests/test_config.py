@@ -65,7 +65,11 @@ CASES = [  # path of a field, value, sentence
         "chain",
         "config.prompts[0].tasks is 'chain'; it must be a tuple, such as (value,).",
     ),
-    ("prompts.0.count", 1, "config.prompts[0].count is 1; it must be at least the 2 tasks."),
+    (
+        "prompts.0.count",
+        1,
+        "config.prompts[0].count is 1; it must be at least 2, the number of its tasks.",
+    ),
     ("prompts.0.difficulty", 0, "config.prompts[0].difficulty is 0; it must be at least 1."),
     ("prompts.0.seed", -3, "config.prompts[0].seed is -3; it must be at least 0."),
     (
@@ -463,14 +467,14 @@ CASES = [  # path of a field, value, sentence
     (
         "training.mesh",
         MeshShape(-1, -1),
-        "config.training.mesh is MeshShape(data=-1, fsdp=-1, tensor=0, context=0); sizes are "
-        "positive, 0 where they are to be chosen, and at most one is -1.",
+        "config.training.mesh is data=-1 fsdp=-1; sizes are positive, 0 where they are to "
+        "be chosen, and at most one is -1.",
     ),
     (
         "generators.1.mesh.tensor",
         -2,
-        "config.generators[1].mesh is MeshShape(data=0, fsdp=0, tensor=-2, context=0); sizes are "
-        "positive, 0 where they are to be chosen, and at most one is -1.",
+        "config.generators[1].mesh is tensor=-2; sizes are positive, 0 where they are to "
+        "be chosen, and at most one is -1.",
     ),
     (
         "scoring.mesh.fsdp",
@@ -491,8 +495,8 @@ CASES = [  # path of a field, value, sentence
     (
         "judges.1",
         Judge(name="n", kind="exact", mesh=MeshShape(2)),
-        "mesh of judge 'n' is MeshShape(data=2, fsdp=0, tensor=0, context=0) and nothing reads "
-        "it, for its kind is 'exact'; leave it at MeshShape(data=0, fsdp=0, tensor=0, context=0).",
+        "mesh of judge 'n' is data=2 and nothing reads it, for its kind is 'exact'; leave it at 0 "
+        "in every size.",
     ),
     (
         "training.remat",

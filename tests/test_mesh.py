@@ -69,7 +69,7 @@ GPUS = Devices(16, 8, 2, "gpu")
 
 def fitted(shape, devices=POD, rows=32, row_length=512, **more):
     conditions = rows_divide(
-        "config.m", Batch("config.training", "rows", rows, row_length), devices
+        "config.m", shape, Batch("config.training", "rows", rows, row_length), devices
     )
     return dataclasses.astuple(fit_shape("config.m", shape, devices, conditions, **more))
 
@@ -131,8 +131,24 @@ def test_sizes_that_are_not_stated_are_chosen(shape, devices, rows, sizes):
             MeshShape(),
             SLICES,
             3,
-            "config.training.rows is 3 and config.m spreads rows over 2 of 32 devices (data x "
-            "fsdp); make rows a multiple of that.",
+            "config.training.rows is 3 and config.m states no size, so that a mesh is chosen, but "
+            "each over 32 devices in 2 slices spreads rows over at least 2 (data x fsdp); set "
+            "config.training.rows to a multiple of that.",
+        ),
+        (
+            MeshShape(),
+            Devices(4, 1, 4, "cpu"),
+            2,
+            "config.training.rows is 2 and config.m states no size, so that a mesh is chosen, but "
+            "each over 4 devices in 4 hosts spreads rows over at least 4 (data x fsdp); set "
+            "config.training.rows to a multiple of that.",
+        ),
+        (
+            MeshShape(fsdp=4),
+            Devices(1, 1),
+            2,
+            "config.m is fsdp=4 and there is 1 device; the sizes must multiply to that; nearest "
+            "that fits: data=1.",
         ),
         (
             MeshShape(context=16),

@@ -137,6 +137,9 @@ run_main({main})
         ("lost", ["--preempted_exit_code=137"], 137),
         ("main", ["--preempted_exit_code=0"], 2),
         ("main", ["--preempted_exit_code=256"], 2),
+        ("main", ["--preempted_exit_code=1"], 2),
+        ("main", ["--preempted_exit_code=2"], 2),
+        ("main", ["--preempted_exit_code=130"], 2),
     ],
 )
 def test_a_flag_chooses_the_exit_code_after_a_preemption(main, flags, code):

@@ -112,7 +112,8 @@ def fit_training(t: Training, student: Model, devices: Devices, spec_of: SpecOf)
     width = 2 if t.lora.rank else 8 + 2 * _BYTES[t.moments]
     what = "weights" if t.lora.rank else "weights, gradients and moments"
     field = "config.training.mesh"
-    conditions = rows_divide(field, Batch("config.training", "rows", t.rows, t.row_length), devices)
+    batch = Batch("config.training", "rows", t.rows, t.row_length)
+    conditions = rows_divide(field, t.mesh, batch, devices)
     conditions += _has_room(field, what, student, width, devices, spec_of)
     return dataclasses.replace(t, mesh=fit_shape(field, t.mesh, devices, conditions))
 
@@ -121,7 +122,7 @@ def _fit_scoring(
     field: str, shape: MeshShape, s: Scoring, model: Model, devices: Devices, spec_of: SpecOf
 ) -> MeshShape:
     batch = Batch("config.scoring", "rows", s.rows, s.row_length)
-    conditions = rows_divide(field, batch, devices)
+    conditions = rows_divide(field, shape, batch, devices)
     # Their weights stay float32 whatever the dtype of the computation.
     conditions += _has_room(field, "weights", model, 4, devices, spec_of)
     return fit_shape(field, shape, devices, conditions)
@@ -146,7 +147,7 @@ def _fit_sampling(
         """Decoding reads all weights at every step, so it gathers none over fsdp if it need not."""
         return not has_cache(sizes), sizes[1], -sizes[0]
 
-    conditions = rows_divide(field, Batch("config.sampling", "slots", s.slots), host)
+    conditions = rows_divide(field, shape, Batch("config.sampling", "slots", s.slots), host)
     conditions += _has_room(field, "weights", model, width, host, spec_of)
     return fit_shape(field, shape, host, conditions, copies_first)
 
