@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from deltapref_jax.cluster import detected_slices, local_device_ids, visible_gpus
 from deltapref_jax.config import ConfigError
-from deltapref_jax.processes import described_processes
+from deltapref_jax.job import described_job
 
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _TWO_A_CHIP = ("v2", "v3", "tpu7x")  # TPU versions whose chips are two devices each
@@ -81,15 +81,16 @@ def assumed_devices(stated: str = "") -> Devices:
         hosts as the environment describes, with as many devices as this one.
 
     Raises:
-      ConfigError: `stated` is something else.
+      ConfigError: `stated` is something else, or the job cannot be read (`described_job`).
     """
     import jax
 
     # Nothing after this touches an accelerator, which another process may be using.
     jax.config.update("jax_platforms", "cpu")
+    job = described_job()  # What a run would refuse is refused with stated devices too.
     if not stated:
         platform, per_host = _host_devices()
-        hosts = described_processes()
+        hosts = job.processes
         slices = detected_slices() if platform == "tpu" else hosts
         return Devices(hosts * per_host, per_host, slices, platform)
     match = re.fullmatch(r"(?:(tpu|gpu):)?(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", stated)

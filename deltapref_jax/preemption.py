@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from deltapref_jax.display import printable
+from deltapref_jax.job import is_joining
 from deltapref_jax.processes import process_count, process_index
 
 
@@ -252,7 +253,8 @@ def exit_process(code: int = 0) -> NoReturn:
     run after them may hang or abort (exit code 134 instead of `code`): on a busy machine that was
     seen in one of a dozen to thirty exits.
     """
-    atexit._run_exitfuncs()
+    if not is_joining():  # JAX's handler would wait for a job that this process is not part of.
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

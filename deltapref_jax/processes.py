@@ -6,12 +6,11 @@ Importing this module does not import JAX, so that a program can check its flags
 import contextlib
 import functools
 import importlib.metadata
-import os
 import platform
 import sys
 from typing import Any
 
-from deltapref_jax.cluster import detected_processes, local_device_ids
+from deltapref_jax.job import described_job, join
 
 _PACKAGES = (
     "jax",
@@ -25,38 +24,23 @@ _PACKAGES = (
 )
 
 
-def start_processes() -> None:
+def start_processes(timeout: int = 300) -> None:
     """Joins the multi-process JAX job that the environment describes; a lone process goes on.
 
     JAX itself detects jobs of Open MPI, SLURM, GKE, Cloud TPU VMs and indexed Jobs of Kubernetes.
     `JAX_COORDINATOR_ADDRESS`, with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, describes a job where
     JAX detects none. `JAX_NUM_PROCESSES=1` without an address keeps a process alone anywhere.
 
-    Raises:
-      ConfigError: the tasks of a node cannot share its GPUs evenly.
-      RuntimeError: the coordinator does not answer, or the metadata server of a Cloud TPU fails.
-    """
-    import jax
-
-    explicit: dict[str, Any] = {
-        name: int(os.environ[key])
-        for name, key in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
-        if key in os.environ
-    }
-    if not os.environ.get("JAX_COORDINATOR_ADDRESS") and (
-        explicit.get("num_processes") == 1 or detected_processes() == 1
-    ):
-        return
-    jax.distributed.initialize(**explicit, local_device_ids=local_device_ids())
-
-
-def described_processes() -> int:
-    """The number of processes of the job that the environment describes, without joining it.
+    Args:
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      RuntimeError: the metadata server of a Cloud TPU fails.
+      ConfigError: the environment describes half a job, or one that cannot be read or joined; the
+        tasks of a node cannot share its GPUs evenly; or the metadata server of a Cloud TPU fails.
     """
-    return int(os.environ.get("JAX_NUM_PROCESSES") or detected_processes())
+    job = described_job()
+    if not job.alone:
+        join(job, timeout)
 
 
 def _distributed_jax() -> Any:

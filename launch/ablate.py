@@ -26,7 +26,7 @@ from deltapref_jax.config import ConfigError, Experiment
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate
-from launch.flags import define_profile_steps, run_main, window
+from launch.flags import define_initialization_timeout, define_profile_steps, run_main, window
 
 if TYPE_CHECKING:
     from deltapref_jax.stages.report import Report
@@ -48,6 +48,7 @@ _ONLY = flags.DEFINE_string(
 )
 _VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of everything that stands.")
 _PROFILE = define_profile_steps()
+_TIMEOUT = define_initialization_timeout()
 
 
 def main(_: list[str]) -> None:
@@ -62,6 +63,7 @@ def main(_: list[str]) -> None:
         )
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.cluster import unused_variables
     from deltapref_jax.devices import assumed_devices, attached_devices
     from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
@@ -72,7 +74,7 @@ def main(_: list[str]) -> None:
     if _DRY_RUN.value:  # A job would be joined only when all of its hosts run the command.
         devices = assumed_devices(_DEVICES.value)
     else:
-        start_processes()
+        start_processes(_TIMEOUT.value)
         install_group_shutdown(release_all)
         devices = attached_devices()
     workspace = Workspace(e.workspace)
@@ -88,6 +90,8 @@ def main(_: list[str]) -> None:
             soft_wrap=True,
         )
     if process_index() == 0:
+        if not _DEVICES.value and (unused := unused_variables()):
+            console.print(unused, soft_wrap=True, markup=False, highlight=False)
         inspect = functools.cache(inspect_model)
         for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
             console.print(line, soft_wrap=True)

@@ -106,6 +106,16 @@ def define_profile_steps() -> flags.FlagHolder[str]:
     )
 
 
+def define_initialization_timeout() -> flags.FlagHolder[int]:
+    """Defines the flag `--initialization_timeout`, in seconds."""
+    return define_count(
+        "initialization_timeout",
+        300,
+        "Seconds to wait for the other processes of a JAX job when it starts, as in "
+        "jax.distributed.initialize.",
+    )
+
+
 def define_count(name: str, default: int, meaning: str, most: int = 2**20) -> flags.FlagHolder[int]:
     """Defines a flag for a whole number from 1 to `most`."""
     return flags.DEFINE_integer(name, default, meaning, lower_bound=1, upper_bound=most)

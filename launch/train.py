@@ -64,7 +64,7 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate_pair_training
-from launch.flags import define_profile_steps, run_main, window
+from launch.flags import define_initialization_timeout, define_profile_steps, run_main, window
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -72,6 +72,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "Python file whose get_config() gives a PairTraining; without one, configs/train.py.",
 )
 _PROFILE = define_profile_steps()
+_TIMEOUT = define_initialization_timeout()
 
 
 def main(_: list[str]) -> None:
@@ -80,6 +81,7 @@ def main(_: list[str]) -> None:
     profile = window(_PROFILE.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
+    from deltapref_jax.cluster import unused_variables
     from deltapref_jax.devices import attached_devices
     from deltapref_jax.mesh import is_first
     from deltapref_jax.models.weights import inspect_model
@@ -89,11 +91,13 @@ def main(_: list[str]) -> None:
     from deltapref_jax.stages.pairs_file import check, plan
     from launch.trained import show
 
-    start_processes()
+    start_processes(_TIMEOUT.value)
     install_group_shutdown(release_all)
     workspace = Workspace(p.workspace)
     policy, console = plan(p, profile, attached_devices()), plain_console()
     if is_first():
+        if unused := unused_variables():
+            console.print(unused, soft_wrap=True, markup=False, highlight=False)
         for line in training_lines(
             policy.training, policy.student, lambda path: inspect_model(path)[0]
         ):

@@ -170,7 +170,7 @@ def test_a_tpu_host_without_a_metadata_server_starts_alone(joined, monkeypatch):
 def test_a_metadata_server_that_fails_does_not_make_a_host_run_alone(joined, metadata, monkeypatch):
     monkeypatch.setattr(cluster, "_METADATA_ATTEMPTS", 1)
     metadata[0]["agent-worker-number"] = 503
-    with pytest.raises(RuntimeError) as e:
+    with pytest.raises(ConfigError) as e:
         joined({"GCE_METADATA_IP": metadata[1]}, tpu=True)
     assert str(e.value) == (
         f"The metadata server {metadata[1]} does not say whether this host belongs to a TPU pod "
@@ -188,7 +188,7 @@ ONE_A_NODE = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_NODEID": "2"}
         (ONE_A_NODE | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [*range(8)]),
         (ONE_A_NODE | {"SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
         (ONE_A_NODE | {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
-        (ONE_A_NODE | {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
+        (ONE_A_NODE | {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "1"}, [1]),
         (SLURM | {"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3]),
         (SLURM | {"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0"}, [0]),
         (
