@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from deltapref_jax.cluster import detected_slices, local_device_ids, visible_gpus
 from deltapref_jax.config import ConfigError
-from deltapref_jax.job import described_job
+from deltapref_jax.jax_job import described_job
 
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _TWO_A_CHIP = ("v2", "v3", "tpu7x")  # TPU versions whose chips are two devices each

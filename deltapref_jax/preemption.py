@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from deltapref_jax.display import printable
-from deltapref_jax.job import is_joining
+from deltapref_jax.jax_job import is_joining
 from deltapref_jax.processes import process_count, process_index
 
 

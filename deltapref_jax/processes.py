@@ -10,7 +10,7 @@ import platform
 import sys
 from typing import Any
 
-from deltapref_jax.job import described_job, join
+from deltapref_jax.jax_job import described_job, join
 
 _PACKAGES = (
     "jax",

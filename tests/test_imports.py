@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config", "display"},
     {"cluster"},
-    {"job"},
+    {"jax_job"},
     {"records", "progress", "processes", "validation"},
     {"files", "devices"},
     {"artifacts", "hub", "mesh", "preemption"},

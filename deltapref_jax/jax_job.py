@@ -17,7 +17,7 @@ _MARGIN_SECONDS = 600  # by which JAX gives up later than `join`, whose sentence
 _LAST_PORT = 65535
 
 
-class Job(NamedTuple):
+class JaxJob(NamedTuple):
     """A JAX job as seen by one of its processes.
 
     Attributes:
@@ -36,7 +36,7 @@ class Job(NamedTuple):
         return self.processes == 1 and not self.address
 
 
-def described_job() -> Job:
+def described_job() -> JaxJob:
     """The job that JAX_* variables describe, with JAX's own detection for what they leave out.
 
     Raises:
@@ -50,17 +50,17 @@ def described_job() -> Job:
     if count and index is not None:
         _check_index(index, count)
     if count == 1 and not address:
-        return Job()
+        return JaxJob()
     if address and count and index is not None:
-        return Job(count, index, address)
+        return JaxJob(count, index, address)
     detected = detected_job()
     if detected is None or (detected[0] == 1 and not address):
         _refuse_half()
-        return Job()
+        return JaxJob()
     count, index = count or detected[0], detected[1] if index is None else index
     if index is not None:
         _check_index(index, count)
-    return Job(count, index, address)
+    return JaxJob(count, index, address)
 
 
 def _stated_address(key: str) -> str:
@@ -117,7 +117,7 @@ def is_joining() -> bool:
     return _joining
 
 
-def join(job: Job, timeout: int) -> None:
+def join(job: JaxJob, timeout: int) -> None:
     """Joins a job, and says first what is waited for.
 
     JAX waits in C++, where no signal handler of Python runs. So it waits in a thread of its own,
@@ -164,7 +164,7 @@ def join(job: Job, timeout: int) -> None:
     _joining = False
 
 
-def _initialize(known: list[Job], timeout: int) -> None:
+def _initialize(known: list[JaxJob], timeout: int) -> None:
     """Detects what `known[-1]` lacks, appends the whole job, and lets JAX join it."""
     import jax
     from jax._src import clusters
@@ -174,7 +174,7 @@ def _initialize(known: list[Job], timeout: int) -> None:
         address or None, processes, index, local_device_ids(), None, timeout
     )
     address, processes, index, ids = detected
-    job = Job(processes, index, address)
+    job = JaxJob(processes, index, address)
     known.append(job)
     if index == 0:
         _check_port(address)

@@ -12,7 +12,7 @@ import pytest
 
 from deltapref_jax.cluster import unused_variables
 from deltapref_jax.config import ConfigError
-from deltapref_jax.job import Job, described_job
+from deltapref_jax.jax_job import JaxJob, described_job
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_", "GCE_", "CUDA_")
@@ -53,16 +53,16 @@ def described(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "tpu", "job"),
     [
-        ({}, False, Job()),
-        ({COUNT: "", INDEX: ""}, False, Job()),
-        ({COUNT: "1", INDEX: "0"}, False, Job()),
-        ({INDEX: "0"}, False, Job()),
-        (SLURM | {COUNT: "1"}, False, Job()),
-        ({ADDRESS: "[::1]:80", COUNT: "4", INDEX: "3"}, False, Job(4, 3, "[::1]:80")),
-        ({ADDRESS: "host:1"} | SLURM, False, Job(2, 1, "host:1")),
-        (SLURM, False, Job(2, 1)),
-        (OPEN_MPI, False, Job(3, 1)),
-        (GKE, True, Job(4)),
+        ({}, False, JaxJob()),
+        ({COUNT: "", INDEX: ""}, False, JaxJob()),
+        ({COUNT: "1", INDEX: "0"}, False, JaxJob()),
+        ({INDEX: "0"}, False, JaxJob()),
+        (SLURM | {COUNT: "1"}, False, JaxJob()),
+        ({ADDRESS: "[::1]:80", COUNT: "4", INDEX: "3"}, False, JaxJob(4, 3, "[::1]:80")),
+        ({ADDRESS: "host:1"} | SLURM, False, JaxJob(2, 1, "host:1")),
+        (SLURM, False, JaxJob(2, 1)),
+        (OPEN_MPI, False, JaxJob(3, 1)),
+        (GKE, True, JaxJob(4)),
     ],
 )
 def test_a_whole_description_is_read(described, variables, tpu, job):
