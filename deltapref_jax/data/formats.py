@@ -99,6 +99,7 @@ def read_example(row: Row, name: str, vocab: int, columns: Set[str]) -> Example:
         prompt = _ids(row, "prompt_ids", vocab)
         other = _mismatched_prompt(row, prompt, vocab)
         return Example(prompt, (completion,), _label(row.get("label")), mismatched_prompt=other)
+    completions: tuple[Any, ...]
     prompt, completions = _paired(row, columns) if name == "paired" else _unpaired(row)
     label = None if name == "paired" else _label(row.get("label"))
     _check_question(row, prompt)
