@@ -505,3 +505,12 @@ def test_the_first_study_is_planned(tmp_path, monkeypatch):
     run([node], workspace, show=False)
     (question,) = workspace.rows(Prompt, node)
     assert (question.question, question.answer, question.checker) == ("What is 1 + 3?", "4", "math")
+
+
+def test_the_tests_of_inputs_that_once_went_wrong_are_there():
+    page = (ROOT / "docs" / "formats.md").read_text()
+    part = page.split("## Inputs that once went wrong\n")[1].split("\n### ")[0]
+    named = re.findall(r"`(\S+\.py)::(test_\w+)`", part)
+    assert len(named) == part.count("\n- ") > 10
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name

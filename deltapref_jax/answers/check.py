@@ -106,26 +106,37 @@ def _compare(gold: str, said: str, kind: str) -> Verdict:
     head = reading.formula_reading(said)
     if values := _gold_number(gold):
         if found := reading.number(said):
-            return Verdict(bool(found[0] & values), found[1], "")
+            product = reading.factorial(said) if kind == "math" else None
+            return Verdict(bool(found[0] & values) or product in values, found[1], "")
         if reading.several(said):
             return Verdict(False, said, "")
     else:
         for candidate in [*reading.readings(said), head]:
             if _same_words(candidate, gold) or reading.same_formula(candidate, gold):
                 return Verdict(True, candidate.strip("*_ "), "")
-    if kind == "exact" or reading.is_words(gold) or _is_digits(gold) or not head:
+    if (
+        kind == "exact"
+        or reading.is_words(gold)
+        or _is_digits(gold)
+        or not head
+        or _CLOCK.search(head)
+    ):
         return Verdict(False, head, "")
-    request = {"kind": "math", "gold": reading.normalize(gold), "answer": head}
+    head_formula = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", head)
+    request = {"kind": "math", "gold": reading.normalize(gold), "answer": head_formula}
     correct, note = _worker.grade(request)
     return Verdict(correct, head, note)
 
 
+_CLOCK = re.compile(r"\d:\d\d\s*[ap]\.?m\b", re.IGNORECASE)  # math-verify takes it for a ratio
 _TRUTH = {"yes": "true", "no": "false"}
 
 
 def _same_words(said: str, gold: str) -> bool:
     """Whether both have the same words; yes and no are answers to what is true and false."""
     one, other = reading.words(said), reading.words(gold)
+    if re.fullmatch(r"\d{1,2}:\d{2}", other):  # a clock of 24 hours, or of 12 in the morning
+        one = re.sub(r"\s*am$", "", one)
     return _TRUTH.get(one, one) == _TRUTH.get(other, other)
 
 

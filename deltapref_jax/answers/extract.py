@@ -25,6 +25,17 @@ _REVISED = re.compile(
     r"(?:that|this) (?:is|was) (?:wrong|incorrect|not right))\b",
     re.IGNORECASE,
 )
+# "Wait, no. It's 7." corrects what was announced before, where the number is all that is said.
+_CORRECTED = re.compile(
+    r"\b(?:it's|it is|it should be|that's|i mean|make that)\s{1,3}"
+    r"(\$?-?\d[\d,]{0,20}(?:\.\d{1,20})?\$?)(?=[.!]?\s*(?:\Z|\n))",
+    re.IGNORECASE,
+)
+_INVERTED = re.compile(  # "Thus 5 is the answer"
+    r"(?:\A|\n|[.!:]\s|\b(?:so|thus|hence|therefore),?\s)[ \t*_]{0,9}"
+    r"(\$?-?\d[\d,]{0,20}(?:\.\d{1,20})?\$?)[*_]{0,2} is the (?:final |correct |right )?answer\b",
+    re.IGNORECASE,
+)
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s{0,9}\{)|\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;()\[\]\\]{0,20}(?:\\text\{)?[\s$,]{0,9}(and|or|,)?[\s$,}()\[\]\\]{0,20}"
@@ -168,8 +179,11 @@ def _said(text: str) -> str:
     for marker in reversed(list(_MARKER.finditer(text))):
         line = _line(text, marker.end()).strip().rstrip("*_")
         if line.strip("*_.:$ ") and not _NO_STATEMENT.match(line):
-            return line
-    return ""
+            revised = _REVISED.search(text, marker.end())
+            corrected = _CORRECTED.search(text, revised.end()) if revised else None
+            return corrected[1] if corrected else line
+    inverted = _INVERTED.findall(text)
+    return inverted[-1] if inverted else ""
 
 
 def statement(text: str) -> Statement:
@@ -195,8 +209,17 @@ def statement(text: str) -> Statement:
     if line := _said(text):
         return Statement(line, "line")
     exact = _APPROXIMATION.sub("", text)
-    numbers = _NUMBER.findall(exact) or _NUMBER.findall(text)
+    numbers = _numbers(exact) or _numbers(text)
     return Statement(numbers[-1] if numbers else "", "number")
+
+
+def _numbers(text: str) -> list[str]:
+    """Numbers in the text, without those that "not" stands before."""
+    return [
+        m[0]
+        for m in _NUMBER.finditer(text)
+        if not _REJECTED.search(text, max(0, m.start() - 40), m.start())
+    ]
 
 
 def last_formula(text: str) -> str:

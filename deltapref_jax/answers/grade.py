@@ -33,7 +33,7 @@ def math(request: Mapping[str, Any]) -> Grader:
         gold = parse(f"${request['gold']}$", parsing_timeout=None)
         said = parse(f"${answer}$", parsing_timeout=None)
         if verify(gold, said, timeout_seconds=None):
-            return True
+            return not _is_rounded(gold, said)
         # math-verify takes an interval for an inequality, and not the other way round.
         interval = re.fullmatch(r"\s*[(\[].*,.*[)\]]\s*", request["gold"])
         if interval and re.search(r"[<>]|\\[lg]e", answer):
@@ -41,6 +41,21 @@ def math(request: Mapping[str, Any]) -> Grader:
         return False
 
     return right
+
+
+def _is_rounded(gold: list[Any], said: list[Any]) -> bool:
+    """Whether the answer is a decimal that is the reference in six digits, and not exactly.
+
+    math-verify rounds both before it compares them.
+    """
+    import sympy
+
+    one, other = (parsed[0] if parsed else None for parsed in (gold, said))
+    one, other = (x.rhs if isinstance(x, sympy.Eq) else x for x in (one, other))
+    if not isinstance(one, sympy.Expr) or not isinstance(other, sympy.Float | sympy.Rational):
+        return False
+    apart = sympy.nsimplify(one, rational=True) - sympy.Rational(str(other))
+    return bool(apart.is_number and abs(sympy.N(apart, 50)) > 1e-30)
 
 
 # Their scorers compare boards as tuples of tuples, which the prompt's JSON has turned into lists.

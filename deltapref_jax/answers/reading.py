@@ -5,6 +5,7 @@ The reference answer says which of these is wanted; it says nothing about the va
 because they commit to no single one.
 """
 
+import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -217,6 +218,12 @@ def _at_start(head: str) -> tuple[frozenset[Fraction], str] | None:
 
 
 _FACTORIAL = re.compile(r"\s*\$[^$]*[\w)]!\s*\$[\s.]*")  # "$5!$"; behind words it ends a sentence
+
+
+def factorial(text: str) -> Fraction | None:
+    """The value of "3!" where that is all that is said; None of other text and above 20!."""
+    m = re.fullmatch(r"\s*\$?\s*(\d{1,2})!\s*\$?\s*", text)
+    return Fraction(math.factorial(int(m[1]))) if m and int(m[1]) <= 20 else None
 
 
 def number(text: str) -> tuple[frozenset[Fraction], str] | None:

@@ -165,18 +165,42 @@ def _first_line(e: Exception) -> str:
     return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in a JSON object, of which `json` keeps the last in silence."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of `json`, which itself keeps the last value of a repeated key.
+
+    Raises:
+      RepeatedKeyError: a key stands twice.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object")
+    return row
+
+
 def json_row(line: bytes) -> dict[str, Any]:
     """A line of a JSON lines file.
 
     Raises:
-      ValueError: the line is not a JSON object, or has half of a surrogate pair, which is no text.
+      ValueError: the line is not a JSON object, has a key twice in one object, or has half of a
+        surrogate pair, which is no text.
     """
     try:
-        row = json.loads(line.strip())
+        row = json.loads(line.strip(), object_pairs_hook=unique_keys)
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = ascii(e.object[e.start]).strip("'")
+        raise ValueError(f"half a surrogate pair ({half}), which is no text") from e
     except UnicodeError as e:
         raise ValueError(f"not JSON ({e})") from e
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError) as e:  # part of a longer value, or nested too deep
         raise ValueError(f"not JSON ({e}); a file has one object a line") from e
     if not isinstance(row, dict):

@@ -12,23 +12,23 @@ that the conversations repeat are understood too. `data.messages` lists the form
 column `tools` may hold the JSON schemas of tools in OpenAI's form.
 """
 
+import difflib
 import json
+import re
 from collections.abc import Collection, Set
 from typing import Any
 
 import numpy as np
 
 from deltapref_jax.config import ConfigError
-from deltapref_jax.data.messages import Row, content
+from deltapref_jax.data.messages import QUESTION_PARTS, Row, content, unread_part
 from deltapref_jax.text.preference import ANSWERS, Example
 
-# Columns that change what a generator was asked, and that no format has a place for.
-_INSTRUCTIONS = ("system", "system_prompt", "system_message", "functions")
 FORMATS = {  # columns that decide (the first match wins), then the other columns that are read
     "token ids, paired": (("prompt_ids", "chosen_ids", "rejected_ids"), ()),
     "token ids, unpaired": (("prompt_ids", "completion_ids", "label"), ("mismatched_prompt_ids",)),
-    "paired": (("chosen", "rejected"), ("prompt", "tools", *_INSTRUCTIONS)),
-    "unpaired": (("prompt", "completion", "label"), ("tools", *_INSTRUCTIONS)),
+    "paired": (("chosen", "rejected"), ("prompt", "tools", *QUESTION_PARTS)),
+    "unpaired": (("prompt", "completion", "label"), ("tools", *QUESTION_PARTS)),
 }
 # Names that other formats give to what an answer replies to.
 PROMPT_LIKE = {
@@ -48,11 +48,30 @@ def format_of(path: str, columns: Collection[str]) -> str:
     for name, (deciding, _) in FORMATS.items():
         if set(deciding) <= set(columns):
             return name
+    near = [f"{c!r} is perhaps {k!r}" for c in sorted(columns) if (k := _near(c, columns))]
+    hint = f" ({', '.join(near)})" if near else ""
     known = "; ".join(", ".join(deciding) for deciding, _ in FORMATS.values())
     raise ConfigError(
         f"{path} has the columns {', '.join(sorted(columns)) or '(none)'}, which are no preference "
-        f"data; rename them to one of: {known}."
+        f"data; rename them to one of: {known}{hint}."
     )
+
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("accepted", "preferred", "winner", "positive"), "chosen"),
+    **dict.fromkeys(("dispreferred", "loser", "negative"), "rejected"),
+}
+
+
+def _near(column: str, columns: Collection[str]) -> str | None:
+    """The column of a format that `column` nearly names, and that is not there itself."""
+    names = {c for deciding, _ in FORMATS.values() for c in deciding if not c.endswith("_ids")}
+    if column in names:
+        return None
+    parts = re.split(r"[^a-z]+", column.lower())
+    found = [name for part in parts for name in (_OTHER_NAMES.get(part, part),) if name in names]
+    found += difflib.get_close_matches(column.lower(), sorted(names), 1, 0.85)
+    return next((name for name in found if name not in columns), None)
 
 
 def columns_read(name: str) -> set[str]:
@@ -80,10 +99,55 @@ def read_example(row: Row, name: str, vocab: int, columns: Set[str]) -> Example:
         prompt = _ids(row, "prompt_ids", vocab)
         other = _mismatched_prompt(row, prompt, vocab)
         return Example(prompt, (completion,), _label(row.get("label")), mismatched_prompt=other)
+    completions: tuple[Any, ...]
     prompt, completions = _paired(row, columns) if name == "paired" else _unpaired(row)
     label = None if name == "paired" else _label(row.get("label"))
-    _check_instructions(row, prompt)
+    _check_question(row, prompt)
+    if isinstance(prompt, str):
+        if "prompt" in row:
+            _check_one_repeats(prompt, completions)
+            completions = tuple(without_repeated(prompt, c) for c in completions)
+    else:
+        _check_answers(prompt, completions)
     return Example(prompt, completions, label, _tools(row, prompt))
+
+
+def is_repeated(prompt: str, completion: str) -> bool:
+    """Whether an answer of text begins with its whole prompt, which is no target then.
+
+    A prompt of one or two words ("Hello") says nothing: an answer may begin with the same ones.
+    """
+    return len(prompt.split()) > 2 and completion.startswith(prompt)
+
+
+def without_repeated(prompt: str, completion: str) -> str:
+    """The answer behind the prompt, where it repeats that."""
+    return completion[len(prompt) * is_repeated(prompt, completion) :]
+
+
+def _check_one_repeats(prompt: str, completions: tuple[str, ...]) -> None:
+    repeats = [is_repeated(prompt, completion) for completion in completions]
+    if any(repeats) and not all(repeats):
+        one, other = ("'chosen'", "'rejected'") if repeats[0] else ("'rejected'", "'chosen'")
+        raise ValueError(
+            f"{one} begins with the whole 'prompt' and {other} does not (take it out of {one})"
+        )
+
+
+def _check_answers(prompt: list[Row], completions: tuple[list[Row], ...]) -> None:
+    """Refuses answers of messages that would be another turn, or in which nothing is a target."""
+    for answer in completions:
+        if prompt[-1]["role"] == answer[0]["role"] == "assistant":
+            raise ValueError(
+                "'prompt' ends with a message of the assistant, and the answer would be another "
+                "turn behind it (write its words at the start of both answers)"
+            )
+        spoken = [message for message in answer if message["role"] == "assistant"]
+        if all(message.get("weight") == 0 for message in spoken):
+            raise ValueError(
+                "an answer has no message of the assistant but those with 'weight' 0, so that "
+                "nothing in it is a target"
+            )
 
 
 def without_nulls(value: Any) -> Any:
@@ -137,18 +201,20 @@ def _mismatched_prompt(row: Row, prompt: np.ndarray, vocab: int) -> np.ndarray |
     return other
 
 
-def _check_instructions(row: Row, prompt: Any) -> None:
-    """Refuses a system message or functions in a column of their own that the prompt lacks."""
-    for name in _INSTRUCTIONS:
-        value = row.get(name)
-        if not value or (isinstance(value, str) and not value.strip()):
-            continue
-        held = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
-        if not (isinstance(value, str) and any(value.strip() in text for text in held)):
-            where = "'tools'" if name == "functions" else "a first message of 'prompt'"
-            raise ValueError(
-                f"{name!r} would not be read (give it as {where}, or remove the column)"
-            )
+def _check_question(row: Row, prompt: Any) -> None:
+    """Refuses a part of the question in a column of its own that the prompt does not hold."""
+    asked = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    name = unread_part(row, asked, ())
+    if name is None:
+        return
+    how = "write it into 'prompt'"
+    if name.lower().startswith("system"):
+        how = "give it as a first message of 'prompt'"
+    elif name.lower() == "functions":
+        how = "give it as 'tools'"
+    elif name.lower().startswith("image"):
+        how = "models of text see no image: leave out such rows"
+    raise ValueError(f"{name!r} would not be read ({how}, or remove the column)")
 
 
 def _tools(row: Row, prompt: Any) -> list[Row] | None:
@@ -177,6 +243,9 @@ def _answer(value: Any, column: str) -> list[Row]:
     return messages
 
 
+_BEFORE_DIFFERS = "'chosen' and 'rejected' begin with different messages before the answer"
+
+
 def _paired(row: Row, columns: Set[str]) -> tuple[Any, tuple[Any, Any]]:
     """The prompt, and the chosen and the rejected completion."""
     chosen, rejected = content(row, "chosen"), content(row, "rejected")
@@ -192,6 +261,8 @@ def _paired(row: Row, columns: Set[str]) -> tuple[Any, tuple[Any, Any]]:
     if prompt is None or (isinstance(prompt, str) and whole):
         n = _shared(chosen, rejected)
         if not n:
+            if prompt is not None:
+                raise ValueError(_BEFORE_DIFFERS)
             _check_unread(columns)
             raise ValueError(
                 "the conversations in 'chosen' and 'rejected' share no first message, so there is "
@@ -205,7 +276,7 @@ def _paired(row: Row, columns: Set[str]) -> tuple[Any, tuple[Any, Any]]:
         after, second = _without_prompt(_asked(prompt), rejected, "rejected")
         answers = (first, second)
     if before != after:
-        raise ValueError("'chosen' and 'rejected' begin with different messages before the answer")
+        raise ValueError(_BEFORE_DIFFERS)
     if not all(answers):
         raise ValueError("'chosen' or 'rejected' has no answer behind the prompt")
     return before, answers

@@ -2,11 +2,13 @@
 
 Read are a list of messages, one message alone, one list per key (as Arrow stores them in some
 files), JSON text of these, content in parts of text, and the names of ShareGPT ("from" and "value",
-"human" and "gpt"). Messages may hold tool calls in OpenAI's form.
+"human" and "gpt"). Messages may hold tool calls in OpenAI's form, and `weight` 0 where the
+assistant's words are no target, as in OpenAI's files for fine-tuning.
 """
 
 import json
 import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
 Row = dict[str, Any]
@@ -15,7 +17,15 @@ _ROLES = {  # other names of the roles that chat templates know
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("ai", "assistant", "bot", "chatgpt", "gpt", "model"), "assistant"),
     **{"system": "system", "tool": "tool", "observation": "tool"},
+    **{name: name for name in ("developer", "function", "ipython", "environment")},
 }
+WHOLE_QUESTIONS = {"question", "problem", "query", "instruction"}
+"""Columns that may hold the question in place of `prompt`."""
+QUESTION_PARTS = WHOLE_QUESTIONS | {
+    *("system", "system_prompt", "system_message", "functions", "context", "passage", "input"),
+    *("history", "image", "images", "choices", "options", "endings"),
+}
+"""Columns that are a part of the question, and that neither a pair file nor a study reads."""
 _KEYS = ({"role", "content"}, {"from", "value"})
 _STORED = re.compile(r"\s*(?:\[\s*)?\{\s*[\"'](?:role|content|from|value)[\"']\s*:")
 
@@ -37,6 +47,34 @@ def content(row: Row, column: str) -> Any:
         what = "missing" if value is None else "neither text nor a list of messages"
         raise ValueError(f"{column!r} is {what}")
     return [_message(message, column) for message in value]
+
+
+def unread_part(row: Row, asked: str, read: Collection[str]) -> str | None:
+    """The first column of `QUESTION_PARTS` that holds something which `asked` does not hold.
+
+    Args:
+      row: by column.
+      asked: the text of the prompt.
+      read: columns that are read, which are passed over.
+    """
+    for name in sorted(row):
+        if name in read or name.lower() not in QUESTION_PARTS:
+            continue
+        if any(text.strip() not in asked for text in _texts(row[name])):
+            return name
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a column; of messages their contents, and of ARC's choices their texts."""
+    if isinstance(value, dict):
+        named = [value[key] for key in ("content", "value", "text") if key in value]
+        value = named or list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+    elif value is not None and value is not False and str(value).strip():
+        yield str(value)
 
 
 def _by_key(value: Row, column: str) -> list[Row]:
@@ -102,7 +140,16 @@ def _message(message: Any, column: str) -> Row:
         raise ValueError(
             f"{column!r} has a message of the role 'function_call' (give 'tool_calls')"
         )
-    return message | {"role": _ROLES.get(_role(message), message["role"])}
+    if _role(message) not in _ROLES:
+        raise ValueError(
+            f"{column!r} has a message of the role {message['role']!r}, which is none of "
+            f"{', '.join(dict.fromkeys(_ROLES.values()))}"
+        )
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(
+            f"{column!r} has a message with 'weight' {message['weight']!r}, which must be 0 or 1"
+        )
+    return message | {"role": _ROLES[_role(message)]}
 
 
 def _is_text(part: Any) -> bool:

@@ -22,9 +22,11 @@ from deltapref_jax.data.formats import (
     columns_read,
     format_of,
     is_empty,
+    is_repeated,
     read_example,
     without_nulls,
 )
+from deltapref_jax.data.messages import QUESTION_PARTS, Row
 from deltapref_jax.records import TokenSequence, digest
 from deltapref_jax.text.preference import Example, Tokens, tokenise
 from deltapref_jax.text.template import ChatTokenizer
@@ -33,6 +35,7 @@ Group = list[TokenSequence]
 
 _COUNTED = (  # while blocks are read
     *("read", "prompt_not_prefix", "undesirable", "empty", "empty_prompt", "shared_prompt"),
+    *("merged_prompt", "repeated_prompt", "echoed_prompt", "text_among_messages"),
 )
 
 
@@ -79,9 +82,17 @@ def read_sequences(
         empty                 groups dropped because an answer is empty
         empty_prompt          rows whose prompt has no text
         shared_prompt         rows of text whose prompt is what both answers begin with
+        merged_prompt         groups whose prompt has text and no token: the first one holds the
+                              start of the answer too, so that all is completion
+        repeated_prompt       rows of text whose answers begin with the whole prompt, which is
+                              taken out of them
+        echoed_prompt         rows of text with an answer that begins with a prompt of one or two
+                              words, kept as it is
+        text_among_messages   rows of text, in a source that has rows of messages too
         too_long, truncated, truncated_to_nothing, unscored     see `limit_lengths`
         same                  pairs kept whose two answers have the same tokens
-        masked_turns          completion tokens kept that are no targets: the user says them
+        masked_turns          completion tokens kept that are no targets: the user says them, or
+                              the message has the weight 0
         one_label             examples kept, where all of them are of one label
         groups                groups kept
 
@@ -98,7 +109,13 @@ def read_sequences(
         sequence is too long and the rule is "error", or no group is left.
     """
     unit = OBJECTIVE_KINDS[kind].unit
-    blocks, columns = open_blocks(source, lambda names: columns_read(format_of(source.path, names)))
+    blocks, columns = open_blocks(
+        source,
+        lambda names: {
+            *columns_read(format_of(source.path, names)),
+            *(name for name in names if name.lower() in QUESTION_PARTS),
+        },
+    )
     name = format_of(source.path, columns)
     if "unpaired" in name and unit == "pair":
         raise ConfigError(
@@ -126,6 +143,8 @@ def read_sequences(
         shared = shared or block.shared_prompt
         if shared and "prompt" in seen:
             raise ConfigError(f"{shared}: 'prompt' is missing; fix or remove the row.")
+    if counts["text_among_messages"] == counts["read"]:
+        counts["text_among_messages"] = 0
     _check_any_left(source.path, len(groups), counts)
     groups, limited = limit_lengths(groups, limit)
     groups = [[s._replace(group=i) for s in group] for i, group in enumerate(groups)]
@@ -209,9 +228,13 @@ def _prepare(
                 raise _BrokenRow(where, e) from e
             columns |= row.keys()
             counts["empty_prompt"] += is_empty(example.prompt)
-            if isinstance(example.prompt, str) and "prompt" not in row:
-                counts["shared_prompt"] += 1
-                shared_prompt = shared_prompt or where
+            if isinstance(example.prompt, str):
+                counts["text_among_messages"] += 1
+                if "prompt" in row:
+                    counts.update(_repeated(row, example))
+                else:
+                    counts["shared_prompt"] += 1
+                    shared_prompt = shared_prompt or where
             examples += _units(where, example, unit)
         tokens = _tokenised(examples, tokenizer)
     except ConfigError as e:  # of the file or the tokenizer, not of one row
@@ -221,6 +244,10 @@ def _prepare(
         return _Prepared(error=f"{where}: {what}; fix or remove the row.")
     groups: list[Group] = []
     counts.update(read=len(block), prompt_not_prefix=sum(t.prompt_not_prefix for t in tokens))
+    counts["merged_prompt"] = sum(
+        not len(ids.prompt) and not is_empty(example.prompt)
+        for (_, example), ids in zip(examples, tokens, strict=True)
+    )
     for (where, example), ids in zip(examples, tokens, strict=True):
         if unit == "token" and not example.labels[0]:
             counts["undesirable"] += 1
@@ -234,6 +261,15 @@ def _prepare(
         if example.mismatched_prompt is not None
     }
     return _Prepared(groups, columns, dict(counts), mismatched_prompts, shared_prompt)
+
+
+def _repeated(row: Row, example: Example) -> list[str]:
+    """The name of the count of a row of text whose answers begin with its prompt."""
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    if any(is_repeated(example.prompt, answer) for answer in answers):
+        return ["repeated_prompt"]
+    echoed = example.prompt.strip() and any(a.startswith(example.prompt) for a in answers)
+    return ["echoed_prompt"] if echoed else []
 
 
 def _units(where: str, example: Example, unit: str) -> Iterator[tuple[str, Example]]:

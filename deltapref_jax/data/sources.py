@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from deltapref_jax.config import ConfigError, Prompts, check_choice, need_reasoning_gym
+from deltapref_jax.data.blocks import RepeatedKeyError, unique_keys
 from deltapref_jax.data.dataset import load_split
-from deltapref_jax.data.messages import content
+from deltapref_jax.data.messages import WHOLE_QUESTIONS, content, unread_part
 from deltapref_jax.files import local_copy
 from deltapref_jax.records import Prompt, digest
 from deltapref_jax.synthetic import world
@@ -97,9 +98,6 @@ def _reasoning_gym(source: Prompts) -> Iterable[Prompt]:
 
 _WORKED = re.compile(r"^####[ \t]*(\S.*?)\s*\Z", re.MULTILINE)  # GSM8K's last line
 _LONGEST = 400  # characters of a reference answer; a longer one is a worked solution
-# Columns of answers to choose from, and of what stands before a question.
-_CHOICES = ("choices", "options", "endings")
-_BEFORE = ("system", "system_prompt", "system_message", "context", "passage", "tools")
 
 
 def _stated(text: str, where: str, source: Prompts) -> str:
@@ -192,17 +190,16 @@ def _check_unread(row: Row, messages: list[dict[str, str]], source: Prompts, whe
       ConfigError: it names the column.
     """
     asked = "\n".join(message["content"] for message in messages)
-    for name in {*_BEFORE, *_CHOICES} - {source.prompt_field, source.answer_field}:
-        value = row.get(name)
-        if isinstance(value, dict):  # ARC: {"text": [...], "label": [...]}
-            value = value.get("text", value)
-        texts = value if isinstance(value, list) and name in _CHOICES else [value]
-        held = [text for text in texts if text is not None and str(text).strip()]
-        if held and not all(str(text).strip() in asked for text in held):
-            raise ConfigError(
-                f"{where} has a column {name!r} that would not be read, and "
-                f"{source.prompt_field!r} does not hold it; write it into the prompt, or remove it."
-            )
+    # Who sets prompt_field has chosen among the columns that hold questions.
+    others = WHOLE_QUESTIONS if source.prompt_field != "prompt" else ()
+    name = unread_part(row, asked, (source.prompt_field, source.answer_field, *others))
+    if name is None and row.get("tools") and str(row["tools"]).strip() not in asked:
+        name = "tools"
+    if name is not None:
+        raise ConfigError(
+            f"{where} has a column {name!r} that would not be read, and "
+            f"{source.prompt_field!r} does not hold it; write it into the prompt, or remove it."
+        )
 
 
 def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -> Iterable[Prompt]:
@@ -246,7 +243,9 @@ def _jsonl(source: Prompts) -> Iterable[Prompt]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=unique_keys)
+                except RepeatedKeyError as e:
+                    raise ConfigError(f"Line {number} of {path}: {e}; fix or remove it.") from e
                 except ValueError as e:
                     raise ConfigError(
                         f"Line {number} of {path} is not JSON ({e}); fix or remove it."

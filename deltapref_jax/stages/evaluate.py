@@ -23,7 +23,7 @@ from deltapref_jax.stages.verify import verdict
 _IDENTITY = digest("evaluation")
 
 
-class ResultTable(Node, stage="evaluate", version=7, sharded=True):
+class ResultTable(Node, stage="evaluate", version=8, sharded=True):
     """RESULT: one model on one suite. The missing suites of one model share one engine.
 
     An answer is a function of seed, model, question and sample index; which shard it is in, and who

@@ -28,7 +28,7 @@ from deltapref_jax.text.template import ChatTokenizer
 _DERANGEMENT_SEED = 0  # one for all studies and files, so that they can share reference tables
 
 
-class SequenceTable(Node, stage="tokens", version=2, sharded=True):
+class SequenceTable(Node, stage="tokens", version=3, sharded=True):
     """SEQUENCE: prompts with completions, matched and mismatched, under one tokenizer.
 
     Attributes:

@@ -12,7 +12,7 @@ from deltapref_jax.stages.sample import TraceTable
 _SHARD = 4096  # traces
 
 
-class VerdictTable(Node, stage="verify", version=5, sharded=True):
+class VerdictTable(Node, stage="verify", version=6, sharded=True):
     """VERDICT: every trace against the reference answer of its prompt."""
 
     prompts: PromptTable

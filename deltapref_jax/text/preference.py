@@ -15,8 +15,8 @@ where they were sampled, see `template`; a file has no such border.) Where TRL d
   samples. Then the prompt is rendered alone, and the answer follows it as it was written; such rows
   are counted (`prompt_not_prefix`).
 - In an answer of several messages the assistant's turns are targets, with their ends, and what the
-  user says and the headers of the turns are not. The same holds for text whose prompt names its
-  turns as HH-RLHF does ("\\n\\nHuman:", "\\n\\nAssistant:").
+  user says, messages with `weight` 0 and the headers of the turns are not. The same holds for text
+  whose prompt names its turns as HH-RLHF does ("\\n\\nHuman:", "\\n\\nAssistant:").
 """
 
 import functools
@@ -167,13 +167,14 @@ def _chat(text: ChatTokenizer, example: Example) -> _Rendered:
     try:
         asked = render(prompt)
         wholes = [render([*prompt, *a], answered=True) for a in answers]
+        _check_written(text, [(asked, prompt), *zip(wholes, answers, strict=True)])
         if all(_kept(asked, whole, a) for whole, a in zip(wholes, answers, strict=True)):
             heads = [render([*prompt, *a[:-1]]) if len(a) > 1 else asked for a in answers]
             pairs = list(zip(answers, heads, wholes, strict=True))
             ended = [_ended(head, whole, a, ends) for a, head, whole in pairs]
             turns = [_turns(text, example, a, w) for a, w in zip(answers, ended, strict=True)]
             return _Rendered(asked, tuple(ended), tuple(turns))
-    except _PrefixError as e:
+    except (_PrefixError, _UnwrittenError) as e:
         raise ValueError(str(e)) from e
     except Exception as e:  # a template raises whatever its author chose
         raise ValueError(
@@ -213,6 +214,27 @@ def _check_tools(text: ChatTokenizer, example: Example) -> None:
             )
 
 
+class _UnwrittenError(ValueError):
+    """The template leaves out a message."""
+
+
+def _check_written(text: ChatTokenizer, parts: Sequence[tuple[str, Messages]]) -> None:
+    """Refuses instructions and questions that the template drops, such as a later system message.
+
+    Args:
+      text: renders.
+      parts: rendered text, and messages that it must hold.
+    """
+    for rendered, messages in parts:
+        for message in messages:
+            asks = message["role"] in ("system", "developer", "user")
+            if asks and message["content"].strip() not in rendered:
+                raise _UnwrittenError(
+                    f"the chat template of {text.where} does not write a message of the role "
+                    f"{message['role']!r} where it stands; move or remove it"
+                )
+
+
 class _PrefixError(ValueError):
     """The template does not render the beginning of a conversation as its rendering begins."""
 
@@ -233,7 +255,7 @@ def _turns(text: ChatTokenizer, example: Example, answer: Messages, whole: str) 
     prompt, render = example.prompt, functools.partial(text.render, tools=example.tools)
     turns = []
     for i, message in enumerate(answer):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
         header = render([*prompt, *answer[:i]])
         possible = [

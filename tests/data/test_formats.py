@@ -327,3 +327,48 @@ def test_a_template_that_does_not_write_them_is_one_sentence(row, what, text, tm
         f"Line 1 of {path}: the chat template of {text.where} does not write {what!r}; remove "
         "them, or use a model whose template does; fix or remove the row."
     )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "how"),
+    [
+        ("context", "b is first", "write it into 'prompt'"),
+        ("input", "b a", "write it into 'prompt'"),
+        ("Question", "b a", "write it into 'prompt'"),
+        ("problem", "b a", "write it into 'prompt'"),
+        ("history", [["Hi", "Hello"]], "write it into 'prompt'"),
+        ("history", [{"role": "user", "content": "Hi"}], "write it into 'prompt'"),
+        ("options", ["a b", "b a"], "write it into 'prompt'"),
+        ("images", ["a.png"], "models of text see no image: leave out such rows"),
+    ],
+)
+def test_a_part_of_the_question_in_a_column_of_its_own_is_not_passed_over(column, value, how):
+    row = {"prompt": "Sort the words", "chosen": "1", "rejected": "2"}
+    with pytest.raises(ValueError) as error:
+        read(row | {column: value})
+    assert str(error.value) == f"{column!r} would not be read ({how}, or remove the column)"
+    assert read(row | {column: "Sort the"}).prompt == "Sort the words"  # the prompt holds it
+    for nothing in (None, "", [], [None], False):
+        assert read(row | {column: nothing}).prompt == "Sort the words"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["context", "Context"])
+def test_such_a_column_is_found_in_every_kind_of_file(column, ending, text, tmp_path):
+    rows = [{"prompt": "Count:", "chosen": " 1 2", "rejected": " 2 1", column: "to two"}]
+    path = tmp_path / f"rows.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=f"{column!r} would not be read"):
+        read_sequences(Pairs(str(path)), text, "dpo", LengthLimit(99, "error"))
+
+
+def test_system_messages_that_differ_are_named_where_there_is_a_prompt():
+    sides = [[{"role": "system", "content": c}, *USER] for c in ("Be short.", "Be long.")]
+    row = {"prompt": "Sort: b a", "chosen": sides[0] + GOOD, "rejected": sides[1] + BAD}
+    with pytest.raises(ValueError) as error:
+        read(row)
+    want = "'chosen' and 'rejected' begin with different messages before the answer"
+    assert str(error.value) == want

@@ -75,6 +75,7 @@ def test_other_text_stays_text(text):
         ({"role": ["user"], "content": ["a", "b"]}, "'chosen' has messages with lists of differe"),
         ([{"role": "user", "content": [{"type": "image"}]}], "'chosen' has a message without 'ro"),
         ([{"from": "function_call", "value": "{}"}], "'chosen' has a message of the role 'functi"),
+        ([{"role": "narrator", "content": "x"}], "'chosen' has a message of the role 'narrator', "),
         ([], "'chosen' is neither text nor a list of messages"),
         (3, "'chosen' is neither text nor a list of messages"),
         (None, "'chosen' is missing"),

@@ -18,6 +18,7 @@ from deltapref_jax.text.preference import Example, tokenise
 from deltapref_jax.text.template import ChatTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "data"
+STUDENT = GOLDEN.parents[2] / "deltapref_jax" / "synthetic" / "models" / "student"
 CASES = json.loads((GOLDEN / "data_goldens.json").read_text())["cases"]
 USER = [{"role": "user", "content": "two plus two?"}]
 GOOD, BAD = ([{"role": "assistant", "content": c}] for c in ("four.", "the dog."))
@@ -296,8 +297,25 @@ BROKEN = [  # a second row, and what is said of it
     ('{"prompt": null, "chosen": "yes", "rejected": "yet"}', "'prompt' is missing"),
     (
         '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
-        "not JSON ('utf-8' codec can't encode character '\\ud800' in position 12: surrogates not "
-        "allowed)",
+        "half a surrogate pair (\\ud800), which is no text",
+    ),
+    (
+        '{"prompt": "a", "chosen": "b", "chosen": "d", "rejected": "c"}',
+        "the key 'chosen' stands twice in one object",
+    ),
+    (
+        '{"prompt": "2 + 2 =", "chosen": "2 + 2 = 4", "rejected": " 5"}',
+        "'chosen' begins with the whole 'prompt' and 'rejected' does not (take it out of 'chosen')",
+    ),
+    (
+        '{"prompt": "2 + 2 =", "chosen": " 4", "rejected": "2 + 2 = 5"}',
+        "'rejected' begins with the whole 'prompt' and 'chosen' does not (take it out of "
+        "'rejected')",
+    ),
+    (
+        f'{{"prompt": [{MORE[1:-1]}, {SAID[1:-1]}], "chosen": {SAID}, "rejected": {SAID}}}',
+        "'prompt' ends with a message of the assistant, and the answer would be another turn "
+        "behind it (write its words at the start of both answers)",
     ),
     (
         '{"prompt": "a", "chosen": "b", "rejected": 3}',
@@ -643,3 +661,81 @@ def test_what_the_user_says_in_a_conversation_of_text_is_no_target(tokenizer, tm
     whole = [decode(s.completion_ids) for s in found.groups[0]]
     assert whole == [c.removeprefix(asked) + end for c in (chosen, rejected)]
     assert found.counts["masked_turns"] == sum(int((~s.scored).sum()) for s in found.groups[0])
+
+
+def test_a_prompt_that_text_answers_repeat_stands_once_and_is_counted(tmp_path):
+    asked = "Q: 2 + 2?\nA:"
+    rows = [
+        {"prompt": asked, "chosen": asked + " four", "rejected": asked + " five"},
+        {"prompt": asked, "chosen": " four", "rejected": " five"},
+        {"prompt": "Hello", "chosen": "Hello! And you?", "rejected": "Yes"},
+    ]
+    found = read(write(rows, tmp_path / "a.jsonl"))
+    first, second, third = ids(found.groups)
+    assert first == second
+    assert third != first
+    counts = found.counts
+    assert (counts["repeated_prompt"], counts["echoed_prompt"], counts["groups"]) == (1, 1, 3)
+    rows = [{"prompt": asked, "completion": asked * n + " four", "label": True} for n in (0, 1)]
+    found = read(write(rows, tmp_path / "b.jsonl"), kind="kto")
+    assert ids(found.groups)[0] == ids(found.groups)[1]
+    assert found.counts["repeated_prompt"] == 1
+
+
+def test_rows_of_text_among_rows_of_messages_are_counted(tmp_path):
+    rows = [
+        {"prompt": "2 + 2?", "chosen": "four", "rejected": "five"},
+        {"prompt": USER, "chosen": GOOD, "rejected": BAD},
+    ]
+    assert read(write(rows, tmp_path / "a.jsonl")).counts["text_among_messages"] == 1
+    for i, row in enumerate(rows):
+        assert read(write([row] * 2, tmp_path / f"{i}.jsonl")).counts["text_among_messages"] == 0
+
+
+def test_a_prompt_that_merges_with_its_answers_is_counted(tmp_path):
+    rows = [{"prompt": "a", "chosen": "y", "rejected": "b"}]
+    path = write(rows, tmp_path / "a.jsonl")
+    text = ChatTokenizer.load(str(STUDENT))
+    found = read_sequences(Pairs(str(path)), text, "dpo", ANY)
+    assert [len(s.prompt_ids) for s in found.groups[0]] == [0, 0]
+    assert (found.counts["merged_prompt"], found.counts["empty_prompt"]) == (1, 0)
+    path = write([{"prompt": "2 + 2?", "chosen": "y", "rejected": "b"}], tmp_path / "b.jsonl")
+    assert read_sequences(Pairs(str(path)), text, "dpo", ANY).counts["merged_prompt"] == 0
+
+
+def test_messages_of_weight_0_are_no_targets(tmp_path):
+    def counts(weight):
+        turns = [GOOD[0] | {"weight": weight}, *USER, *GOOD]
+        rows = [{"prompt": USER, "chosen": turns, "rejected": BAD}]
+        found = read(write(rows, tmp_path / f"{weight}.jsonl"))
+        return found.counts["masked_turns"], found.groups[0][0]
+
+    (scored, whole), (masked, cut_out) = counts(1), counts(0)
+    assert masked > scored > 0
+    assert whole.completion_ids.tolist() == cut_out.completion_ids.tolist()
+    dropped = whole.scored & ~cut_out.scored
+    said = text().tokenizer.decode(whole.completion_ids[dropped])
+    assert said.startswith(GOOD[0]["content"])
+    assert not (cut_out.scored & ~whole.scored).any()
+    for weight, sentence in (
+        (0, "an answer has no message of the assistant but those with 'weight' 0"),
+        (0.5, "'chosen' has a message with 'weight' 0.5, which must be 0 or 1"),
+    ):
+        row = {"prompt": USER, "chosen": [GOOD[0] | {"weight": weight}], "rejected": BAD}
+        with pytest.raises(ConfigError, match=sentence):
+            read(write([row], tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (["Prompt", "Chosen", "Rejected"], "'Chosen' is perhaps 'chosen', 'Prompt' is perhaps"),
+        (["prompt", "accepted", "rejected"], "'accepted' is perhaps 'chosen'"),
+        (["prompt", "response_chosen", "rejected"], "'response_chosen' is perhaps 'chosen'"),
+        (["prompt", "completions", "label"], "'completions' is perhaps 'completion'"),
+    ],
+)
+def test_columns_that_nearly_match_are_named(columns, hint, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read(write([dict.fromkeys(columns, "a")], tmp_path / "rows.jsonl"))
+    assert f"prompt, completion, label ({hint}" in str(error.value)

@@ -192,6 +192,10 @@ BROKEN = {
         b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff"}\n',
         r"^Line 2 of \S+ is not JSON \(.*utf-8.*\); fix",
     ),
+    "key twice": (
+        b'{"prompt": "a", "prompt": "b"}\n',
+        r"^Line 1 of \S+: the key 'prompt' stands twice in one object; fix or remove it\.$",
+    ),
     "not an object": (b'["a"]\n', r"^Line 1 of \S+ is not a JSON object; fix or remove it\.$"),
     "no column": (
         b'{"question": "a", "level": 1}\n',
@@ -249,6 +253,8 @@ UNREAD = {
     "system": ("Be short.", "Which?"),
     "context": ("Red is warm.", "Which?"),
     "tools": ([{"name": "add"}], "Which?"),
+    "input": ("red or blue", "Which?"),
+    "problem": ("red or blue", "Which?"),
 }
 
 

@@ -324,3 +324,17 @@ def test_an_end_of_the_conversation_behind_the_turns_end_is_no_target():
     """As the template of Phi-3 writes it."""
     template = IM + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     assert parts(made(template), USER, said("4"), said("5"))[1:3] == ("4<|im_end|>", "5<|im_end|>")
+
+
+def test_a_message_that_the_template_drops_is_one_sentence():
+    drops = "{% for m in messages if m['role'] != 'system' %}" + IM[IM.index("%}") + 2 :]
+    text = made(drops)
+    later = [*USER, {"role": "system", "content": "Be short."}]
+    with pytest.raises(ValueError) as error:
+        tokenise(text, [Example(later, [said("4")])])
+    assert str(error.value) == (
+        f"the chat template of {text.where} does not write a message of the role 'system' where "
+        "it stands; move or remove it"
+    )
+    (got,) = tokenise(made(IM), [Example(later, [said("4")])])
+    assert "Be short." in text.tokenizer.decode(got.prompt)
