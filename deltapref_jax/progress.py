@@ -1,6 +1,8 @@
 """The progress bar that all stages share: task, count, rate, elapsed and remaining time."""
 
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable
@@ -72,9 +74,16 @@ def progress(show: bool = True) -> Progress:
 
 
 def log(sentence: str, always: bool = False) -> None:
-    """Prints a line with the time of day if stderr is a log; with `always` in a terminal too."""
-    if always or not sys.stderr.isatty():
-        print(f"{time.strftime('%H:%M:%S')} {printable(sentence)}", file=sys.stderr, flush=True)
+    """Prints a line with date and time if stderr is a log; with `always` in a terminal too.
+
+    A terminal's line is wrapped between words.
+    """
+    terminal = sys.stderr.isatty()
+    if always or not terminal:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(sentence)}"
+        if terminal:
+            line = textwrap.fill(line, shutil.get_terminal_size().columns, break_long_words=False)
+        print(line, file=sys.stderr, flush=True)
 
 
 class Counter:

@@ -19,10 +19,11 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from deltapref_jax.artifacts.node import Node, in_order
-from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.node import Node, distinct, in_order
+from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment
+from deltapref_jax.display import count
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate
@@ -42,7 +43,7 @@ _DEVICES = flags.DEFINE_string(
 _ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
 _ONLY = flags.DEFINE_string(
     "only",
-    "",
+    None,
     "Run these arms alone: names or patterns, such as dpo-*,kto-top. The others keep their part in "
     "what arms share, so that artifacts are those of the whole study.",
 )
@@ -98,28 +99,35 @@ def main(_: list[str]) -> None:
         show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
-    say_standing(workspace, report)
+    complete = say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
     others = [] if arms is None else _standing(workspace, whole)
     make = functools.partial(
         run, workspace=workspace, study=e.name, verify=_VERIFY.value, also_named=others
     )
-    make(_before_training(report))
+    made = make(_before_training(report))
     if process_index() == 0:
         _say_detectable(console, workspace, report)
-    make([report])
+    made += make([report])
+    if made or not complete:
+        say_made([report], made, workspace)
     if process_index() == 0:
         _show(console, workspace, report)
 
 
-def _arms(e: Experiment, patterns: str) -> list[str] | None:
+def _arms(e: Experiment, patterns: str | None) -> list[str] | None:
     """Names of the arms that --only chooses, in the config's order; None without the flag.
 
     Raises:
-      ConfigError: a pattern matches no arm.
+      ConfigError: a pattern matches no arm, or there is none.
     """
-    if not patterns:
+    if patterns is None:
         return None
+    if not patterns.strip():
+        raise ConfigError(
+            "--only is empty; name arms or patterns, such as --only=dpo-*,kto-top, or leave it out "
+            "to run all arms."
+        )
     names = [arm.name for arm in e.arms]
     chosen: set[str] = set()
     for pattern in patterns.split(","):
@@ -154,21 +162,26 @@ def _before_training(report: Node) -> list[Node]:
     ]
 
 
-def say_standing(workspace: Workspace, report: Node) -> None:
-    """Of a run that continues: how many artifacts of every stage stand."""
+def say_standing(workspace: Workspace, report: Node) -> bool:
+    """Of a run that continues: how many artifacts of every stage stand.
+
+    Returns:
+      Whether all stand.
+    """
     from deltapref_jax.processes import process_index
     from deltapref_jax.progress import log
 
     if process_index() != 0:
-        return
-    nodes = in_order([report])
+        return False
+    nodes = distinct([report])
     of_stage = Counter(node.stage for node in nodes)
     standing = Counter(node.stage for node in nodes if workspace.complete(node))
     if standing:
         counts = ", ".join(
-            f"{stage} {standing[stage]} of {count}" for stage, count in of_stage.items()
+            f"{stage} {standing[stage]} of {number}" for stage, number in of_stage.items()
         )
-        log(f"{standing.total()} of {len(nodes)} artifacts stand: {counts}", always=True)
+        log(f"{standing.total()} of {count(len(nodes), 'artifact')} stand: {counts}", always=True)
+    return standing.total() == len(nodes)
 
 
 def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:

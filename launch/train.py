@@ -59,7 +59,7 @@ from pathlib import Path
 
 from ml_collections import config_flags
 
-from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
 from deltapref_jax.progress import plain_console
@@ -98,9 +98,10 @@ def main(_: list[str]) -> None:
             policy.training, policy.student, lambda path: inspect_model(path)[0]
         ):
             console.print(line, soft_wrap=True)
-    run(list(policy.sequences.values()), workspace, p.name)
+    made = run(list(policy.sequences.values()), workspace, p.name)
     check(p, policy, workspace)
-    run([policy], workspace, p.name)
+    made += run([policy], workspace, p.name)
+    say_made([policy], made, workspace)
     if is_first():
         show(console, workspace, policy)
 
