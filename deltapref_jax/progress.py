@@ -45,6 +45,11 @@ def plain_console(stderr: bool = False, width: int | None = None) -> Console:
     return _PlainConsole(stderr=stderr, width=width, markup=False, emoji=False)
 
 
+def say(console: Console, sentence: str) -> None:
+    """Prints a sentence, which a terminal wraps between words; in a log it remains one line."""
+    console.print(sentence, highlight=False, soft_wrap=not console.is_terminal)
+
+
 class _ProgressWithNotes(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yields the bars, then each task's note, wrapped only where it has two spaces."""

@@ -25,7 +25,7 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment
 from deltapref_jax.display import count
 from deltapref_jax.files import ArtifactError
-from deltapref_jax.progress import plain_console
+from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate
 from launch.flags import define_profile_steps, run_main, window
 
@@ -83,15 +83,15 @@ def main(_: list[str]) -> None:
     console = plain_console()
     if _DRY_RUN.value:
         memory = "" if devices.platform == "cpu" else " with room for every model"
-        console.print(
+        say(
+            console,
             f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
             "--devices states others.",
-            soft_wrap=True,
         )
     if process_index() == 0:
         inspect = functools.cache(inspect_model)
         for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
-            console.print(line, soft_wrap=True)
+            say(console, line)
     if _DRY_RUN.value:
         from launch.cost import check_prompts
         from launch.dry_run import show_plan
@@ -199,10 +199,10 @@ def _say_detectable(console: Console, workspace: Workspace, report: "Report") ->
         f"{points:.1f} points {DOMAIN_WORDS[domain]}"
         for domain, points in minimum_detectable(student, seeds).items()
     )
-    console.print(
+    say(
+        console,
         f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% "
         "power, two-sided 5% level, sampling error alone).",
-        soft_wrap=True,
     )
 
 
@@ -211,10 +211,12 @@ def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -
     stats = [workspace.manifest(node).stats for node in report.sequences.values()]
     differently = sum(s["retokenised_differently"] for s in stats)
     if differently:
-        console.print(
-            f"{differently:,.0f} of {sum(s['traces'] for s in stats):,.0f} traces are scored and "
-            "trained on as the tokens that were sampled, which their text alone would not give.",
-            soft_wrap=True,
+        say(
+            console,
+            f"{differently:,.0f} of {count(sum(s['traces'] for s in stats), 'trace')} would have "
+            "other tokens were their text read again. That is no fault: a model may sample a "
+            "spelling that its tokenizer would not choose, and traces are scored and trained on as "
+            "the tokens that were sampled.",
         )
 
 
@@ -240,10 +242,10 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     summary = json.loads((folder / "summary.json").read_text())
     console.print(terminal_table(summary))
     if left_out := summary["left_out"]:
-        console.print(
+        say(
+            console,
             f"{len(left_out)} of {len(report.experiment.arms)} arms were left out by --only; the "
             "page names them.",
-            soft_wrap=True,
         )
     say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)

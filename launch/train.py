@@ -62,7 +62,7 @@ from ml_collections import config_flags
 from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
-from deltapref_jax.progress import plain_console
+from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate_pair_training
 from launch.flags import define_profile_steps, run_main, window
 
@@ -97,7 +97,7 @@ def main(_: list[str]) -> None:
         for line in training_lines(
             policy.training, policy.student, lambda path: inspect_model(path)[0]
         ):
-            console.print(line, soft_wrap=True)
+            say(console, line)
     made = run(list(policy.sequences.values()), workspace, p.name)
     check(p, policy, workspace)
     made += run([policy], workspace, p.name)
