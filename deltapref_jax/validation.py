@@ -113,7 +113,7 @@ def _check_types(path: str, config: Any) -> None:
             # isinstance(True, int) holds, and no field is a bool.
             if isinstance(item, bool) or not isinstance(item, allowed):
                 kind = _KINDS.get(expected) or _one(expected)
-                part = (*typing.get_args(hint), None)[0]
+                part: Any = (*typing.get_args(hint), None)[0]
                 if expected is tuple and dataclasses.is_dataclass(part):
                     kind = f"a tuple of parts, such as ({part.__name__}(…),), or ()"
                 raise ConfigError(f"{item_field} is {_shown(item)}; it must be {kind}.")
