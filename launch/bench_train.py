@@ -114,7 +114,7 @@ def make_model(folder: Path) -> None:
 
     from deltapref_jax.models.decoder import Decoder
     from deltapref_jax.models.export import export
-    from deltapref_jax.models.spec import ModelSpec
+    from deltapref_jax.models.spec import ModelSpec, Rope
     from deltapref_jax.text.template import ChatTokenizer
 
     names = {0: "</s>", 1: "<pad>"}
@@ -135,7 +135,7 @@ def make_model(folder: Path) -> None:
         heads // 3 if heads % 3 == 0 else heads,
         _WIDTH.value // heads,
         _MLP.value,
-        _ROPE_THETA,
+        ropes=(Rope(_ROPE_THETA),),
         max_positions=8192 * _SCALE.value,
     )
     export(

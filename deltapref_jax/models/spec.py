@@ -53,6 +53,7 @@ class ModelSpec:
     kv_heads: int  # K, key and value heads; divides `heads`
     head_width: int  # H, even; heads * head_width may differ from width
     mlp: int  # F
+    _: dataclasses.KW_ONLY
     norm_eps: float = 1e-5
     tied: bool = True  # whether the embedding is the output projection too
     max_positions: int = 2048  # the longest sequence, in tokens
