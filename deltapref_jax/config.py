@@ -5,10 +5,11 @@ The checks are in `validation`. This module imports nothing of the project.
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 DIMENSIONS = (
     "factuality",
@@ -87,9 +88,18 @@ class ConfigError(ValueError):
     """A field has a value that cannot work; the message names field, value and remedy."""
 
 
+def no_such_field(kind: str, name: str, known: Sequence[str]) -> str:
+    """The sentence for a field that the class `kind` does not have; it names the nearest."""
+    near = difflib.get_close_matches(name, known, 1)
+    nearest = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{kind} has no field {name!r}{nearest}; it has {', '.join(known)}."
+
+
 def check_choice(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`; otherwise raises `ConfigError` listing them."""
     known = tuple(known)
+    if not known:
+        raise ConfigError(f"{field} is {value!r} and the config has none to choose from; add it.")
     if value not in known:
         raise ConfigError(
             f"{field} is {value!r}; choose one of {', '.join(repr(k) for k in known)}."
@@ -109,8 +119,26 @@ def need_reasoning_gym() -> None:
         )
 
 
+class Fields:
+    """Base of all parts of a config: an attribute that is no field cannot be set.
+
+    A misspelt field of a config file would otherwise be ignored in silence.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field.
+
+        Raises:
+          ConfigError: the class has no such field.
+        """
+        known = [field.name for field in dataclasses.fields(cast(Any, self))]
+        if name not in known:
+            raise ConfigError(no_such_field(type(self).__name__, name, known))
+        super().__setattr__(name, value)
+
+
 @dataclasses.dataclass
-class Prompts:
+class Prompts(Fields):
     """Questions from one source."""
 
     # One of PROMPT_KINDS.
@@ -141,7 +169,7 @@ class Prompts:
 
 
 @dataclasses.dataclass
-class MeshShape:
+class MeshShape(Fields):
     """Devices along each mesh axis. 0: chosen, see docs/running.md; -1: all that are left.
 
     With a -1 the axes that are 0 have one device.
@@ -165,7 +193,7 @@ class MeshShape:
 
 
 @dataclasses.dataclass
-class Model:
+class Model(Fields):
     """A Hugging Face folder, a hub name or a GGUF file."""
 
     # "" means: the student's.
@@ -182,7 +210,7 @@ class Model:
 
 
 @dataclasses.dataclass
-class Generator:
+class Generator(Fields):
     """A model together with the way it is asked and sampled."""
 
     # What arms, figures and tables call it.
@@ -209,7 +237,7 @@ class Generator:
 
 
 @dataclasses.dataclass
-class Judge:
+class Judge(Fields):
     """Rates traces from 1 to 5 on each dimension."""
 
     # What arms, figures and tables call it.
@@ -229,7 +257,7 @@ class Judge:
 
 
 @dataclasses.dataclass
-class Objective:
+class Objective(Fields):
     """A loss with its hyperparameters; arms name it."""
 
     # What arms call it.
@@ -256,7 +284,7 @@ class Objective:
 
 
 @dataclasses.dataclass
-class Arm:
+class Arm(Fields):
     """One data set × one objective × seeds."""
 
     # What figures and tables call it; the label of its artifacts.
@@ -286,7 +314,7 @@ class Arm:
 
 
 @dataclasses.dataclass
-class Lora:
+class Lora(Fields):
     """Low-rank adapters: W + (alpha / rank) A B, where A and B are trained (arXiv 2106.09685)."""
 
     # Columns of A and rows of B; 0: all weights are trained, and there are no adapters.
@@ -298,7 +326,7 @@ class Lora:
 
 
 @dataclasses.dataclass
-class Training:
+class Training(Fields):
     """What all arms share."""
 
     # Pairs of one step over all devices: losses are means over them.
@@ -340,7 +368,7 @@ class Training:
 
 
 @dataclasses.dataclass
-class Suite:
+class Suite(Fields):
     """A group of evaluation tasks."""
 
     # What figures and tables call it.
@@ -356,7 +384,7 @@ class Suite:
 
 
 @dataclasses.dataclass
-class Sampling:
+class Sampling(Fields):
     """The decoding loop's fixed shapes."""
 
     # Tokens; a longer prompt is an error.
@@ -377,7 +405,7 @@ class Sampling:
 
 
 @dataclasses.dataclass
-class Scoring:
+class Scoring(Fields):
     """Packed forward passes without gradient: scoring and judging."""
 
     # Packed rows of one forward pass over all devices.
@@ -393,7 +421,7 @@ class Scoring:
 
 
 @dataclasses.dataclass
-class Experiment:
+class Experiment(Fields):
     """One study: what is asked, and everything needed to answer it."""
 
     # The study's folder of links, and what the index calls it.
@@ -439,7 +467,7 @@ class Experiment:
 
 
 @dataclasses.dataclass
-class Pairs:
+class Pairs(Fields):
     """A file of preference data that somebody brings; `data.preferences` lists the formats."""
 
     # .jsonl or .parquet file, hub data set name, or local data set folder.
@@ -457,7 +485,7 @@ class Pairs:
 
 
 @dataclasses.dataclass
-class PairTraining:
+class PairTraining(Fields):
     """One arm trained from a file of pairs, without the rest of a study."""
 
     # What the index calls the run and its policy.
@@ -493,7 +521,7 @@ def judge_of(experiment: Experiment, arm: Arm) -> str:
 
 
 @dataclasses.dataclass
-class SmallModel:
+class SmallModel(Fields):
     """A small decoder that the nursery raises."""
 
     # What `base` and `release` call it.
@@ -531,7 +559,7 @@ class SmallModel:
 
 
 @dataclasses.dataclass
-class ModelZoo:
+class ModelZoo(Fields):
     """The models that ship with the project, and how they came about."""
 
     # What the index calls the run.

@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def count(number: float, noun: str) -> str:
+    """A number of things, such as "1 step" and "1,200 steps"."""
+    return f"{number:,.0f} {noun}{'s' * (number != 1)}"
+
+
 def xml_text(text: str) -> str:
     """Returns `text` with what XML does not allow replaced by U+FFFD; it is not escaped."""
     return _NOT_XML.sub("\ufffd", text)

@@ -1,6 +1,8 @@
 """The progress bar that all stages share: task, count, rate, elapsed and remaining time."""
 
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable
@@ -43,6 +45,11 @@ def plain_console(stderr: bool = False, width: int | None = None) -> Console:
     return _PlainConsole(stderr=stderr, width=width, markup=False, emoji=False)
 
 
+def say(console: Console, sentence: str) -> None:
+    """Prints a sentence, which a terminal wraps between words; in a log it remains one line."""
+    console.print(sentence, highlight=False, soft_wrap=not console.is_terminal)
+
+
 class _ProgressWithNotes(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yields the bars, then each task's note, wrapped only where it has two spaces."""
@@ -72,9 +79,16 @@ def progress(show: bool = True) -> Progress:
 
 
 def log(sentence: str, always: bool = False) -> None:
-    """Prints a line with the time of day if stderr is a log; with `always` in a terminal too."""
-    if always or not sys.stderr.isatty():
-        print(f"{time.strftime('%H:%M:%S')} {printable(sentence)}", file=sys.stderr, flush=True)
+    """Prints a line with date and time if stderr is a log; with `always` in a terminal too.
+
+    A terminal's line is wrapped between words.
+    """
+    terminal = sys.stderr.isatty()
+    if always or not terminal:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(sentence)}"
+        if terminal:
+            line = textwrap.fill(line, shutil.get_terminal_size().columns, break_long_words=False)
+        print(line, file=sys.stderr, flush=True)
 
 
 class Counter:

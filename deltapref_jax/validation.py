@@ -75,11 +75,16 @@ def _check_shared(path: str, value: Any, seen: dict[int, str]) -> None:
         if id(value) in seen:
             raise ConfigError(
                 f"{seen[id(value)]} and {path} are one and the same object, so that a flag for "
-                f"one would change both; build a {type(value).__name__} for each."
+                f"one would change both; build {_one(type(value))} for each."
             )
         seen[id(value)] = path
         for field in dataclasses.fields(value):
             _check_shared(f"{path}.{field.name}", getattr(value, field.name), seen)
+
+
+def _one(kind: type) -> str:
+    """The name of a class with its article, such as "an Arm"."""
+    return f"a{'n' * kind.__name__.startswith(tuple('AEIO'))} {kind.__name__}"
 
 
 def _refuse_unread(field: str, value: Any, default: Any, is_read: Any, reason: str) -> None:
@@ -107,7 +112,10 @@ def _check_types(path: str, config: Any) -> None:
             allowed = int | float if expected is float else expected
             # isinstance(True, int) holds, and no field is a bool.
             if isinstance(item, bool) or not isinstance(item, allowed):
-                kind = _KINDS.get(expected, f"a {expected.__name__}")
+                kind = _KINDS.get(expected) or _one(expected)
+                part: Any = (*typing.get_args(hint), None)[0]
+                if expected is tuple and dataclasses.is_dataclass(part):
+                    kind = f"a tuple of parts, such as ({part.__name__}(…),), or ()"
                 raise ConfigError(f"{item_field} is {_shown(item)}; it must be {kind}.")
             if isinstance(item, str) and "\0" in item:
                 raise ConfigError(f"{item_field} is {_shown(item)}; a text has no NUL character.")
@@ -121,17 +129,14 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
         if not name:
             raise ConfigError(f"A {kind} has no name; give every {kind} one.")
         _check_name(f"The name of {kind} {name!r}", name)
-        if "/" in name:
-            raise ConfigError(
-                f"The name of {kind} {name!r} holds a slash, which separates labels; use another "
-                "sign."
-            )
         if names.count(name) > 1:
             raise ConfigError(f"Two {kind}s are named {name!r}; names must differ.")
 
 
 def _check_name(what: str, name: str) -> None:
     """Checks that a name can be shown on one line and be the name of a link."""
+    if "/" in name:
+        raise ConfigError(f"{what} holds a slash, which separates labels; use another sign.")
     if printable(name) != name or "\n" in name or "\t" in name:
         raise ConfigError(
             f"{what} holds a control character; use letters, digits and signs that can be seen."
@@ -141,6 +146,8 @@ def _check_name(what: str, name: str) -> None:
             f"{what[:80]} is of no use as a name; give it 1 to {MAX_NAME} characters that are not "
             "all dots."
         )
+    if name.startswith("."):
+        raise ConfigError(f"{what} begins with a dot, which hides a folder; remove it.")
 
 
 def _check_range(

@@ -19,12 +19,13 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from deltapref_jax.artifacts.node import Node, in_order
-from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.node import Node, distinct, in_order
+from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment
+from deltapref_jax.display import count
 from deltapref_jax.files import ArtifactError
-from deltapref_jax.progress import plain_console
+from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate
 from launch.flags import define_initialization_timeout, define_profile_steps, run_main, window
 
@@ -42,7 +43,7 @@ _DEVICES = flags.DEFINE_string(
 _ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
 _ONLY = flags.DEFINE_string(
     "only",
-    "",
+    None,
     "Run these arms alone: names or patterns, such as dpo-*,kto-top. The others keep their part in "
     "what arms share, so that artifacts are those of the whole study.",
 )
@@ -84,17 +85,17 @@ def main(_: list[str]) -> None:
     console = plain_console()
     if _DRY_RUN.value:
         memory = "" if devices.platform == "cpu" else " with room for every model"
-        console.print(
+        say(
+            console,
             f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
             "--devices states others.",
-            soft_wrap=True,
         )
     if process_index() == 0:
         if not _DEVICES.value and (unused := unused_variables()):
             console.print(unused, soft_wrap=True, markup=False, highlight=False)
         inspect = functools.cache(inspect_model)
         for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
-            console.print(line, soft_wrap=True)
+            say(console, line)
     if _DRY_RUN.value:
         from launch.cost import check_prompts
         from launch.dry_run import show_plan
@@ -102,28 +103,35 @@ def main(_: list[str]) -> None:
         show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
-    say_standing(workspace, report)
+    complete = say_standing(workspace, report)
     # what the arms train on comes first, so that what they can show is said before they train
     others = [] if arms is None else _standing(workspace, whole)
     make = functools.partial(
         run, workspace=workspace, study=e.name, verify=_VERIFY.value, also_named=others
     )
-    make(_before_training(report))
+    made = make(_before_training(report))
     if process_index() == 0:
         _say_detectable(console, workspace, report)
-    make([report])
+    made += make([report])
+    if made or not complete:
+        say_made([report], made, workspace)
     if process_index() == 0:
         _show(console, workspace, report)
 
 
-def _arms(e: Experiment, patterns: str) -> list[str] | None:
+def _arms(e: Experiment, patterns: str | None) -> list[str] | None:
     """Names of the arms that --only chooses, in the config's order; None without the flag.
 
     Raises:
-      ConfigError: a pattern matches no arm.
+      ConfigError: a pattern matches no arm, or there is none.
     """
-    if not patterns:
+    if patterns is None:
         return None
+    if not patterns.strip():
+        raise ConfigError(
+            "--only is empty; name arms or patterns, such as --only=dpo-*,kto-top, or leave it out "
+            "to run all arms."
+        )
     names = [arm.name for arm in e.arms]
     chosen: set[str] = set()
     for pattern in patterns.split(","):
@@ -158,21 +166,26 @@ def _before_training(report: Node) -> list[Node]:
     ]
 
 
-def say_standing(workspace: Workspace, report: Node) -> None:
-    """Of a run that continues: how many artifacts of every stage stand."""
+def say_standing(workspace: Workspace, report: Node) -> bool:
+    """Of a run that continues: how many artifacts of every stage stand.
+
+    Returns:
+      Whether all stand.
+    """
     from deltapref_jax.processes import process_index
     from deltapref_jax.progress import log
 
     if process_index() != 0:
-        return
-    nodes = in_order([report])
+        return False
+    nodes = distinct([report])
     of_stage = Counter(node.stage for node in nodes)
     standing = Counter(node.stage for node in nodes if workspace.complete(node))
     if standing:
         counts = ", ".join(
-            f"{stage} {standing[stage]} of {count}" for stage, count in of_stage.items()
+            f"{stage} {standing[stage]} of {number}" for stage, number in of_stage.items()
         )
-        log(f"{standing.total()} of {len(nodes)} artifacts stand: {counts}", always=True)
+        log(f"{standing.total()} of {count(len(nodes), 'artifact')} stand: {counts}", always=True)
+    return standing.total() == len(nodes)
 
 
 def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:
@@ -190,10 +203,10 @@ def _say_detectable(console: Console, workspace: Workspace, report: "Report") ->
         f"{points:.1f} points {DOMAIN_WORDS[domain]}"
         for domain, points in minimum_detectable(student, seeds).items()
     )
-    console.print(
+    say(
+        console,
         f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% "
         "power, two-sided 5% level, sampling error alone).",
-        soft_wrap=True,
     )
 
 
@@ -202,10 +215,12 @@ def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -
     stats = [workspace.manifest(node).stats for node in report.sequences.values()]
     differently = sum(s["retokenised_differently"] for s in stats)
     if differently:
-        console.print(
-            f"{differently:,.0f} of {sum(s['traces'] for s in stats):,.0f} traces are scored and "
-            "trained on as the tokens that were sampled, which their text alone would not give.",
-            soft_wrap=True,
+        say(
+            console,
+            f"{differently:,.0f} of {count(sum(s['traces'] for s in stats), 'trace')} would have "
+            "other tokens were their text read again. That is no fault: a model may sample a "
+            "spelling that its tokenizer would not choose, and traces are scored and trained on as "
+            "the tokens that were sampled.",
         )
 
 
@@ -231,10 +246,10 @@ def _show(console: Console, workspace: Workspace, report: "Report") -> None:
     summary = json.loads((folder / "summary.json").read_text())
     console.print(terminal_table(summary))
     if left_out := summary["left_out"]:
-        console.print(
+        say(
+            console,
             f"{len(left_out)} of {len(report.experiment.arms)} arms were left out by --only; the "
             "page names them.",
-            soft_wrap=True,
         )
     say_policies(console, workspace, report)
     _say_retokenised(console, workspace, report)

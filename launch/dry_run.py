@@ -10,10 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deltapref_jax.artifacts.node import Node, in_order
+from deltapref_jax.artifacts.node import Node, first_of_equals, in_order
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.files import remote
-from deltapref_jax.records import digest
 from deltapref_jax.stages.report import Report
 from launch.cost import Cost, Estimate
 
@@ -54,14 +53,8 @@ class Row:
 def plan_rows(report: Report, workspace: Workspace, cost: Cost) -> list[Row]:
     """A row per node; equal nodes, whose artifacts will be one, are counted once."""
     rows: list[Row] = []
-    identities: dict[Node, str] = {}
-    first: dict[str, Node] = {}
-    for node in in_order([report]):
-        # Before inputs are made nobody knows their contents; equal inputs will have equal ones.
-        inputs = {name: identities[source] for name, source in node.inputs().items()}
-        identities[node] = digest(node.stage, node.version, node.config(), inputs)
-        same_as = first.get(identities[node])
-        first.setdefault(identities[node], node)
+    for node, first in first_of_equals(in_order([report])).items():
+        same_as = None if first is node else first
         key = workspace.key(node) or ""
         there = bool(key) and workspace.complete(node)
         estimate = None if there or same_as else cost(node)
@@ -71,6 +64,9 @@ def plan_rows(report: Report, workspace: Workspace, cost: Cost) -> list[Row]:
 
 def show_plan(console: Console, report: Report, workspace: Workspace, every: bool = False) -> None:
     """Prints the plan, and what its numbers rest on.
+
+    Raises:
+      ArtifactError: something is missing, and the workspace cannot be written.
 
     Args:
       console: where to.
@@ -93,6 +89,7 @@ def show_plan(console: Console, report: Report, workspace: Workspace, every: boo
     if not missing:
         say(f"All {len(distinct)} artifacts are in {workspace.root}; nothing is to be made.")
         return
+    workspace.check_writable()
     console.print(_stage_table(distinct))
     say("")
     for sentence in _notes(distinct, missing, workspace, cost):

@@ -270,7 +270,7 @@ def _with_number(argument: str, value: Any) -> str:
         if not part[1]:
             number = _number(argument, given, value, part[2])
             path = f"{path}[{number}]"
-            value = value[number] if -len(value) <= number < len(value) else None
+            value = value[number] if number < len(value) else None
         elif isinstance(value, tuple | list):
             raise _NoSuchPath(f"{argument}: {given} is a list; {_known(value)}.")
         else:
@@ -286,8 +286,10 @@ def _number(argument: str, path: str, items: Any, item: str) -> int:
     """The number of an item that is given by its number or its name, which may be quoted."""
     if not isinstance(items, tuple | list):
         raise _NoSuchPath(f"{argument}: {path} is no list, so that it has no [{item}].")
-    if re.fullmatch(r"-?\d{1,9}", item):
+    if re.fullmatch(r"\d{1,9}", item):
         return int(item)
+    if re.fullmatch(r"-\d+", item):
+        raise _NoSuchPath(f"{argument}: {path} has no item [{item}]; items count from 0.")
     name = item[1:-1] if re.fullmatch(r"'.*'|\".*\"", item) else item
     names = _names(items)
     if name in names:
@@ -332,9 +334,9 @@ def _explain(e: BaseException, config_flag: str, argv: list[str]) -> str:
         or re.search(r"<class '[\w.]+\.(?P<kind>\w+)'>\.(?P<name>\w+) does not exist", text)
     ):
         name, kind = match["name"], match["kind"]
-        known = ", ".join(f.name for f in dataclasses.fields(getattr(config, kind)))
+        known = [field.name for field in dataclasses.fields(getattr(config, kind))]
         argument = next((a for a in argv if re.search(rf"\b{name}\b", a.split("=")[0])), name)
-        return f"{argument}: {kind} has no field {name!r}; it has {known}."
+        return f"{argument}: {config.no_such_field(kind, name, known)}"
     if isinstance(e, _NoSuchPath):
         return text
     if isinstance(e, flags.DuplicateFlagError):
@@ -347,8 +349,16 @@ def _explain(e: BaseException, config_flag: str, argv: list[str]) -> str:
             flag = text.split(":")[0].split("=")[0].replace("flag ", "")
             return f"{flag} is missing; give it a value (--help)."
         problem = " ".join(text.split()).removeprefix("flag ").rstrip(".")
+        # Python's own words for a text that is no number do not say what is wanted.
+        problem = re.sub(r"invalid literal for int\(\) .*", "it must be a whole number", problem)
+        problem = re.sub(r"could not convert string to float.*", "it must be a number", problem)
         return f"{problem}; fix the flag (--help lists them)."
-    line = getattr(e, "lineno", None) or _line_in(config_flag.split(":")[0], e)
+    path = config_flag.split(":")[0]
+    # Without overrides the library raises an error whose text holds the traceback.
+    lines = re.findall(rf'File "[^"]*{re.escape(path)}", line (\d+)', text)
+    line = getattr(e, "lineno", None) or _line_in(path, e) or (lines[-1] if lines else None)
     where = f", line {line}," if line else ""
     reason = text.splitlines()[-1] if "Traceback" in text else f"{type(e).__name__}: {text}"
+    if own := re.fullmatch(r"(?:[\w.]+\.)?ConfigError: (.*)", reason):
+        return f"The config {config_flag}{where} cannot be loaded: {own[1]}"
     return f"The config {config_flag}{where} cannot be loaded ({reason}); fix it."

@@ -17,7 +17,7 @@ import pyarrow as pa
 from absl import flags
 from ml_collections import config_flags
 
-from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Experiment, Judge, Model, ModelZoo, Prompts, SmallModel
 from deltapref_jax.files import unwritable
@@ -38,7 +38,8 @@ def release(zoo: ModelZoo, workspace: Workspace) -> None:
     from deltapref_jax.stages.nursery import plan
 
     nodes = plan(zoo)
-    run(list(nodes.values()), workspace, zoo.name)
+    wanted = list(nodes.values())
+    say_made(wanted, run(wanted, workspace, zoo.name), workspace)
     for name in zoo.release:
         folder = workspace.path(nodes[name]) / "model"
         shutil.copytree(folder, Path(zoo.output) / name, dirs_exist_ok=True)
@@ -56,7 +57,7 @@ def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str,
         judge = Judge(name=model.name, kind="model", model=path)
         problems = (dataclasses.replace(_AUDITED, tasks=model.tasks),)
         table = audit_table(e, judge, prompt_table(("prompts",), problems, {}))
-        run([table], workspace)
+        say_made([table], run([table], workspace), workspace)
         found = audit(workspace.table(table), judge.dimensions)
         auc = found.auc if found else {}
         return {dimension: [round(x, 3) for x in estimate] for dimension, estimate in auc.items()}
@@ -64,7 +65,8 @@ def measure(zoo: ModelZoo, workspace: Workspace, model: SmallModel) -> dict[str,
     tables = result_tables(e, ("evaluate", model.name), suites, path, None)
     if not tables:
         return {}
-    run(list(tables.values()), workspace)
+    wanted = list(tables.values())
+    say_made(wanted, run(wanted, workspace), workspace)
     results = pa.concat_tables(workspace.table(table) for table in tables.values())
     return {
         domain: [round(x, 1) for x in accuracy(results, domain)]

@@ -59,10 +59,10 @@ from pathlib import Path
 
 from ml_collections import config_flags
 
-from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
-from deltapref_jax.progress import plain_console
+from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate_pair_training
 from launch.flags import define_initialization_timeout, define_profile_steps, run_main, window
 
@@ -101,10 +101,11 @@ def main(_: list[str]) -> None:
         for line in training_lines(
             policy.training, policy.student, lambda path: inspect_model(path)[0]
         ):
-            console.print(line, soft_wrap=True)
-    run(list(policy.sequences.values()), workspace, p.name)
+            say(console, line)
+    made = run(list(policy.sequences.values()), workspace, p.name)
     check(p, policy, workspace)
-    run([policy], workspace, p.name)
+    made += run([policy], workspace, p.name)
+    say_made([policy], made, workspace)
     if is_first():
         show(console, workspace, policy)
 

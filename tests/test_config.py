@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import pickle
 import re
 import sys
+import typing
 
 import pytest
 
@@ -19,6 +21,7 @@ from deltapref_jax.config import (
     Model,
     ModelZoo,
     Objective,
+    PairTraining,
     Prompts,
     SmallModel,
     Suite,
@@ -54,7 +57,33 @@ CASES = [  # path of a field, value, sentence
     ("trackers", "wandb", "config.trackers is 'wandb'; it must be a tuple, such as (value,)."),
     ("student", "here", "config.student is 'here'; it must be a Model."),
     ("prompts", (), "config.prompts is empty; name at least one source of training questions."),
-    ("prompts", Prompts(), "config.prompts is Prompts(*; it must be a tuple, such as (value,)."),
+    (
+        "prompts",
+        Prompts(),
+        "config.prompts is Prompts(*; it must be a tuple of parts, such as (Prompts(…),), or ().",
+    ),
+    (
+        "generators",
+        [],
+        "config.generators is []; it must be a tuple of parts, such as (Generator(…),), or ().",
+    ),
+    ("arms", (1,), "config.arms[0] is 1; it must be an Arm."),
+    (
+        "generators",
+        (),
+        "chosen of arm 'a' is 'strong' and the config has none to choose from; add it.",
+    ),
+    (
+        "name",
+        "../../x",
+        "config.name, '../../x', holds a slash, which separates labels; use another sign.",
+    ),
+    ("name", ".x", "config.name, '.x', begins with a dot, which hides a folder; remove it."),
+    (
+        "generators.0.name",
+        ".x",
+        "The name of generator '.x' begins with a dot, which hides a folder; remove it.",
+    ),
     (
         "prompts.0.tasks",
         (),
@@ -565,6 +594,39 @@ def changed(path, value):
         at = at[int(step)] if step.isdigit() else getattr(at, step)
     setattr(at, last, value)
     return e
+
+
+CONFIGS = (Experiment, PairTraining, ModelZoo)
+
+
+def parts_of(kind):
+    """A config class and those of its fields, at any depth."""
+    parts = {kind}
+    for hint in typing.get_type_hints(kind).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                parts |= parts_of(part)
+    return parts
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(set().union(*map(parts_of, CONFIGS)), key=str), ids=lambda kind: kind.__name__
+)
+def test_an_attribute_that_is_no_field_cannot_be_set(kind):
+    part = kind()
+    fields = [field.name for field in dataclasses.fields(part)]
+    with pytest.raises(ConfigError) as error:
+        setattr(part, f"{fields[-1]}x", 1)
+    assert str(error.value) == (
+        f"{kind.__name__} has no field '{fields[-1]}x' (did you mean '{fields[-1]}'?); it has "
+        f"{', '.join(fields)}."
+    )
+    with pytest.raises(ConfigError, match=rf"^{kind.__name__} has no field 'QQQ'; it has"):
+        part.QQQ = 1
+    for copied in (pickle.loads(pickle.dumps(part)), copy.deepcopy(part)):
+        assert copied == part == dataclasses.replace(part)
+        with pytest.raises(ConfigError):
+            copied.QQQ = 1
 
 
 def test_two_fields_that_are_one_object_are_refused():

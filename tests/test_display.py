@@ -52,9 +52,9 @@ def test_a_log_has_a_line_every_half_minute_whatever_the_work_does(capsys, monke
         counter.advance(100)
         while "500" not in lines[-1]:
             lines += capsys.readouterr().err.splitlines()
-    assert lines[0][9:] == "sample/weak: 400 of 1,000 traces, 0.0 traces/s"
+    assert lines[0][20:] == "sample/weak: 400 of 1,000 traces, 0.0 traces/s"
     said = re.fullmatch(
-        r"sample/weak: 500 of 1,000 traces, ([\d.,]+) traces/s, \d+ s left", lines[-1][9:]
+        r"sample/weak: 500 of 1,000 traces, ([\d.,]+) traces/s, \d+ s left", lines[-1][20:]
     )
     assert 0 < float(said[1].replace(",", "")) <= 100 / 0.05
     capsys.readouterr()

@@ -29,6 +29,7 @@ from deltapref_jax.artifacts.shards import (
     standing,
 )
 from deltapref_jax.artifacts.workspace import Manifest, Workspace
+from deltapref_jax.display import count
 from deltapref_jax.files import (
     download,
     file_sha256,
@@ -305,9 +306,9 @@ def _stamp(seconds: float) -> str:
 def _what_it_took(manifest: Manifest) -> str:
     """What making the artifact took: rows, steps, seconds and tokens per second."""
     parts = [
-        f"{manifest.stats[unit]:,.0f} {unit}"
-        for unit in ("rows", "steps")
-        if unit in manifest.stats
+        count(manifest.stats[f"{unit}s"], unit)
+        for unit in ("row", "step")
+        if f"{unit}s" in manifest.stats
     ]
     parts.append(f"{manifest.seconds:,.1f} s")
     if manifest.stats.get("tokens") and manifest.seconds:

@@ -49,17 +49,17 @@ def release_all() -> None:
 
 
 def remove_claims(folder: epath.Path) -> None:
-    """Removes the claims on a local artifact that is complete.
+    """Removes the claims on a local artifact that is complete, with their folder and its lock.
 
-    They are those of killed processes, or of one that is about to remove its claim itself.
+    They are those of killed processes, or of one that is about to remove its claim itself. The
+    lock may go too: a process that still waits for it, or makes it anew, finds the artifact
+    complete, and claims of a complete artifact guard nothing.
     """
-    with contextlib.suppress(OSError):
-        if any(path.name != ".lock" for path in folder.iterdir()):
-            # Under the lock no process is writing a claim.
-            with Lease(folder / "all")._locked():
-                for path in folder.iterdir():
-                    if path.name != ".lock":
-                        path.unlink()
+    # Under the lock no process is writing a claim.
+    with contextlib.suppress(OSError), Lease(folder / "all")._locked():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
 
 
 def _pid_namespace() -> str:
@@ -91,15 +91,21 @@ class Lease:
     def take(self, on_taken: Callable[[], None] = lambda: None) -> bool:
         """Takes the lease if it is free, expired or of a dead process; returns whether it did.
 
+        It is not taken either where another process completes the artifact at this moment and
+        removes the claims (`remove_claims`).
+
         Args:
           on_taken: called before any other process can take the lease over.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            if self._held_by_another():
-                return False
-            self._write()
-            on_taken()
+        try:
+            with self._locked():
+                if self._held_by_another():
+                    return False
+                self._write()
+                on_taken()
+        except FileNotFoundError:
+            return False
         _held.add(self)
         threading.Thread(target=self._keep_renewing, daemon=True).start()
         return True

@@ -135,6 +135,29 @@ def _plain(value: Any, hashed: bool) -> Any:
     return value
 
 
+def first_of_equals(nodes: Iterable[Node]) -> dict[Node, Node]:
+    """Maps nodes to the first one that is the same artifact, such as the pairs of two arms.
+
+    It is known before any is made: equal inputs will have equal contents. Nodes whose artifacts
+    turn out to have equal inputs by their contents alone remain two.
+
+    Args:
+      nodes: in the order of `in_order`, with everything behind them.
+    """
+    identities: dict[Node, str] = {}
+    first: dict[str, Node] = {}
+    for node in nodes:
+        inputs = {name: identities[source] for name, source in node.inputs().items()}
+        identities[node] = digest(node.stage, node.version, node.config(), inputs)
+        first.setdefault(identities[node], node)
+    return {node: first[identity] for node, identity in identities.items()}
+
+
+def distinct(wanted: Iterable[Node]) -> list[Node]:
+    """Every node behind `wanted` in order, once per artifact: what counts of artifacts count."""
+    return [node for node, first in first_of_equals(in_order(wanted)).items() if node is first]
+
+
 def in_order(wanted: Iterable[Node]) -> list[Node]:
     """Every node behind `wanted`, inputs before what needs them, each node once."""
     # A dict keeps insertion order and serves as an ordered set.

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from deltapref_jax.artifacts.job import Finished, Job
-from deltapref_jax.artifacts.node import Node, in_order
+from deltapref_jax.artifacts.node import Node, distinct, in_order
 from deltapref_jax.artifacts.shards import Busy
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.files import ArtifactError, is_unwritable, unwritable
+from deltapref_jax.display import count
+from deltapref_jax.files import is_unwritable, unwritable
 from deltapref_jax.processes import agreed, process_count, process_index
 from deltapref_jax.progress import LOG_EVERY_SECONDS, log
 
@@ -29,8 +30,10 @@ def run(
     show: bool = True,
     verify: bool = False,
     also_named: Sequence[Node] = (),
-) -> None:
-    """Makes what is missing of `wanted` and of their inputs; what stands is left alone.
+) -> list[Node]:
+    """Makes what is missing of `wanted` and of their inputs, and returns what was made here.
+
+    What stands is left alone.
 
     Args:
       wanted: nodes of a study.
@@ -45,7 +48,8 @@ def run(
     """
     # The inputs of all come first, so that the artifacts of one batch are ready together.
     nodes = in_order([*(source for node in wanted for source in node.inputs().values()), *wanted])
-    pending, made = list(nodes), 0
+    pending: list[Node] = list(nodes)
+    made: list[Node] = []
     waits: dict[Node, float] = {}
     not_before: dict[Node, float] = {}
     waited, indexed = 0.0, time.monotonic()
@@ -65,7 +69,7 @@ def run(
                         node.make(jobs[0])
                     elif jobs:
                         node.make_batch([(job.node, job) for job in jobs])
-                made += sum(job.finished for job in jobs)
+                made += [job.node for job in jobs if job.finished]
                 stands = agreed(workspace.complete(node))
                 # To see whether a shard is free costs reading the inputs.
                 for each in together if node.sharded else ():
@@ -89,11 +93,18 @@ def run(
             workspace.remove_leftovers(node)
         if study:
             workspace.write_index(study, [*also_named, *nodes])
-    if show and process_index() == 0:
-        log(
-            f"{len(nodes)} artifacts: {made} made here, {len(nodes) - made} stood or made elsewhere"
-        )
     agreed(True)  # nobody reads before process 0 has written
+    return made
+
+
+def say_made(wanted: Sequence[Node], made: Sequence[Node], workspace: Workspace) -> None:
+    """Says how many of the artifacts behind `wanted` were made here, once they are complete."""
+    if process_index() != 0:
+        return
+    nodes, here = distinct(wanted), {workspace.path(node) for node in made}
+    number = sum(workspace.path(node) in here for node in nodes)
+    others = f", {len(nodes) - number} stood or made elsewhere" if number < len(nodes) else ""
+    log(f"{count(len(nodes), 'artifact')}: {number} made here{others}")
 
 
 def _batch(node: Node, pending: Sequence[Node], workspace: Workspace) -> list[Node]:
@@ -163,8 +174,5 @@ def _start(node: Node, workspace: Workspace, show: bool) -> Job:
     try:
         job.dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ArtifactError(
-            f"The workspace {workspace.root} cannot be written ({e.strerror or e}); "
-            "choose another with --config.workspace=…"
-        ) from e
+        raise workspace.unwritable(e) from e
     return job

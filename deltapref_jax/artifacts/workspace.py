@@ -13,8 +13,10 @@ once, results stand exactly once, and the checksums of an artifact's files are i
 """
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -122,13 +124,13 @@ class Workspace:
             file = self.path(node) / name
             if not file.exists():
                 raise self.damaged(node, name, "missing")
-            stat = file.stat()
-            if stat.length != size:
+            found = file.stat()
+            if found.length != size:
                 raise self.damaged(
-                    node, name, f"{stat.length} bytes long and not {size} as written"
+                    node, name, f"{found.length} bytes long and not {size} as written"
                 )
             # times are whole seconds; a file of a bucket would cost a download
-            young = stat.mtime > finished - (not remote(file))
+            young = found.mtime > finished - (not remote(file))
             if (verify or young) and file_sha256(file) != sha:
                 raise self.damaged(node, name, "not what was written (checksum)")
         # The keys of what is made from this artifact hash its contents.
@@ -201,6 +203,37 @@ class Workspace:
                 _remove(path)
             remove_claims(folder / "claims")
 
+    def check_writable(self) -> None:
+        """Checks that artifacts can be put here, and creates nothing; a bucket is not asked.
+
+        Raises:
+          ArtifactError: the folder, or the one in which it would be made, cannot be written.
+        """
+        if remote(self.root):
+            return
+        place = os.path.abspath(self.root)
+        try:
+            while not _is_folder(place):
+                place = os.path.dirname(place)
+            system = os.statvfs(place)
+            if system.f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            # The kernel's own file systems, such as /proc, have no room and permit root everything;
+            # an unnamed file leaves no trace where it can be made.
+            if not system.f_blocks and hasattr(os, "O_TMPFILE"):
+                os.close(os.open(place, os.O_TMPFILE | os.O_WRONLY))
+        except OSError as e:
+            raise self.unwritable(e) from e
+
+    def unwritable(self, e: OSError) -> ArtifactError:
+        """The sentence for a workspace in which no folder can be made."""
+        return ArtifactError(
+            f"The workspace {self.root} cannot be written ({e.strerror or e}); choose another with "
+            "--config.workspace=…"
+        )
+
     def write_index(self, study: str, nodes: Iterable[Node]) -> None:
         """Names the complete artifacts of `study` in index.json, and as links under by_name/.
 
@@ -243,6 +276,21 @@ class Workspace:
                 Path(self.root, "by_name", _file_name(study)),
                 {"/".join(map(_file_name, node.label)): Path(self.path(node)) for node in named},
             )
+
+
+def _is_folder(path: str) -> bool:
+    """Whether there is a folder; False: there is nothing.
+
+    Raises:
+      OSError: it is a file, or its name cannot be looked up.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(mode):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return True
 
 
 def _remove(path: epath.Path) -> None:

@@ -62,9 +62,11 @@ def open_folder(path: Path) -> Stored:
       FileNotFoundError: the folder is incomplete.
       ValueError: it is damaged, or describes a model that is not supported.
     """
-    config, spec = _read_config(path)
+    config, spec = _read_config(path, str(path))
     try:
         files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
+        if folders := [file for file in files if file.is_dir()]:
+            raise IsADirectoryError(f"{folders[0].name} is a folder and no file")
         handles = {file.name: safe_open(file, framework="numpy") for file in files}
     except Exception as e:  # safetensors raises different types on a truncated file
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
@@ -95,7 +97,7 @@ def unread_folder(folder: Path, where: str, headers: Headers) -> Stored:
     Raises:
       ValueError: it is damaged, or describes a model that is not supported.
     """
-    config, spec = _read_config(folder)
+    config, spec = _read_config(folder, where)
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         raise FileNotFoundError(f"Tensor {name} of {where} has not been fetched.")
@@ -103,8 +105,8 @@ def unread_folder(folder: Path, where: str, headers: Headers) -> Stored:
     return Stored(spec, config, _shapes(config, where, headers)[0], read)
 
 
-def _read_config(path: Path) -> tuple[Mapping[str, Any], ModelSpec]:
-    """Reads a folder's config.json.
+def _read_config(path: Path, where: str) -> tuple[Mapping[str, Any], ModelSpec]:
+    """Reads a folder's config.json; messages call the model `where`.
 
     Raises:
       ValueError: the file is damaged, or describes a model that is not supported.
@@ -115,7 +117,10 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], ModelSpec]:
             raise ValueError("config.json holds no JSON object")
     except Exception as e:  # of the text, of JSON, or of the file system
         raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-    return config, spec_from_hf(config)
+    try:
+        return config, spec_from_hf(config)
+    except ValueError as e:
+        raise ValueError(f"The model {where} cannot be used: {e}") from e
 
 
 def _shapes(

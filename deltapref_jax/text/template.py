@@ -145,6 +145,11 @@ class ChatTokenizer:
                 f"The tokenizer of {self.where} has no chat template; add chat_template.jinja to "
                 "its folder, or give text instead of messages."
             )
+        if any(word in self._template_error for word in ("sandbox", "is unsafe")):
+            raise ConfigError(
+                f"The chat template of {self.where} asks for more than a template may "
+                f"({self._template_error}), and is not run; use the template of the model's makers."
+            )
         if self._template_error:
             raise ConfigError(
                 f"The chat template of {self.where} cannot be used ({self._template_error}); copy "

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from etils import epath
 
 from deltapref_jax.artifacts.job import Job
-from deltapref_jax.artifacts.lease import Lease, LostLease
+from deltapref_jax.artifacts.lease import Lease, LostLease, remove_claims
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
@@ -502,17 +503,69 @@ def test_leftovers_of_killed_processes_are_removed_when_the_study_runs_again(tmp
         return sorted(str(p) for p in tmp_path.rglob("*"))
 
     before = paths()
+    # Neither claims nor their locks stay in the folder of an artifact.
+    assert [p for p in before if "claims" in p] == [
+        str(tmp_path / "claims"),
+        str(tmp_path / "claims" / ".lock"),
+    ]
     for folder in {p.parent for p in tmp_path.glob("*/*/manifest.json")}:
         (folder / ".shard.x").touch()
         (folder / ".policy.x").mkdir()
         (folder / ".policy.x" / "weights").touch()
         (folder / "checkpoints" / "step_2.orbax-checkpoint-tmp").mkdir(parents=True)
+        (folder / "claims").mkdir()
         (folder / "claims" / "all").write_text("{}")
         (folder / "claims" / ".x").touch()
     for name in (".index.json.x", "claims/index", "claims/.x"):
         (tmp_path / name).touch()
     run(nodes, Workspace(tmp_path), "toy", show=False)
     assert [p for p in paths() if not p.endswith("checkpoints")] == before
+
+
+def test_a_lease_is_not_taken_while_the_claims_of_a_complete_artifact_are_removed(tmp_path):
+    """At any of its steps: the folder is removed before, and while, the claim is written."""
+    claims = epath.Path(tmp_path / "claims")
+    for step in ("_locked", "_held_by_another", "_write"):
+        lease = Lease(claims / "all")
+        original = getattr(lease, step)
+
+        def removed_first(original=original):
+            shutil.rmtree(claims)
+            return original()
+
+        setattr(lease, step, removed_first)
+        assert not lease.take()
+    lease = Lease(claims / "all")
+    assert lease.take()
+    remove_claims(claims)
+    assert not claims.exists()
+    assert not lease.held()
+    lease.release()
+    assert not claims.exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_workspace_is_checked_without_a_trace(tmp_path, exists):
+    root = tmp_path / "a" / "b"
+    if exists:
+        root.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    Workspace(root).check_writable()
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "file").touch()
+    for place, reason in (
+        ("/proc/x", ".*"),
+        (tmp_path / "file" / "x", "Not a directory"),
+        (tmp_path / "file", "Not a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(ArtifactError) as error:
+            Workspace(place).check_writable()
+        assert re.fullmatch(
+            rf"The workspace {place} cannot be written \({reason}\); choose another with "
+            "--config.workspace=…",
+            str(error.value),
+        )
 
 
 def test_planning_needs_no_jax():

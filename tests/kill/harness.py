@@ -114,7 +114,9 @@ SENTENCES = {
     130: r"Stopped.*",
 }
 # Lines of progress, and of libraries.
-NOTICES = re.compile(r"\d\d:\d\d:\d\d .*|\[transformers\] PyTorch was not found\..*|")
+NOTICES = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*|\[transformers\] PyTorch was not found\..*|"
+)
 
 
 @dataclasses.dataclass

@@ -39,8 +39,8 @@ GOOD = {
 FLAGS = {  # entry point → (arguments, words)
     "train": [
         ("--bogus=1", r"Unknown command line flag 'bogus'"),
-        ("--config.bogus=1", r"PairTraining has no field 'bogus'; it has .*workspace"),
-        ("--config.training.step=1", r"Training has no field 'step'; it has .*steps"),
+        ("--config.bogus=1", r"PairTraining has no field 'bogus'.*; it has .*workspace"),
+        ("--config.training.step=1", r"Training has no field 'step' .*; it has .*steps"),
         ("word", r"'word' is no flag; flags begin with --"),
         ("--config=/nowhere.py", r"There is no config file '/nowhere\.py'"),
         ("--config={root}", r"There is no config file"),

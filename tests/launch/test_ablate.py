@@ -43,6 +43,8 @@ FILES = {
     "nothing.py": "x = 1\n",
     "missing.py": "import no_such_module\n",
     "raises.py": "def get_config():\n    return 1 / 0\n",
+    "misspelt.py": "from configs.quickstart import get_config as quick\n\n\ndef get_config():\n"
+    "    e = quick()\n    e.training.step = 60\n    return e\n",
     "number.py": "from configs.quickstart import get_config as quick\n\n\ndef get_config(steps):\n"
     "    e = quick()\n    e.training.steps = int(steps)\n    return e\n",
 }
@@ -71,8 +73,16 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     r"by zero\); fix it\.",
     (
         "--config={0}/number.py:many",
-    ): r"The config \S+/number\.py:many cannot be loaded \(ValueError: invalid literal "
+    ): r"The config \S+/number\.py:many, line 6, cannot be loaded \(ValueError: invalid literal "
     r"for int\(\) with base 10: 'many'\); fix it\.",
+    (
+        "--config={0}/misspelt.py",
+    ): r"The config \S+/misspelt\.py, line 6, cannot be loaded: Training has no field 'step' \(did "
+    r"you mean 'steps'\?\); it has pairs_per_step, .*, mesh\.",
+    (
+        "--config={0}/misspelt.py",
+        "--config.seed=1",
+    ): r"The config \S+/misspelt\.py, line 6, cannot be loaded: Training has no field 'step' .*",
     ("--config={0}/number.py:0",): r"config\.training\.steps is 0; it must be at least 1\.",
     (
         QUICK,
@@ -81,16 +91,17 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (
         QUICK,
         "--config.student.pth=x",
-    ): r"--config\.student\.pth=x: Model has no field 'pth'; it has path, dtype, revision\.",
+    ): r"--config\.student\.pth=x: Model has no field 'pth' \(did you mean 'path'\?\); it has "
+    r"path, dtype, revision\.",
     (
         QUICK,
         "--config.stepz=3",
-    ): r"--config\.stepz=3: Experiment has no field 'stepz'; it has name, question, .*",
+    ): r"--config\.stepz=3: Experiment has no field 'stepz'.*; it has name, question, .*",
     (
         QUICK,
         "--config.generators[0].temprature=1",
     ): r"--config\.generators\[0\]\.temprature=1: Generator has no field "
-    r"'temprature'; it has name, model, temperature, .*",
+    r"'temprature' \(did you mean 'temperature'\?\); it has name, model, temperature, .*",
     (
         QUICK,
         "--config.generators[9].top_k=1",
@@ -104,8 +115,22 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (
         QUICK,
         "--config.training.steps=abc",
-    ): r"--config\.training\.steps=abc: invalid literal for int\(\) with base 10: "
-    r"'abc'; fix the flag \(--help lists them\)\.",
+    ): r"--config\.training\.steps=abc: it must be a whole number; fix the flag \(--help lists "
+    r"them\)\.",
+    (
+        QUICK,
+        "--config.training.clip=abc",
+    ): r"--config\.training\.clip=abc: it must be a number; fix the flag \(--help lists them\)\.",
+    (
+        QUICK,
+        "--config.generators[-1].samples=7",
+    ): r"--config\.generators\[-1\]\.samples=7: config\.generators has no item \[-1\]; items count "
+    r"from 0\.",
+    (
+        QUICK,
+        "--only=",
+    ): r"--only is empty; name arms or patterns, such as --only=dpo-\*,kto-top, or leave it out to "
+    r"run all arms\.",
     (QUICK, "--config.training.steps=0"): r"config\.training\.steps is 0; it must be at least 1\.",
     (
         QUICK,
@@ -181,11 +206,11 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (
         QUICK,
         "--config.generators[weak].temprature=1",
-    ): r"--config\.generators\[weak\]\.temprature=1: Generator has no field 'temprature'; .*",
+    ): r"--config\.generators\[weak\]\.temprature=1: Generator has no field 'temprature' .*",
     (
         QUICK,
         "--config.generators[weak].top_k=many",
-    ): r"--config\.generators\[weak\]\.top_k=many: invalid literal .*",
+    ): r"--config\.generators\[weak\]\.top_k=many: it must be a whole number; .*",
     (QUICK, "--config.scoring.rows=0"): r"config\.scoring\.rows is 0; it must be at least 1\.",
 }
 
@@ -235,7 +260,7 @@ def test_an_item_of_a_list_is_set_by_its_name_or_number():
         "--config.arms[dpo-top].seeds=(3, 4)",
         "--config.suites[shop].prompts.count",
         "7",
-        "--config.prompts[-1].count=9",
+        "--config.prompts[0].count=9",
     )
     for config in ([QUICK], QUICK.split("=")):
         done = subprocess.run(

@@ -19,7 +19,8 @@ bad_input = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(bad_input)
 # Lines of libraries, and of stages that read files on the host before any device works.
 NOTICES = re.compile(
-    r"\[transformers\] PyTorch was not found\..*|\d\d:\d\d:\d\d (tokens|prompts|suite\S*): .*|$"
+    r"\[transformers\] PyTorch was not found\..*|"
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (tokens|prompts|suite\S*): .*|$"
 )
 
 STUDY = """

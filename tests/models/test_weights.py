@@ -229,6 +229,27 @@ def test_a_tied_model_may_store_its_head_too(text, tmp_path):
     equal(load(str(tmp_path)).state, state)
 
 
+def test_a_folder_in_the_place_of_weights_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(ValueError) as error:
+        load(str(folder))
+    assert str(error.value) == (
+        f"The model in {folder} cannot be read (model.safetensors is a folder and no file); fetch "
+        "it again."
+    )
+
+
+def test_a_config_that_is_refused_names_the_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(ValueError) as error:
+        load(str(folder))
+    assert str(error.value).startswith(
+        f"The model {folder} cannot be used: model_type is 'mamba' in config.json; supported: "
+    )
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_cut_file_is_one_sentence(folder, file):
     data = (folder / file).read_bytes()
@@ -394,7 +415,9 @@ def test_a_quantised_model_is_refused_by_its_config(folder):
     config = json.loads((folder / "config.json").read_text())
     quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(ValueError, match=r"^config\.json has a quantization_config, and"):
+    with pytest.raises(
+        ValueError, match=r"^The model \S+ cannot be used: config\.json has a quant"
+    ):
         inspect_model(str(folder))
 
 

@@ -195,7 +195,9 @@ def test_an_entry_point_refuses_a_model_on_the_hub_before_its_weights(hub, folde
 
     refused = train()
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("model_type is 'mamba' in config.json; supported: ")
+    assert refused.stderr.startswith(
+        "The model someone/tiny cannot be used: model_type is 'mamba' in config.json; supported: "
+    )
     assert refused.stderr.count("\n") == 1
     assert hub.asked("config.json") and not hub.asked("model.safetensors")
     typed = train("--config.student.revision=v9")

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from deltapref_jax.artifacts.node import in_order
-from deltapref_jax.artifacts.runner import run
+from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
     Arm,
@@ -28,6 +28,7 @@ from deltapref_jax.records import Pair, Prompt, Result, TokenSequence
 from deltapref_jax.stages.study import part_of, plan
 from deltapref_jax.validation import validate
 from launch.ablate import say_policies, say_standing
+from launch.dry_run import plan_rows
 
 QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
 
@@ -198,13 +199,29 @@ def test_a_continued_study_says_what_stands(made, again, capsys):
     report = plan(dataclasses.replace(made, workspace=str(again.root)))
     workspace = Workspace(again.root)
     shutil.rmtree(workspace.path(report.policies["dpo"][1]))
-    say_standing(Workspace(again.root), report)
+    assert not say_standing(Workspace(again.root), report)
     said = capsys.readouterr().err
     # What is behind the missing policy has no key yet, so it is not known to stand.
-    assert said[9:] == (
-        "25 of 29 artifacts stand: prompts 3 of 3, sample 2 of 2, verify 2 of 2, tokens 2 of 2, "
-        "score 2 of 2, evaluate 10 of 12, pair 2 of 2, train 2 of 3, report 0 of 1\n"
+    assert said[20:] == (
+        "22 of 26 artifacts stand: prompts 3 of 3, sample 2 of 2, verify 2 of 2, tokens 2 of 2, "
+        "score 2 of 2, evaluate 8 of 10, pair 1 of 1, train 2 of 3, report 0 of 1\n"
     )
+    # The plan of a dry run counts the same, and so does the end of a run.
+    rows = plan_rows(report, workspace, lambda node: None)
+    assert sum(not row.same_as for row in rows) == 26
+    assert say_standing(Workspace(made.workspace), plan(made))
+    assert "26 of 26 artifacts stand: " in capsys.readouterr().err
+    whole = Workspace(made.workspace)
+    nodes = in_order([plan(made)])
+    for wanted, end in (
+        (nodes, "26 made here"),
+        (nodes[1:], "25 made here, 1 stood or made elsewhere"),
+        ([], "0 made here, 26 stood or made elsewhere"),
+    ):
+        for node in nodes:
+            whole.complete(node)
+        say_made(nodes, wanted, whole)
+        assert capsys.readouterr().err[20:] == f"26 artifacts: {end}\n"
     say_standing(Workspace(again.root / "other"), report)
     assert capsys.readouterr().err == ""
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -334,6 +335,19 @@ def test_a_tokenizer_that_cannot_serve_is_one_sentence(options, sentence):
     with pytest.raises(ValueError) as error:
         made(PLAIN, **options)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "asked", ["{% for i in range(10 ** 9) %}{% endfor %}", "{{ ''.__class__.__mro__ }}"]
+)
+def test_a_template_that_asks_for_too_much_is_not_run(asked):
+    with pytest.raises(ValueError) as error:
+        made(asked + PLAIN, "<s> $A").render(CHAT)
+    assert re.fullmatch(
+        r"The chat template of here asks for more than a template may \(.+\), and is not run; use "
+        r"the template of the model's makers\.",
+        str(error.value),
+    )
 
 
 def test_only_messages_need_a_template():
