@@ -114,7 +114,7 @@ def _check_types(path: str, config: Any) -> None:
             if isinstance(item, bool) or not isinstance(item, allowed):
                 kind = _KINDS.get(expected) or _one(expected)
                 part: Any = (*typing.get_args(hint), None)[0]
-                if expected is tuple and dataclasses.is_dataclass(part):
+                if expected is tuple and isinstance(part, type) and dataclasses.is_dataclass(part):
                     kind = f"a tuple of parts, such as ({part.__name__}(…),), or ()"
                 raise ConfigError(f"{item_field} is {_shown(item)}; it must be {kind}.")
             if isinstance(item, str) and "\0" in item:
