@@ -29,7 +29,7 @@ class Parameter(NamedTuple):
     tensor: str  # name in safetensors; {layer} and {expert} stand for numbers
     gguf: str  # name in GGUF; experts are one tensor there
     inputs: int = 0  # leading dimensions that a product sums over; 0: no matrix of a product
-    init: str = "normal"  # "normal", "residual" (a smaller normal), "ones" or "zeros"
+    init: str = "normal"  # "normal", "residual" (a smaller normal), "norm" or "zeros"
     has: _Has = lambda spec: True  # whether a model of that spec has the parameter
 
     @property
@@ -152,42 +152,38 @@ def _after(spec: ModelSpec) -> bool:
     return spec.norms in ("after", "both")
 
 
+def _has_qk_norm(kind: str, spec: ModelSpec) -> bool:
+    return spec.qk_norm == kind
+
+
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("embed", "V D", ("tensor", "fsdp"), "model.embed_tokens.weight", "token_embd.weight"),
     # Over `tensor`, q, k, v, gate and up are split by their outputs, and o and down by their
     # inputs, so that one sum over devices ends each half of a block (Megatron-LM, arXiv
     # 1909.08053).
     *_norm("blocks.attention_norm", (f"{_L}input_layernorm", f"{_B}attn_norm"), _before),
-    *_matrix("blocks.q", "D N H", ("fsdp", "tensor", None), ("self_attn.q_proj", "attn_q")),
-    *_matrix("blocks.k", "D K H", ("fsdp", "tensor", None), ("self_attn.k_proj", "attn_k")),
-    *_matrix("blocks.v", "D K H", ("fsdp", "tensor", None), ("self_attn.v_proj", "attn_v")),
-    *_norm(
-        "blocks.q_norm",
-        (f"{_L}self_attn.q_norm", f"{_B}attn_q_norm"),
-        lambda spec: spec.qk_norm == "head",
-        "H",
-        bias=False,
+    *(
+        p
+        for name, letters in (("q", "D N H"), ("k", "D K H"), ("v", "D K H"))
+        for p in _matrix(
+            f"blocks.{name}",
+            letters,
+            ("fsdp", "tensor", None),
+            (f"self_attn.{name}_proj", f"attn_{name}"),
+        )
     ),
-    *_norm(
-        "blocks.k_norm",
-        (f"{_L}self_attn.k_norm", f"{_B}attn_k_norm"),
-        lambda spec: spec.qk_norm == "head",
-        "H",
-        bias=False,
-    ),
-    *_norm(
-        "blocks.q_heads_norm",
-        (f"{_L}self_attn.q_norm", f"{_B}attn_q_norm"),
-        lambda spec: spec.qk_norm == "heads",
-        "N H",
-        bias=False,
-    ),
-    *_norm(
-        "blocks.k_heads_norm",
-        (f"{_L}self_attn.k_norm", f"{_B}attn_k_norm"),
-        lambda spec: spec.qk_norm == "heads",
-        "K H",
-        bias=False,
+    # Of each head alone, or of all heads at once: a file has the same name for both.
+    *(
+        p
+        for side, heads in (("q", "N H"), ("k", "K H"))
+        for kind, name, letters in (("head", "norm", "H"), ("heads", "heads_norm", heads))
+        for p in _norm(
+            f"blocks.{side}_{name}",
+            (f"{_L}self_attn.{side}_norm", f"{_B}attn_{side}_norm"),
+            functools.partial(_has_qk_norm, kind),
+            letters,
+            bias=False,
+        )
     ),
     *_matrix(
         "blocks.o",
@@ -229,23 +225,17 @@ PARAMETERS: tuple[Parameter, ...] = (
         has=_sparse,
     ),
     # Experts lie over `tensor`, so each of its devices computes whole experts.
-    Parameter(
-        "blocks.expert_gate",
-        "E D X",
-        ("tensor", "fsdp", None),
-        f"{_L}mlp.experts.{{expert}}.gate_proj.weight",
-        f"{_B}ffn_gate_exps.weight",
-        inputs=1,
-        has=_sparse,
-    ),
-    Parameter(
-        "blocks.expert_up",
-        "E D X",
-        ("tensor", "fsdp", None),
-        f"{_L}mlp.experts.{{expert}}.up_proj.weight",
-        f"{_B}ffn_up_exps.weight",
-        inputs=1,
-        has=_sparse,
+    *(
+        Parameter(
+            f"blocks.expert_{name}",
+            "E D X",
+            ("tensor", "fsdp", None),
+            f"{_L}mlp.experts.{{expert}}.{name}_proj.weight",
+            f"{_B}ffn_{name}_exps.weight",
+            inputs=1,
+            has=_sparse,
+        )
+        for name in ("gate", "up")
     ),
     Parameter(
         "blocks.expert_down",
