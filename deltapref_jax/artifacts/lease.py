@@ -210,12 +210,16 @@ class Lease:
             self.lost = True
 
     def _renew(self) -> None:
-        with self._locked():
-            # After `release` the claim is deleted and must not come back.
-            if not self._stop.is_set():
-                self._look()
-                if not self.lost:
-                    self._write()
+        try:
+            with self._locked():
+                # After `release` the claim is deleted and must not come back.
+                if not self._stop.is_set():
+                    self._look()
+                    if not self.lost:
+                        self._write()
+        except FileNotFoundError:
+            # The folder of claims is gone: another process completed the artifact.
+            self.lost = True
 
     def _keep_renewing(self) -> None:
         """Renews after each quarter of the lease, so that one failed write does not lose it."""

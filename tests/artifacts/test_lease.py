@@ -169,3 +169,13 @@ def test_a_claim_that_cannot_be_read_at_the_moment_is_not_lost(tmp_path, monkeyp
 
     monkeypatch.setattr(mine, "_text", stale)
     assert mine.held()
+
+
+def test_a_lease_whose_folder_was_removed_is_lost(tmp_path, monkeypatch):
+    """Whoever completes an artifact removes its claims; a process that slept meanwhile notices."""
+    mine = Lease(epath.Path(tmp_path / "claims" / "train"))
+    assert mine.take() and mine.held()
+    leases.remove_claims(epath.Path(tmp_path / "claims"))
+    monkeypatch.setattr(mine, "_renewed", mine._renewed - OLD)  # it is late, and renews first
+    assert not mine.held()
+    assert not (tmp_path / "claims").exists()
