@@ -169,7 +169,7 @@ FLAGS = {  # entry point → (arguments, words)
         ("--config.arms[].keep=top", r"there is no '' in config\.arms; it has \[a\]"),
         ("--config.arms[a].bogus=1", r"arms\[a\]\.bogus=1: Arm has no field 'bogus'"),
         ("--config.arms[a].keep=best", r"keep of arm 'a' is 'best'; choose one of 'all'"),
-        ("--config.arms[a].fraction=half", r"arms\[a\]\.fraction=half: could not convert"),
+        ("--config.arms[a].fraction=half", r"arms\[a\]\.fraction=half: it must be a number"),
         ("--config.arms[a].seeds=1.5", r"seeds"),
         ("--config.arms[a].seeds[x]=1", r"there is no 'x' in config\.arms\[a\]\.seeds"),
         ("--config.arms[a]=1", r"config\.arms\[a\] is no single value; set one of its name"),

@@ -222,7 +222,8 @@ def test_no_sample_in_a_row_is_one_sentence(trained):
     [
         (
             {"base": "elm"},
-            "base of model 'oak' (a model listed before it) is 'elm'; choose one of .",
+            "base of model 'oak' (a model listed before it) is 'elm' and the config has none to "
+            "choose from; add it.",
         ),
         (
             {"curriculum": "sing"},
