@@ -258,8 +258,9 @@ def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
 class StoredParameter:
     """A parameter of all layers that is read from its file part by part.
 
-    It is indexed by slices, as `jax.make_array_from_callback` does for every device, and reads no
-    more than the bytes of that part. `numpy.asarray` reads all of it.
+    It is indexed by slices, as `jax.make_array_from_callback` does for every device, and reads the
+    rows and columns of that part: of a matrix whole heads, and a vector as a whole.
+    `numpy.asarray` reads all of it.
     """
 
     def __init__(self, stored: Stored, p: Parameter, layers: list[Place], dtype: Any = None):

@@ -287,7 +287,7 @@ def test_transformers_reads_what_is_written(case, tmp_path):
     "shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 4, "tensor": 2}], ids=str
 )
 def test_devices_read_their_own_parts(case, shape, request):
-    """Parameters in their files are placed as host arrays are, and parts are read once or less."""
+    """Parameters that are placed from their files equal those that are placed from the host."""
     folder = HERE / request.node.callspec.params["case"]
     mesh = make_mesh(MeshShape(**({"data": 1, "fsdp": 1} | shape)))
     _, lazy = assemble(open_folder(folder), str(folder))

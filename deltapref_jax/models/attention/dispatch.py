@@ -11,7 +11,8 @@
 
 Splash attention's segment ids cannot express branches: on TPU such rows run blockwise, and so do
 rows split over `context` on every platform. Tiles of other branches are skipped like those of other
-segments.
+segments. All kernels know windows; splash knows them in rows of up to 32,768 tokens, and on GPU
+capped scores, and windows beside branches, run blockwise.
 """
 
 import math
