@@ -25,13 +25,23 @@ NURSERY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "synthetic", 
 
 PROMPT_KINDS = ("synthetic", "reasoning_gym", "jsonl", "parquet", "hub", "tfds")
 CHECKERS = ("", "world", "reasoning_gym", "math", "exact")
-JUDGE_KINDS = ("exact", "model")
-KEEPS = ("all", "top", "random", "matched")
-STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong")
+JUDGE_KINDS = ("exact", "model", "mean")
+KEEPS = ("all", "top", "bottom", "middle", "random", "matched")
+RANKED = ("top", "bottom", "middle", "matched")  # those that rank pairs, see Arm.by
+STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong", "wrong_right")
+REFERENCE_MARGIN = "reference_margin"  # what pairs may be ranked by besides ratings
+SAMPLES = ("first", "best", "worst", "right", "wrong")
+BALANCES = ("", "correctness", "chosen_length")
+UNJUDGED = ("generator", "coin")  # directions of pairs that no judge gives
+CLAIM_KINDS = ("change", "contrast", "slope")
+DOMAINS = ("in", "out")
 BUDGETS = ("steps", "epochs")
+TUNING = "tuning"
+READOUTS = ("", "accuracy", "pass", TUNING)
 OVER_LENGTHS = ("error", "drop", "truncate")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("", "int8", "fp8")
 TRACKERS = {
     "tensorboard": "tensorboardX",
     "wandb": "wandb",
@@ -51,6 +61,10 @@ LORA_TARGETS = (
 UNHASHED = {"hashed": False}
 """Metadata of a field that says where something is or how it is shown, and never what is computed:
 two runs that differ only there share their artifacts."""
+
+ADDED = {"added": True}
+"""Metadata of a field that is newer than artifacts: it is hashed where it is not its default alone,
+so that what was made before it keeps its key."""
 
 
 class ObjectiveKind(NamedTuple):
@@ -141,7 +155,7 @@ class Fields:
 class Prompts(Fields):
     """Questions from one source."""
 
-    # One of PROMPT_KINDS.
+    # One of PROMPT_KINDS, or "module:function" (docs/extend.md), which yields rows as a file has.
     kind: str = "synthetic"
     # File (jsonl, parquet), hub data set name or local data set folder (hub), builder directory
     # (tfds).
@@ -160,7 +174,8 @@ class Prompts(Fields):
     prompt_field: str = "prompt"
     # Column with the reference answer.
     answer_field: str = "answer"
-    # How answers of a file are checked: "math", "exact", or "" (unchecked).
+    # How answers of a file are checked: "math", "exact", "" (unchecked), or "module:function"
+    # (docs/extend.md).
     checker: str = ""
     # Subset of a hub data set (its "config"), where it has several; it is a part of the content.
     name: str = dataclasses.field(default="", metadata=UNHASHED)
@@ -200,6 +215,8 @@ class Model(Fields):
     path: str = dataclasses.field(default="", metadata=UNHASHED)
     # Of activations and weights in forward passes.
     dtype: str = "float32"
+    # One of QUANTIZATIONS: matrices of layers in one byte a weight; generators and judges only.
+    quantization: str = ""
     # Branch, tag or commit of a hub name, "": the default branch; manifests have the commit.
     revision: str = dataclasses.field(default="", metadata=UNHASHED)
 
@@ -237,12 +254,23 @@ class Generator(Fields):
 
 
 @dataclasses.dataclass
+class Student(Fields):
+    """One of several students that a study trains (`Experiment.students`)."""
+
+    # What the page, the log and the links call it.
+    name: str = ""
+    # What its arms start from.
+    model: Model = dataclasses.field(default_factory=Model)
+
+
+@dataclasses.dataclass
 class Judge(Fields):
     """Rates traces from 1 to 5 on each dimension."""
 
     # What arms, figures and tables call it.
     name: str = ""
-    # "exact": by program, from the known truth of the synthetic world; "model": by score tokens.
+    # "exact": by program, from the known truth of the synthetic world; "model": by score tokens;
+    # "mean": the mean of the judges `of`, each brought to one scale (`stages.judge_mean`).
     kind: str = "exact"
     # Of kind "model".
     model: Model = dataclasses.field(default_factory=Model)
@@ -252,6 +280,8 @@ class Judge(Fields):
     seed: int = 0
     # Of DIMENSIONS; a model reads a trace once, and a short question for each of them.
     dimensions: tuple[str, ...] = DIMENSIONS
+    # Names of the judges that a judge of kind "mean" averages.
+    of: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED)
     # Of all devices, of kind "model"; without a size: the mesh of `scoring`.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
@@ -281,6 +311,21 @@ class Objective(Fields):
     undesirable_weight: float = 1.0
     # In kto: share of a step's rows that z0 is measured on, above 0 to 1.
     baseline_fraction: float = 1.0
+    # Learning rates to try in place of `learning_rate`; all arms of the objective, but those with
+    # a rate of their own, take the one whose policy answers the suites of readout "tuning" best.
+    rates: tuple[float, ...] = dataclasses.field(default=(), metadata=ADDED)
+    # Arm of the objective that tries them, with its first seed and draw.
+    tuned_by: str = dataclasses.field(default="", metadata=ADDED)
+
+
+class Run(NamedTuple):
+    """One training of an arm; as text, its seed, and its draw where that is not 0."""
+
+    draw: int  # of its pairs
+    seed: int  # of the order of its data, and of new adapters
+
+    def __str__(self) -> str:
+        return f"draw{self.draw}-{self.seed}" if self.draw else str(self.seed)
 
 
 @dataclasses.dataclass
@@ -293,24 +338,69 @@ class Arm(Fields):
     chosen: str = ""
     # Generator that writes the rejected traces; the same one: two samples, see `direction`.
     rejected: str = ""
-    # "generator" (as named; two samples of one: the second is chosen) or a judge's name.
+    # "generator" (as named; two samples of one: the second is chosen), a judge's name, or "coin"
+    # (half of the pairs turned around by chance: a placebo).
     direction: str = "generator"
-    # One of KEEPS.
+    # One of KEEPS, or "module:function" (docs/extend.md), which returns the pairs to keep.
     keep: str = "all"
-    # What `top` and `matched` rank by: a dimension, or "sum" of them all, as judged by `judge`.
+    # What RANKED keeps rank by: a dimension, or "sum" of them all, as judged by `judge`, or
+    # "reference_margin": log-probability of the chosen trace minus that of the rejected one under
+    # the reference, in nats. The same ratings choose "best" and "worst" samples.
     by: str = "sum"
     # Whose ratings the selection uses; "": the first judge.
     judge: str = ""
     # Share of the pool of pairs kept.
     fraction: float = 1.0
+    # Pairs kept, instead of a share; 0: by `fraction`.
+    pairs: int = 0
     # One of STRATA: by verified correctness of chosen and rejected.
     stratum: str = "any"
+    # Of SAMPLES: which of the traces that `chosen` wrote for a prompt is chosen: the first one, the
+    # best or worst as rated by `judge`, or a right or wrong one. Those that are equal are drawn.
+    chosen_sample: str = "first"
+    # Likewise of `rejected`.
+    rejected_sample: str = "first"
     # Name of an Objective.
     objective: str = "dpo"
     # One policy is trained per seed: of the order of its data, and of new adapters.
     seeds: tuple[int, ...] = (0,)
+    # One set of pairs is drawn per draw, and trained on with every seed: of random and matched
+    # pairs, of ties at the cut, and of coins.
+    draws: tuple[int, ...] = (0,)
+    # Optimizer steps, instead of the budget of `training`; 0: as there.
+    steps: int = 0
+    # Passes over the arm's pairs, instead of the budget of `training`; 0: as there.
+    epochs: float = 0.0
+    # Pairs of one step; 0: as in `training`.
+    pairs_per_step: int = 0
+    # Peak; 0: the objective's.
+    learning_rate: float = 0.0
     # Figure that the arm belongs to: "ladder", "selection" or "control".
     group: str = "ladder"
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Every training of the arm."""
+        return tuple(Run(draw, seed) for draw in self.draws for seed in self.seeds)
+
+
+@dataclasses.dataclass
+class Claim(Fields):
+    """A comparison that is named before the run; all others on the page are exploratory."""
+
+    # One of CLAIM_KINDS: the "change" of arm `a` against the student, its "contrast" with arm `b`
+    # (a minus b), or the "slope" of the change on the generator delta over a ladder.
+    kind: str = "contrast"
+    # Name of an arm; not in "slope".
+    a: str = ""
+    # Name of an arm, in "contrast".
+    b: str = ""
+    # Name of the objective whose ladder has the slope, in "slope".
+    objective: str = ""
+    # Domain of the suites: "in" or "out".
+    domain: str = "out"
+    # Points (in "slope": per 10 points of generator delta) below which an effect does not matter.
+    margin: float = 2.0
 
 
 @dataclasses.dataclass
@@ -321,8 +411,9 @@ class Lora(Fields):
     rank: int = 0
     # Above 0.
     alpha: float = 16.0
-    # Which matrices of every layer are adapted.
-    targets: tuple[str, ...] = LORA_TARGETS
+    # Which matrices of every layer are adapted; (): all of LORA_TARGETS that the student's family
+    # has, which are those of attention and of a dense MLP, and no experts.
+    targets: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -345,14 +436,15 @@ class Training(Fields):
     weight_decay: float = 0.0
     # Global gradient norm.
     clip: float = 1.0
-    # Rows of one micro-batch over all devices; two per device pad least.
+    # Rows of one micro-batch over all devices; 0: two per device, which pad least.
     rows: int = 16
-    # Tokens in one packed row.
+    # Tokens in one packed row; 0: as many as 99% of the sequences need (not in launch.train).
     row_length: int = 512
     # A sequence longer than a row: "drop" (counted), "error"; launch.train: "truncate" too.
     over_length: str = "drop"
-    # What the backward pass recomputes, more and more: see models.decoder.POLICIES.
-    remat: str = "none"
+    # What the backward pass recomputes: "none" or, more and more, one of models.decoder.POLICIES;
+    # "auto": the least that fits the devices' memory, by stages.micro_batches.choose_remat.
+    remat: str = "auto"
     # Rank 0 trains all weights.
     lora: Lora = dataclasses.field(default_factory=Lora)
     # Of Adam's two moments; "bfloat16" halves their memory, rounded stochastically.
@@ -381,6 +473,12 @@ class Suite(Fields):
     samples: int = 1
     # Of the student and of policies; generators are measured at their own. 0 is greedy.
     temperature: float = 1.0
+    # Of READOUTS. "": the accuracy is averaged into that of the domain. A second read-out stands
+    # beside it, of the student and the arms: "accuracy", or "pass" (pass@k, without bias).
+    # "tuning": learning rates are chosen by its questions (`Objective.rates`), and nothing else is.
+    readout: str = ""
+    # Samples of a question of which one must be right, for read-out "pass".
+    k: int = 0
 
 
 @dataclasses.dataclass
@@ -408,7 +506,7 @@ class Sampling(Fields):
 class Scoring(Fields):
     """Packed forward passes without gradient: scoring and judging."""
 
-    # Packed rows of one forward pass over all devices.
+    # Packed rows of one forward pass over all devices; 0: two per device.
     rows: int = 16
     # Tokens in one packed row; the longest sequence must fit.
     row_length: int = 512
@@ -444,6 +542,9 @@ class Experiment(Fields):
     judges: tuple[Judge, ...] = ()
     # What every arm starts from.
     student: Model = dataclasses.field(default_factory=Model)
+    # Instead of `student`: two or more, each of which all arms are trained from (docs/students.md);
+    # traces, ratings and pairs are made once.
+    students: tuple[Student, ...] = dataclasses.field(default=(), metadata=ADDED)
     # "" path: the student before training.
     reference: Model = dataclasses.field(default_factory=Model)
     # Parquet file or folder of the reference's log-probabilities; what it lacks is computed.
@@ -452,10 +553,19 @@ class Experiment(Fields):
     objectives: tuple[Objective, ...] = ()
     # What is trained.
     arms: tuple[Arm, ...] = ()
+    # What the page claims, adjusted for their number; (): see `claims_of`.
+    claims: tuple[Claim, ...] = ()
     # Generators that must have a usable trace of a prompt for any arm to train on it, so that arms
     # share prompts; (): those of all arms, so that an arm with another generator may change the
     # prompts of every arm.
     shared_by: tuple[str, ...] = ()
+    # Strata whose arms share their prompts: those that have a pair in every one of them, for which
+    # several samples of the generators are looked through; (): an arm uses what its stratum has.
+    shared_strata: tuple[str, ...] = ()
+    # Of BALANCES: what has the same joint distribution on every rung of the ladder (the arms of
+    # group "ladder", which keep as many random pairs as that allows): the verdicts of chosen and
+    # rejected, or the length of the chosen traces; "": rungs keep all pairs.
+    balance: str = ""
     # What every model is evaluated on.
     suites: tuple[Suite, ...] = ()
     # Of all arms.
@@ -515,9 +625,35 @@ def judge_of(experiment: Experiment, arm: Arm) -> str:
 
     It is the judge that directs the arm's pairs, else the arm's own, else the first.
     """
-    if arm.direction != "generator":
+    if arm.direction not in UNJUDGED:
         return arm.direction
     return arm.judge or next((j.name for j in experiment.judges), "")
+
+
+def samples_of(arm: Arm) -> tuple[str, str]:
+    """Which samples become the chosen and the rejected trace."""
+    return arm.chosen_sample, arm.rejected_sample
+
+
+def uses_ratings(arm: Arm) -> bool:
+    """Whether a judge directs or ranks the pairs of `arm`, or chooses their traces.
+
+    A function that selects pairs is given their gaps.
+    """
+    ranks = arm.keep not in KEEPS or (arm.keep in RANKED and arm.by != REFERENCE_MARGIN)
+    chooses = bool({"best", "worst"} & set(samples_of(arm)))
+    return arm.direction not in UNJUDGED or ranks or chooses
+
+
+def is_balanced(e: Experiment, arm: Arm) -> bool:
+    """Whether `arm` is a rung of a balanced ladder."""
+    return bool(e.balance) and arm.group == "ladder"
+
+
+def draws_pairs(e: Experiment, arm: Arm) -> bool:
+    """Whether another draw may give `arm` other pairs."""
+    by_chance = arm.direction == "coin" or samples_of(arm) != ("first", "first")
+    return arm.keep != "all" or by_chance or is_balanced(e, arm)
 
 
 @dataclasses.dataclass
@@ -544,8 +680,11 @@ class SmallModel(Fields):
     tasks: tuple[str, ...] = ()
     # Drawn evenly.
     difficulties: tuple[int, ...] = (2,)
-    # Careless steps per step in the solutions it learns from.
+    # Careless steps per step in the solutions it learns from: coin tosses.
     error_rate: float = 0.0
+    # Names of `synthetic.beliefs.BELIEFS` that the authors of these solutions hold: they err by
+    # rule. Of a judge: those that its solutions' authors may hold; each author holds some.
+    beliefs: tuple[str, ...] = ()
     # Optimizer steps, each of fresh samples.
     steps: int = 1000
     # Packed rows of one step.
@@ -587,12 +726,174 @@ def mesh_of(own: MeshShape, stage: MeshShape) -> MeshShape:
     return stage if own == MeshShape() else own
 
 
+def claims_of(e: Experiment) -> tuple[Claim, ...]:
+    """The claims of a study: its own, or the two questions of the field out of domain.
+
+    They are the slope of the first ladder of three arms or more, and the first arm of top pairs
+    minus the arm of as many random ones; in domain where no suite is out of it.
+    """
+    if e.claims:
+        return e.claims
+    domain = "out" if "out" in domains_of(e.suites) else "in"
+    ladders = [a.objective for a in e.arms if a.group == "ladder"]
+    slopes = [
+        Claim(kind="slope", objective=o, domain=domain, margin=0.5)
+        for o in dict.fromkeys(ladders)
+        if ladders.count(o) > 2
+    ]
+    contrasts = [
+        Claim(kind="contrast", a=a.name, b=b.name, domain=domain)
+        for a in e.arms
+        for b in e.arms
+        if a.keep == "top" and as_many_at_random(a, b)
+    ]
+    return (*slopes[:1], *contrasts[:1])
+
+
+def domains_of(suites: Sequence[Suite]) -> list[str]:
+    """Domains that average a suite, "in" before "out"."""
+    return [d for d in DOMAINS if any(s.domain == d and not s.readout for s in suites)]
+
+
+def greedy_twin(suite: Suite) -> Suite:
+    """A second read-out of the suite's questions: one answer each, decoded greedily."""
+    return dataclasses.replace(
+        suite,
+        name=f"{suite.name}-greedy",
+        prompts=dataclasses.replace(suite.prompts),
+        samples=1,
+        temperature=0.0,
+        readout="accuracy",
+        k=0,
+    )
+
+
+def differing(a: Arm, b: Arm) -> set[str]:
+    """Names of the fields in which two arms differ, apart from names, groups, seeds and draws."""
+    fields = {field.name for field in dataclasses.fields(Arm)}
+    return {
+        name
+        for name in fields - {"name", "group", "seeds", "draws"}
+        if getattr(a, name) != getattr(b, name)
+    }
+
+
+def as_many_at_random(a: Arm, b: Arm) -> bool:
+    """Whether b keeps as many random pairs of the data that a keeps other pairs of."""
+    return b.keep == "random" and differing(a, b) <= {"keep", "by", "judge"}
+
+
+def training_of(training: Training, arm: Arm) -> Training:
+    """`training` with the budget and the pairs per step of `arm`, where it has its own."""
+    if arm.steps:
+        training = dataclasses.replace(
+            training, budget="steps", steps=arm.steps, epochs=Training().epochs
+        )
+    if arm.epochs:
+        training = dataclasses.replace(
+            training, budget="epochs", epochs=arm.epochs, steps=Training().steps
+        )
+    if arm.pairs_per_step:
+        training = dataclasses.replace(training, pairs_per_step=arm.pairs_per_step)
+    return training
+
+
+def objective_of(e: Experiment, arm: Arm) -> Objective:
+    """The objective of `arm`, with the arm's learning rate where it has its own."""
+    objective = next(o for o in e.objectives if o.name == arm.objective)
+    rate = arm.learning_rate or objective.learning_rate
+    return dataclasses.replace(objective, learning_rate=rate, rates=(), tuned_by="")
+
+
+def is_tuned(e: Experiment, arm: Arm) -> bool:
+    """Whether the learning rate of an arm is chosen among several (`Objective.rates`)."""
+    (rates,) = [o.rates for o in e.objectives if o.name == arm.objective]
+    return bool(rates) and not arm.learning_rate
+
+
+def budget_twin(arm: Arm, training: Training) -> Arm:
+    """`arm` with the other budget, for an arm that keeps a share of its pool of pairs.
+
+    With as many steps as an arm of the whole pool it sees every pair more often; with as many
+    epochs it takes fewer steps. What a selection does can be told from what either does only where
+    both arms are trained: `arms += [budget_twin(a, training) for a in arms if a.keep != "all"]`.
+
+    Args:
+      arm: of equal steps if its budget is "steps", and then its twin is of equal epochs; of equal
+        epochs otherwise, and its twin of equal steps.
+      training: of the experiment.
+
+    Raises:
+      ConfigError: the arm keeps all pairs, or a number of pairs, of which nobody knows the share
+        before the pool is made.
+    """
+    if arm.pairs or not 0 < arm.fraction < 1:
+        kept = f"{arm.pairs} pairs" if arm.pairs else f"a fraction of {arm.fraction:g}"
+        raise ConfigError(
+            f"Arm {arm.name!r} keeps {kept}, and a twin of another budget needs a fraction below "
+            "1; set config.arms.fraction, or the twin's steps or epochs by hand."
+        )
+    own = training_of(training, arm)
+    if own.budget == "steps":
+        steps = max(1, round(own.steps * arm.fraction))
+        return dataclasses.replace(arm, name=f"{arm.name}-equal-epochs", steps=steps, epochs=0.0)
+    epochs = own.epochs / arm.fraction
+    return dataclasses.replace(arm, name=f"{arm.name}-equal-steps", epochs=epochs, steps=0)
+
+
+def by_student(e: Experiment) -> dict[str, Experiment]:
+    """The study of every student by the student's name; that of the only one by ""."""
+    if not e.students:
+        return {"": e}
+    return {s.name: dataclasses.replace(e, student=s.model, students=()) for s in e.students}
+
+
+def of_student(e: Experiment, name: str) -> Experiment:
+    """The study of the student that `--student` names; it is "" where the config has one student.
+
+    Raises:
+      ConfigError: the config has no such student, or several and none is named.
+    """
+    studies = by_student(e)
+    if not name and e.students:
+        raise ConfigError(
+            f"--student is empty and the config has several students; choose one of "
+            f"{', '.join(map(repr, studies))}."
+        )
+    if name and not e.students:
+        raise ConfigError(
+            f"--student is {name!r} and the config has one student; leave the flag out."
+        )
+    return studies[check_choice("--student", name, studies)]
+
+
 def model_of(experiment: Experiment, model: Model) -> Model:
     """`model` with the empty path resolved to the student's, and its revision."""
     if model.path:
         return model
     student = experiment.student
     return dataclasses.replace(model, path=student.path, revision=student.revision)
+
+
+def quantised_sentence(experiment: Experiment) -> str:
+    """Says which models of a study are quantised, and which are not; "" where none is."""
+    student = experiment.student
+    parts = [
+        f"generator {g.name} samples, and is evaluated, with {g.model.quantization} weights"
+        + (" of the student's files" if model_of(experiment, g.model).path == student.path else "")
+        for g in experiment.generators
+        if g.model.quantization
+    ] + [
+        f"judge {j.name} rates with {j.model.quantization} weights"
+        for j in experiment.judges
+        if j.model.quantization
+    ]
+    if not parts:
+        return ""
+    return (
+        f"Quantised: {'; '.join(parts)}. Products are computed in each model's dtype. The student, "
+        "its policies and the reference are not quantised."
+    )
 
 
 def reference_of(student: Model, reference: Model) -> Model:

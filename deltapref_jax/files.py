@@ -16,9 +16,12 @@ import re
 import shutil
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 # epath prefers TensorFlow's file system where TensorFlow is installed. With this, buckets are
 # accessed through gcsfs everywhere, so that errors and credentials are the same on all machines.
@@ -216,12 +219,51 @@ def _exists(bucket: str) -> bool:
             raise TimeoutError(f"no answer within {_ANSWER_SECONDS:g} seconds") from e
 
 
-def local_copy(path: str) -> str:
+class BucketObject(NamedTuple):
+    """What a bucket says of an object."""
+
+    size: int  # in bytes
+    generation: str  # another one after every write
+
+
+def bucket_objects(path: str) -> dict[str, BucketObject]:
+    """Returns the objects at a path in a bucket by their names below it; "" for `path` itself.
+
+    Raises:
+      ConfigError: gcsfs is not installed.
+      FileNotFoundError: nothing is at `path`.
+      ArtifactError: `path` cannot be read.
+    """
+    root = path.rstrip("/").removeprefix("gs://")
+    _exists("gs://" + root.split("/")[0])
+    with _bucket_errors(path, _unreadable):
+        found = _gcs().find(root, detail=True).items()
+        objects = {
+            name.removeprefix(root).lstrip("/"): BucketObject(
+                int(info["size"]), str(info.get("generation"))
+            )
+            for name, info in found
+            if info["type"] == "file"
+        }
+    if not objects:
+        raise FileNotFoundError(f"There is nothing at {path}; check the path.")
+    return objects
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what is copied from buckets: it may be deleted between two runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltapref-jax"
+
+
+def local_copy(path: str, wanted: Callable[[str], bool] = lambda name: True) -> str:
     """Returns a local path to the file or folder at `path`: itself, or a cached copy from a bucket.
 
-    Copies are in `~/.cache/deltapref-jax` (or under `XDG_CACHE_HOME`), in a folder named by a hash
-    of the objects' names, sizes and generations, so that changed content is copied again. They
-    may be deleted when the program has ended.
+    Copies are in `cache_folder`, in a folder named by a hash of the objects' names, sizes and
+    generations, so that changed content is copied again.
+
+    Args:
+      path: of a file or folder.
+      wanted: of the objects in a bucket's folder, by their names in it, those to copy.
 
     Raises:
       ConfigError: gcsfs is not installed.
@@ -234,20 +276,15 @@ def local_copy(path: str) -> str:
             raise FileNotFoundError(f"There is nothing at {path[:80]}…; check the path.")
         return path
     root = path.rstrip("/").removeprefix("gs://")
-    _exists("gs://" + root.split("/")[0])
-    with _bucket_errors(path, _unreadable):
-        objects = {
-            name: info
-            for name, info in _gcs().find(root, detail=True).items()
-            if info["type"] == "file"
-        }
+    objects = {
+        f"{root}/{name}".rstrip("/"): info
+        for name, info in bucket_objects(path).items()
+        if wanted(name)
+    }
     if not objects:
-        raise FileNotFoundError(f"There is nothing at {path}; check the path.")
-    identity = sorted(
-        (name, info["size"], info.get("generation")) for name, info in objects.items()
-    )
-    key = sha256(json.dumps(identity).encode())[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltapref-jax"
+        raise FileNotFoundError(f"{path} holds nothing of what is looked for; check the path.")
+    identity = sorted((name, *info) for name, info in objects.items())
+    key, cache = sha256(json.dumps(identity).encode())[:16], cache_folder()
     copy = cache / key / os.path.basename(root)
     if not copy.exists():
         incoming = cache / f".{key}.{uuid.uuid4().hex}"
@@ -259,6 +296,78 @@ def local_copy(path: str) -> str:
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
     return str(copy)
+
+
+class ByteReader:
+    """Reads ranges of bytes of a file, here or in a bucket; several threads may read at once.
+
+    Attributes:
+      name: of the file.
+      size: in bytes.
+      slow_start: whether a read takes long however short it is, as a request to a bucket does.
+    """
+
+    def __init__(self, path: str):
+        """Opens the file.
+
+        Raises:
+          OSError: it cannot be opened.
+          ArtifactError: it is in a bucket and cannot be read.
+        """
+        self._path, self.name, self.slow_start = path, os.path.basename(path), remote(path)
+        if self.slow_start:
+            with _bucket_errors(path, _unreadable):
+                self.size = int(_gcs().info(path)["size"])
+            return
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self.size = os.fstat(self._file).st_size
+
+    def read(self, first: int, length: int) -> bytes:
+        """Returns `length` bytes from the byte `first` on."""
+        out = np.empty(length, np.uint8)
+        self.read_pieces(np.asarray([first]), length, out)
+        return out.tobytes()
+
+    def read_pieces(self, offsets: np.ndarray, length: int, out: np.ndarray) -> None:
+        """Reads pieces of one length into `out` (uint8), one behind the other.
+
+        Raises:
+          ArtifactError: a piece cannot be read, or the file ends before it does.
+        """
+        if not length or not len(offsets):
+            return
+        if self.slow_start:
+            self._request(offsets, length, out)
+            return
+        if len(offsets) > 1 and hasattr(os, "posix_fadvise"):
+            # The system would fetch short pieces page by page; so it fetches what lies between too.
+            span = int(offsets[-1]) + length - int(offsets[0])
+            os.posix_fadvise(self._file, int(offsets[0]), span, os.POSIX_FADV_WILLNEED)
+        memory, file, at, preadv = out.data, self._file, 0, os.preadv
+        for offset in offsets.tolist():
+            done = preadv(file, (memory[at : at + length],), offset)
+            while done < length:  # a read may be shorter than what was asked for
+                more = preadv(file, (memory[at + done : at + length],), offset + done)
+                if not more:
+                    raise ArtifactError(
+                        f"{self._path} ends in the middle of a tensor; it was cut while it was "
+                        "read: fetch it again."
+                    )
+                done += more
+            at += length
+
+    def _request(self, offsets: np.ndarray, length: int, out: np.ndarray) -> None:
+        path = self._path.removeprefix("gs://")
+        starts = offsets.tolist()
+        with _bucket_errors(self._path, _unreadable):
+            pieces = _gcs().cat_ranges(
+                [path] * len(starts), starts, [start + length for start in starts]
+            )
+            data = b"".join(pieces)
+            if len(data) != len(out):
+                raise EOFError(f"{len(data)} of {len(out)} bytes came")
+        out[:] = np.frombuffer(data, np.uint8)
 
 
 def download(files: Mapping[str, Path]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from deltapref_jax.cluster import detected_job, local_device_ids, stated_number
 from deltapref_jax.config import ConfigError
 
+_THREADS = 32  # for eight devices with four collectives each
 _MARGIN_SECONDS = 600  # by which JAX gives up later than `join`, whose sentence then comes first
 _LAST_PORT = 65535
 
@@ -179,6 +180,7 @@ def _initialize(known: list[JaxJob], timeout: int) -> None:
     if index == 0:
         _check_port(address)
     print(f"Waits for {_processes(processes)} at {address}, as process {index}.", flush=True)
+    let_collectives_wait()
     jax.distributed.initialize(
         address,
         processes,
@@ -186,6 +188,16 @@ def _initialize(known: list[JaxJob], timeout: int) -> None:
         local_device_ids=ids,
         initialization_timeout=timeout + _MARGIN_SECONDS,
     )
+
+
+def let_collectives_wait() -> None:
+    """Gives XLA's CPU backend a thread for every collective that may wait for another process.
+
+    It has a thread a core, and a waiting collective keeps one: on two cores the processes of a job
+    could wait for each other, each in another collective, for ever. It must be called before JAX's
+    backends start.
+    """
+    os.environ.setdefault("NPROC", str(max(_THREADS, os.cpu_count() or 1)))
 
 
 def _check_port(address: str) -> None:

@@ -1,12 +1,14 @@
 """Device meshes with the axes data, fsdp, tensor and context; host arrays to devices and back."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -259,6 +261,16 @@ def check_rows(where: str, rows: int, row_length: int, mesh: Mesh) -> None:
         )
 
 
+def rows_of(rows: int, mesh: Mapping[str, int]) -> int:
+    """`rows`, or two on every device that rows lie over where it is 0: two pad least.
+
+    Args:
+      rows: of a batch, as the config has them.
+      mesh: devices along every axis.
+    """
+    return rows or 2 * mesh["data"] * mesh["fsdp"]
+
+
 def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     """Puts arrays on devices as global arrays, sending every device its own part only.
 
@@ -267,16 +279,19 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
 
     Args:
       tree: arrays, with the same values on every process, or what has a shape and is indexed as
-        one (`stored.StoredParameter`); None leaves stay None.
+        one (`quantization.QuantisedMatrix`) or has `read_parts` (`stored.StoredParameter`); None
+        leaves stay None.
       shardings: a sharding for all leaves, or a tree of them.
       dtype: every part is copied to this dtype, so that the result may be donated; None keeps the
         leaf's dtype, and the result may share memory with a host array.
     """
 
     def parts(x: Any, sharding: Sharding) -> jax.Array:
+        if hasattr(x, "read_parts"):
+            return _read(x, sharding, dtype)
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x if dtype is None else x.astype(dtype), sharding)
-        # What can be cut without being read, such as a parameter in its file, is not read whole.
+        # What can be cut without being computed, such as a quantised matrix, is not made whole.
         host = np.asarray(x) if isinstance(x, jax.Array) or not hasattr(x, "shape") else x
         return jax.make_array_from_callback(
             host.shape,
@@ -293,6 +308,88 @@ def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     # JAX counts the callbacks as implicit transfers, which the training loop disallows.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(parts, tree, shardings)
+
+
+def _read(x: Any, sharding: Sharding, dtype: Any) -> jax.Array:
+    """Reads the parts of this process's devices: straight to the memory of a CPU.
+
+    For accelerators a leaf of many layers is read and sent layer by layer, so that the host holds
+    one layer's parts of its own devices at a time.
+    """
+    first: Any = next(iter(sharding.addressable_devices))
+    if x.in_bucket and isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+        layout = _fewest_bytes(x, sharding)
+        if layout is not sharding:
+            array = _read_whole(x, layout, dtype, x.shape, ())
+            return jax.jit(lambda a: a, out_shardings=sharding)(array)
+    if first.platform == "cpu" or len(x.shape) < 3:
+        return _read_whole(x, sharding, dtype, x.shape, ())
+    return read_by_layer(x, sharding, dtype or x.dtype)
+
+
+def _fewest_bytes(x: Any, sharding: NamedSharding) -> NamedSharding:
+    """The layout in which the processes of a mesh read the fewest bytes of a bucket.
+
+    A request takes as long as a megabyte, so whole rows of a matrix are read, and a layout that
+    cuts columns would have every process read all of it. The processes read layers or rows of
+    their own instead, and the devices exchange them. All processes choose the same layout.
+
+    Args:
+      x: a parameter (`stored.StoredParameter`).
+      sharding: that it is wanted in, which is chosen if no other one is better.
+    """
+    mesh = sharding.mesh
+
+    def most(layout: NamedSharding) -> int:
+        """Numbers that a process reads."""
+        parts: dict[int, set[tuple[tuple[int, int], ...]]] = {}
+        indices: Any = layout.devices_indices_map(x.shape)
+        for device, index in indices.items():
+            part = tuple(index[axis].indices(x.shape[axis])[:2] for axis in x.row_axes)
+            parts.setdefault(device.process_index, set()).add(part)
+        return max(
+            sum(math.prod(end - first for first, end in part) for part in found)
+            for found in parts.values()
+        )
+
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    others = [
+        NamedSharding(mesh, PartitionSpec(*[None] * axis, chosen))
+        for axis in x.row_axes
+        for count in range(1, len(names) + 1)
+        for chosen in itertools.combinations(names, count)
+        if x.shape[axis] % math.prod(mesh.shape[name] for name in chosen) == 0
+    ]
+    return min([sharding, *others], key=most)
+
+
+def read_by_layer(x: Any, sharding: Sharding, dtype: Any) -> jax.Array:
+    """Reads a parameter of many layers (`stored.StoredParameter`) one layer at a time."""
+    array = jax.jit(lambda: jnp.zeros(x.shape, dtype), out_shardings=sharding)()
+    for layer in range(x.shape[0]):
+        one = _read_whole(x, sharding, dtype, (1, *x.shape[1:]), (slice(layer, layer + 1),))
+        array = _put_layer(array, one, np.int32(layer))
+    return array
+
+
+_put_layer = jax.jit(
+    functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0
+)
+
+
+def _read_whole(
+    x: Any, sharding: Sharding, dtype: Any, shape: tuple[int, ...], layers: tuple[slice, ...]
+) -> jax.Array:
+    """Reads and sends an array of `shape`: all of `x`, or of its first axis the slice `layers`."""
+    indices: Any = sharding.addressable_devices_indices_map(shape)
+    distinct = {str(index): index for index in indices.values()}
+    parts = x.read_parts([(*layers, *index[len(layers) :]) for index in distinct.values()], dtype)
+    of = dict(zip(distinct, parts, strict=True))
+    return jax.make_array_from_single_device_arrays(
+        shape,
+        sharding,
+        [jax.device_put(of[str(index)], device) for device, index in indices.items()],
+    )
 
 
 def shard(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

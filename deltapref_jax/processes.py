@@ -6,6 +6,7 @@ Importing this module does not import JAX, so that a program can check its flags
 import contextlib
 import functools
 import importlib.metadata
+import json
 import platform
 import sys
 from typing import Any
@@ -69,6 +70,35 @@ def agreed(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns what every process passes, by rank; a collective, so every process must call it.
+
+    Args:
+      value: what JSON holds.
+    """
+    if process_count() == 1:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)
+    ]
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until every process has called it with this name."""
+    if process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 @functools.cache

@@ -29,8 +29,10 @@ class Prompt(NamedTuple):
     task: str  # synthetic family, reasoning-gym task, or the file's stem
     messages: str  # JSON list of {"role", "content"}; the last message is the user's
     answer: str  # reference answer; "" where there is none
-    checker: str  # one of config.CHECKERS
-    meta: str  # JSON that the checker needs (the problem's parameters), "{}" otherwise
+    checker: str  # one of config.CHECKERS, or "module:function"
+    # JSON that the checker needs (the problem's parameters; for the user's own checker the other
+    # columns of the row), "{}" otherwise
+    meta: str
 
     def chat(self) -> list[dict[str, str]]:
         """The messages, parsed."""
@@ -61,7 +63,7 @@ class Verdict(NamedTuple):
     """Whether a trace's answer is right."""
 
     trace_id: str
-    correct: bool | None  # None where the prompt has no checker
+    correct: bool | None  # None where the prompt has no checker, or its own one cannot say
     answer: str  # what was extracted from the trace; "" if nothing
     note: str  # "", "no answer", "unfinished", "timeout" or the checker's error
 
@@ -165,15 +167,56 @@ class Result(NamedTuple):
     tokens: int
 
 
+class SuiteAccuracy(NamedTuple):
+    """Accuracy of one run of an arm on one suite, or of the student before training."""
+
+    arm: str | None  # None: the student before training, as are seed and draw
+    seed: int | None  # of training
+    draw: int | None  # of the arm's pairs
+    suite: str
+    domain: str
+    questions: int
+    samples: int  # per question
+    accuracy: float  # percent
+    low: float  # 95% interval over questions
+    high: float
+    doubt: str  # why the judge that shaped the arm's pairs can't carry a conclusion; "" if it can
+
+
+class RateTrial(NamedTuple):
+    """A learning rate that an objective tried, by the answers to the tuning questions."""
+
+    learning_rate: float
+    questions: int
+    accuracy: float  # percent
+    low: float  # 95% interval over questions
+    high: float
+    chosen: bool
+
+
 class Audit(NamedTuple):
-    """A judge's rating of a solution that was corrupted on purpose."""
+    """A judge's rating of a text that was corrupted on purpose; no prompt has several texts."""
 
     prompt_id: str
     judge: str
-    target: str  # dimension that was corrupted; "" for the clean solution
-    degree: int  # 0 (clean) to 4
+    target: str  # dimension that was corrupted; "" for the text as it was
+    degree: int  # 0 (as it was) to 4
     dimension: str  # dimension that was rated
     rating: Float32
+    correct: bool | None  # whether the text's answer is right; None where that is not known
+    characters: int  # length of the text
+
+
+class Retest(NamedTuple):
+    """A judge's ratings of a pair's traces when its rubric is worded otherwise."""
+
+    chosen_id: str  # trace ids
+    rejected_id: str
+    judge: str
+    wording: int  # index into judging.rubric.PARAPHRASES
+    dimension: str
+    chosen: Float32  # ratings
+    rejected: Float32
 
 
 Record = TypeVar("Record", bound=tuple)

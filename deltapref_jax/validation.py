@@ -5,12 +5,21 @@ import functools
 import importlib.util
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deltapref_jax.callables import (
+    CHECKER,
+    SELECTION,
+    SOURCE,
+    is_callable_name,
+    load_callable,
+)
 from deltapref_jax.config import (
+    BALANCES,
     BUDGETS,
     CHECKERS,
+    CLAIM_KINDS,
     DIMENSIONS,
     DTYPES,
     JUDGE_KINDS,
@@ -19,12 +28,23 @@ from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     OVER_LENGTHS,
     PROMPT_KINDS,
+    QUANTIZATIONS,
+    RANKED,
+    READOUTS,
+    REFERENCE_MARGIN,
     REMATS,
+    SAMPLES,
     STRATA,
     TRACKERS,
     TRUNCATION_MODES,
+    TUNING,
+    UNJUDGED,
+    Arm,
+    Claim,
     ConfigError,
     Experiment,
+    Generator,
+    Judge,
     Lora,
     MeshShape,
     Model,
@@ -38,8 +58,12 @@ from deltapref_jax.config import (
     Suite,
     Training,
     check_choice,
+    domains_of,
+    draws_pairs,
+    is_balanced,
     judge_of,
     need_reasoning_gym,
+    uses_ratings,
 )
 from deltapref_jax.display import printable
 
@@ -50,6 +74,14 @@ _ZOO_PLACES = {
     "name": "the models",
     "workspace": "a folder for the work at hand",
     "output": "a folder for the finished models",
+}
+
+_VERDICTS = {  # of chosen and rejected; "" is any
+    "chosen_right": ("right", ""),
+    "both_right": ("right", "right"),
+    "both_wrong": ("wrong", "wrong"),
+    "right_wrong": ("right", "wrong"),
+    "wrong_right": ("wrong", "right"),
 }
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
@@ -184,9 +216,10 @@ def _check_strength(field: str, value: float, low: float = 0.0, high: float = 1e
 
 
 def _check_rows(field: str, rows: int, row_length: int) -> None:
-    """Checks the shape of packed rows."""
-    _check_size(f"{field}.rows", rows)
-    _check_size(f"{field}.row_length", row_length)
+    """Checks the shape of packed rows; 0 is chosen."""
+    _check_range(f"{field}.rows", rows, 0, 2**24, "a larger array fits no device")
+    low = int(field != "config.training")
+    _check_range(f"{field}.row_length", row_length, low, 2**24, "a larger array fits no device")
     if rows * row_length >= 2**31:
         raise ConfigError(
             f"{field} has {rows:,} rows of {row_length:,} tokens; the positions of one pass are "
@@ -204,9 +237,18 @@ def _shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
+def _check_named(field: str, value: str, known: Sequence[str], arguments: tuple[str, ...]) -> None:
+    """Checks that a value is one of `known`, or names a function that takes these arguments."""
+    if is_callable_name(value):
+        load_callable(field, value, arguments)
+    else:
+        check_choice(field, value, known)
+
+
 def _check_prompts(field: str, prompts: Prompts) -> None:
-    check_choice(f"{field}.kind", prompts.kind, PROMPT_KINDS)
-    check_choice(f"{field}.checker", prompts.checker, CHECKERS)
+    _check_named(f"{field}.kind", prompts.kind, PROMPT_KINDS, SOURCE)
+    _check_named(f"{field}.checker", prompts.checker, CHECKERS, CHECKER)
+    own = is_callable_name(prompts.kind)
     if prompts.kind == "reasoning_gym":
         need_reasoning_gym()
     _check_count(f"{field}.count", prompts.count, 0, 10**8)
@@ -224,18 +266,18 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
                 f"{field}.count is {prompts.count}; it must be at least "
                 f"{len(prompts.tasks)}, the number of its tasks."
             )
-    elif not prompts.path:
+    elif not prompts.path and not own:
         raise ConfigError(
             f"{field}.path is empty; kind {prompts.kind!r} needs a file, folder or data set name."
         )
     stored = prompts.kind not in ("synthetic", "reasoning_gym")
     for name, is_read in (
         ("path", stored),
-        ("split", prompts.kind in ("hub", "tfds")),
-        ("name", prompts.kind == "hub"),
-        ("revision", prompts.kind == "hub"),
-        ("tasks", not stored),
-        ("difficulty", prompts.kind == "synthetic"),
+        ("split", own or prompts.kind in ("hub", "tfds")),
+        ("name", own or prompts.kind == "hub"),
+        ("revision", own or prompts.kind == "hub"),
+        ("tasks", own or not stored),
+        ("difficulty", own or prompts.kind == "synthetic"),
         ("prompt_field", stored),
         ("answer_field", stored),
         ("checker", stored),
@@ -314,7 +356,15 @@ def validate_pair_training(single: PairTraining) -> PairTraining:
     _check_range("config.data.workers", single.data.workers, 0, 1024, "no machine has more cores")
     check_choice("config.data.truncation_mode", single.data.truncation_mode, TRUNCATION_MODES)
     check_choice("config.training.over_length", single.training.over_length, OVER_LENGTHS)
+    if not single.training.row_length:
+        raise ConfigError(
+            "config.training.row_length is 0, and the rows of a file are cut to it before their "
+            "lengths are known; give a length."
+        )
     check_choice("config.objective.kind", single.objective.kind, OBJECTIVE_KINDS)
+    for field in ("rates", "tuned_by"):
+        value, default = getattr(single.objective, field), getattr(Objective(), field)
+        _refuse_unread(f"config.objective.{field}", value, default, False, "it is of a study")
     _check_objective(single.objective, "in config.objective")
     # The fields shared with a study are checked as a study of this objective. A study does not
     # truncate, so over_length is replaced; it has been checked above.
@@ -387,11 +437,14 @@ def validate(experiment: Experiment) -> Experiment:
     if not e.workspace:
         raise ConfigError("config.workspace is empty; name a folder or bucket for the artifacts.")
     _check_seed("config.seed", e.seed)
-    if not e.student.path:
+    if e.students:
+        _check_students(e)
+    elif not e.student.path:
         raise ConfigError(
             "config.student.path is empty; give a Hugging Face folder, a hub name or a GGUF file."
         )
     for field, group in (
+        ("student", e.students),
         ("generator", e.generators),
         ("judge", e.judges),
         ("objective", e.objectives),
@@ -406,15 +459,52 @@ def validate(experiment: Experiment) -> Experiment:
     for i, prompts in enumerate(e.prompts):
         _check_prompts(f"config.prompts[{i}]", prompts)
     _check_suites(e.suites)
+    _check_tuning(e)
     _check_models(e)
     for o in e.objectives:
         check_choice(f"kind of objective {o.name!r}", o.kind, OBJECTIVE_KINDS)
         _check_objective(o, f"of objective {o.name!r}")
     _check_arms(e)
+    for i, claim in enumerate(e.claims):
+        _check_claim(f"config.claims[{i}]", claim, e)
     _check_training(e.training)
     _check_sizes(e)
     _check_reference(e)
     return e
+
+
+def _check_students(e: Experiment) -> None:
+    """Checks that there are several students, and that nothing else of the study hangs on one."""
+    if e.student != Model():
+        raise ConfigError(
+            "config.student and config.students are both set; leave config.student as Model(), or "
+            "config.students empty."
+        )
+    if len(e.students) < 2:
+        raise ConfigError(
+            "config.students has one student; set config.student instead, or add another."
+        )
+    for s in e.students:
+        if not s.model.path:
+            raise ConfigError(
+                f"The path of student {s.name!r} is empty; give a Hugging Face folder, a hub name "
+                "or a GGUF file."
+            )
+    borrowed = [f"config.generators[{g.name}]" for g in e.generators if not g.model.path]
+    borrowed += [
+        f"config.judges[{j.name}]" for j in e.judges if j.kind == "model" and not j.model.path
+    ]
+    if borrowed:
+        raise ConfigError(
+            f"{borrowed[0]}.model.path is empty, which means the student's model, and "
+            "config.students has several; name the model, so that all students learn from the same "
+            "traces and ratings."
+        )
+    if e.table and not e.reference.path:
+        raise ConfigError(
+            "config.table has the log-probabilities of one reference, and each of config.students "
+            "is its own; leave the table empty, or set config.reference.path."
+        )
 
 
 def _check_reference(e: Experiment) -> None:
@@ -423,7 +513,9 @@ def _check_reference(e: Experiment) -> None:
     reason = "config.reference.path is empty"
     _refuse_unread("config.reference.dtype", dtype, Model().dtype, path, reason)
     kinds = {o.name: o.kind for o in e.objectives}
-    is_read = not e.arms or any(OBJECTIVE_KINDS[kinds[a.objective]].reference for a in e.arms)
+    is_read = not e.arms or any(
+        OBJECTIVE_KINDS[kinds[a.objective]].reference or a.by == REFERENCE_MARGIN for a in e.arms
+    )
     reason = "no arm's objective has a reference"
     _refuse_unread("config.reference.path", path, "", is_read, reason)
 
@@ -439,18 +531,58 @@ def _check_suites(suites: Sequence[Suite]) -> None:
         check_choice(f"config.suites[{s}].domain", suite.domain, ("in", "out"))
         _check_count(f"config.suites[{s}].samples", suite.samples, high=10**6)
         _check_strength(f"config.suites[{s}].temperature", suite.temperature)
+        _check_readout(f"config.suites[{s}]", suite)
+    if suites and not domains_of(suites):
+        raise ConfigError(
+            "Every suite of config.suites is a second read-out, and none is averaged into a "
+            "domain; leave the readout of one at ''."
+        )
+
+
+def _check_readout(field: str, suite: Suite) -> None:
+    """Checks the fields of a second read-out."""
+    check_choice(f"{field}.readout", suite.readout, READOUTS)
+    is_pass = suite.readout == "pass"
+    _refuse_unread(f"{field}.k", suite.k, 0, is_pass, f"its readout is {suite.readout!r}")
+    if is_pass and not 1 <= suite.k <= suite.samples:
+        raise ConfigError(
+            f"{field}.k is {suite.k} and its samples {suite.samples}; pass@k is measured on k "
+            "samples or more, and k is at least 1."
+        )
+    if is_pass and not suite.temperature:
+        raise ConfigError(
+            f"{field}.temperature is 0, at which all samples of a question are one; set it above 0 "
+            "for the readout 'pass'."
+        )
 
 
 def _check_models(e: Experiment) -> None:
     """Checks dtype and revision of all models, and the fields of generators and judges."""
     for model, field in (
         [(e.student, "student"), (e.reference, "reference")]
+        + [(s.model, f"student {s.name}") for s in e.students]
         + [(g.model, f"generator {g.name}") for g in e.generators]
         + [(j.model, f"judge {j.name}") for j in e.judges]
     ):
         check_choice(f"dtype of {field}", model.dtype, DTYPES)
+        check_choice(f"quantization of {field}", model.quantization, QUANTIZATIONS)
         reason = "its path is empty"
         _refuse_unread(f"revision of {field}", model.revision, "", model.path, reason)
+    trained = "student is trained, and its policies are evaluated, with the weights that"
+    for model, field, why in (
+        (e.student, "student", trained),
+        *((s.model, f"students[{s.name}].model", trained) for s in e.students),
+        (
+            e.reference,
+            "reference",
+            "reference must agree with the student, which has the weights that",
+        ),
+    ):
+        if model.quantization:
+            raise ConfigError(
+                f"config.{field}.quantization is {model.quantization!r}, and the {why} its files "
+                "have; leave it empty: generators and judges alone may be quantised."
+            )
     for g in e.generators:
         _check_strength(f"temperature of generator {g.name!r}", g.temperature)
         _check_range(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
@@ -466,14 +598,16 @@ def _check_models(e: Experiment) -> None:
             )
         for dimension in j.dimensions:
             check_choice(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
+        _check_mean(j, e.judges)
         kind = f"its kind is {j.kind!r}"
         noisy = j.kind == "exact" and j.noise
-        silent = kind if j.kind == "model" else "its noise is 0"
+        silent = "its noise is 0" if j.kind == "exact" else kind
         for field, default, is_read, reason in (
             ("model", Model(), j.kind == "model", kind),
             ("noise", 0.0, j.kind == "exact", kind),
             ("seed", 0, noisy, silent),
             ("mesh", MeshShape(), j.kind == "model", kind),
+            ("of", (), j.kind == "mean", kind),
         ):
             name = f"{field} of judge {j.name!r}"
             _refuse_unread(name, getattr(j, field), default, is_read, reason)
@@ -482,6 +616,58 @@ def _check_models(e: Experiment) -> None:
                 f"Judge {j.name!r} is exact and needs synthetic prompts; use kind 'model' for "
                 "others."
             )
+
+
+def _check_mean(judge: Judge, judges: Sequence[Judge]) -> None:
+    """Checks that a mean is one of several judges that rate its dimensions."""
+    if judge.kind != "mean":
+        return
+    others = {j.name: j for j in judges if j.kind != "mean"}
+    for name in judge.of:
+        check_choice(f"of of judge {judge.name!r} (a judge of another kind)", name, others)
+    if len(set(judge.of)) < max(2, len(judge.of)):
+        raise ConfigError(
+            f"of of judge {judge.name!r} is {judge.of!r}; name at least two judges, each once."
+        )
+    for name in judge.of:
+        for dimension in judge.dimensions:
+            rated = others[name].dimensions
+            check_choice(f"dimension of judge {judge.name!r}, rated by {name!r},", dimension, rated)
+
+
+def _check_tuning(e: Experiment) -> None:
+    """Checks the learning rates that objectives try, and the suites that choose among them."""
+    suites = [suite.name for suite in e.suites if suite.readout == TUNING]
+    tuned = [o for o in e.objectives if o.rates]
+    if suites and not tuned:
+        raise ConfigError(
+            f"Suite {suites[0]!r} has the readout 'tuning' and no objective has rates to choose "
+            "from; give an objective rates, or remove the suite."
+        )
+    for o in e.objectives:
+        where, reason = f"of objective {o.name!r}", "its rates are empty"
+        _refuse_unread(f"tuned_by {where}", o.tuned_by, "", o.rates, reason)
+    for o in tuned:
+        where, reason = f"of objective {o.name!r}", "its rates take its place"
+        _refuse_unread(
+            f"learning_rate {where}", o.learning_rate, Objective.learning_rate, False, reason
+        )
+        for rate in o.rates:
+            _check_range(f"rates {where}", rate, 1e-12, 1)
+        if len(o.rates) < 2 or [f"{r:g}" for r in o.rates] != list(
+            dict.fromkeys(f"{r:g}" for r in sorted(o.rates))
+        ):
+            raise ConfigError(
+                f"rates {where} is {o.rates!r}; give at least two, ascending, that differ in their "
+                "first six digits."
+            )
+        if not suites:
+            raise ConfigError(
+                f"Objective {o.name!r} has rates and no suite has the readout 'tuning'; add a "
+                "suite of questions that choose among them."
+            )
+        own = [a.name for a in e.arms if a.objective == o.name and not a.learning_rate]
+        check_choice(f"tuned_by {where} (an arm of it without a rate of its own)", o.tuned_by, own)
 
 
 def _check_objective(o: Objective, where: str) -> None:
@@ -517,35 +703,142 @@ def _check_arms(e: Experiment) -> None:
         where = f"of arm {a.name!r}"
         check_choice(f"chosen {where}", a.chosen, generators)
         check_choice(f"rejected {where}", a.rejected, generators)
-        check_choice(f"direction {where}", a.direction, ("generator", *judges))
-        check_choice(f"keep {where}", a.keep, KEEPS)
+        check_choice(f"direction {where}", a.direction, (*UNJUDGED, *judges))
+        _check_named(f"keep {where}", a.keep, KEEPS, SELECTION)
         check_choice(f"stratum {where}", a.stratum, STRATA)
         check_choice(f"objective {where}", a.objective, [o.name for o in e.objectives])
         check_choice(f"group {where}", a.group, ("ladder", "selection", "control"))
         _check_range(f"fraction {where}", a.fraction, 1e-9, 1)
         everything = "its keep is 'all'"
         _refuse_unread(f"fraction {where}", a.fraction, 1.0, a.keep != "all", everything)
-        if not a.seeds or len(set(a.seeds)) < len(a.seeds) or min(a.seeds) < 0:
+        for field, values in (("seeds", a.seeds), ("draws", a.draws)):
+            if not values or len(set(values)) < len(values) or min(values) < 0:
+                raise ConfigError(
+                    f"{field} {where} is {values!r}; give at least one {field[:-1]} from 0 upward, "
+                    "each once."
+                )
+            _check_seed(f"{field} {where}", max(values))
+        _check_count(f"steps {where}", a.steps, 0)
+        _check_range(f"epochs {where}", a.epochs, 0, 10**6, "more could not be finished")
+        _check_count(f"pairs_per_step {where}", a.pairs_per_step, 0)
+        _check_strength(f"learning_rate {where}", a.learning_rate)
+        if a.steps and a.epochs:
             raise ConfigError(
-                f"seeds {where} is {a.seeds!r}; give at least one seed from 0 upward, each once."
+                f"steps {where} is {a.steps} and epochs {a.epochs:g}; set one of the two."
             )
-        _check_seed(f"seeds {where}", max(a.seeds))
+        nothing = "nothing of its pairs is drawn"
+        _refuse_unread(f"draws {where}", a.draws, (0,), draws_pairs(e, a), nothing)
+        _check_samples(a, generators)
+        _check_range(f"pairs {where}", a.pairs, 0, 2**40)
+        _refuse_unread(f"pairs {where}", a.pairs, 0, a.keep != "all", everything)
+        if a.pairs and a.fraction != 1.0:
+            raise ConfigError(
+                f"pairs {where} is {a.pairs} and fraction {a.fraction:g}; set one of the two."
+            )
         if a.chosen == a.rejected and generators[a.chosen].samples < 2:
             raise ConfigError(
                 f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2."
             )
-        rated = a.keep in ("top", "matched") or a.direction != "generator"
+        rated = uses_ratings(a)
         if rated and not judges:
             raise ConfigError(
                 f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
             )
         if a.judge:
             check_choice(f"judge {where}", a.judge, judges)
-            is_read = a.direction in ("generator", a.judge)
+            is_read = a.direction in (*UNJUDGED, a.judge)
             by_another = f"its direction is {a.direction!r}"
             _refuse_unread(f"judge {where}", a.judge, "", is_read, by_another)
-        if rated:
-            check_choice(f"by {where}", a.by, ("sum", *judges[judge_of(e, a)].dimensions))
+        if a.by == REFERENCE_MARGIN:
+            unranked = f"its keep is {a.keep!r}"
+            _refuse_unread(f"by {where}", a.by, "sum", a.keep in RANKED, unranked)
+        elif rated:
+            dimensions = judges[judge_of(e, a)].dimensions
+            check_choice(f"by {where}", a.by, ("sum", *dimensions, REFERENCE_MARGIN))
+    _check_shared_strata(e)
+    _check_balance(e)
+
+
+def _check_samples(a: Arm, generators: Mapping[str, Generator]) -> None:
+    """Refuses a choice among samples where there is one sample."""
+    for side, name in (("chosen", a.chosen), ("rejected", a.rejected)):
+        field = f"{side}_sample of arm {a.name!r}"
+        which = check_choice(field, getattr(a, f"{side}_sample"), SAMPLES)
+        if which != "first" and generators[name].samples < 2:
+            raise ConfigError(
+                f"{field} is {which!r}, and generator {name!r} writes one trace of a prompt; set "
+                "its samples to at least 2."
+            )
+
+
+def _check_balance(e: Experiment) -> None:
+    """Refuses a ladder whose rungs can't be balanced."""
+    balance = check_choice("config.balance", e.balance, BALANCES)
+    rungs = [a for a in e.arms if is_balanced(e, a)]
+    if balance and len({(a.chosen, a.rejected) for a in rungs}) < 2:
+        raise ConfigError(
+            f"config.balance is {balance!r} and the ladder has fewer than two rungs; leave it at "
+            "'', or give two arms of group 'ladder' other generators."
+        )
+    for a in rungs:
+        if a.keep != "all" or uses_ratings(a):
+            why = f"keep is {a.keep!r}" if a.keep != "all" else "pairs are shaped by ratings"
+            raise ConfigError(
+                f"Arm {a.name!r} is a rung of a ladder with config.balance {balance!r}, and its "
+                f"{why}; give it another group, or leave config.balance at ''."
+            )
+
+
+def _check_shared_strata(e: Experiment) -> None:
+    """Refuses strata that can't share prompts, and arms whose pairs are turned around later."""
+    strata = e.shared_strata
+    for stratum in strata:
+        check_choice("config.shared_strata", stratum, [s for s in STRATA if s != "any"])
+    arms = [a for a in e.arms if a.stratum in strata]
+    if strata and (len(set(strata)) < max(2, len(strata)) or not arms):
+        missing = "" if arms else ", and no arm has one of them as its stratum"
+        raise ConfigError(
+            f"config.shared_strata is {strata!r}{missing}; name at least two strata of arms, each "
+            "once."
+        )
+    generators = {g.name: g for g in e.generators}
+    for a in arms:
+        if a.direction != "generator":
+            raise ConfigError(
+                f"direction of arm {a.name!r} is {a.direction!r}, and its stratum {a.stratum!r} is "
+                "one of config.shared_strata, whose pairs are found as the generators wrote them; "
+                "leave it at 'generator'."
+            )
+        for i, name in enumerate((a.chosen, a.rejected)):
+            wanted = {_VERDICTS[stratum][i] for stratum in strata} - {""}
+            if len(wanted) > 1 and generators[name].samples < 2:
+                raise ConfigError(
+                    "config.shared_strata needs a right and a wrong trace of a prompt by generator "
+                    f"{name!r}, which writes one; set its samples to at least 2."
+                )
+
+
+def _check_claim(field: str, claim: Claim, e: Experiment) -> None:
+    """Checks that the claim names what it compares, and nothing else."""
+    check_choice(f"{field}.kind", claim.kind, CLAIM_KINDS)
+    check_choice(f"{field}.domain", claim.domain, domains_of(e.suites))
+    _check_range(f"{field}.margin", claim.margin, 1e-9, 100)
+    arms, of_kind = [a.name for a in e.arms], f"its kind is {claim.kind!r}"
+    if claim.kind == "slope":
+        ladder = [a.name for a in e.arms if (a.group, a.objective) == ("ladder", claim.objective)]
+        check_choice(f"{field}.objective", claim.objective, [o.name for o in e.objectives])
+        if len(ladder) < 3:
+            raise ConfigError(
+                f"{field} is the slope of a ladder of {claim.objective!r}, which has "
+                f"{len(ladder)} arms; a slope needs at least 3."
+            )
+    else:
+        check_choice(f"{field}.a", claim.a, arms)
+    if claim.kind == "contrast":
+        check_choice(f"{field}.b", claim.b, [name for name in arms if name != claim.a])
+    _refuse_unread(f"{field}.a", claim.a, "", claim.kind != "slope", of_kind)
+    _refuse_unread(f"{field}.b", claim.b, "", claim.kind == "contrast", of_kind)
+    _refuse_unread(f"{field}.objective", claim.objective, "", claim.kind == "slope", of_kind)
 
 
 def _check_lora(lora: Lora) -> None:
@@ -553,9 +846,9 @@ def _check_lora(lora: Lora) -> None:
     _check_strength("config.training.lora.alpha", lora.alpha, 1e-9)
     for target in lora.targets:
         check_choice("config.training.lora.targets", target, LORA_TARGETS)
-    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+    if len(set(lora.targets)) < len(lora.targets):
         raise ConfigError(
-            f"config.training.lora.targets is {lora.targets!r}; name at least one of "
+            f"config.training.lora.targets is {lora.targets!r}; name some of "
             f"{', '.join(LORA_TARGETS)}, each once."
         )
     if not lora.rank and lora != Lora():
@@ -568,7 +861,7 @@ def _check_lora(lora: Lora) -> None:
 def _check_training(t: Training) -> None:
     check_choice("config.training.budget", t.budget, BUDGETS)
     check_choice("config.training.schedule", t.schedule, ("linear", "cosine", "constant"))
-    check_choice("config.training.remat", t.remat, REMATS)
+    check_choice("config.training.remat", t.remat, ("auto", *REMATS))
     check_choice("config.training.moments", t.moments, DTYPES)
     _check_lora(t.lora)
     # Traces are scored whole, so a study cannot truncate them.

@@ -4,12 +4,14 @@
     docs/formats.md     the columns of every table, from deltapref_jax/records.py
     docs/tour.md        the line numbers behind names: `name` (`file.py:12`)
     README.md           the code of configs/mine.py
+    docs/benchmarks/shipped-models.md   its tables, from synthetic/models/measured.json
 
 `tests/test_docs.py` fails where one of them is not what this program would write.
 """
 
 import ast
 import importlib
+import json
 import pathlib
 import re
 import textwrap
@@ -79,7 +81,9 @@ def _choices(source: str) -> list[str]:
             continue
         name = node.targets[0].id
         value = getattr(config, name)
-        if isinstance(value, tuple) or (isinstance(value, dict) and name != "UNHASHED"):
+        if isinstance(value, tuple) or (
+            isinstance(value, dict) and name not in ("UNHASHED", "ADDED")
+        ):
             rows.append(_item(f"`{name}`: " + ", ".join(f'`"{each}"`' for each in value)))
     return rows
 
@@ -152,14 +156,57 @@ def first_study() -> str:
     return f"\n```python\n{code}\n```\n\n"
 
 
+def shipped_models() -> str:
+    """What the shipped models believe, and what was measured of them, as tables."""
+    beliefs = importlib.import_module("deltapref_jax.synthetic.beliefs").BELIEFS
+    families = importlib.import_module("deltapref_jax.synthetic.families").FAMILIES
+    models = ROOT / "deltapref_jax" / "synthetic" / "models"
+    measured = json.loads((models / "measured.json").read_text())
+    solvers = {name: m for name, m in measured.items() if "suites" in m}
+    holders = {b: [n for n, m in solvers.items() if b in m["recipe"]["beliefs"]] for b in beliefs}
+    parts = [
+        "\n| belief | skill | the wrong rule | held by |\n|---|---|---|---|\n",
+        *(
+            f"| `{b.name}` | {b.skill} | {b.about} | {', '.join(holders[b.name])} |\n"
+            for b in beliefs.values()
+        ),
+        "\n| model | careless | in domain, greedy | sampled | out of domain, greedy | sampled | "
+        "nats a token |\n|---|---|---|---|---|---|---|\n",
+    ]
+    for name, m in solvers.items():
+        cells = [m["greedy"]["in"], m["in"], m["greedy"]["out"], m["out"]]
+        row = " | ".join(f"{v:.1f} [{low:.1f}, {high:.1f}]" for v, low, high in cells)
+        careless = m["recipe"]["error_rate"]
+        parts.append(f"| {name} | {careless} | {row} | {m['entropy']:.3f} |\n")
+    suites = next(iter(solvers.values()))["suites"]
+    parts.append(f"\n| greedy, sampled | {' | '.join(suites)} |\n|---|{'---|' * len(suites)}\n")
+    for name, m in solvers.items():
+        row = " | ".join(f"{s['greedy']:.1f}, {s['sampled']:.1f}" for s in m["suites"].values())
+        parts.append(f"| {name} | {row} |\n")
+    row = " | ".join(
+        "domain" if families[s].domain == "in" else ", ".join(families[s].shares) or "nothing"
+        for s in suites
+    )
+    parts.append(f"| shares with the domain | {row} |\n")
+    judges = {name: m for name, m in measured.items() if "suites" not in m}
+    for name, m in judges.items():
+        auc = {d: e for d, e in m.items() if d != "recipe"}
+        parts.append(f"\n| AUC | {' | '.join(auc)} |\n|---|{'---|' * len(auc)}\n")
+        row = " | ".join(f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in auc.values())
+        parts.append(f"| {name} | {row} |\n")
+    return "".join(parts) + "\n"
+
+
 def pages() -> dict[str, str]:
     """Path to text, of every page that this program writes."""
     read = {name: (ROOT / name).read_text() for name in ("README.md", "docs/tour.md")}
     formats = (ROOT / "docs" / "formats.md").read_text()
+    shipped = (ROOT / "docs" / "benchmarks" / "shipped-models.md").read_text()
     return {
         "docs/config.md": config_page(),
         "docs/formats.md": between(formats, "tables", record_tables() + "\n"),
         "docs/tour.md": with_lines(read["docs/tour.md"]),
+        "docs/benchmarks/shipped-models.md": between(shipped, "measured", shipped_models()),
         "README.md": between(read["README.md"], "configs/mine.py", first_study()),
     }
 

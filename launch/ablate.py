@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -22,24 +23,27 @@ from rich.table import Table
 from deltapref_jax.artifacts.node import Node, distinct, in_order
 from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import ConfigError, Experiment
+from deltapref_jax.config import ConfigError, Experiment, domains_of, quantised_sentence
 from deltapref_jax.display import count
 from deltapref_jax.files import ArtifactError
 from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate
-from launch.flags import define_initialization_timeout, define_profile_steps, run_main, window
+from launch.flags import (
+    check_dry_run,
+    define_dry_run,
+    define_initialization_timeout,
+    define_profile_steps,
+    run_main,
+    window,
+)
 
 if TYPE_CHECKING:
+    from deltapref_jax.stages.evaluate import ResultTable
     from deltapref_jax.stages.report import Report
+    from deltapref_jax.stages.students import Page
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
-_DEVICES = flags.DEFINE_string(
-    "devices",
-    "",
-    "Devices that a dry run assumes, instead of those that the environment describes: "
-    "HOSTSxDEVICES, such as 4x4, or SLICESxHOSTSxDEVICES; gpu:2x8 are two hosts of GPUs.",
-)
+_DRY_RUN, _DEVICES = define_dry_run()
 _ALL_ROWS = flags.DEFINE_bool("all_rows", False, "With --dry_run: a row per artifact too.")
 _ONLY = flags.DEFINE_string(
     "only",
@@ -57,22 +61,19 @@ def main(_: list[str]) -> None:
     e: Experiment = validate(_CONFIG.value)
     arms = _arms(e, _ONLY.value)
     profile = window(_PROFILE.value)
-    if _DEVICES.value and not _DRY_RUN.value:
-        raise ConfigError(
-            f"--devices is {_DEVICES.value!r} and only a dry run assumes devices; leave it out, or "
-            "add --dry_run."
-        )
+    check_dry_run(_DRY_RUN.value, _DEVICES.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
     from deltapref_jax.cluster import unused_variables
     from deltapref_jax.devices import assumed_devices, attached_devices
-    from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
     from deltapref_jax.processes import process_index, start_processes
     from deltapref_jax.stages.meshes import mesh_lines
-    from deltapref_jax.stages.study import part_of, plan
+    from deltapref_jax.stages.students import part_of_page, plan_page, reports_of
 
     if _DRY_RUN.value:  # A job would be joined only when all of its hosts run the command.
+        from launch.dry_run import assumed_line, show_alone, show_plan
+
         devices = assumed_devices(_DEVICES.value)
     else:
         start_processes(_TIMEOUT.value)
@@ -80,26 +81,27 @@ def main(_: list[str]) -> None:
         devices = attached_devices()
     workspace = Workspace(e.workspace)
     # Meshes that do not fit the devices are refused here, before anything is made.
-    whole = plan(e, profile, devices)
-    report = whole if arms is None else part_of(whole, arms)
+    whole = plan_page(e, profile, devices, weights=not _DRY_RUN.value)
+    report = whole if arms is None else part_of_page(whole, arms)
     console = plain_console()
     if _DRY_RUN.value:
-        memory = "" if devices.platform == "cpu" else " with room for every model"
-        say(
-            console,
-            f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
-            "--devices states others.",
-        )
+        say(console, assumed_line(devices))
     if process_index() == 0:
         if not _DEVICES.value and (unused := unused_variables()):
             console.print(unused, soft_wrap=True, markup=False, highlight=False)
-        inspect = functools.cache(inspect_model)
-        for line in mesh_lines(report.experiment, devices, lambda path: inspect(path)[0]):
-            say(console, line)
+        if quantised := quantised_sentence(report.experiment):
+            say(console, quantised)
+        meshes = {
+            name: mesh_lines(own.experiment, devices) for name, own in reports_of(report).items()
+        }
+        first = next(iter(meshes.values()))
+        alike = all(lines == first for lines in meshes.values())
+        for name, lines in {"": first}.items() if alike else meshes.items():
+            say_of(console, name, lines)
     if _DRY_RUN.value:
         from launch.cost import check_prompts
-        from launch.dry_run import show_plan
 
+        show_alone(console, report)
         show_plan(console, report, workspace, _ALL_ROWS.value)
         check_prompts(report, workspace)
         return
@@ -111,7 +113,8 @@ def main(_: list[str]) -> None:
     )
     made = make(_before_training(report))
     if process_index() == 0:
-        _say_detectable(console, workspace, report)
+        for name, own in reports_of(report).items():
+            say_of(console, name, _detectable(workspace, own))
     made += make([report])
     if made or not complete:
         say_made([report], made, workspace)
@@ -156,14 +159,23 @@ def _standing(workspace: Workspace, report: Node) -> list[Node]:
 
 
 def _before_training(report: Node) -> list[Node]:
-    """Every node of the study that no policy is behind."""
+    """Every node of the study that no policy is behind, but for pages."""
+    from deltapref_jax.stages.report import Report
     from deltapref_jax.stages.train import Policy
 
     return [
         node
         for node in in_order([report])
-        if node is not report and not any(isinstance(n, Policy) for n in in_order([node]))
+        if node is not report
+        and not isinstance(node, Report)
+        and not any(isinstance(n, Policy) for n in in_order([node]))
     ]
+
+
+def say_of(console: Console, student: str, sentences: Iterable[str]) -> None:
+    """Says something of one of several students, or of the only one, whose name is ""."""
+    for sentence in sentences:
+        say(console, f"Student {student}: {sentence}" if student else sentence)
 
 
 def say_standing(workspace: Workspace, report: Node) -> bool:
@@ -188,74 +200,83 @@ def say_standing(workspace: Workspace, report: Node) -> bool:
     return standing.total() == len(nodes)
 
 
-def _say_detectable(console: Console, workspace: Workspace, report: "Report") -> None:
-    """Before the arms train: the smallest difference to the student that this set-up would find."""
+def _detectable(workspace: Workspace, report: "Report") -> Iterator[str]:
+    """Before the arms train: the smallest change that this set-up is expected to show."""
     import pyarrow as pa
 
+    from deltapref_jax.analysis.effects import planned
     from deltapref_jax.analysis.findings import DOMAIN_WORDS
-    from deltapref_jax.analysis.statistics import minimum_detectable
 
     if not report.student:
         return
-    seeds = min((len(policies) for policies in report.policies.values()), default=1)
-    student = pa.concat_tables(workspace.table(node) for node in report.student.values())
+
+    def results(tables: Mapping[str, "ResultTable"]) -> pa.Table:
+        return pa.concat_tables(workspace.table(node) for node in tables.values())
+
+    student = results(report.student)
+    others = {name: results(tables) for name, tables in report.capability.items() if tables}
     changes = ", ".join(
-        f"{points:.1f} points {DOMAIN_WORDS[domain]}"
-        for domain, points in minimum_detectable(student, seeds).items()
+        f"{planned(student, others, d):.1f} points {DOMAIN_WORDS[d]}"
+        for d in domains_of(report.experiment.suites)
     )
-    say(
-        console,
-        f"Smallest detectable change of an arm: {changes} ({seeds} seed{'s' * (seeds > 1)}, 80% "
-        "power, two-sided 5% level, sampling error alone).",
+    yield (
+        f"Expected smallest detectable change of an arm: {changes} (80% power, two-sided 5% level, "
+        "paired as the most similar generator; without the noise of training)."
     )
 
 
-def _say_retokenised(console: Console, workspace: Workspace, report: "Report") -> None:
+def _retokenised(workspace: Workspace, report: "Report") -> Iterator[str]:
     """How many traces would have had other tokens had their text been read again."""
     stats = [workspace.manifest(node).stats for node in report.sequences.values()]
     differently = sum(s["retokenised_differently"] for s in stats)
     if differently:
-        say(
-            console,
+        yield (
             f"{differently:,.0f} of {count(sum(s['traces'] for s in stats), 'trace')} would have "
             "other tokens were their text read again. That is no fault: a model may sample a "
             "spelling that its tokenizer would not choose, and traces are scored and trained on as "
-            "the tokens that were sampled.",
+            "the tokens that were sampled."
         )
 
 
-def say_policies(console: Console, workspace: Workspace, report: "Report") -> None:
-    """The folder of every policy of the study, by arm and seed."""
+def say_policies(console: Console, workspace: Workspace, reports: Mapping[str, "Report"]) -> None:
+    """The folder of every policy, by student, arm and run (seed, and draw where not 0)."""
     table = Table()
-    for name in ("arm", "seed", "folder"):
+    for name in (*["student"] * any(reports), "arm", "run", "folder"):
         table.add_column(name, overflow="fold")
-    for arm, seeds in report.policies.items():
-        for seed, policy in seeds.items():
-            folder = workspace.path(policy).relative_to(workspace.root) / "policy"
-            table.add_row(arm, str(seed), str(folder))
+    for student, report in reports.items():
+        for arm, runs in report.policies.items():
+            for key, policy in runs.items():
+                folder = workspace.path(policy).relative_to(workspace.root) / "policy"
+                table.add_row(*[student] * bool(student), arm, str(key), str(folder))
     if table.rows:
         # A table's title would be wrapped at the table's width.
         console.print(f"Policies in {workspace.root}:", soft_wrap=True)
         console.print(table)
 
 
-def _show(console: Console, workspace: Workspace, report: "Report") -> None:
+def _show(console: Console, workspace: Workspace, report: "Page") -> None:
     from deltapref_jax.analysis.report import terminal_table
+    from deltapref_jax.analysis.students import students_table
+    from deltapref_jax.stages.students import reports_of
 
-    folder = workspace.path(report)
+    folder, reports = workspace.path(report), reports_of(report)
     summary = json.loads((folder / "summary.json").read_text())
-    console.print(terminal_table(summary))
+    console.print(students_table(summary) if any(reports) else terminal_table(summary))
+    if any(reports):
+        for claim in summary["claims"]:
+            say(console, f"{claim['what']}: {claim['sentence']}")
     if left_out := summary["left_out"]:
         say(
             console,
             f"{len(left_out)} of {len(report.experiment.arms)} arms were left out by --only; the "
             "page names them.",
         )
-    say_policies(console, workspace, report)
-    _say_retokenised(console, workspace, report)
-    if report.experiment.table:
-        held = sum(workspace.manifest(n).stats["from_table"] for n in report.logprobs.values())
-        console.print(f"{held:,.0f} log-probabilities are those of config.table.", soft_wrap=True)
+    say_policies(console, workspace, reports)
+    for name, own in reports.items():
+        say_of(console, name, _retokenised(workspace, own))
+        if report.experiment.table:
+            held = sum(workspace.manifest(n).stats["from_table"] for n in own.logprobs.values())
+            say_of(console, name, [f"{held:,.0f} log-probabilities are those of config.table."])
     console.print(f"Page: {folder / 'report.html'}", soft_wrap=True)
     console.print(f"Artifacts by name: {workspace.root / 'index.json'}", soft_wrap=True)
 

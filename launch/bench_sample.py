@@ -23,10 +23,12 @@ from absl import flags
 from flax import nnx
 from rich.table import Table
 
-from deltapref_jax.config import DTYPES, ConfigError, Sampling
+from deltapref_jax.config import DTYPES, QUANTIZATIONS, ConfigError, Sampling
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.parameters import parameters, weight_bytes
+from deltapref_jax.models.sharding import path_name
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import LoadedModel, load
+from deltapref_jax.models.weights import LoadedModel, abstract, load, quantised_state
 from deltapref_jax.progress import plain_console
 from deltapref_jax.records import digest
 from deltapref_jax.sampling.engine import Engine, Request
@@ -34,6 +36,9 @@ from launch.flags import define_count, define_output, run_main
 
 _MODEL = flags.DEFINE_string("model", "", "Model to sample; a random small one if empty.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Dtype of the computation.")
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "", list(QUANTIZATIONS), "Format of the matrices of layers."
+)
 _SLOTS = flags.DEFINE_multi_integer(
     "slots",
     [128, 192],
@@ -74,9 +79,17 @@ def random_model() -> LoadedModel:
         _VOCAB.value, _WIDTH.value, _LAYERS.value, 4, 2, _WIDTH.value // 4, _WIDTH.value * 11 // 4
     )
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0), dtype=jnp.dtype(_DTYPE.value)))
-    state = jax.tree.map(lambda x: x.astype(_DTYPE.value), state)
     text: Any = _FakeTokenizer(spec.vocab)
-    return LoadedModel(graphdef, state, spec, text, digest("random"), {})
+    if _QUANTIZATION.value:
+        spec = spec.quantised(_QUANTIZATION.value)
+        graphdef, _ = abstract(spec, jnp.dtype(_DTYPE.value))
+        state = quantised_state(state, spec)
+    declared = parameters(spec)
+    state = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.asarray(x, declared[path_name(path)].stored_dtype(spec, _DTYPE.value)),
+        state,
+    )
+    return LoadedModel(graphdef, state, spec, text, {})
 
 
 def best_seconds(function: Callable[..., jax.Array], *args: jax.Array) -> float:
@@ -105,7 +118,9 @@ def step_costs(spec: ModelSpec, slots: int, length: int, itemsize: int) -> tuple
     matrices = spec.parameters - (0 if spec.tied else spec.vocab * spec.width)
     attention = 4 * spec.layers * spec.heads * spec.head_width * length
     cache = 2 * spec.layers * spec.kv_heads * spec.head_width * length
-    return slots * (2 * matrices + attention), itemsize * (matrices + slots * cache)
+    embed = 0 if spec.tied else spec.vocab * spec.width * itemsize
+    weights = weight_bytes(spec, _DTYPE.value) - embed
+    return slots * (2 * matrices + attention), weights + itemsize * slots * cache
 
 
 def measure(model: LoadedModel, slots: int, rates: tuple[float, float]) -> dict[str, float]:
@@ -159,7 +174,7 @@ def main(_: list[str]) -> None:
             f"--width is {_WIDTH.value}; the random model's four heads need a multiple of 8."
         )
     model = (
-        load(_MODEL.value, dtype=_DTYPE.value, params=_DTYPE.value)
+        load(_MODEL.value, _DTYPE.value, _DTYPE.value, _QUANTIZATION.value)
         if _MODEL.value
         else random_model()
     )

@@ -18,11 +18,14 @@ the reference pass of its pairs. TRL by default and Tunix run that pass inside t
 mismatched rows cost time and count no tokens. `peak` is the process's largest resident memory. `of
 ceiling` is the time that the FLOPs which a step and its reference pass need would take at the rate
 of a large matrix product, over the measured time: 100% is as fast as this machine can be. `loss` of
-the second step shows that all compute the same.
+the second step shows that all compute the same. A contender that fails, such as for want of memory,
+is a row with the peak that it reached, and a sentence under the table.
 """
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,11 +36,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from deltapref_jax.config import DTYPES, REMATS, ConfigError, check_choice
-from deltapref_jax.progress import plain_console
+from deltapref_jax.progress import plain_console, say
 from launch.flags import define_count, define_output, run_main
 
 _TRL = flags.DEFINE_string(
@@ -206,10 +210,10 @@ def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str,
 
 
 def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
-    """Runs one contender's process; returns its JSON and its peak resident memory in bytes.
+    """Runs one contender's process.
 
-    Raises:
-      RuntimeError: the process failed; the message ends with the end of its stderr.
+    Returns:
+      Its JSON, or `failed`, which says how it ended; and its peak resident memory in bytes.
     """
     threads = str(len(os.sched_getaffinity(0)))
     environment = os.environ | {
@@ -226,14 +230,29 @@ def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
             env=environment,
             cwd=Path(__file__).parent.parent,
         )
+        # Where memory runs out, Linux ends the contender and not its neighbours.
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         lines = out.read().splitlines()
+        found: dict[str, Any]
         if process.returncode or not lines:
-            raise RuntimeError(f"{script} ended with {process.returncode}: " + err.read()[-1500:])
-    return json.loads(lines[-1]) | {"peak_bytes": usage.ru_maxrss * 1024}
+            found = {"failed": _ended(process.returncode, err.read())}
+        else:
+            found = json.loads(lines[-1])
+    return found | {"peak_bytes": usage.ru_maxrss * 1024}
+
+
+def _ended(code: int, stderr: str) -> str:
+    """Says how a process without a result ended."""
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL), as Linux does where memory runs out"
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    last = stderr.strip().splitlines()[-1:]
+    return ": ".join([how, *last])[:500]
 
 
 def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[str, Any]]:
@@ -251,24 +270,30 @@ def measure(kind: str, shape: str, model: Path, console: Console) -> list[dict[s
     selected = contenders(kind, shape, model.parent)
     for turn in range(_ROUNDS.value):
         for name, contender in selected.items():
-            try:
-                result = run(*contender)
-            except RuntimeError as e:
-                console.print(f"[red]{name}[/]: {e}")
-                continue
+            result = run(*contender)
             runs.setdefault(name, []).append(result)
-            console.print(
-                f"{kind} {shape} round {turn + 1} {name}: "
+            said = result.get("failed") or (
                 f"{', '.join(f'{s:.1f}' for s in result['step_seconds'])} s a step, reference "
-                f"{result['reference_seconds']:.1f} s, peak {result['peak_bytes'] / 2**30:.2f} GiB"
+                f"{result['reference_seconds']:.1f} s"
             )
+            peak = f"peak {result['peak_bytes'] / 2**30:.2f} GiB"
+            say(console, escape(f"{kind} {shape} round {turn + 1} {name}: {said}, {peak}"))
     return [_row(kind, shape, name, own, tokens) for name, own in runs.items()]
 
 
 def _row(
     kind: str, shape: str, name: str, runs: list[dict[str, Any]], tokens: list[int]
 ) -> dict[str, Any]:
-    """Returns a contender's row of the table, from its runs and the tokens of each step."""
+    """Returns a contender's row of the table, from its runs and the tokens of each step.
+
+    A row without a run that finished has no speeds; `failed` says how each of the others ended.
+    """
+    found: dict[str, Any] = {"kind": kind, "shape": shape, "contender": name, "runs": runs}
+    found["peak_bytes"] = max(one["peak_bytes"] for one in runs)
+    found["failed"] = [one["failed"] for one in runs if "failed" in one]
+    runs = [one for one in runs if "failed" not in one]
+    if not runs:
+        return found
     speeds, training = [], []
     for one in runs:
         for count, seconds in list(zip(tokens, one["step_seconds"], strict=True))[1:]:
@@ -285,19 +310,14 @@ def _row(
         if "product_flops" in one
         for flops, seconds in list(zip(one["step_flops"], one["step_seconds"], strict=True))[1:]
     ]
-    return {
-        "kind": kind,
-        "shape": shape,
-        "contender": name,
+    return found | {
         "tokens_per_second": statistics.median(speeds),
         "lowest": min(speeds),
         "highest": max(speeds),
         "training_only": statistics.median(training),
-        "peak_bytes": max(one["peak_bytes"] for one in runs),
         "loss": losses[0] if losses else None,
         "of_ceiling": statistics.median(ceilings) if ceilings else None,
         "real_share": runs[0].get("real_share"),
-        "runs": runs,
     }
 
 
@@ -331,11 +351,14 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         if base is r:
             table.add_section()
             table.add_row(Text(f"{r['kind']}, {r['shape']}", style="bold"))
-        elif base:
+        elif base and "loss" in base and "loss" in r:
             r |= {
                 "speed_ratio": base["tokens_per_second"] / r["tokens_per_second"],
                 "peak_ratio": base["peak_bytes"] / r["peak_bytes"],
             }
+        if "loss" not in r:
+            table.add_row(r["contender"], "failed", "", "", f"{r['peak_bytes'] / 2**30:.2f}")
+            continue
         speed, peak = (
             f"{r[name]:.2f}" if name in r else "" for name in ("speed_ratio", "peak_ratio")
         )
@@ -350,6 +373,11 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             "" if r["loss"] is None else f"{r['loss']:.4f}",
         )
     console.print(table)
+    for r in rows:
+        if r["failed"]:
+            rounds = f"{len(r['failed'])} of {len(r['runs'])} rounds"
+            where = f"{r['kind']}, {r['shape']}, {r['contender']}"
+            say(console, escape(f"{where}: {rounds} failed; {r['failed'][0]}."))
 
 
 def _check_flags() -> None:

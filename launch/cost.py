@@ -13,10 +13,12 @@ import numpy as np
 
 from deltapref_jax.artifacts.node import Node, in_order
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import DIMENSIONS, ConfigError, Judge, Model, Scoring
+from deltapref_jax.config import DIMENSIONS, ConfigError, Judge, Model, Scoring, Training
 from deltapref_jax.data.sources import read_prompts
+from deltapref_jax.judging.rubric import PARAPHRASES
+from deltapref_jax.mesh import rows_of
 from deltapref_jax.models.flops import forward_flops, training_flops
-from deltapref_jax.models.folder import resolve
+from deltapref_jax.models.folder import has_weights
 from deltapref_jax.models.lora import adapters
 from deltapref_jax.models.memory import (
     BYTES,
@@ -26,18 +28,22 @@ from deltapref_jax.models.memory import (
     training_memory,
 )
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import inspect_model
+from deltapref_jax.models.weights import describe_model
 from deltapref_jax.records import Prompt
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.judge_mean import MeanRatingTable
+from deltapref_jax.stages.micro_batches import fill_in
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.prompts import PromptTable
-from deltapref_jax.stages.report import Report
+from deltapref_jax.stages.retest import RetestTable
 from deltapref_jax.stages.sample import TraceTable, asked
 from deltapref_jax.stages.score import LogProbTable
+from deltapref_jax.stages.students import Page, StudentsReport
 from deltapref_jax.stages.tokens import TraceSequences
 from deltapref_jax.stages.train import Policy
+from deltapref_jax.stages.tune import RateTable
 from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.synthetic.corrupt import DEGREES
 from deltapref_jax.text.template import ChatTokenizer
@@ -51,12 +57,17 @@ _ROW_BYTES = {
     "sample": (50, 4),
     "verify": (20, 0),
     "judge": (50, 0),
+    "judge_mean": (50, 0),
     "audit": (10, 0),
+    "retest": (20, 0),
     "tokens": (20, 2),
     "score": (40, 0),
     "pair": (100, 0),
     "evaluate": (40, 4),
+    "tune": (50, 0),
     "report": (1_000_000, 0),
+    "recipe": (20_000, 0),
+    "students": (1_000_000, 0),
 }
 
 
@@ -102,107 +113,56 @@ class Estimate:
     seconds: float | None
 
 
-class Cost:
-    """Estimates of a study's artifacts."""
+class Estimator:
+    """What artifacts take by the sizes of their models, and by what finished ones took.
 
-    def __init__(self, report: Report, workspace: Workspace):
-        self._report, self._workspace = report, workspace
-        sampling = report.experiment.sampling
-        self._longest = sampling.max_prompt + sampling.max_tokens
-        self._rows: dict[Node, int] = {}
-        self._spec = functools.cache(lambda path: inspect_model(path)[0])
+    Args:
+      goal: whose inputs are all the others.
+      workspace: where finished artifacts are.
+      length: tokens that a sequence is counted with.
+    """
+
+    def __init__(self, goal: Node, workspace: Workspace, length: int):
+        self._goal, self._workspace, self._length = goal, workspace, length
+        self._spec = functools.cache(lambda path: describe_model(path)[0])
         self._by_weights = self._known_weights()
-
-    def __call__(self, node: Node) -> Estimate:
-        """What making the artifact takes, whether it is there or not."""
-        work, taken = self.work(node), self.rates.taken.get(self._kind(node), Taken())
-        length, measured = float(work.longest), bool(taken.tokens)
-        if measured:
-            length = min(length, taken.tokens / taken.sequences)
-        rate = taken.seconds / taken.sequences if taken.sequences else None
-        return Estimate(
-            work,
-            work.sequences * length,
-            measured,
-            work.sequences * self._flops(node, length),
-            self._memory(node),
-            self._disk(node, work, taken),
-            None if rate is None else work.sequences * rate,
-        )
 
     @functools.cached_property
     def rates(self) -> Rates:
         """What finished artifacts of the workspace took."""
         return read_rates(self._workspace, self._spec_of)
 
-    def work(self, node: Node) -> Work:
-        """Items, sequences and rows of an artifact."""
-        if isinstance(node, PromptTable):
-            questions = self._questions(node)
-            return Work(questions, "prompts", questions, rows=questions)
-        if isinstance(node, TraceTable):
-            traces = self._traces(node)
-            return Work(traces, "traces", traces, self._longest, traces)
-        if isinstance(node, VerdictTable):
-            traces = self._traces(node.traces)
-            return Work(traces, "verdicts", traces, rows=traces)
-        if isinstance(node, TraceSequences | LogProbTable):
-            table = node if isinstance(node, TraceSequences) else node.sequences
-            assert isinstance(table, TraceSequences)  # of a study
-            sequences = 2 * self._traces(table.traces)  # matched and mismatched
-            longest = self._longest if isinstance(node, LogProbTable) else 0
-            return Work(sequences, "sequences", sequences, longest, sequences)
-        if isinstance(node, RatingTable):
-            return _rated(node.judge, node.scoring, self._traces(node.traces))
-        if isinstance(node, AuditTable):
-            problems = min(node.count, self._questions(node.prompts))
-            return _rated(node.judge, node.scoring, problems * (1 + len(DIMENSIONS) * DEGREES))
-        if isinstance(node, ResultTable):
-            answers = self._questions(node.questions) * node.samples
-            return Work(answers, "answers", answers, self._longest, answers)
-        if isinstance(node, PairTable):
-            pairs = self._pool(node)
-            return Work(pairs, "pairs", pairs, rows=pairs)
-        if isinstance(node, Policy):
-            return self._trained(node)
-        return Work(1, "page", 1, rows=1)
+    def estimate(
+        self, node: Node, work: Work, tokens: float, measured: bool, flops: float
+    ) -> Estimate:
+        """What making the artifact takes, whether it is there or not."""
+        taken = self.taken(node)
+        rate = taken.seconds / taken.sequences if taken.sequences else None
+        return Estimate(
+            work,
+            tokens,
+            measured,
+            flops,
+            self._memory(node),
+            self._disk(node, work, taken),
+            None if rate is None else work.sequences * rate,
+        )
 
-    def _questions(self, prompts: PromptTable) -> int:
-        if prompts not in self._rows:
-            if self._workspace.complete(prompts):
-                self._rows[prompts] = int(self._workspace.manifest(prompts).stats["rows"])
-            else:  # a count of 0 means all that a file holds
-                self._rows[prompts] = sum(
-                    p.count or len(read_prompts(p)[0]) for p in prompts.sources
-                )
-        return self._rows[prompts]
-
-    def _traces(self, table: TraceTable) -> int:
-        return self._questions(table.prompts) * table.generator.samples
-
-    def _pool(self, pairs: PairTable) -> int:
-        return max(1, int(self._questions(pairs.prompts) * pairs.fraction))
-
-    def _trained(self, policy: Policy) -> Work:
-        t = policy.training
-        assert policy.pairs is not None  # policies of a study have pairs
-        steps = t.steps
-        if t.budget == "epochs":
-            steps = -(-int(self._pool(policy.pairs) * t.epochs) // t.pairs_per_step)
-        sequences = steps * sequences_of_step(policy.objective.kind, t.pairs_per_step)
-        return Work(steps, "steps", sequences, min(self._longest, t.row_length))
+    def taken(self, node: Node) -> Taken:
+        """What finished artifacts like this one took."""
+        return self.rates.taken.get(self._kind(node), Taken())
 
     def _known_weights(self) -> dict[str, str]:
-        """Path of a model by the hash of its weights, of all models of the study."""
+        """Path of a model by the hash of its weights, of all models of the plan."""
         paths: dict[str, str] = {}
-        for node in in_order([self._report]):
+        for node in in_order([self._goal]):
             model = _model(node)
             if model:
                 paths[_weights(node)] = model.place
         return paths
 
     def _spec_of(self, weights: str, path: str) -> ModelSpec | None:
-        """Sizes of a model of the study, or of another one that is on this machine."""
+        """Sizes of a model of the plan, or of another one that is on this machine."""
         known = self._by_weights.get(weights) if weights else None
         known = known or (path if path in self._by_weights.values() else "")
         if not known and not os.path.exists(path):
@@ -218,55 +178,163 @@ class Cost:
             return node.stage, None, "", 0
         rank = node.training.lora.rank if isinstance(node, Policy) else 0
         dtype = node.dtype if isinstance(node, LogProbTable) else model.dtype
-        return node.stage, self._spec(model.place), dtype, rank
+        return node.stage, self._spec(model.place).quantised(model.quantization), dtype, rank
+
+    def _memory(self, node: Node) -> float:
+        model = _model(node)
+        if model is None:
+            return 0.0
+        spec = self._spec(model.place).quantised(model.quantization)
+        if isinstance(node, TraceTable | ResultTable):
+            slots = node.sampling.slots
+            return sampling_memory(spec, slots, self._length, model.dtype, node.mesh)
+        assert isinstance(node, Policy | LogProbTable | RatingTable | AuditTable | RetestTable)
+        sizes = {axis: max(1, size) for axis, size in dataclasses.asdict(node.mesh).items()}
+        if isinstance(node, Policy):
+            training = fill_in(node.training, [self._length], sizes, spec, model.dtype)
+            return training_memory(spec, training, model.dtype, node.mesh)
+        if isinstance(node, LogProbTable):
+            rows = rows_of(node.rows, sizes)
+            return scoring_memory(spec, rows, node.row_length, node.dtype, node.mesh)
+        rows, length = rows_of(node.scoring.rows, sizes), node.scoring.row_length
+        return scoring_memory(spec, rows, length, model.dtype, node.mesh)
+
+    def _disk(self, node: Node, work: Work, taken: Taken) -> float:
+        """Bytes that stay: an exported policy with its checkpoints, or a table."""
+        if isinstance(node, Policy):
+            spec, t = self._spec(node.student.place), node.training
+            return policy_bytes(spec) + t.keep_checkpoints * checkpoint_bytes(spec, t)
+        if taken.sequences:
+            return work.sequences * taken.disk / taken.sequences + _FOLDER_BYTES
+        row, token = _ROW_BYTES.get(node.stage, (100, 0))
+        length = self._length if token else 0
+        return work.rows * (row + token * length) + _FOLDER_BYTES
+
+
+def policy_bytes(spec: ModelSpec) -> int:
+    """Of an exported policy, whose weights are float32, and of its folder."""
+    return spec.parameters * 4 + _FOLDER_BYTES
+
+
+def checkpoint_bytes(spec: ModelSpec, t: Training) -> int:
+    """Of one checkpoint: what is trained in float32, and two moments."""
+    return trained_parameters(spec, t) * (4 + 2 * BYTES[t.moments])
+
+
+class Cost(Estimator):
+    """Estimates of a study's artifacts."""
+
+    def __init__(self, report: Page, workspace: Workspace):
+        sampling = report.experiment.sampling
+        super().__init__(report, workspace, sampling.max_prompt + sampling.max_tokens)
+        self._answer = sampling.max_tokens
+        self._rows: dict[Node, int] = {}
+
+    def __call__(self, node: Node) -> Estimate:
+        """What making the artifact takes, whether it is there or not."""
+        work, taken = self.work(node), self.taken(node)
+        length, measured = float(work.longest), bool(taken.tokens)
+        if measured:
+            length = min(length, taken.tokens / taken.sequences)
+        tokens, flops = work.sequences * length, work.sequences * self._flops(node, length)
+        return self.estimate(node, work, tokens, measured, flops)
+
+    def most_flops(self, node: Node) -> float:
+        """FLOPs by formula if every sequence is as long as the config allows."""
+        work = self.work(node)
+        return work.sequences * self._flops(node, work.longest)
+
+    def work(self, node: Node) -> Work:
+        """Items, sequences and rows of an artifact."""
+        if isinstance(node, PromptTable):
+            questions = self._questions(node)
+            return Work(questions, "prompts", questions, rows=questions)
+        if isinstance(node, TraceTable):
+            traces = self._traces(node)
+            return Work(traces, "traces", traces, self._length, traces)
+        if isinstance(node, VerdictTable):
+            traces = self._traces(node.traces)
+            return Work(traces, "verdicts", traces, rows=traces)
+        if isinstance(node, TraceSequences | LogProbTable):
+            table = node if isinstance(node, TraceSequences) else node.sequences
+            assert isinstance(table, TraceSequences)  # of a study
+            sequences = 2 * self._traces(table.traces)  # matched and mismatched
+            longest = self._length if isinstance(node, LogProbTable) else 0
+            return Work(sequences, "sequences", sequences, longest, sequences)
+        if isinstance(node, RatingTable):
+            return _rated(node.judge, node.scoring, self._traces(node.traces))
+        if isinstance(node, MeanRatingTable):
+            traces = self.work(next(iter(node.ratings.values()))[node.generator]).sequences
+            ratings = traces * len(node.judge.dimensions)
+            return Work(ratings, "ratings", traces, rows=ratings)
+        if isinstance(node, AuditTable):
+            if node.traces:
+                audited = min(node.count, self._questions(node.prompts))
+                return _rated(node.judge, node.scoring, audited * (1 + len(DIMENSIONS)))
+            problems = min(node.count, self._questions(node.prompts))
+            return _rated(node.judge, node.scoring, problems * (1 + len(DIMENSIONS) * DEGREES))
+        if isinstance(node, RetestTable):
+            pairs = min(node.count, self._questions(node.prompts))
+            return _rated(node.judge, node.scoring, 2 * pairs * len(PARAPHRASES))
+        if isinstance(node, ResultTable):
+            answers = self._questions(node.questions) * node.samples
+            return Work(answers, "answers", answers, self._length, answers)
+        if isinstance(node, PairTable):
+            pairs = self._pool(node)
+            return Work(pairs, "pairs", pairs, rows=pairs)
+        if isinstance(node, Policy):
+            return self._trained(node)
+        if isinstance(node, RateTable):
+            return Work(len(node.rates), "rates", len(node.rates), rows=len(node.rates))
+        if isinstance(node, StudentsReport):
+            return Work(1, "pages", 1, rows=1 + len(node.reports))  # with a copy of theirs
+        return Work(1, "pages", 1, rows=1)
+
+    def _questions(self, prompts: PromptTable) -> int:
+        if prompts not in self._rows:
+            if self._workspace.complete(prompts):
+                self._rows[prompts] = int(self._workspace.manifest(prompts).stats["rows"])
+            else:  # a count of 0 means all that a file holds
+                self._rows[prompts] = sum(
+                    p.count or len(read_prompts(p)[0]) for p in prompts.sources
+                )
+        return self._rows[prompts]
+
+    def _traces(self, table: TraceTable) -> int:
+        return self._questions(table.prompts) * table.generator.samples
+
+    def _pool(self, pairs: PairTable) -> int:
+        pool = self._questions(pairs.prompts)
+        return max(1, min(pairs.kept, pool) if pairs.kept else int(pool * pairs.fraction))
+
+    def _trained(self, policy: Policy) -> Work:
+        t = policy.training
+        assert policy.pairs is not None  # policies of a study have pairs
+        steps = t.steps
+        if t.budget == "epochs":
+            steps = -(-int(self._pool(policy.pairs) * t.epochs) // t.pairs_per_step)
+        sequences = steps * sequences_of_step(policy.objective.kind, t.pairs_per_step)
+        return Work(steps, "steps", sequences, min(self._length, t.row_length or self._length))
 
     def _flops(self, node: Node, length: float) -> float:
         """Of one sequence."""
         model, positions = _model(node), np.arange(round(length))
         if model is None:
             return 0.0
-        spec, answer = self._spec(model.place), self._report.experiment.sampling.max_tokens
-        if isinstance(node, RatingTable | AuditTable):
-            return forward_flops(spec, positions, len(node.judge.dimensions))
-        targets = min(answer, len(positions))
-        if isinstance(node, Policy):
-            return training_flops(spec, positions, targets, adapters(node.training.lora))
-        return forward_flops(spec, positions, targets)
-
-    def _memory(self, node: Node) -> float:
-        model = _model(node)
-        if model is None:
-            return 0.0
         spec = self._spec(model.place)
-        if isinstance(node, TraceTable | ResultTable):
-            slots = node.sampling.slots
-            return sampling_memory(spec, slots, self._longest, model.dtype, node.mesh)
+        if isinstance(node, RatingTable | AuditTable | RetestTable):
+            return forward_flops(spec, positions, len(node.judge.dimensions))
+        targets = min(self._answer, len(positions))
         if isinstance(node, Policy):
-            return training_memory(spec, node.training, model.dtype, node.mesh)
-        if isinstance(node, LogProbTable):
-            return scoring_memory(spec, node.rows, node.row_length, node.dtype, node.mesh)
-        assert isinstance(node, RatingTable | AuditTable)
-        shape = node.scoring
-        return scoring_memory(spec, shape.rows, shape.row_length, model.dtype, node.mesh)
-
-    def _disk(self, node: Node, work: Work, taken: Taken) -> float:
-        """Bytes that stay: an exported policy with its checkpoints, or a table."""
-        if isinstance(node, Policy):
-            spec, t = self._spec(node.student.place), node.training
-            checkpoint = trained_parameters(spec, t) * (4 + 2 * BYTES[t.moments])
-            return spec.parameters * 4 + t.keep_checkpoints * checkpoint + _FOLDER_BYTES
-        if taken.sequences:
-            return work.sequences * taken.disk / taken.sequences + _FOLDER_BYTES
-        row, token = _ROW_BYTES.get(node.stage, (100, 0))
-        length = self._longest if token else 0
-        return work.rows * (row + token * length) + _FOLDER_BYTES
+            return training_flops(spec, positions, targets, adapters(node.training.lora, spec))
+        return forward_flops(spec, positions, targets)
 
 
 def _model(node: Node) -> Model | None:
     """The model that makes an artifact; None where none does."""
     if isinstance(node, TraceTable):
         return node.generator.model
-    if isinstance(node, RatingTable | AuditTable):
+    if isinstance(node, RatingTable | AuditTable | RetestTable):
         return None if node.judge.kind == "exact" else node.judge.model
     if isinstance(node, LogProbTable | ResultTable):
         return node.model
@@ -284,19 +352,21 @@ def _rated(judge: Judge, scoring: Scoring, texts: int) -> Work:
     return Work(ratings, "ratings", texts, longest, ratings)
 
 
-def check_prompts(report: Report, workspace: Workspace) -> None:
+def check_prompts(report: Page, workspace: Workspace) -> None:
     """Compares prompts with config.sampling.max_prompt, as sampling will do.
 
-    Looked at are tables of prompts that are there, and sources that are on this machine.
+    Looked at are tables of prompts that are there, and sources that are on this machine, with the
+    tokenizers of models that have one.
 
     Raises:
       ConfigError: the longest prompt is too long.
     """
     read = functools.cache(lambda table: _known_prompts(table, workspace))
-    texts = functools.cache(lambda path: ChatTokenizer.load(resolve(path, weights=False)))
+    texts = functools.cache(lambda path: describe_model(path)[1])
     longest = functools.cache(
         lambda table, path, system, prefix: max(
-            (len(texts(path).prompt_ids(asked(p, system, prefix))) for p in read(table)), default=0
+            (len(_prompt_ids(texts(path), asked(p, system, prefix))) for p in read(table)),
+            default=0,
         )
     )
     lengths = {}
@@ -313,6 +383,17 @@ def check_prompts(report: Report, workspace: Workspace) -> None:
             f"The longest prompt of {worst} has {lengths[worst]} tokens and "
             f"config.sampling.max_prompt is {most}; raise it."
         )
+
+
+def _prompt_ids(text: ChatTokenizer | None, messages: list[dict[str, str]]) -> list[int]:
+    """A prompt's tokens; none for a model without a tokenizer."""
+    return text.prompt_ids(messages) if text else []
+
+
+def described_alone(goal: Node) -> list[str]:
+    """Paths of the models of a plan that have no weights, so that a config.json describes them."""
+    models = {m.place: m.path for m in map(_model, in_order([goal])) if m}
+    return [path for place, path in models.items() if not has_weights(place)]
 
 
 def _known_prompts(table: PromptTable, workspace: Workspace) -> list[Prompt]:

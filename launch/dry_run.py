@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,22 +12,33 @@ from rich.table import Table
 
 from deltapref_jax.artifacts.node import Node, first_of_equals, in_order
 from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.devices import Devices
 from deltapref_jax.files import remote
-from deltapref_jax.stages.report import Report
-from launch.cost import Cost, Estimate
+from deltapref_jax.mesh import rows_of
+from deltapref_jax.progress import say
+from deltapref_jax.stages.micro_batches import choose_row_length
+from deltapref_jax.stages.students import Page
+from deltapref_jax.stages.train import Policy
+from launch.cost import Cost, Estimate, Estimator, described_alone
+from launch.workload import step_line, step_of
 
 _STAGES = (
     "prompts",
     "sample",
     "verify",
     "judge",
+    "judge_mean",
     "audit",
+    "retest",
     "tokens",
     "score",
     "pair",
     "train",
     "evaluate",
+    "tune",
     "report",
+    "recipe",
+    "students",
 )  # in the order of the flow
 
 
@@ -50,10 +61,29 @@ class Row:
     estimate: Estimate | None
 
 
-def plan_rows(report: Report, workspace: Workspace, cost: Cost) -> list[Row]:
+def assumed_line(devices: Devices) -> str:
+    """Says which devices a dry run assumes."""
+    memory = "" if devices.platform == "cpu" else " with room for every model"
+    return (
+        f"Assumed: {devices.layout}{memory}; a dry run joins no job and starts no device. "
+        "--devices states others."
+    )
+
+
+def show_alone(console: Console, goal: Node) -> None:
+    """Prints which models of the plan are described by their config.json alone, if any."""
+    if alone := described_alone(goal):
+        say(
+            console,
+            f"Planned by config.json alone: {', '.join(alone)}; a run needs their weights and "
+            "tokenizers.",
+        )
+
+
+def plan_rows(goal: Node, workspace: Workspace, cost: Callable[[Node], Estimate]) -> list[Row]:
     """A row per node; equal nodes, whose artifacts will be one, are counted once."""
     rows: list[Row] = []
-    for node, first in first_of_equals(in_order([report])).items():
+    for node, first in first_of_equals(in_order([goal])).items():
         same_as = None if first is node else first
         key = workspace.key(node) or ""
         there = bool(key) and workspace.complete(node)
@@ -62,8 +92,8 @@ def plan_rows(report: Report, workspace: Workspace, cost: Cost) -> list[Row]:
     return rows
 
 
-def show_plan(console: Console, report: Report, workspace: Workspace, every: bool = False) -> None:
-    """Prints the plan, and what its numbers rest on.
+def show_plan(console: Console, report: Page, workspace: Workspace, every: bool = False) -> None:
+    """Prints the plan of a study, and what its numbers rest on.
 
     Raises:
       ArtifactError: something is missing, and the workspace cannot be written.
@@ -76,24 +106,45 @@ def show_plan(console: Console, report: Report, workspace: Workspace, every: boo
     """
     cost = Cost(report, workspace)
     rows = plan_rows(report, workspace, cost)
+    console.print(f"{report.experiment.name}: {report.experiment.question}", highlight=False)
+    if every:
+        console.print(_artifact_table(rows))
+        console.print("")
+    missing = [row for row in rows if not row.same_as and not row.there]
+    show_rows(console, rows, workspace, cost, [*_token_notes(missing), *_step_notes(missing)])
+
+
+def show_rows(
+    console: Console,
+    rows: Sequence[Row],
+    workspace: Workspace,
+    cost: Estimator,
+    notes: Iterable[str],
+) -> None:
+    """Prints a row per stage of which something is missing, and what the numbers rest on.
+
+    Raises:
+      ArtifactError: something is missing, and the workspace cannot be written.
+
+    Args:
+      console: where to.
+      rows: of the plan.
+      workspace: where artifacts are looked up.
+      cost: that the rows' estimates are from.
+      notes: what tokens rest on, and how full the training steps are.
+    """
     distinct = [row for row in rows if not row.same_as]
     missing = [row for row in distinct if not row.there]
 
-    def say(sentence: str) -> None:
-        console.print(sentence, highlight=False)
-
-    say(f"{report.experiment.name}: {report.experiment.question}")
-    if every:
-        console.print(_artifact_table(rows))
-        say("")
     if not missing:
-        say(f"All {len(distinct)} artifacts are in {workspace.root}; nothing is to be made.")
-        return
-    workspace.check_writable()
-    console.print(_stage_table(distinct))
-    say("")
-    for sentence in _notes(distinct, missing, workspace, cost):
-        say(sentence)
+        notes = [f"All {len(distinct)} artifacts are in {workspace.root}; nothing is to be made."]
+    else:
+        workspace.check_writable()
+        console.print(_stage_table(distinct))
+        console.print("")
+        notes = _notes(distinct, missing, workspace, cost, notes)
+    for sentence in notes:
+        console.print(sentence, highlight=False)
 
 
 def _table(*names: str) -> Table:
@@ -158,14 +209,18 @@ def _cells(estimates: Sequence[Estimate]) -> list[str]:
     return [
         f"{sign} {_short(tokens)}" if tokens else "",
         _short(sum(e.flops for e in estimates)) if tokens else "",
-        _bytes(memory) if memory else "",
-        _bytes(sum(e.disk for e in estimates)),
+        short_bytes(memory) if memory else "",
+        short_bytes(sum(e.disk for e in estimates)),
         time,
     ]
 
 
 def _notes(
-    rows: Sequence[Row], missing: Sequence[Row], workspace: Workspace, cost: Cost
+    rows: Sequence[Row],
+    missing: Sequence[Row],
+    workspace: Workspace,
+    cost: Estimator,
+    notes: Iterable[str],
 ) -> Iterable[str]:
     """What the numbers are and rest on, one sentence each."""
     complete = {
@@ -181,15 +236,8 @@ def _notes(
             "missing; until these are made it is not known whether some of them are there."
         )
     estimates = [row.estimate for row in missing if row.estimate]
-    read = [e for e in estimates if e.tokens]
-    if any(not e.measured for e in read):
-        yield (
-            "Tokens: ≤, if every prompt, trace and row is as long as the config allows and "
-            "nothing is dropped."
-        )
-    if any(e.measured for e in read):
-        yield "Tokens: ≈, by the mean length in finished artifacts; nothing is dropped."
-    if read:
+    yield from notes
+    if any(e.tokens for e in estimates):
         yield (
             "FLOPs: of matrix products, by formula from each model's config.json. Memory: of one "
             "device, by formula: weights, gradients, moments, cache, and an estimate of "
@@ -203,7 +251,35 @@ def _notes(
     yield _disk_note(sum(e.disk for e in estimates), workspace)
 
 
-def _time_note(missing: Sequence[Row], cost: Cost) -> str:
+def _token_notes(missing: Sequence[Row]) -> Iterable[str]:
+    """What the numbers of tokens of a study are."""
+    read = [row.estimate for row in missing if row.estimate and row.estimate.tokens]
+    if any(not e.measured for e in read):
+        yield (
+            "Tokens: ≤, if every prompt, trace and row is as long as the config allows and "
+            "nothing is dropped."
+        )
+    if any(e.measured for e in read):
+        yield "Tokens: ≈, by the mean length in finished artifacts; nothing is dropped."
+
+
+def _step_notes(missing: Sequence[Row]) -> Iterable[str]:
+    """How full the training steps are, one sentence for each kind of objective."""
+    found: dict[str, str] = {}
+    for row in missing:
+        node = row.node
+        if isinstance(node, Policy) and node.objective.kind not in found and row.estimate:
+            sizes = {axis: max(1, n) for axis, n in dataclasses.asdict(node.mesh).items()}
+            work, t, measured = row.estimate.work, node.training, row.estimate.measured
+            length = round(row.estimate.tokens / work.sequences) if measured else work.longest
+            shapes = (rows_of(t.rows, sizes), t.row_length or choose_row_length([work.longest]))
+            t = dataclasses.replace(t, rows=shapes[0], row_length=shapes[1])
+            step = step_of(t, node.objective, length, sizes)
+            found[node.objective.kind] = step_line(node.objective.kind, step, sizes, measured)
+    return found.values()
+
+
+def _time_note(missing: Sequence[Row], cost: Estimator) -> str:
     unknown = dict.fromkeys(
         row.node.stage for row in missing if row.estimate and row.estimate.seconds is None
     )
@@ -222,18 +298,18 @@ def _time_note(missing: Sequence[Row], cost: Cost) -> str:
 
 def _disk_note(needed: float, workspace: Workspace) -> str:
     if remote(workspace.root):
-        return f"About {_bytes(needed)} will be written to {workspace.root}."
+        return f"About {short_bytes(needed)} will be written to {workspace.root}."
     place = Path(workspace.root).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    wanted = f"About {_bytes(needed)} will be written to {workspace.root}"
+    wanted = f"About {short_bytes(needed)} will be written to {workspace.root}"
     if needed > free:
         return (
-            f"{wanted}, where only {_bytes(free)} are free: free some, or choose another place "
-            "with --config.workspace=…"
+            f"{wanted}, where only {short_bytes(free)} are free: free some, or choose another "
+            "place with --config.workspace=…"
         )
-    return f"{wanted}, where {_bytes(free)} are free."
+    return f"{wanted}, where {short_bytes(free)} are free."
 
 
 def _short(number: float) -> str:
@@ -245,8 +321,8 @@ def _short(number: float) -> str:
     return f"{_digits(number)}{prefix}"
 
 
-def _bytes(number: float) -> str:
-    """Two or three digits and a unit, such as 1.2 GiB."""
+def short_bytes(number: float) -> str:
+    """Returns two or three digits and a unit, such as 1.2 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 999.5:
             break

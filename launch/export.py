@@ -5,7 +5,8 @@
 
 In TRL's columns ratings are summed over the dimensions of the arm's judge. The token ids are for
 launch.train, whose --config.table can then be the study's own log-probabilities. An arm of KTO
-becomes labelled examples with the prompts that its baseline puts before their completions.
+becomes labelled examples with the prompts that its baseline puts before their completions. Of a
+config with several students, --student names the one whose tokens are written.
 """
 
 from typing import Any
@@ -14,22 +15,25 @@ from absl import flags
 from ml_collections import config_flags
 
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import OBJECTIVE_KINDS, Arm, Experiment, check_choice, judge_of
-from deltapref_jax.display import printable
-from deltapref_jax.records import Pair, Prompt, Rating, TokenSequence, Trace
+from deltapref_jax.config import OBJECTIVE_KINDS, Arm, Experiment, check_choice, of_student
+from deltapref_jax.display import count, printable
+from deltapref_jax.records import Pair, TokenSequence
 from deltapref_jax.validation import validate
-from launch.flags import run_main
+from launch.flags import define_student, run_main
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().")
 _ARM = flags.DEFINE_string("arm", None, "Name of the arm.")
+_DRAW = flags.DEFINE_integer("draw", 0, "Draw of its pairs.")
 _OUT = flags.DEFINE_string("out", None, "File to write; .parquet or .jsonl.")
+_STUDENT = define_student()
 _IDS = flags.DEFINE_bool("ids", False, "Write token ids instead of messages.")
 
 
 def main(_: list[str]) -> None:
     """Find the arm's tables in the workspace and write them."""
-    e: Experiment = validate(_CONFIG.value)
-    from deltapref_jax.data.export import check_output, trl_rows, write_rows
+    e: Experiment = of_student(validate(_CONFIG.value), _STUDENT.value)
+    from deltapref_jax.data.export import check_output, write_rows
+    from deltapref_jax.stages.export import arm_rows
     from deltapref_jax.stages.study import plan
 
     check_output(str(_OUT.value))
@@ -37,7 +41,8 @@ def main(_: list[str]) -> None:
     arm = next(arm for arm in e.arms if arm.name == name)
     workspace = Workspace(e.workspace)
     report = plan(e)
-    node = report.pairs[name]
+    draw = int(check_choice("--draw", str(_DRAW.value), [str(draw) for draw in arm.draws]))
+    node = report.pairs[name][draw]
     both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
     needed = [node, *(report.sequences[generator] for generator in both if _IDS.value)]
     if not all(workspace.complete(table) for table in needed):
@@ -45,19 +50,14 @@ def main(_: list[str]) -> None:
             f"The pairs of arm {name!r} are not in {e.workspace}; run launch.ablate with this "
             "config first."
         )
-    pairs = workspace.rows(Pair, node)
     if _IDS.value:
+        pairs = workspace.rows(Pair, node)
         tables = [workspace.rows(TokenSequence, report.sequences[side]) for side in both]
         rows = _id_rows(e, arm, pairs, [row for table in tables for row in table])
     else:
-        traces = [t for generator in both for t in workspace.rows(Trace, node.traces[generator])]
-        ratings: dict[str, float] = {}
-        for table in report.ratings.get(judge_of(e, arm), {}).values():
-            for row in workspace.rows(Rating, table) if workspace.complete(table) else []:
-                ratings[row.trace_id] = ratings.get(row.trace_id, 0.0) + row.rating
-        rows = trl_rows(pairs, workspace.rows(Prompt, node.prompts), traces, ratings)
+        rows = arm_rows(workspace, report, arm, draw)
     write_rows(rows, str(_OUT.value))
-    print(printable(f"{len(pairs)} pairs: {_OUT.value}"))
+    print(printable(f"{count(int(workspace.manifest(node).stats['rows']), 'pair')}: {_OUT.value}"))
 
 
 def _id_rows(

@@ -95,6 +95,31 @@ def _define_preempted_exit_code() -> None:
         )
 
 
+def define_dry_run() -> tuple[flags.FlagHolder[bool], flags.FlagHolder[str]]:
+    """Defines the flags `--dry_run` and `--devices`, which `check_dry_run` checks."""
+    dry_run = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
+    devices = flags.DEFINE_string(
+        "devices",
+        "",
+        "Devices that a dry run assumes, instead of those that the environment describes: "
+        "HOSTSxDEVICES, such as 4x4, or SLICESxHOSTSxDEVICES; gpu:2x8 are two hosts of GPUs.",
+    )
+    return dry_run, devices
+
+
+def check_dry_run(dry_run: bool, devices: str) -> None:
+    """Refuses devices that nothing would assume.
+
+    Raises:
+      ConfigError: there are some and no dry run.
+    """
+    if devices and not dry_run:
+        raise config.ConfigError(
+            f"--devices is {devices!r} and only a dry run assumes devices; leave it out, or add "
+            "--dry_run."
+        )
+
+
 def define_profile_steps() -> flags.FlagHolder[str]:
     """Defines the flag `--profile_steps`, whose value `window` parses."""
     return flags.DEFINE_string(
@@ -116,16 +141,21 @@ def define_initialization_timeout() -> flags.FlagHolder[int]:
     )
 
 
+def define_student() -> flags.FlagHolder[str]:
+    """Defines the flag `--student`, for an entry point that looks at one of several."""
+    return flags.DEFINE_string("student", "", "Name of one of the config's several students.")
+
+
 def define_count(name: str, default: int, meaning: str, most: int = 2**20) -> flags.FlagHolder[int]:
     """Defines a flag for a whole number from 1 to `most`."""
     return flags.DEFINE_integer(name, default, meaning, lower_bound=1, upper_bound=most)
 
 
-def define_output() -> flags.FlagHolder[str]:
-    """Defines the flag `--output`, a JSON file in a folder that exists."""
-    output = flags.DEFINE_string("output", "", "JSON file to write.")
+def define_output(name: str = "output") -> flags.FlagHolder[str]:
+    """Defines the flag `--output`, or of another name: a JSON file in a folder that exists."""
+    output = flags.DEFINE_string(name, "", "JSON file to write.")
     flags.register_validator(
-        "output",
+        name,
         lambda path: (
             "\0" not in path
             and not os.path.isdir(path)

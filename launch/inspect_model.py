@@ -1,15 +1,18 @@
-"""Describes a model without reading its weights: what loads, how it is sharded, what it needs.
+"""Describes a model without reading its weights: what it is, how it is sharded, what it needs.
 
-    python -m launch.inspect_model --model=PATH
-    python -m launch.inspect_model --model=PATH --meshes=fsdp=8,fsdp=4:tensor=2 --json=model.json
+    python -m launch.inspect_model PATH
+    python -m launch.inspect_model PATH --meshes=fsdp=8,fsdp=4:tensor=2 --json=model.json
 
 PATH is a Hugging Face folder, a hub name (`organisation/model`, `@` and a revision behind it where
-one is wanted) or a GGUF file. A model that is not supported ends with the sentence that training
-would end with.
+one is wanted) or a GGUF file. A config.json alone is enough; where weights are there, the shapes of
+their tensors are compared with it. A model that is not supported ends with the sentence that
+training would end with.
 """
 
 import collections
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deltapref_jax.config import ConfigError, MeshShape, Training, check_choice
-from deltapref_jax.display import printable
-from launch.flags import run_main
+from deltapref_jax.config import (
+    QUANTIZATIONS,
+    ConfigError,
+    Lora,
+    MeshShape,
+    Training,
+    check_choice,
+)
+from deltapref_jax.display import count, printable
+from launch.flags import define_output, run_main
 
 _MODEL = flags.DEFINE_string("model", None, "A folder, a hub name or a .gguf file.")
 _MESHES = flags.DEFINE_string(
@@ -35,7 +45,10 @@ _ROW_LENGTH = flags.DEFINE_integer(
 _SLOTS = flags.DEFINE_integer("slots", 64, "Rows decoded at once.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 4096, "Positions of the decoding cache.", lower_bound=1)
 _REMAT = flags.DEFINE_string("remat", "attention", "What training recomputes of each layer.")
-_JSON = flags.DEFINE_string("json", "", "File to write the description to, as JSON.")
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "", list(QUANTIZATIONS), "Format of the matrices of layers in decoding."
+)
+_JSON = define_output("json")
 
 
 def describe(path: str, meshes: dict[str, MeshShape]) -> dict[str, Any]:
@@ -47,16 +60,19 @@ def describe(path: str, meshes: dict[str, MeshShape]) -> dict[str, Any]:
     """
     from deltapref_jax.models.config_json import fields_of
     from deltapref_jax.models.families import FAMILIES
+    from deltapref_jax.models.lora import fit_lora
     from deltapref_jax.models.memory import sampling_memory, training_memory
-    from deltapref_jax.models.parameters import matrices, parameters
+    from deltapref_jax.models.parameters import matrices, parameters, weight_bytes
     from deltapref_jax.models.sharding import undivided
-    from deltapref_jax.models.weights import abstract, open_model_files
+    from deltapref_jax.models.weights import abstract, describe_files
 
-    stored, text = open_model_files(path)
+    stored, text = describe_files(path)
     spec = stored.spec
+    decoding = spec.quantised(_QUANTIZATION.value)
     kinds = collections.Counter(
         (f"window {kind.window}" if kind.window else "full attention")
         + (", no position embedding" if kind.rope is None else f", rope {kind.rope}")
+        + (", attention sinks" if spec.sinks else "")
         for kind in spec.kinds
     )
     tree = abstract(spec)[1]
@@ -68,7 +84,7 @@ def describe(path: str, meshes: dict[str, MeshShape]) -> dict[str, Any]:
         sizes[name] = {
             "devices": devices * axes["tensor"] * axes["context"],
             "training": training_memory(spec, training, "bfloat16", mesh),
-            "decoding": sampling_memory(spec, _SLOTS.value, _LENGTH.value, "bfloat16", mesh),
+            "decoding": sampling_memory(decoding, _SLOTS.value, _LENGTH.value, "bfloat16", mesh),
             "whole": undivided(tree, axes),
         }
     return {
@@ -77,6 +93,8 @@ def describe(path: str, meshes: dict[str, MeshShape]) -> dict[str, Any]:
         "architecture": FAMILIES[spec.family].architecture,
         "parameters": spec.parameters,
         "active_parameters": _active(spec),
+        "quantization": decoding.quantization,
+        "weight_bytes": weight_bytes(decoding, "bfloat16"),
         "matrices": {
             name: [list(p.shape(spec)), list(p.axes)] for name, p in matrices(spec).items()
         },
@@ -95,7 +113,9 @@ def describe(path: str, meshes: dict[str, MeshShape]) -> dict[str, Any]:
         },
         "ropes": [rope._asdict() for rope in spec.ropes],
         "layers_by_kind": dict(kinds),
-        "end_ids": list(text.end_ids),
+        "weights": bool(stored.shapes),
+        "lora_targets": list(fit_lora(Lora(), spec).targets),
+        "end_ids": list(text.end_ids) if text else [],
         "fields": fields_of(stored.config),
         "meshes": sizes,
     }
@@ -103,12 +123,13 @@ def describe(path: str, meshes: dict[str, MeshShape]) -> dict[str, Any]:
 
 def _active(spec: Any) -> int:
     """Parameters that one token meets: of experts, those that it is sent to."""
-    from deltapref_jax.models.parameters import matrices
+    from deltapref_jax.models.parameters import block_parameters
 
     experts = spec.experts
     if not experts:
         return spec.parameters
-    held = sum(a * b for p in matrices(spec).values() if p.batch for a, b in [p.sides(spec)])
+    of_experts = (p for p in block_parameters(spec).values() if p.of_experts)
+    held = sum(math.prod(p.shape(spec)) for p in of_experts) // experts.total  # by each of them
     return spec.parameters - spec.layers * held * (experts.total - experts.active)
 
 
@@ -124,10 +145,12 @@ def show(console: Console, model: dict[str, Any]) -> None:
     say(
         f"{model['parameters']:,} parameters{met}; vocabulary {spec['vocab']:,}, width "
         f"{spec['width']:,}, {spec['layers']} layers, {spec['heads']} heads of "
-        f"{spec['head_width']}, {spec['kv_heads']} for keys and values, MLP {spec['mlp']:,}, "
+        f"{spec['head_width']}, {spec['kv_heads']} for keys and values, {_mlp(spec)}, "
         f"{'tied' if spec['tied'] else 'untied'} embedding, at most {spec['max_positions']:,} "
         "positions"
     )
+    held = f"{model['quantization']} matrices" if model["quantization"] else "bfloat16"
+    say(f"{model['weight_bytes'] / 2**30:,.2f} GiB of weights in decoding, with {held}")
     for i, rope in enumerate(model["ropes"]):
         scaled = "frequencies scaled" if rope["factors"] else "plain"
         long = f", others in sequences above {rope['original']:,} tokens"
@@ -135,8 +158,9 @@ def show(console: Console, model: dict[str, Any]) -> None:
             f"rope {i}: base {rope['theta']:,.0f}, {scaled}{long if rope['long_factors'] else ''}"
             + (f", {rope['width']} dimensions of a head" if rope["width"] else "")
         )
-    for kind, count in model["layers_by_kind"].items():
-        say(f"{count} layers: {kind}")
+    for kind, number in model["layers_by_kind"].items():
+        say(f"{count(number, 'layer')}: {kind}")
+    say(f"adapters (LoRA) without named targets: {', '.join(model['lora_targets'])}")
     table = _table("matrix", "shape", "mesh axes")
     for name, (shape, axes) in model["matrices"].items():
         table.add_row(
@@ -157,6 +181,18 @@ def show(console: Console, model: dict[str, Any]) -> None:
     for kind, names in model["fields"].items():
         if names:
             say(f"config.json, {kind}: {', '.join(names)}")
+    if not model["weights"]:
+        say("There are no weights beside config.json, so that no tensor was compared with it.")
+
+
+def _mlp(spec: dict[str, Any]) -> str:
+    """The width of the MLP, or the experts in its place."""
+    if experts := spec["experts"]:
+        return (
+            f"{experts['total']} experts of {experts['mlp']:,} in place of the MLP, "
+            f"{experts['active']} of them for a token"
+        )
+    return f"MLP {spec['mlp']:,}"
 
 
 def _table(*names: str) -> Table:
@@ -170,11 +206,13 @@ def read_meshes(text: str) -> dict[str, MeshShape]:
     """Reads meshes such as "fsdp=4:tensor=2,fsdp=8".
 
     Raises:
-      ConfigError: an axis is unknown, or a number is none.
+      ConfigError: an axis is unknown or there twice, a mesh is there twice, or a number is none.
     """
     meshes = {}
     for name in text.split(","):
-        sizes = {}
+        sizes: dict[str, int] = {}
+        if name in meshes:
+            raise ConfigError(f"--meshes has {name!r} twice; give each mesh once.")
         for part in name.split(":"):
             axis, _, number = part.partition("=")
             check_choice("--meshes", axis, ("data", "fsdp", "tensor", "context"))
@@ -182,6 +220,8 @@ def read_meshes(text: str) -> dict[str, MeshShape]:
                 raise ConfigError(
                     f"--meshes has {part!r}; an axis needs a number of devices, such as {axis}=4."
                 )
+            if axis in sizes:
+                raise ConfigError(f"--meshes has {axis} twice in {name!r}; give each axis once.")
             sizes[axis] = int(number)
         meshes[name] = MeshShape(**sizes)
     return meshes
@@ -198,5 +238,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--model={sys.argv[1]}"
     flags.mark_flag_as_required("model")
     run_main(main)

@@ -15,9 +15,11 @@ from deltapref_jax.artifacts.workspace import Manifest, Workspace
 from deltapref_jax.config import DIMENSIONS, OBJECTIVE_KINDS
 from deltapref_jax.models.spec import ModelSpec
 
+_JUDGING = ("judge", "audit", "retest")
 _MOST = 200  # manifests read of a stage: in a bucket each of them is a request
 
-# What must agree: the stage, and of its model the sizes, the dtype and the rank of adapters.
+# What must agree: the stage, and of its model the sizes with the format of quantised matrices, the
+# dtype and the rank of adapters.
 Kind = tuple[str, ModelSpec | None, str, int]
 
 
@@ -109,7 +111,7 @@ def _kind(manifest: Manifest, spec_of: Callable[[str, str], ModelSpec | None]) -
         model = c.get("student")
     elif manifest.stage == "sample":
         model = c.get("generator", {}).get("model")
-    elif manifest.stage in ("judge", "audit") and c.get("judge", {}).get("kind") != "exact":
+    elif manifest.stage in _JUDGING and c.get("judge", {}).get("kind") != "exact":
         model = c.get("judge", {}).get("model")
     if model is None:
         return manifest.stage, None, "", 0
@@ -118,6 +120,7 @@ def _kind(manifest: Manifest, spec_of: Callable[[str, str], ModelSpec | None]) -
     rank = c.get("training", {}).get("lora", {}).get("rank", 0)
     if spec is None:
         return None
+    spec = spec.quantised(model.get("quantization", ""))
     return manifest.stage, spec, c.get("dtype") or model.get("dtype", ""), rank
 
 
@@ -127,8 +130,10 @@ def _taken(manifest: Manifest) -> Taken:
     if manifest.stage == "train":
         kind, pairs = c["objective"]["kind"], c["training"]["pairs_per_step"]
         sequences = stats["steps"] * sequences_of_step(kind, pairs)
-    elif manifest.stage in ("judge", "audit"):
+    elif manifest.stage in _JUDGING:
         sequences /= len(c["judge"].get("dimensions") or DIMENSIONS)
+        # A row of a retest has the ratings of both traces of a pair.
+        sequences *= 1 + (manifest.stage == "retest")
     tokens = stats.get("tokens", 0.0) + stats.get("prompt_tokens", 0.0)
     size = sum(size for size, _ in manifest.files.values())
     return Taken(1, sequences, manifest.seconds, tokens, size)

@@ -1,12 +1,13 @@
 """Trains one arm from any file of preference pairs: no study, resumable.
 
-    python -m launch.train --config.data.path=pairs.parquet --config.student.path=FOLDER
+    python -m launch.train --config.data.path=pairs.parquet --config.student.path=FOLDER [--dry_run]
 
 Data, by its columns: prompt, chosen, rejected (the prompt may also be what both begin with) ·
 prompt, completion, label · prompt_ids, chosen_ids, rejected_ids · prompt_ids, completion_ids,
 label; text or messages; .jsonl, .parquet, a hub name or a data set folder. The reference's
 log-probabilities are computed once and kept in the workspace, unless --config.table names a table.
-Run the same command again to continue a killed run. Most used, with their defaults:
+Run the same command again to continue a killed run. --dry_run reads the file, prints what training
+on it takes, and makes nothing. Most used, with their defaults:
 
     --config.data.path              the pairs: a file, folder or hub name
     --config.data.split             split of a folder or hub data set (train)
@@ -39,13 +40,14 @@ Run the same command again to continue a killed run. Most used, with their defau
     --config.training.row_length    tokens of a row, and of the longest sequence (2048)
     --config.training.over_length   drop (counted), error or truncate, for longer sequences (drop)
     --config.data.truncation_mode   keep_start or keep_end, for truncate (keep_start)
-    --config.training.rows          rows of a micro-batch over all devices; 2 a device pad least (8)
+    --config.training.rows          rows of a micro-batch over all devices; 0: 2 a device (8)
     --config.training.remat         none, projections, attention or block: less memory, more
-                                    computed twice (none)
+                                    computed twice; auto: the least that fits (auto)
     --config.training.moments       float32 or bfloat16, of Adam's moments (float32)
     --config.training.lora.rank     of adapters, trained instead of all weights; 0: none (0)
     --config.training.lora.alpha    adapters are scaled by alpha / rank (16.0)
-    --config.training.lora.targets  adapted matrices, such as "('q_proj', 'v_proj')" (all seven)
+    --config.training.lora.targets  adapted matrices, such as "('q_proj', 'v_proj')"; all if none is
+                                    named
     --config.training.mesh.data, .fsdp, .tensor, .context    devices along each axis; 0: chosen,
                                     -1: all that are left (0, 0, 0, 0)
     --config.training.checkpoint_every  steps between checkpoints (50)
@@ -64,13 +66,21 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import PairTraining
 from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate_pair_training
-from launch.flags import define_initialization_timeout, define_profile_steps, run_main, window
+from launch.flags import (
+    check_dry_run,
+    define_dry_run,
+    define_initialization_timeout,
+    define_profile_steps,
+    run_main,
+    window,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "Python file whose get_config() gives a PairTraining; without one, configs/train.py.",
 )
+_DRY_RUN, _DEVICES = define_dry_run()
 _PROFILE = define_profile_steps()
 _TIMEOUT = define_initialization_timeout()
 
@@ -79,28 +89,38 @@ def main(_: list[str]) -> None:
     """Validate, plan, make, show."""
     p: PairTraining = validate_pair_training(_CONFIG.value)
     profile = window(_PROFILE.value)
+    check_dry_run(_DRY_RUN.value, _DEVICES.value)
     # JAX is imported only now, so that a wrong flag or config is refused at once
     from deltapref_jax.artifacts.lease import release_all
     from deltapref_jax.cluster import unused_variables
-    from deltapref_jax.devices import attached_devices
+    from deltapref_jax.devices import assumed_devices, attached_devices
     from deltapref_jax.mesh import is_first
-    from deltapref_jax.models.weights import inspect_model
     from deltapref_jax.preemption import install_group_shutdown
     from deltapref_jax.processes import start_processes
     from deltapref_jax.stages.meshes import training_lines
     from deltapref_jax.stages.pairs_file import check, plan
     from launch.trained import show
 
+    workspace, console = Workspace(p.workspace), plain_console()
+    if _DRY_RUN.value:  # A job would be joined only when all of its hosts run the command.
+        from launch.dry_run import assumed_line, show_alone
+        from launch.file_plan import show_file_plan
+
+        devices = assumed_devices(_DEVICES.value)
+        policy = plan(p, profile, devices, weights=False)
+        say(console, assumed_line(devices))
+        if not _DEVICES.value and (unused := unused_variables()):
+            console.print(unused, soft_wrap=True, markup=False, highlight=False)
+        show_alone(console, policy)
+        show_file_plan(console, p, policy, workspace, devices)
+        return
     start_processes(_TIMEOUT.value)
     install_group_shutdown(release_all)
-    workspace = Workspace(p.workspace)
-    policy, console = plan(p, profile, attached_devices()), plain_console()
+    policy = plan(p, profile, attached_devices())
     if is_first():
         if unused := unused_variables():
             console.print(unused, soft_wrap=True, markup=False, highlight=False)
-        for line in training_lines(
-            policy.training, policy.student, lambda path: inspect_model(path)[0]
-        ):
+        for line in training_lines(policy.training):
             say(console, line)
     made = run(list(policy.sequences.values()), workspace, p.name)
     check(p, policy, workspace)

@@ -1,6 +1,7 @@
 """What a run of launch.train did, for the terminal."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -9,31 +10,9 @@ from rich.table import Table
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import OBJECTIVE_KINDS
+from deltapref_jax.display import COUNTS
 from deltapref_jax.stages.tokens import FileSequences
 from deltapref_jax.stages.train import Policy
-
-_WORDS = {  # counts of a manifest, in words; those that are zero are not shown
-    "read": "rows read",
-    "groups": "trained on",
-    "same": "of them pairs whose two answers are the same",
-    "shared_prompt": "without 'prompt', which is what both answers begin with",
-    "empty_prompt": "an empty prompt, kept",
-    "merged_prompt": "no token of the prompt stays: it merges with the answer, kept",
-    "repeated_prompt": "answers that begin with the whole 'prompt', which is taken out of them",
-    "echoed_prompt": "an answer that begins with a prompt of one or two words, kept as it is",
-    "text_among_messages": "rows of text (no chat template) in a file that has messages too",
-    "one_label": "examples, and all of them have the same label",
-    "empty": "an empty answer, dropped",
-    "too_long": "longer than row_length, dropped",
-    "truncated": "sequences cut to row_length",
-    "truncated_to_nothing": "no answer within row_length, dropped",
-    "unscored": "nothing to score, dropped",
-    "undesirable": "not desirable, left out (SFT)",
-    "prompt_not_prefix": "template no prefix, tokenised apart",
-    "masked_turns": "tokens of user turns (or of weight 0) inside answers, not trained on",
-    "dropped_mismatched": "mismatched rows too long or not given, left out",
-    "truncated_mismatched": "mismatched rows cut to row_length",
-}
 
 
 def show(console: Console, workspace: Workspace, policy: Policy) -> None:
@@ -43,14 +22,9 @@ def show(console: Console, workspace: Workspace, policy: Policy) -> None:
     folder = workspace.path(policy)
     counts, stats = workspace.manifest(sequences).stats, workspace.manifest(policy).stats
     with next(workspace.path(sequences).glob("*.parquet")).open("rb") as file:
-        about = {key.decode(): text.decode() for key, text in pq.read_schema(file).metadata.items()}
-    console.print(f"Data: {sequences.data.path} ({about['format']})", soft_wrap=True)
-    if ignored := json.loads(about["ignored"]):
-        console.print(f"  {len(ignored)} columns ignored: {', '.join(ignored)}", soft_wrap=True)
+        about = pq.read_schema(file).metadata
     counts |= {"dropped_mismatched": stats["dropped_mismatched"]}
-    for name, words in _WORDS.items():
-        if counts.get(name):
-            console.print(f"  {counts[name]:,.0f} {words}")
+    show_data(console, sequences.data.path, about, counts)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     console.print(_metrics([json.loads(line) for line in lines]))
     _show_speed(console, policy, stats)
@@ -63,6 +37,25 @@ def show(console: Console, workspace: Workspace, policy: Policy) -> None:
     )
     if (folder / "adapter").exists():
         console.print(f"Adapter: {folder / 'adapter'}", soft_wrap=True)
+
+
+def show_data(
+    console: Console, path: str, about: Mapping[bytes, bytes], counts: Mapping[str, float]
+) -> None:
+    """What was read of a file, left out and cut.
+
+    Args:
+      console: where to.
+      path: of the file.
+      about: metadata of its table of sequences.
+      counts: of `FileSequences.read`.
+    """
+    console.print(f"Data: {path} ({about[b'format'].decode()})", soft_wrap=True)
+    if ignored := json.loads(about[b"ignored"]):
+        console.print(f"  {len(ignored)} columns ignored: {', '.join(ignored)}", soft_wrap=True)
+    for name, words in COUNTS["tokens"].items():
+        if counts.get(name):
+            console.print(f"  {counts[name]:,.0f} {words}")
 
 
 def _show_speed(console: Console, policy: Policy, stats: dict[str, float]) -> None:

@@ -7,8 +7,11 @@ import threading
 
 # eight devices on the CPU, set before JAX starts, so that sharded runs can be compared with one
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
-    "XLA_FLAGS", ""
+# LLVM's optimisations take longer than the small programs run; a level in the environment counts
+# after this one, and .ci/run gives the slow tier the level that users have.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -27,6 +30,13 @@ from deltapref_jax.synthetic.families import FAMILIES  # noqa: E402
 from deltapref_jax.synthetic.tokenizer import build  # noqa: E402
 from deltapref_jax.synthetic.world import problem, solution  # noqa: E402
 from deltapref_jax.text.template import ChatTokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs go with their module: thousands of them use up a process's memory maps."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

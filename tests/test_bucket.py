@@ -10,13 +10,24 @@ import sys
 import time
 import urllib.request
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from deltapref_jax import files
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import ConfigError
+from deltapref_jax.config import ConfigError, MeshShape
 from deltapref_jax.files import ArtifactError, check_bucket, local_copy, remote, staged_dir
+from deltapref_jax.mesh import make_mesh, place
+from deltapref_jax.models import content
+from deltapref_jax.models import export as exporting
+from deltapref_jax.models.folder import weights_hash
+from deltapref_jax.models.safetensors_file import read_header
+from deltapref_jax.models.sharding import shardings
+from deltapref_jax.models.weights import inspect_model, open_model
 from deltapref_jax.preemption import Preempted
+from tests.models.test_weight_processes import run as run_processes
 
 # Otherwise gcsfs asks Google, not the emulator, for the type of the bucket.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -212,6 +223,128 @@ def test_a_copy_is_made_once_for_the_same_content_and_what_is_written_is_uploade
     assert object_names(in_process_bucket, "half") == []
     with pytest.raises(ArtifactError, match=r"^gs://nowhere/x cannot be written \("):
         files.write_atomic(epath.Path("gs://nowhere/x"), b"x")
+
+
+def upload(env, folder, place):
+    for file in folder.iterdir():
+        write(env, f"{place}/{file.name}", file.read_bytes())
+    return f"gs://bucket/{place}"
+
+
+@pytest.fixture
+def sharded(tiny, tmp_path, monkeypatch):
+    """The tiny model in several files."""
+    monkeypatch.setattr(exporting, "_SHARD_BYTES", 20_000)
+    exporting.export(tiny.state, tiny.spec, tiny.text, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def ranges(monkeypatch):
+    """Object, first byte and end of everything that is read by ranges."""
+    asked, gcs = [], files._gcs()
+    read_ranges = gcs.cat_ranges
+
+    def cat_ranges(paths, starts, ends):
+        asked.extend(zip(paths, starts, ends, strict=True))
+        return read_ranges(paths, starts, ends)
+
+    monkeypatch.setattr(gcs, "cat_ranges", cat_ranges)
+    return asked
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_weights_are_read_in_the_bucket_once_and_are_the_local_ones(
+    in_process_bucket, sharded, ranges, axes, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = upload(in_process_bucket, sharded, f"sharded-{'-'.join(axes)}")
+    mesh = make_mesh(MeshShape(**({"data": 1} | axes)))
+    model, local = open_model(path), open_model(str(sharded))
+    assert (model.spec, model.text.identity) == (local.spec, local.text.identity)
+    ranges.clear()
+    ours, theirs = (place(m.state, shardings(m.state, mesh)) for m in (model, local))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    sizes = sum(file.stat().st_size for file in sharded.glob("*.safetensors"))
+    # All but the headers, and no byte twice.
+    assert sum(end - first for _, first, end in ranges) == 4 * model.spec.parameters
+    assert 4 * model.spec.parameters < sizes
+    copied = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert "config.json" in copied
+    assert not any(name.endswith(".safetensors") for name in copied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2:tensor=4", "data=2:fsdp=4"])
+def test_two_processes_read_every_byte_once_together(bucket, mesh, tmp_path):
+    """Also where a mesh cuts columns, or repeats all of the model."""
+    folder = tmp_path / "model"
+    size = ["--width=256", "--layers=8"]
+    run_processes(1, ["-m", "launch.bench_weights", "--run=make", f"--folder={folder}", *size])
+    path = upload(bucket, folder, f"processes/{mesh}")
+    arguments = ["-m", "launch.bench_weights", "--run=part", f"--folder={path}", f"--mesh={mesh}"]
+    found = [json.loads(out.splitlines()[-1]) for out in run_processes(2, arguments, bucket)]
+    total = sum(entry.end - entry.first for entry in entries(folder))
+    headers_and_norms = 40_000
+    for process in found:
+        assert process["read"] <= process["of_devices"] + headers_and_norms
+    assert total <= sum(process["read"] for process in found) <= total + 2 * headers_and_norms
+
+
+def entries(folder):
+    """All tensors of a folder."""
+    readers = [files.ByteReader(str(file)) for file in folder.glob("*.safetensors")]
+    return [entry for reader in readers for entry in read_header(reader).values()]
+
+
+def test_the_hash_of_weights_in_a_bucket_is_that_of_the_folder(
+    in_process_bucket, sharded, ranges, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = upload(in_process_bucket, sharded, "hashed")
+    assert weights_hash(path) == weights_hash(str(sharded))
+    assert sum(first == 0 and end > 8 for _, first, end in ranges) == len(
+        list(sharded.glob("*.safetensors"))
+    )
+    ranges.clear()
+    content.bucket_content.cache_clear()  # as in a new program
+    assert weights_hash(path) == weights_hash(str(sharded))
+    assert not ranges
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    tensors[name].reshape(-1)[-1] = np.nan
+    save_file(tensors, shard)
+    write(in_process_bucket, f"hashed/{shard.name}", shard.read_bytes())
+    for place_ in (path, str(sharded)):
+        with pytest.raises(ValueError) as error:
+            weights_hash(place_)
+        assert str(error.value) == (
+            f"Tensor {name} in {shard.name} of {place_} holds NaN or infinity; fetch it again, or "
+            "choose another model."
+        )
+
+
+def test_a_cut_or_missing_shard_in_a_bucket_is_one_sentence(in_process_bucket, sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    path = upload(in_process_bucket, sharded, "cut")
+    for size in (len(data) - 1, 20, 5):
+        write(in_process_bucket, f"cut/{shard.name}", data[:size])
+        with pytest.raises(ValueError) as error:
+            inspect_model(path)
+        sentence = str(error.value)
+        assert sentence.startswith(f"The model in {path} cannot be read ({shard.name}: ")
+        assert sentence.endswith("; fetch it again.")
+        assert "\n" not in sentence
+    shard.unlink()
+    path = upload(in_process_bucket, sharded, "missing")
+    with pytest.raises(FileNotFoundError) as error:
+        inspect_model(path)
+    assert str(error.value) == (
+        f"The folder {path} has no {shard.name}, which model.safetensors.index.json names; give a "
+        "complete Hugging Face folder."
+    )
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from deltapref_jax.config import (
     TRACKERS,
     Arm,
+    Claim,
     ConfigError,
     Experiment,
     Generator,
@@ -24,8 +25,16 @@ from deltapref_jax.config import (
     PairTraining,
     Prompts,
     SmallModel,
+    Student,
     Suite,
+    Training,
+    budget_twin,
+    differing,
+    domains_of,
+    greedy_twin,
     model_of,
+    objective_of,
+    training_of,
 )
 from deltapref_jax.validation import validate, validate_model_zoo
 
@@ -162,6 +171,25 @@ CASES = [  # path of a field, value, sentence
         "dtype of generator strong is 'fp8'; choose one of 'float32', 'bfloat16'.",
     ),
     (
+        "generators.1.model.quantization",
+        "int4",
+        "quantization of generator strong is 'int4'; choose one of '', 'int8', 'fp8'.",
+    ),
+    (
+        "student.quantization",
+        "int8",
+        "config.student.quantization is 'int8', and the student is trained, and its policies are "
+        "evaluated, with the weights that its files have; leave it empty: generators and judges "
+        "alone may be quantised.",
+    ),
+    (
+        "reference",
+        Model("there", quantization="fp8"),
+        "config.reference.quantization is 'fp8', and the reference must agree with the student, "
+        "which has the weights that its files have; leave it empty: generators and judges alone "
+        "may be quantised.",
+    ),
+    (
         "judges.0.dimensions",
         (),
         "Judge 'm' has no dimensions; name at least one of factuality, strategy_coherence, "
@@ -257,18 +285,51 @@ CASES = [  # path of a field, value, sentence
     ("arms.0.rejected", "none", "rejected of arm 'a' is 'none'; choose one of 'weak', 'strong'."),
     (
         "arms.0.direction",
-        "coin",
-        "direction of arm 'a' is 'coin'; choose one of 'generator', 'm', 'n'.",
+        "dice",
+        "direction of arm 'a' is 'dice'; choose one of 'generator', 'coin', 'm', 'n'.",
     ),
     (
         "arms.0.keep",
         "best",
-        "keep of arm 'a' is 'best'; choose one of 'all', 'top', 'random', 'matched'.",
+        "keep of arm 'a' is 'best'; choose one of 'all', 'top', *, 'random', 'matched'.",
     ),
     (
         "arms.0.stratum",
         "wrong",
-        "stratum of arm 'a' is 'wrong'; choose one of 'any', *, 'right_wrong'.",
+        "stratum of arm 'a' is 'wrong'; choose one of 'any', *, 'wrong_right'.",
+    ),
+    (
+        "arms.0.chosen_sample",
+        "last",
+        "chosen_sample of arm 'a' is 'last'; choose one of 'first', 'best', *, 'wrong'.",
+    ),
+    (
+        "arms.0.chosen_sample",
+        "best",
+        "chosen_sample of arm 'a' is 'best', and generator 'strong' writes one trace of a prompt; "
+        "set its samples to at least 2.",
+    ),
+    (
+        "arms.0.by",
+        "reference_margin",
+        "by of arm 'a' is 'reference_margin' and nothing reads it, for its keep is 'all'; leave it "
+        "at 'sum'.",
+    ),
+    (
+        "balance",
+        "length",
+        "config.balance is 'length'; choose one of '', 'correctness', 'chosen_length'.",
+    ),
+    (
+        "shared_strata",
+        ("both_right", "any"),
+        "config.shared_strata is 'any'; choose one of 'chosen_right', *, 'wrong_right'.",
+    ),
+    (
+        "shared_strata",
+        ("both_right", "both_wrong"),
+        "config.shared_strata is ('both_right', 'both_wrong'), and no arm has one of them as its "
+        "stratum; name at least two strata of arms, each once.",
     ),
     (
         "arms.0.group",
@@ -312,7 +373,7 @@ CASES = [  # path of a field, value, sentence
         "arms.2",
         Arm("top", "strong", "weak", direction="m", by="step_coherence"),
         "by of arm 'top' is 'step_coherence'; choose one of 'sum', 'factuality', "
-        "'signal_to_noise'.",
+        "'signal_to_noise', 'reference_margin'.",
     ),
     (
         "judges.0.noise",
@@ -332,8 +393,9 @@ CASES = [  # path of a field, value, sentence
     (
         "judges.0",
         Judge("m", model=Model("there")),
-        "model of judge 'm' is Model(path='there', dtype='float32', revision='') and nothing reads "
-        "it, for its kind is 'exact'; leave it at Model(path='', dtype='float32', revision='').",
+        "model of judge 'm' is Model(path='there', dtype='float32', quantization='', revision='') "
+        "and nothing reads it, for its kind is 'exact'; leave it at Model(path='', "
+        "dtype='float32', quantization='', revision='').",
     ),
     (
         "generators.0.model",
@@ -406,12 +468,118 @@ CASES = [  # path of a field, value, sentence
         "arms.2.by",
         "step_coherence",
         "by of arm 'top' is 'step_coherence'; choose one of 'sum', 'factuality', "
-        "'signal_to_noise'.",
+        "'signal_to_noise', 'reference_margin'.",
     ),
     (
         "generators.0.samples",
         1,
         "Arm 'zero' pairs two samples of 'weak'; set its samples to at least 2.",
+    ),
+    ("arms.0.steps", -1, "steps of arm 'a' is -1; it must be at least 0."),
+    ("arms.0.epochs", -0.5, "epochs of arm 'a' is -0.5; it must be at least 0."),
+    ("arms.0.pairs_per_step", -4, "pairs_per_step of arm 'a' is -4; it must be at least 0."),
+    ("arms.0.learning_rate", -1e-4, "learning_rate of arm 'a' is -0.0001; it must be at least 0."),
+    (
+        "arms.0",
+        Arm("a", "strong", "weak", steps=10, epochs=2.0),
+        "steps of arm 'a' is 10 and epochs 2; set one of the two.",
+    ),
+    (
+        "judges.1.of",
+        ("m",),
+        "of of judge 'n' is ('m',) and nothing reads it, for its kind is 'model'; leave it at ().",
+    ),
+    (
+        "judges.1",
+        Judge("n", kind="mean", of=("m", "n")),
+        "of of judge 'n' (a judge of another kind) is 'n'; choose one of 'm'.",
+    ),
+    (
+        "judges.1",
+        Judge("n", kind="mean", of=("m",), dimensions=("factuality",)),
+        "of of judge 'n' is ('m',); name at least two judges, each once.",
+    ),
+    (
+        "judges",
+        (*GOOD.judges, Judge("o", kind="mean", of=("n", "m"))),
+        "dimension of judge 'o', rated by 'm', is 'strategy_coherence'; choose one of "
+        "'factuality', 'signal_to_noise'.",
+    ),
+    (
+        "judges.1",
+        Judge("n", kind="mean", seed=3),
+        "of of judge 'n' is (); name at least two judges, each once.",
+    ),
+    (
+        "suites.0.readout",
+        "greedy",
+        "config.suites[0].readout is 'greedy'; choose one of '', 'accuracy', 'pass', 'tuning'.",
+    ),
+    (
+        "objectives.0.rates",
+        (1e-3,),
+        "rates of objective 'dpo' is (0.001,); give at least two, ascending, that differ in their "
+        "first six digits.",
+    ),
+    (
+        "objectives.0.rates",
+        (1e-3, 1e-4),
+        "rates of objective 'dpo' is (0.001, 0.0001); give at least two, ascending, that differ in "
+        "their first six digits.",
+    ),
+    ("objectives.0.rates", (0.0, 1e-4), "rates of objective 'dpo' is 0.0; it must be *"),
+    (
+        "objectives.0.rates",
+        (1e-4, 1e-3),
+        "Objective 'dpo' has rates and no suite has the readout 'tuning'; add a suite of questions "
+        "that choose among them.",
+    ),
+    (
+        "objectives.0",
+        Objective("dpo", learning_rate=1e-3, rates=(1e-4, 1e-3)),
+        "learning_rate of objective 'dpo' is 0.001 and nothing reads it, for its rates take its "
+        "place; leave it at 0.0001.",
+    ),
+    (
+        "objectives.0.tuned_by",
+        "a",
+        "tuned_by of objective 'dpo' is 'a' and nothing reads it, for its rates are empty; leave "
+        "it at ''.",
+    ),
+    (
+        "suites",
+        (*GOOD.suites, Suite("t", "in", Prompts(tasks=("shop",), count=5), readout="tuning")),
+        "Suite 't' has the readout 'tuning' and no objective has rates to choose from; give an "
+        "objective rates, or remove the suite.",
+    ),
+    (
+        "suites.0.readout",
+        "accuracy",
+        "Every suite of config.suites is a second read-out, and none is averaged into a domain; "
+        "leave the readout of one at ''.",
+    ),
+    (
+        "suites.0.k",
+        2,
+        "config.suites[0].k is 2 and nothing reads it, for its readout is ''; leave it at 0.",
+    ),
+    (
+        "suites.0",
+        Suite("s", "in", Prompts(tasks=("shop",), count=5), samples=4, readout="pass", k=5),
+        "config.suites[0].k is 5 and its samples 4; pass@k is measured on k samples or more, and k "
+        "is at least 1.",
+    ),
+    (
+        "suites.0",
+        Suite("s", "in", Prompts(tasks=("shop",), count=5), samples=4, readout="pass"),
+        "config.suites[0].k is 0 and its samples 4; pass@k is measured on k samples or more, and k "
+        "is at least 1.",
+    ),
+    (
+        "suites.0",
+        Suite("s", "in", Prompts(tasks=("shop",), count=5), 4, 0.0, "pass", 2),
+        "config.suites[0].temperature is 0, at which all samples of a question are one; set it "
+        "above 0 for the readout 'pass'.",
     ),
     ("suites.0.samples", 0, "config.suites[0].samples is 0; it must be at least 1."),
     ("suites.0.temperature", -1.0, "config.suites[0].temperature is -1.0; it must be at least 0."),
@@ -530,8 +698,8 @@ CASES = [  # path of a field, value, sentence
     (
         "training.remat",
         "all",
-        "config.training.remat is 'all'; choose one of 'none', 'projections', 'attention', "
-        "'block'.",
+        "config.training.remat is 'all'; choose one of 'auto', 'none', 'projections', "
+        "'attention', 'block'.",
     ),
     (
         "training.moments",
@@ -552,15 +720,8 @@ CASES = [  # path of a field, value, sentence
     ),
     (
         "training.lora",
-        Lora(8, targets=()),
-        "config.training.lora.targets is (); name at least one of q_proj, k_proj, "
-        "v_proj, o_proj, gate_proj, up_proj, down_proj, each once.",
-    ),
-    (
-        "training.lora",
         Lora(8, targets=("q_proj", "q_proj")),
-        "config.training.lora.targets is ('q_proj', 'q_proj'); name at least one of q_proj, *, "
-        "each once.",
+        "config.training.lora.targets is ('q_proj', 'q_proj'); name some of q_proj, *, each once.",
     ),
     (
         "training.lora.targets",
@@ -629,6 +790,86 @@ def test_an_attribute_that_is_no_field_cannot_be_set(kind):
             copied.QQQ = 1
 
 
+def of_students(**fields):
+    """GOOD with two students, all of whose generators and judges have models of their own."""
+    e = copy.deepcopy(GOOD)
+    for item in (*e.generators, *e.judges):
+        item.model = Model("theirs")
+    e.student = Model()
+    e.students = (
+        Student(name="a", model=Model("here")),
+        Student(name="b", model=Model("there", dtype="bfloat16")),
+    )
+    return dataclasses.replace(e, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, ""),
+        ({"table": "known.parquet", "reference": Model("one")}, ""),
+        (
+            {"student": Model("here")},
+            "config.student and config.students are both set; leave config.student as Model(), or "
+            "config.students empty.",
+        ),
+        (
+            {"students": (Student(name="a", model=Model("here")),)},
+            "config.students has one student; set config.student instead, or add another.",
+        ),
+        (
+            {"students": (Student(name="a", model=Model("here")), Student(name="b"))},
+            "The path of student 'b' is empty; give a Hugging Face folder, a hub name or a GGUF "
+            "file.",
+        ),
+        (
+            {"students": tuple(Student(name="a", model=Model(x)) for x in "xy")},
+            "Two students are named 'a'; names must differ.",
+        ),
+        (
+            {"students": tuple(Student(name=x, model=Model(x, "int8")) for x in "xy")},
+            "dtype of student x is 'int8'; choose one of 'float32', 'bfloat16'.",
+        ),
+        (
+            {
+                "students": (
+                    Student(name="a", model=Model("x")),
+                    Student(name="b", model=Model("y", quantization="int8")),
+                )
+            },
+            "config.students[b].model.quantization is 'int8', and the student is trained, and its "
+            "policies are evaluated, with the weights that its files have; leave it empty: "
+            "generators and judges alone may be quantised.",
+        ),
+        (
+            {"generators": (Generator(name="weak"), Generator(name="strong", model=Model("x")))},
+            "config.generators[weak].model.path is empty, which means the student's model, and "
+            "config.students has several; name the model, so that all students learn from the same "
+            "traces and ratings.",
+        ),
+        (
+            {"judges": (Judge(name="m", kind="model"),)},
+            "config.judges[m].model.path is empty, which means the student's model, and "
+            "config.students has several; name the model, so that all students learn from the same "
+            "traces and ratings.",
+        ),
+        (
+            {"table": "known.parquet"},
+            "config.table has the log-probabilities of one reference, and each of config.students "
+            "is its own; leave the table empty, or set config.reference.path.",
+        ),
+    ],
+)
+def test_several_students_share_all_but_themselves(fields, sentence):
+    e = of_students(**fields)
+    if not sentence:
+        assert validate(e) is e
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == sentence
+
+
 def test_two_fields_that_are_one_object_are_refused():
     e = copy.deepcopy(GOOD)
     e.suites = (Suite(name="s", prompts=e.prompts[0]),)
@@ -645,6 +886,87 @@ def test_two_fields_that_are_one_object_are_refused():
         ConfigError, match=r"^config\.generators\[0\]\.model and config\.student are"
     ):
         validate(e)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"group": "control"},
+            "config.balance is 'correctness' and the ladder has fewer than two rungs; leave it at "
+            "'', or give two arms of group 'ladder' other generators.",
+        ),
+        (
+            {"keep": "random", "fraction": 0.5},
+            "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its keep is "
+            "'random'; give it another group, or leave config.balance at ''.",
+        ),
+        (
+            {"direction": "m"},
+            "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its pairs are "
+            "shaped by ratings; give it another group, or leave config.balance at ''.",
+        ),
+        ({"draws": (0, 1)}, ""),
+    ],
+)
+def test_a_ladder_that_is_balanced(fields, sentence):
+    arms = (Arm("a", "strong", "weak"), Arm("b", "weak", "weak", **fields))
+    e = dataclasses.replace(copy.deepcopy(GOOD), arms=arms, balance="correctness")
+    if not sentence:
+        assert validate(e) is e
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("fields", "strata", "sentence"),
+    [
+        (
+            {},
+            ("both_wrong",),
+            "config.shared_strata is ('both_wrong',); name at least two strata of arms, each once.",
+        ),
+        (
+            {},
+            ("both_wrong", "both_wrong"),
+            "config.shared_strata is ('both_wrong', 'both_wrong'); name at least two strata of "
+            "arms, each once.",
+        ),
+        (
+            {"direction": "coin"},
+            ("both_wrong", "right_wrong"),
+            "direction of arm 'a' is 'coin', and its stratum 'both_wrong' is one of "
+            "config.shared_strata, whose pairs are found as the generators wrote them; leave it at "
+            "'generator'.",
+        ),
+        (
+            {},
+            ("both_wrong", "right_wrong"),
+            "config.shared_strata needs a right and a wrong trace of a prompt by generator "
+            "'strong', which writes one; set its samples to at least 2.",
+        ),
+        ({}, ("both_wrong", "wrong_right"), ""),
+    ],
+)
+def test_strata_that_share_prompts(fields, strata, sentence):
+    arm = Arm("a", "strong", "weak", stratum="both_wrong", **fields)
+    e = dataclasses.replace(copy.deepcopy(GOOD), arms=(arm,), shared_strata=strata)
+    if not sentence:
+        assert validate(e) is e
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == sentence
+
+
+def test_a_reference_that_a_selection_reads_is_right():
+    e = copy.deepcopy(GOOD)
+    e.objectives, e.reference = (Objective(name="dpo", kind="sft"),), Model("there")
+    e.arms = (Arm("a", "strong", "weak", keep="bottom", by="reference_margin", fraction=0.5),)
+    e.judges = ()
+    assert validate(e) is e
 
 
 def test_a_reference_that_no_objective_reads_is_refused():
@@ -710,6 +1032,79 @@ def test_what_is_right_passes_unchanged():
 )
 def test_what_is_just_right(path, value):
     assert validate(changed(path, value)) == changed(path, value)
+
+
+def test_an_arm_may_have_a_budget_a_batch_and_a_learning_rate_of_its_own():
+    by_steps = Training(steps=40, pairs_per_step=8, warmup=0.2)
+    by_epochs = Training(budget="epochs", epochs=3.0)
+    own = Arm("a", "strong", "weak", steps=10, pairs_per_step=4)
+    assert training_of(by_steps, Arm()) is by_steps
+    assert training_of(by_steps, own) == Training(steps=10, pairs_per_step=4, warmup=0.2)
+    # What a budget does not read has its default, so that equal runs have equal keys.
+    assert training_of(by_epochs, own) == Training(steps=10, pairs_per_step=4)
+    assert training_of(by_steps, Arm(epochs=2.5)) == Training(
+        budget="epochs", epochs=2.5, pairs_per_step=8, warmup=0.2
+    )
+    e = dataclasses.replace(GOOD, objectives=(Objective("dpo", learning_rate=3e-4),))
+    assert objective_of(e, Arm()) == e.objectives[0]
+    assert objective_of(e, Arm(learning_rate=1e-5)) == Objective("dpo", learning_rate=1e-5)
+
+
+def test_a_twin_has_the_other_budget():
+    """Equal epochs are as many as the whole pool has in all steps, and equal steps likewise."""
+    top = Arm("top", "strong", "weak", keep="top", fraction=0.25)
+    twin = budget_twin(top, Training(steps=24))
+    assert (twin.name, twin.steps, twin.epochs) == ("top-equal-epochs", 6, 0.0)
+    assert differing(top, twin) == {"steps"}
+    assert budget_twin(dataclasses.replace(top, fraction=0.01), Training(steps=24)).steps == 1
+    other = budget_twin(top, Training(budget="epochs", epochs=2.0))
+    assert (other.name, other.steps, other.epochs) == ("top-equal-steps", 0, 8.0)
+    # The twin of a twin is the arm with its budget written out.
+    back = budget_twin(dataclasses.replace(other, name="x"), Training(steps=24))
+    assert (back.steps, back.epochs) == (0, 32.0)
+    validate(dataclasses.replace(copy.deepcopy(GOOD), arms=(top, twin, other)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, "a fraction of 1"),
+        ({"keep": "top", "pairs": 30}, "30 pairs"),
+        ({"keep": "top", "fraction": -1.0}, "a fraction of -1"),
+    ],
+)
+def test_a_twin_of_an_unknown_share_is_one_sentence(fields, kept):
+    with pytest.raises(ConfigError) as error:
+        budget_twin(Arm("a", **fields), Training())
+    assert str(error.value) == (
+        f"Arm 'a' keeps {kept}, and a twin of another budget needs a fraction below 1; set "
+        "config.arms.fraction, or the twin's steps or epochs by hand."
+    )
+
+
+def test_a_greedy_twin_is_a_second_read_out_of_the_same_questions():
+    e = copy.deepcopy(GOOD)
+    e.suites[0].samples = 4
+    twin = greedy_twin(e.suites[0])
+    assert (twin.name, twin.samples, twin.temperature, twin.readout) == (
+        "s-greedy",
+        1,
+        0.0,
+        "accuracy",
+    )
+    assert twin.prompts == e.suites[0].prompts and twin.prompts is not e.suites[0].prompts
+    e.suites += (
+        twin,
+        dataclasses.replace(
+            twin, name="o", domain="out", prompts=Prompts(tasks=("shop",), count=5)
+        ),
+    )
+    assert domains_of(validate(e).suites) == ["in"]
+    claimed = dataclasses.replace(e, claims=(Claim(kind="change", a="a", domain="out"),))
+    with pytest.raises(
+        ConfigError, match=r"^config\.claims\[0\]\.domain is 'out'; choose one of 'in'"
+    ):
+        validate(claimed)
 
 
 def test_an_empty_path_is_the_students():

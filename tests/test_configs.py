@@ -1,6 +1,5 @@
 """Every config is validated, planned, and its programs traced full-size; nothing is allocated."""
 
-import functools
 import importlib
 import json
 import pathlib
@@ -9,30 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 
 from deltapref_jax import stages
 from deltapref_jax.artifacts.node import in_order
-from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, model_of
-from deltapref_jax.judging.scorer import _label_probability_fn
+from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, Objective
 from deltapref_jax.models.config_json import spec_from_hf
-from deltapref_jax.models.decoder import empty_cache, unstacked
-from deltapref_jax.models.sharding import ROWS
 from deltapref_jax.models.spec import ModelSpec, Rope
-from deltapref_jax.models.weights import abstract
-from deltapref_jax.sampling.programs import Slots, advance, grow, insert, prefill
-from deltapref_jax.scoring.logprobs import logprob_fn
-from deltapref_jax.scoring.packing import PackedBatch, max_segments
+from deltapref_jax.sampling.plan import Plan
+from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.stages import nursery
+from deltapref_jax.stages.programs import pair_programs, study_programs
 from deltapref_jax.stages.study import plan
-from deltapref_jax.training.state import Optimizer, TrainState
-from deltapref_jax.training.step import Examples, Hyper, programs
+from deltapref_jax.training.loop import Run
+from deltapref_jax.training.shapes import step_programs
+from deltapref_jax.training.state import Optimizer
 from deltapref_jax.validation import validate, validate_model_zoo, validate_pair_training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
-STUDIES = [name for name in NAMES if name not in ("mine", "nursery", "train")]  # mine: test_docs
+# mine: tests/test_docs.py, paper: tests/launch/test_paper.py
+STUDIES = [name for name in NAMES if name not in ("mine", "nursery", "paper", "train")]
 HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ModelSpec(
         49_152, 576, 30, 9, 3, 64, 1536, ropes=(Rope(1e5),), max_positions=8192
@@ -50,6 +46,13 @@ HUB = {
             "max_position_embeddings": 32_768,
         }
     ),
+}
+
+
+PUBLISHED = ROOT / "tests" / "models" / "published"
+HUB |= {
+    file.parent.relative_to(PUBLISHED).as_posix(): spec_from_hf(json.loads(file.read_text()))
+    for file in PUBLISHED.rglob("config.json")
 }
 
 
@@ -117,10 +120,6 @@ def study(request, text, tmp_path, monkeypatch):
     return e
 
 
-def shape_of(e, model):
-    return SHAPES[pathlib.Path(model_of(e, model).path).name]
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_allocated(one_device):
     held = sum(x.nbytes for x in jax.live_arrays())
@@ -128,105 +127,45 @@ def nothing_is_allocated(one_device):
     assert sum(x.nbytes for x in jax.live_arrays()) - held < 1 << 16
 
 
-def array(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def packed(rows, length, branched=False):
-    ids = array(jnp.int32, rows, length)
-    return PackedBatch(ids, ids, ids, ids, ids if branched else None)
-
-
 def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
 
 
-@functools.cache
-def trace_training(spec, dtype, kind, optimizer, rows, length, mesh, branched=False):
-    segments = max_segments(rows, length)
-    steps = programs(spec, dtype, kind, optimizer, segments, mesh)
-    params = abstract(spec)[1]
-    number, index = array(jnp.float32, segments), array(jnp.int32, segments)
-    examples = Examples(index, index, number, number, number, number)
-    grads, sums, s = jax.eval_shape(
-        steps.gradient,
-        params,
-        nnx.State({}),
-        packed(rows, length, branched),
-        examples,
-        Hyper(*[array(jnp.float32)] * len(Hyper._fields)),
-    )
-    assert shapes(grads) == shapes(params)
-    assert {x.shape for x in sums.values()} == {()}
-    assert s.shape == (segments,)
-    state = TrainState(params, jax.eval_shape(optimizer.transform().init, params))
-    after, norm = jax.eval_shape(steps.apply, state, grads, array(jnp.float32), array(jnp.uint32))
-    assert shapes(after) == shapes(state)
-    assert norm.shape == ()
-
-
-@functools.cache
-def trace_scoring(spec, dtype, rows, length, mesh):
-    segments = max_segments(rows, length)
-    sums, counts = jax.eval_shape(
-        logprob_fn(spec, dtype, segments, mesh), abstract(spec)[1], packed(rows, length)
-    )
-    assert sums.shape == counts.shape == (segments,)
-    assert sums.dtype == jnp.float32
-
-
-@functools.cache
-def trace_judging(spec, dtype, rows, length, mesh):
-    p = jax.eval_shape(
-        _label_probability_fn(spec, dtype, mesh),
-        abstract(spec)[1],
-        packed(rows, length, branched=True),
-        array(jnp.int32, 2, 77),
-        array(jnp.int32, 5),
-    )
-    assert (p.shape, p.dtype) == ((77, 5), jnp.float32)
-
-
-@functools.cache
-def trace_sampling(spec, dtype, slots, chunk, prompt, tokens, mesh):
-    assert prompt + tokens <= spec.max_positions
-    dtype, kept = jnp.dtype(dtype), {}
-    graphdef, params = abstract(spec, dtype)
-
-    def split(params):
-        kept["graphdef"], weights = unstacked(graphdef, params)
-        return weights
-
-    weights = jax.eval_shape(split, params)
-    cache = jax.eval_shape(lambda: empty_cache(spec, slots, 64, dtype))
-    place = jax.sharding.NamedSharding(mesh, ROWS)
-    prompts = jax.eval_shape(
-        lambda w: prefill(kept["graphdef"], w, jnp.zeros((4, prompt), int), place), weights
-    )
-    longest = jax.eval_shape(lambda c: grow(c, prompt + tokens), cache)
-    assert shapes(longest) == shapes(
-        jax.eval_shape(lambda: empty_cache(spec, slots, prompt + tokens, dtype))
-    )
-    index = array(jnp.int32, slots)
-    assert shapes(
-        jax.eval_shape(insert, longest, prompts, index, index, array(jnp.int32))
-    ) == shapes(longest)
-    number = array(jnp.float32, slots)
-    table = Slots(
-        index, index, index, array(bool, slots), array(jnp.uint32, slots, 2), number, number, index
-    )
-    for filtered in (False, True):
-        after, out = jax.eval_shape(
-            functools.partial(advance, kept["graphdef"], decode_steps=chunk, filtered=filtered),
-            weights,
-            longest,
-            table,
-            array(jnp.int32, 2),
-            array(jnp.int32),
-            array(jnp.int32),
-        )
-        assert shapes(after) == shapes(longest)
-        assert out.tokens.shape == out.logprobs.shape == (chunk, slots)
+def trace(found):
+    """Traces the programs of a study, and checks that what one returns the others take."""
+    results = {each.label: each.program.result() for each in found}
+    for each in found:
+        args, result = each.program.args, results[each.label]
+        if each.name == "gradient":
+            grads, sums, s = result
+            assert shapes(grads) == shapes(args[0])
+            assert {x.shape for x in sums.values()} == {()}
+            assert s.shape == args[3].weight.shape
+        elif each.name == "zeros":
+            gradient = next(x for x in found if (x.of, x.name) == (each.of, "gradient"))
+            assert shapes(result) == shapes(gradient.program.args[5])
+        elif each.name in ("insert", "add"):
+            assert shapes(result) == shapes(args[0])
+        elif each.name == "apply":
+            assert shapes(result[0]) == shapes(args[0])
+            assert result[1].shape == ()
+        elif each.name == "logprobs":
+            assert result[0].shape == result[1].shape == (max_segments(*args[1].tokens.shape),)
+            assert result[0].dtype == jnp.float32
+        elif each.name == "labels":
+            assert (result.shape, result.dtype) == ((*args[1].tokens.shape, 5), jnp.float32)
+        elif each.name == "decode":
+            cache, chunk = result
+            assert shapes(cache) == shapes(args[2])
+            steps = each.program.kwargs["decode_steps"]
+            assert chunk.tokens.shape == chunk.logprobs.shape == (steps, *args[3].token.shape)
+        elif each.name == "grow":
+            decode = next(x for x in found if (x.of, x.name) == (each.of, "decode"))
+            assert shapes(result) == shapes(decode.program.args[2].v[0])
+        else:
+            insert = next(x for x in found if (x.of, x.name) == (each.of, "insert"))
+            assert (each.name, shapes(result)) == ("prefill", shapes(insert.program.args[1]))
+    return {each.label for each in found}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -247,7 +186,7 @@ def stand_in_key(node):
 def test_studies_are_planned(study):
     report = plan(study)
     policies = {(arm, s): p for arm, seeds in report.policies.items() for s, p in seeds.items()}
-    assert set(policies) == {(a.name, s) for a in study.arms for s in a.seeds}
+    assert set(policies) == {(a.name, run) for a in study.arms for run in a.runs}
     hashed = {stand_in_key(policy) for policy in policies.values()}
     assert len(hashed) == len(policies)
     assert {"in", "out"} == {s.domain for s in study.suites}
@@ -258,27 +197,18 @@ def test_studies_are_planned(study):
 
 @pytest.mark.parametrize("study", STUDIES, indirect=True)
 def test_programs_of_studies_are_traced(study, one_device):
-    e, t, c, s = study, study.training, study.scoring, study.sampling
-    student = shape_of(e, e.student)
-    optimizer = Optimizer(t.clip, t.weight_decay)
-    for o in e.objectives:
-        trace_training(
-            student, e.student.dtype, o.kind, optimizer, t.rows, t.row_length, one_device
+    labels = trace(
+        study_programs(
+            study, lambda path: SHAPES[pathlib.Path(path).name], lambda shape, whole: one_device
         )
-    trace_scoring(student, e.student.dtype, c.rows, c.row_length, one_device)
-    for g in e.generators:
-        trace_sampling(
-            shape_of(e, g.model),
-            g.model.dtype,
-            s.slots,
-            s.chunk,
-            s.max_prompt,
-            s.max_tokens,
-            one_device,
-        )
-    for j in e.judges:
-        if j.kind == "model":
-            trace_judging(shape_of(e, j.model), j.model.dtype, c.rows, c.row_length, one_device)
+    )
+    kinds = {o.kind for o in study.objectives}
+    assert {f"train {kind}: gradient" for kind in kinds} <= labels
+    assert ("train kto: logprobs" in labels) == ("kto" in kinds)
+    assert "score reference: logprobs" in labels
+    judges = {j.name for j in study.judges if j.kind == "model"}
+    assert {f"judge {name}: labels" for name in judges} <= labels
+    assert any(label.startswith("sample ") and label.endswith(": decode") for label in labels)
 
 
 def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
@@ -288,23 +218,18 @@ def test_the_nursery_is_planned_and_its_programs_are_traced(one_device):
     assert {p.name for p in found.models} == set(models)
     planned = in_order(models.values())
     assert {"tokenizer"} | {f"model/{name}" for name in models} == {n.name for n in planned}
-    s = found.sampling
     for p in found.models:
         spec = SPECS[str(pathlib.Path(NURSERY) / p.name)]
-        trace_training(
-            spec,
-            "float32",
-            "sft",
-            Optimizer(1.0, 0.01, b2=0.98),
-            p.rows,
-            p.row_length,
-            one_device,
-            branched=p.curriculum == "judge",
+        run = Run(
+            Objective(kind="sft"), 1, p.rows, p.row_length, optimizer=Optimizer(1.0, 0.01, b2=0.98)
         )
+        programs = step_programs(spec, run, one_device, branched=p.curriculum == "judge")
+        assert shapes(programs["gradient"].result()[0]) == shapes(programs["gradient"].args[0])
         if p.name in found.release and p.curriculum == "solve":
-            trace_sampling(
-                spec, "float32", s.slots, s.chunk, s.max_prompt, s.max_tokens, one_device
-            )
+            for filtered in (False, True):
+                plan = Plan(spec, found.sampling, one_device, "float32")
+                decode = plan.programs(filtered)["decode"]
+                assert shapes(decode.result()[0]) == shapes(decode.args[2])
 
 
 def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_device):
@@ -312,17 +237,9 @@ def test_a_single_arm_wants_data_and_student_and_its_programs_are_traced(one_dev
     with pytest.raises(ConfigError, match=r"^config\.data\.path is empty; give a "):
         validate_pair_training(single)
     single.data.path, (single.student.path, spec) = "pairs.jsonl", next(iter(HUB.items()))
-    t = validate_pair_training(single).training
-    trace_training(
-        spec,
-        single.student.dtype,
-        single.objective.kind,
-        Optimizer(t.clip, t.weight_decay),
-        t.rows,
-        t.row_length,
-        one_device,
-    )
-    trace_scoring(spec, single.student.dtype, t.rows, t.row_length, one_device)
+    validate_pair_training(single)
+    labels = trace(pair_programs(single, lambda path: spec, lambda shape, whole: one_device))
+    assert {"train dpo: gradient", "train dpo: apply", "score reference: logprobs"} <= labels
 
 
 @pytest.mark.parametrize("name", STUDIES)

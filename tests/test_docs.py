@@ -12,6 +12,7 @@ import importlib.util
 import pathlib
 import re
 import shlex
+import sys
 import tomllib
 import typing
 
@@ -19,12 +20,16 @@ import jax.numpy as jnp
 import pytest
 
 from deltapref_jax import config
+from deltapref_jax.answers.check import check
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import NURSERY, Prompts
-from deltapref_jax.data.sources import SOURCES, read_prompts
+from deltapref_jax.data.sources import read_prompts
+from deltapref_jax.pairs.own import Candidate, select_by_function
 from deltapref_jax.records import Pair, Prompt
 from deltapref_jax.stages.prompts import PromptTable
+from deltapref_jax.stages.recipe import without_student
+from deltapref_jax.stages.students import plan_page
 from deltapref_jax.stages.study import plan
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.validation import validate
@@ -46,7 +51,7 @@ FOREIGN = {  # names of other projects' code, of what readers bring, and of what
     *("--gpus-per-task", "pip install 'jax[k8s]'"),
 }
 WHOLE_CONFIGS = (config.Experiment, config.PairTraining, config.ModelZoo)
-FILE_NAME = re.compile(r"[\w.-]+\.(json|jsonl|html|parquet|gguf|safetensors|md|toml|svg|jinja)")
+FILE_NAME = re.compile(r"[\w.-]+\.(csv|json|jsonl|html|parquet|gguf|safetensors|md|toml|svg|jinja)")
 
 
 def load_refresh():
@@ -357,6 +362,8 @@ def test_commands_are_right(page, command):
     module, arguments = words[2], words[3:]
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert path.is_file()
+    if module == "launch.inspect_model" and arguments[0] == "PATH":  # the one without a flag
+        arguments = arguments[1:]
     for argument in arguments:
         assert argument.startswith("--"), argument
         flag, _, value = argument.removeprefix("--").partition("=")
@@ -412,10 +419,15 @@ def test_a_line_number_is_that_of_the_definition(tmp_path, monkeypatch):
         refresh.with_lines("`g` (`a.py:1`)")
 
 
+def example_code(heading):
+    """The code block under a heading of extend.md."""
+    text = (ROOT / "docs" / "extend.md").read_text().split(f"# {heading}\n")[1]
+    return text.split("\n## ")[0].split("```python\n")[1].split("```")[0]
+
+
 def example(heading):
     """The names that the code block under a heading of extend.md defines."""
-    text = (ROOT / "docs" / "extend.md").read_text().split(f"\n## {heading}\n")[1]
-    code = text.split("\n## ")[0].split("```python\n")[1].split("```")[0]
+    code = example_code(heading)
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 10
     names = {}
     exec(compile(code, f"extend.md, {heading}", "exec"), names)
@@ -425,7 +437,7 @@ def example(heading):
 @pytest.fixture
 def restored():
     """Takes back what an example adds to a table."""
-    tables = (config.OBJECTIVE_KINDS, LOSSES, SOURCES)
+    tables = (config.OBJECTIVE_KINDS, LOSSES)
     kept = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, kept, strict=True):
@@ -466,21 +478,73 @@ def test_a_judge():
     assert counts == {}
 
 
-def test_a_source_of_prompts(restored):
-    example("A source of prompts")
-    prompts, _ = read_prompts(Prompts(kind="squares", count=4))
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """Puts the code under a heading into a module that Python finds."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name, heading):
+        (tmp_path / f"{name}.py").write_text(example_code(heading))
+        importlib.invalidate_caches()
+
+    yield write
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_a_checker(own_module, tmp_path):
+    own_module("my_checks", "A checker")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Name a multiple of 7.", "of": 7}\n')
+    source = Prompts("jsonl", str(tmp_path / "q.jsonl"), checker="my_checks:multiple")
+    ((prompt,), _) = read_prompts(source)
+    said = [check(prompt._asdict(), text).correct for text in ("3 and 21", "22", "none")]
+    assert said == [True, False, None]
+
+
+def test_a_source_of_prompts(own_module):
+    own_module("my_prompts", "A source of prompts")
+    source = Prompts(kind="my_prompts:squares", count=4, checker="exact")
+    prompts, _ = read_prompts(source)
     assert [prompt.answer for prompt in prompts] == ["0", "1", "4", "9"]
     assert prompts[3].question == "What is 3 * 3?"
 
 
-def test_a_selection():
-    def pair(name, chosen, rejected):
-        ids = dict.fromkeys(Pair._fields, name)
-        return Pair(**ids | {"chosen_rating": [chosen], "rejected_rating": [rejected]})
+def test_a_selection(own_module):
+    own_module("my_pairs", "A selection")
+    chosen = {"a": (5.0, 100), "b": (4.0, 900), "c": (2.0, 10), "d": (3.0, 100)}
+    given = [
+        Candidate(*(name,) * 5, tokens, 1, None, None, *({"step_coherence": r} for r in (value, 1)))
+        for name, (value, tokens) in chosen.items()
+    ]
+    kept = select_by_function("my_pairs:clear_steps", list(chosen), given, 2, 2, (0, 0))
+    assert kept == ["a", "d"]
 
-    pool = [pair("a", 5.0, 1.0), pair("b", 3.0, 2.0), pair("c", 4.0, 1.0), pair("d", 2.0, 2.0)]
-    kept = example("A selection").bottom(pool, 2)
-    assert [p.pair_id for p in kept] == ["b", "d"]
+
+def test_the_config_of_the_page_of_arms_is_valid():
+    names = {}
+    for _, block in blocks_and_rest((ROOT / "docs" / "arms.md").read_text())[0]:
+        exec(compile(block, "arms.md", "exec"), names)
+    e = validate(names["e"])
+    twins = {arm.name: arm for arm in e.arms if "-equal-epochs" in arm.name}
+    assert twins["dpo-top-equal-epochs"].steps == e.training.steps // 4
+    assert len(plan(e).policies) == len(e.arms)
+
+
+def test_the_config_of_the_page_of_the_recipe_is_valid():
+    (block,) = blocks_and_rest((ROOT / "docs" / "recipe.md").read_text())[0]
+    names = {}
+    exec(compile(block[1], "recipe.md", "exec"), names)
+    e = validate(without_student(names["get_config"]()))
+    assert e.student.path == e.generators[0].model.path
+    assert e.student is not e.generators[0].model
+
+
+def test_the_config_of_the_page_of_students_is_planned():
+    ((_, block),) = blocks_and_rest((ROOT / "docs" / "students.md").read_text())[0]
+    names = {}
+    exec(compile(block, "students.md", "exec"), names)
+    page = plan_page(validate(names["get_config"]()))
+    assert {name: len(r.policies) for name, r in page.reports.items()} == {"oak": 18, "elm": 18}
 
 
 def test_the_first_study_is_planned(tmp_path, monkeypatch):
@@ -499,7 +563,7 @@ def test_the_first_study_is_planned(tmp_path, monkeypatch):
         model.path = f"{NURSERY}/{models.pop(model.path)}"  # no model is shared by two fields
     report = plan(e)
     assert set(report.policies) == {arm.name for arm in e.arms} == {"all", "top", "random"}
-    assert report.pairs["top"].ratings.keys() == {"weak", "strong"}
+    assert report.pairs["top"][0].ratings.keys() == {"weak", "strong"}
     node = report.suites["held_out"]
     workspace = Workspace(tmp_path / "workspace")
     run([node], workspace, show=False)

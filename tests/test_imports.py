@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"config", "display"},
-    {"cluster"},
+    {"callables", "cluster"},
     {"jax_job"},
     {"records", "progress", "processes", "validation"},
     {"files", "devices"},

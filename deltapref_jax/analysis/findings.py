@@ -1,22 +1,27 @@
 """Sentences made from a summary's numbers: direction, size and interval, whatever they are."""
 
-from collections.abc import Sequence
-from statistics import NormalDist
+import math
+import re
+from collections.abc import Collection, Sequence
 
-from deltapref_jax.analysis.judges import USELESS_AUC, WANTED_AUC
-from deltapref_jax.analysis.page import Contrast, Finding, JudgeSummary, Summary
-from deltapref_jax.analysis.statistics import Estimate
+from deltapref_jax.analysis.judges import WANTED_AUC, failings
+from deltapref_jax.analysis.page import Contrast, Finding, JudgeSummary, Measured, Summary
+from deltapref_jax.config import Arm, Claim
+
+MARK = "†"
+"""Stands behind the name of an arm whose judge can't carry a conclusion, wherever it is named."""
 
 DOMAIN_WORDS = {"in": "in domain", "out": "out of domain"}
+_MOST = 4  # arms in one sentence
 _AGAINST = {
     "random": "as many pairs drawn at random",
-    "matched": "as many pairs of the same lengths",
+    "matched": "as many pairs of the same lengths with the pool's gaps",
+    "bottom": "as many pairs of the smallest gaps",
+    "middle": "as many pairs of middling gaps",
     "all": "all pairs of the pool",
+    "all_epochs": "all pairs of the pool for as many epochs",
+    "all_steps": "all pairs of the pool for as many steps",
 }
-# Effect found with 80% power at a two-sided 5% level, over the width of the 95% interval.
-_DETECTABLE = (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
-    2 * NormalDist().inv_cdf(0.975)
-)
 
 
 def words(name: object) -> str:
@@ -30,20 +35,72 @@ def points(values: Sequence[float], digits: int = 1) -> str:
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def outcome(effect: Estimate, digits: int = 1) -> str:
-    """An effect in points, or that none was detected and which size would have been."""
-    if effect.clear:
-        return f"{points(effect, digits)} points"
-    size = _DETECTABLE * (effect.high - effect.low)
-    return (
-        f"no effect detected ({points(effect, digits)}; an effect of {size:.{digits}f} points "
-        "would have been)"
+def outcome(effect: Measured, digits: int = 1) -> str:
+    """An effect in points, or that none was shown and which sizes are excluded."""
+    if effect.shown:
+        return f"{points(effect.estimate, digits)} points"
+    return f"no effect shown ({points(effect.estimate, digits)}; {excluded(effect, digits)})"
+
+
+def excluded(effect: Measured, digits: int = 1) -> str:
+    """What the interval leaves out, such as `excluded: above +6.9 and below -2.2`."""
+    _, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in effect.estimate)
+    return f"excluded: above {high:+.{digits}f} and below {low:+.{digits}f}"
+
+
+def claim_words(claim: Claim) -> str:
+    """What a claim compares."""
+    domain = DOMAIN_WORDS[claim.domain]
+    if claim.kind == "slope":
+        return f"change {domain} per 10 points of generator delta, {claim.objective.upper()} ladder"
+    if claim.kind == "contrast":
+        return f"{claim.a} minus {claim.b}, {domain}"
+    return f"{claim.a} against the student before training, {domain}"
+
+
+def claim_about(claim: Claim, arms: Sequence[Arm]) -> str:
+    """What the arms of a claim are, for a reader who does not know their names."""
+    if claim.kind == "slope":
+        return (
+            "arms whose chosen traces have a stronger author, against how much stronger it is than "
+            "the rejected traces' author"
+        )
+    named = {a.name: a for a in arms}
+    return "; ".join(
+        f"{name}: {_arm_words(named[name])}" for name in (claim.a, claim.b) if name in named
     )
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
+def _arm_words(arm: Arm) -> str:
+    share = f"{arm.pairs} pairs" if arm.pairs else f"{100 * arm.fraction:.0f}% of pairs"
+    kept = {
+        "all": "all pairs",
+        "random": f"{share} at random",
+        "top": f"{share} of the largest gaps in {words(arm.by)}",
+        "bottom": f"{share} of the smallest gaps in {words(arm.by)}",
+        "middle": f"{share} of middling gaps in {words(arm.by)}",
+        "matched": f"{share} of the lengths of the top and the gaps of the pool",
+    }
+    return f"{arm.chosen} over {arm.rejected}, {kept.get(arm.keep, words(arm.keep))}"
+
+
+def claim_verdict(claim: Claim, effect: Measured | None) -> str:
+    """One of: not measured, shown (a gain or a loss), equivalent at the margin, undecided."""
+    if effect is None:
+        return "not measured: an arm of it is missing"
+    if effect.shown:
+        direction = "gain" if effect.estimate.value > 0 else "loss"
+        small = f", smaller than the margin of {claim.margin:g}"
+        return f"{direction} shown{small if effect.bound < claim.margin else ''}"
+    if effect.bound < claim.margin:
+        return f"equivalent: within ±{claim.margin:g}"
+    return f"undecided: neither shown nor within ±{claim.margin:g}"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names as in a sentence; of more than `most`, the number of the others."""
     shown = list(names[:most]) + ([f"{len(names) - most} more"] if len(names) > most else [])
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
+    return " and ".join([", ".join(shown[:-1])] * (len(shown) > 1) + list(shown[-1:]))
 
 
 def _per_domain(s: Summary, clauses: Sequence[str]) -> str:
@@ -55,11 +112,13 @@ def findings(s: Summary) -> list[Finding]:
     """The page's headline, made from the numbers alone."""
     return [
         *_part(s),
+        *_claims(s),
         *_generator_delta(s),
         *_sample_delta(s),
         *_survival(s),
         *_controls(s),
         *_arms(s),
+        *_greedy(s),
         *_instruments(s),
     ]
 
@@ -70,16 +129,30 @@ def _part(s: Summary) -> list[Finding]:
         return []
     run, config = len(s.arms), len(s.arms) + len(s.left_out)
     missing = (
-        f" Comparisons that need them are missing: {_listed(s.uncompared)}." if s.uncompared else ""
+        f" Comparisons that need them are missing: {listed(s.uncompared)}." if s.uncompared else ""
     )
     return [
         Finding(
             "Part of the study",
             f"this page has {run} of the {config} arms of the config "
-            f"({_listed([a.name for a in s.arms])}), and its p values are adjusted over these "
-            f"alone. Left out: {_listed(s.left_out)}.{missing} Prompts and pairs are those of the "
+            f"({listed([a.name for a in s.arms])}), and its p values are adjusted over these "
+            f"alone. Left out: {listed(s.left_out)}.{missing} Prompts and pairs are those of the "
             "whole study.",
         )
+    ]
+
+
+def _claims(s: Summary) -> list[Finding]:
+    """What was claimed before the run, first of all."""
+    return [
+        Finding(
+            "Claim",
+            f"{c.what}: {points(c.effect.estimate, 2 if c.claim.kind == 'slope' else 1)} "
+            f"{c.unit}; {c.verdict}."
+            if c.effect
+            else f"{c.what}: {c.verdict}.",
+        )
+        for c in s.claims
     ]
 
 
@@ -111,7 +184,8 @@ def _sample_delta(s: Summary) -> list[Finding]:
     sentences = []
     for (objective, judge, ranked_by), contrasts in groups.items():
         fractions = sorted({arms[c.a].arm.fraction for c in contrasts})
-        share = _listed([f"{100 * f:.0f}%" for f in fractions])
+        doubted = MARK if any(arms[c.a].doubt for c in contrasts) else ""
+        share = listed([f"{100 * f:.0f}%" for f in fractions])
         clauses = []
         for kind in dict.fromkeys(c.kind for c in contrasts):
             effects = [[c.difference[d] for c in contrasts if c.kind == kind] for d in s.domains]
@@ -119,7 +193,7 @@ def _sample_delta(s: Summary) -> list[Finding]:
         clauses[1:] = [c[0].upper() + c[1:] for c in clauses[1:]]
         sentences.append(
             Finding(
-                f"Sample delta, {objective.upper()}, judge {judge}",
+                f"Sample delta, {objective.upper()}, judge {judge}{doubted}",
                 f"training on the {share} of pairs with the largest gap in {words(ranked_by)}, "
                 f"{'. '.join(clauses)}.",
             )
@@ -127,34 +201,26 @@ def _sample_delta(s: Summary) -> list[Finding]:
     return sentences
 
 
-def _several(effects: Sequence[Estimate]) -> str:
+def _several(effects: Sequence[Measured]) -> str:
     """The outcome of one fraction, or the range over several."""
     if len(effects) == 1:
         return outcome(effects[0])
-    values, clear = [e.value for e in effects], sum(e.clear for e in effects)
+    values = [e.estimate.value for e in effects]
     return (
         f"{min(values):+.1f} to {max(values):+.1f} points over {len(effects)} fractions, "
-        f"{clear} of them with an interval off 0"
+        f"{sum(e.shown for e in effects)} of them shown"
     )
-
-
-def _verdict(change: Estimate) -> str:
-    if not change.clear:
-        return "no effect detected"
-    return "gain" if change.value > 0 else "loss"
 
 
 def _survival(s: Summary) -> list[Finding]:
     sentences = []
     for c in s.survival:
-        clauses = []
-        for change in (c.changes[d] for d in s.domains):
-            a, b = _verdict(change.a), _verdict(change.b)
-            clauses.append(
-                f"{'the same' if a == b else 'another'} verdict "
-                f"({c.first}: {a}, {points(change.a)}; {c.second}: {b}, {points(change.b)}; "
-                f"difference {points(change.difference)})"
-            )
+        # Whether one of two is shown and the other is not says nothing about their difference.
+        clauses = [
+            f"{outcome(change.difference)} between them ({c.first} {points(change.a)}, {c.second} "
+            f"{points(change.b)})"
+            for change in (c.changes[d] for d in s.domains)
+        ]
         sentences.append(
             Finding(
                 "Change of judge",
@@ -169,7 +235,7 @@ def _controls(s: Summary) -> list[Finding]:
     sentences = []
     for a in s.arms:
         if a.kind == "sft":
-            outcomes = _per_domain(s, [outcome(a.changes[d].change) for d in s.domains])
+            outcomes = _per_domain(s, [outcome(a.changes[d]) for d in s.domains])
             sentences.append(
                 Finding(
                     "Control, SFT",
@@ -185,21 +251,91 @@ def _arms(s: Summary) -> list[Finding]:
         return []
     clauses = []
     for d in s.domains:
-        clear = [(a.name, a.changes[d].change.value) for a in s.arms if a.changes[d].p_holm < 0.05]
-        up = [name for name, change in clear if change > 0]
-        down = [name for name, change in clear if change < 0]
-        gained = f"{len(up)} gained ({_listed(up)})" if up else "none gained"
-        lost = f"{len(down)} lost ({_listed(down)})" if down else "none lost"
-        limit = s.detectable.get(d)
-        shown = f"; one arm alone would have shown {limit:.1f} points" if limit is not None else ""
-        clauses.append(f"{gained} and {lost}{shown}")
+        shown = {a.name: a.changes[d].estimate.value for a in s.arms if a.changes[d].shown}
+        up = [name for name, change in shown.items() if change > 0]
+        down = [name for name, change in shown.items() if change < 0]
+        gained = f"{len(up)} gained ({listed(up)})" if up else "none gained"
+        lost = f"{len(down)} lost ({listed(down)})" if down else "none lost"
+        detectable = s.noise[d].detectable
+        limit = (
+            "too few answers changed to say which change would be shown"
+            if math.isnan(detectable)
+            else f"an arm in the middle shows {detectable:.1f} points with 80% power"
+        )
+        clauses.append(f"{gained} and {lost}; alone, {limit}")
     return [
         Finding(
             f"The {len(s.arms)} arms" if s.left_out else f"All {len(s.arms)} arms",
-            "against the student before training, after Holm's correction: "
+            "against the student before training, adjusted over all of them: "
             f"{_per_domain(s, clauses)}.",
         )
     ]
+
+
+def _greedy(s: Summary) -> list[Finding]:
+    """What part of the changes that were shown greedy decoding keeps, and what became sharper."""
+    sentences = []
+    before = s.student.surprise if s.student else math.nan
+    for twin in (r for r in s.readouts if r.greedy_twin):
+        shown = [a for a in s.arms if a.changes[twin.domain].shown]
+        kept = [
+            f"{a.name} changed {a.changes[twin.domain].estimate.value:+.1f} points sampled and "
+            f"{points(twin.changes[a.name].estimate)} greedy, its answers "
+            f"{a.surprise - before:+.3f} nats a token"
+            for a in shown
+        ]
+        if kept:
+            text = (
+                f"{DOMAIN_WORDS[twin.domain]} {'; '.join(kept[:_MOST])}"
+                f"{f'; {len(kept) - _MOST} more in the table' if len(kept) > _MOST else ''} "
+                f"(the student before: {before:.3f}). What a change loses under greedy "
+                "decoding is how often answers are drawn, and not which one the student prefers."
+            )
+            sentences.append(Finding("Sampled and greedy", text))
+    return sentences
+
+
+def unmeasured(s: Summary) -> list[str]:
+    """What no interval of the page contains, and what was not compared."""
+    if not s.arms:
+        return []
+    sentences = []
+    noise = list(s.noise.values())
+    if any(n.seed is None for n in noise):
+        sentences.append(
+            "The noise of training: no arm has several seeds, so every interval is of questions "
+            "alone and too short."
+        )
+    elif any(a.seeds == 1 for a in s.arms):
+        alone = sum(a.seeds == 1 for a in s.arms)
+        sentences.append(
+            f"The noise of training in {alone} of {len(s.arms)} arms, which have one seed: they "
+            f"borrow what the others measured ({noise[0].seed_freedom} degrees of freedom)."
+        )
+    if any(n.draw is None for n in noise):
+        sentences.append("Another draw of the pairs: no arm has several.")
+    sentences += [f"{c.what}: {c.verdict}." for c in s.claims if c.effect is None]
+    judged = [j.name for j in s.judges if j.audit is None and j.edited is None]
+    if judged:
+        sentences.append(f"Judge {listed(judged)} against known corruption.")
+    sentences += s.limits
+    if s.lessons:
+        sentences.append(s.lessons)
+    sentences += [
+        f"Rates beyond the {r.edge} that {r.objective} tried: it is the one that was chosen "
+        f"({r.chosen}), so a better one may lie outside."
+        for r in s.rates
+        if r.edge
+    ]
+    tuned = {r.objective for r in s.rates}
+    given = list(dict.fromkeys(a.arm.objective for a in s.arms if a.arm.objective not in tuned))
+    if len({a.arm.objective for a in s.arms}) > 1 and given:
+        sentences.append(
+            f"Which learning rate is best for {listed(given)}: it was given and not chosen by the "
+            "study, so what differs between objectives may be their rates."
+        )
+    sentences.append("Any other student, world or way of decoding than the one below.")
+    return sentences
 
 
 def _instruments(s: Summary) -> list[Finding]:
@@ -210,7 +346,7 @@ def _instruments(s: Summary) -> list[Finding]:
             Finding(
                 "Training",
                 f"in {len(falling)} of {len(s.arms)} arms the log-probabilities of chosen and "
-                f"rejected traces fell together ({_listed(falling)}): these arms made both kinds "
+                f"rejected traces fell together ({listed(falling)}): these arms made both kinds "
                 "of trace less likely.",
             )
         )
@@ -224,32 +360,39 @@ def judge_sentence(j: JudgeSummary, has_exact: bool) -> str:
       j: the judge.
       has_exact: whether the study has an exact judge to fall back on.
     """
-    if j.audit is None:
+    measured = j.edited or j.audit
+    if measured is None and not j.reliability:
+        return f"Judge {j.name} was measured neither against known corruption nor against itself."
+    reasons: dict[str, list[str]] = {}
+    for d in j.dimensions:
+        for reason, value in failings(j, d).items():
+            reasons.setdefault(reason, []).append(f"{words(d)} {value:.2f}")
+    if reasons:
+        useless = sum(bool(failings(j, d)) for d in j.dimensions)
+        why = "; ".join(f"{reason}: {', '.join(of)}" for reason, of in reasons.items())
+        carried = " The exact judge carries it." if has_exact and j.kind != "exact" else ""
         return (
-            f"Judge {j.name} was not measured against known corruption: the questions have no "
-            "known truth for that."
+            f"Judge {j.name} cannot carry a conclusion on {useless} of {len(j.dimensions)} "
+            f"dimensions: {why}.{carried}"
         )
-    auc, useless = j.audit.auc, [words(d) for d in j.audit.useless]
-    carried = " The exact judge carries it." if has_exact and j.kind != "exact" else ""
-    if j.audit.auc_mean < USELESS_AUC:
-        return (
-            f"Judge {j.name} cannot carry a conclusion: its AUC against known corruption is "
-            f"{j.audit.auc_mean:.2f} on average, below {USELESS_AUC}.{carried}"
-        )
-    low = [
-        f"{words(d)} ({a.value:.2f})" for d, a in auc.items() if USELESS_AUC <= a.value < WANTED_AUC
-    ]
-    if useless:
-        weak = f" It is weak, below {WANTED_AUC}, on {_listed(low)}." if low else ""
-        return (
-            f"Judge {j.name} cannot carry a conclusion on {_listed(useless)}: its AUC against "
-            f"known corruption is below {USELESS_AUC} there.{carried}{weak}"
-        )
+    auc = measured.auc if measured else {}
+    low = [f"{words(d)} ({a.value:.2f})" for d, a in auc.items() if a.value < WANTED_AUC]
     if low:
         return (
-            f"Judge {j.name} is usable but weak, with an AUC below {WANTED_AUC}, on {_listed(low)}."
+            f"Judge {j.name} is usable but weak, with an AUC below {WANTED_AUC}, on {listed(low)}."
         )
+    texts = "edited traces from the traces as they were" if j.edited else "corrupted solutions"
+    lowest = min((a.value for a in auc.values()), default=math.nan)
     return (
-        f"Judge {j.name} tells corrupted solutions from clean ones in every dimension (lowest AUC "
-        f"{min(a.value for a in auc.values()):.2f}; {WANTED_AUC} was wanted)."
+        f"Judge {j.name} tells {texts} in every dimension (lowest AUC {lowest:.2f}; {WANTED_AUC} "
+        "was wanted)."
     )
+
+
+def mark_names(text: str, doubted: Collection[str]) -> str:
+    """The text with a dagger behind every name of an arm whose judge can't carry a conclusion."""
+    if not doubted:
+        return text
+    # The longest name first, of names that begin alike; a name inside a longer one is not its arm.
+    names = "|".join(re.escape(name) for name in sorted(doubted, key=len, reverse=True))
+    return re.sub(rf"(?<![\w-])({names})(?![\w-]|\.\w)(?!{MARK})", rf"\1{MARK}", text)

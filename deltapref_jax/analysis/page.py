@@ -5,10 +5,11 @@ undefined is NaN, which `summary.json` writes as null. The keys of `summary.json
 except that a field marked MERGED gives its own keys to the object that contains it.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from deltapref_jax.analysis.statistics import Estimate, GapBin
-from deltapref_jax.config import Arm
+from deltapref_jax.config import Arm, Claim
 
 ByDomain = dict[str, Estimate]  # "in", "out"
 MERGED = {"merged": True}
@@ -22,6 +23,7 @@ class Evaluation:
     accuracy: ByDomain = field(metadata=MERGED)
     truncated: float  # percent of answers cut at the token limit
     tokens: float  # mean length
+    surprise: float  # nats a token: mean of -log p, at temperature 1, of what was sampled
 
 
 @dataclass
@@ -30,6 +32,7 @@ class GeneratorSummary:
 
     name: str
     about: str
+    quantization: str  # format of its matrices; "" where they are not quantised
     traces: int
     train_truncated: float  # percent
     train_tokens: float  # mean length
@@ -46,17 +49,85 @@ class SuiteSummary:
     questions: int
     example: str  # its first question
     samples: int  # per question
-    accuracy: dict[str, float]  # "student" and generators
+    accuracy: dict[str, Estimate]  # before training, of "student" and generators
+    limit: str  # "floor" or "ceiling" (suites.RULE), "" elsewhere
+    changes: "MeasuredBy" = field(default_factory=dict)  # by arm
 
 
 @dataclass
-class ArmChange:
-    """An arm's change against the student before training, in one domain."""
+class Measured:
+    """An effect in points, its p value adjusted over the table that it stands in."""
 
-    change: Estimate
+    estimate: Estimate
     p: float
-    p_holm: float  # adjusted over the arms of the domain
-    p_bh: float
+    p_adjusted: float
+    bound: float  # the effect is equivalent to 0 at every margin from here (TOST at 5%)
+
+    @property
+    def shown(self) -> bool:
+        """Whether the adjusted p value is below 5%."""
+        return self.p_adjusted < 0.05
+
+
+MeasuredBy = dict[str, Measured]  # "in", "out"
+
+
+@dataclass
+class ClaimResult:
+    """A comparison that was named before the run, and what became of it."""
+
+    claim: Claim
+    what: str  # in words
+    about: str  # what its arms are
+    effect: Measured | None  # adjusted over all claims; None where the run lacks an arm of it
+    unit: str  # of the effect
+    verdict: str
+
+
+@dataclass
+class Purchase:
+    """What could be bought, and about how wide an interval it would leave."""
+
+    what: str
+    half_width: float  # of a 95% interval, in points
+
+
+@dataclass
+class ControlResult:
+    """A control that must come out, recognised from the config, and whether it did."""
+
+    kind: str  # "null", "random", "placebo" or "negative"
+    what: str  # in words
+    arms: tuple[str, ...]
+    effects: MeasuredBy  # adjusted over all controls and domains
+    expected: str
+    came_out: bool | None  # None: undecided
+
+    @property
+    def verdict(self) -> str:
+        """What became of it, in words."""
+        return {True: "came out", False: "did not come out", None: "undecided"}[self.came_out]
+
+
+@dataclass
+class NoiseBudget:
+    """Where the noise of an arm's change comes from in one domain, in points (SD)."""
+
+    arm: str  # the one in the middle, by its noise
+    seeds: int  # of this arm
+    draws: int  # of its pairs
+    questions: float  # of this arm, averaged over its runs
+    seed: float | None  # of one run's main effect; None where no arm has several seeds
+    seed_freedom: int  # degrees of freedom that measured it
+    draw: float | None  # of one draw of pairs; None where no arm has several draws
+    draw_freedom: int
+    shares: dict[str, float]  # percent of this arm's variance: "questions", "seeds", "draws"
+    half_width: float  # of a 95% interval of this arm, by a normal distribution
+    # Change that this arm shows with 80% power at a two-sided 5%; NaN where too few answers changed
+    # to say, and the half width is that of the exact interval.
+    detectable: float
+    options: list[Purchase]
+    buy: str  # what would narrow the intervals most
 
 
 @dataclass
@@ -64,6 +135,9 @@ class TrainingSummary:
     """Means over the last quarter of the steps of all seeds; NaN where a metric was not written."""
 
     steps: int | None
+    epochs: float  # how often every pair was seen
+    pairs_per_step: int  # of the config; a smaller pool is one step
+    learning_rate: float  # at its peak
     loss: float
     grad_norm: float
     accuracy: float  # share of pairs whose chosen trace has the larger reward
@@ -78,9 +152,12 @@ class TrainingSummary:
 class ArmSummary:
     """One arm: config, pairs, training and evaluation."""
 
-    arm: Arm = field(metadata=MERGED)  # `seeds` below replaces the config's in the JSON
+    arm: Arm = field(metadata=MERGED)  # counts below replace the config's fields
     kind: str  # of its objective
     seeds: int  # evaluated
+    draws: int  # of its pairs, evaluated
+    balanced: bool  # a rung that keeps some pairs only (`config.Experiment.balance`)
+    budget: str  # its own steps or epochs in words; "" where it has those of all arms
     pair_judge: str  # judge whose ratings shaped its pairs; "" if none did
     generator_delta: ByDomain | None  # None where a generator was not evaluated
     sample_delta: dict[str, float]  # judge → mean gap in rating points
@@ -91,8 +168,10 @@ class ArmSummary:
     rejected_tokens: float
     truncated: float  # percent of the evaluated answers
     tokens: float
+    surprise: float  # of the evaluated answers, as in `Evaluation`
     training: TrainingSummary
-    changes: dict[str, ArmChange] = field(metadata=MERGED)  # by domain
+    changes: MeasuredBy = field(metadata=MERGED)
+    doubt: str = ""  # why the judge that ranked its pairs can't carry a conclusion
 
     @property
     def name(self) -> str:
@@ -115,10 +194,35 @@ class Trend:
     rungs: int  # arms
     low: str  # arm of the smallest delta
     high: str  # arm of the largest delta
-    per_10: Estimate  # slope: points of change per 10 points of generator delta
-    ends: Estimate  # high minus low
+    per_10: Measured  # slope: points of change per 10 points of generator delta
+    ends: Measured  # high minus low
     kendall: float  # rank correlation
     centre: tuple[float, float]  # mean delta, mean change
+
+
+@dataclass
+class Readout:
+    """A second read-out of the student and of the arms, which no domain averages."""
+
+    suite: str  # its name, or how many suites are read again and averaged as their domain
+    domain: str  # of its questions
+    what: str  # in words, such as "accuracy, greedy"
+    greedy_twin: bool  # all questions of the domain, each with one greedy answer
+    student: Estimate  # percent, before training
+    changes: dict[str, Measured]  # by arm; p values adjusted over all arms and read-outs
+
+
+@dataclass
+class RateChoice:
+    """The learning rates that an objective tried, and what the tuning questions chose."""
+
+    objective: str
+    arm: str  # that tried them
+    suites: list[str]  # of the questions
+    questions: int
+    tried: dict[str, Estimate]  # rate → accuracy in percent
+    chosen: str
+    edge: str  # "lowest" or "highest" where it is one of those that were tried; "" otherwise
 
 
 @dataclass
@@ -128,7 +232,7 @@ class Contrast:
     a: str
     b: str
     kind: str  # how the pairs of b were selected
-    difference: ByDomain = field(metadata=MERGED)
+    difference: MeasuredBy = field(metadata=MERGED)
 
 
 @dataclass
@@ -137,7 +241,7 @@ class SurvivalChange:
 
     a: Estimate
     b: Estimate
-    difference: Estimate
+    difference: Measured
 
 
 @dataclass
@@ -154,12 +258,41 @@ class Survival:
 
 @dataclass
 class JudgeAudit:
-    """A judge against solutions that were corrupted in a known dimension to a known degree."""
+    """A judge against texts that were corrupted in a known dimension to a known degree."""
 
-    auc: dict[str, Estimate]  # by dimension: clean above corrupted
+    auc: dict[str, Estimate]  # by dimension: a text above its corrupted versions
     auc_mean: float
     curves: dict[str, list[float]]  # dimension → mean rating at every degree; NaN where none was
-    useless: list[str]  # dimensions below USELESS_AUC
+    texts: dict[str, int]  # dimension → texts that could be corrupted in it
+
+
+@dataclass
+class Reliability:
+    """How well a judge's gaps agree with themselves when its rubric is worded otherwise."""
+
+    one: float  # reliability of one reading: mean correlation between wordings
+    averaged: float  # of the mean of all readings, by Spearman and Brown
+    readings: int
+    pairs: int
+
+
+@dataclass
+class JudgeOnPairs:
+    """How well a judge's gaps follow the truth on the pairs of one arm."""
+
+    arm: str
+    by: str  # what ratings shaped these pairs by: "sum" or a dimension; "" if this judge did not
+    pairs: int
+    against: str  # whose gaps stand for the truth: "judge" and its name, or "correctness"
+    # Rank correlation of gaps by dimension, and of their sum; NaN where one side is constant.
+    dimensions: dict[str, float]
+    given_length: dict[str, float]  # the same, partial: difference in tokens held constant
+    tied: int | None  # pairs tied at the cut, the most of any draw; None where none was ranked
+    # Share of the pairs kept as the top ones: that are expected to be truly the top by the judge's
+    # own reliability, that are in the top by the truth, and by chance.
+    expected_top: float
+    true_top: float
+    chance_top: float
 
 
 @dataclass
@@ -168,6 +301,7 @@ class JudgeSummary:
 
     name: str
     kind: str
+    quantization: str  # format of its matrices; "" where they are not quantised
     traces: int  # rated
     dimensions: tuple[str, ...]
     by_generator: dict[str, float]  # mean rating
@@ -176,6 +310,11 @@ class JudgeSummary:
     halo: float  # mean rank correlation between dimensions
     length: float  # rank correlation of the mean rating with the number of tokens
     audit: JudgeAudit | None = field(metadata=MERGED)
+    correct: float = math.nan  # rank correlation of the mean rating with verified correctness
+    correct_given_length: float = math.nan  # the same, partial: tokens held constant
+    edited: JudgeAudit | None = None  # on traces that the generators wrote
+    reliability: dict[str, Reliability] = field(default_factory=dict)  # by dimension, and "sum"
+    on_pairs: list[JudgeOnPairs] = field(default_factory=list)  # the arm of most pairs first
 
 
 @dataclass
@@ -237,17 +376,25 @@ class Summary:
     uncompared: list[str] = field(default_factory=list)
     student: Evaluation | None = None
     suites: list[SuiteSummary] = field(default_factory=list)
-    # Smallest change in points that one arm would show, by domain; planned before training.
-    detectable: dict[str, float] = field(default_factory=dict)
-    detectable_seeds: int = 1
+    claims: list[ClaimResult] = field(default_factory=list)
+    control_results: list[ControlResult] = field(default_factory=list)
+    noise: dict[str, NoiseBudget] = field(default_factory=dict)  # by domain
+    quantised: str = ""  # a sentence that names the quantised models
     generators: list[GeneratorSummary] = field(default_factory=list)
     arms: list[ArmSummary] = field(default_factory=list)
     trends: list[Trend] = field(default_factory=list)
     contrasts: list[Contrast] = field(default_factory=list)
     survival: list[Survival] = field(default_factory=list)
     controls: list[Contrast] = field(default_factory=list)
+    readouts: list[Readout] = field(default_factory=list)
+    rates: list[RateChoice] = field(default_factory=list)
+    budgets: list[Contrast] = field(default_factory=list)  # arms that differ only in their budget
     judges: list[JudgeSummary] = field(default_factory=list)
+    trivial: list[JudgeSummary] = field(default_factory=list)  # correctness and length as judges
     agreement: list[Agreement] = field(default_factory=list)
+    lessons: str = ""  # whether the models had met the families out of domain
+    limits: list[str] = field(default_factory=list)  # what suites at floor or ceiling do
+    unmeasured: list[str] = field(default_factory=list)  # what no interval of the page contains
     stages: list[StageSummary] = field(default_factory=list)
     dropped: list[DropCount] = field(default_factory=list)
     judge_sentences: list[str] = field(default_factory=list)

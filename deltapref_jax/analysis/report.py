@@ -1,8 +1,10 @@
 """The page: one self-contained HTML file that a reader who sees nothing else can understand."""
 
 import dataclasses
+import functools
 import json
 import math
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -11,23 +13,31 @@ import jinja2
 from rich.table import Table
 
 from deltapref_jax.analysis import figures
-from deltapref_jax.analysis.figures import Line, Point
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, points, words
-from deltapref_jax.analysis.judges import USELESS_AUC
+from deltapref_jax.analysis.figures import Drawn, Line, Point
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, MARK, mark_names, points, words
+from deltapref_jax.analysis.judges import USELESS_AUC, USELESS_RELIABILITY
 from deltapref_jax.analysis.page import ArmSummary, Summary
+from deltapref_jax.analysis.pair_browser import browser, script_json
 from deltapref_jax.analysis.study import Study
+from deltapref_jax.analysis.suites import RULE
 from deltapref_jax.analysis.summary import plain
 from deltapref_jax.config import OBJECTIVE_KINDS, Experiment
 from deltapref_jax.display import xml_text
-from deltapref_jax.records import Pair, Prompt, from_table
 
-_PAIRS_SHOWN = 120
 _CURVES_SHOWN = 32
 
 Curve = list[tuple[float, float]]  # step, nats
 
 
-def _ladder(s: Summary) -> str | None:
+def _claims(s: Summary) -> Drawn | None:
+    """Claims that were measured, with the band of their margins."""
+    rows = [
+        figures.Row(c.what, {"": c.effect.estimate}, c.claim.margin) for c in s.claims if c.effect
+    ]
+    return figures.forest(rows, "points; shaded: within the margin") if rows else None
+
+
+def _ladder(s: Summary) -> Drawn | None:
     """Change against measured generator delta; a line per objective, SFT as single points."""
     rungs = [
         (a.delta, a)
@@ -37,12 +47,12 @@ def _ladder(s: Summary) -> str | None:
     ]
     if not rungs:
         return None
-    trends = {(t.objective, t.domain): (*t.centre, t.per_10.value / 10) for t in s.trends}
+    trends = {(t.objective, t.domain): (*t.centre, t.per_10.estimate.value / 10) for t in s.trends}
     objectives = dict.fromkeys((a.arm.objective, a.kind) for _, a in rungs)
 
     def line(objective: str, kind: str, domain: str) -> Line:
         arms = [
-            Point(delta, a.changes[domain].change, a.arm.chosen)
+            Point(delta, a.changes[domain].estimate, a.arm.chosen + _mark(a))
             for delta, a in rungs
             if a.arm.objective == objective
         ]
@@ -52,7 +62,7 @@ def _ladder(s: Summary) -> str | None:
     return figures.panels({"": panels}, "generator delta, points of in-domain accuracy")
 
 
-def _selection(s: Summary) -> str | None:
+def _selection(s: Summary) -> Drawn | None:
     """Change against the share of pairs kept: a row of panels per objective, a line per selection.
 
     Arms that keep all pairs of the same generators are the points at 100%.
@@ -70,8 +80,9 @@ def _selection(s: Summary) -> str | None:
             for a in s.arms
             if (a.arm.keep, a.arm.group, a.arm.objective) == ("all", "ladder", objective)
             and (a.arm.chosen, a.arm.rejected) in generators
+            and not a.balanced
         ]
-        selections = dict.fromkeys((a.arm.keep, a.pair_judge) for a in arms)
+        selections = dict.fromkeys((a.arm.keep, a.pair_judge, a.budget) for a in arms)
         rows[objective.upper()] = {
             d: [_kept_line(*selection, d, arms, everything, judges) for selection in selections]
             for d in s.domains
@@ -82,23 +93,26 @@ def _selection(s: Summary) -> str | None:
 def _kept_line(
     keep: str,
     judge: str,
+    budget: str,
     domain: str,
     arms: Sequence[ArmSummary],
     everything: Sequence[ArmSummary],
     judges: Sequence[str],
 ) -> Line:
-    """Arms of one selection by one judge, with those that keep all pairs."""
-    selected = [a for a in arms if (a.arm.keep, a.pair_judge) == (keep, judge)]
+    """Arms of one selection by one judge and one budget, with those that keep all pairs."""
+    selected = [a for a in arms if (a.arm.keep, a.pair_judge, a.budget) == (keep, judge, budget)]
     shares = [(100 * a.arm.fraction, a) for a in selected] + [(100.0, a) for a in everything]
+    named = f"{keep}, judge {judge}" if judge and len(judges) > 1 else keep
+    doubted = MARK if any(a.doubt for a in selected) else ""
     return Line(
-        f"{keep}, judge {judge}" if judge and len(judges) > 1 else keep,
+        (f"{named}, {budget}" if budget else named) + doubted,
         keep,
-        [Point(share, a.changes[domain].change) for share, a in shares],
+        [Point(share, a.changes[domain].estimate) for share, a in shares],
         dashed=bool(judge) and judge != judges[0],
     )
 
 
-def _curves(study: Study, s: Summary) -> str | None:
+def _curves(study: Study, s: Summary) -> Drawn | None:
     """Log-probabilities of chosen and rejected traces while the first seed of every arm trains.
 
     They are relative to the reference's; without one (SFT, SimPO), to those at the first step.
@@ -114,7 +128,7 @@ def _curves(study: Study, s: Summary) -> str | None:
             for side in ("chosen", "rejected")
         }
         if shown := {side: curve for side, curve in sides.items() if curve}:
-            runs[a.name] = shown
+            runs[a.name + _mark(a)] = shown
     return figures.training_curves(runs) if runs else None
 
 
@@ -129,76 +143,38 @@ def _curve(metrics: Sequence[Mapping[str, float]], side: str, beta: float | None
     return [(step, logp - logps[0][1]) for step, logp in logps]
 
 
-def draw(study: Study, s: Summary) -> dict[str, str]:
-    """The page's figures as SVG, by name; those that the study has data for."""
+def _mark(arm: ArmSummary) -> str:
+    return MARK if arm.doubt else ""
+
+
+def draw(study: Study, s: Summary) -> dict[str, Drawn]:
+    """The page's figures, by name; those that the study has data for."""
     curves = {j.name: j.audit.curves for j in s.judges if j.audit}
+    edited = {j.name: j.edited.curves for j in s.judges if j.edited}
     drawn = {
+        "claims": _claims(s),
         "ladder": _ladder(s),
         "selection": _selection(s),
         "training": _curves(study, s),
         "audit": figures.degree_curves(curves) if curves else None,
+        "audit-traces": figures.degree_curves(edited) if edited else None,
     }
     drawn |= {
         f"agreement-{a.second}": figures.agreement(a.bins, a.first, a.second)
         for a in s.agreement
         if a.bins
     }
-    return {name: svg for name, svg in drawn.items() if svg}
+    return {name: figure for name, figure in drawn.items() if figure}
 
 
-@dataclasses.dataclass
-class _ShownTrace:
-    text: str
-    model: str  # generator
-    correct: bool | None
-    ratings: dict[str, dict[str, float]]  # judge → dimension → rating
+def _template(name: str) -> str:
+    """Text of a template of this package."""
+    return resources.files("deltapref_jax.analysis").joinpath(name).read_text(encoding="utf-8")
 
 
-@dataclasses.dataclass
-class _ShownPair:
-    """A pair for the page's script, which reads these names."""
-
-    arms: list[str]
-    question: str
-    answer: str
-    chosen: _ShownTrace
-    rejected: _ShownTrace
-
-
-def _shown_pairs(study: Study) -> list[_ShownPair]:
-    """Pairs for the page, spread evenly over the arms; the script escapes what it shows."""
-    prompts = {p.prompt_id: p for p in from_table(Prompt, study.prompts)}
-    text = study.trace_column("text")
-
-    def side(trace_id: str, model: str) -> _ShownTrace:
-        row = study.row_of[trace_id]
-        correct = study.correct[row]
-        ratings = {
-            judge: {
-                d: round(float(r), 2)
-                for d, r in zip(rated.dimensions, rated.matrix[row], strict=True)
-            }
-            for judge, rated in study.rated.items()
-        }
-        return _ShownTrace(
-            text[row], model, None if math.isnan(correct) else bool(correct), ratings
-        )
-
-    shown: dict[str, _ShownPair] = {}
-    per_arm = max(2, _PAIRS_SHOWN // max(1, len(study.pairs)))
-    for arm, table in study.pairs.items():
-        rows = range(0, table.num_rows, max(1, table.num_rows // per_arm))[:per_arm]
-        for p in from_table(Pair, table.take(list(rows))):
-            if p.pair_id not in shown:
-                shown[p.pair_id] = _ShownPair(
-                    [],
-                    prompts[p.prompt_id].question,
-                    prompts[p.prompt_id].answer,
-                    side(p.chosen_id, p.chosen_model),
-                    side(p.rejected_id, p.rejected_model),
-                )
-            shown[p.pair_id].arms.append(arm)
-    return list(shown.values())
+def _csv_link(text: str) -> str:
+    """A CSV file inside of a link, so that the page stays one file."""
+    return "data:text/csv;charset=utf-8," + urllib.parse.quote(text)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -217,8 +193,37 @@ def _config(experiment: Experiment) -> str:
     return json.dumps({name: plain(getattr(experiment, name)) for name in hashed}, indent=1)
 
 
+def render_template(
+    name: str, drawn: Mapping[str, Drawn], doubted: Sequence[str] = (), **shown: Any
+) -> str:
+    """A page of this package as text.
+
+    Args:
+      name: of its template.
+      drawn: figures, by name.
+      doubted: names of arms that its filter `marked` marks.
+      **shown: what the template reads besides.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"points": points, "words": words, "number": _number}
+    environment.filters["marked"] = functools.partial(mark_names, doubted=doubted)
+    return environment.get_template(name).render(
+        figures=drawn,
+        csv_links={name: _csv_link(figure.csv) for name, figure in drawn.items()},
+        domain_words=DOMAIN_WORDS,
+        **shown,
+    )
+
+
 def render(
-    study: Study, summary: Summary, drawn: Mapping[str, str], rubric: Mapping[str, str]
+    study: Study, summary: Summary, drawn: Mapping[str, Drawn], rubric: Mapping[str, str]
 ) -> str:
     """The page as text; text of traces and configs is escaped, and the page fetches nothing.
 
@@ -228,30 +233,24 @@ def render(
       drawn: figures of `draw`.
       rubric: dimension to the question that judges answer.
     """
-    template = (
-        resources.files("deltapref_jax.analysis")
-        .joinpath("report.html.jinja")
-        .read_text(encoding="utf-8")
-    )
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=_shown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"points": points, "words": words, "number": _number}
-    # Inside <script>, JSON must not be able to end the element.
-    pairs = json.dumps(plain(_shown_pairs(study)))
-    for character in "<>&":
-        pairs = pairs.replace(character, f"\\u{ord(character):04x}")
-    return environment.from_string(template).render(
+    shown = browser(study, {a.name: a.name + _mark(a) for a in summary.arms})
+    doubts: dict[str, list[str]] = {}  # reason → arms
+    for arm in summary.arms:
+        if arm.doubt:
+            name, _, why = arm.doubt.partition(": ")
+            doubts.setdefault(why, []).append(name)
+    return render_template(
+        "report.html.jinja",
+        drawn,
+        [a.name for a in summary.arms if a.doubt],
         s=summary,
-        figures=drawn,
-        pairs=pairs,
+        shown=shown,
+        doubts=doubts,
+        pairs=script_json(shown),
+        suite_rule=RULE,
         versions=study.versions,
-        domain_words=DOMAIN_WORDS,
         useless=USELESS_AUC,
+        useless_reliability=USELESS_RELIABILITY,
         rubric=rubric,
         hidden_curves=max(0, len(summary.arms) - _CURVES_SHOWN),
         experiment=study.experiment,
@@ -266,10 +265,12 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
       summary: content of `summary.json`.
     """
     domains = summary["domains"]
+    doubted = [arm["name"] for arm in summary["arms"] if arm["doubt"]]
     table = Table(
         title=summary["question"],
         title_justify="left",
-        caption="points of accuracy against the student before training, 95% intervals",
+        caption="points of accuracy against the student before training, 95% intervals"
+        + (f"; {MARK}: the judge is below the bar, see the page" if doubted else ""),
         caption_justify="left",
     )
     table.add_column("arm", overflow="fold")
@@ -280,5 +281,9 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("student before", "", *(f"{student[d][0]:.1f}%" for d in domains))
         table.add_section()
     for arm in summary["arms"]:
-        table.add_row(arm["name"], str(arm["pairs"]), *(points(arm[d]["change"]) for d in domains))
+        table.add_row(
+            mark_names(arm["name"], doubted),
+            str(arm["pairs"]),
+            *(points(arm[d]["estimate"]) for d in domains),
+        )
     return table

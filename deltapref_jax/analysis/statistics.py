@@ -1,13 +1,14 @@
-"""Statistics of a study: questions are clusters, differences are paired, and all draws are seeded.
+"""Statistics of accuracies and ratings: questions are clusters, and all draws are seeded.
 
 The accuracy of a domain is the mean over its suites of the mean over questions of the mean over
 samples (avg@k). The k samples of one question are not independent, so intervals come from
-resampling questions within suites, and the seeds of an arm above them (arXiv 2411.00640 on
-clustered and paired errors of evaluations). All of it is NumPy.
+resampling questions within suites (arXiv 2411.00640 on clustered errors of evaluations).
+`analysis.effects` has the differences between models.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -18,8 +19,7 @@ from numpy.typing import ArrayLike
 from deltapref_jax.analysis.study import columns
 
 DRAWS = 2000  # of every bootstrap
-_NORMAL = NormalDist()
-_Z95 = _NORMAL.inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
+_Z95 = NormalDist().inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
 
 
 class Estimate(NamedTuple):
@@ -43,27 +43,48 @@ class Answers(NamedTuple):
     samples: np.ndarray  # [n] k
 
 
+# From rows of `records.Result` and the name of what is read, to answers by suite.
+Read = Callable[[pa.Table, str], Mapping[str, Answers]]
+
+
 def by_question(results: pa.Table, domain: str) -> dict[str, Answers]:
     """Suite → answers in `domain`, from rows of `records.Result`; empty where there are none."""
-    suite_of, domain_of, prompts, correct = columns(
-        results, "suite", "domain", "prompt_id", "correct"
+    suite_of, domain_of = columns(results, "suite", "domain")
+    return {
+        suite: answers(results, (suite_of == suite) & (domain_of == domain))
+        for suite in sorted(set(suite_of[domain_of == domain]))
+    }
+
+
+def answers(results: pa.Table, rows: np.ndarray) -> Answers:
+    """The answers in some rows of `records.Result`, by a mask [rows]."""
+    prompts, correct = columns(results, "prompt_id", "correct")
+    questions, index, k = np.unique(
+        prompts[rows].astype(str), return_inverse=True, return_counts=True
     )
-    suites = {}
-    for suite in sorted(set(suite_of[domain_of == domain])):
-        rows = (suite_of == suite) & (domain_of == domain)
-        questions, index, k = np.unique(
-            prompts[rows].astype(str), return_inverse=True, return_counts=True
-        )
-        right = np.bincount(index, weights=correct[rows].astype(float))
-        suites[suite] = Answers(questions, right / k, k)
-    return suites
+    right = np.bincount(index, weights=correct[rows].astype(float))
+    return Answers(questions, right / k, k)
+
+
+def pass_at_k(samples: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+    """Probability that one of k samples is right, without bias: 1 - C(n-c, k) / C(n, k).
+
+    The estimator of arXiv 2107.03374, section 2.1, as its product over the wrong samples.
+
+    Args:
+      samples: n of every question, at least k.
+      right: c of every question.
+      k: samples drawn without replacement.
+    """
+    none = np.ones(len(samples))
+    for i in range(k):
+        # The i-th of k draws is wrong too; C(n-c, k) is 0 once they are used up.
+        none *= np.maximum(samples - right - i, 0) / (samples - i)
+    return 1 - none
 
 
 def _weights(suites: Mapping[str, Answers], draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Bootstrap weight of every question, float [draws, n] per suite.
-
-    All arms use the same weights, so that their contrasts are paired.
-    """
+    """Bootstrap weight of every question, float [draws, n] per suite."""
     rng = np.random.default_rng(seed)
     # Counts of n draws with replacement, divided by n, are the weights of a resampled mean.
     return {
@@ -86,13 +107,15 @@ def _estimate(value: float, drawn: np.ndarray, questions: int) -> Estimate:
     return Estimate(float(value), max(float(low), -100.0), min(float(high), 100.0))
 
 
-def accuracy(results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def accuracy(
+    results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0, read: Read = by_question
+) -> Estimate:
     """Accuracy in percent with a cluster-bootstrap interval over questions.
 
     Raises:
       ValueError: the table has no question in `domain`.
     """
-    suites = by_question(results, domain)
+    suites = read(results, domain)
     if not suites:
         raise ValueError(f"No answer is of domain {domain!r}; add a suite of it.")
     weights = _weights(suites, draws, seed)
@@ -103,169 +126,20 @@ def accuracy(results: pa.Table, domain: str, draws: int = DRAWS, seed: int = 0) 
     return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 100.0))
 
 
-class Change(NamedTuple):
-    """Difference between an arm and the student before training, in points."""
-
-    estimate: Estimate
-    draws: np.ndarray  # [draws] of the bootstrap; a draw has the same questions in all arms
-    p: float  # two-sided, normal approximation with the bootstrap's standard error
-    questions: int
-
-
-def changes(
-    before: pa.Table,
-    after: Mapping[str, Sequence[pa.Table]],
-    domain: str,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> dict[str, Change]:
-    """Paired change of every arm; several seeds of an arm are resampled above the questions.
-
-    Of S seeds S - 1 are drawn, which makes the bootstrap's variance over seeds unbiased (Rao & Wu,
-    JASA 1988); drawing S would understate it by a half where S = 2. Seeds and questions are
-    crossed, and resampling both is slightly conservative (Owen, Annals of Applied Statistics 2007).
-
-    Args:
-      before: rows of `records.Result`, of the student before training.
-      after: arm to tables of `records.Result`, one per seed, on the same questions.
-      domain: "in" or "out".
-      draws: of the bootstrap.
-      seed: of the bootstrap.
-
-    Raises:
-      ValueError: an arm was evaluated on other questions than the student.
-    """
-    base = by_question(before, domain)
-    weights = _weights(base, draws, seed)
-    count = sum(len(a.questions) for a in base.values())
-    changed = {}
-    for index, (arm, tables) in enumerate(after.items()):
-        gaps = _gaps(arm, base, [by_question(results, domain) for results in tables])
-        runs = len(tables)
-        picked = max(runs - 1, 1)
-        # Runs of different arms are independent, so every arm draws its own seeds.
-        share = (
-            np.random.default_rng([seed, index]).multinomial(picked, [1 / runs] * runs, draws)
-            / picked
-        )
-        # A draw weights the seeds by `share` and the questions by those weights that all arms
-        # share.
-        drawn = 100 * np.mean(
-            [np.sum((share @ g) * weights[suite], axis=1) for suite, g in gaps.items()], axis=0
-        )
-        value = 100 * float(np.mean([g.mean() for g in gaps.values()]))
-        estimate = _estimate(value, drawn, count)
-        # Equal draws have no spread; the rule of three's interval gives the error then.
-        error = float(drawn.std(ddof=1)) or (estimate.high - estimate.low) / (2 * _Z95)
-        changed[arm] = Change(estimate, drawn, two_sided(value, error), count)
-    return changed
+def suite_accuracy(answers: Answers) -> Estimate:
+    """Accuracy in percent of one suite, with the interval that `accuracy` would give it."""
+    n = len(answers.questions)
+    value = 100 * float(answers.mean.mean())
+    estimate = _estimate(value, 100 * (_suite_weights(n) @ answers.mean), n)
+    return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 100.0))
 
 
-def _gaps(
-    arm: str, base: Mapping[str, Answers], runs: Sequence[Mapping[str, Answers]]
-) -> dict[str, np.ndarray]:
-    """Accuracy after minus before of every question, float [seeds, n] per suite."""
-    for suite, a in base.items():
-        for run in runs:
-            if suite not in run or not np.array_equal(run[suite].questions, a.questions):
-                raise ValueError(
-                    f"Arm {arm!r} and the student answered different questions of suite {suite!r}; "
-                    "evaluate both with the same config."
-                )
-    return {
-        suite: np.stack([run[suite].mean - a.mean for run in runs]) for suite, a in base.items()
-    }
-
-
-def two_sided(value: float, error: float) -> float:
-    """P value of `value` under a normal null with standard error `error`; 1 where both are 0."""
-    if error == 0:
-        return 1.0 if value == 0 else 0.0
-    return 2 * (1 - _NORMAL.cdf(abs(value) / error))
-
-
-def minimum_detectable(
-    before: pa.Table, seeds: int = 1, power: float = 0.8, level: float = 0.05
-) -> dict[str, float]:
-    """Smallest true change in points that one arm would show, by domain.
-
-    This assumes that training shifts all questions and all seeds equally, so that the error of a
-    paired difference is sampling alone: the within-question variance over k of the student, plus
-    that of the arm, which shrinks with the seeds. The variance is estimated from the student's own
-    k samples. Where k = 1, or where no question has both right and wrong samples (greedy decoding),
-    its largest value p(1 - p) replaces it, with p pulled away from 0 and 1 by two right and two
-    wrong answers (Agresti & Coull 1998). Questions or seeds that react differently make the true
-    number larger; that policies share their draws makes it smaller.
-
-    Args:
-      before: rows of `records.Result`, of the student; the arm is assumed to be evaluated on as
-        many questions and samples.
-      seeds: of the arm.
-      power: chance of finding a change of the returned size.
-      level: chance of finding a change where there is none, two-sided.
-    """
-    # A two-sided normal test has this power at an effect of z(1 - level / 2) + z(power) errors.
-    factor = _NORMAL.inv_cdf(1 - level / 2) + _NORMAL.inv_cdf(power)
-    smallest = {}
-    for domain in ("in", "out"):
-        suites = by_question(before, domain)
-        variance = 0.0
-        for a in suites.values():
-            n = len(a.questions)
-            # Unbiased variance of a question's mean: p(1 - p) / (k - 1).
-            within = float(np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1)))
-            if a.samples.min() == 1 or within == 0:
-                p = (float(a.mean.sum()) + 2) / (n + 4)
-                within = p * (1 - p)
-            # The student's error is there once, and the arm's is divided by its seeds.
-            variance += (1 + 1 / seeds) * within / n
-        if suites:
-            # The mean over suites has the root of the summed variances, divided by their number.
-            smallest[domain] = 100 * factor * math.sqrt(variance) / len(suites)
-    return smallest
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """P values that hold for the whole family of tests, by Holm's step-down method (1979)."""
-    ordered = sorted(p, key=lambda name: p[name])
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(ordered):
-        # The running maximum keeps the order: no p value may pass a smaller one.
-        largest = max(largest, min(1.0, p[name] * (len(ordered) - rank)))
-        adjusted[name] = largest
-    return {name: adjusted[name] for name in p}
-
-
-def benjamini_hochberg(p: Mapping[str, float]) -> dict[str, float]:
-    """P values that bound the share of false discoveries (Benjamini & Hochberg 1995)."""
-    ordered = sorted(p, key=lambda name: p[name], reverse=True)
-    adjusted, smallest = {}, 1.0
-    for larger, name in enumerate(ordered):  # so many p values are larger
-        # The running minimum keeps the order, from the largest p value down.
-        smallest = min(smallest, p[name] * len(ordered) / (len(ordered) - larger))
-        adjusted[name] = smallest
-    return {name: adjusted[name] for name in p}
-
-
-def slope(x: Sequence[float], y: Sequence[Change]) -> Estimate | None:
-    """Least-squares slope of changes on x, in points per unit; None below 3 arms or at one x.
-
-    It tests "a larger delta helps more". The arms' errors are correlated (they share questions and
-    student), which the interval respects because it comes from the arms' joint bootstrap draws. The
-    error of x is not in the interval.
-    """
-    centred = np.asarray(x, float) - np.mean(x) if len(x) else np.zeros(0)
-    if len(x) < 3 or not centred.any():
-        return None
-    # The slope Σ (x - x̄) y / Σ (x - x̄)² is linear in y, so it is taken of every draw at once.
-    weights = centred / (centred @ centred)
-    low, high = np.percentile(weights @ np.stack([c.draws for c in y]), [2.5, 97.5])
-    return Estimate(float(weights @ [c.estimate.value for c in y]), float(low), float(high))
-
-
-def contrast(a: Change, b: Change) -> Estimate:
-    """Change a minus change b in points, paired by the shared questions."""
-    return _estimate(a.estimate.value - b.estimate.value, a.draws - b.draws, a.questions)
+@functools.cache
+def _suite_weights(questions: int) -> np.ndarray:
+    """Bootstrap weights of a suite's questions, [DRAWS, questions], shared by all of its tables."""
+    return np.random.default_rng(0).multinomial(
+        questions, [1 / questions] * questions, DRAWS
+    ) / float(questions)
 
 
 def ranks(x: ArrayLike) -> np.ndarray:
@@ -282,6 +156,14 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     if len(x) < 2 or x.std() == 0 or y.std() == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def partial_spearman(a: ArrayLike, b: ArrayLike, given: ArrayLike) -> float:
+    """Rank correlation of a and b with `given` held constant; NaN where one of them is constant."""
+    ab, ag, bg = spearman(a, b), spearman(a, given), spearman(b, given)
+    # Of perfect correlation with `given`, nothing is left to correlate.
+    rest = math.sqrt(max(0.0, (1 - ag**2) * (1 - bg**2))) if not math.isnan(ag * bg) else 0.0
+    return (ab - ag * bg) / rest if rest > 1e-6 else math.nan
 
 
 def kendall(a: ArrayLike, b: ArrayLike) -> float:
@@ -313,6 +195,79 @@ def auc(higher: ArrayLike, lower: ArrayLike) -> Estimate:
         (above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0)
     )
     return Estimate(value, max(0.0, value - _Z95 * error), min(1.0, value + _Z95 * error))
+
+
+def paired_auc(before: ArrayLike, after: ArrayLike, cluster: ArrayLike) -> Estimate:
+    """How often a text is rated above its own corrupted version; ties count half.
+
+    0.5 is chance. The share is a mean over texts of the mean over the versions of each, and its
+    interval Wilson's (JASA 1927) with the number of texts, which is conservative: means over
+    versions and ties vary less than a coin. All three numbers are NaN without a comparison.
+
+    Args:
+      before: rating of the text, [comparisons].
+      after: rating of the corrupted version, [comparisons].
+      cluster: which text it is, [comparisons].
+    """
+    above = 0.5 + 0.5 * np.sign(np.asarray(before, float) - np.asarray(after, float))
+    _, text, versions = np.unique(np.asarray(cluster), return_inverse=True, return_counts=True)
+    n = len(versions)
+    if not n:
+        return Estimate(math.nan, math.nan, math.nan)
+    value = float(np.mean(np.bincount(text, weights=above) / versions))
+    z2 = _Z95**2 / n
+    centre = (value + z2 / 2) / (1 + z2)
+    half = _Z95 * math.sqrt(value * (1 - value) / n + z2 / (4 * n)) / (1 + z2)
+    return Estimate(value, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_correlation(readings: np.ndarray) -> float:
+    """Mean correlation between columns of [n, k]: the reliability of one reading of k.
+
+    Readings of one true score with errors that are independent and equally large in standard units
+    correlate by the share of a reading's variance that is true (Spearman, American Journal of
+    Psychology 1904). Unlike an intraclass correlation it allows every reading its own centre and
+    scale, which no ranking of pairs depends on. NaN with fewer than three rows or two columns, or
+    where a column is constant.
+    """
+    n, k = readings.shape
+    if n < 3 or k < 2 or (np.ptp(readings, axis=0) < 1e-9).any():
+        return math.nan
+    correlations = np.corrcoef(readings, rowvar=False)
+    return float(correlations[np.triu_indices(k, 1)].mean())
+
+
+def spearman_brown(reliability: float, readings: int) -> float:
+    """Reliability of the mean of several readings, from that of one: k r / (1 + (k - 1) r).
+
+    Spearman and Brown, both in the British Journal of Psychology 1910. NaN where readings correlate
+    so negatively that the formula has no value.
+    """
+    below = 1 + (readings - 1) * reliability
+    return readings * reliability / below if below > 0 else math.nan
+
+
+def top_share(correlation: float, fraction: float) -> float:
+    """Expected share of a top `fraction` by a noisy score that is in the top by the true one.
+
+    Both scores are normal with this correlation, and the share is P(X > z, Y > z) / fraction, where
+    P(X > z) = fraction. By Plackett (Biometrika 1954) P(X > z, Y > z) is fraction² plus the
+    integral of exp(-z² / (1 + sin t)) / 2π over t from 0 to arcsin(correlation). For a reliability
+    r the correlation is that of a reading with its true score, √r. NaN where the correlation is.
+
+    Args:
+      correlation: above -1, up to 1.
+      fraction: above 0, up to 1.
+    """
+    if math.isnan(correlation) or fraction >= 1:
+        return math.nan if math.isnan(correlation) else 1.0
+    z = NormalDist().inv_cdf(1 - fraction)
+    nodes, weights = np.polynomial.legendre.leggauss(48)
+    end = math.asin(min(1.0, correlation))
+    t = end * (nodes + 1) / 2
+    density = np.exp(-(z**2) / (1 + np.sin(t))) / (2 * math.pi)
+    both = fraction**2 + end / 2 * float(weights @ density)
+    return min(1.0, max(0.0, both / fraction))
 
 
 def halo(ratings: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from deltapref_jax.config import Experiment
+from deltapref_jax.config import Experiment, Run, domains_of
 
 
 def columns(table: pa.Table, *names: str) -> list[np.ndarray]:
@@ -49,21 +49,26 @@ class Study:
     traces: Mapping[str, pa.Table]  # generator → Trace; token ids are not needed
     verdicts: Mapping[str, pa.Table]  # generator → Verdict
     ratings: Mapping[str, Mapping[str, pa.Table]]  # judge → generator → Rating
-    audits: Mapping[str, pa.Table]  # judge → Audit
-    pairs: Mapping[str, pa.Table]  # arm → Pair
-    # arm → seed → Result, all suites; texts and answers are not needed
-    results: Mapping[str, Mapping[int, pa.Table]]
+    audits: Mapping[str, pa.Table]  # judge → Audit, of solutions by program
+    pairs: Mapping[str, Mapping[int, pa.Table]]  # arm → draw → Pair
+    # arm → run → Result, all suites; texts and answers are not needed
+    results: Mapping[str, Mapping[Run, pa.Table]]
     student: pa.Table | None  # Result, before training
     capability: Mapping[str, pa.Table]  # generator → Result
-    metrics: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm → seed → metrics.jsonl
-    pair_counts: Mapping[str, Mapping[str, float]]  # arm → stats of its pairs
+    metrics: Mapping[str, Mapping[Run, Sequence[Mapping[str, float]]]]  # arm → run → metrics.jsonl
+    pair_counts: Mapping[str, Mapping[int, Mapping[str, float]]]  # arm → draw → stats of its pairs
     artifacts: Sequence[ArtifactRecord]
+    trace_audits: Mapping[str, pa.Table] = dataclasses.field(default_factory=dict)  # of traces
+    retests: Mapping[str, pa.Table] = dataclasses.field(default_factory=dict)  # judge → Retest
+    rates: Mapping[str, pa.Table] = dataclasses.field(default_factory=dict)  # objective → RateTrial
+    # "student" or generator → families of its lessons, None where its folder does not say
+    lessons: Mapping[str, Sequence[str] | None] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # library → version
 
     @functools.cached_property
     def domains(self) -> list[str]:
-        """Domains of the suites, "in" before "out"."""
-        return [d for d in ("in", "out") if any(s.domain == d for s in self.experiment.suites)]
+        """Domains that average a suite, "in" before "out"."""
+        return domains_of(self.experiment.suites)
 
     @functools.cached_property
     def distinct_artifacts(self) -> list[ArtifactRecord]:
@@ -86,13 +91,17 @@ class Study:
         """Rows of traces by id, int [n]; -1 where an id is unknown."""
         return np.array([self.row_of.get(i, -1) for i in trace_ids], int)
 
+    def pairs_of(self, arm: str) -> pa.Table:
+        """Rows of `records.Pair` of all draws of an arm, one after another."""
+        return pa.concat_tables(self.pairs[arm].values())
+
     def pair_rows(self, arm: str) -> list[np.ndarray]:
         """Rows of the chosen and of the rejected traces of an arm's pairs, int [P] each.
 
         Raises:
           KeyError: the study does not have a trace of a pair.
         """
-        sides = columns(self.pairs[arm], "chosen_id", "rejected_id")
+        sides = columns(self.pairs_of(arm), "chosen_id", "rejected_id")
         return [np.array([self.row_of[i] for i in ids], int) for ids in sides]
 
     @functools.cached_property

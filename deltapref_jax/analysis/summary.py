@@ -3,79 +3,147 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from deltapref_jax.analysis import judges
+from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis import judges, noise, suites
 from deltapref_jax.analysis import statistics as st
-from deltapref_jax.analysis.findings import findings, judge_sentence
+from deltapref_jax.analysis.controls import controls
+from deltapref_jax.analysis.findings import (
+    claim_about,
+    claim_verdict,
+    claim_words,
+    findings,
+    judge_sentence,
+    mark_names,
+    unmeasured,
+)
 from deltapref_jax.analysis.page import (
-    ArmChange,
     ArmSummary,
     ByDomain,
+    ClaimResult,
     Contrast,
     DropCount,
     Evaluation,
     GeneratorSummary,
+    MeasuredBy,
+    RateChoice,
     StageSummary,
-    SuiteSummary,
     Summary,
     Survival,
     SurvivalChange,
     TrainingSummary,
     Trend,
 )
+from deltapref_jax.analysis.readouts import readouts
 from deltapref_jax.analysis.study import ArtifactRecord, Study, columns
-from deltapref_jax.config import OBJECTIVE_KINDS, Arm, Experiment, judge_of
-from deltapref_jax.records import Prompt, from_table
+from deltapref_jax.config import (
+    KEEPS,
+    OBJECTIVE_KINDS,
+    RANKED,
+    TUNING,
+    Arm,
+    Claim,
+    Experiment,
+    Objective,
+    Run,
+    as_many_at_random,
+    budget_twin,
+    claims_of,
+    differing,
+    draws_pairs,
+    is_balanced,
+    is_tuned,
+    judge_of,
+    objective_of,
+    quantised_sentence,
+    training_of,
+    uses_ratings,
+)
+from deltapref_jax.display import COUNTS
+from deltapref_jax.records import RateTrial, from_table
 
-Changes = Mapping[str, Mapping[str, st.Change]]  # domain → arm → change
-
+EffectsBy = Mapping[str, fx.Effects]  # by domain
 _WATERFALL = (
     "prompts",
     "dropped_unfinished",
+    "dropped_sample",
+    "dropped_unshared",
     "dropped_identical",
     "dropped_tie",
     "dropped_stratum",
+    "dropped_unscored",
     "pool",
+    "dropped_balance",
     "kept",
 )
-_DROP_COUNTS = ("empty", "duplicate", "too_long", "truncated", "unfinished")
+_TRAINED_ON = ("read", "groups")  # of a file: what was not dropped
 
 
 def summarise(study: Study) -> Summary:
     """All numbers of the page, and its sentences."""
     s = Summary(study.experiment.name, study.experiment.question, study.domains)
     s.left_out, s.uncompared = _left_out(study)
+    s.quantised = quantised_sentence(study.experiment)
     s.generators = [_generator(study, name) for name in study.traces]
     if study.student is not None:
         s.student = _evaluation(study, study.student)
-        s.suites = _suites(study)
-        # An arm of few seeds shows the least, so the arm with the fewest sets the plan.
-        s.detectable_seeds = min((len(runs) for runs in study.results.values()), default=1)
-        s.detectable = st.minimum_detectable(study.student, s.detectable_seeds)
-        after = {arm: list(runs.values()) for arm, runs in study.results.items()}
-        changes = {d: st.changes(study.student, after, d) for d in study.domains}
-        s.arms = _arms(study, changes)
-        s.trends = _trends(s.arms, changes)
-        s.contrasts = _contrasts(study.experiment, s.arms, changes)
-        s.survival = _survival(study, s.arms, changes)
-        s.controls = _controls(study.experiment, s.arms, changes)
+        s.suites = suites.summaries(study)
+        # Where all pairs are kept as they are, there is nothing to draw.
+        redrawn = [a.name for a in study.experiment.arms if draws_pairs(study.experiment, a)]
+        effects = {d: fx.effects(study.student, study.results, d, redrawn) for d in study.domains}
+        s.arms = _arms(study, effects)
+        by_suite = fx.measured(suites.changes(study, s.suites, redrawn))
+        for suite in s.suites:
+            suite.changes = {a.name: by_suite[suite.suite, a.name] for a in s.arms}
+        s.limits, s.lessons = suites.limit_sentences(s.suites), suites.lessons_sentence(study)
+        s.claims = _claims(study.experiment, s.arms, effects)
+        s.control_results = controls(study, redrawn)
+        s.noise = noise.budgets(effects, {arm: list(runs) for arm, runs in study.results.items()})
+        s.trends = _trends(s.arms, effects)
+        s.contrasts = _contrasts(study.experiment, s.arms, effects)
+        s.survival = _survival(study, s.arms, effects)
+        s.controls = _controls(study.experiment, s.arms, effects)
+        s.readouts = readouts(study, redrawn)
+        s.rates = [
+            _rate_choice(study, o) for o in study.experiment.objectives if o.name in study.rates
+        ]
+        s.budgets = _budgets(study.experiment, s.arms, effects)
     s.judges = [judges.describe(study, name) for name in study.rated]
     s.agreement = judges.agreement(study)
+    s.trivial = judges.trivial(study)
+    for a in s.arms:
+        a.doubt = judges.doubt(a, s.judges)
     s.stages = _stages(study.distinct_artifacts)
     s.dropped = _dropped(study.distinct_artifacts)
     has_exact = any(j.kind == "exact" for j in s.judges)
     s.judge_sentences = [judge_sentence(j, has_exact) for j in s.judges]
     s.findings = findings(s)
+    s.unmeasured = unmeasured(s)
+    _mark(s)
     return s
 
 
-def summary_json(summary: Summary) -> str:
-    """Text of `summary.json`."""
+def _mark(s: Summary) -> None:
+    """Marks every arm that a sentence names and whose judge can't carry a conclusion."""
+    doubted = [a.name for a in s.arms if a.doubt]
+    s.uncompared, s.unmeasured = (
+        [mark_names(text, doubted) for text in texts] for texts in (s.uncompared, s.unmeasured)
+    )
+    for finding in s.findings:
+        finding.text = mark_names(finding.text, doubted)
+    for claim in s.claims:
+        claim.what, claim.about = (mark_names(t, doubted) for t in (claim.what, claim.about))
+    for control in s.control_results:
+        control.what = mark_names(control.what, doubted)
+
+
+def summary_json(summary: Any) -> str:
+    """Text of `summary.json`, of the dataclass that a page shows."""
     return json.dumps(plain(summary), indent=1, allow_nan=False) + "\n"
 
 
@@ -108,8 +176,25 @@ def _lengths(table: pa.Table) -> tuple[float, float]:
     return 100 * int(np.sum(finish == "length")) / max(len(finish), 1), _mean(tokens)
 
 
+def _surprise(results: pa.Table) -> float:
+    """Mean of -log p over the sampled tokens, in nats, under the model at temperature 1.
+
+    Where that is how they were sampled, without a filter, it estimates the mean entropy of the
+    next token without bias.
+    """
+    logprob, tokens = columns(results, "logprob", "tokens")
+    return -float(logprob.sum() / tokens.sum()) if tokens.sum() else math.nan
+
+
 def _evaluation(study: Study, table: pa.Table) -> Evaluation:
-    return Evaluation({d: st.accuracy(table, d) for d in study.domains}, *_lengths(table))
+    shown = _averaged(table)
+    accuracy = {d: st.accuracy(table, d) for d in study.domains}
+    return Evaluation(accuracy, *_lengths(shown), _surprise(shown))
+
+
+def _averaged(table: pa.Table) -> pa.Table:
+    """Rows of `records.Result` of the suites that a domain averages."""
+    return table.filter(columns(table, "domain")[0] != "")
 
 
 def _generator(study: Study, name: str) -> GeneratorSummary:
@@ -117,7 +202,14 @@ def _generator(study: Study, name: str) -> GeneratorSummary:
     capability = study.capability.get(name)
     return GeneratorSummary(
         name,
-        next((g.about for g in study.experiment.generators if g.name == name), ""),
+        *next(
+            (
+                (g.about, g.model.quantization)
+                for g in study.experiment.generators
+                if g.name == name
+            ),
+            ("", ""),
+        ),
         study.traces[name].num_rows,
         *_lengths(study.traces[name]),
         100 * _mean(correct[~np.isnan(correct)]),
@@ -125,81 +217,60 @@ def _generator(study: Study, name: str) -> GeneratorSummary:
     )
 
 
-def _suites(study: Study) -> list[SuiteSummary]:
-    """Accuracy of the student and of every generator, by suite."""
-    tables = {"student": study.student} | dict(study.capability)
-    summaries = []
-    for d in study.domains:
-        by_model = {name: st.by_question(table, d) for name, table in tables.items()}
-        for suite, answers in st.by_question(study.student, d).items():
-            first = from_table(Prompt, study.suites[suite][:1]) if suite in study.suites else []
-            summaries.append(
-                SuiteSummary(
-                    suite=suite,
-                    domain=d,
-                    questions=len(answers.questions),
-                    example=first[0].question if first else "",
-                    samples=int(answers.samples.max()),
-                    accuracy={
-                        name: 100 * float(suites[suite].mean.mean())
-                        for name, suites in by_model.items()
-                        if suite in suites
-                    },
-                )
-            )
-    return summaries
-
-
-def _arms(study: Study, changes: Changes) -> list[ArmSummary]:
-    """Every arm that was evaluated, its p values adjusted over all of them."""
-    by_domain: dict[str, dict[str, ArmChange]] = {}
-    for d, of_arms in changes.items():
-        p = {name: change.p for name, change in of_arms.items()}
-        p_holm, p_bh = st.holm(p), st.benjamini_hochberg(p)
-        by_domain[d] = {
-            name: ArmChange(change.estimate, change.p, p_holm[name], p_bh[name])
-            for name, change in of_arms.items()
+def _arms(study: Study, effects: EffectsBy) -> list[ArmSummary]:
+    """Every arm that was evaluated, its p values adjusted over all of them and both domains."""
+    changes = fx.measured(
+        {
+            (d, name): of_arms.change(name)
+            for d, of_arms in effects.items()
+            for name in of_arms.names
         }
+    )
     return [
-        _arm(study, arm, {d: of_arms[arm.name] for d, of_arms in by_domain.items()})
+        _arm(study, arm, {d: changes[d, arm.name] for d in effects})
         for arm in study.experiment.arms
         if arm.name in study.results
     ]
 
 
-def _arm(study: Study, arm: Arm, changes: dict[str, ArmChange]) -> ArmSummary:
-    objective = next(o for o in study.experiment.objectives if o.name == arm.objective)
-    runs = study.results[arm.name].values()
-    truncated, tokens = zip(*(_lengths(run) for run in runs), strict=True)
-    counts = study.pair_counts.get(arm.name, {})
+def _arm(study: Study, arm: Arm, changes: MeasuredBy) -> ArmSummary:
+    objective = objective_of(study.experiment, arm)
+    runs = [_averaged(run) for run in study.results[arm.name].values()]
+    truncated, tokens = zip(*map(_lengths, runs), strict=True)
+    # What draws differ in, such as lengths, is averaged; what they have in common stays.
+    drawn = list(study.pair_counts.get(arm.name, {}).values())
+    counts = {name: _mean([c[name] for c in drawn if name in c]) for name in next(iter(drawn), {})}
     return ArmSummary(
         arm=arm,
         kind=objective.kind,
-        seeds=len(runs),
+        seeds=len({run.seed for run in study.results[arm.name]}),
+        draws=len({run.draw for run in study.results[arm.name]}),
+        balanced=is_balanced(study.experiment, arm),
+        budget=_budget_words(study.experiment, arm),
         pair_judge=_pair_judge(study.experiment, arm),
-        generator_delta=_generator_delta(study, arm),
+        generator_delta=generator_delta(study, arm),
         sample_delta=_sample_delta(study, arm.name),
-        pairs=study.pairs[arm.name].num_rows if arm.name in study.pairs else None,
-        strata=_strata(study, arm.name),
+        pairs=next(iter(study.pairs[arm.name].values())).num_rows
+        if arm.name in study.pairs
+        else None,
+        strata=strata(study, arm.name),
         waterfall={name: int(counts[name]) for name in _WATERFALL if name in counts},
         chosen_tokens=counts.get("chosen_tokens", math.nan),
         rejected_tokens=counts.get("rejected_tokens", math.nan),
         truncated=_mean(truncated),
         tokens=_mean(tokens),
-        training=_training(
-            study, arm.name, objective.beta if OBJECTIVE_KINDS[objective.kind].reference else 0.0
-        ),
+        surprise=_mean([_surprise(run) for run in runs]),
+        training=_training(study, arm, objective),
         changes=changes,
     )
 
 
 def _pair_judge(e: Experiment, arm: Arm) -> str:
-    """The judge that labels or ranks the pairs of an arm; "" if none does."""
-    shaped = arm.direction != "generator" or arm.keep in ("top", "matched")
-    return judge_of(e, arm) if shaped else ""
+    """The judge that labels or ranks the pairs of an arm, or chooses samples; "" if none does."""
+    return judge_of(e, arm) if uses_ratings(arm) else ""
 
 
-def _generator_delta(study: Study, arm: Arm) -> ByDomain | None:
+def generator_delta(study: Study, arm: Arm) -> ByDomain | None:
     """Accuracy of the chosen traces' generator minus that of the rejected ones', by domain."""
     if not {arm.chosen, arm.rejected} <= study.capability.keys():
         return None
@@ -207,7 +278,10 @@ def _generator_delta(study: Study, arm: Arm) -> ByDomain | None:
     if arm.chosen == arm.rejected:
         return {d: st.Estimate(0.0, 0.0, 0.0) for d in study.domains}
     low, high = study.capability[arm.rejected], study.capability[arm.chosen]
-    return {d: st.changes(low, {arm.chosen: [high]}, d)[arm.chosen].estimate for d in study.domains}
+    return {
+        d: fx.effects(low, {arm.chosen: {Run(0, 0): high}}, d).change(arm.chosen).estimate
+        for d in study.domains
+    }
 
 
 def _sample_delta(study: Study, name: str) -> dict[str, float]:
@@ -221,7 +295,7 @@ def _sample_delta(study: Study, name: str) -> dict[str, float]:
     return {judge: float(np.nanmean(gap)) for judge, gap in gaps.items() if not np.isnan(gap).all()}
 
 
-def _strata(study: Study, name: str) -> dict[str, float] | None:
+def strata(study: Study, name: str) -> dict[str, float] | None:
     """Shares of an arm's pairs, in percent, by verified correctness of chosen and rejected."""
     if name not in study.pairs:
         return None
@@ -237,9 +311,11 @@ def _strata(study: Study, name: str) -> dict[str, float] | None:
     }
 
 
-def _training(study: Study, name: str, beta: float) -> TrainingSummary:
-    """Metrics of an arm; `beta` 0 says that its rewards are not beta times a log-ratio."""
-    runs = [rows for rows in study.metrics.get(name, {}).values() if rows]
+def _training(study: Study, arm: Arm, objective: Objective) -> TrainingSummary:
+    """Budget and metrics of an arm."""
+    # Without a reference, rewards are not beta times a log-ratio.
+    beta = objective.beta if OBJECTIVE_KINDS[objective.kind].reference else 0.0
+    runs = [rows for rows in study.metrics.get(arm.name, {}).values() if rows]
     # The last quarter of every run, where the metrics have settled.
     last = [row for rows in runs for row in rows[-max(1, len(rows) // 4) :]]
 
@@ -251,6 +327,9 @@ def _training(study: Study, name: str, beta: float) -> TrainingSummary:
     )
     return TrainingSummary(
         steps=max((int(rows[-1]["step"]) for rows in runs), default=None),
+        epochs=_mean([rows[-1]["epoch"] for rows in runs if rows[-1].get("epoch") is not None]),
+        pairs_per_step=training_of(study.experiment.training, arm).pairs_per_step,
+        learning_rate=_chosen(study, arm) or objective.learning_rate,
         loss=mean("loss"),
         grad_norm=mean("grad_norm"),
         accuracy=mean("rewards/accuracies"),
@@ -262,113 +341,229 @@ def _training(study: Study, name: str, beta: float) -> TrainingSummary:
     )
 
 
-def _trends(arms: Sequence[ArmSummary], changes: Changes) -> list[Trend]:
+def _chosen(study: Study, arm: Arm) -> float | None:
+    """The learning rate that was chosen for an arm; None where it was given."""
+    if not is_tuned(study.experiment, arm):
+        return None
+    trials = from_table(RateTrial, study.rates[arm.objective])
+    return next(trial.learning_rate for trial in trials if trial.chosen)
+
+
+def _rate_choice(study: Study, objective: Objective) -> RateChoice:
+    trials = from_table(RateTrial, study.rates[objective.name])
+    (best,) = [i for i, trial in enumerate(trials) if trial.chosen]
+    return RateChoice(
+        objective=objective.name,
+        arm=objective.tuned_by,
+        suites=[suite.name for suite in study.experiment.suites if suite.readout == TUNING],
+        questions=trials[best].questions,
+        tried={f"{t.learning_rate:g}": st.Estimate(t.accuracy, t.low, t.high) for t in trials},
+        chosen=f"{trials[best].learning_rate:g}",
+        edge={0: "lowest", len(trials) - 1: "highest"}.get(best, ""),
+    )
+
+
+def _ladder(arms: Sequence[ArmSummary], objective: str) -> dict[str, float]:
+    """Measured generator delta of the arms of an objective's ladder, by arm in its order."""
+    rungs = [
+        (a.delta, a.name)
+        for a in arms
+        if a.arm.objective == objective and a.arm.group == "ladder" and a.delta is not None
+    ]
+    # Arms of equal delta stay in the config's order.
+    return {name: delta for delta, name in sorted(rungs, key=lambda rung: rung[0])}
+
+
+def _slope(effects: fx.Effects, ladder: Mapping[str, float]) -> fx.Effect | None:
+    """Points of change per 10 points of generator delta."""
+    return effects.slope({name: delta / 10 for name, delta in ladder.items()})
+
+
+def _trends(arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Trend]:
     """Slope of change on measured generator delta over each objective's ladder, and its ends."""
-    trends = []
-    for objective in dict.fromkeys(a.arm.objective for a in arms):
-        ladder = [
-            (a.delta, a.name)
-            for a in arms
-            if a.arm.objective == objective and a.arm.group == "ladder" and a.delta is not None
-        ]
-        ladder.sort(key=lambda rung: rung[0])  # arms of equal delta stay in the config's order
-        deltas = [delta for delta, _ in ladder]
-        for d, of_arms in changes.items():
-            rungs = [of_arms[name] for _, name in ladder]
-            slope = st.slope(deltas, rungs)
+    found: dict[tuple[str, str, str], fx.Effect] = {}
+    ladders = {o: _ladder(arms, o) for o in dict.fromkeys(a.arm.objective for a in arms)}
+    for objective, ladder in ladders.items():
+        for d, of_arms in effects.items():
+            slope = _slope(of_arms, ladder)
             if slope is None:
                 continue
-            values = [change.estimate.value for change in rungs]
-            trends.append(
-                Trend(
-                    objective=objective,
-                    domain=d,
-                    rungs=len(rungs),
-                    low=ladder[0][1],
-                    high=ladder[-1][1],
-                    per_10=st.Estimate(*(10 * v for v in slope)),
-                    ends=st.contrast(rungs[-1], rungs[0]),
-                    kendall=st.kendall(deltas, values),
-                    centre=(_mean(deltas), _mean(values)),
-                )
+            low, *_, high = ladder
+            found[objective, d, "slope"] = slope
+            found[objective, d, "ends"] = of_arms.contrast(high, low)
+    measured = fx.measured(found)
+    changes = {a.name: a.changes for a in arms}
+    trends = []
+    for objective, d in dict.fromkeys(key[:2] for key in found):
+        ladder = ladders[objective]
+        deltas = list(ladder.values())
+        values = [changes[name][d].estimate.value for name in ladder]
+        trends.append(
+            Trend(
+                objective=objective,
+                domain=d,
+                rungs=len(ladder),
+                low=list(ladder)[0],
+                high=list(ladder)[-1],
+                per_10=measured[objective, d, "slope"],
+                ends=measured[objective, d, "ends"],
+                kendall=st.kendall(deltas, values),
+                centre=(_mean(deltas), _mean(values)),
             )
+        )
     return trends
 
 
-def _data(arm: Arm) -> tuple[str, ...]:
-    """What an arm trains on, apart from who labels and who selects its pairs."""
-    return arm.chosen, arm.rejected, arm.objective, arm.stratum
-
-
-def _difference(a: ArmSummary, b: ArmSummary, changes: Changes) -> ByDomain:
-    return {d: st.contrast(of_arms[a.name], of_arms[b.name]) for d, of_arms in changes.items()}
-
-
-def _contrasts(e: Experiment, arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
-    """Selected pairs against as many random or length-matched ones, and against all of the pool."""
+def _claims(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[ClaimResult]:
+    """What was claimed before the run, adjusted over all of its claims."""
+    claims = claims_of(e)
+    found: dict[int, fx.Effect] = {}
+    for i, claim in enumerate(claims):
+        of_arms = effects.get(claim.domain)
+        if of_arms is None:
+            continue
+        weights = claim_weights(claim, of_arms.names, _ladder(arms, claim.objective))
+        if weights is not None:
+            found[i] = of_arms.combined(weights)
+    measured = fx.measured(found)
     return [
-        Contrast(a.name, b.name, b.arm.keep, _difference(a, b, changes))
-        for a in arms
-        for b in arms
-        if _selects_from(e, a.arm, b.arm)
+        ClaimResult(
+            claim,
+            claim_words(claim),
+            claim_about(claim, e.arms),
+            measured.get(i),
+            "points per 10 points of generator delta" if claim.kind == "slope" else "points",
+            claim_verdict(claim, measured.get(i)),
+        )
+        for i, claim in enumerate(claims)
     ]
 
 
-def _selects_from(e: Experiment, a: Arm, b: Arm) -> bool:
-    """Whether a keeps the top pairs of the data that b keeps pairs of otherwise."""
-    if a.keep != "top" or (*_data(a), a.direction) != (*_data(b), b.direction):
+def claim_weights(
+    claim: Claim, arms: Collection[str], ladder: Mapping[str, float]
+) -> dict[str, float] | None:
+    """What the change of every arm counts in a claim; None where an arm of it is missing.
+
+    Args:
+      claim: of the config.
+      arms: that were evaluated.
+      ladder: of its objective, measured generator deltas by arm.
+    """
+    if claim.kind == "slope":
+        return fx.slope_weights({name: delta / 10 for name, delta in ladder.items()})
+    weights = {claim.a: 1.0} | ({claim.b: -1.0} if claim.kind == "contrast" else {})
+    return weights if weights.keys() <= set(arms) else None
+
+
+def _budget_words(e: Experiment, arm: Arm) -> str:
+    """The steps or epochs of an arm that has its own."""
+    if _is_twin(e, arm):
+        return "equal epochs" if arm.steps else "equal steps"
+    return f"{arm.steps} steps" if arm.steps else f"{arm.epochs:g} epochs" if arm.epochs else ""
+
+
+def _is_twin(e: Experiment, arm: Arm) -> bool:
+    """Whether an arm has the budget of `config.budget_twin` instead of that of all arms."""
+    if not (arm.steps or arm.epochs) or arm.pairs or arm.fraction == 1:
         return False
+    twin = budget_twin(dataclasses.replace(arm, steps=0, epochs=0.0), e.training)
+    return (arm.steps, arm.epochs) == (twin.steps, twin.epochs)
+
+
+def _differences(compared: Sequence[tuple[str, str, str]], effects: EffectsBy) -> list[Contrast]:
+    """Arm a minus arm b for every (a, b, kind), adjusted over all of them and both domains."""
+    measured = fx.measured(
+        {(a, b, d): e.contrast(a, b) for a, b, _ in compared for d, e in effects.items()}
+    )
+    return [
+        Contrast(a, b, kind, {d: measured[a, b, d] for d in effects}) for a, b, kind in compared
+    ]
+
+
+def _contrasts(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Contrast]:
+    """Selected pairs against as many random or length-matched ones, and against all of the pool."""
+    compared = [
+        (a.name, b.name, kind)
+        for a in arms
+        for b in arms
+        if (kind := _selects_from(e, a.arm, b.arm))
+    ]
+    return _differences(compared, effects)
+
+
+def _selects_from(e: Experiment, a: Arm, b: Arm) -> str:
+    """How b keeps pairs of the data that a keeps the top pairs of; "" where it does not."""
+    if a.keep != "top" or b.keep == "top" or b.keep not in KEEPS:
+        return ""
+    apart = differing(a, b) - {"judge"}  # an arm may name the first judge or leave it out
     if b.keep == "random":
-        return b.fraction == a.fraction
-    if b.keep == "matched":
-        ranked_by = (a.fraction, a.by, _pair_judge(e, a))
-        return ranked_by == (b.fraction, b.by, _pair_judge(e, b))
-    return b.keep == "all"
+        return b.keep if as_many_at_random(a, b) else ""
+    if b.keep in RANKED:
+        return b.keep if apart == {"keep"} and _pair_judge(e, a) == _pair_judge(e, b) else ""
+    if is_balanced(e, b):
+        return ""  # it does not keep all pairs
+    if apart <= {"keep", "by", "fraction", "pairs"}:
+        return b.keep
+    twins = _is_twin(e, a) and not (b.steps or b.epochs)
+    if twins and apart <= {"keep", "by", "fraction", "steps", "epochs"}:
+        return "all_epochs" if a.steps else "all_steps"
+    return ""
 
 
-def _survival(study: Study, arms: Sequence[ArmSummary], changes: Changes) -> list[Survival]:
+def _budgets(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Contrast]:
+    """Arms with a budget of their own minus arms that differ from them in nothing else."""
+    compared = [
+        (a.name, b.name, "budget")
+        for a in arms
+        for b in arms
+        if a.budget and not b.budget and differing(a.arm, b.arm) <= {"steps", "epochs"}
+    ]
+    return _differences(compared, effects)
+
+
+def _survival(study: Study, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Survival]:
     """Arms that differ only in the judge who selected or labelled their pairs."""
 
-    def setup(arm: Arm) -> tuple[object, ...]:
-        return *_data(arm), arm.keep, arm.by, arm.fraction
-
-    survival = []
     shaped = [a for a in arms if a.pair_judge]
-    for i, a in enumerate(shaped):
-        for b in shaped[i + 1 :]:
-            if a.pair_judge == b.pair_judge or setup(a.arm) != setup(b.arm):
-                continue
-            pairs_a, pairs_b = (set(columns(study.pairs[x.name], "pair_id")[0]) for x in (a, b))
-            # Relative to the smaller set, so that 100% means that one contains the other.
-            smaller = max(1, min(len(pairs_a), len(pairs_b)))
-            difference = _difference(a, b, changes)
-            survival.append(
-                Survival(
-                    a=a.name,
-                    b=b.name,
-                    first=a.pair_judge,
-                    second=b.pair_judge,
-                    shared=100 * len(pairs_a & pairs_b) / smaller,
-                    changes={
-                        d: SurvivalChange(a.changes[d].change, b.changes[d].change, difference[d])
-                        for d in changes
-                    },
-                )
+    compared = [
+        (a, b)
+        for i, a in enumerate(shaped)
+        for b in shaped[i + 1 :]
+        if a.pair_judge != b.pair_judge and differing(a.arm, b.arm) <= {"judge", "direction"}
+    ]
+    differences = _differences([(a.name, b.name, "") for a, b in compared], effects)
+    survival = []
+    for (a, b), difference in zip(compared, differences, strict=True):
+        pairs_a, pairs_b = (set(columns(study.pairs_of(x.name), "pair_id")[0]) for x in (a, b))
+        # Relative to the smaller set, so that 100% means that one contains the other.
+        smaller = max(1, min(len(pairs_a), len(pairs_b)))
+        survival.append(
+            Survival(
+                a=a.name,
+                b=b.name,
+                first=a.pair_judge,
+                second=b.pair_judge,
+                shared=100 * len(pairs_a & pairs_b) / smaller,
+                changes={
+                    d: SurvivalChange(
+                        a.changes[d].estimate, b.changes[d].estimate, difference.difference[d]
+                    )
+                    for d in effects
+                },
             )
+        )
     return survival
 
 
-def _controls(e: Experiment, arms: Sequence[ArmSummary], changes: Changes) -> list[Contrast]:
+def _controls(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Contrast]:
     """Control arms against the ladder arms of the same two generators.
 
     Controls are SFT, strata of correctness, and other directions.
     """
-    return [
-        Contrast(a.name, b.name, b.arm.keep, _difference(a, b, changes))
-        for a in arms
-        for b in arms
-        if _controls_for(e, a.arm, b.arm)
+    compared = [
+        (a.name, b.name, b.arm.keep) for a in arms for b in arms if _controls_for(e, a.arm, b.arm)
     ]
+    return _differences(compared, effects)
 
 
 def _controls_for(e: Experiment, a: Arm, b: Arm) -> bool:
@@ -378,6 +573,8 @@ def _controls_for(e: Experiment, a: Arm, b: Arm) -> bool:
         (a.group, b.group, b.keep) == ("control", "ladder", "all")
         and (a.chosen, a.rejected) == (b.chosen, b.rejected)
         and (a.objective == b.objective or kinds[a.objective] == "sft")
+        and not differing(a, b) & {"steps", "epochs", "pairs_per_step"}
+        and not is_balanced(e, b)
     )
 
 
@@ -426,8 +623,8 @@ def _stages(artifacts: Iterable[ArtifactRecord]) -> list[StageSummary]:
 def _dropped(artifacts: Iterable[ArtifactRecord]) -> list[DropCount]:
     """Every count of something dropped, cut or skipped that is not 0."""
     return [
-        DropCount(artifact.label, name.replace("_", " "), int(count))
+        DropCount(artifact.label, words, int(artifact.stats[name]))
         for artifact in artifacts
-        for name, count in artifact.stats.items()
-        if count and (name.startswith(("dropped_", "overlap_")) or name in _DROP_COUNTS)
+        for name, words in COUNTS.get(artifact.stage, {}).items()
+        if artifact.stats.get(name) and name not in _TRAINED_ON
     ]

@@ -19,7 +19,9 @@ from deltapref_jax.answers.extract import (
     without_thoughts,
 )
 from deltapref_jax.answers.worker import Worker
-from deltapref_jax.config import CHECKERS, check_choice, need_reasoning_gym
+from deltapref_jax.callables import CHECKER, failure, is_callable_name, load_callable
+from deltapref_jax.config import CHECKERS, ConfigError, check_choice, need_reasoning_gym
+from deltapref_jax.records import Prompt
 
 _MAX_ANSWER = 10_000  # characters that are read of an answer
 _worker = Worker()
@@ -28,20 +30,28 @@ _worker = Worker()
 class Verdict(NamedTuple):
     """What the checker says of one trace."""
 
-    correct: bool | None  # None: the question has no checker
+    correct: bool | None  # None: the question has no checker, or its own one cannot say
     answer: str  # what was taken for the trace's answer
     note: str  # "", "no answer", "timeout", "the checker died", "refused: …" or the error
 
 
-def check(prompt: Mapping[str, Any], text: str) -> Verdict:
+def check(prompt: Mapping[str, Any], text: str, where: str = "an answer") -> Verdict:
     """Checks a trace against its prompt, the fields of a `records.Prompt`.
 
     What the trace says never raises: an answer that the checker refuses, that takes it too long or
     that crashes it is wrong, with a note.
 
+    Args:
+      prompt: with its checker.
+      text: of the whole trace.
+      where: which trace it is, for messages.
+
     Raises:
-      ConfigError: the prompt names an unknown checker, or one whose library is not installed.
+      ConfigError: the prompt names an unknown checker, or one whose library is not installed; or
+        the user's own checker fails, or returns something else than True, False or None.
     """
+    if is_callable_name(prompt["checker"]):
+        return _own(prompt, text, where)
     kind = check_choice("checker", prompt["checker"], CHECKERS)
     if kind == "":
         return Verdict(None, "", "")
@@ -56,6 +66,22 @@ def check(prompt: Mapping[str, Any], text: str) -> Verdict:
     request = {**json.loads(prompt["meta"]), "kind": kind, "answer": answer}
     correct, note = _worker.grade(request)
     return Verdict(correct, answer, note)
+
+
+def _own(prompt: Mapping[str, Any], text: str, where: str) -> Verdict:
+    """What the user's own checker says of a trace: it gets the whole text."""
+    name = prompt["checker"]
+    function = load_callable("checker", name, CHECKER)
+    try:
+        correct = function(Prompt(**prompt), text)
+    except Exception as e:  # the user's function may raise any type
+        raise failure(name, where, e) from e
+    if correct is not None and not isinstance(correct, bool):
+        raise ConfigError(
+            f"{name} returned {str(correct)[:80]!r} for {where}; a checker returns True, False, or "
+            "None where it cannot say."
+        )
+    return Verdict(correct, "", "")
 
 
 def _answered(prompt: Mapping[str, Any], text: str, kind: str) -> Verdict:

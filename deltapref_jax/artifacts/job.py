@@ -37,7 +37,7 @@ from deltapref_jax.files import (
     staged_dir,
     write_atomic,
 )
-from deltapref_jax.processes import agreed, process_index, versions
+from deltapref_jax.processes import agreed, gathered, process_index, versions, wait_for_all
 from deltapref_jax.progress import log
 from deltapref_jax.records import Record
 
@@ -114,7 +114,10 @@ class Job:
 
     @contextlib.contextmanager
     def output_dir(self, name: str) -> Iterator[Path]:
-        """A folder on this machine to write into; it becomes the artifact's folder `name`.
+        """A folder to write into, which becomes the artifact's folder `name`.
+
+        All processes of a JAX job enter and leave it together. On a disk they share the folder; of
+        an artifact in a bucket each has a folder of its own, whose files are uploaded.
 
         Raises:
           LostLease: another process took the artifact over; the folder is left as it was.
@@ -122,23 +125,29 @@ class Job:
         if not remote(self.dir):
             # A hidden folder beside the final one, since a rename is atomic only within a file
             # system.
-            temporary = Path(self.dir / f".{name}.{uuid.uuid4().hex}")
+            temporary = Path(self.dir / f".{name}.{gathered(uuid.uuid4().hex)[0]}")
             try:
-                self.check_lease()
-                # What a killed run left is removed now: after the writing, which may take longer
-                # than the lease, it could be the work of another process.
-                shutil.rmtree(self.dir / name, ignore_errors=True)
-                temporary.mkdir()
+                if self._first:
+                    self.check_lease()
+                    # What a killed run left is removed now: after the writing, which may take
+                    # longer than the lease, it could be the work of another process.
+                    shutil.rmtree(self.dir / name, ignore_errors=True)
+                    temporary.mkdir()
+                wait_for_all(f"folder {name}")
                 yield temporary
-                self.check_lease()
-                temporary.rename(self.dir / name)
+                wait_for_all(f"files of {name}")
+                if self._first:
+                    self.check_lease()
+                    temporary.rename(self.dir / name)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                if self._first:
+                    shutil.rmtree(temporary, ignore_errors=True)
         else:
+            own: dict[str, tuple[int, str]] = {}
             with staged_dir(self.dir / name) as folder:
                 yield folder
                 self.check_lease()
-                self._uploaded |= {
+                own = {
                     f"{name}/{file.relative_to(folder).as_posix()}": (
                         file.stat().st_size,
                         file_sha256(epath.Path(file)),
@@ -146,6 +155,8 @@ class Job:
                     for file in folder.rglob("*")
                     if file.is_file()
                 }
+            for uploaded in gathered(own):
+                self._uploaded |= {file: (size, sha) for file, (size, sha) in uploaded.items()}
 
     def write_file(self, name: str, data: bytes) -> None:
         """A file of the artifact, whole."""

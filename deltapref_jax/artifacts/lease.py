@@ -55,8 +55,9 @@ def remove_claims(folder: epath.Path) -> None:
     lock may go too: a process that still waits for it, or makes it anew, finds the artifact
     complete, and claims of a complete artifact guard nothing.
     """
-    # Under the lock no process is writing a claim.
-    with contextlib.suppress(OSError), Lease(folder / "all")._locked():
+    # Under the lock no process is writing a claim, but one may make the lock anew, and `rmdir` says
+    # with a ValueError that the folder is not empty.
+    with contextlib.suppress(OSError, ValueError), Lease(folder / "all")._locked():
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()

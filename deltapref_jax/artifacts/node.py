@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
-from deltapref_jax.config import UNHASHED
+from deltapref_jax.config import ADDED, UNHASHED
 from deltapref_jax.records import digest
 
 if TYPE_CHECKING:
@@ -118,14 +118,15 @@ def _flatten(name: str, value: Any) -> dict[str, Node]:
 def _plain(value: Any, hashed: bool) -> Any:
     """Dataclasses, mappings and tuples as JSON's types, without nodes.
 
-    With `hashed` the fields that are not hashed are left out too.
+    With `hashed` the fields that are not hashed are left out too, and those that were added later
+    and have their default.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # Inputs are left out, because their contents are hashed and not their config.
         return {
             field.name: _plain(getattr(value, field.name), hashed)
             for field in dataclasses.fields(value)
-            if not (hashed and field.metadata == UNHASHED)
+            if not (hashed and _unhashed(value, field))
             and not _flatten(field.name, getattr(value, field.name))
         }
     if isinstance(value, Mapping):
@@ -133,6 +134,15 @@ def _plain(value: Any, hashed: bool) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(part, hashed) for part in value]
     return value
+
+
+def _unhashed(value: Any, field: dataclasses.Field[Any]) -> bool:
+    if field.metadata != ADDED:
+        return field.metadata == UNHASHED
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return bool(getattr(value, field.name) == default)
 
 
 def first_of_equals(nodes: Iterable[Node]) -> dict[Node, Node]:

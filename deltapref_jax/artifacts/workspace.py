@@ -273,8 +273,8 @@ class Workspace:
         if not remote(self.root):
             named = (node for node in nodes if node.name in entries)
             _link_all(
-                Path(self.root, "by_name", _file_name(study)),
-                {"/".join(map(_file_name, node.label)): Path(self.path(node)) for node in named},
+                Path(self.root, "by_name", file_name(study)),
+                {"/".join(map(file_name, node.label)): Path(self.path(node)) for node in named},
             )
 
 
@@ -299,7 +299,7 @@ def _remove(path: epath.Path) -> None:
         path.rmtree() if path.is_dir() else path.unlink()
 
 
-def _file_name(word: str) -> str:
+def file_name(word: str) -> str:
     """A word of a label as a file name that means nothing else, such as "a%2Fb" for "a/b"."""
     name = urllib.parse.quote(word, safe=" +,=@()[]")
     return name.replace(".", "%2E") if word in (".", "..") else name

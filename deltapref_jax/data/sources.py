@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from deltapref_jax.callables import SOURCE, failure, is_callable_name, load_callable
 from deltapref_jax.config import ConfigError, Prompts, check_choice, need_reasoning_gym
 from deltapref_jax.data.blocks import RepeatedKeyError, unique_keys
 from deltapref_jax.data.dataset import load_split
@@ -33,7 +34,7 @@ def read_prompts(source: Prompts) -> tuple[list[Prompt], dict[str, int]]:
       ConfigError: the source is missing, damaged, or lacks a column or an answer; the sentence
         says where.
     """
-    rows = list(SOURCES[check_choice("prompts.kind", source.kind, SOURCES)](source))
+    rows = list(_of_kind(source)(source))
     kept: dict[str, Prompt] = {}
     empty = 0
     for row in rows:
@@ -50,6 +51,13 @@ def read_prompts(source: Prompts) -> tuple[list[Prompt], dict[str, int]]:
             f"The source {source.path or source.tasks} holds no question with text; give it some."
         )
     return unique, {"read": len(rows), "empty": empty, "duplicate": len(rows) - empty - len(kept)}
+
+
+def _of_kind(source: Prompts) -> Callable[[Prompts], Iterable[Prompt]]:
+    """The function of `SOURCES`, or the one that reads what the user's own function yields."""
+    if is_callable_name(source.kind):
+        return _own
+    return SOURCES[check_choice("prompts.kind", source.kind, SOURCES)]
 
 
 def _prompt(
@@ -217,14 +225,38 @@ def _from_columns(source: Prompts, rows: Iterable[tuple[str, Row]], task: str) -
                 "set prompt_field."
             )
         answer = row.get(source.answer_field)
-        if source.checker:
+        own = is_callable_name(source.checker)
+        if source.checker and not own:
             golds = _reference_answers(answer, where, source)
         else:
             golds = ["" if answer is None else str(answer)]
         messages = _messages(row, source.prompt_field, where)
         _check_unread(row, messages, source, where)
-        meta = {"answers": golds} if len(golds) > 1 else {}
+        meta: dict[str, Any] = {"answers": golds} if len(golds) > 1 else {}
+        if own:  # it may need any of the row's columns
+            others = {k: v for k, v in row.items() if k != source.prompt_field}
+            meta = json.loads(json.dumps(others, default=str))
         yield _prompt(task, messages, golds[0], source.checker, meta)
+
+
+def _own(source: Prompts) -> Iterable[Prompt]:
+    """Prompts from the rows that the user's own function yields.
+
+    Raises:
+      ConfigError: it fails, or yields something else.
+    """
+    function = load_callable("prompts.kind", source.kind, SOURCE)
+    try:
+        found = list(function(source))
+    except Exception as e:  # the user's function may raise any type
+        raise failure(source.kind, "its prompts", e) from e
+    rows = [(f"Row {i} of {source.kind}", row) for i, row in enumerate(found)]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"{where} is {type(row).__name__}; yield a dict with {source.prompt_field!r}."
+            )
+    return _from_columns(source, rows, source.kind.rpartition(":")[2])
 
 
 def _existing(source: Prompts) -> Path:

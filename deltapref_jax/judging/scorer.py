@@ -19,10 +19,12 @@ from deltapref_jax.config import Scoring
 from deltapref_jax.judging.rubric import RUBRIC, Rubric, label_ids, trunk_and_suffixes
 from deltapref_jax.mesh import place, shard
 from deltapref_jax.models.attention.dense import capped
+from deltapref_jax.models.program import Program, array, packed_rows, placed_weights
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.scoring.packing import PackedBatch, PackedSample, drop_empty_half, pack
+from deltapref_jax.scoring.projection import token_logprobs
 
 
 class Ratings(NamedTuple):
@@ -70,33 +72,51 @@ def rating_sample(
 
 @functools.cache
 def _label_probability_fn(spec: ModelSpec, dtype: str, mesh: Mesh) -> Callable[..., Any]:
-    """Returns a compiled function (params, batch, indices, labels) -> probabilities [N, 5].
+    """Returns a compiled function (params, batch, labels) -> probabilities [B, L, 5].
 
-    The probabilities are those of the tokens `labels` [5] at the positions `indices`, (row, column)
-    as [2, N], of a packed batch.
+    The probabilities are those of the tokens `labels` [5] after each target of a packed batch, and
+    0 at other positions.
     """
     graphdef, params = abstract(spec, jnp.dtype(dtype))
 
-    def probabilities(params: nnx.State, batch: PackedBatch, indices: Any, labels: Any) -> Any:
+    def probabilities(params: nnx.State, batch: PackedBatch, labels: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        # Only the positions that predict a label are projected to the vocabulary.
         hidden = model.hidden(
             batch.tokens, batch.positions, batch.segments, batch.branches, mesh=mesh
-        )[indices[0], indices[1]]
+        )
+        mask, rows = batch.targets > 0, model.output_rows()
+        # Probabilities are over the whole vocabulary, so their sum shows how much falls on labels.
+        # That of the first label is read in tiles of the vocabulary, at targets alone; the others
+        # follow from it by the differences of the labels' logits.
+        first = jnp.broadcast_to(labels[0], mask.shape)
+        logprob = token_logprobs(hidden, rows, first, mask, mesh, spec.logit_cap)
         with jax.named_scope("unembedding"):
+            label_rows = rows[labels].astype(hidden.dtype)
             logits = jnp.einsum(
-                "nd,vd->nv", hidden, model.unembedding(), preferred_element_type=jnp.float32
+                "bld,cd->blc", hidden, label_rows, preferred_element_type=jnp.float32
             )
             logits = capped(logits, spec.logit_cap)
-            # Probabilities are over the whole vocabulary, so their sum shows how much falls on
-            # labels.
-            return jnp.exp(logits[:, labels] - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+            logprobs = logprob[..., None] + logits - logits[..., :1]
+            return jnp.where(mask[..., None], jnp.exp(logprobs), 0.0)
 
     replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
     return jax.jit(
         probabilities,
-        in_shardings=(shardings(params, mesh), rows, replicated, replicated),
+        in_shardings=(shardings(params, mesh), rows, replicated),
         out_shardings=replicated,
+    )
+
+
+def label_program(spec: ModelSpec, dtype: str, shape: Scoring, mesh: Mesh) -> Program:
+    """The program of `rate_traces` with abstract arguments."""
+    ids = packed_rows(mesh, shape.rows, shape.row_length)
+    return Program(
+        _label_probability_fn(spec, dtype, mesh),
+        (
+            placed_weights(abstract(spec)[1], spec, mesh, dtype),
+            PackedBatch(ids, ids, ids, ids, ids),
+            array(mesh, PartitionSpec(), jnp.int32, 5),
+        ),
     )
 
 
@@ -107,16 +127,19 @@ def _rating_samples(
     dimensions: Sequence[str],
     row_length: int,
     rubric: Rubric,
+    drop_long: bool,
 ) -> list[PackedSample]:
-    """Builds the packed sequences of all traces.
+    """Builds the packed sequences of all traces, or of those that fit a row.
 
     Raises:
-      ValueError: the prompt of a trace is longer than a row.
+      ValueError: the prompt of a trace is longer than a row, and such traces are not dropped.
     """
     samples = [
         rating_sample(model, p, t, dimensions, rubric)._replace(members=(i,))
         for i, (p, t) in enumerate(zip(problems, traces, strict=True))
     ]
+    if drop_long:
+        return [s for s in samples if len(s.tokens) <= row_length]
     for i, s in enumerate(samples):
         if len(s.tokens) > row_length:
             raise ValueError(
@@ -136,6 +159,7 @@ def rate_traces(
     mesh: Mesh,
     dtype: str = "float32",
     rubric: Rubric = RUBRIC,
+    drop_long: bool = False,
 ) -> tuple[Ratings, dict[str, float]]:
     """Rates every trace on every dimension; traces are never truncated.
 
@@ -148,6 +172,7 @@ def rate_traces(
       mesh: rows are sharded over data and fsdp.
       dtype: dtype of the computation.
       rubric: texts of the prompt.
+      drop_long: whether a trace whose prompt is longer than a row gets ratings of NaN.
 
     Returns:
       ratings: in the order of the traces.
@@ -155,17 +180,17 @@ def rate_traces(
         padding included.
 
     Raises:
-      ValueError: a label is not a single token, or the prompt of a trace is longer than a row.
+      ValueError: a label is not a single token, or the prompt of a trace is longer than a row
+        and `drop_long` is false.
     """
     labels = np.asarray(label_ids(model.text), np.int32)
-    samples = _rating_samples(model, problems, traces, dimensions, shape.row_length, rubric)
+    samples = _rating_samples(
+        model, problems, traces, dimensions, shape.row_length, rubric, drop_long
+    )
     label_probabilities = _label_probability_fn(model.spec, dtype, mesh)
     params = place(model.state, shardings(model.state, mesh))
-    probabilities = np.zeros((len(samples), len(dimensions), len(labels)), np.float32)
+    probabilities = np.full((len(traces), len(dimensions), len(labels)), np.nan, np.float32)
     micros = pack([[[s]] for s in samples], shape.rows, shape.row_length)
-    # Labels read by one call: one for every 64 tokens and dimension. The size is fixed, so that one
-    # shape is compiled; a batch with more labels takes several calls.
-    size = -(-shape.rows * shape.row_length // 64) * len(dimensions)
     positions = 0.0
     for micro in micros:
         batch = drop_empty_half(micro.batch, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -174,12 +199,7 @@ def rate_traces(
         # A target holds the number of its segment, and `order` the trace of every segment.
         owner = micro.order[batch.targets[rows, columns] - 1]
         branch = batch.branches[rows, columns] - 1
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            # Entries that are not needed point at (0, 0), and their probabilities are cut off.
-            indices = np.zeros((2, size), np.int32)
-            indices[:, : len(rows[part])] = rows[part], columns[part]
-            p = np.asarray(label_probabilities(params, shard(batch, mesh, BATCH), indices, labels))
-            probabilities[owner[part], branch[part]] = p[: len(rows[part])]
+        p = np.asarray(label_probabilities(params, shard(batch, mesh, BATCH), labels))
+        probabilities[owner, branch] = p[rows, columns]
     tokens = float(sum(len(s.tokens) for s in samples))
     return summarise(probabilities), {"tokens": tokens, "positions": positions, "filled": tokens}

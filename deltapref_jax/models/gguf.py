@@ -15,6 +15,7 @@ import numpy as np
 
 from deltapref_jax.models.config_json import spec_from_hf
 from deltapref_jax.models.families import FAMILIES
+from deltapref_jax.models.host_arrays import finite, not_finite
 from deltapref_jax.models.stored import Stored
 from deltapref_jax.text.gguf_file import GgufTensor, gguf_parts, open_gguf
 
@@ -30,6 +31,7 @@ TYPES = (
     "Q4_K",
     "Q5_K",
     "Q6_K",
+    "MXFP4",
 )
 """Types of tensors that are read, by llama.cpp's names."""
 
@@ -96,10 +98,19 @@ _OWN: Mapping[str, Mapping[str, str]] = {
         "expert_weights_norm": "norm_topk_prob",
     },
     "nemotron": {"attention.layer_norm_epsilon": "norm_eps"},
+    "gpt-oss": {
+        _WINDOW: "sliding_window",
+        _PATTERN: "",
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "intermediate_size",
+    },
 }
 """Further fields of an architecture, with their names in config.json where they have one."""
 
-_PERIODS = {"gemma2": 2, "gemma3": 6, "olmo2": 4}
+_EPSILONS = {"nemotron": "layer_norm_epsilon"}
+"""The field of an architecture's epsilon, where it is not layer_norm_rms_epsilon."""
+_PERIODS = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "gpt-oss": 2}
 """Every so many layers the last one has full attention, and the others a window."""
 _WIDE_LAYERS = {"gemma2": 46, "gemma3": 62}
 """Layers of the 27B models, whose scores llama.cpp scales by (D / N)^-0.5 instead of H^-0.5."""
@@ -141,21 +152,22 @@ def open_gguf_model(path: Path) -> Stored:
         raise ValueError(f"{path} has no tokenizer.ggml.tokens; give a whole model.")
     _check_fields(path, fields, arch, tensors)
 
-    def numbers(name: str, rows: tuple[slice, ...] = ()) -> np.ndarray:
-        return _dequantised(tensors[name], rows)
+    def numbers(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        array = _dequantised(tensors[name], index)
+        if not finite(array):
+            raise ValueError(not_finite(name, str(path)))
+        return array
 
     config = _config(fields, arch, tensors)
     config["rope_parameters"] = _rope_parameters(fields, arch, config, tensors, numbers)
     spec = spec_from_hf(config)
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        heads = {"attn_q": spec.heads, "attn_k": spec.kv_heads}.get(name.split(".")[-2])
+        kind = name.split(".")[-2]
+        heads = {"attn_q": spec.heads, "attn_k": spec.kv_heads}.get(kind)
         if arch in _INTERLEAVED and heads:
-            return _halves(numbers(name), heads)[index]
-        # Blocks of quantised numbers lie within rows, so those of a part are dequantised alone.
-        axes = len(tensors[name].shape) - 1
-        inner: tuple[Any, ...] = (..., *index[axes:])
-        array = numbers(name, index[:axes])[inner]
+            return _halved(lambda rows: numbers(name, (rows, *index[1:])), index, spec.head_width)
+        array = numbers(name, index)
         plus_one = spec.norm.endswith("plus_one") and name.endswith("norm.weight")
         return array - 1 if plus_one else array
 
@@ -164,26 +176,51 @@ def open_gguf_model(path: Path) -> Stored:
         for name, tensor in tensors.items()
         if name not in (_FREQUENCIES, _LONG, _SHORT)
     }
-    return Stored(spec, config, shapes, read, gguf=True)
+    dtypes = dict.fromkeys(shapes, np.dtype(np.float32))
+    return Stored(spec, config, shapes, dtypes, read, gguf=True)
 
 
-def _dequantised(tensor: GgufTensor, rows: tuple[slice, ...]) -> np.ndarray:
-    """Numbers of some rows, float32: `_CHUNK` at a time, for the steps in between are as large."""
+def _dequantised(tensor: GgufTensor, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor, float32: `_CHUNK` numbers at a time, for the steps between are as large.
+
+    Of a row those blocks are read in which its part lies.
+    """
+    from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 
-    data, width = tensor.data[rows], tensor.shape[-1]
+    axes = len(tensor.shape) - 1
+    data, last = tensor.data[index[:axes]], slice(0, tensor.shape[-1])
+    if len(index) > axes:
+        last = slice(*index[axes].indices(tensor.shape[-1])[:2])
+    block, size = GGML_QUANT_SIZES[tensor.type]
+    first, end = last.start // block, -(-last.stop // block)
+    data, width = data[..., first * size : end * size], (end - first) * block
     flat = data.reshape(-1, data.shape[-1])
     out = np.empty((len(flat), width), np.float32)
-    step = max(1, _CHUNK // width)
-    for first in range(0, len(flat), step):
-        out[first : first + step] = dequantize(flat[first : first + step], tensor.type)
-    return out.reshape(*data.shape[:-1], width)
+    step = max(1, _CHUNK // max(1, width))
+    for row in range(0, len(flat), step):
+        out[row : row + step] = dequantize(flat[row : row + step], tensor.type)
+    cut = out[:, last.start - first * block : last.stop - first * block]
+    return cut.reshape(*data.shape[:-1], last.stop - last.start)
 
 
-def _halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Queries or keys with the two halves of every head, which the converter interleaves."""
-    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
+def _halved(
+    numbers: Callable[[slice], np.ndarray], index: tuple[slice, ...], width: int
+) -> np.ndarray:
+    """Rows of queries or keys with the two halves of every head, which the converter interleaves.
+
+    Args:
+      numbers: rows to their numbers, as they are stored.
+      index: of the rows that are wanted, in their own order.
+      width: rows of a head.
+    """
+    rows = index[0] if index else slice(None)
+    start, stop = rows.start or 0, rows.stop
+    whole = slice(start // width * width, None if stop is None else -(-stop // width) * width)
+    array = numbers(whole)
+    pairs = array.reshape(-1, width // 2, 2, *array.shape[1:])
+    array = pairs.swapaxes(1, 2).reshape(array.shape)
+    return array[start - whole.start :][: None if stop is None else stop - start]
 
 
 def _open_parts(path: Path) -> tuple[Mapping[str, Any], dict[str, GgufTensor]]:
@@ -257,7 +294,6 @@ def _config(
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "head_dim": _head_width(fields, arch),
-        "rms_norm_eps": 1e-5,
     }
     named = {name: hf for name, hf in {**_SIZES, **_OWN.get(arch, {})}.items() if hf}
     config |= {hf: get(name) for name, hf in named.items() if get(name) is not None}
@@ -377,6 +413,8 @@ def _scaling(fields: Mapping[str, Any], arch: str, config: Mapping[str, Any]) ->
             "attention_factor": get("yarn_attn_factor"),
             "beta_fast": get("yarn_beta_fast"),
             "beta_slow": get("yarn_beta_slow"),
+            # No file says this of gpt-oss, whose config.json does.
+            "truncate": False if arch == "gpt-oss" else None,
         }
     if kind in (None, "linear") and factor:
         return {"rope_type": "linear", "factor": factor}
@@ -397,13 +435,33 @@ def _check_fields(
     Raises:
       ValueError: it names the field.
     """
-    for name in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count"):
+    if fields.get("general.type", "model") != "model":
+        raise ValueError(
+            f"{path} has the general.type {fields['general.type']!r}; give the file of a model."
+        )
+    sizes = (
+        "block_count",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "context_length",
+    )
+    for name in sizes:
         value = fields.get(f"{arch}.{name}")
         if not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"{path} has the {arch}.{name} {reprlib.repr(value)}; it must be a whole number "
                 "above 0: give a whole model."
             )
+    epsilon = f"{arch}.attention.{_EPSILONS.get(arch, 'layer_norm_rms_epsilon')}"
+    if epsilon not in fields:
+        raise ValueError(f"{path} has no {epsilon}; give a whole model.")
+    tokens = len(fields.get("tokenizer.ggml.tokens", []))
+    if fields.get(f"{arch}.vocab_size", tokens) != tokens:
+        raise ValueError(
+            f"{path} has the {arch}.vocab_size {fields[f'{arch}.vocab_size']} and {tokens} tokens "
+            "(tokenizer.ggml.tokens); fetch it again."
+        )
     whole = _head_width(fields, arch)
     partial = _FAMILIES[arch].partial_rotary
     # Values of another width are not implemented, and rotary embeddings of a part of a head only

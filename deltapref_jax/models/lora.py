@@ -9,6 +9,7 @@ A decoder (`decoder.Decoder`) holds them beside their matrices; `sharding.RULES`
 fine-tuning is the case without adapters: all parameters are trained and nothing is frozen.
 """
 
+import dataclasses
 import json
 import os
 import zlib
@@ -35,34 +36,44 @@ TARGETS = {
 also where a file fuses several matrices."""
 
 
-def adapters(lora: Lora) -> Adapters:
-    """Returns the shape of a config's adapters; alpha is not part of a shape."""
-    if not lora.rank:
-        return NO_ADAPTERS
-    return Adapters(lora.rank, tuple(TARGETS[t] for t in TARGETS if t in lora.targets))
-
-
-def check_rank(lora: Lora, spec: ModelSpec) -> None:
-    """Checks that the rank is useful: a matrix with fewer rows or columns than r has a lower rank.
+def adapters(lora: Lora, spec: ModelSpec) -> Adapters:
+    """Returns the shape of a config's adapters; alpha is not part of a shape.
 
     Raises:
-      ConfigError: the rank is larger than the narrowest side of an adapted matrix.
+      ConfigError: see `fit_lora`.
     """
     if not lora.rank:
-        return
+        return NO_ADAPTERS
+    wanted = fit_lora(lora, spec).targets
+    return Adapters(lora.rank, tuple(name for t, name in TARGETS.items() if t in wanted))
+
+
+def fit_lora(lora: Lora, spec: ModelSpec) -> Lora:
+    """Returns a config that names its targets; without any they are all that the model has.
+
+    Those are the matrices of attention and of a dense MLP. A router and experts have no adapters.
+
+    Raises:
+      ConfigError: the model lacks a target, or the rank is larger than the narrowest side of an
+        adapted matrix, which cannot have that rank.
+    """
     declared = matrices(spec)
-    if missing := [t for t in lora.targets if TARGETS[t] not in declared]:
-        there = ", ".join(t for t, name in TARGETS.items() if name in declared)
+    there = tuple(t for t, name in TARGETS.items() if name in declared)
+    fitted = dataclasses.replace(lora, targets=lora.targets or there)
+    if not lora.rank:
+        return fitted
+    if missing := [t for t in lora.targets if t not in there]:
         raise ConfigError(
             f"config.training.lora.targets names {', '.join(missing)}, which a {spec.family} "
-            f"student has not; it has {there}."
+            f"student has not; it has {', '.join(there)}."
         )
-    width, name = min((min(declared[TARGETS[t]].sides(spec)), t) for t in lora.targets)
+    width, name = min((min(declared[TARGETS[t]].sides(spec)), t) for t in fitted.targets)
     if lora.rank > width:
         raise ConfigError(
             f"config.training.lora.rank is {lora.rank} and {name} of the student is {width} wide; "
             "make rank that at most, or train all weights with rank 0."
         )
+    return fitted
 
 
 def partition(params: nnx.State, shape: Adapters) -> tuple[nnx.State, nnx.State]:
@@ -90,11 +101,12 @@ def add_adapters(
     """
     if not lora.rank:
         return params, nnx.State({})
-    whole = abstract(spec, adapters=adapters(lora))[1]
+    adapted = adapters(lora, spec)
+    whole = abstract(spec, adapters=adapted)[1]
     tree, shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(whole)["blocks"]
     # The scale has one entry per layer, because the scan over layers slices every parameter.
     fresh: dict[str, Any] = {"scale": jnp.full(spec.layers, lora.alpha / lora.rank, jnp.float32)}
-    for name in adapters(lora).targets:
+    for name in adapted.targets:
         shape = shapes[f"{name}_a"].shape
         # A path's CRC is the same in every process, unlike `hash`; each matrix has its own key.
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"blocks.{name}_a".encode()))
@@ -104,7 +116,7 @@ def add_adapters(
         fresh[f"{name}_b"] = jnp.zeros(shapes[f"{name}_b"].shape, jnp.float32)
     # `whole` holds shapes so far; its leaves are replaced by the base's arrays and the new ones.
     nnx.replace_by_pure_dict(whole, tree | {"blocks": tree["blocks"] | fresh})
-    return partition(whole, adapters(lora))
+    return partition(whole, adapted)
 
 
 def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
@@ -115,27 +127,44 @@ def merge(params: nnx.State, trained: nnx.State, lora: Lora) -> nnx.State:
     Args:
       params: parameters of the base.
       trained: adapters, or all parameters where there are none.
-      lora: rank, alpha and targets.
+      lora: rank and alpha.
     """
     if not lora.rank:
         return trained
     tree, trained_blocks = nnx.to_pure_dict(params), nnx.to_pure_dict(trained)["blocks"]
-    for name in adapters(lora).targets:
+    for name in (key.removesuffix("_a") for key in trained_blocks if key.endswith("_a")):
         a, b = trained_blocks[f"{name}_a"], trained_blocks[f"{name}_b"]
         w = tree["blocks"][name]
-        product = jnp.einsum(
-            "lir,lro->lio",
-            as_3d(a, 1),
-            as_3d(b, 2),
-            # The merge is computed once, and accelerators would round float32 products by default.
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        # The same scale as `blocks.scale` in training, here on the product of the matrices.
-        delta = lora.alpha / lora.rank * product.reshape(w.shape)
-        tree["blocks"][name] = np.asarray(w).astype(np.float32) + delta
+        adapted = _Merged(w, a, b, lora.alpha / lora.rank)
+        # A base in a file is read when it is written, and one layer of it at a time.
+        in_file = hasattr(w, "read_parts")
+        tree["blocks"][name] = adapted if in_file else adapted[(slice(None),) * w.ndim]
     merged = jax.tree.map(lambda x: x, params)  # a new tree: `params` keeps its arrays
     nnx.replace_by_pure_dict(merged, tree)
     return merged
+
+
+class _Merged:
+    """The matrices of all layers with their adapters; those that are indexed are computed."""
+
+    def __init__(self, base: Any, a: Any, b: Any, scale: float):
+        self._base, self._a, self._b, self._scale = base, a, b, scale
+        self.shape, self.ndim = base.shape, base.ndim
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns layers, the first slice of `index`, in float32."""
+        layers = index[0]
+        product = jnp.einsum(
+            "lir,lro->lio",
+            as_3d(self._a[layers], 1),
+            as_3d(self._b[layers], 2),
+            # The merge is computed once, and accelerators would round float32 products by default.
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        w = np.asarray(self._base[(layers, *(slice(None),) * (self.ndim - 1))]).astype(np.float32)
+        # The same scale as `blocks.scale` in training, here on the product of the matrices.
+        whole = w + self._scale * product.reshape(w.shape)
+        return np.asarray(whole)[(slice(None), *index[1:])]
 
 
 def as_3d(x: Any, axis: int) -> Any:
@@ -211,7 +240,10 @@ def export_adapter(
     } | ({"revision": base.revision} if base.revision else {})
     if ranks:
         config["rank_pattern"] = ranks
-        config["alpha_pattern"] = {name: alpha * rank // lora.rank for name, rank in ranks.items()}
+        # PEFT divides each module's alpha by its own rank.
+        config["alpha_pattern"] = {
+            name: alpha * (rank // lora.rank) for name, rank in ranks.items()
+        }
     (root / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tensors(tensors, root / "adapter_model.safetensors", root / "adapter_config.json")
 

@@ -6,7 +6,7 @@ of what XLA keeps, and buffers that live for a moment are not counted.
 
 from deltapref_jax.config import MeshShape, Training
 from deltapref_jax.models.lora import adapters
-from deltapref_jax.models.parameters import matrices
+from deltapref_jax.models.parameters import matrices, weight_bytes
 from deltapref_jax.models.spec import ModelSpec
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -20,28 +20,31 @@ def sampling_memory(spec: ModelSpec, slots: int, length: int, dtype: str, mesh: 
       spec: sizes of the decoder.
       slots: rows decoded at once.
       length: positions of the cache.
-      dtype: of weights and cache.
+      dtype: of the cache, and of the weights that the spec does not have quantised.
       mesh: an axis of -1 is counted as one device.
     """
     data, fsdp, tensor, _ = _sizes(mesh)
     cache = 2 * spec.layers * spec.kv_heads * spec.head_width * slots * length * BYTES[dtype]
     logits = slots * spec.vocab * 4
-    return spec.parameters * BYTES[dtype] / (fsdp * tensor) + (cache / tensor + logits) / (
-        data * fsdp
-    )
+    weights = weight_bytes(spec, dtype)
+    return weights / (fsdp * tensor) + (cache + logits) / (data * fsdp * tensor)
 
 
 def scoring_memory(
     spec: ModelSpec, rows: int, row_length: int, dtype: str, mesh: MeshShape
 ) -> float:
-    """Float32 weights, and the activations of one layer, which is all that a forward pass keeps."""
+    """Weights, and the activations of one layer, which is all that a forward pass keeps."""
     _, fsdp, tensor, _ = _sizes(mesh)
     tokens = _tokens(rows, row_length, mesh)
-    return spec.parameters * 4 / (fsdp * tensor) + tokens * _kept(spec, "none") * BYTES[dtype]
+    weights = weight_bytes(spec, dtype) / (fsdp * tensor)
+    return weights + tokens * _kept(spec, "none") * BYTES[dtype]
 
 
 def training_memory(spec: ModelSpec, training: Training, dtype: str, mesh: MeshShape) -> float:
-    """Weights, two sums of gradients, both moments, and the activations of a micro-batch.
+    """Weights, gradients, both moments, and the activations of a micro-batch.
+
+    Without rematerialisation a micro-batch's gradients lie beside the sum of those before it; else
+    they are added to it in place.
 
     Activations are what rematerialisation keeps of every layer, and twice the whole of one layer,
     whose values and gradients are there while its backward pass runs.
@@ -49,7 +52,8 @@ def training_memory(spec: ModelSpec, training: Training, dtype: str, mesh: MeshS
     _, fsdp, tensor, _ = _sizes(mesh)
     trained = trained_parameters(spec, training)
     frozen = spec.parameters if training.lora.rank else 0
-    state = frozen * 4 + trained * (4 + 2 * 4 + 2 * BYTES[training.moments])
+    gradients = 2 if training.remat == "none" else 1
+    state = frozen * 4 + trained * (4 + gradients * 4 + 2 * BYTES[training.moments])
     kept = spec.layers * _kept(spec, training.remat) + 2 * _kept(spec, "none")
     tokens = _tokens(training.rows, training.row_length, mesh)
     return state / (fsdp * tensor) + tokens * kept * BYTES[dtype]
@@ -57,7 +61,7 @@ def training_memory(spec: ModelSpec, training: Training, dtype: str, mesh: MeshS
 
 def trained_parameters(spec: ModelSpec, training: Training) -> int:
     """The number of parameters that are trained: all, or those of the adapters."""
-    shape = adapters(training.lora)
+    shape = adapters(training.lora, spec)
     if not shape.rank:
         return spec.parameters
     declared = matrices(spec)

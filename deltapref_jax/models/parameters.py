@@ -12,9 +12,12 @@ width, E experts, X width of an expert.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from deltapref_jax.models.families import FAMILIES
+from deltapref_jax.models.quantization import FORMATS
 from deltapref_jax.models.spec import ModelSpec
 
 _Has = Callable[[ModelSpec], bool]
@@ -29,7 +32,8 @@ class Parameter(NamedTuple):
     tensor: str  # name in safetensors; {layer} and {expert} stand for numbers
     gguf: str  # name in GGUF; experts are one tensor there
     inputs: int = 0  # leading dimensions that a product sums over; 0: no matrix of a product
-    init: str = "normal"  # "normal", "residual" (a smaller normal), "norm" or "zeros"
+    # "normal", "residual" (a smaller normal), "norm", "norm_bias", "zeros" or "scale"
+    init: str = "normal"
     has: _Has = lambda spec: True  # whether a model of that spec has the parameter
 
     @property
@@ -63,14 +67,35 @@ class Parameter(NamedTuple):
         return tuple(sizes[letter] for letter in self.dims)
 
     @property
+    def of_experts(self) -> bool:
+        """Whether every expert has one."""
+        return self.dims[0] == "E" and len(self.dims) > 1
+
+    @property
     def batch(self) -> int:
         """Leading dimensions that are neither summed over nor outputs: 1 for experts."""
-        return 1 if self.dims[0] == "E" and self.inputs else 0
+        return 1 if self.of_experts and self.inputs else 0
 
     def sides(self, spec: ModelSpec) -> tuple[int, int]:
         """Inputs and outputs of a matrix, with heads and their widths as one axis."""
         shape = self.shape(spec)[self.batch :]
         return math.prod(shape[: self.inputs]), math.prod(shape[self.inputs :])
+
+    @property
+    def scale(self) -> str:
+        """The name of the parameter that holds the scales of the matrix where it is quantised."""
+        return f"{self.name}_scale"
+
+    def stored_dtype(self, spec: ModelSpec, dtype: Any) -> np.dtype:
+        """The dtype in which a model that is not trained holds the parameter.
+
+        It is `dtype`, that of the computation, but for quantised matrices and for what the
+        computation reads in float32: scales, and the weights and biases of norms.
+        """
+        if self.scale in parameters(spec):
+            return FORMATS[spec.quantization].dtype
+        exact = self.init in ("norm", "norm_bias", "scale")
+        return np.dtype(np.float32) if exact else np.dtype(dtype)
 
 
 def _matrix(
@@ -81,9 +106,14 @@ def _matrix(
     has: _Has = lambda spec: True,
     inputs: int = 1,
     residual: bool = False,
+    experts: bool = False,
 ) -> tuple[Parameter, Parameter]:
-    """A matrix of a layer's product, and the bias of its outputs, which few families have."""
+    """A matrix of a layer's product, and the bias of its outputs, which few families have.
+
+    Where it has `experts`, the first axis of both is theirs.
+    """
     short, (tensor, gguf) = name.removeprefix("blocks."), names
+    of_bias = [i for i in range(len(axes)) if i >= inputs + experts or (experts and not i)]
     prefix = "model.layers.{layer}."
     return (
         Parameter(
@@ -98,8 +128,8 @@ def _matrix(
         ),
         Parameter(
             f"{name}_bias",
-            " ".join(letters.split()[inputs:]),
-            axes[inputs:],
+            " ".join(letters.split()[i] for i in of_bias),
+            tuple(axes[i] for i in of_bias),
             f"{prefix}{tensor}.bias",
             f"blk.{{layer}}.{gguf}.bias",
             0,
@@ -127,7 +157,7 @@ def _norm(
         (),
         f"{tensor}.bias",
         f"{gguf}.bias",
-        init="zeros",
+        init="norm_bias",
         has=lambda spec: has(spec) and spec.norm == "layer_plus_one",
     )
     return (weight, shift) if bias else (weight,)
@@ -156,7 +186,7 @@ def _has_qk_norm(kind: str, spec: ModelSpec) -> bool:
     return spec.qk_norm == kind
 
 
-PARAMETERS: tuple[Parameter, ...] = (
+_STORED: tuple[Parameter, ...] = (
     Parameter("embed", "V D", ("tensor", "fsdp"), "model.embed_tokens.weight", "token_embd.weight"),
     # Over `tensor`, q, k, v, gate and up are split by their outputs, and o and down by their
     # inputs, so that one sum over devices ends each half of a block (Megatron-LM, arXiv
@@ -184,6 +214,14 @@ PARAMETERS: tuple[Parameter, ...] = (
             letters,
             bias=False,
         )
+    ),
+    Parameter(
+        "blocks.sinks",
+        "N",
+        ("tensor",),
+        f"{_L}self_attn.sinks",
+        f"{_B}attn_sinks.weight",
+        has=lambda spec: spec.sinks,
     ),
     *_matrix(
         "blocks.o",
@@ -215,37 +253,24 @@ PARAMETERS: tuple[Parameter, ...] = (
         _dense,
         residual=True,
     ),
-    Parameter(
-        "blocks.router",
-        "D E",
-        ("fsdp", None),
-        f"{_L}mlp.gate.weight",
-        f"{_B}ffn_gate_inp.weight",
-        inputs=1,
-        has=_sparse,
-    ),
+    *_matrix("blocks.router", "D E", ("fsdp", None), ("mlp.gate", "ffn_gate_inp"), _sparse),
     # Experts lie over `tensor`, so each of its devices computes whole experts.
     *(
-        Parameter(
-            f"blocks.expert_{name}",
-            "E D X",
-            ("tensor", "fsdp", None),
-            f"{_L}mlp.experts.{{expert}}.{name}_proj.weight",
-            f"{_B}ffn_{name}_exps.weight",
-            inputs=1,
-            has=_sparse,
+        p
+        for name, letters, axes in (
+            ("gate", "E D X", ("tensor", "fsdp", None)),
+            ("up", "E D X", ("tensor", "fsdp", None)),
+            ("down", "E X D", ("tensor", None, "fsdp")),
         )
-        for name in ("gate", "up")
-    ),
-    Parameter(
-        "blocks.expert_down",
-        "E X D",
-        ("tensor", None, "fsdp"),
-        f"{_L}mlp.experts.{{expert}}.down_proj.weight",
-        f"{_B}ffn_down_exps.weight",
-        inputs=1,
-        init="residual",
-        has=_sparse,
+        for p in _matrix(
+            f"blocks.expert_{name}",
+            letters,
+            axes,
+            (f"mlp.experts.{{expert}}.{name}_proj", f"ffn_{name}_exps"),
+            _sparse,
+            residual=name == "down",
+            experts=True,
+        )
     ),
     *_norm(
         "blocks.mlp_out_norm",
@@ -262,7 +287,29 @@ PARAMETERS: tuple[Parameter, ...] = (
         has=lambda spec: not spec.tied,
     ),
 )
-"""All parameters that a decoder may have, in the order of the computation."""
+"""The parameters that files hold, in the order of the computation."""
+
+
+def _scale(matrix: Parameter) -> Parameter:
+    """The scales of a quantised matrix's output channels, which lie where the channels do."""
+    outputs = slice(matrix.batch + matrix.inputs, None)
+    return Parameter(
+        matrix.scale,
+        " ".join(matrix.dims[: matrix.batch] + matrix.dims[outputs]),
+        matrix.axes[: matrix.batch] + matrix.axes[outputs],
+        "",
+        "",
+        init="scale",
+        has=lambda spec: bool(spec.quantization) and matrix.has(spec),
+    )
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    *_STORED,
+    # The router is small, and decides which experts compute a token.
+    *(_scale(p) for p in _STORED if p.inputs and p.short != "router"),
+)
+"""All parameters that a decoder may have: those of files, and the scales of quantised matrices."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -288,8 +335,19 @@ def matrices(spec: ModelSpec) -> dict[str, Parameter]:
 
 
 def count(spec: ModelSpec) -> int:
-    """Returns the number of parameters."""
+    """Returns the number of parameters, without the scales of quantised matrices."""
     return sum(
         math.prod(p.shape(spec)) * (spec.layers if p.stacked else 1)
+        for p in parameters(spec).values()
+        if p.init != "scale"
+    )
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Returns the bytes of a model that is not trained, by the dtype of its computation."""
+    return sum(
+        math.prod(p.shape(spec))
+        * (spec.layers if p.stacked else 1)
+        * p.stored_dtype(spec, dtype).itemsize
         for p in parameters(spec).values()
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deltapref_jax.models.families.family import positive
 from deltapref_jax.models.spec import Rope
 
 _READ = {
@@ -68,12 +69,12 @@ def read_rope(
       ValueError: a kind or an option is not supported, or a value is no number.
     """
     kind = options.get("rope_type", options.get("type", "default"))
-    if kind not in _READ:
+    if not isinstance(kind, str) or kind not in _READ:
         raise ValueError(
             f"rope_type is {kind!r} in config.json; supported: {', '.join(map(repr, _READ))}."
         )
     for option, value in options.items():
-        if option in _ALWAYS or option in _READ[kind] or not value:
+        if option in _ALWAYS or option in _READ[kind] or value is None:
             continue
         # A factor of 1 changes nothing, and a length alone is not read where nothing is scaled.
         if option == "original_max_position_embeddings" or (value == 1 and value is not True):
@@ -82,8 +83,9 @@ def read_rope(
             f"{name}.{option} is {reprlib.repr(value)} in config.json, and rotary embeddings of "
             f"the kind {kind!r} with it are not supported."
         )
-    theta = _positive("rope_theta", options.get("rope_theta"))
-    part = _positive("partial_rotary_factor", options.get("partial_rotary_factor") or 1.0)
+    theta = positive("rope_theta", options.get("rope_theta"))
+    rotated = options.get("partial_rotary_factor", None if partial else 1.0)
+    part = positive("partial_rotary_factor", rotated)
     width = int(head_width * part)
     if width != head_width and (not partial or part > 1 or width % 2 or not width):
         raise ValueError(
@@ -95,17 +97,20 @@ def read_rope(
         return rope
     wanted = (key for key in _READ[kind] if key in ("low_freq_factor", "high_freq_factor"))
     values = {
-        key: _positive(key, options.get(key))
+        key: positive(key, options.get(key))
         for key in (*wanted, *(("factor",) if kind in ("linear", "llama3") else ()))
     }
-    original = options.get("original_max_position_embeddings") or max_positions
-    original = _positive("original_max_position_embeddings", original)
+    original = options.get("original_max_position_embeddings")
+    original = max_positions if original is None else original
+    original = positive("original_max_position_embeddings", original)
     frequencies = theta ** (-np.arange(0, width, 2) / width)  # radians per position, [H/2]
     if kind == "linear":
         return rope._replace(factors=(1 / values["factor"],) * len(frequencies))
     if kind == "llama3":
         return rope._replace(factors=_llama3(frequencies, original, **values))
     if kind == "yarn":
+        if theta <= 1:
+            raise ValueError(f"rope_theta is {theta:g} in config.json; YaRN needs one above 1.")
         return _yarn(rope, options, frequencies, original, max_positions, outer)
     return _longrope(rope, options, len(frequencies), original, max_positions)
 
@@ -118,6 +123,11 @@ def _llama3(
     high_freq_factor: float,
 ) -> tuple[float, ...]:
     """Llama 3.1's scaling (arXiv 2407.21783): long waves by 1 / factor, short ones unchanged."""
+    if low_freq_factor >= high_freq_factor:
+        raise ValueError(
+            f"low_freq_factor is {low_freq_factor:g} in config.json and high_freq_factor "
+            f"{high_freq_factor:g}; the first must be below the second."
+        )
     wavelength = 2 * np.pi / frequencies
     # The share of the unscaled frequency between the two ends.
     share = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
@@ -137,7 +147,7 @@ def _yarn(
     """YaRN (arXiv 2309.00071, section 3.2 and 3.4)."""
     width = 2 * len(frequencies)
     factor = options.get("factor")
-    factor = max_positions / original if factor is None else _positive("factor", factor)
+    factor = max_positions / original if factor is None else positive("factor", factor)
 
     def mscale(weight: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -147,16 +157,16 @@ def _yarn(
         weights = [options.get(key) for key in ("mscale", "mscale_all_dim")]
         scale = mscale()
         if all(weights):
-            scale = mscale(_positive("mscale", weights[0]))
-            scale /= mscale(_positive("mscale_all_dim", weights[1]))
+            scale = mscale(positive("mscale", weights[0]))
+            scale /= mscale(positive("mscale_all_dim", weights[1]))
 
     def dimension(rotations: float) -> float:
         """The dimension pair that turns so often within the original context."""
         turns = math.log(original / (rotations * 2 * math.pi))
         return width * turns / (2 * math.log(rope.theta))
 
-    low = dimension(_positive("beta_fast", options.get("beta_fast") or 32))
-    high = dimension(_positive("beta_slow", options.get("beta_slow") or 1))
+    low = dimension(positive("beta_fast", options.get("beta_fast") or 32))
+    high = dimension(positive("beta_slow", options.get("beta_slow") or 1))
     if outer.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
@@ -165,7 +175,7 @@ def _yarn(
     ramp = np.clip((np.arange(len(frequencies)) - low) / (high - low), 0, 1)
     return rope._replace(
         factors=tuple(map(float, ramp / factor + (1 - ramp))),
-        scale=_positive("attention_factor", scale),
+        scale=positive("attention_factor", scale),
     )
 
 
@@ -174,9 +184,14 @@ def _longrope(
 ) -> Rope:
     """LongRoPE (arXiv 2402.13753): one list of factors for short sequences, one for long ones."""
     factor = options.get("factor")
-    factor = max_positions / original if factor is None else _positive("factor", factor)
+    factor = max_positions / original if factor is None else positive("factor", factor)
     scale = options.get("attention_factor")
     if scale is None:
+        if factor > 1 >= original:
+            raise ValueError(
+                f"original_max_position_embeddings is {original:g} in config.json; LongRoPE "
+                "without an attention_factor needs one above 1."
+            )
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     lists = []
     for key in ("short_factor", "long_factor"):
@@ -186,22 +201,9 @@ def _longrope(
                 f"{key} is {reprlib.repr(values)} in config.json; it must be a list of {pairs} "
                 "numbers, one per pair of rotated dimensions."
             )
-        lists.append(tuple(1 / _positive(key, value) for value in values))
-    rope = rope._replace(factors=lists[0], scale=_positive("attention_factor", scale))
+        lists.append(tuple(1 / positive(key, value) for value in values))
+    rope = rope._replace(factors=lists[0], scale=positive("attention_factor", scale))
     # Equal lists do not depend on the length of a sequence.
     if lists[0] == lists[1]:
         return rope
     return rope._replace(long_factors=lists[1], original=int(original))
-
-
-def _positive(name: str, value: Any) -> float:
-    """A positive number.
-
-    Raises:
-      ValueError: it is no positive number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(
-            f"{name} is {reprlib.repr(value)} in config.json; it must be a number above 0."
-        )
-    return float(value)

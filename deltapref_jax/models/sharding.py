@@ -3,6 +3,7 @@
 The path of an optimizer moment ends with its parameter's path, so the same table shards both.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,9 @@ def _rule(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Mesh axes of the leading dimensions of the parameter that a path names."""
     # A moment's path ends with its parameter's; the longest end that is a name is the parameter.
     parts = name.split(".")
+    if "blocks" in parts[:-2]:
+        # Parameters of one layer (`decoder.unstacked`) are sharded as those of the stack are.
+        return _rule(re.sub(r"\bblocks\.\d+\.", "blocks.", name), (0, *shape))[1:]
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     axes = next((RULES[end] for end in ends if end in RULES), None)
     if axes is None:

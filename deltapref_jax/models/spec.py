@@ -37,6 +37,8 @@ class Experts(NamedTuple):
     active: int  # experts that a token is sent to
     mlp: int  # X, width of one expert
     normalized: bool  # whether the weights of a token's experts are divided by their sum
+    swiglu_alpha: float = 0.0  # of `experts.clamped_swiglu`; 0 means activation(gate) * up
+    swiglu_limit: float = 0.0  # gates are at most this, and ups between minus this and this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class ModelSpec:
     norms: str = "before"  # "before" attention and MLP, "after" them, or "both"
     qk_norm: str = ""  # RMSNorm of queries and keys: of each "head", over all "heads", or none
     biases: tuple[str, ...] = ()  # matrices whose product has a bias, such as "q"
+    sinks: bool = False  # whether attention's heads have sinks: see `attention.sinks`
     activation: str = "silu"  # of the MLP: "silu", "gelu_tanh" or "relu_squared"
     gated: bool = True  # whether the activation multiplies a second product
     experts: Experts | None = None
@@ -71,6 +74,7 @@ class ModelSpec:
     attention_cap: float = 0.0  # scores s become cap * tanh(s / cap); 0 means they don't
     logit_cap: float = 0.0  # likewise the logits
     embedding_scale: float = 1.0  # multiplies the embeddings
+    quantization: str = ""  # of the matrices of layers, a name of `quantization.FORMATS`, or none
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -102,6 +106,10 @@ class ModelSpec:
             for rope in self.ropes
         )
         return dataclasses.replace(self, ropes=ropes)
+
+    def quantised(self, quantization: str) -> "ModelSpec":
+        """The same decoder with the matrices of its layers in a format of `quantization`."""
+        return dataclasses.replace(self, quantization=quantization)
 
     @property
     def kinds(self) -> tuple[Layer, ...]:

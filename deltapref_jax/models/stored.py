@@ -2,35 +2,51 @@
 
 Hugging Face stores a matrix as [out, in], with heads and their widths as one axis; a decoder's are
 [in, heads, width] or [in, out]. Some families keep several matrices in one tensor, one below the
-other, and experts are one tensor each, except in GGUF.
+other, and experts are one tensor each, except in GGUF and in gpt-oss's files.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
-from deltapref_jax.models.config_json import spec_from_hf
-from deltapref_jax.models.folder import model_files
-from deltapref_jax.models.parameters import Parameter, parameters
+from deltapref_jax.files import ArtifactError, ByteReader, remote
+from deltapref_jax.models import mxfp4
+from deltapref_jax.models.config_json import quantisation, spec_from_hf
+from deltapref_jax.models.families import FAMILIES
+from deltapref_jax.models.folder import (
+    OTHER_PARTS,
+    ROTARY,
+    check_index,
+    model_files,
+    resolve,
+)
+from deltapref_jax.models.host_arrays import (
+    aligned_empty,
+    cast,
+    copy_transposed,
+    finite,
+    not_finite,
+)
+from deltapref_jax.models.parameters import PARAMETERS, Parameter, parameters
+from deltapref_jax.models.safetensors_file import DTYPES, read_header, read_tensor
 from deltapref_jax.models.spec import ModelSpec
+
+_BLOCK_BYTES = 1 << 20  # that are read from a file at a time; they stay in the processor's cache
+_REQUEST_BYTES = 16 << 20  # that are asked of a bucket at a time
+
+_THREADS = min(4, os.cpu_count() or 1)  # that read layers
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of stored tensors by their names."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Stored dtypes that are numbers by themselves; others need scales, which nothing here reads."""
-_OTHER_PARTS = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)
-"""Tensors of a model that reads images too, which have no part in its text."""
 
 
 class Stored(NamedTuple):
@@ -39,9 +55,11 @@ class Stored(NamedTuple):
     spec: ModelSpec
     config: Mapping[str, Any]  # its config.json, or what that would be
     shapes: Shapes
+    dtypes: Mapping[str, np.dtype[Any]]  # of the numbers that `read` returns
     # Maps the name of a tensor, and slices of its axes, to its numbers: () means all of it.
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
     gguf: bool = False
+    in_bucket: bool = False
 
 
 class Place(NamedTuple):
@@ -49,41 +67,72 @@ class Place(NamedTuple):
 
     tensors: tuple[str, ...]
     rows: tuple[int, int] | None  # first and end; None means all
+    # Where the tensor has the parameter's axes, as stacked experts have: its first column there,
+    # and how many columns further the next one lies.
+    columns: tuple[int, int] | None = None
 
 
 Headers = Mapping[str, Iterable[tuple[str, str, tuple[int, ...]]]]
 """Name, dtype and shape of the tensors of every file of safetensors."""
 
 
-def open_folder(path: Path) -> Stored:
-    """Opens a Hugging Face folder.
+def open_folder(path: str | Path) -> Stored:
+    """Opens a Hugging Face folder, here or in a bucket.
+
+    Args:
+      path: of the folder; of one in a bucket, a text that begins with `gs://`.
 
     Raises:
       FileNotFoundError: the folder is incomplete.
       ValueError: it is damaged, or describes a model that is not supported.
+      ArtifactError: it is in a bucket and cannot be read.
     """
-    config, spec = _read_config(path, str(path))
+    path = os.fspath(path)
+    local = Path(resolve(path) if remote(path) else path)
+    config, spec = _read_config(local, path)
+    at = ""  # the file that is being read
     try:
-        files = [file for file in model_files(str(path)) if file.suffix == ".safetensors"]
-        if folders := [file for file in files if file.is_dir()]:
-            raise IsADirectoryError(f"{folders[0].name} is a folder and no file")
-        handles = {file.name: safe_open(file, framework="numpy") for file in files}
-    except Exception as e:  # safetensors raises different types on a truncated file
-        raise ValueError(f"The model in {path} cannot be read ({e}); fetch it again.") from e
-
-    def headers(handle: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        for name in handle.keys():  # noqa: SIM118
-            header = handle.get_slice(name)  # reads no weights
-            yield name, header.get_dtype(), tuple(header.get_shape())
-
-    shapes, owners = _shapes(config, str(path), {f: headers(h) for f, h in handles.items()})
+        files = [file for file in model_files(path) if file.endswith(".safetensors")]
+        if folders := [file for file in files if os.path.isdir(file)]:
+            raise IsADirectoryError(f"{os.path.basename(folders[0])} is a folder and no file")
+        opened = {os.path.basename(file): ByteReader(file) for file in files}
+        entries = {}
+        for name, file in opened.items():
+            at = name
+            entries[name] = read_header(file)
+    except ArtifactError:
+        raise
+    except Exception as e:  # what is read from damaged bytes can fail in many ways
+        where = "" if not at else f"{at}: "
+        raise ValueError(f"The model in {path} cannot be read ({where}{e}); fetch it again.") from e
+    headers = {
+        name: [(tensor, entry.dtype, entry.shape) for tensor, entry in found.items()]
+        for name, found in entries.items()
+    }
+    shapes, owners = _shapes(config, path, headers)
+    check_index(local, path, entries)
+    dtypes = {
+        name: DTYPES[entries[owners[name][0]][owners[name][1]].dtype]
+        if name in owners
+        else DTYPES["BF16"]  # dequantised
+        for name in shapes
+    }
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        file, stored_name = owners[name]
-        tensor = handles[file].get_slice(stored_name)
-        return tensor[index] if index else tensor[:]
+        if name in owners:
+            file, stored_name = owners[name]
+            array = read_tensor(opened[file], entries[file][stored_name], index)
+        else:
+            file = owners[name + mxfp4.SCALES][0]
+            array = mxfp4.read_matrices(read, name, index)
+        if array.dtype == np.float64:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+                array = array.astype(np.float32)
+        if not finite(array):
+            raise ValueError(not_finite(name, f"{file} of {path}"))
+        return array
 
-    return Stored(spec, config, shapes, read)
+    return Stored(spec, config, shapes, dtypes, read, in_bucket=remote(path))
 
 
 def unread_folder(folder: Path, where: str, headers: Headers) -> Stored:
@@ -102,7 +151,9 @@ def unread_folder(folder: Path, where: str, headers: Headers) -> Stored:
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         raise FileNotFoundError(f"Tensor {name} of {where} has not been fetched.")
 
-    return Stored(spec, config, _shapes(config, where, headers)[0], read)
+    headers = {file: list(tensors) for file, tensors in headers.items()}
+    check_index(folder, where, {file: [t[0] for t in tensors] for file, tensors in headers.items()})
+    return Stored(spec, config, _shapes(config, where, headers)[0], {}, read)
 
 
 def _read_config(path: Path, where: str) -> tuple[Mapping[str, Any], ModelSpec]:
@@ -133,6 +184,7 @@ def _shapes(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     owners: dict[str, tuple[str, str]] = {}
+    packed = (mxfp4.BLOCKS, mxfp4.SCALES) if quantisation(config) == "mxfp4" else ()
     for file, headers in files.items():
         for stored_name, dtype, shape in headers:
             name = _text_name(stored_name) if "text_config" in config else stored_name
@@ -143,18 +195,24 @@ def _shapes(
                     f"Tensor {stored_name} of {where} is in {owners[name][0]} and in {file}; leave "
                     "one of the two files, or give the folder an index that names its shards."
                 )
-            if dtype not in _DTYPES:
+            if packed and name.endswith(packed):
+                if dtype != "U8":
+                    raise ValueError(
+                        f"Tensor {stored_name} of {where} is stored as {dtype}, and MXFP4 has "
+                        "bytes (U8); fetch it again."
+                    )
+            elif dtype not in _DTYPES:
                 raise ValueError(
                     f"Tensor {stored_name} of {where} is stored as {dtype}, and quantised weights "
                     "are not supported; give the model in float32, bfloat16 or float16."
                 )
             owners[name], shapes[name] = (file, stored_name), shape
-    return shapes, owners
+    return mxfp4.whole_shapes(shapes, where) if packed else shapes, owners
 
 
 def _text_name(name: str) -> str:
     """The name that a tensor of a model with images has in the model of its text; or empty."""
-    if name.startswith(_OTHER_PARTS):
+    if name.startswith(OTHER_PARTS):
         return ""
     name = name.removeprefix("language_model.")
     return name.replace("model.language_model.", "model.", 1)
@@ -167,11 +225,19 @@ def places(spec: ModelSpec, gguf: bool) -> dict[str, list[Place]]:
     `parameters.PARAMETERS`.
     """
     ends: dict[str, int] = {}  # rows that are taken, by tensor
+    stacked = FAMILIES[spec.family].stacked_experts and not gguf
+    of_experts = [p.gguf if gguf else p.tensor for p in parameters(spec).values() if p.of_experts]
     found: dict[str, list[Place]] = {}
     for p in parameters(spec).values():
         pattern = p.gguf if gguf else p.tensor
         found[p.name] = []
         for layer in range(spec.layers if p.stacked else 1):
+            if p.of_experts and (stacked or not p.inputs):
+                name, together = pattern.format(layer=layer), of_experts.count(pattern)
+                first = ends.get(name, 0)
+                ends[name] = first + 1
+                found[p.name].append(Place((name,), None, (first, together)))
+                continue
             if p.batch and not gguf:
                 count = p.shape(spec)[0]
                 names = tuple(pattern.format(layer=layer, expert=e) for e in range(count))
@@ -196,7 +262,7 @@ def stored_shape(p: Parameter, spec: ModelSpec) -> tuple[int, ...]:
     shape = p.shape(spec)
     if p.inputs:
         return p.sides(spec)[::-1]
-    return shape if p.dims[0] == "V" else (math.prod(shape),)
+    return shape if p.dims[0] == "V" or p.of_experts else (math.prod(shape),)
 
 
 def from_stored(array: np.ndarray, p: Parameter, shape: tuple[int, ...]) -> np.ndarray:
@@ -204,11 +270,55 @@ def from_stored(array: np.ndarray, p: Parameter, shape: tuple[int, ...]) -> np.n
     return (array.T if p.inputs else array).reshape(shape)
 
 
+def parts(
+    array: np.ndarray, p: Parameter, place: Place, spec: ModelSpec
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors that hold a parameter of one layer, each with what it holds of it."""
+    if place.columns:
+        yield place.tensors[0], array
+        return
+    for tensor, piece in zip(place.tensors, array if p.batch else [array], strict=True):
+        yield tensor, to_stored(piece, p, spec)
+
+
 def to_stored(array: np.ndarray, p: Parameter, spec: ModelSpec) -> np.ndarray:
     """Converts a parameter of one layer, or one of its experts, to the rows of a tensor."""
     if not p.inputs:
         return np.ascontiguousarray(array.reshape(stored_shape(p, spec)))
     return np.ascontiguousarray(array.reshape(p.sides(spec)).T)
+
+
+def joined(parts: list[np.ndarray], place: Place) -> np.ndarray:
+    """Returns a tensor of its parameters' parts, in the order of `places`."""
+    if len(parts) == 1:
+        return parts[0]
+    if place.columns:
+        return np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
+    return np.concatenate(parts)
+
+
+def check_tied(stored: Stored, path: str) -> None:
+    """Refuses a tied model whose file has an output projection of its own with other weights.
+
+    `transformers` 5 computes with it, and 4 with the embedding. Where both tensors are there, each
+    process reads the two of them, a block at a time.
+
+    Raises:
+      ValueError: the tensors differ.
+    """
+    head, embedding = (next(p for p in PARAMETERS if p.name == name) for name in ("head", "embed"))
+    names = [p.gguf if stored.gguf else p.tensor for p in (head, embedding)]
+    if not stored.spec.tied or not set(names) <= stored.shapes.keys():
+        return
+    rows = stored.shapes[names[1]][0]
+    for first in range(0, rows, step := 4096):
+        index = (slice(first, min(first + step, rows)), slice(None))
+        ours, theirs = (stored.read(name, index) for name in names)
+        if not np.array_equal(ours, theirs):
+            raise ValueError(
+                f"Tensor {names[0]} of {path} differs from {names[1]}, and config.json says that "
+                "they are one (tie_word_embeddings); set it to false, or leave the tensor out."
+            )
 
 
 def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
@@ -223,7 +333,10 @@ def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
     for p in parameters(spec).values():
         for place in found[p.name]:
             shape = stored_shape(p, spec)
-            if p.batch and stored.gguf:
+            if place.columns:
+                *outer, last = p.shape(spec)
+                shape = (*outer, last * place.columns[1])
+            elif p.batch and stored.gguf:
                 shape = (p.shape(spec)[0], *shape)
             if place.rows:
                 shape = (place.rows[1], *shape[1:])
@@ -244,7 +357,7 @@ def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
     unexpected = sorted(
         name
         for name in shapes.keys() - expected.keys()
-        if not name.endswith("rotary_emb.inv_freq")
+        if not name.endswith(ROTARY)
         and not (spec.tied and name in ("lm_head.weight", "output.weight"))
     )
     if unexpected:
@@ -253,6 +366,10 @@ def check_tensors(stored: Stored, path: str) -> dict[str, list[Place]]:
             f"such as {unexpected[0]!r}."
         )
     return found
+
+
+_Target = tuple[np.ndarray, list[slice]]
+"""An array to fill, and the part of a parameter, of one layer, that belongs there."""
 
 
 class StoredParameter:
@@ -269,66 +386,170 @@ class StoredParameter:
         self.shape = (*((len(layers),) if p.stacked else ()), *p.shape(stored.spec))
         self.ndim = len(self.shape)
 
+    @property
+    def in_bucket(self) -> bool:
+        """Whether whole rows are read however few of their columns are wanted."""
+        return self._stored.in_bucket
+
+    @property
+    def row_axes(self) -> tuple[int, ...]:
+        """Axes of which a part is read without the rest: layers, experts and rows of a matrix."""
+        stacked, experts, p = int(self._p.stacked), int(self._p.batch), self._p
+        rows = (stacked + experts + p.inputs,) if p.inputs or p.dims[0] == "V" else ()
+        return (*range(stacked + experts), *rows)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the arrays that are read."""
+        return np.dtype(self._dtype or self._stored.dtypes[self._layers[0].tensors[0]])
+
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part, in the parameter's dtype."""
-        slices = [slice(*x.indices(n)) for x, n in zip(index, self.shape, strict=True)]
-        layers = self._layers[slices.pop(0)] if self._p.stacked else self._layers
-        parts = [self._read_layer(place, slices) for place in layers]
-        array = np.stack(parts) if self._p.stacked else parts[0]
-        return array.astype(self._dtype or array.dtype, copy=False)
+        return self.read_parts([index])[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads all of it."""
-        array = self[(slice(None),) * self.ndim]
-        return array.astype(dtype or array.dtype, copy=False)
+        return self.read_parts([(slice(None),) * self.ndim], dtype)[0]
+
+    def read_parts(
+        self, indices: Sequence[tuple[slice, ...]], dtype: Any = None
+    ) -> list[np.ndarray]:
+        """Reads several parts, with what they have in common in the file read once.
+
+        Besides the parts, each of `_THREADS` holds a block of the file at a time.
+
+        Args:
+          indices: slices of all axes, of step 1.
+          dtype: of the arrays; None for the parameter's.
+
+        Raises:
+          ValueError: a tensor holds NaN or infinity.
+        """
+        parts = [
+            [slice(*x.indices(n)) for x, n in zip(index, self.shape, strict=True)]
+            for index in indices
+        ]
+        out = [
+            aligned_empty(tuple(s.stop - s.start for s in part), dtype or self.dtype)
+            for part in parts
+        ]
+        if not self._p.stacked:
+            self._fill(self._layers[0], list(zip(out, parts, strict=True)))
+            return out
+
+        def fill(i: int) -> None:
+            targets = [
+                (array[i - part[0].start], part[1:])
+                for array, part in zip(out, parts, strict=True)
+                if part[0].start <= i < part[0].stop
+            ]
+            if targets:
+                self._fill(self._layers[i], targets)
+
+        wanted = range(min(p[0].start for p in parts), max(p[0].stop for p in parts))
+        if len(wanted) == 1:
+            fill(wanted[0])
+            return out
+        # Reads and copies of NumPy leave Python's lock to other threads.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(fill, wanted))
+        return out
+
+    def _fill(self, place: Place, targets: list[_Target]) -> None:
+        """Reads the parts of one layer."""
+        p = self._p
+        sizes = p.shape(self._stored.spec)
+        if place.columns:
+            for out, slices in targets:
+                out[...] = self._read_layer(place, slices)
+        elif p.inputs and p.batch and not self._stored.gguf:
+            for expert, tensor in enumerate(place.tensors):
+                chosen = [
+                    (out[expert - s[0].start], s[1:])
+                    for out, s in targets
+                    if s[0].start <= expert < s[0].stop
+                ]
+                if chosen:
+                    self._fill_rows(tensor, 0, chosen, sizes[1:])
+        elif not p.batch and (p.inputs or p.dims[0] == "V"):
+            first = place.rows[0] if place.rows else 0
+            self._fill_rows(place.tensors[0], first, targets, sizes)
+        else:
+            for out, slices in targets:
+                out[...] = self._read_layer(place, slices)
+
+    def _fill_rows(
+        self, tensor: str, first: int, targets: list[_Target], sizes: tuple[int, ...]
+    ) -> None:
+        """Reads parts of a matrix whose rows begin at `first` of a tensor, block by block.
+
+        Parts of the same rows whose columns touch are read together.
+        """
+        n = self._p.inputs
+        # By rows: the columns of every part, and its array as [rows, columns] or transposed.
+        groups: dict[tuple[int, int], list[tuple[slice, np.ndarray]]] = {}
+        for out, slices in targets:
+            ins, outs = (slices[:n], slices[n:]) if n else (slices[1:], slices[:1])
+            in_sizes, out_sizes = (sizes[:n], sizes[n:]) if n else (sizes[1:], sizes[:1])
+            columns, rows = _flat(ins, in_sizes), _flat(outs, out_sizes)
+            flat = (columns, rows) if n else (rows, columns)
+            array = out.reshape([s.stop - s.start for s in flat])
+            groups.setdefault((rows.start, rows.stop), []).append((columns, array))
+        for (start, stop), parts in groups.items():
+            for columns, members in _touching(parts):
+                width = columns.stop - columns.start
+                block_bytes = _REQUEST_BYTES if self.in_bucket else _BLOCK_BYTES
+                step = max(1, block_bytes // (width * self._stored.dtypes[tensor].itemsize))
+                for row in range(start, stop, step):
+                    end = min(row + step, stop)
+                    block = self._stored.read(tensor, (slice(first + row, first + end), columns))
+                    for own, array in members:
+                        piece = block[:, own.start - columns.start : own.stop - columns.start]
+                        if n:
+                            copy_transposed(array[:, row - start : end - start], piece)
+                        else:
+                            array[row - start : end - start] = cast(piece, array.dtype)
 
     def _read_layer(self, place: Place, slices: list[slice]) -> np.ndarray:
+        """Reads a part of what is no matrix of rows: a vector, or all experts' tensor of GGUF."""
         p = self._p
+        if place.columns:
+            first, step = place.columns
+            *outer, last = slices
+            wide = slice(last.start * step, last.stop * step)
+            block = self._stored.read(place.tensors[0], (*outer, wide))
+            return block[..., first::step]
         if not p.batch:
-            rows = place.rows or (0, None)
-            return self._read_matrix(place.tensors[0], rows, slices)
-        chosen = range(p.shape(self._stored.spec)[0])[slices[0]]
-        if self._stored.gguf:  # one tensor [experts, out, in]
-            array = self._stored.read(place.tensors[0], (slices[0],))
-            rest = tuple(slices[1:])
-            return np.stack(
-                [from_stored(x, p, p.shape(self._stored.spec)[1:])[rest] for x in array]
-            )
-        return np.stack(
-            [self._read_matrix(place.tensors[e], (0, None), slices[1:]) for e in chosen]
-        )
+            return self._read_vector(place.tensors[0], (place.rows or (0,))[0], slices)
+        array = self._stored.read(place.tensors[0], (slices[0],))  # [experts, out, in]
+        rest, shape = tuple(slices[1:]), p.shape(self._stored.spec)[1:]
+        return np.stack([from_stored(x, p, shape)[rest] for x in array])
 
-    def _read_matrix(
-        self, tensor: str, rows: tuple[int, int | None], slices: list[slice]
-    ) -> np.ndarray:
-        """Reads a part of a matrix or vector whose rows begin at rows[0] of a tensor."""
-        p, sizes = self._p, self._p.shape(self._stored.spec)[self._p.batch :]
-        first = rows[0]
-        if not p.inputs and p.dims[0] == "V":
-            return self._stored.read(tensor, tuple(slices))
-        if not p.inputs:  # a vector is small: it is read whole
-            end = first + math.prod(sizes)
-            return self._stored.read(tensor, (slice(first, end),)).reshape(sizes)[tuple(slices)]
-        sides = [(slices[: p.inputs], sizes[: p.inputs]), (slices[p.inputs :], sizes[p.inputs :])]
-        (columns, in_shape, in_rest), (outs, out_shape, out_rest) = (_flat(*side) for side in sides)
-        outs = slice(first + outs.start, first + outs.stop)
-        block = self._stored.read(tensor, (outs, columns))
-        return block.T.reshape(*in_shape, *out_shape)[(*in_rest, *out_rest)]
+    def _read_vector(self, tensor: str, first: int, slices: list[slice]) -> np.ndarray:
+        """A vector is small: it is read whole."""
+        sizes = self._p.shape(self._stored.spec)
+        rows = slice(first, first + math.prod(sizes))
+        return self._stored.read(tensor, (rows,)).reshape(sizes)[tuple(slices)]
 
 
-def _flat(
-    slices: list[slice], sizes: tuple[int, ...]
-) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
-    """Slices of several axes as one range of the axis that they are in a file.
-
-    Returns:
-      The range, the shape that it unfolds to, and what is still to be cut out of that: a range
-      holds whole entries of the first axis.
-    """
+def _flat(slices: Sequence[slice], sizes: Sequence[int]) -> slice:
+    """Slices of several axes, of which the first alone is cut, as one range of all of them."""
     inner = math.prod(sizes[1:])
-    first = slices[0]
-    return (
-        slice(first.start * inner, first.stop * inner),
-        (first.stop - first.start, *sizes[1:]),
-        (slice(None), *slices[1:]),
-    )
+    assert all((s.start, s.stop) == (0, n) for s, n in zip(slices[1:], sizes[1:], strict=True))
+    return slice(slices[0].start * inner, slices[0].stop * inner)
+
+
+def _touching(
+    parts: list[tuple[slice, np.ndarray]],
+) -> Iterator[tuple[slice, list[tuple[slice, np.ndarray]]]]:
+    """Yields ranges of columns without gaps, and the parts within each."""
+    members: list[tuple[slice, np.ndarray]] = []
+    start, stop = 0, -1
+    for columns, array in sorted(parts, key=lambda part: (part[0].start, part[0].stop)):
+        if members and columns.start > stop:
+            yield slice(start, stop), members
+            members = []
+        start = columns.start if not members else start
+        stop = max(stop, columns.stop) if members else columns.stop
+        members.append((columns, array))
+    yield slice(start, stop), members

@@ -1,4 +1,4 @@
-"""Which pairs of a pool an arm keeps: all, those of the largest sample delta, or as many others."""
+"""Which pairs of a pool an arm keeps: all, or some by sample delta, at random, or by length."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,6 +6,12 @@ import numpy as np
 
 from deltapref_jax.config import ConfigError
 from deltapref_jax.records import Pair
+
+_DECIMALS = 5
+"""Deltas that agree so far are tied.
+
+Ratings are stored in float32: 5 - 4.2 and 4.2 - 3.4 are one gap, and their floats differ by 1e-7.
+"""
 
 
 def sample_delta(pairs: Sequence[Pair], dimension: int | None) -> np.ndarray:
@@ -30,81 +36,151 @@ def sample_delta(pairs: Sequence[Pair], dimension: int | None) -> np.ndarray:
     return np.array([value(p.chosen_rating) - value(p.rejected_rating) for p in pairs])
 
 
+def reference_margin(pairs: Sequence[Pair], logprobs: Mapping[str, float]) -> np.ndarray:
+    """Log-probability of the chosen trace minus that of the rejected one, nats, [P].
+
+    It is the part of DPO's implicit reward margin, over -beta, that does not change while a policy
+    trains: r(c) - r(r) = beta [(log p(c) - log p(r)) - margin] (arXiv 2305.18290, equation 5).
+    Selections by a small implicit reward margin (arXiv 2508.04149) take that of a trained policy,
+    which this is not: it says how sure the reference is of the chosen trace. A sum over tokens
+    falls with length, so that long chosen traces have small margins.
+
+    Args:
+      pairs: whose traces are both scored.
+      logprobs: trace id to the sum of its tokens' log-probabilities under the reference.
+    """
+    return np.array([logprobs[p.chosen_id] - logprobs[p.rejected_id] for p in pairs])
+
+
 def select(
     pairs: Sequence[Pair],
-    selection: str,
-    fraction: float,
-    seed: int,
-    dimension: int | None,
+    keep: str,
+    k: int,
+    seed: tuple[int, int],
+    deltas: np.ndarray | None,
     tokens: Mapping[str, int],
-) -> list[Pair]:
+) -> tuple[list[Pair], int]:
     """The pairs that an arm trains on, in the order of `pairs`.
 
     Args:
       pairs: the pool.
-      selection: "all", "top" (largest sample delta), "random", or "matched": as many pairs as
-        "top", drawn among the others where possible, each the nearest in (chosen tokens, rejected
-        tokens) to one of the top pairs. It has the lengths of the top pairs without their ratings,
-        so what "top" gains over it is not due to length.
-      fraction: of the pool that is kept; ignored by "all".
-      seed: of "random", and of the order in which "matched" serves the top pairs.
-      dimension: that "top" and "matched" rank by; None is the sum.
+      keep: "all", "top" (largest sample delta), "bottom" (smallest), "middle" (around the median),
+        "random", or "matched": random pairs with the lengths of the top pairs and the sample delta
+        of the pool, so that what "top" gains over it is not due to length.
+      k: pairs kept; ignored by "all".
+      seed: of the experiment, and the draw. It draws "random" and "matched", and which of the pairs
+        that are tied at the cut are kept.
+      deltas: that pairs are ranked by, [P]: of `sample_delta` or of `reference_margin`; None where
+        nothing is ranked.
       tokens: trace id to length.
 
-    Raises:
-      ConfigError: the fraction keeps nothing, or ratings are missing.
+    Returns:
+      the pairs, and how many are tied, to five decimals, at a cut that keeps some of them and not
+      the others.
     """
-    if selection == "all":
-        return list(pairs)
-    k = _count(pairs, fraction)
-    if selection == "random":
-        # Pairs are ordered by id before the draw, so that it does not depend on their row order.
-        by_id = sorted(range(len(pairs)), key=lambda i: pairs[i].pair_id)
-        kept = {by_id[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:k]}
+    if keep == "all":
+        return list(pairs), 0
+    # Pairs are ordered by id before the draw, so that it does not depend on their row order.
+    by_id = np.array(sorted(range(len(pairs)), key=lambda i: pairs[i].pair_id))
+    rng = np.random.default_rng(seed)
+    shuffled = by_id[rng.permutation(len(pairs))]
+    ties = 0
+    if keep == "random":
+        kept = shuffled[:k]
     else:
-        kept = _top(pairs, sample_delta(pairs, dimension), k)
-        if selection == "matched":
-            kept = _matched(pairs, kept, seed, tokens)
-    return [pairs[i] for i in sorted(kept)]
+        assert deltas is not None
+        deltas = np.round(deltas, _DECIMALS)
+        # The sort is stable, so that equal deltas stay in the order of the draw.
+        ranked = shuffled[np.argsort(-deltas[shuffled], kind="stable")]
+        first = {"bottom": len(pairs) - k, "middle": (len(pairs) - k) // 2}.get(keep, 0)
+        kept = ranked[first : first + k]
+        ties = _ties(deltas[ranked], first, first + k)
+        if keep == "matched":
+            kept, ties = _matched(pairs, deltas, kept, shuffled, rng, tokens), 0
+    return [pairs[i] for i in sorted(kept)], ties
 
 
-def _count(pairs: Sequence[Pair], fraction: float) -> int:
-    k = round(fraction * len(pairs))
-    if not 1 <= k <= len(pairs):
+def kept_count(pool: int, number: int, fraction: float) -> int:
+    """How many pairs of a pool are kept: `number`, or where it is 0 that share of the pool.
+
+    Raises:
+      ConfigError: that keeps none, or more than there are.
+    """
+    k = number or round(fraction * pool)
+    if not 1 <= k <= pool:
+        if number:
+            raise ConfigError(
+                f"An arm keeps {number} pairs and the pool has {pool}; keep fewer, or use more "
+                "prompts."
+            )
         raise ConfigError(
-            f"A fraction of {fraction:g} keeps {k} of {len(pairs)} pairs; it must keep at least "
-            "one and no more than there are."
+            f"A fraction of {fraction:g} keeps {k} of {pool} pairs; it must keep at least one and "
+            "no more than there are."
         )
     return k
 
 
-def _top(pairs: Sequence[Pair], deltas: np.ndarray, k: int) -> set[int]:
-    """Indices of the k largest deltas; pair ids break ties, so that row order does not matter."""
-    return set(sorted(range(len(pairs)), key=lambda i: (-deltas[i], pairs[i].pair_id))[:k])
+def _ties(ranked: np.ndarray, first: int, last: int) -> int:
+    """Pairs that are tied at an end of ranked[first:last] with pairs beyond it."""
+    tied = 0
+    for inside, outside in ((first, first - 1), (last - 1, last)):
+        if 0 <= outside < len(ranked) and ranked[inside] == ranked[outside]:
+            tied += int(np.count_nonzero(ranked == ranked[inside]))
+    return tied
 
 
 def _matched(
-    pairs: Sequence[Pair], top: set[int], seed: int, tokens: Mapping[str, int]
-) -> set[int]:
-    """Nearest neighbours of the top pairs in length, without replacement.
+    pairs: Sequence[Pair],
+    deltas: np.ndarray,
+    top: np.ndarray,
+    shuffled: np.ndarray,
+    rng: np.random.Generator,
+    tokens: Mapping[str, int],
+) -> np.ndarray:
+    """Pairs of the whole pool with the lengths of the top pairs and the deltas of the pool.
 
-    Top pairs themselves are taken only once all others are used up.
+    Every top pair is served by the free pair that is nearest to its two lengths and to a delta
+    drawn from the pool, in standard deviations. Deltas weigh more and more, until the mean delta
+    is within a twentieth of a standard deviation of the pool's.
+
+    Args:
+      pairs: the pool.
+      deltas: sample delta of every pair, [P].
+      top: indices of the top pairs, [k].
+      shuffled: all indices in an order that does not depend on the rows'.
+      rng: of the drawn deltas.
+      tokens: trace id to length.
     """
     lengths = np.array([(tokens[p.chosen_id], tokens[p.rejected_id]) for p in pairs], float)
-    ids = np.array([p.pair_id for p in pairs])
-    free = np.ones(len(pairs), bool)
-    free[list(top)] = False
-    # The queue is ordered by id before it is shuffled, for the same draw in any row order.
-    queue = np.array(sorted(top, key=lambda i: ids[i]))
-    taken: set[int] = set()
-    for i in queue[np.random.default_rng(seed).permutation(len(queue))]:
-        if not free.any():
-            free[[j for j in top if j not in taken]] = True
-        candidates = np.flatnonzero(free)
-        # The distance is the sum of both differences in tokens.
-        distance = np.abs(lengths[candidates] - lengths[i]).sum(axis=1)
-        nearest = candidates[distance == distance.min()]
-        best = int(nearest[np.argmin(ids[nearest])])  # pair ids break ties
-        taken.add(best)
-        free[best] = False
-    return taken
+    lengths /= np.maximum(lengths.std(axis=0), 1e-9)
+    spread = max(float(deltas.std()), 1e-9)
+    k = len(top)
+    # Quantiles in the middle of k equal shares have the pool's mean with the least noise.
+    targets = rng.permutation(np.quantile(deltas, (np.arange(k) + 0.5) / k))
+    best, nearest = top, np.inf
+    for weight in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+        chosen = _nearest(lengths, deltas, top, targets, shuffled, weight / spread)
+        apart = abs(float(deltas[chosen].mean() - deltas.mean())) / spread
+        if apart < nearest:
+            best, nearest = chosen, apart
+        if apart < 0.05:
+            break
+    return best
+
+
+def _nearest(
+    lengths: np.ndarray,
+    deltas: np.ndarray,
+    top: np.ndarray,
+    targets: np.ndarray,
+    shuffled: np.ndarray,
+    weight: float,
+) -> np.ndarray:
+    """Nearest neighbours without replacement, in the order of `top`; the draw breaks ties."""
+    free, taken = shuffled, []
+    for i, target in zip(top, targets, strict=True):
+        distance = np.abs(lengths[free] - lengths[i]).sum(axis=1)
+        place = int(np.argmin(distance + weight * np.abs(deltas[free] - target)))
+        taken.append(free[place])
+        free = np.delete(free, place)
+    return np.array(taken)

@@ -4,14 +4,39 @@ A row's uniform is a function of (seed, generator, prompt, sample, position) alo
 not depend on slot, batch, order or shard. The filters keep every token at or above a threshold that
 bisection finds, without a sort over the vocabulary; inverting the CDF takes one uniform per row
 instead of one Gumbel variate per token.
+
+On a mesh, every device draws for its rows from its shard of the vocabulary:
+
+    vocabulary   | device 0 of `tensor` | device 1 of `tensor` |
+    blocks       | b0 | b1 | b2 | b3    | b4 | b5 | b6 | b7    |
+
+The sums of all blocks are exchanged, about √V numbers per row, and everything after that is equal
+on all devices. Blocks do not depend on the number of devices and no shard cuts one (`block_size`),
+so that equal logits give equal bits on any mesh.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from deltapref_jax.models.sharding import ROWS
+
+_SHARDS = 8
+"""Blocks divide a shard of the vocabulary for this number of shards and its divisors: a host has at
+most eight TPU chips or GPUs, as a rule."""
+
+
+class Vocabulary(NamedTuple):
+    """The part of a vocabulary that a device holds."""
+
+    size: int  # V, of all devices
+    axis: str | None = None  # the mesh axis over which it is split; None: this device holds all
 
 
 def request_keys(
@@ -75,6 +100,19 @@ def uniforms(keys: UInt32[Array, "B 2"], positions: Int[Array, " B"]) -> Float[A
     return jax.vmap(uniform)(keys, positions)
 
 
+def block_size(vocab: int) -> int:
+    """Returns the number of entries of a block, about √V.
+
+    It divides V / 8 where a divisor of about that size exists, so that shards hold whole blocks.
+    """
+    wanted = 1 << (max(vocab - 1, 1).bit_length() + 1) // 2
+    if vocab % _SHARDS:
+        return wanted
+    shard = vocab // _SHARDS
+    near = [n for n in range(-(-wanted // 4), 4 * wanted + 1) if shard % n == 0]
+    return min(near, key=lambda n: max(n / wanted, wanted / n), default=wanted)
+
+
 def draw(
     logits: Float[Array, "B V"],
     uniform: Float[Array, " B"],
@@ -82,6 +120,7 @@ def draw(
     top_p: Float[Array, " B"],
     top_k: Int[Array, " B"],
     filtered: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token per row by inverting the cumulative distribution over ids in ascending order.
 
@@ -92,13 +131,39 @@ def draw(
       top_p: nucleus mass after top-k (arXiv 1904.09751); 1 turns the filter off.
       top_k: number of tokens kept; 0 turns the filter off.
       filtered: static; False skips the work of the filters, which must then be off in every row.
+      mesh: rows lie over data and fsdp, the vocabulary over tensor if it divides; None means one
+        device.
 
     Returns:
       tokens: the ids drawn.
       logprobs: their log-probabilities in nats, under the unfiltered logits at temperature 1.
     """
+    size = logits.shape[-1]
+    if mesh is None or mesh.size == 1:
+        return _draw(logits, uniform, temperature, top_p, top_k, filtered, Vocabulary(size))
+    divides = mesh.shape["tensor"] > 1 and size % mesh.shape["tensor"] == 0
+    axis = "tensor" if divides else None
+    return jax.shard_map(
+        functools.partial(_draw, filtered=filtered, vocabulary=Vocabulary(size, axis)),
+        mesh=mesh,
+        in_specs=(PartitionSpec(*ROWS, axis), ROWS, ROWS, ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        check_vma=False,
+    )(logits, uniform, temperature, top_p, top_k)
+
+
+def _draw(
+    logits: Array,
+    uniform: Array,
+    temperature: Array,
+    top_p: Array,
+    top_k: Array,
+    filtered: bool,
+    vocabulary: Vocabulary,
+) -> tuple[Array, Array]:
+    """`draw` of a device's rows from its part of the vocabulary."""
     # Logits are taken relative to the largest, so that no exponential overflows.
-    gap = jnp.max(logits, axis=-1, keepdims=True) - logits
+    gap = _largest(jnp.max(logits, axis=-1), vocabulary)[:, None] - logits
     greedy = (temperature == 0)[:, None]
     # Greedy rows are the limit of temperature 0: weight 1 at the largest logit, 0 elsewhere. The
     # inner `where` keeps a division by 0 out of them.
@@ -109,48 +174,79 @@ def draw(
     )
     weights = jnp.exp(-scaled)
     if filtered:
-        weights = jnp.where(nucleus(gap, weights, top_p, top_k), weights, 0.0)
+        weights = jnp.where(nucleus(gap, weights, top_p, top_k, vocabulary), weights, 0.0)
     # A uniform of 0 takes the first of equal largest logits.
-    token = invert(weights, jnp.where(temperature == 0, 0.0, uniform))
+    token, token_gap = invert(weights, jnp.where(temperature == 0, 0.0, uniform), gap, vocabulary)
     # The log-probability is of the unfiltered logits at temperature 1: logits minus log-sum-exp,
     # both relative to the largest logit.
-    token_gap = jnp.take_along_axis(gap, token[:, None], axis=-1)[:, 0]
-    return token, -token_gap - jnp.log(jnp.sum(jnp.exp(-gap), axis=-1))
+    return token, -token_gap - jnp.log(_total(jnp.exp(-gap), vocabulary))
+
+
+def _largest(x: Array, vocabulary: Vocabulary) -> Array:
+    return jax.lax.pmax(x, vocabulary.axis) if vocabulary.axis else x
+
+
+def _smallest(x: Array, vocabulary: Vocabulary) -> Array:
+    return jax.lax.pmin(x, vocabulary.axis) if vocabulary.axis else x
+
+
+def _blocks(x: Float[Array, "B W"], vocabulary: Vocabulary) -> Float[Array, "B n E"]:
+    """Returns the entries of a device in blocks, the last one padded with zeros."""
+    size = block_size(vocabulary.size)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[-1] % size))).reshape(x.shape[0], -1, size)
+
+
+def _block_sums(blocks: Float[Array, "B n E"], vocabulary: Vocabulary) -> Float[Array, "B N"]:
+    """Returns the sums of the blocks of all devices, on every device."""
+    # Without the barrier XLA would merge this sum and the one over blocks into one, whose rounding
+    # is another.
+    sums = jax.lax.optimization_barrier(jnp.sum(blocks, axis=-1))
+    if not vocabulary.axis:
+        return sums
+    return jax.lax.all_gather(sums, vocabulary.axis, axis=1, tiled=True)
+
+
+def _total(x: Float[Array, "B W"], vocabulary: Vocabulary) -> Float[Array, " B"]:
+    """Returns the sum of a row, whose rounding does not depend on the number of devices."""
+    return jnp.sum(_block_sums(_blocks(x, vocabulary), vocabulary), axis=-1)
 
 
 def nucleus(
-    gap: Float[Array, "B V"],
-    weights: Float[Array, "B V"],
+    gap: Float[Array, "B W"],
+    weights: Float[Array, "B W"],
     top_p: Float[Array, " B"],
     top_k: Int[Array, " B"],
-) -> Bool[Array, "B V"]:
+    vocabulary: Vocabulary,
+) -> Bool[Array, "B W"]:
     """Returns the tokens kept by top-k and then by top-p, over the mass that top-k left.
 
     Tokens of equal logits are kept or dropped together, so ties at the threshold are all kept. The
     most probable token is always kept.
 
     Args:
-      gap: largest logit minus each logit, ≥ 0.
+      gap: largest logit minus each logit, ≥ 0; of the tokens that the device holds.
       weights: unnormalised probabilities, not increasing in `gap`.
       top_p: share of the mass that the kept tokens must hold at least.
       top_k: number of tokens kept, more with ties; 0 keeps all.
+      vocabulary: the part that the device holds.
     """
-    vocab = gap.shape[-1]
-    count = jnp.where((top_k <= 0) | (top_k >= vocab), 0, top_k)  # 0 turns top-k off
+    count = jnp.where((top_k <= 0) | (top_k >= vocabulary.size), 0, top_k)  # 0 turns top-k off
     # Top-k is the smallest gap that collects a mass of k where every token weighs 1.
-    top_k_gap = smallest_gap(gap, jnp.ones_like(gap), count.astype(jnp.float32), count == 0)
+    needed = count.astype(jnp.float32)
+    top_k_gap = smallest_gap(gap, jnp.ones_like(gap), needed, count == 0, vocabulary)
     kept = gap <= top_k_gap[:, None]
     # Top-p is a share of the mass that top-k left, so removed tokens weigh 0 from here.
     weights = jnp.where(kept, weights, 0.0)
-    top_p_gap = smallest_gap(gap, weights, top_p * jnp.sum(weights, axis=-1), top_p >= 1)
-    return kept & (gap <= top_p_gap[:, None])
+    needed = top_p * _total(weights, vocabulary)
+    return kept & (gap <= smallest_gap(gap, weights, needed, top_p >= 1, vocabulary)[:, None])
 
 
 def smallest_gap(
-    gap: Float[Array, "B V"],
-    weights: Float[Array, "B V"],
+    gap: Float[Array, "B W"],
+    weights: Float[Array, "B W"],
     need: Float[Array, " B"],
     off: Bool[Array, " B"],
+    vocabulary: Vocabulary,
 ) -> Float[Array, " B"]:
     """Returns the smallest g for which the weights of tokens with gap ≤ g sum to at least `need`.
 
@@ -159,7 +255,7 @@ def smallest_gap(
     the exact value, after about ten rounds and never more than 32.
     """
     bits = jax.lax.bitcast_convert_type(gap, jnp.int32)
-    top = jnp.max(bits, axis=-1)
+    top = _largest(jnp.max(bits, axis=-1), vocabulary)
 
     def unfinished(ends: tuple[Array, Array]) -> Array:
         return jnp.any(ends[0] < ends[1])
@@ -169,9 +265,10 @@ def smallest_gap(
         # The midpoint as low + half the distance, because low + high would overflow int32.
         middle = low + (high - low) // 2
         below = bits <= middle[:, None]
-        enough = jnp.sum(jnp.where(below, weights, 0.0), axis=-1) >= need
-        largest_below = jnp.max(jnp.where(below, bits, 0), axis=-1)
-        smallest_above = jnp.min(jnp.where(below, jnp.iinfo(jnp.int32).max, bits), axis=-1)
+        enough = _total(jnp.where(below, weights, 0.0), vocabulary) >= need
+        largest_below = _largest(jnp.max(jnp.where(below, bits, 0), axis=-1), vocabulary)
+        above = jnp.where(below, jnp.iinfo(jnp.int32).max, bits)
+        smallest_above = _smallest(jnp.min(above, axis=-1), vocabulary)
         # Where the mass is not enough, the next value that occurs above is the new lower end.
         new_low = jnp.where(enough, low, jnp.minimum(smallest_above, high))
         new_high = jnp.where(enough, largest_below, high)
@@ -184,22 +281,36 @@ def smallest_gap(
     return jnp.where(off, jnp.inf, jax.lax.bitcast_convert_type(high, jnp.float32))
 
 
-def invert(weights: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """Returns the first id whose cumulative weight exceeds uniform * total; never one of weight 0.
+def invert(
+    weights: Float[Array, "B W"],
+    uniform: Float[Array, " B"],
+    gap: Float[Array, "B W"],
+    vocabulary: Vocabulary,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Returns the first id whose cumulative weight exceeds uniform * total, and its gap.
 
-    Two levels of about √V entries each replace a cumulative sum over the whole vocabulary.
+    It is never an id of weight 0. Two levels of about √V entries each replace a cumulative sum over
+    the whole vocabulary.
     """
-    vocab = weights.shape[-1]
-    # A power of two near √V.
-    block = 1 << (max(vocab - 1, 1).bit_length() + 1) // 2
-    padded = jnp.pad(weights, ((0, 0), (0, -vocab % block))).reshape(weights.shape[0], -1, block)
-    sums = jnp.sum(padded, axis=-1)
+    blocks = _blocks(weights, vocabulary)
+    sums, (_, held, size) = _block_sums(blocks, vocabulary), blocks.shape
     # The target is relative to the sum of the block sums that are searched, not to another
     # summation of the weights, which could round differently.
     target = uniform * jnp.sum(sums, axis=-1)
-    block_index, before = _first_above(sums, target)
-    entries = jnp.take_along_axis(padded, block_index[:, None, None], axis=1)[:, 0]
-    return block_index * block + _first_above(entries, target - before)[0]
+    block, before = _first_above(sums, target)
+    # The block among those of its device, whose shard begins at `first`.
+    device, block = block // held, block % held
+    first = device * weights.shape[-1]
+    entries = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    index = block * size + _first_above(entries, target - before)[0]
+    token, token_gap = first + index, jnp.take_along_axis(gap, index[:, None], axis=-1)[:, 0]
+    if not vocabulary.axis:
+        return token, token_gap
+    # One device holds the block of a row; the others searched a block of theirs for nothing.
+    mine = device == jax.lax.axis_index(vocabulary.axis)
+    return jax.lax.psum(
+        (jnp.where(mine, token, 0), jnp.where(mine, token_gap, 0.0)), vocabulary.axis
+    )
 
 
 def _first_above(weights: Float[Array, "B n"], target: Float[Array, " B"]) -> tuple[Array, Array]:

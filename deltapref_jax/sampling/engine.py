@@ -16,12 +16,13 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh, place
@@ -30,6 +31,7 @@ from deltapref_jax.models.sharding import ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.sampling.draw import request_keys
+from deltapref_jax.sampling.plan import Plan
 from deltapref_jax.sampling.programs import (
     Chunk,
     Slots,
@@ -129,7 +131,9 @@ def _batched(items: Iterator[int], size: int) -> Iterator[list[int]]:
 def _new_cache(
     spec: ModelSpec, slots: int, length: int, dtype: jnp.dtype, sharding: NamedSharding
 ) -> Cache:
-    return jax.lax.with_sharding_constraint(empty_cache(spec, slots, length, dtype), sharding)
+    mesh: Any = sharding.mesh  # of devices, never an abstract one
+    cache = empty_cache(spec, slots, length, dtype, mesh)
+    return jax.lax.with_sharding_constraint(cache, sharding)
 
 
 class Engine:
@@ -169,32 +173,13 @@ class Engine:
         """
         self.text, self.sampling = model.text, sampling
         self.seed, self.generator = seed, generator
-        self.length = sampling.max_prompt + sampling.max_tokens
-        # LongRoPE's factors are chosen once, by the longest sequence that may be sampled: keys in a
-        # cache cannot change theirs when a trace grows.
-        self.spec = model.spec.within(self.length)
-        if self.length > model.spec.max_positions:
-            raise ValueError(
-                f"config.sampling.max_prompt + max_tokens is {self.length} and the model has "
-                f"{model.spec.max_positions} positions; lower one of the two."
-            )
-        if "" in sampling.stop:
-            raise ValueError(
-                "config.sampling.stop holds an empty string, which every text contains; remove it."
-            )
         self.mesh = mesh or make_mesh(MeshShape(), jax.local_devices()[:1])
-        row_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if sampling.slots % row_shards:
-            raise ValueError(
-                f"config.sampling.slots is {sampling.slots}; it must be a multiple of the "
-                f"{row_shards} devices along data and fsdp."
-            )
-        # Prompts of one prefill: about an eighth of the slots, at most 16, in whole shards.
-        self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
-        state = place(model.state, shardings(model.state, self.mesh))
         # The dtype is an attribute of the decoder, which only a merged model shows.
-        self.dtype = nnx.merge(model.graphdef, model.state).dtype
-        graphdef = model.graphdef if self.spec == model.spec else abstract(self.spec, self.dtype)[0]
+        dtype = nnx.merge(model.graphdef, model.state).dtype
+        self.plan = Plan(model.spec, sampling, self.mesh, dtype)
+        self.spec, self.length = self.plan.spec, self.plan.length
+        state = place(model.state, shardings(model.state, self.mesh))
+        graphdef = model.graphdef if self.spec == model.spec else abstract(self.spec, dtype)[0]
         self.graphdef, self.weights = unstacked(graphdef, state)
         self.cache: Cache | None = None
         self.end_ids = np.asarray(model.text.end_ids, np.int32)
@@ -265,8 +250,7 @@ class Engine:
 
         A group is prefilled only when the caller asks for it.
         """
-        # Few padded lengths (max_prompt, its half, its quarter), so that few programs are compiled.
-        lengths = sorted({-(-self.sampling.max_prompt // (8 * part)) * 8 for part in (1, 2, 4)})
+        rows, lengths = self.plan.prefill_rows, self.plan.prefill_lengths
         pairs = [(r, s) for r, request in enumerate(requests) for s in range(request.samples)]
         # Keys of all traces are made by one call, and looked up by the running number of the trace.
         keys = request_keys(
@@ -286,16 +270,16 @@ class Engine:
         )
         # Prompts in this order have falling lengths, so equal padded lengths are neighbours.
         for length, members in itertools.groupby(order, key=padded_length):
-            for group in _batched(members, self.prefill_rows):
+            for group in _batched(members, rows):
                 # Rows without a prompt are computed too, because a group has one compiled shape.
-                tokens = np.zeros((self.prefill_rows, length), np.int32)
+                tokens = np.zeros((rows, length), np.int32)
                 for row, r in enumerate(group):
                     tokens[row, : len(requests[r].tokens)] = requests[r].tokens
                     self.stats["prompt_tokens"] += len(requests[r].tokens)
                 self.stats["padded_prompt_tokens"] += tokens.size
-                prompts = prefill(
-                    self.graphdef, self.weights, tokens, self._sharding(PartitionSpec())
-                )
+                # Every device along data and fsdp has all prompts, because their slots are not
+                # known yet.
+                prompts = prefill(self.graphdef, self.weights, tokens, self.plan.prompt_sharding)
                 yield [
                     _Trace(r, s, keys[first_key[r] + s], prompts, row)
                     for row, r in enumerate(group)
@@ -335,20 +319,13 @@ class Engine:
 
         The cache grows with the longest live sequence, because every step reads all of it.
         """
-        # A power of two of at least 256, so that doubling meets few lengths and few programs.
-        shortest = min(self.length, max(256, 1 << (self.sampling.max_prompt - 1).bit_length()))
-        if self.cache is None or (positions == 0 and self.cache.v[0].shape[2] > shortest):
+        shortest = self.plan.shortest
+        if self.cache is None or (positions == 0 and self.cache.length > shortest):
             self.cache = None  # frees the longer cache before the shorter one is allocated
-            # Heads that do not divide over `tensor` are whole on every device.
-            heads = "tensor" if self.spec.kv_heads % self.mesh.shape["tensor"] == 0 else None
             self.cache = _new_cache(
-                self.spec,
-                self.sampling.slots,
-                shortest,
-                self.dtype,
-                self._sharding(PartitionSpec(*ROWS, heads)),
+                self.spec, self.sampling.slots, shortest, self.plan.dtype, self.plan.cache_sharding
             )
-        while (length := self.cache.v[0].shape[2]) < min(positions, self.length):
+        while (length := self.cache.length) < min(positions, self.length):
             self.cache = grow(self.cache, min(self.length, 2 * length))
 
     def _advance(self, slots: Slots, filtered: bool, more: bool) -> Chunk:
@@ -366,7 +343,7 @@ class Engine:
         # With a limit of B - 1 the loop ends early only when no slot is alive.
         max_idle_slots = min(B // 16, B - 1) if more else B - 1
         # A copy, because the transfer may be asynchronous and the host goes on writing to `slots`.
-        device_slots = jax.device_put(jax.tree.map(np.copy, slots), self._sharding(ROWS))
+        device_slots = jax.device_put(jax.tree.map(np.copy, slots), self.plan.sharding(ROWS))
         self.cache, out = advance(
             self.graphdef,
             self.weights,
@@ -377,7 +354,7 @@ class Engine:
             max_idle_slots=np.int32(max_idle_slots),
             decode_steps=steps,
             filtered=filtered,
-            mesh=self.mesh if self.spec.experts else None,
+            mesh=self.mesh if self.mesh.size > 1 else None,
         )
         return out
 
@@ -437,6 +414,3 @@ class Engine:
         self.stats["truncated"] += trace.finish == "length"
         # `fsum` is exact before its one rounding, so chunk borders do not change the sum.
         return Completion(trace.tokens, text, trace.finish, math.fsum(trace.logprobs))
-
-    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(self.mesh, spec)

@@ -8,7 +8,7 @@ compiled programs, also across engines.
               decoding step feeds the last prompt token again, and draws the trace's first token
     advance:  samples up to `decode_steps` tokens in every slot (the cache is donated); returns
               early when too many slots are idle
-    grow:     copies the cache into a longer one
+    lengthen: copies one array of the cache into a longer one (`grow` does so with all of them)
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deltapref_jax.models.attention.dense import capped
-from deltapref_jax.models.decoder import Cache, empty_cache
+from deltapref_jax.models.decoder import Cache
 from deltapref_jax.sampling.draw import draw, uniforms
 
 _COMPILE_SECONDS = [0.0]
@@ -72,17 +72,11 @@ class Chunk(NamedTuple):
 def prefill(
     graphdef: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "G T"], sharding: NamedSharding
 ) -> Cache:
-    """Returns keys and values of G prompts, which are padded on the right to T tokens."""
-    # Padding has keys and values too; decoding overwrites them before it reads them.
-    model = nnx.merge(graphdef, weights)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    # The cache is exactly as long as the padded prompt.
-    _, cache = model.decode(
-        tokens,
-        positions,
-        empty_cache(model.spec, tokens.shape[0], tokens.shape[1], model.dtype),
-        sharding.mesh,
-    )
+    """Returns keys and values of G prompts, which are padded on the right to T tokens.
+
+    `sharding` is that of every array of the result, [G, K, T, H].
+    """
+    cache = nnx.merge(graphdef, weights).prefill(tokens, sharding.mesh)
     return jax.lax.with_sharding_constraint(cache, sharding)
 
 
@@ -110,15 +104,27 @@ def insert(
     return jax.lax.fori_loop(0, count, insert_row, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("length",))
+@functools.partial(jax.jit, static_argnames=("length", "axis"))
+def lengthen(array: Float[Array, "B K *n"], length: int, axis: int) -> Float[Array, "B K *m"]:
+    """Returns an array of the cache, padded to `length` positions along `axis`."""
+    more = length - array.shape[axis]
+    return jnp.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
+
+
 def grow(cache: Cache, length: int) -> Cache:
-    """Returns the cache, padded to `length` positions."""
-    more = length - cache.v[0].shape[2]
-    # Keys have their positions on the last axis and values on the one before it (`Cache`).
-    return Cache(
-        tuple(jnp.pad(k, ((0, 0),) * 3 + ((0, more),)) for k in cache.k),
-        tuple(jnp.pad(v, ((0, 0),) * 2 + ((0, more), (0, 0))) for v in cache.v),
-    )
+    """Returns the cache, padded to `length` positions; the given one is deleted.
+
+    Arrays are copied one after another, and each is deleted before the next is copied: there is
+    never a second cache, but one array of it.
+    """
+
+    def replaced(array: Array, axis: int) -> Array:
+        # Waiting keeps the host from allocating the next array before this one is free.
+        longer = jax.block_until_ready(lengthen(array, length, axis))
+        array.delete()
+        return longer
+
+    return cache.map(replaced)
 
 
 def _empty_chunk(slots: Slots, decode_steps: int) -> Chunk:
@@ -142,13 +148,16 @@ def _next_tokens(
     slots: Slots,
     filtered: bool,
     cap: float,
+    mesh: Mesh | None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Returns the tokens drawn from the last hidden states, and their log-probabilities."""
     with jax.named_scope("unembedding"):
         logits = jnp.einsum("bd,vd->bv", hidden, unembedding, preferred_element_type=jnp.float32)
         logits = capped(logits, cap)
     with jax.named_scope("draw"):
-        return draw(logits, uniform[step], slots.temperature, slots.top_p, slots.top_k, filtered)
+        return draw(
+            logits, uniform[step], slots.temperature, slots.top_p, slots.top_k, filtered, mesh
+        )
 
 
 @functools.partial(
@@ -183,7 +192,7 @@ def advance(
         refill them.
       decode_steps: the largest number of steps; static.
       filtered: whether any slot uses top-p or top-k; static.
-      mesh: the mesh over which the slots lie; static, read by experts alone.
+      mesh: the mesh over which the slots lie; static; None means one device.
     """
     model = nnx.merge(graphdef, weights)
     unembedding = model.unembedding()
@@ -207,6 +216,7 @@ def advance(
             slots,
             filtered,
             model.spec.logit_cap,
+            mesh,
         )
         # The host's `generated` is that of the chunk's start, so the steps of this chunk are added.
         ended = jnp.any(token[:, None] == end_ids, axis=-1) | (

@@ -11,20 +11,34 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from deltapref_jax.mesh import place, shard
+from deltapref_jax.mesh import place, platform_of, shard
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.decoder import Decoder
+from deltapref_jax.models.program import Program, packed_rows, placed_weights
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.packing import PackedBatch, drop_empty_half, max_segments, pack_sequences
-from deltapref_jax.scoring.projection import token_logprobs
+from deltapref_jax.scoring.projection import projection_trips, token_logprobs
 
 
 def sequence_logprobs(
     model: Decoder, batch: PackedBatch, segments: int, remat: str = "none", mesh: Mesh | None = None
 ) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
+    """`sequence_logprobs_and_totals` without totals."""
+    totals: nnx.State = nnx.State({})
+    return sequence_logprobs_and_totals(model, batch, segments, remat, mesh, totals)[:2]
+
+
+def sequence_logprobs_and_totals(
+    model: Decoder,
+    batch: PackedBatch,
+    segments: int,
+    remat: str,
+    mesh: Mesh | None,
+    totals: nnx.State,
+) -> tuple[Float[Array, " S"], Float[Array, " S"], nnx.State]:
     """Sum of the target tokens' log-probabilities (nats) and their number, per sequence.
 
     Index i holds the sequence whose tokens have target i + 1.
@@ -35,9 +49,10 @@ def sequence_logprobs(
       segments: S, static; at least the number of sequences in the batch (`packing.max_segments`).
       remat: see `Decoder.hidden`.
       mesh: over which the batch lies; None: one device.
+      totals: see `Decoder.hidden_and_totals`; they are the third result.
     """
-    hidden = model.hidden(
-        batch.tokens, batch.positions, batch.segments, batch.branches, remat=remat, mesh=mesh
+    hidden, totals = model.hidden_and_totals(
+        batch.tokens, batch.positions, batch.segments, batch.branches, remat, mesh, totals
     )
     # Position i - 1 scores token i, so labels and owners move there; rows are padded to their old
     # length, which divides over the mesh.
@@ -46,13 +61,13 @@ def sequence_logprobs(
     )
     # Only positions whose next token is a target are projected to the vocabulary.
     logprobs = token_logprobs(
-        hidden, model.unembedding(), labels, owner > 0, mesh, model.spec.logit_cap
+        hidden, model.output_rows(), labels, owner > 0, mesh, model.spec.logit_cap
     )
     owner = owner.reshape(-1)
     # Owner 0 stands for tokens that nobody owns; its sum is cut off.
     sums = jax.ops.segment_sum(logprobs.reshape(-1), owner, segments + 1)[1:]
     counts = jax.ops.segment_sum(jnp.ones(owner.shape), owner, segments + 1)[1:]
-    return sums, counts
+    return sums, counts, totals
 
 
 @functools.cache
@@ -70,6 +85,20 @@ def logprob_fn(
         in_shardings=(shardings(shapes, mesh), NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
+
+
+def score_program(
+    spec: ModelSpec, dtype: str, rows: int, length: int, mesh: Mesh, branched: bool = False
+) -> Program:
+    """The program of `score_sequences` with abstract arguments.
+
+    `branched` says whether rows have branches (`dispatch.shares_prompts`).
+    """
+    ids = packed_rows(mesh, rows, length)
+    batch = PackedBatch(ids, ids, ids, ids, ids if branched else None)
+    run = logprob_fn(spec, dtype, max_segments(rows, length), mesh, NO_ADAPTERS)
+    params = placed_weights(abstract(spec)[1], spec, mesh, dtype)
+    return Program(run, (params, batch), trips=projection_trips(spec, rows, length, mesh))
 
 
 class Scores(NamedTuple):
@@ -111,7 +140,7 @@ def score_sequences(
     positions = filled = 0
     row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     # A prompt is shared only where branches do not cost the faster kernel.
-    share = shares_prompts(mesh, length, spec)
+    share = shares_prompts(platform_of(mesh), mesh.shape["context"] > 1, length, spec)
     for micro in pack_sequences([sequences[i] for i in fits], rows, length, share):
         # Half a batch is a second compiled shape; it only occurs where the packing leaves rows
         # empty.

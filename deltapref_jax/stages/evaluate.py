@@ -1,5 +1,6 @@
 """evaluate: a model's answers to the questions of one suite, checked, sample by sample."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
@@ -9,13 +10,13 @@ import jax
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.shards import Made, Pass, Shards, Stats, make_shards
-from deltapref_jax.config import MeshShape, Model, Sampling
+from deltapref_jax.config import ADDED, ConfigError, MeshShape, Model, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import open_model
-from deltapref_jax.records import Prompt, Result, digest, to_table
+from deltapref_jax.records import Prompt, Result, Verdict, digest, to_table
 from deltapref_jax.sampling.engine import Completion, Engine, Request
 from deltapref_jax.stages.prompts import PromptTable
-from deltapref_jax.stages.sample import asked
+from deltapref_jax.stages.sample import asked, marked
 from deltapref_jax.stages.train import Policy
 from deltapref_jax.stages.verify import verdict
 
@@ -32,9 +33,11 @@ class ResultTable(Node, stage="evaluate", version=8, sharded=True):
     Attributes:
       policy: what is evaluated, where it was trained here; None: the model at `model.path`.
       weights: hash of that model's weights; "" of a trained policy.
+      domain: that averages the suite; "" of a second read-out.
       temperature: of the suite, or of the generator whose capability is measured; so are `top_p`,
         `top_k`, `system` and `prefix` (a policy is asked plainly).
       model: of a trained policy only its dtype counts.
+      checkers: hash of the code of every checker that is the user's own (`callables.code_hash`).
     """
 
     questions: PromptTable
@@ -52,11 +55,12 @@ class ResultTable(Node, stage="evaluate", version=8, sharded=True):
     seed: int
     model: Model
     mesh: MeshShape = runtime()
+    checkers: Mapping[str, str] = dataclasses.field(default_factory=dict, metadata=ADDED)
 
     def batch(self) -> object:
         """All suites of one model: its weights are loaded once, and its slots stay filled."""
-        model = self.policy or (self.weights, self.model.place, self.model.dtype, self.sampling)
-        return model, self.mesh
+        model = self.policy or (self.weights, self.model.place)
+        return model, self.model.dtype, self.model.quantization, self.sampling, self.mesh
 
     @classmethod
     def make_batch(cls, work: Sequence[tuple[Self, Job]]) -> None:
@@ -93,7 +97,8 @@ class ResultTable(Node, stage="evaluate", version=8, sharded=True):
                 node._results([(prompt, next(answers)) for prompt in questions[node][part]])
                 for node, part in parts
             ]
-            return [_shard(rows, engine.stats) for rows in results]
+            model = work[0][0].model  # of all nodes
+            return [_shard(rows, model, engine.stats) for rows in results]
 
         make_shards(list(suites), make, size)
 
@@ -115,9 +120,22 @@ class ResultTable(Node, stage="evaluate", version=8, sharded=True):
             prompt.prompt_id, tokens, self.samples, self.temperature, self.top_p, self.top_k
         )
 
+    def _verdict(self, prompt: Prompt, sample: int, completion: Completion) -> Verdict:
+        where = (
+            f"sample {sample} of question {prompt.prompt_id} by {self.name.rpartition('/')[0]} in "
+            f"suite {self.suite!r}"
+        )
+        said = verdict(prompt, "", completion.text, completion.finish, where)
+        if said.correct is None:
+            raise ConfigError(
+                f"{prompt.checker} returned None for {where}; a suite counts answers that are "
+                "right, so that its checker returns True or False."
+            )
+        return said
+
     def _results(self, answered: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Result]:
         checked = [
-            (prompt, sample, completion, verdict(prompt, "", completion.text, completion.finish))
+            (prompt, sample, completion, self._verdict(prompt, sample, completion))
             for prompt, completions in answered
             for sample, completion in enumerate(completions)
         ]
@@ -130,7 +148,7 @@ class ResultTable(Node, stage="evaluate", version=8, sharded=True):
                 sample=sample,
                 text=completion.text,
                 answer=said.answer,
-                correct=bool(said.correct),
+                correct=said.correct is True,
                 finish=completion.finish,
                 logprob=completion.logprob,
                 tokens=len(completion.tokens),
@@ -139,7 +157,7 @@ class ResultTable(Node, stage="evaluate", version=8, sharded=True):
         ]
 
 
-def _shard(results: list[Result], stats: Stats) -> Made:
+def _shard(results: list[Result], model: Model, stats: Stats) -> Made:
     """One shard with its part of what a pass took."""
     tokens = sum(result.tokens for result in results)
     share = tokens / max(stats["tokens"], 1)
@@ -147,7 +165,11 @@ def _shard(results: list[Result], stats: Stats) -> Made:
         "tokens": float(tokens),
         "truncated": float(sum(result.finish == "length" for result in results)),
     }
-    return Made(to_table(Result, results), {k: share * n for k, n in stats.items()} | own, share)
+    return Made(
+        marked(to_table(Result, results), model),
+        {k: share * n for k, n in stats.items()} | own,
+        share,
+    )
 
 
 def _sampler(
@@ -155,7 +177,8 @@ def _sampler(
 ) -> tuple[Engine, dict[ResultTable, list[Request]]]:
     """The engine of a node's model, and the requests of every suite, whose lengths are checked."""
     path = job.local_input(node.policy, "policy") if node.policy else node.model.place
-    model = open_model(str(path), dtype=node.model.dtype, params=node.model.dtype)
+    dtype, quantization = node.model.dtype, node.model.quantization
+    model = open_model(str(path), dtype=dtype, params=dtype, quantization=quantization)
     # Every process answers shards of its own, on its own devices.
     mesh = make_mesh(node.mesh, jax.local_devices())
     engine = Engine(model, node.sampling, node.seed, _IDENTITY, mesh)

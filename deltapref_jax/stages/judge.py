@@ -1,5 +1,6 @@
 """judge: one judge over one generator's traces, every dimension."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -9,13 +10,13 @@ from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import Judge, MeshShape, Scoring
 from deltapref_jax.judging.exact import rate_exactly
-from deltapref_jax.judging.rubric import conversation
+from deltapref_jax.judging.rubric import RUBRIC, Rubric, conversation
 from deltapref_jax.judging.scorer import Ratings, rate_traces
-from deltapref_jax.mesh import make_mesh
+from deltapref_jax.mesh import make_mesh, rows_of
 from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Prompt, Rating, Trace, from_table, schema
 from deltapref_jax.stages.prompts import PromptTable
-from deltapref_jax.stages.sample import TraceTable, asked
+from deltapref_jax.stages.sample import TraceTable, asked, marked
 
 # (prompts, ids of the texts, texts) to ratings and counts
 Rate = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], tuple[Ratings, Stats]]
@@ -60,7 +61,13 @@ class RatingTable(Node, stage="judge", version=5, sharded=True):
 
 
 def rater(
-    judge: Judge, scoring: Scoring, mesh: MeshShape, system: str = "", prefix: str = ""
+    judge: Judge,
+    scoring: Scoring,
+    mesh: MeshShape,
+    system: str = "",
+    prefix: str = "",
+    rubric: Rubric = RUBRIC,
+    drop_long: bool = False,
 ) -> Rate:
     """The function that rates texts as `judge` does; its model is loaded with the first of them.
 
@@ -70,6 +77,9 @@ def rater(
       mesh: devices of a model.
       system: system message that the generator of the texts was given.
       prefix: what the generator's questions began with.
+      rubric: texts of a model's prompt.
+      drop_long: whether texts that are too long for a row of `scoring` get ratings of NaN; if not,
+        they are an error.
     """
     if judge.kind == "exact":
 
@@ -83,19 +93,23 @@ def rater(
 
         return exactly
 
-    model = functools.cache(lambda: open_model(judge.model.place, judge.model.dtype))
+    dtype, quantization = judge.model.dtype, judge.model.quantization
+    model = functools.cache(lambda: open_model(judge.model.place, dtype, dtype, quantization))
 
     def by_model(
         prompts: Sequence[Prompt], ids: Sequence[str], texts: Sequence[str]
     ) -> tuple[Ratings, Stats]:
+        devices = make_mesh(mesh)
         return rate_traces(
             model(),
             [conversation(asked(prompt, system, prefix)) for prompt in prompts],
             texts,
             judge.dimensions,
-            scoring,
-            make_mesh(mesh),
-            judge.model.dtype,
+            dataclasses.replace(scoring, rows=rows_of(scoring.rows, devices.shape)),
+            devices,
+            dtype,
+            rubric,
+            drop_long,
         )
 
     return by_model
@@ -113,4 +127,4 @@ def rating_table(judge: Judge, trace_ids: Sequence[str], ratings: Ratings) -> pa
         "mass": ratings.mass.reshape(-1),
         "distribution": ratings.distribution.reshape(-1, 5).tolist(),
     }
-    return pa.table(columns).cast(schema(Rating))
+    return marked(pa.table(columns).cast(schema(Rating)), judge.model)

@@ -34,7 +34,8 @@ from deltapref_jax.mesh import (
     fit_shape,
     rows_divide,
 )
-from deltapref_jax.models.sharding import shardings, undivided
+from deltapref_jax.models.parameters import Parameter, parameters
+from deltapref_jax.models.sharding import path_name, shardings, undivided
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
 
@@ -114,6 +115,7 @@ def fit_training(t: Training, student: Model, devices: Devices, spec_of: SpecOf)
     field = "config.training.mesh"
     batch = Batch("config.training", "rows", t.rows, t.row_length)
     conditions = rows_divide(field, t.mesh, batch, devices)
+    conditions += _divides(field, t.mesh, student, spec_of)
     conditions += _has_room(field, what, student, width, devices, spec_of)
     return dataclasses.replace(t, mesh=fit_shape(field, t.mesh, devices, conditions))
 
@@ -123,8 +125,8 @@ def _fit_scoring(
 ) -> MeshShape:
     batch = Batch("config.scoring", "rows", s.rows, s.row_length)
     conditions = rows_divide(field, shape, batch, devices)
-    # Their weights stay float32 whatever the dtype of the computation.
-    conditions += _has_room(field, "weights", model, 4, devices, spec_of)
+    conditions += _divides(field, shape, model, spec_of)
+    conditions += _has_room(field, "weights", model, None, devices, spec_of)
     return fit_shape(field, shape, devices, conditions)
 
 
@@ -137,33 +139,58 @@ def _fit_sampling(
         """Whether there is room for the weights and twice the longest cache, which is copied."""
         if not host.memory:
             return True
-        spec = spec_of(model.place)
+        spec = _spec(model, spec_of)
         heads = spec.kv_heads / (sizes[2] if spec.kv_heads % sizes[2] == 0 else 1)
         positions = s.slots / (sizes[0] * sizes[1]) * (s.max_prompt + s.max_tokens)
         cache = 2 * spec.layers * heads * spec.head_width * positions * width
-        return _weights(spec, sizes) * width + 2 * cache < _ROOM * host.memory
+        return _weights(spec, sizes, model.dtype) + 2 * cache < _ROOM * host.memory
 
     def copies_first(sizes: Sizes) -> tuple[bool, int, int]:
         """Decoding reads all weights at every step, so it gathers none over fsdp if it need not."""
         return not has_cache(sizes), sizes[1], -sizes[0]
 
     conditions = rows_divide(field, shape, Batch("config.sampling", "slots", s.slots), host)
-    conditions += _has_room(field, "weights", model, width, host, spec_of)
+    conditions += _divides(field, shape, model, spec_of)
+    conditions += _has_room(field, "weights", model, None, host, spec_of)
     return fit_shape(field, shape, host, conditions, copies_first)
 
 
+def _divides(field: str, shape: MeshShape, model: Model, spec_of: SpecOf) -> list[Condition]:
+    """The condition that every axis divides the dimensions of parameters that it shards."""
+
+    def whole(sizes: Sizes) -> dict[str, list[str]]:
+        if sizes[1] == sizes[2] == 1:
+            return {}
+        axes = dict(zip(AXES, sizes, strict=True))
+        return undivided(_shapes(_spec(model, spec_of)), axes)
+
+    def sentence(shapes: list[Sizes]) -> str:
+        sizes = min(shapes, key=lambda s: sum(map(len, whole(s).values())))
+        axis, names = next(iter(whole(sizes).items()))
+        return (
+            f"{field} is {shape.stated or 'not stated'} and "
+            f"{sizes[AXES.index(axis)]} devices along {axis} do not divide {', '.join(names)} of "
+            f"{model.path}"
+        )
+
+    return [Condition(lambda s: not whole(s), sentence)]
+
+
 def _has_room(
-    field: str, what: str, model: Model, width: int, devices: Devices, spec_of: SpecOf
+    field: str, what: str, model: Model, width: int | None, devices: Devices, spec_of: SpecOf
 ) -> list[Condition]:
     """The condition that parameters of `width` bytes each fit the devices, where that is known.
 
-    It is necessary and not sufficient: activations come on top.
+    A width of None is that of a model that is not trained, by its dtype and quantization. The
+    condition is necessary and not sufficient: activations come on top.
     """
     if not devices.memory:
         return []
 
     def size(sizes: Sizes) -> int:
-        return _weights(spec_of(model.place), sizes) * width
+        if width is None:
+            return _weights(_spec(model, spec_of), sizes, model.dtype)
+        return _on_device(spec_of(model.place), sizes, lambda _: width)
 
     return [
         Condition(
@@ -184,64 +211,66 @@ def _shapes(spec: ModelSpec) -> Any:
     return abstract(spec)[1]
 
 
-def _weights(spec: ModelSpec, sizes: Sizes) -> int:
-    """Parameters on one device."""
-    params, mesh = _shapes(spec), AbstractMesh(sizes, AXES)
-    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(shardings(params, mesh)), strict=True)
-    return sum(math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in leaves)
+def _spec(model: Model, spec_of: SpecOf) -> ModelSpec:
+    """Sizes of a model that is not trained."""
+    return spec_of(model.place).quantised(model.quantization)
 
 
-def mesh_lines(e: Experiment, devices: Devices, spec_of: SpecOf) -> list[str]:
-    """Says which meshes a study runs on, and what their axes leave whole; nothing on one device.
+def _weights(spec: ModelSpec, sizes: Sizes, dtype: str) -> int:
+    """Bytes on one device of a model that is not trained, by the dtype of its computation."""
+    return _on_device(spec, sizes, lambda p: p.stored_dtype(spec, dtype).itemsize)
+
+
+def _on_device(spec: ModelSpec, sizes: Sizes, width: Callable[[Parameter], int]) -> int:
+    """Bytes of a model's parameters on one device; `width`: bytes of a number of one."""
+    params, mesh, declared = _shapes(spec), AbstractMesh(sizes, AXES), parameters(spec)
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(params),
+        jax.tree.leaves(shardings(params, mesh)),
+        strict=True,
+    )
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * width(declared[path_name(path)])
+        for (path, leaf), sharding in leaves
+    )
+
+
+def mesh_lines(e: Experiment, devices: Devices) -> list[str]:
+    """Says which meshes a study runs on; nothing on one device.
 
     Args:
       e: with the meshes of `fit_meshes`.
       devices: of the job.
-      spec_of: gives the sizes of models.
     """
     if devices.total == 1:
         return []
     everywhere = [
-        ("training", e.training.mesh, e.student),
-        ("scoring", e.scoring.mesh, reference_of(e.student, e.reference)),
-        *((f"judge {j.name}", j.mesh, model_of(e, j.model)) for j in e.judges if j.kind == "model"),
+        ("training", e.training.mesh),
+        ("scoring", e.scoring.mesh),
+        *((f"judge {j.name}", j.mesh) for j in e.judges if j.kind == "model"),
     ]
     on_hosts = [
-        ("sampling", e.sampling.mesh, e.student),
-        *((f"generator {g.name}", g.mesh, model_of(e, g.model)) for g in e.generators),
+        ("sampling", e.sampling.mesh),
+        *((f"generator {g.name}", g.mesh) for g in e.generators),
     ]
 
-    def listed(stage: MeshShape, meshes: list[tuple[str, MeshShape, Model]]) -> str:
+    def listed(stage: MeshShape, meshes: list[tuple[str, MeshShape]]) -> str:
         """Those of the stages, and those of models that have another one than their stage."""
         shown = [
             f"{name} {describe(shape)}"
-            for name, shape, _ in meshes
+            for name, shape in meshes
             if " " not in name or shape != stage
         ]
         return "; ".join(shown)
 
     return [
         f"Meshes: {listed(e.scoring.mesh, everywhere)}; on each host "
-        f"{listed(e.sampling.mesh, on_hosts)}.",
-        *(line for use in everywhere + on_hosts for line in _whole(*use, spec_of)),
+        f"{listed(e.sampling.mesh, on_hosts)}."
     ]
 
 
-def training_lines(t: Training, student: Model, spec_of: SpecOf) -> list[str]:
-    """Says which mesh a run trains on, and what its axes leave whole; nothing on one device."""
+def training_lines(t: Training) -> list[str]:
+    """Says which mesh a run trains on; nothing on one device."""
     if t.mesh == MeshShape(1, 1, 1, 1):
         return []
-    whole = _whole("training", t.mesh, student, spec_of)
-    return [f"Mesh: training {describe(t.mesh)}.", *whole]
-
-
-def _whole(name: str, shape: MeshShape, model: Model, spec_of: SpecOf) -> list[str]:
-    sizes = dataclasses.asdict(shape)
-    if sizes["fsdp"] == sizes["tensor"] == 1:
-        return []
-    found = undivided(_shapes(spec_of(model.place)), sizes)
-    return [
-        f"Mesh of {name}: {axis}={sizes[axis]} does not divide {', '.join(names)} of {model.path}, "
-        "so that every device along it has them whole."
-        for axis, names in found.items()
-    ]
+    return [f"Mesh: training {describe(t.mesh)}."]

@@ -25,7 +25,7 @@ from deltapref_jax.config import (
     check_choice,
 )
 from deltapref_jax.judging.rubric import RUBRIC, label_ids, trunk_and_suffixes
-from deltapref_jax.mesh import make_mesh
+from deltapref_jax.mesh import is_first, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.export import export
 from deltapref_jax.models.parameters import block_parameters
@@ -33,11 +33,12 @@ from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import TokenSequence
 from deltapref_jax.scoring.packing import PackedSample, pack, pack_one
+from deltapref_jax.synthetic.beliefs import BELIEFS
 from deltapref_jax.synthetic.corrupt import DEGREES, corrupt
 from deltapref_jax.synthetic.families import FAMILIES
 from deltapref_jax.synthetic.rate import rate
 from deltapref_jax.synthetic.tokenizer import build
-from deltapref_jax.synthetic.world import Problem, problem, solution
+from deltapref_jax.synthetic.world import Problem, is_lesson, problem, solution
 from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.training.data import StepData
 from deltapref_jax.training.loop import Run, train
@@ -47,7 +48,7 @@ from deltapref_jax.training.step import Examples
 _TOKENIZER_TEXTS = 20_000
 
 
-class SmallTokenizer(Node, stage="tokenizer", version=2):
+class SmallTokenizer(Node, stage="tokenizer", version=3):
     """The tokenizer that all small models share, as the folder `model/`."""
 
     vocab: int
@@ -55,11 +56,12 @@ class SmallTokenizer(Node, stage="tokenizer", version=2):
     def make(self, job: Job) -> None:
         """Trains it on questions, solutions and the rubric."""
         with job.output_dir("model") as folder:
-            make_tokenizer(self.vocab, folder)
+            if is_first():
+                make_tokenizer(self.vocab, folder)
         job.files.append("model/*")
 
 
-class SmallModelFolder(Node, stage="small_model", version=2):
+class SmallModelFolder(Node, stage="small_model", version=3):
     """One small model, as the Hugging Face folder `model/`.
 
     Attributes:
@@ -83,13 +85,16 @@ def plan(zoo: ModelZoo) -> dict[str, SmallModelFolder]:
     """The models by name, in the order of the config, so that a base stands before what needs it.
 
     Raises:
-      ConfigError: a model's task is no family of the synthetic world.
+      ConfigError: a model's task is no family of the synthetic world, or a belief none of its
+        beliefs.
     """
     tokenizer = SmallTokenizer(label=("tokenizer",), vocab=zoo.vocab)
     nodes: dict[str, SmallModelFolder] = {}
     for model in zoo.models:
         for task in model.tasks:
             check_choice(f"tasks of model {model.name!r}", task, FAMILIES)
+        for belief in model.beliefs:
+            check_choice(f"beliefs of model {model.name!r}", belief, BELIEFS)
         nodes[model.name] = SmallModelFolder(
             label=("model", model.name),
             model=model,
@@ -106,7 +111,7 @@ def make_tokenizer(vocab: int, folder: Path) -> None:
     def texts() -> Iterator[str]:
         for i in range(_TOKENIZER_TEXTS):
             p = problem(tuple(FAMILIES)[i % len(FAMILIES)], 2, -1, i)
-            worked = solution(p, random.Random(i), 0.2)
+            worked = solution(p, random.Random(i), 0.2, tuple(BELIEFS) if i % 2 else ())
             yield f"user\n{p.question}\nassistant\n{worked}\n"
             if i % 3 == 0:
                 yield "".join((RUBRIC.trunk(p.question, worked), *RUBRIC.questions))
@@ -115,35 +120,37 @@ def make_tokenizer(vocab: int, folder: Path) -> None:
 
 
 def draw(model: SmallModel, rng: random.Random) -> Problem:
-    """A problem of the model's curriculum.
+    """A problem of the model's curriculum that may be a lesson, see `world.is_lesson`.
 
     Its seed is negative, which keeps it apart from every study's questions.
     """
-    return problem(
-        rng.choice(model.tasks),
-        rng.choice(model.difficulties),
-        -1 - model.seed,
-        rng.getrandbits(62),
-    )
+    task, difficulty = rng.choice(model.tasks), rng.choice(model.difficulties)
+    while True:
+        p = problem(task, difficulty, -1 - model.seed, rng.getrandbits(62))
+        if is_lesson(p):
+            return p
 
 
 def solving(model: SmallModel, text: ChatTokenizer, rng: random.Random) -> PackedSample:
-    """A question and a worked solution, careless at the model's error rate."""
+    """A question and a worked solution by the model's beliefs, careless at its error rate."""
     p = draw(model, rng)
     prompt = text.prompt_ids([{"role": "user", "content": p.question}])
-    completion = text.completion_ids(solution(p, rng, model.error_rate), ended=True)
+    completion = text.completion_ids(solution(p, rng, model.error_rate, model.beliefs), ended=True)
     return pack_one(TokenSequence(np.asarray(prompt), np.asarray(completion)))
 
 
 def rating(model: SmallModel, text: ChatTokenizer, rng: random.Random) -> PackedSample:
     """A rubric prompt and its five labels, each in a branch of its own.
 
-    Half of the solutions are careless, half are corrupted in one dimension. The label is the exact
-    rating rounded at random to a neighbour, so that the expectation a judge learns is the rating.
+    Half of the solutions are careless, or follow some of the beliefs, or both; half are corrupted
+    in one dimension. The label is the exact rating rounded at random to a neighbour, so that the
+    expectation a judge learns is the rating.
     """
     p = draw(model, rng)
     if rng.random() < 0.5:
-        worked = solution(p, rng, rng.random() * 0.8)
+        held = [name for name in model.beliefs if rng.random() < 0.5]
+        careless = rng.random() * 0.8 if not held or rng.random() < 0.5 else 0.0
+        worked = solution(p, rng, careless, held)
     else:
         worked = corrupt(p, rng.choice(DIMENSIONS), rng.randint(1, DEGREES), rng)
     exact = rate(p, worked)
@@ -264,6 +271,7 @@ def train_small_model(
     )
     with job.output_dir("model") as folder:
         export(params, spec, text, folder, "bfloat16")
-        recipe = json.dumps(dataclasses.asdict(model), indent=2)
-        (folder / "recipe.json").write_text(recipe + "\n")
+        if is_first():
+            recipe = json.dumps(dataclasses.asdict(model), indent=2)
+            (folder / "recipe.json").write_text(recipe + "\n")
     return counts

@@ -1,31 +1,42 @@
 """report: everything a study made, to one page and one summary."""
 
+import dataclasses
+import functools
+import io
+import json
 from collections.abc import Mapping
 
 import pyarrow as pa
+from etils import epath
+from pyarrow import csv
 
 from deltapref_jax.analysis.report import draw, render
 from deltapref_jax.analysis.study import ArtifactRecord, Study
+from deltapref_jax.analysis.suites import STUDENT, accuracies
 from deltapref_jax.analysis.summary import summarise, summary_json
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node
-from deltapref_jax.config import DIMENSIONS, Experiment
+from deltapref_jax.config import ADDED, DIMENSIONS, Experiment, Run, model_of
 from deltapref_jax.judging.rubric import RUBRIC
+from deltapref_jax.records import SuiteAccuracy, to_table
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.judge_mean import MeanRatingTable
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.prompts import PromptTable
+from deltapref_jax.stages.retest import RetestTable
 from deltapref_jax.stages.sample import TraceTable
 from deltapref_jax.stages.score import LogProbTable
 from deltapref_jax.stages.tokens import SequenceTable
 from deltapref_jax.stages.train import Policy
+from deltapref_jax.stages.tune import RateTable
 from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.training.checkpoint import read_metrics
 
 
-class Report(Node, stage="report", version=9):
-    """report.html, summary.json, and each figure as an SVG file."""
+class Report(Node, stage="report", version=14):
+    """report.html, summary.json, accuracies.csv, and each figure as an SVG file."""
 
     experiment: Experiment
     abouts: tuple[str, ...]  # words for the page, which are hashed nowhere else
@@ -33,15 +44,18 @@ class Report(Node, stage="report", version=9):
     prompts: PromptTable
     traces: Mapping[str, TraceTable]  # by generator, as are verdicts, sequences and logprobs
     verdicts: Mapping[str, VerdictTable]
-    ratings: Mapping[str, Mapping[str, RatingTable]]  # judge → generator
+    ratings: Mapping[str, Mapping[str, RatingTable | MeanRatingTable]]  # judge → generator
     sequences: Mapping[str, SequenceTable]
     logprobs: Mapping[str, LogProbTable]
     student: Mapping[str, ResultTable]  # by suite
     capability: Mapping[str, Mapping[str, ResultTable]]  # generator → suite
-    audits: Mapping[str, AuditTable]  # by judge
-    pairs: Mapping[str, PairTable]  # by arm
-    policies: Mapping[str, Mapping[int, Policy]]  # arm → seed
-    results: Mapping[str, Mapping[int, Mapping[str, ResultTable]]]  # arm → seed → suite
+    audits: Mapping[str, AuditTable]  # by judge, as are the next two
+    trace_audits: Mapping[str, AuditTable]
+    retests: Mapping[str, RetestTable]
+    pairs: Mapping[str, Mapping[int, PairTable]]  # arm → draw
+    policies: Mapping[str, Mapping[Run, Policy]]  # arm → run
+    results: Mapping[str, Mapping[Run, Mapping[str, ResultTable]]]  # arm → run → suite
+    rates: Mapping[str, RateTable] = dataclasses.field(default_factory=dict, metadata=ADDED)
 
     def make(self, job: Job) -> None:
         """Summarises, draws and renders."""
@@ -49,8 +63,12 @@ class Report(Node, stage="report", version=9):
         summary = summarise(study)
         figures = draw(study, summary)
         rubric = {dimension: RUBRIC.question(dimension) for dimension in DIMENSIONS}
-        for name, svg in figures.items():
-            job.write_file(f"{name}.svg", svg.encode())
+        for name, figure in figures.items():
+            job.write_file(f"{name}.svg", figure.svg.encode())
+        table = io.BytesIO()
+        rows = accuracies(study, {a.name: a.doubt for a in summary.arms})
+        csv.write_csv(to_table(SuiteAccuracy, rows), table)
+        job.write_file("accuracies.csv", table.getvalue())
         job.write_file("report.html", render(study, summary, figures, rubric).encode())
         job.write_file("summary.json", summary_json(summary).encode())
 
@@ -64,12 +82,7 @@ class Report(Node, stage="report", version=9):
             for library, version in m.versions.items():
                 versions.setdefault(library, {})[version] = None
 
-        def results(tables: Mapping[str, ResultTable]) -> pa.Table:
-            # The page shows no answers, and their texts are most of what the tables hold.
-            return pa.concat_tables(
-                table.drop_columns(["text", "answer"]) for table in job.tables(tables).values()
-            )
-
+        results = functools.partial(result_rows, job)
         return Study(
             experiment=self.experiment,
             prompts=job.table(self.prompts),
@@ -78,10 +91,12 @@ class Report(Node, stage="report", version=9):
             verdicts=job.tables(self.verdicts),
             ratings={judge: job.tables(tables) for judge, tables in self.ratings.items()},
             audits=job.tables(self.audits),
-            pairs=job.tables(self.pairs),
+            trace_audits=job.tables(self.trace_audits),
+            retests=job.tables(self.retests),
+            pairs={arm: job.tables(draws) for arm, draws in self.pairs.items()},
             results={
-                arm: {seed: results(tables) for seed, tables in seeds.items() if tables}
-                for arm, seeds in self.results.items()
+                arm: {run: results(tables) for run, tables in runs.items() if tables}
+                for arm, runs in self.results.items()
             },
             student=results(self.student) if self.student else None,
             capability={
@@ -89,14 +104,46 @@ class Report(Node, stage="report", version=9):
             },
             metrics={
                 arm: {
-                    seed: list(read_metrics(job.local_input(policy, "metrics.jsonl")))
-                    for seed, policy in seeds.items()
+                    run: list(read_metrics(job.local_input(policy, "metrics.jsonl")))
+                    for run, policy in runs.items()
                 }
-                for arm, seeds in self.policies.items()
+                for arm, runs in self.policies.items()
             },
             pair_counts={
-                arm: job.workspace.manifest(pairs).stats for arm, pairs in self.pairs.items()
+                arm: {draw: job.workspace.manifest(pairs).stats for draw, pairs in draws.items()}
+                for arm, draws in self.pairs.items()
             },
+            rates=job.tables(self.rates),
             artifacts=artifacts,
+            lessons=lessons(self.experiment),
             versions={library: ", ".join(seen) for library, seen in versions.items()},
         )
+
+
+def result_rows(job: Job, tables: Mapping[str, ResultTable]) -> pa.Table:
+    """Rows of `records.Result` of all suites, without texts and answers.
+
+    The page shows none of them, and they are most of what the tables hold.
+    """
+    return pa.concat_tables(
+        table.drop_columns(["text", "answer"]) for table in job.tables(tables).values()
+    )
+
+
+def lessons(e: Experiment) -> dict[str, list[str] | None]:
+    """Families that the student and the generators learnt from, by name.
+
+    A model that this project made has them in `recipe.json`; None where a folder does not say.
+    """
+    models = {STUDENT: e.student} | {g.name: model_of(e, g.model) for g in e.generators}
+    return {name: _tasks(model.path) for name, model in models.items()}
+
+
+def _tasks(folder: str) -> list[str] | None:
+    recipe = epath.Path(folder) / "recipe.json"
+    try:
+        tasks = json.loads(recipe.read_text())["tasks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
+    return list(dict.fromkeys(tasks)) if known else None

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
-from deltapref_jax.config import Generator, MeshShape, Sampling
+from deltapref_jax.config import Generator, MeshShape, Model, Sampling
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import Prompt, Trace, digest, to_table
@@ -45,7 +45,8 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
             "system": g.system,
             "prefix": g.prefix,
         }
-        return digest(manner, self.weights, g.model.dtype)
+        numbers = [g.model.dtype, *filter(None, [g.model.quantization])]
+        return digest(manner, self.weights, *numbers)
 
     def make(self, job: Job) -> None:
         """Samples one shard of `sampling.shard` prompts at a time.
@@ -59,7 +60,8 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
         # The model is loaded with the first shard that has to be made.
         @functools.cache
         def engine() -> tuple[Engine, list[Request]]:
-            model = open_model(g.model.place, dtype=g.model.dtype, params=g.model.dtype)
+            dtype, quantization = g.model.dtype, g.model.quantization
+            model = open_model(g.model.place, dtype, dtype, quantization)
             # Every process samples shards of its own, on its own devices.
             mesh = make_mesh(self.mesh, jax.local_devices())
             engine = Engine(model, self.sampling, self.seed, self.identity, mesh)
@@ -89,7 +91,7 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
                 )
                 for sample, completion in enumerate(completions)
             ]
-            return to_table(Trace, traces), dict(sampler.stats)
+            return marked(to_table(Trace, traces), g.model), dict(sampler.stats)
 
         job.shards(-(-len(prompts) // size), make, total=len(prompts) * g.samples)
         stats = job.stats
@@ -114,6 +116,13 @@ class TraceTable(Node, stage="sample", version=3, sharded=True):
             logprob=completion.logprob,
             tokens=len(completion.tokens),
         )
+
+
+def marked(table: pa.Table, model: Model) -> pa.Table:
+    """The table of what a model made; its metadata say so if the model was quantised."""
+    if not model.quantization:
+        return table
+    return table.replace_schema_metadata({"quantization": model.quantization})
 
 
 def asked(prompt: Prompt, system: str, prefix: str) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import ConfigError, MeshShape, Model
 from deltapref_jax.files import content_hash, local_copy
-from deltapref_jax.mesh import make_mesh
+from deltapref_jax.mesh import make_mesh, rows_of
 from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import LogProb, TokenSequence, to_table
 from deltapref_jax.scoring.logprobs import score_sequences
@@ -46,7 +46,7 @@ class LogProbTable(Node, stage="score", version=4, sharded=True):
         sequences = job.rows(TokenSequence, self.sequences)
         known = read_logprobs(table_files(self.table), self.weights) if self.table else {}
         # The model is loaded with the first sequence that the table does not hold.
-        model = functools.cache(lambda: open_model(self.model.place, self.dtype))
+        model = functools.cache(lambda: open_model(self.model.place, self.dtype, self.dtype))
 
         def make(shard: int) -> tuple[pa.Table, Stats]:
             part = sequences[shard * self.shard : (shard + 1) * self.shard]
@@ -55,14 +55,14 @@ class LogProbTable(Node, stage="score", version=4, sharded=True):
             logprobs = [known.get(key) for key in keys]
             stats = {"from_table": float(len(part) - len(new))}
             if new:
-                loaded = model()
+                loaded, mesh = model(), make_mesh(self.mesh)
                 scores = score_sequences(
                     loaded.spec,
                     loaded.state,
                     [part[i] for i in new],
-                    self.rows,
+                    rows_of(self.rows, mesh.shape),
                     self.row_length,
-                    make_mesh(self.mesh),
+                    mesh,
                     self.dtype,
                 )
                 for i, logprob in zip(new, scores.sums, strict=True):

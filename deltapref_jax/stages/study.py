@@ -10,56 +10,81 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from deltapref_jax.artifacts.node import in_order
+from deltapref_jax.callables import code_hash, code_hashes, is_callable_name
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
+    RANKED,
+    REFERENCE_MARGIN,
+    TUNING,
+    UNJUDGED,
     Arm,
     ConfigError,
     Experiment,
     Generator,
     Judge,
     Model,
+    Objective,
     Prompts,
+    Run,
     Suite,
     check_choice,
+    is_balanced,
+    is_tuned,
     judge_of,
     mesh_of,
     model_of,
+    objective_of,
     reference_of,
+    samples_of,
+    training_of,
+    uses_ratings,
 )
 from deltapref_jax.data.dataset import content_of
 from deltapref_jax.data.sources import task_names
 from deltapref_jax.devices import Devices
 from deltapref_jax.files import content_hash, local_copy
 from deltapref_jax.judging.rubric import label_ids
-from deltapref_jax.models.folder import weights_hash
-from deltapref_jax.models.lora import check_rank
+from deltapref_jax.models.folder import planned_hash, weights_hash
+from deltapref_jax.models.lora import fit_lora
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.models.weights import inspect_model
+from deltapref_jax.models.weights import describe_model, inspect_model
 from deltapref_jax.pairs.build import Rules
+from deltapref_jax.records import digest
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.judge_mean import MeanRatingTable
 from deltapref_jax.stages.meshes import fit_meshes
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.stages.prompts import PromptTable
 from deltapref_jax.stages.report import Report
+from deltapref_jax.stages.retest import RetestTable
 from deltapref_jax.stages.sample import TraceTable
 from deltapref_jax.stages.score import LogProbTable, known_table
 from deltapref_jax.stages.tokens import SequenceTable, TraceSequences
 from deltapref_jax.stages.train import Policy
+from deltapref_jax.stages.tune import RateTable
 from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.training.monitor import MonitorConfig
 
 _AUDIT_COUNT = 60  # problems a judge is audited on
+_AUDITED_TRACES = 100  # traces that are edited: an AUC of 0.8 is known to about 0.08
+_RETESTED_PAIRS = 60  # rated under every wording: a correlation of 0.6 is known to about 0.17
 
-# A model's path to its shape and tokenizer; the weights are not read.
-Inspect = Callable[[str], tuple[ModelSpec, ChatTokenizer]]
+# A model's path to its shape and tokenizer; the weights are not read. A model that is planned and
+# has no weights may have no tokenizer.
+Inspect = Callable[[str], tuple[ModelSpec, ChatTokenizer | None]]
+# A model's path to the hash of its weights.
+WeightsOf = Callable[[str], str]
 
 
 def plan(
-    e: Experiment, profile: tuple[int, int] | None = None, devices: Devices | None = None
+    e: Experiment,
+    profile: tuple[int, int] | None = None,
+    devices: Devices | None = None,
+    weights: bool = True,
 ) -> Report:
     """Every artifact of the study, as the inputs of its report.
 
@@ -68,27 +93,54 @@ def plan(
       profile: first and last training step, from 1, that JAX's profiler traces in every arm.
       devices: that the meshes must fit; the report's experiment has their sizes (`fit_meshes`).
         None: no mesh is looked at before a stage makes it.
+      weights: whether every model must have its weights and its tokenizer. False: a config.json is
+        enough, for a plan that is looked at and not made.
 
     Raises:
       FileNotFoundError, ValueError: a model is not there or cannot be used (see `check_models`).
       ConfigError: a prompt file or table is not there, a task is not known, or a mesh does not fit.
     """
     # Several nodes ask about one model, whose files are read once.
-    inspect: Inspect = functools.cache(inspect_model)
+    inspect: Inspect = functools.cache(inspect_model if weights else describe_model)
+    weights_of = weights_hash if weights else planned_hash
     e = pinned(e)
     check_models(e, inspect)
+    lora = fit_lora(e.training.lora, inspect(e.student.place)[0])
+    e = dataclasses.replace(e, training=dataclasses.replace(e.training, lora=lora))
     if devices:
         e = fit_meshes(e, devices, lambda path: inspect(path)[0])
-    suites = {s.name: prompt_table(("suite", s.name), (s.prompts,), {}) for s in e.suites}
-    prompts = prompt_table(("prompts",), e.prompts, suites)
+    suites = {
+        s.name: prompt_table(("suite", s.name), (s.prompts,), {})
+        for s in e.suites
+        if s.readout != TUNING
+    }
+    # What chooses the learning rates must not be what the policies are measured on.
+    tuning = {
+        s.name: prompt_table(("suite", s.name), (s.prompts,), suites)
+        for s in e.suites
+        if s.readout == TUNING
+    }
+    # A second read-out of a suite's own questions holds out no others, and so remakes nothing.
+    averaged = [s.prompts for s in e.suites if not s.readout]
+    held_out = {
+        s.name: {**suites, **tuning}[s.name]
+        for s in e.suites
+        if not s.readout or s.prompts not in averaged
+    }
+    prompts = prompt_table(("prompts",), e.prompts, held_out)
 
     # What is known of every trace: its verdict, its ratings, its tokens, its reference.
-    traces = {g.name: _traces(e, g, prompts) for g in e.generators}
+    traces = {g.name: _traces(e, g, prompts, weights_of) for g in e.generators}
     verdicts = {
-        name: VerdictTable(label=("verify", name), prompts=prompts, traces=table)
+        name: VerdictTable(
+            label=("verify", name),
+            prompts=prompts,
+            traces=table,
+            checkers=code_hashes([p.checker for p in e.prompts]),
+        )
         for name, table in traces.items()
     }
-    ratings = {j.name: _ratings(e, j, prompts, traces) for j in e.judges}
+    ratings = _all_ratings(e, prompts, traces, weights_of)
     # Only generators whose traces an arm reads are tokenised and scored.
     used = {name for arm in e.arms for name in (arm.chosen, arm.rejected)}
     sequences: dict[str, SequenceTable] = {
@@ -96,33 +148,56 @@ def plan(
         for g in e.generators
         if g.name in used
     }
-    logprobs = _logprobs(e, sequences)
+    logprobs = _logprobs(e, sequences, weights_of)
 
     # The models before training.
-    student = result_tables(e, ("evaluate", "student"), suites, e.student, None)
+    student = result_tables(e, ("evaluate", "student"), suites, e.student, None, None, weights_of)
     capability = {
-        g.name: result_tables(e, ("capability", g.name), suites, model_of(e, g.model), None, g)
+        g.name: result_tables(
+            e, ("capability", g.name), suites, model_of(e, g.model), None, g, weights_of
+        )
         for g in e.generators
     }
     synthetic = any(source.kind == "synthetic" for source in e.prompts)
-    audits = {j.name: audit_table(e, j, prompts) for j in e.judges if synthetic}
+    measured = [j for j in e.judges if j.kind != "mean"]
+    audits = {j.name: audit_table(e, j, prompts, weights_of) for j in measured if synthetic}
+    trace_audits = {j.name: _trace_audit(e, j, prompts, traces, weights_of) for j in measured}
+    retests = {j.name: _retest(e, j, prompts, traces, weights_of) for j in measured if e.arms}
 
     # Arms.
-    pairs = {arm.name: _pairs(e, arm, prompts, traces, verdicts, ratings) for arm in e.arms}
+    pairs = {
+        arm.name: {
+            draw: _pairs(
+                e, arm, draw, prompts, traces, verdicts, ratings, sequences, logprobs, weights_of
+            )
+            for draw in arm.draws
+        }
+        for arm in e.arms
+    }
     monitor = MonitorConfig(e.trackers, profile)
+    policy = functools.partial(
+        _policy, e, pairs=pairs, sequences=sequences, logprobs=logprobs, weights_of=weights_of
+    )
+    rates = {o.name: _rates(e, o, policy, tuning) for o in e.objectives if o.rates}
     policies = {
         arm.name: {
-            seed: _policy(e, arm, seed, pairs[arm.name], sequences, logprobs, monitor)
-            for seed in arm.seeds
+            run: policy(
+                ("train", arm.name, str(run)),
+                arm,
+                run,
+                rates=rates[arm.objective] if is_tuned(e, arm) else None,
+                monitor=monitor,
+            )
+            for run in arm.runs
         }
         for arm in e.arms
     }
     results = {
         arm: {
-            seed: result_tables(e, ("evaluate", arm, str(seed)), suites, e.student, policy)
-            for seed, policy in seeds.items()
+            run: result_tables(e, ("evaluate", arm, str(run)), suites, e.student, policy)
+            for run, policy in runs.items()
         }
-        for arm, seeds in policies.items()
+        for arm, runs in policies.items()
     }
     return Report(
         label=("report",),
@@ -138,9 +213,12 @@ def plan(
         student=student,
         capability=capability,
         audits=audits,
+        trace_audits=trace_audits,
+        retests=retests,
         pairs=pairs,
         policies=policies,
         results=results,
+        rates=rates,
     )
 
 
@@ -150,7 +228,7 @@ def part_of(report: Report, arms: Collection[str]) -> Report:
     Keys stay the same, and arms share prompts with those that are left out.
     """
     policies = {name: report.policies[name] for name in arms}
-    behind = set(in_order(policy for seeds in policies.values() for policy in seeds.values()))
+    behind = set(in_order(policy for runs in policies.values() for policy in runs.values()))
     return dataclasses.replace(
         report,
         sequences={name: node for name, node in report.sequences.items() if node in behind},
@@ -158,6 +236,7 @@ def part_of(report: Report, arms: Collection[str]) -> Report:
         pairs={name: report.pairs[name] for name in arms},
         policies=policies,
         results={name: report.results[name] for name in arms},
+        rates={name: node for name, node in report.rates.items() if node in behind},
     )
 
 
@@ -172,7 +251,8 @@ def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
     longest = e.sampling.max_prompt + e.sampling.max_tokens
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
         spec, text = inspect(model_of(e, model).place)
-        text.check_template()
+        if text:
+            text.check_template()
         if longest > spec.max_positions:
             raise ConfigError(
                 f"config.sampling.max_prompt + max_tokens is {longest} and the model "
@@ -180,13 +260,16 @@ def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
                 "two."
             )
     spec, tokenizer = inspect(e.student.place)
-    check_rank(e.training.lora, spec)
-    check_same_vocabulary(tokenizer, inspect(model_of(e, e.reference).place)[1])
+    fit_lora(e.training.lora, spec)
+    reference = inspect(model_of(e, e.reference).place)[1]
+    if tokenizer and reference:
+        check_same_vocabulary(tokenizer, reference)
     for judge in e.judges:
         if judge.kind == "model":
             text = inspect(model_of(e, judge.model).place)[1]
-            text.check_template()
-            label_ids(text)
+            if text:
+                text.check_template()
+                label_ids(text)
 
 
 def check_same_vocabulary(student: ChatTokenizer, reference: ChatTokenizer) -> None:
@@ -228,6 +311,9 @@ def _content(source: Prompts) -> str:
         raise ConfigError(f"There is no TFDS builder directory {source.path}; check prompts.path.")
     if source.kind == "hub":
         return content_of(source)
+    if is_callable_name(source.kind):
+        at_path = content_hash(path) if source.path and path.exists() else source.path
+        return digest(code_hash(source.kind), at_path, source.name, source.revision)
     return content_hash(path) if source.path and path.exists() else source.path
 
 
@@ -243,32 +329,62 @@ def usable_traces(e: Experiment, arm: Arm) -> dict[str, int]:
     return {g.name: 1 + (g.name in twice) for g in e.generators if g.name in needed}
 
 
-def _traces(e: Experiment, g: Generator, prompts: PromptTable) -> TraceTable:
+def _traces(e: Experiment, g: Generator, prompts: PromptTable, weights_of: WeightsOf) -> TraceTable:
     model = model_of(e, g.model)
     return TraceTable(
         label=("sample", g.name),
         prompts=prompts,
         generator=dataclasses.replace(g, model=model),
-        weights=weights_hash(model.place),
+        weights=weights_of(model.place),
         sampling=e.sampling,
         seed=e.seed,
         mesh=mesh_of(g.mesh, e.sampling.mesh),
     )
 
 
-def _judge(e: Experiment, judge: Judge) -> tuple[Judge, str]:
+def _judge(e: Experiment, judge: Judge, weights_of: WeightsOf) -> tuple[Judge, str]:
     """The judge with its model's path, and the hash of its weights."""
     if judge.kind == "exact":
         return judge, ""
     model = model_of(e, judge.model)
-    return dataclasses.replace(judge, model=model), weights_hash(model.place)
+    return dataclasses.replace(judge, model=model), weights_of(model.place)
+
+
+def _all_ratings(
+    e: Experiment,
+    prompts: PromptTable,
+    traces: Mapping[str, TraceTable],
+    weights_of: WeightsOf,
+) -> dict[str, dict[str, RatingTable | MeanRatingTable]]:
+    """By judge, in the config's order, and generator."""
+    own = {
+        j.name: _ratings(e, j, prompts, traces, weights_of) for j in e.judges if j.kind != "mean"
+    }
+    means = {
+        j.name: {
+            g: MeanRatingTable(
+                label=("judge", j.name, g),
+                ratings={name: own[name] for name in j.of},
+                generator=g,
+                judge=j,
+            )
+            for g in traces
+        }
+        for j in e.judges
+        if j.kind == "mean"
+    }
+    return {j.name: {**own.get(j.name, {}), **means.get(j.name, {})} for j in e.judges}
 
 
 def _ratings(
-    e: Experiment, judge: Judge, prompts: PromptTable, traces: Mapping[str, TraceTable]
+    e: Experiment,
+    judge: Judge,
+    prompts: PromptTable,
+    traces: Mapping[str, TraceTable],
+    weights_of: WeightsOf,
 ) -> dict[str, RatingTable]:
     """Of one judge, by generator."""
-    judge, weights = _judge(e, judge)
+    judge, weights = _judge(e, judge, weights_of)
     return {
         name: RatingTable(
             label=("judge", judge.name, name),
@@ -285,9 +401,11 @@ def _ratings(
     }
 
 
-def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable:
+def audit_table(
+    e: Experiment, judge: Judge, prompts: PromptTable, weights_of: WeightsOf = weights_hash
+) -> AuditTable:
     """Node of a judge's audit on the synthetic questions of `prompts`."""
-    judge, weights = _judge(e, judge)
+    judge, weights = _judge(e, judge, weights_of)
     return AuditTable(
         label=("audit", judge.name),
         prompts=prompts,
@@ -300,31 +418,86 @@ def audit_table(e: Experiment, judge: Judge, prompts: PromptTable) -> AuditTable
     )
 
 
+def _trace_audit(
+    e: Experiment,
+    judge: Judge,
+    prompts: PromptTable,
+    traces: Mapping[str, TraceTable],
+    weights_of: WeightsOf,
+) -> AuditTable:
+    """Node of a judge's audit on edited traces of the generators."""
+    judge, weights = _judge(e, judge, weights_of)
+    return AuditTable(
+        label=("audit", judge.name, "traces"),
+        prompts=prompts,
+        judge=judge,
+        weights=weights,
+        scoring=e.scoring,
+        count=_AUDITED_TRACES,
+        seed=e.seed,
+        traces=traces,
+        finishes=tuple(e.training.finishes),
+        mesh=mesh_of(judge.mesh, e.scoring.mesh),
+    )
+
+
+def _retest(
+    e: Experiment,
+    judge: Judge,
+    prompts: PromptTable,
+    traces: Mapping[str, TraceTable],
+    weights_of: WeightsOf,
+) -> RetestTable:
+    """Node of a judge's retest on generators whose pairs any judge shapes, else on all of them."""
+    shaped = [a for a in e.arms if uses_ratings(a)]
+    generators = tuple(sorted({(a.chosen, a.rejected) for a in shaped or e.arms}))
+    judge, weights = _judge(e, judge, weights_of)
+    return RetestTable(
+        label=("retest", judge.name),
+        prompts=prompts,
+        traces={n: t for n, t in traces.items() if any(n in pair for pair in generators)},
+        generators=generators,
+        finishes=tuple(e.training.finishes),
+        judge=judge,
+        weights=weights,
+        scoring=e.scoring,
+        count=_RETESTED_PAIRS,
+        mesh=mesh_of(judge.mesh, e.scoring.mesh),
+    )
+
+
 def _sequences(
     e: Experiment, g: Generator, prompts: PromptTable, traces: TraceTable, inspect: Inspect
 ) -> TraceSequences:
-    tokenizer = inspect(e.student.place)[1].identity
+    student, own = inspect(e.student.place)[1], inspect(model_of(e, g.model).place)[1]
+    # Without tokenizers, in a plan that is not made, a model is taken to have its own.
+    tokenizer = student.identity if student else ""
     return TraceSequences(
         label=("tokens", g.name),
         prompts=prompts,
         traces=traces,
         tokenizer=tokenizer,
-        sampled=inspect(model_of(e, g.model).place)[1].identity == tokenizer,
+        sampled=own is not None and own.identity == tokenizer,
         shard=e.scoring.shard,
         model=e.student,
     )
 
 
-def _logprobs(e: Experiment, sequences: Mapping[str, SequenceTable]) -> dict[str, LogProbTable]:
-    """Under the reference, of the generators whose traces an objective with a reference reads."""
+def _logprobs(
+    e: Experiment, sequences: Mapping[str, SequenceTable], weights_of: WeightsOf
+) -> dict[str, LogProbTable]:
+    """Under the reference, of the generators whose traces an objective or a selection needs it."""
     kinds = {o.name: o.kind for o in e.objectives}
-    with_reference = [a for a in e.arms if OBJECTIVE_KINDS[kinds[a.objective]].reference]
+    with_reference = [
+        a for a in e.arms if OBJECTIVE_KINDS[kinds[a.objective]].reference or _by_margin(a)
+    ]
     read = {name for arm in with_reference for name in (arm.chosen, arm.rejected)}
     reference = reference_of(e.student, e.reference)
-    weights = weights_hash(reference.place)
+    weights = weights_of(reference.place)
     if e.table and not read:
         raise ConfigError(
-            f"config.table is {e.table!r} and no arm's objective has a reference; leave it empty."
+            f"config.table is {e.table!r} and no arm's objective or selection has a reference; "
+            "leave it empty."
         )
     known = known_table(e.table, weights)
     return {
@@ -353,6 +526,7 @@ def result_tables(
     model: Model,
     policy: Policy | None,
     generator: Generator | None = None,
+    weights_of: WeightsOf = weights_hash,
 ) -> dict[str, ResultTable]:
     """Results of a model on every suite; a generator is asked and sampled in its own manner."""
 
@@ -363,9 +537,9 @@ def result_tables(
             questions=suites[suite.name],
             policy=policy,
             # A trained policy is an input and is hashed by its contents.
-            weights="" if policy else weights_hash(model.place),
+            weights="" if policy else weights_of(model.place),
             suite=suite.name,
-            domain=suite.domain,
+            domain="" if suite.readout else suite.domain,
             samples=suite.samples,
             temperature=asked.temperature,
             top_p=asked.top_p,
@@ -376,74 +550,134 @@ def result_tables(
             seed=e.seed,
             model=model,
             mesh=mesh_of(asked.mesh, e.sampling.mesh),
+            checkers=code_hashes([suite.prompts.checker]),
         )
 
-    return {suite.name: of(suite) for suite in e.suites}
+    # Generators have no second read-outs: they are sampled in their own manner.
+    return {s.name: of(s) for s in e.suites if s.name in suites and not (generator and s.readout)}
 
 
 def _pairs(
     e: Experiment,
     arm: Arm,
+    draw: int,
     prompts: PromptTable,
     traces: Mapping[str, TraceTable],
     verdicts: Mapping[str, VerdictTable],
-    ratings: Mapping[str, Mapping[str, RatingTable]],
+    ratings: Mapping[str, Mapping[str, RatingTable | MeanRatingTable]],
+    sequences: Mapping[str, SequenceTable],
+    logprobs: Mapping[str, LogProbTable],
+    weights_of: WeightsOf,
 ) -> PairTable:
     """Arms that differ only in objective or seeds get equal nodes.
 
-    Ratings are an input where they shape the pairs, and only then.
+    Ratings and log-probabilities are inputs where they shape the pairs, and only then.
     """
-    by_judge = arm.direction != "generator"
-    rated = by_judge or arm.keep in ("top", "matched")
+    rated, by_margin = uses_ratings(arm), _by_margin(arm)
+    ladder = [a for a in e.arms if is_balanced(e, a)] if is_balanced(e, arm) else []
+    rungs = tuple({str(r): r for r in (_rules(e, a, draw) for a in ladder)}.values())
+    authors = dict.fromkeys(n for a in (arm, *ladder) for n in (a.chosen, a.rejected))
     judge = next((j for j in e.judges if rated and j.name == judge_of(e, arm)), None)
     both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
-    needed = usable_traces(e, arm)
+    needed = [
+        g.name for g in e.generators if any(g.name in usable_traces(e, a) for a in (arm, *ladder))
+    ]
     return PairTable(
-        label=("pair", arm.name),
+        label=("pair", arm.name, *([f"draw{draw}"] if draw else [])),
         prompts=prompts,
         traces={name: traces[name] for name in needed},
-        verdicts={name: verdicts[name] for name in both},
+        verdicts={name: verdicts[name] for name in authors},
         ratings={name: ratings[judge.name][name] for name in both} if judge else {},
-        rules=Rules(
-            arm.chosen,
-            arm.rejected,
-            needed,
-            tuple(e.training.finishes),
-            "judge" if by_judge else "generator",
-            arm.stratum,
-        ),
+        rules=_rules(e, arm, draw),
         dimensions=judge.dimensions if judge else (),
         keep=arm.keep,
+        selection=code_hashes([arm.keep]),
         # What does not matter has one fixed value, so that equal arms get equal keys.
-        rank_by=arm.by if rated else "sum",
-        fraction=1.0 if arm.keep == "all" else arm.fraction,
+        rank_by=arm.by if rated or by_margin else "sum",
+        fraction=1.0 if arm.keep == "all" or arm.pairs else arm.fraction,
+        kept=arm.pairs,
         seed=e.seed,
+        draw=0 if arm.keep == "all" and not rungs else draw,
+        sequences={name: sequences[name] for name in both} if by_margin else {},
+        logprobs={name: logprobs[name] for name in both} if by_margin else {},
+        reference_weights=weights_of(reference_of(e.student, e.reference).place)
+        if by_margin
+        else "",
+        balance=e.balance if rungs else "",
+        rungs=rungs,
+    )
+
+
+def _rules(e: Experiment, arm: Arm, draw: int) -> Rules:
+    """How the pairs of an arm are made."""
+    label_by = arm.direction if arm.direction in UNJUDGED else "judge"
+    drawn = label_by == "coin" or samples_of(arm) != ("first", "first")
+    return Rules(
+        arm.chosen,
+        arm.rejected,
+        usable_traces(e, arm),
+        tuple(e.training.finishes),
+        label_by,
+        arm.stratum,
+        (e.seed, draw) if drawn else (0, 0),
+        samples_of(arm),
+        e.shared_strata if arm.stratum in e.shared_strata else (),
+    )
+
+
+def _by_margin(arm: Arm) -> bool:
+    """Whether the reference's log-probabilities rank the pairs of an arm."""
+    return arm.keep in RANKED and arm.by == REFERENCE_MARGIN
+
+
+def _rates(
+    e: Experiment,
+    objective: Objective,
+    policy: Callable[..., Policy],
+    tuning: Mapping[str, PromptTable],
+) -> RateTable:
+    """The learning rates of an objective, each tried by one policy of its arm `tuned_by`."""
+    (arm,) = [a for a in e.arms if a.name == objective.tuned_by]
+
+    def results(rate: float) -> dict[str, ResultTable]:
+        label = ("tune", objective.name, f"{rate:g}")
+        tried = policy(label, dataclasses.replace(arm, learning_rate=rate), arm.runs[0])
+        return result_tables(e, label, tuning, e.student, tried)
+
+    return RateTable(
+        label=("tune", objective.name),
+        rates=objective.rates,
+        results={f"{rate:g}": results(rate) for rate in objective.rates},
     )
 
 
 def _policy(
     e: Experiment,
+    label: tuple[str, ...],
     arm: Arm,
-    seed: int,
-    pairs: PairTable,
+    run: Run,
+    pairs: Mapping[str, Mapping[int, PairTable]],
     sequences: Mapping[str, SequenceTable],
     logprobs: Mapping[str, LogProbTable],
-    monitor: MonitorConfig,
+    weights_of: WeightsOf,
+    rates: RateTable | None = None,
+    monitor: MonitorConfig | None = None,
 ) -> Policy:
-    objective = next(o for o in e.objectives if o.name == arm.objective)
+    objective = objective_of(e, arm)
     both = tuple(dict.fromkeys((arm.chosen, arm.rejected)))
     with_reference = OBJECTIVE_KINDS[objective.kind].reference
     return Policy(
-        label=("train", arm.name, str(seed)),
-        pairs=pairs,
+        label=label,
+        pairs=pairs[arm.name][run.draw],
         sequences={name: sequences[name] for name in both},
         logprobs={name: logprobs[name] for name in both} if with_reference else {},
-        student_weights=weights_hash(e.student.place),
-        reference_weights=weights_hash(reference_of(e.student, e.reference).place),
+        student_weights=weights_of(e.student.place),
+        reference_weights=weights_of(reference_of(e.student, e.reference).place),
         objective=objective,
-        training=e.training,
-        seed=seed,
+        training=training_of(e.training, arm),
+        seed=run.seed,
         student=e.student,
+        rates=rates,
         mesh=e.training.mesh,
-        monitor=monitor,
+        monitor=monitor or MonitorConfig(),
     )

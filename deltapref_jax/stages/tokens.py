@@ -128,23 +128,26 @@ class FileSequences(SequenceTable):
     limit: LengthLimit
 
     def make(self, job: Job) -> None:
-        """Reads and tokenises the file in one shard.
+        """Reads and tokenises the file in one shard."""
+        job.shards(1, lambda _: self.read(), "rows")
+
+    def read(self) -> tuple[pa.Table, Stats]:
+        """Reads and tokenises the file.
+
+        Returns:
+          The whole table, and its counts (see `read_sequences` and `_mismatched`).
 
         Raises:
           ConfigError: what `read_sequences`, `derange` and the length rule refuse.
         """
-
-        def make(_: int) -> tuple[pa.Table, Stats]:
-            read = read_sequences(self.data, self.load_tokenizer(), self.kind, self.limit)
-            rows = [sequence for group in read.groups for sequence in group]
-            counts = {name: float(count) for name, count in read.counts.items()}
-            if OBJECTIVE_KINDS[self.kind].baseline:
-                mismatched, dropped = self._mismatched(rows, read.mismatched_prompts)
-                rows, counts = rows + mismatched, counts | dropped
-            about = {"format": read.format, "ignored": json.dumps(read.ignored)}
-            return to_table(TokenSequence, rows).replace_schema_metadata(about), counts
-
-        job.shards(1, make, "rows")
+        read = read_sequences(self.data, self.load_tokenizer(), self.kind, self.limit)
+        rows = [sequence for group in read.groups for sequence in group]
+        counts = {name: float(count) for name, count in read.counts.items()}
+        if OBJECTIVE_KINDS[self.kind].baseline:
+            mismatched, dropped = self._mismatched(rows, read.mismatched_prompts)
+            rows, counts = rows + mismatched, counts | dropped
+        about = {"format": read.format, "ignored": json.dumps(read.ignored)}
+        return to_table(TokenSequence, rows).replace_schema_metadata(about), counts
 
     def _mismatched(
         self, rows: Sequence[TokenSequence], given: Mapping[str, np.ndarray] | None

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jax.sharding import Mesh
 
 from deltapref_jax.artifacts.job import Job, Stats
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.config import (
+    ADDED,
     OBJECTIVE_KINDS,
     ConfigError,
     MeshShape,
@@ -16,13 +17,15 @@ from deltapref_jax.config import (
     Objective,
     Training,
 )
-from deltapref_jax.mesh import gather_to_host, is_first, make_mesh
+from deltapref_jax.mesh import gather_to_host, is_first, make_mesh, platform_of
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.export import export
 from deltapref_jax.models.lora import export_adapter, merge
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import open_model
-from deltapref_jax.records import Pair, TokenSequence
+from deltapref_jax.progress import log
+from deltapref_jax.records import Pair, RateTrial, TokenSequence
+from deltapref_jax.stages.micro_batches import device_memory, fill_in, filled_line
 from deltapref_jax.stages.pair import PairTable
 from deltapref_jax.stages.score import LogProbTable, input_logprobs
 from deltapref_jax.stages.tokens import SequenceTable
@@ -30,6 +33,9 @@ from deltapref_jax.training.data import Data, Group, ReferencedSequence
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.monitor import MonitorConfig
 from deltapref_jax.training.state import Optimizer
+
+if TYPE_CHECKING:
+    from deltapref_jax.stages.tune import RateTable
 
 
 class Policy(Node, stage="train", version=4):
@@ -45,6 +51,7 @@ class Policy(Node, stage="train", version=4):
       student_weights: hash of the weights that training starts from.
       reference_weights: hash of the weights that `logprobs` must be made by.
       student: where the student is; its dtype is that of the computation.
+      rates: that has the learning rate; None: the objective has it.
     """
 
     pairs: PairTable | None
@@ -56,6 +63,7 @@ class Policy(Node, stage="train", version=4):
     training: Training
     seed: int
     student: Model
+    rates: "RateTable | None" = dataclasses.field(default=None, metadata=ADDED)
     mesh: MeshShape = runtime()
     monitor: MonitorConfig = runtime(default=MonitorConfig())
 
@@ -68,12 +76,20 @@ class Policy(Node, stage="train", version=4):
         )
         groups, counts = self.groups(job)
         mesh = make_mesh(self.mesh)
-        data = self.data(groups, mesh, {self.student.place: model.spec})
+        lengths = [row.sequence.length for group in groups for row in group.rows]
+        training = fill_in(
+            self.training, lengths, mesh.shape, model.spec, self.student.dtype, device_memory()
+        )
+        models = {self.student.place: model.spec}
+        data = self.data(groups, platform_of(mesh), mesh.shape, models, training)
+        first = data(0).drop_empty_halves(mesh.shape["data"] * mesh.shape["fsdp"])
+        if line := filled_line(first.filled / first.positions, mesh.shape):
+            log(f"{self.name}: {line}", always=True)
         trained, metrics = train(
             model.spec,
             model.state,
             data,
-            self.run(data.steps),
+            run_of(training, self._objective(job), data.steps, self.seed),
             mesh,
             job.dir,
             label=self.name,
@@ -81,32 +97,40 @@ class Policy(Node, stage="train", version=4):
             # Policy and reference agree before training only if they are the same weights.
             guard=self.reference_weights == self.student_weights,
             monitor=self.monitor,
-            base=model.weights if adapters.rank else "",
+            base=self.student_weights if adapters.rank else "",
             check_lease=job.check_lease,
         )
-        # Gathering is collective, so all processes take part; the first alone writes.
-        trained = gather_to_host(trained)
-        if is_first():
-            with job.output_dir("policy") as folder:
-                export(
-                    merge(model.state, trained, adapters),
-                    model.spec,
-                    model.text,
-                    folder,
-                    config=model.config,
-                )
-            if adapters.rank:
-                with job.output_dir("adapter") as folder:
+        if adapters.rank:
+            trained = gather_to_host(trained)  # Adapters are small.
+        with job.output_dir("policy") as folder:
+            export(
+                merge(model.state, trained, adapters),
+                model.spec,
+                model.text,
+                folder,
+                config=model.config,
+            )
+        if adapters.rank:
+            with job.output_dir("adapter") as folder:
+                if is_first():
                     export_adapter(trained, model.spec, adapters, self.student, folder)
         job.stats |= metrics | counts
         job.stats |= {
             "groups": float(len(data.groups)),
             "steps": float(data.steps),
             "batch": float(data.batch),
+            "epochs": data.steps * data.batch / len(data.groups),
             "dropped_long": data.dropped + counts["dropped_long"],
             "dropped_mismatched": float(data.dropped_mismatched),
         }
         job.files += ["metrics.jsonl", "policy/*", "adapter/*"]
+
+    def _objective(self, job: Job) -> Objective:
+        """With the learning rate that was chosen, where several were tried."""
+        if self.rates is None:
+            return self.objective
+        (rate,) = [row.learning_rate for row in job.rows(RateTrial, self.rates) if row.chosen]
+        return dataclasses.replace(self.objective, learning_rate=rate)
 
     def groups(self, job: Job) -> tuple[list[Group], Stats]:
         """What the objective reads, with references, and counts for the manifest.
@@ -137,46 +161,56 @@ class Policy(Node, stage="train", version=4):
             )
         return groups, counts | {"dropped_long": float(len(examples) - len(groups))}
 
-    def data(self, groups: Sequence[Group], mesh: Mesh, models: Mapping[str, ModelSpec]) -> Data:
+    def data(
+        self,
+        groups: Sequence[Group],
+        platform: str,
+        mesh: Mapping[str, int],
+        models: Mapping[str, ModelSpec],
+        training: Training,
+    ) -> Data:
         """The steps of the run.
 
         Args:
           groups: of the whole data set.
-          mesh: that the policy is trained on.
+          platform: of the devices: "cpu", "gpu" or "tpu".
+          mesh: devices along every axis.
           models: that read the sequences, by path.
+          training: the config without open shapes (`fill_in`).
 
         Raises:
           ConfigError: what `Data` refuses, or a sequence that a model was not made for.
         """
+        split = mesh["context"] > 1
         data = Data(
             groups,
             self.objective.kind,
-            self.training,
+            training,
             self.seed,
             self.objective.baseline_fraction,
-            shares_prompts(mesh, self.training.row_length, models[self.student.path]),
+            shares_prompts(platform, split, training.row_length, models[self.student.place]),
         )
         check_sequences([row.sequence for group in data.groups for row in group.all_rows], models)
         return data
 
-    def run(self, steps: int) -> Run:
-        """What of objective and training config reaches the loop."""
-        t = self.training
-        return Run(
-            self.objective,
-            steps,
-            t.rows,
-            t.row_length,
-            t.warmup,
-            t.schedule,
-            optimizer=Optimizer(t.clip, t.weight_decay, moments=t.moments),
-            checkpoint_every=t.checkpoint_every,
-            keep_checkpoints=t.keep_checkpoints,
-            remat=t.remat,
-            lora=t.lora,
-            # The seed of a run is 32 bits wide.
-            seed=self.seed % 2**32,
-        )
+
+def run_of(t: Training, objective: Objective, steps: int, seed: int) -> Run:
+    """What of objective and training config reaches the loop."""
+    return Run(
+        objective,
+        steps,
+        t.rows,
+        t.row_length,
+        t.warmup,
+        t.schedule,
+        optimizer=Optimizer(t.clip, t.weight_decay, moments=t.moments),
+        checkpoint_every=t.checkpoint_every,
+        keep_checkpoints=t.keep_checkpoints,
+        remat=t.remat,
+        lora=t.lora,
+        # The seed of a run is 32 bits wide.
+        seed=seed % 2**32,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,78 +1,15 @@
 """Families of synthetic problems: questions, and the method of each family as a program of steps.
 
-A method is a generator function. It yields the next `Step`, receives the value that was written
-for it (correct or not), and returns the answer. So one definition solves a problem, lets an error
-propagate, and lets the exact judge follow a trace step by step on the trace's own values.
-
 Numbers are small and every step is one operation, so that a decoder of half a million parameters
 can learn them.
 """
 
 import dataclasses
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-WORD_OPS = ("xor", "and", "or")
-MAX_STEPS = 12
-"""Methods end after this many steps, because wrong values can make Euclid's algorithm loop."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One operation on values as they are written.
-
-    `given[i]` says whether operand i comes from the question and not from an earlier step.
-    """
-
-    op: str
-    operands: tuple[str, ...]
-    given: tuple[bool, ...]
-
-    def text(self, value: str) -> str:
-        """Returns the step's line in a solution without its number, such as `12 + 7 = 19`."""
-        if self.op == "min":
-            return f"min {' '.join(self.operands)} = {value}"
-        return f"{self.operands[0]} {self.op} {self.operands[1]} = {value}"
-
-
-Method = Generator[Step, str, str]
-
-
-def evaluate(op: str, operands: tuple[str, ...]) -> str | None:
-    """Returns the correct value of an operation on written operands, or None if it has none.
-
-    Operations are +, -, *, /, %, div (quotient and remainder), min, and, or, xor (on bits); + adds
-    days to a weekday too. Operands are a trace's text: any string must give a value or None.
-    """
-    try:
-        if op == "min":
-            return min(operands, key=int)
-        a, b = operands
-        if op in WORD_OPS:
-            if len(a) != len(b) or set(a + b) - {"0", "1"}:
-                return None
-            x, y = int(a, 2), int(b, 2)
-            return format({"xor": x ^ y, "and": x & y, "or": x | y}[op], f"0{len(a)}b")
-        if a in DAYS:
-            return DAYS[(DAYS.index(a) + int(b)) % 7] if op == "+" else None
-        x, y = int(a), int(b)
-        if op == "div":
-            return f"{x // y} r {x % y}"
-        if op == "/":
-            return str(x // y) if x % y == 0 else None
-        if op == "%":
-            return str(x % y)
-        return str({"+": x + y, "-": x - y, "*": x * y}[op])
-    except (ValueError, ZeroDivisionError, KeyError, TypeError):
-        return None
-
-
-def _step(op: str, *operands: tuple[Any, bool]) -> Step:
-    return Step(
-        op, tuple(str(value) for value, _ in operands), tuple(given for _, given in operands)
-    )
+from deltapref_jax.synthetic.steps import DAYS, MAX_STEPS, WORD_OPS, Method, evaluate, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +22,9 @@ class Family:
     draw: Callable[[random.Random, int], dict[str, Any]]  # draws parameters of a difficulty ≥ 1
     ask: Callable[[dict[str, Any]], str]  # maps parameters to the text of the question
     method: Callable[[dict[str, Any]], Method]
+    # Skills of the domain that this family needs too: what a model learns about them inside of the
+    # domain can be of use here. Lessons leave them out, see `world.is_lesson`.
+    shares: tuple[str, ...] = ()
 
 
 def _pick(templates: tuple[str, ...], spec: dict[str, Any]) -> str:
@@ -116,7 +56,7 @@ def _ask_chain(spec: dict[str, Any]) -> str:
 def _chain(spec: dict[str, Any]) -> Method:
     value: tuple[Any, bool] = (spec["start"], True)
     for op, n in spec["ops"]:
-        value = ((yield _step(op, value, (n, True))), False)
+        value = ((yield make_step(op, value, (n, True))), False)
     return value[0]
 
 
@@ -135,7 +75,7 @@ def _draw_shop(rng: random.Random, difficulty: int) -> dict[str, Any]:
     return {
         "name": rng.choice(NAMES),
         "lines": [list(line) for line in lines],
-        "paid": rng.randint(total // 10 + 1, 10) * 10,
+        "paid": rng.randint(total + 1, 99),
     }
 
 
@@ -150,14 +90,65 @@ def _ask_shop(spec: dict[str, Any]) -> str:
     ).format(spec["name"], lines, spec["paid"])
 
 
-def _shop(spec: dict[str, Any]) -> Method:
+def shop(spec: dict[str, Any], change: bool = True) -> Method:
+    """Costs, their sum and what is left of the money; without `change` the sum is the answer."""
     costs = []
     for n, _, price in spec["lines"]:
-        costs.append((yield _step("*", (n, True), (price, True))))
+        costs.append((yield make_step("*", (n, True), (price, True))))
     total = costs[0]
     for cost in costs[1:]:
-        total = yield _step("+", (total, False), (cost, False))
-    return (yield _step("-", (spec["paid"], True), (total, False)))
+        total = yield make_step("+", (total, False), (cost, False))
+    if not change:
+        return total
+    return (yield make_step("-", (spec["paid"], True), (total, False)))
+
+
+def _draw_formula(rng: random.Random, difficulty: int) -> dict[str, Any]:
+    while True:
+        ops = [rng.choice("+-*") for _ in range(difficulty + 1)]
+        if "*" not in ops or "**" in "".join(ops):
+            continue
+        around = [
+            "*" in (before, after) for before, after in zip(["", *ops], [*ops, ""], strict=True)
+        ]
+        numbers = [rng.randint(2, 6) if factor else rng.randint(2, 30) for factor in around]
+        spec = {"numbers": numbers, "ops": ops}
+        values = [int(v) for v in (*run(formula(spec)), *run(formula(spec, left_to_right=True)))]
+        if all(1 <= value <= 99 for value in values):
+            return spec
+
+
+def run(method: Method) -> list[str]:
+    """Returns the correct values of a method's steps."""
+    values: list[str] = []
+    try:
+        step = next(method)
+        while True:
+            values.append(evaluate(step.op, step.operands) or step.operands[0])
+            step = method.send(values[-1])
+    except StopIteration:
+        return values
+
+
+def _ask_formula(spec: dict[str, Any]) -> str:
+    rest = " ".join(f"{op} {n}" for op, n in zip(spec["ops"], spec["numbers"][1:], strict=True))
+    return _pick(("Work out {} {}.", "How much is {} {}?"), spec).format(spec["numbers"][0], rest)
+
+
+def formula(spec: dict[str, Any], left_to_right: bool = False) -> Method:
+    """Products come first, then sums and differences; `left_to_right`: as they are written."""
+    terms: list[tuple[Any, bool]] = [(n, True) for n in spec["numbers"]]
+    ops = list(spec["ops"])
+    for kinds in ("+-*",) if left_to_right else ("*", "+-"):
+        i = 0
+        while i < len(ops):
+            if ops[i] not in kinds:
+                i += 1
+                continue
+            value = yield make_step(ops[i], terms[i], terms[i + 1])
+            terms[i : i + 2] = [(value, False)]
+            del ops[i]
+    return str(terms[0][0])
 
 
 def _draw_euclid(rng: random.Random, difficulty: int) -> dict[str, Any]:
@@ -183,7 +174,7 @@ def _euclid(spec: dict[str, Any]) -> Method:
     a: tuple[Any, bool] = (spec["a"], True)
     b: tuple[Any, bool] = (spec["b"], True)
     for _ in range(MAX_STEPS):
-        rest = yield _step("%", a, b)
+        rest = yield make_step("%", a, b)
         if rest == "0":
             break
         a, b = b, (rest, False)
@@ -202,7 +193,7 @@ def _bases(spec: dict[str, Any]) -> Method:
     quotient: tuple[Any, bool] = (spec["n"], True)
     digits = ""
     for _ in range(MAX_STEPS):
-        first, _, rest = (yield _step("div", quotient, (spec["base"], True))).partition(" r ")
+        first, _, rest = (yield make_step("div", quotient, (spec["base"], True))).partition(" r ")
         digits = rest + digits
         if first == "0":
             break
@@ -211,14 +202,11 @@ def _bases(spec: dict[str, Any]) -> Method:
 
 
 def _draw_equation(rng: random.Random, difficulty: int) -> dict[str, Any]:
-    x, right = rng.randint(2, 9 + 3 * difficulty), rng.randint(2, 5)
-    gap = rng.randint(2, 6)
-    return {
-        "left": right + gap,
-        "right": right,
-        "low": (low := rng.randint(1, 30)),
-        "high": low + gap * x,
-    }
+    while True:
+        x, right = rng.randint(2, 9 + 3 * difficulty), rng.randint(2, 5)
+        gap, low = rng.randint(2, 6), rng.randint(1, 30)
+        if low + gap * x <= 99:
+            return {"left": right + gap, "right": right, "low": low, "high": low + gap * x}
 
 
 def _ask_equation(spec: dict[str, Any]) -> str:
@@ -232,9 +220,9 @@ def _ask_equation(spec: dict[str, Any]) -> str:
 
 
 def _equation(spec: dict[str, Any]) -> Method:
-    gap = yield _step("-", (spec["left"], True), (spec["right"], True))
-    rest = yield _step("-", (spec["high"], True), (spec["low"], True))
-    return (yield _step("/", (rest, False), (gap, False)))
+    gap = yield make_step("-", (spec["left"], True), (spec["right"], True))
+    rest = yield make_step("-", (spec["high"], True), (spec["low"], True))
+    return (yield make_step("/", (rest, False), (gap, False)))
 
 
 def _draw_sorting(rng: random.Random, difficulty: int) -> dict[str, Any]:
@@ -251,7 +239,7 @@ def _sorting(spec: dict[str, Any]) -> Method:
     rest = [str(i) for i in spec["items"]]
     done: list[str] = []
     while len(rest) > 1:
-        low = yield _step("min", *((item, not done) for item in rest))
+        low = yield make_step("min", *((item, not done) for item in rest))
         done.append(low)
         # A wrong value that is no item removes the first one, so that the method ends.
         rest = [item for item in rest if item != low] if low in rest else rest[1:]
@@ -273,7 +261,7 @@ def _ask_logic(spec: dict[str, Any]) -> str:
 
 
 def _draw_calendar(rng: random.Random, difficulty: int) -> dict[str, Any]:
-    return {"day": rng.choice(DAYS), "spans": [rng.randint(5, 49) for _ in range(difficulty)]}
+    return {"day": rng.choice(DAYS), "spans": [rng.randint(3, 20) for _ in range(difficulty)]}
 
 
 def _ask_calendar(spec: dict[str, Any]) -> str:
@@ -286,9 +274,59 @@ def _ask_calendar(spec: dict[str, Any]) -> str:
 def _calendar(spec: dict[str, Any]) -> Method:
     total: tuple[Any, bool] = (spec["spans"][0], True)
     for span in spec["spans"][1:]:
-        total = ((yield _step("+", total, (span, True))), False)
-    rest = yield _step("%", total, ("7", True))
-    return (yield _step("+", (spec["day"], True), (rest, False)))
+        total = ((yield make_step("+", total, (span, True))), False)
+    rest = yield make_step("%", total, ("7", True))
+    return (yield make_step("+", (spec["day"], True), (rest, False)))
+
+
+def _draw_ages(rng: random.Random, difficulty: int) -> dict[str, Any]:
+    names = rng.sample(NAMES, min(difficulty, len(NAMES) - 1) + 1)
+    while True:
+        gaps = [rng.choice((rng.randint(2, 29), rng.randint(2, 29), 10)) for _ in names[1:]]
+        if sum(gaps) <= 90:
+            return {"names": names, "age": rng.randint(sum(gaps) + 1, 99), "gaps": gaps}
+
+
+def _ask_ages(spec: dict[str, Any]) -> str:
+    names = spec["names"]
+    rest = " ".join(
+        f"{name} is {gap} years younger than {older}."
+        for older, name, gap in zip(names[:-1], names[1:], spec["gaps"], strict=True)
+    )
+    return _pick(
+        ("{} is {} years old. {} How old is {}?", "{} is {}. {} What age is {}?"), spec
+    ).format(names[0], spec["age"], rest, names[-1])
+
+
+def _ages(spec: dict[str, Any]) -> Method:
+    age: tuple[Any, bool] = (spec["age"], True)
+    for gap in spec["gaps"]:
+        age = ((yield make_step("-", age, (gap, True))), False)
+    return str(age[0])
+
+
+def _draw_trip(rng: random.Random, difficulty: int) -> dict[str, Any]:
+    while True:
+        ways = [
+            rng.choice((rng.randint(2, 29), rng.randint(2, 29), 10))
+            for _ in range(min(difficulty, 4) + 1)
+        ]
+        if sum(ways) <= 90:
+            return {"ways": ways}
+
+
+def _ask_trip(spec: dict[str, Any]) -> str:
+    ways = " km, then ".join(map(str, spec["ways"]))
+    return _pick(
+        ("A bus goes {} km. How far is that?", "We walk {} km. How long is the whole way?"), spec
+    ).format(ways)
+
+
+def _trip(spec: dict[str, Any]) -> Method:
+    total: tuple[Any, bool] = (spec["ways"][0], True)
+    for way in spec["ways"][1:]:
+        total = ((yield make_step("+", total, (way, True))), False)
+    return str(total[0])
 
 
 FAMILIES = {
@@ -303,7 +341,15 @@ FAMILIES = {
             "find each cost, add them, take the sum from the money.",
             _draw_shop,
             _ask_shop,
-            _shop,
+            shop,
+        ),
+        Family(
+            "formula",
+            "in",
+            "first the products, then the rest.",
+            _draw_formula,
+            _ask_formula,
+            formula,
         ),
         Family(
             "euclid",
@@ -328,6 +374,7 @@ FAMILIES = {
             _draw_equation,
             _ask_equation,
             _equation,
+            shares=("subtraction",),
         ),
         Family(
             "sorting",
@@ -345,6 +392,25 @@ FAMILIES = {
             _draw_calendar,
             _ask_calendar,
             _calendar,
+            shares=("addition",),
+        ),
+        Family(
+            "ages",
+            "out",
+            "go from the oldest to the youngest.",
+            _draw_ages,
+            _ask_ages,
+            _ages,
+            shares=("subtraction",),
+        ),
+        Family(
+            "trip",
+            "out",
+            "join the parts of the way.",
+            _draw_trip,
+            _ask_trip,
+            _trip,
+            shares=("addition",),
         ),
     )
 }

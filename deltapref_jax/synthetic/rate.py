@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 from deltapref_jax.config import DIMENSIONS
-from deltapref_jax.synthetic.families import FAMILIES, MAX_STEPS, Step, evaluate
+from deltapref_jax.synthetic.families import FAMILIES
+from deltapref_jax.synthetic.steps import MAX_STEPS, Step, evaluate
 from deltapref_jax.synthetic.world import Problem
 
 _LINE = re.compile(r"^\s*(?:(\d+)\.)?\s*(.+?)\s*=\s*(.+?)\s*$")
@@ -120,6 +121,7 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
     strategy.add(plan == FAMILIES[problem.family].plan)
     signal.passed, signal.total = useful, max(lines, 1)
     values: list[str] = []
+    known = set(re.findall(r"\w+", problem.question))
     seen: set[tuple[Any, ...]] = set()
     for i, line in enumerate(equations):
         numbers.add(line.correct)
@@ -141,11 +143,14 @@ def rate(problem: Problem, text: str) -> dict[str, float]:
             values, step = skipped
             steps.add(False)
         strategy.add(line.op == step.op)
-        if len(line.operands) == len(step.operands):
+        if _matches(line, step):
             for operand, right, given in zip(line.operands, step.operands, step.given, strict=True):
                 (facts if given else steps).add(operand == right)
         else:
-            steps.add(False)
+            # Another operation than the method's: its operands must still come from somewhere.
+            for operand in line.operands:
+                in_question = operand in known
+                (facts if in_question else steps).add(in_question or operand in values)
         # The trace's own value, so that an error is not charged where it propagates.
         values.append(line.value)
     # Steps that are missing at the end are done here, so that the answer can be compared.

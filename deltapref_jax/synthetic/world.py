@@ -11,11 +11,14 @@ A solution reads
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from deltapref_jax.config import ConfigError, check_choice
 from deltapref_jax.records import Prompt, digest
-from deltapref_jax.synthetic.families import DAYS, FAMILIES, MAX_STEPS, Step, evaluate
+from deltapref_jax.synthetic.beliefs import applies, believed_method, believed_value
+from deltapref_jax.synthetic.families import FAMILIES
+from deltapref_jax.synthetic.steps import DAYS, MAX_STEPS, Step, evaluate
 
 SLIPS = {"number": 0.6, "copy": 0.15, "skip": 0.1, "filler": 0.1, "plan": 0.05}
 """Kinds of errors of a careless step, with their probabilities.
@@ -93,7 +96,10 @@ def miscopy(step: Step, rng: random.Random) -> Step:
 
 
 def solve(
-    problem: Problem, errors: dict[int, str] | None = None, rng: random.Random | None = None
+    problem: Problem,
+    errors: dict[int, str] | None = None,
+    rng: random.Random | None = None,
+    beliefs: Sequence[str] = (),
 ) -> tuple[list[Step], list[str], str]:
     """Solves a problem; returns the steps as written, their values, and the answer.
 
@@ -102,8 +108,10 @@ def solve(
       errors: step index to "number" (a wrong value), "copy" (a misread given) or "op" (another
         operation); other kinds are ignored.
       rng: draws the errors; without it there are none.
+      beliefs: names of `beliefs.BELIEFS`, applied wherever their conditions hold; of two that hold
+        at once the first.
     """
-    method = FAMILIES[problem.family].method(problem.spec)
+    _, method = believed_method(problem.family, problem.spec, beliefs)
     steps: list[Step] = []
     values: list[str] = []
     step = next(method)
@@ -119,7 +127,7 @@ def solve(
                     if op != step.op and evaluate(op, step.operands) is not None
                 ]
                 step = dataclasses.replace(step, op=rng.choice(others)) if others else step
-        value = evaluate(step.op, step.operands)
+        value = believed_value(step, beliefs)
         # An error can lead to an operation without a value: the solution repeats the operand.
         if value is None:
             value = step.operands[0]
@@ -140,26 +148,32 @@ def write(plan: str, lines: list[str], answer: str) -> str:
     return "\n".join([f"Plan: {plan}", *lines, f"Answer: {answer}"])
 
 
-def solution(problem: Problem, rng: random.Random | None = None, error_rate: float = 0.0) -> str:
+def solution(
+    problem: Problem,
+    rng: random.Random | None = None,
+    error_rate: float = 0.0,
+    beliefs: Sequence[str] = (),
+) -> str:
     """Returns a worked solution.
 
     Args:
       problem: the problem.
       rng: draws the errors.
       error_rate: probability that a step is careless, which is one of `SLIPS`.
+      beliefs: names of `beliefs.BELIEFS` that its author holds.
     """
     rng = rng or random.Random(0)
-    correct_steps = solve(problem)[0]
+    planned_steps = solve(problem, beliefs=beliefs)[0]
     slips = {
         i: rng.choices(tuple(SLIPS), tuple(SLIPS.values()))[0]
-        for i in range(len(correct_steps))
+        for i in range(len(planned_steps))
         if rng.random() < error_rate
     }
-    steps, values, answer = solve(problem, slips, rng)
+    steps, values, answer = solve(problem, slips, rng, beliefs)
     # Errors of these kinds change the text of the solution and not its values.
-    family = problem.family
+    plan, _ = believed_method(problem.family, problem.spec, beliefs)
     if "plan" in slips.values():
-        family = rng.choice([name for name in FAMILIES if name != family])
+        plan = FAMILIES[rng.choice([name for name in FAMILIES if name != problem.family])].plan
     lines: list[str] = []
     number = 1
     for i, (step, value) in enumerate(zip(steps, values, strict=True)):
@@ -169,7 +183,18 @@ def solution(problem: Problem, rng: random.Random | None = None, error_rate: flo
             lines.append(rng.choice(FILLERS))
         lines.append(f"{number}. {step.text(value)}")
         number += 1
-    return write(FAMILIES[family].plan, lines, answer)
+    return write(plan, lines, answer)
+
+
+def is_lesson(problem: Problem) -> bool:
+    """Returns whether models may learn from a problem.
+
+    Lessons of a family outside of the domain show its form, and never a step at which any belief
+    about a skill that it shares with the domain could apply (a subtraction that borrows, a sum that
+    carries). So a model can only do those steps by what it learnt in the domain.
+    """
+    shares = FAMILIES[problem.family].shares
+    return not any(applies(step, shares) for step in solve(problem)[0])
 
 
 def meta(problem: Problem) -> str:

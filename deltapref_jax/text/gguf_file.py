@@ -5,6 +5,7 @@ for the 262,144 tokens of Gemma; this one takes 0.2.
 """
 
 import re
+import reprlib
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,32 @@ import numpy as np
 
 _SCALARS = "BbHhIif?sAQqd"  # struct's letters by GGUF's number of a value's type
 _STRING, _ARRAY = 8, 9
+
+
+_SIZES = (
+    r"(block|context|embedding|feed_forward|expert_feed_forward|vocab|expert|expert_used)"
+    r"_(count|length|size)|attention\.(head_count(_kv)?|key_length|value_length|sliding_window)"
+    r"|rope\.(dimension_count|scaling\.original_context_length)"
+)
+_IDS = r"tokenizer\.ggml\.(eos|bos|unknown|padding|eot|eom)_token_id"
+_TYPES: tuple[tuple[str, str, tuple[type, ...]], ...] = (
+    (rf"split\..*|general\.alignment|[\w-]+\.({_SIZES})", "a whole number", (int,)),
+    (_IDS, "a whole number", (int,)),
+    (r".*sliding_window_pattern", "a whole number, or a list of true and false", (int, bool)),
+    (
+        r"[\w-]+\.(.*epsilon|.*softcapping|attention\.scale|rope\.freq_base.*)"
+        r"|[\w-]+\.rope\.scaling\.(factor|attn_factor|yarn_.*)",
+        "a number",
+        (int, float),
+    ),
+    (r"general\.(architecture|type)|[\w-]+\.rope\.scaling\.type", "a text", (str,)),
+    (r"tokenizer\.ggml\.(model|pre)|tokenizer\.chat_template", "a text", (str,)),
+    (r"tokenizer\.ggml\.(tokens|merges)", "a list of texts", (str,)),
+    (r"tokenizer\.ggml\.token_type", "a list of whole numbers", (int,)),
+    (r"tokenizer\.ggml\.scores", "a list of numbers", (int, float)),
+    (r"tokenizer\.ggml\.add_.*|.*expert_weights_norm", "true or false", (bool,)),
+)
+"""Patterns of the names of metadata that are read, and what their values, or entries, must be."""
 
 
 class GgufTensor(NamedTuple):
@@ -91,6 +118,7 @@ def _read(data: np.ndarray) -> GgufFile:
     for _ in range(field_count):
         name = cursor.text()
         fields[name] = cursor.value(cursor.number("I"))
+    _check_types(fields)
     infos = []
     for _ in range(tensor_count):
         name = cursor.text()
@@ -111,16 +139,48 @@ def _read(data: np.ndarray) -> GgufFile:
     return GgufFile(fields, tensors)
 
 
+def _check_types(fields: Mapping[str, Any]) -> None:
+    """Checks the types of the metadata that are read.
+
+    Raises:
+      ValueError: it names the field.
+    """
+    for name, value in fields.items():
+        for names, kind, types in _TYPES:
+            if not re.fullmatch(names, name):
+                continue
+            many = isinstance(value, list) and "list" in kind
+            right = set(map(type, value if many else [value])) <= set(types)
+            right &= many or not kind.startswith("a list")
+            if not right or (name == "general.alignment" and value < 1):
+                raise ValueError(f"its {name} is {reprlib.repr(value)}; it must be {kind}")
+    if "tokenizer.ggml.tokens" not in fields:
+        return
+    tokens = fields["tokenizer.ggml.tokens"]
+    for name in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        if len(fields.get(name, tokens)) != len(tokens):
+            raise ValueError(f"its {name} has {len(fields[name])} entries for {len(tokens)} tokens")
+    for name, value in fields.items():
+        if re.fullmatch(_IDS, name) and not 0 <= value < len(tokens):
+            raise ValueError(f"its {name} is {value}, and it has {len(tokens)} tokens")
+
+
 def gguf_parts(path: str) -> list[str]:
     """The files of a model: the file itself, or all parts of which a split one is a part.
 
     Raises:
       FileNotFoundError: a part is missing.
+      ValueError: the name's number is not from 1 to the number of parts.
     """
     named = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path, re.DOTALL)
     if not named:
         return [path]
     count = int(named[3])
+    if not 1 <= int(named[2]) <= count:
+        raise ValueError(
+            f"{path} is part {int(named[2])} of {count} by its name; give the file the name that "
+            "it had."
+        )
     parts = [f"{named[1]}{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     for part in parts:
         if not Path(part).exists():

@@ -79,7 +79,7 @@ def tokenizer_from_gguf(path: str) -> tuple[transformers.PreTrainedTokenizerFast
         scores, or its pre-tokenizer is not in `PRE_TOKENIZERS`.
     """
     fields = open_gguf(gguf_parts(path)[0]).fields
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if model not in ("gpt2", "llama"):
         raise ValueError(
             f"{path} holds a {model!r} tokenizer; only byte-level BPE ('gpt2') and SentencePiece "
@@ -137,7 +137,9 @@ _NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 
-def _byte_level(fields: Mapping[str, Any], path: str, pre: str, tokens: list[str]) -> Tokenizer:
+def _byte_level(
+    fields: Mapping[str, Any], path: str, pre: str | None, tokens: list[str]
+) -> Tokenizer:
     """A byte-level BPE.
 
     Raises:
@@ -145,7 +147,8 @@ def _byte_level(fields: Mapping[str, Any], path: str, pre: str, tokens: list[str
     """
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
-            f"{path} names the pre-tokenizer {pre!r}; known: {', '.join(PRE_TOKENIZERS)}."
+            f"{path} names the pre-tokenizer {pre!r} (tokenizer.ggml.pre); known: "
+            f"{', '.join(PRE_TOKENIZERS)}."
         )
     if fields.get("tokenizer.ggml.merges") is None:
         raise ValueError(

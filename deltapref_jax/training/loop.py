@@ -112,7 +112,7 @@ def train(
     check_rows("config.training", run.rows, run.row_length, mesh)
     root = epath.Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    kind, lora = run.objective.kind, adapters(run.lora)
+    kind, lora = run.objective.kind, adapters(run.lora, spec)
 
     # Compiled programs, the trained state and the frozen parameters (the base of adapters).
     segments = max_segments(run.rows, run.row_length)
@@ -260,15 +260,18 @@ def train_step(
     sums: dict[str, jax.Array] = {}
     logprobs: list[jax.Array] = []
     for rows, examples in batch.micros:
+        so_far = grads if compiled.in_place and grads is not None else compiled.zeros()
         more_grads, more_sums, s = compiled.gradient(
             state.params,
             frozen,
             shard(rows, mesh, BATCH),
             shard(examples, mesh, everywhere),
             hyper,
+            so_far,
         )
-        # The running sum is donated to `add`, so no more than two gradients exist at a time.
-        grads = more_grads if grads is None else compiled.add(grads, more_grads)
+        # The running sum is donated, so no more than two gradients exist at a time.
+        apart = not compiled.in_place and grads is not None
+        grads = compiled.add(grads, more_grads) if apart else more_grads
         sums = {name: sums[name] + x if name in sums else x for name, x in more_sums.items()}
         logprobs.append(s)
 

@@ -128,9 +128,10 @@ class Optimizer:
         """
 
         def decayed(params: nnx.State) -> Any:
-            # Decay would pull a norm's scale, which starts at 1, to 0; biases have none either.
+            # Decay would pull a norm's scale, which starts at 1, to 0; biases and the sinks of
+            # attention have none either.
             return jax.tree_util.tree_map_with_path(
-                lambda path, _: not path_name(path).endswith(("norm", "_bias")), params
+                lambda path, _: not path_name(path).endswith(("norm", "_bias", "sinks")), params
             )
 
         return optax.chain(

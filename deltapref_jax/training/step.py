@@ -21,7 +21,7 @@ from deltapref_jax.models.lora import partition
 from deltapref_jax.models.sharding import BATCH, shardings
 from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.scoring.logprobs import logprob_fn, sequence_logprobs
+from deltapref_jax.scoring.logprobs import logprob_fn, sequence_logprobs_and_totals
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.training.objectives import LOSSES, Hyper, Terms
 from deltapref_jax.training.state import Optimizer, TrainState
@@ -114,6 +114,12 @@ _UNITS: dict[str, Callable[[str, Array, Array, Examples, Hyper], tuple[Array, Su
 }
 
 
+def _without_blocks(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Divides trained parameters into those outside of layers and those of layers."""
+    rest = {name: params[name] for name in params if name != "blocks"}
+    return nnx.State(rest), params["blocks"]
+
+
 class Programs(NamedTuple):
     """The compiled functions of one objective and shape.
 
@@ -121,7 +127,12 @@ class Programs(NamedTuple):
     the first alone; the second is empty in full fine-tuning, and the base of adapters otherwise.
     """
 
-    # (trained, frozen, batch, examples, hyper) -> (grads, sums, log-probabilities [S])
+    # Whether `gradient` adds to the grads so far, which are donated. Without rematerialisation it
+    # does not: what it gets is empty.
+    in_place: bool
+    zeros: Callable[..., Any]  # () -> grads before the first micro-batch
+    # (trained, frozen, batch, examples, hyper, grads so far) -> (grads, sums, log-probabilities
+    # [S])
     gradient: Callable[..., Any]
     add: Callable[..., Any]  # (grads, more grads) -> grads
     # (state, grads, learning rate, seed) -> (state, gradient norm before clipping)
@@ -145,6 +156,8 @@ def programs(
     transform = optimizer.transform()
     graphdef, shapes = abstract(spec, jnp.dtype(dtype), adapters)
     params_shape, frozen_shape = partition(shapes, adapters)
+    in_place = remat != "none"
+    total_shape = params_shape if in_place else nnx.State({})
     params_place, frozen_place = shardings(params_shape, mesh), shardings(frozen_shape, mesh)
     # Moments have the paths of their parameters, and are sharded alike by the same rules.
     state_shardings = TrainState(
@@ -154,19 +167,31 @@ def programs(
     rows, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
     def gradient(
-        params: nnx.State, frozen: nnx.State, batch: PackedBatch, examples: Examples, hyper: Hyper
+        params: nnx.State,
+        frozen: nnx.State,
+        batch: PackedBatch,
+        examples: Examples,
+        hyper: Hyper,
+        total: nnx.State,
     ) -> tuple[nnx.State, Sums, Array]:
-        def loss(params: nnx.State) -> tuple[Array, tuple[Sums, Array]]:
-            s, n = sequence_logprobs(
-                nnx.merge(graphdef, params, frozen), batch, segments, remat, mesh
-            )
-            total, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
-            return total, (sums, s)
+        # Layers add their gradients to the sum so far themselves (`decoder._accumulate`), so that
+        # no second tree of them exists. Where nothing is recomputed, that would copy the weights.
+        rest, blocks = _without_blocks(params) if in_place else (params, nnx.State({}))
 
-        # The loss differentiates the trained part only; the frozen one is a constant of the
-        # closure.
-        (_, (sums, s)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, sums, s
+        def loss(rest: nnx.State, blocks: nnx.State) -> tuple[Any, tuple[Sums, Array]]:
+            # What is not in `rest` is a constant of the closure, and so is the frozen part.
+            model = nnx.merge(graphdef, nnx.merge_state(params, rest), frozen)
+            s, n, blocks = sequence_logprobs_and_totals(model, batch, segments, remat, mesh, blocks)
+            value, sums = _UNITS[OBJECTIVE_KINDS[kind].unit](kind, s, n, examples, hyper)
+            return (value, blocks), (sums, s)
+
+        (value, _), pull, (sums, s) = jax.vjp(loss, rest, blocks, has_aux=True)
+        if not in_place:
+            return pull((jnp.ones_like(value), blocks))[0], sums, s
+        rest_sum, blocks_sum = _without_blocks(total)
+        grads, blocks_sum = pull((jnp.ones_like(value), blocks_sum))
+        grads = jax.tree.map(jnp.add, rest_sum, grads)
+        return nnx.merge_state(grads, nnx.State({"blocks": blocks_sum})), sums, s
 
     def apply(
         state: TrainState, grads: nnx.State, rate: Array, seed: Array
@@ -179,10 +204,23 @@ def programs(
         return TrainState(params, moments), optax.tree.norm(grads)
 
     return Programs(
+        in_place=in_place,
+        zeros=jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total_shape),
+            out_shardings=shardings(total_shape, mesh),
+        ),
         gradient=jax.jit(
-            # State is not donated here: all micro-batches of a step read the same parameters.
+            # Parameters are not donated here: all micro-batches of a step read the same ones.
             gradient,
-            in_shardings=(params_place, frozen_place, rows, everywhere, everywhere),
+            donate_argnums=5,
+            in_shardings=(
+                params_place,
+                frozen_place,
+                rows,
+                everywhere,
+                everywhere,
+                shardings(total_shape, mesh),
+            ),
             out_shardings=(params_place, everywhere, everywhere),
         ),
         # The first sum is donated and its buffers are reused for the result.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.mesh import make_mesh
+from deltapref_jax.mesh import make_mesh, platform_of
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.flops import forward_flops
 from deltapref_jax.models.weights import load
@@ -98,13 +98,12 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         if not at:  # The first step's reference pass compiles, and is not counted.
             reference_seconds = 0.0
     state, spec = init_state(model.state, optimizer, mesh), model.spec
+    share = shares_prompts(platform_of(mesh), False, length, spec)
     del model
     seconds, losses, shares, flops, reference_flops = [], [], [], [], []
     for groups in data:
         began = time.perf_counter()
-        batch = pack_step(
-            groups, c["kind"], rows, length, share=shares_prompts(mesh, length, spec)
-        ).drop_empty_halves(1)
+        batch = pack_step(groups, c["kind"], rows, length, share=share).drop_empty_halves(1)
         state, sums, _ = train_step(steps, state, batch, objective, c["learning_rate"], mesh)
         jax.block_until_ready(state.params)
         seconds.append(time.perf_counter() - began)

@@ -8,10 +8,12 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from deltapref_jax.analysis.findings import judge_sentence, outcome
-from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary
+from deltapref_jax.analysis.findings import claim_verdict, judge_sentence, outcome
+from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
+from deltapref_jax.analysis.proposal import read_evidence
 from deltapref_jax.analysis.report import draw, render, terminal_table
 from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.analysis.study import ArtifactRecord, Study
@@ -19,12 +21,18 @@ from deltapref_jax.analysis.summary import plain, summarise, summary_json
 from deltapref_jax.config import (
     DIMENSIONS,
     Arm,
+    Claim,
     Experiment,
     Generator,
     Judge,
+    Model,
     Objective,
     Prompts,
+    Run,
     Suite,
+    Training,
+    budget_twin,
+    greedy_twin,
 )
 from deltapref_jax.progress import plain_console
 from deltapref_jax.records import (
@@ -36,6 +44,7 @@ from deltapref_jax.records import (
     Trace,
     Verdict,
     digest,
+    from_table,
     to_table,
 )
 
@@ -123,7 +132,7 @@ def audited(judge, blind):
     return to_table(
         Audit,
         [
-            Audit(f"{q}", judge, d if g else "", g, d, 3.0 if d in blind else 5.0 - g)
+            Audit(f"{q}", judge, d if g else "", g, d, 3.0 if d in blind else 5.0 - g, not g, 9 + g)
             for q in range(6)
             for d in DIMENSIONS
             for g in range(3)
@@ -169,6 +178,7 @@ def study():
     metrics = [
         {
             "step": i + 1,
+            "epoch": (i + 1) / 4,
             "loss": 0.7,
             "grad_norm": 1.0,
             "rewards/chosen": -0.1 * i,
@@ -189,12 +199,16 @@ def study():
             j: {n: ratings(j, n, p) for n, p in GENERATORS.items()} for j in ("exact", "model")
         },
         audits={"exact": audited("exact", ()), "model": audited("model", ("numerical_precision",))},
-        pairs={name: pairs(a.chosen) for name, a in arms.items()},
-        results={name: {0: evaluated(0.9 if name == "dpo-strong" else 0.4, 7)} for name in arms},
+        pairs={name: {0: pairs(a.chosen)} for name, a in arms.items()},
+        results={
+            name: {Run(0, 0): evaluated(0.9 if name == "dpo-strong" else 0.4, 7)} for name in arms
+        },
         student=evaluated(0.4, 7),
         capability={n: evaluated(p, 3) for n, p in zip(GENERATORS, (0.2, 0.5, 0.9), strict=True)},
-        metrics={name: {0: metrics} for name in arms},
-        pair_counts={name: {"prompts": 12.0, "pool": 12.0, "chosen_tokens": 3.5} for name in arms},
+        metrics={name: {Run(0, 0): metrics} for name in arms},
+        pair_counts={
+            name: {0: {"prompts": 12.0, "pool": 12.0, "chosen_tokens": 3.5}} for name in arms
+        },
         artifacts=[
             ArtifactRecord("prompts", "prompts", "k", 2.0, {"rows": 12.0, "duplicate": 3.0}),
             ArtifactRecord("prompts", "suite/in-suite", "k", 2.0, {"rows": 12.0, "duplicate": 3.0}),
@@ -209,8 +223,8 @@ def study():
 def test_numbers_and_sentences(study):
     s = summarise(study)
     arms = {a.name: a for a in s.arms}
-    assert arms["dpo-strong"].changes["in"].change.low > 0
-    assert arms["sft"].changes["in"].change.value == 0
+    assert arms["dpo-strong"].changes["in"].estimate.low > 0
+    assert arms["sft"].changes["in"].estimate.value == 0
     assert arms["dpo-strong"].sample_delta == pytest.approx({"exact": 2.0, "model": 2.0})
     assert arms["top"].pair_judge == "exact" and arms["random"].pair_judge == ""
     assert arms["top"].waterfall == {"prompts": 12, "pool": 12}
@@ -226,10 +240,17 @@ def test_numbers_and_sentences(study):
     }
     assert {(c.a, c.b) for c in s.controls} == {("sft", "dpo-strong")}
     text = " ".join(f.text for f in s.findings)
-    assert "no effect detected" in text and "an effect of" in text
+    assert "no effect shown" in text and "excluded: above" in text
+    claims = {c.what: c for c in s.claims}
+    assert list(claims) == ["top minus random, out of domain"]
+    (claim,) = s.claims
+    assert claim.effect.estimate.value == 0 and "undecided" in claim.verdict
+    assert s.noise["in"].seed is None and s.noise["in"].questions == 0
+    assert "too few answers changed" in s.noise["in"].buy and s.noise["in"].options == []
     assert "fell together" in text
     assert any(
-        "Judge model cannot carry a conclusion on numerical precision" in t
+        "Judge model cannot carry a conclusion on 1 of 5 dimensions: its AUC on corrupted "
+        "solutions is below 0.65: numerical precision 0.50. The exact judge carries it." in t
         for t in s.judge_sentences
     )
 
@@ -250,8 +271,8 @@ def test_a_config_with_markup_escape_codes_and_control_characters_is_shown(study
         setattr(study, field, named)
     s = summarise(study)
     drawn = draw(study, s)
-    for svg in drawn.values():
-        ElementTree.fromstring(svg)
+    for figure in drawn.values():
+        ElementTree.fromstring(figure.svg)
     page = render(study, s, drawn, dict.fromkeys(DIMENSIONS, HOSTILE))
     page.encode()
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
@@ -264,7 +285,9 @@ def test_a_config_with_markup_escape_codes_and_control_characters_is_shown(study
 
 def test_an_artifact_of_two_labels_counts_once(study):
     s = summarise(study)
-    assert [(d.where, d.what, d.count) for d in s.dropped] == [("prompts", "duplicate", 3)]
+    assert [(d.where, d.what, d.count) for d in s.dropped] == [
+        ("prompts", "prompts that repeat another, dropped", 3)
+    ]
     assert [(x.stage, x.artifacts, x.share, x.padding) for x in s.stages] == [
         ("judge", 1, 75.0, 25.0),
         ("prompts", 1, 25.0, None),
@@ -276,21 +299,272 @@ def test_json_has_the_fields_of_a_summary_and_null_for_nan(study):
     written = json.loads(summary_json(s))
     arm = next(a for a in written["arms"] if a["name"] == "top")
     assert (arm["keep"], arm["seeds"], arm["training"]["kl"]) == ("top", 1, None)
-    assert arm["in"]["change"] == list(s.arms[2].changes["in"].change)
-    assert written["student"].keys() == {"in", "out", "truncated", "tokens"}
-    assert written["judges"][0]["auc"]["factuality"] == [1.0, 1.0, 1.0]
-    assert plain(Evaluation({"in": Estimate(1.0, 0.0, math.nan)}, 2.0, math.inf)) == {
+    assert arm["in"]["estimate"] == list(s.arms[2].changes["in"].estimate)
+    assert written["student"].keys() == {"in", "out", "truncated", "tokens", "surprise"}
+    assert written["judges"][0]["auc"]["factuality"][0::2] == [1.0, 1.0]
+    assert plain(Evaluation({"in": Estimate(1.0, 0.0, math.nan)}, 2.0, math.inf, 0.3)) == {
         "in": [1.0, 0.0, None],
         "truncated": 2.0,
         "tokens": None,
+        "surprise": 0.3,
     }
 
 
+def test_a_recipe_reads_the_effects_of_a_summary(study):
+    s = summarise(study)
+    evidence = read_evidence(summary_json(s), "summary.json")
+    assert evidence.domains == tuple(s.domains)
+    assert [(c.a, c.b, c.effects) for c in evidence.contrasts] == [
+        (c.a, c.b, c.difference) for c in s.contrasts if c.kind in ("random", "all")
+    ]
+    assert evidence.contrasts
+    assert [c.split(":")[0] for c in evidence.claims] == [c.what for c in s.claims]
+
+
 def test_a_pair_of_an_unknown_trace_is_an_error(study):
-    known = study.pairs["top"]
-    study.pairs["top"] = known.set_column(2, "chosen_id", [["nobody"] * known.num_rows])
+    known = study.pairs["top"][0]
+    study.pairs["top"] = {0: known.set_column(2, "chosen_id", [["nobody"] * known.num_rows])}
     with pytest.raises(KeyError, match="nobody"):
         summarise(study)
+
+
+def test_quantised_models_are_named_on_the_page(study):
+    plain_page = render(study, summarise(study), {}, {})
+    assert "Quantised" not in plain_page
+    e = study.experiment
+    e.student.path = "s"
+    e.generators[2].model = Model("big", quantization="int8")
+    e.generators[0].model.quantization = "fp8"  # with the student's path
+    e.judges[1].model = Model("j", quantization="int8")
+    s = summarise(study)
+    assert s.quantised == (
+        "Quantised: generator weak samples, and is evaluated, with fp8 weights of the student's "
+        "files; generator strong samples, and is evaluated, with int8 weights; judge model rates "
+        "with int8 weights. Products are computed in each model's dtype. The student, its policies "
+        "and the reference are not quantised."
+    )
+    assert [g.quantization for g in s.generators] == ["fp8", "", "int8"]
+    assert [j.quantization for j in s.judges] == ["", "int8"]
+    page = html.unescape(render(study, s, {}, {}))
+    assert s.quantised in page
+    for cell in ("<td>strong, int8</td>", "<td>mid</td>", "(model, int8)"):
+        assert cell in page
+
+
+def with_arms(study, *arms):
+    """The study with further arms, of the pairs and answers of the arm "top"."""
+    e = dataclasses.replace(study.experiment, arms=(*study.experiment.arms, *arms))
+    fields = {}
+    for field in ("pairs", "results", "metrics", "pair_counts"):
+        held = getattr(study, field)
+        fields[field] = held | {a.name: held["top"] for a in arms}
+    return dataclasses.replace(study, experiment=e, **fields)
+
+
+def test_twins_are_compared_with_each_other_and_with_arms_of_their_own_budget(study):
+    study.experiment.training = Training(steps=24)
+    arms = {a.name: a for a in study.experiment.arms}
+    twins = [budget_twin(arms[name], Training(steps=24)) for name in ("top", "random")]
+    same_but_seeds = dataclasses.replace(arms["top"], name="top-again", seeds=(3,))
+    own = dataclasses.replace(arms["top"], name="top-7", steps=7)
+    study = with_arms(study, *twins, same_but_seeds, own)
+    s = summarise(study)
+    assert {(c.a, c.b, c.kind) for c in s.contrasts} == {
+        ("top", "random", "random"),
+        ("top", "dpo-strong", "all"),
+        ("top-again", "random", "random"),
+        ("top-again", "dpo-strong", "all"),
+        ("top-equal-epochs", "random-equal-epochs", "random"),
+        ("top-equal-epochs", "dpo-strong", "all_epochs"),
+    }
+    assert {(c.a, c.b) for c in s.budgets} == {
+        ("top-equal-epochs", "top"),
+        ("top-equal-epochs", "top-again"),
+        ("random-equal-epochs", "random"),
+        ("top-7", "top"),
+        ("top-7", "top-again"),
+    }
+    assert [a.budget for a in s.arms[-4:]] == ["equal epochs", "equal epochs", "", "7 steps"]
+    figures = draw(study, s)
+    assert "top, judge exact, equal epochs" in figures["selection"].svg
+    page = render(study, s, figures, {})
+    assert "<td>top-equal-epochs</td>" in page
+    assert "against all pairs of the pool for as many epochs" in page.lower()
+
+
+def test_the_page_shows_the_budget_of_every_arm(study):
+    study.experiment.arms[1].learning_rate = 2e-5
+    study.experiment.arms[1].pairs_per_step = 4
+    s = summarise(study)
+    t = {a.name: a.training for a in s.arms}
+    assert (t["top"].steps, t["top"].epochs, t["top"].learning_rate) == (8, 2.0, 1e-4)
+    assert (t["dpo-strong"].pairs_per_step, t["top"].pairs_per_step) == (4, 32)
+    page = render(study, s, {}, {})
+    assert "<tr><td>dpo-strong</td><td>8</td><td>4</td><td>2.00</td><td>2e-05</td>" in page
+
+
+def read_out(table, suite, samples, change, name="", domain=""):
+    """The rows of a suite as those of a second read-out, or another suite, with other verdicts."""
+    rows = [r for r in from_table(Result, table) if r.suite == suite]
+    name = name or f"{suite}-2"
+    return [
+        r._replace(suite=name, domain=domain, sample=s, finish="length", correct=change(r, s))
+        for r in rows
+        if r.sample == 0
+        for s in range(samples)
+    ]
+
+
+def test_controls_are_recognised_from_the_config_and_judged(study):
+    arms = {a.name: a for a in study.experiment.arms}
+    added = (
+        dataclasses.replace(arms["top"], name="seeds", seeds=(1, 2)),
+        dataclasses.replace(arms["random"], name="draws", draws=(1, 2)),
+        dataclasses.replace(arms["random"], name="other-draws", draws=(3,)),
+        dataclasses.replace(arms["dpo-strong"], name="coin", direction="coin", group="control"),
+        dataclasses.replace(
+            arms["dpo-strong"], name="reversed", chosen="weak", rejected="strong", group="control"
+        ),
+        # Neither exchanges the sides of the same pairs.
+        dataclasses.replace(
+            arms["top"], name="top-reversed", chosen="weak", rejected="strong", group="control"
+        ),
+        dataclasses.replace(arms["dpo-mid"], name="other-generators", chosen="weak"),
+    )
+    study = with_arms(study, *added)
+    better, same, worse = evaluated(0.9, 7), evaluated(0.4, 7), evaluated(0.05, 7)
+    study.results |= {
+        "seeds": {Run(0, 1): same, Run(0, 2): same},
+        "draws": {Run(1, 0): same, Run(2, 0): same},
+        "other-draws": {Run(3, 0): better},
+        "coin": {Run(0, 0): better},
+        "reversed": {Run(0, 0): worse},
+    }
+    s = summarise(study)
+    got = {
+        (c.kind, c.arms): (c.effects["in"].estimate.value, c.came_out) for c in s.control_results
+    }
+    gain = next(a for a in s.arms if a.name == "dpo-strong").changes["in"].estimate.value
+    assert gain > 20
+    assert got[("random", ("draws",))] == (0, True)
+    assert got[("random", ("random", "draws"))] == (0, True)
+    value, came_out = got[("random", ("random", "other-draws"))]
+    assert value == pytest.approx(-gain)
+    assert got[("placebo", ("coin",))] == (pytest.approx(gain), False)
+    value, came_out = got[("negative", ("dpo-strong", "reversed"))]
+    assert value > gain and came_out
+    assert got[("null", ("seeds",))] == (0, True)
+    assert {key for key in got if key[0] in ("null", "negative")} == {
+        ("null", ("seeds",)),
+        ("null", ("top", "seeds")),
+        ("negative", ("dpo-strong", "reversed")),
+    }
+    page = render(study, s, {}, {})
+    assert "Controls that must come out" in page and "No arm of this page is a control" not in page
+    assert page.index("Controls that must come out") < page.index('<ul class="findings">')
+    assert "seeds, seed 1 minus seed 2" in page and "did not come out" in page
+
+
+def test_a_negative_control_that_shows_nothing_is_undecided(study):
+    strong = study.experiment.arms[1]
+    exchanged = dataclasses.replace(
+        strong, name="reversed", chosen="weak", rejected="strong", group="control"
+    )
+    study = with_arms(study, exchanged)
+    study.results["reversed"] = study.results["dpo-strong"]
+    (control,) = summarise(study).control_results
+    assert (control.kind, control.came_out, control.verdict) == ("negative", None, "undecided")
+
+
+def test_a_page_without_controls_says_so(study):
+    s = summarise(study)
+    assert s.control_results == []
+    assert "No arm of this page is a control that must come out" in render(study, s, {}, {})
+
+
+def test_second_read_outs_stand_beside_the_domains(study):
+    """In 30 of 40 questions all arms go from one right sample of four to two."""
+    plain_summary = summarise(study)
+    suite = Suite(
+        name="in-suite-2",
+        prompts=Prompts(tasks=("shop",), count=40),
+        samples=4,
+        readout="pass",
+        k=2,
+    )
+    e = study.experiment
+    study.experiment = dataclasses.replace(e, suites=(*e.suites, suite))
+
+    def with_rows(table, right):
+        more = read_out(table, "in-suite", 4, lambda r, s: int(r.prompt_id) < 30 and s < right)
+        return pa.concat_tables([table, to_table(Result, more)])
+
+    study.student = with_rows(study.student, 1)
+    study.results = {
+        arm: {run: with_rows(t, 2) for run, t in runs.items()}
+        for arm, runs in study.results.items()
+    }
+    s = summarise(study)
+    (found,) = s.readouts
+    assert (found.suite, found.domain) == ("in-suite-2", "in")
+    assert found.what == "pass@2 of 4 samples at temperature 1"
+    # 1 - C(3, 2) / C(4, 2) = 1/2, and 1 - C(2, 2) / C(4, 2) = 5/6, in 30 of 40 questions.
+    assert found.student.value == pytest.approx(100 * 30 / 40 / 2)
+    for arm in s.arms:
+        assert found.changes[arm.name].estimate.value == pytest.approx(
+            100 * 30 / 40 * (5 / 6 - 1 / 2)
+        )
+    # Nothing else has changed: no domain averages it, and lengths are those of the domains.
+    assert s.domains == plain_summary.domains and s.suites == plain_summary.suites
+    for name in ("student", "arms", "claims", "contrasts", "noise"):
+        assert plain(getattr(s, name)) == plain(getattr(plain_summary, name))
+    page = render(study, s, {}, {})
+    assert "in-suite-2, in domain: pass@2 of 4 samples at temperature 1" in page
+
+
+def test_a_domain_that_is_read_again_greedily_is_one_read_out(study):
+    """Sampled, every arm gains; greedily, each question of the two suites has one answer."""
+    e = study.experiment
+    (suite,) = [s for s in e.suites if s.domain == "in"]
+    other = dataclasses.replace(suite, name="more", prompts=Prompts(tasks=("chain",), count=40))
+    study.experiment = dataclasses.replace(
+        e, suites=(*e.suites, other, greedy_twin(suite), greedy_twin(other))
+    )
+
+    def with_rows(table, right):
+        more = read_out(table, suite.name, 1, lambda r, s: False, "more", domain="in")
+        for name in (f"{suite.name}-greedy", "more-greedy"):
+            more += read_out(table, suite.name, 1, lambda r, s: int(r.prompt_id) < right, name)
+        return pa.concat_tables([table, to_table(Result, more)])
+
+    study.student = with_rows(study.student, 10)
+    study.results = {
+        arm: {run: with_rows(t, 16) for run, t in runs.items()}
+        for arm, runs in study.results.items()
+    }
+    s = summarise(study)
+    (found,) = s.readouts
+    assert (found.suite, found.what, found.greedy_twin) == (
+        "all 2 suites",
+        "accuracy, greedy",
+        True,
+    )
+    assert found.student.value == pytest.approx(100 * 10 / 40)
+    assert all(c.estimate.value == pytest.approx(100 * 6 / 40) for c in found.changes.values())
+    texts = [f.text for f in s.findings if f.topic == "Sampled and greedy"]
+    shown = [a for a in s.arms if a.changes["in"].shown]
+    assert shown and len(texts) == 1
+    assert f"{shown[0].name} changed" in texts[0] and "+15.0" in texts[0]
+
+
+def test_answers_have_the_mean_surprise_of_their_tokens(study):
+    """Of what the domains average, over all tokens and not over answers."""
+    rows = from_table(Result, study.student)
+    longer = [r._replace(tokens=3, logprob=-6.0) for r in rows if r.sample == 0]
+    ignored = [r._replace(domain="", suite="again", logprob=-99.0) for r in rows]
+    shorter = [r for r in rows if r.sample == 1]  # 2.5 nats over 9 tokens
+    study.student = to_table(Result, [*longer, *shorter, *ignored])
+    assert summarise(study).student.surprise == pytest.approx((6.0 + 2.5) / (3 + 9))
 
 
 def test_a_study_that_only_sampled_has_a_page(study):
@@ -307,19 +581,29 @@ def test_a_study_that_only_sampled_has_a_page(study):
     assert terminal_table(json.loads(summary_json(s))).row_count == 0
 
 
+def data_of(page):
+    """What the page's script reads."""
+    pattern = r'<script type="application/json" id="data">(.*?)</script>'
+    return json.loads(re.search(pattern, page, re.DOTALL)[1])
+
+
 def test_page_is_self_contained_and_escaped(study):
     s = summarise(study)
     figures = draw(study, s)
-    assert {"ladder", "selection", "training", "audit", "agreement-model"} == set(figures)
+    assert set(figures) == {
+        "claims",
+        "ladder",
+        "selection",
+        "training",
+        "audit",
+        "agreement-model",
+    }
     page = render(study, s, figures, dict.fromkeys(DIMENSIONS, "well?"))
-    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert not re.search(r'(?:src|href)="(?!#|data:text/csv)', page)
     assert "Does it &lt;count&gt;?" in page and "A small world." in page and "strong one" in page
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[
-        1
-    ]
-    shown = json.loads(data)
-    assert any(p["chosen"]["text"] == NASTY for p in shown)
-    assert {arm for p in shown for arm in p["arms"]} == {a.name for a in s.arms}
+    held = data_of(page)
+    assert any(p["chosen"]["text"] == NASTY for p in held["pairs"])
+    assert {arm for p in held["pairs"] for arm in p["arms"]} == {a.name for a in s.arms}
     assert "<b>bold</b>" not in page
     config = json.loads(html.unescape(re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)[-1]))
     assert config["generators"][0]["name"] == "weak"
@@ -337,11 +621,28 @@ def test_the_page_shows_every_stage_of_the_flow_and_the_versions(study):
     assert '<p class="soft">jax 1</p>' in page
 
 
-def test_outcome_says_what_was_not_detected():
-    assert outcome(Estimate(3.0, 1.0, 5.0)) == "+3.0 [+1.0, +5.0] points"
-    assert outcome(Estimate(1.0, -1.96, 3.96)) == (
-        "no effect detected (+1.0 [-2.0, +4.0]; an effect of 4.2 points would have been)"
+def test_outcome_says_what_is_excluded():
+    shown = Measured(Estimate(3.0, 1.0, 5.0), 0.01, 0.03, 4.7)
+    assert outcome(shown) == "+3.0 [+1.0, +5.0] points"
+    # The interval alone shows nothing where the adjusted p value does not.
+    assert outcome(dataclasses.replace(shown, p_adjusted=0.06)) == (
+        "no effect shown (+3.0 [+1.0, +5.0]; excluded: above +5.0 and below +1.0)"
     )
+
+
+@pytest.mark.parametrize(
+    "p, bound, want",
+    [
+        (0.01, 4.7, "gain shown"),
+        (0.01, 1.9, "gain shown, smaller than the margin of 2"),
+        (0.3, 1.9, "equivalent: within ±2"),
+        (0.3, 2.1, "undecided: neither shown nor within ±2"),
+    ],
+)
+def test_a_claim_is_shown_equivalent_or_undecided(p, bound, want):
+    effect = Measured(Estimate(1.0, -0.5, 2.5), p, p, bound)
+    assert claim_verdict(Claim(a="x", b="y"), effect) == want
+    assert claim_verdict(Claim(a="x", b="y"), None) == "not measured: an arm of it is missing"
 
 
 def test_what_a_judge_may_be_used_for():
@@ -349,19 +650,24 @@ def test_what_a_judge_may_be_used_for():
     nan = Estimate(math.nan, math.nan, math.nan)
 
     def sentence(audit, has_exact=True):
-        judge = JudgeSummary("j", "model", 1, DIMENSIONS, {}, 1.0, nan, math.nan, math.nan, audit)
+        judge = JudgeSummary(
+            "j", "model", "", 1, DIMENSIONS, {}, 1.0, nan, math.nan, math.nan, audit
+        )
         return judge_sentence(judge, has_exact)
 
-    good = JudgeAudit(auc, 0.9, {}, [])
+    good = JudgeAudit(auc, 0.9, {}, {})
     assert "in every dimension (lowest AUC 0.90; 0.8 was wanted)" in sentence(good)
     weak = dataclasses.replace(good, auc=auc | {"factuality": Estimate(0.7, 0.6, 0.8)})
     assert (
         sentence(weak) == "Judge j is usable but weak, with an AUC below 0.8, on factuality (0.70)."
     )
-    blind = dataclasses.replace(good, auc_mean=0.55, useless=list(DIMENSIONS))
-    assert sentence(blind).endswith("below 0.65. The exact judge carries it.")
-    assert sentence(blind, has_exact=False).endswith("below 0.65.")
-    assert "was not measured" in sentence(None)
+    blind = dataclasses.replace(good, auc=dict.fromkeys(DIMENSIONS, Estimate(0.55, 0.5, 0.6)))
+    assert "on 5 of 5 dimensions: its AUC on corrupted solutions is below 0.65: fact" in sentence(
+        blind
+    )
+    assert sentence(blind).endswith("noise 0.55. The exact judge carries it.")
+    assert sentence(blind, has_exact=False).endswith("noise 0.55.")
+    assert "was measured neither" in sentence(None)
 
 
 def test_arms_that_were_left_out_are_named_with_the_comparisons_that_need_them(study):

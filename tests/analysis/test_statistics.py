@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
@@ -42,50 +41,6 @@ def test_accuracy_is_a_mean_over_suites_of_questions_with_clusters():
         st.accuracy(table, "out")
 
 
-def test_changes_are_paired():
-    before, after = draws(seed=1), draws(p=0.6, seed=2)
-    found = st.changes(results(before), {"arm": [results(after)], "none": [results(before)]}, "in")
-    gaps = (after - before).mean(axis=1)
-    assert found["arm"].estimate.value == pytest.approx(100 * gaps.mean())
-    assert found["arm"].draws.std() == pytest.approx(
-        100 * gaps.std() / math.sqrt(len(gaps)), rel=0.1
-    )
-    # Nothing changed, so the interval is the rule of three's.
-    assert tuple(found["none"].estimate) == pytest.approx((0, -1.5, 1.5))
-    assert st.contrast(found["arm"], found["arm"]).value == 0
-    with pytest.raises(
-        ValueError, match="Arm 'x' and the student answered different questions of suite 's'"
-    ):
-        st.changes(results(before), {"x": [results(after[:-1])]}, "in")
-
-
-def test_seeds_widen_the_interval_by_their_variance():
-    before = draws(400, 2, 0.5, 3)
-    seeds = [
-        np.clip(before + np.random.default_rng(s).integers(0, 2, before.shape) * (s % 2), 0, 1)
-        for s in range(4)
-    ]
-    found = st.changes(results(before), {"arm": [results(s) for s in seeds]}, "in")["arm"]
-    means = np.array([(s - before).mean() for s in seeds]) * 100
-    assert found.draws.std() > 0.8 * means.std(ddof=1) / 2
-
-
-def test_an_effect_of_the_detectable_size_is_found_with_the_promised_power():
-    before = results(draws(300, 2, 0.5, 5))
-    size = st.minimum_detectable(before)["in"]
-    within = np.mean(draws(300, 2, 0.5, 5).mean(axis=1) * (1 - draws(300, 2, 0.5, 5).mean(axis=1)))
-    z = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
-    assert size == pytest.approx(100 * z * math.sqrt(2 * within / 300))
-    assert st.minimum_detectable(before, seeds=4)["in"] < size
-    assert st.minimum_detectable(results(np.zeros((50, 1), int)))["in"] > 0
-
-
-def test_holm_and_benjamini_hochberg_by_hand():
-    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
-    assert st.holm(p) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
-    assert st.benjamini_hochberg(p) == pytest.approx({"a": 0.02, "b": 0.04, "c": 0.04, "d": 0.02})
-
-
 def test_auc_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 6, 40), rng.integers(0, 5, 30)
@@ -105,22 +60,67 @@ def test_rank_correlations():
     assert st.ranks([3, 1, 3]).tolist() == [2.5, 1.0, 2.5]
 
 
-def test_slope_is_least_squares_with_the_joint_draws():
-    x = [0.0, 10.0, 20.0, 40.0]
-    noise = np.random.default_rng(0).normal(0, 1, (4, 500))
-    changes = [
-        st.Change(st.Estimate(3 + 0.2 * v, 0, 0), 3 + 0.2 * v + e, 0.5, 100)
-        for v, e in zip(x, noise, strict=True)
-    ]
-    found = st.slope(x, changes)
-    assert found.value == pytest.approx(0.2)
-    spread = 1 / np.sqrt(np.sum((np.array(x) - np.mean(x)) ** 2))
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.15)
-    assert st.slope(x[:2], changes[:2]) is None
-
-
 def test_overlap_and_agreement():
     assert st.top_overlap([5, 4, 3, 2], [5, 1, 4, 2], 2) == 0.5
     bins = st.agreement_by_gap([1, -1, 3, -3, 0], [1, 1, 3, -3, 9], bins=2)
     assert bins == [(1.0, 0.5, 2), (3.0, 1.0, 2)]
     assert st.halo(np.array([[1, 1, 3], [2, 2, 2], [3, 3, 1]])) == pytest.approx((1 - 1 - 1) / 3)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n in range(1, 7):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                want = np.mean([any(subset) for subset in subsets])
+                got = st.pass_at_k(np.array([n, n]), np.array([c, c]), k)
+                np.testing.assert_allclose(got, [want, want], atol=1e-12)
+    # No overflow where the binomials have hundreds of digits.
+    assert st.pass_at_k(np.array([1000]), np.array([10]), 500)[0] == pytest.approx(
+        1 - 0.5**10, rel=0.01
+    )
+
+
+def test_a_paired_auc_compares_texts_with_themselves():
+    # Texts differ by more than their corruption does, which an unpaired AUC would not see.
+    texts = np.arange(40.0)
+    paired = st.paired_auc(texts, texts - 0.5, texts)
+    assert paired.value == 1 and paired.low == pytest.approx(1 / (1 + 1.959964**2 / 40), abs=1e-6)
+    assert st.auc(texts, texts - 0.5).value < 0.55
+    # Versions of one text are no further texts: ties count half, and each text once.
+    some = st.paired_auc([3, 3, 3, 1], [1, 3, 5, 0], ["a", "a", "a", "b"])
+    assert some.value == pytest.approx((0.5 + 1) / 2)
+    assert some == st.paired_auc([3, 1], [3, 0], ["a", "b"])
+    assert all(math.isnan(x) for x in st.paired_auc([], [], []))
+
+
+@pytest.mark.parametrize(("correlation", "fraction"), [(0.3, 0.25), (0.8, 0.1), (-0.5, 0.5)])
+def test_the_share_of_a_top_that_is_true_is_what_a_simulation_finds(correlation, fraction):
+    rng = np.random.default_rng(0)
+    true, noise = rng.normal(size=(2, 400_000))
+    seen = correlation * true + math.sqrt(1 - correlation**2) * noise
+    top = seen >= np.quantile(seen, 1 - fraction)
+    found = float((true[top] >= np.quantile(true, 1 - fraction)).mean())
+    assert st.top_share(correlation, fraction) == pytest.approx(found, abs=0.006)
+
+
+def test_the_share_of_a_top_at_its_ends():
+    assert st.top_share(0.0, 0.25) == pytest.approx(0.25)
+    assert st.top_share(1.0, 0.25) == pytest.approx(1.0, abs=1e-6)
+    # Half of all: 1/2 + arcsin(correlation)/π, by Sheppard.
+    assert st.top_share(0.6, 0.5) == pytest.approx(0.5 + math.asin(0.6) / math.pi)
+    assert st.top_share(0.2, 1.0) == 1 and math.isnan(st.top_share(math.nan, 0.5))
+
+
+def test_reliability_is_the_share_of_variance_that_is_true():
+    rng = np.random.default_rng(1)
+    true = rng.normal(size=(20_000, 1))
+    # Each reading has its own scale and centre, and half of its variance is noise.
+    readings = (true + rng.normal(size=(20_000, 4))) * [1, 2, 0.1, 5] + [0, 3, 1, -2]
+    one = st.mean_correlation(readings)
+    assert one == pytest.approx(0.5, abs=0.01)
+    standard = readings / readings.std(axis=0)
+    with_truth = np.corrcoef(standard.mean(axis=1), true[:, 0])[0, 1]
+    assert st.spearman_brown(one, 4) == pytest.approx(with_truth**2, abs=0.01)
+    assert math.isnan(st.mean_correlation(np.ones((9, 2))))
+    assert math.isnan(st.spearman_brown(-0.5, 4))

@@ -65,6 +65,7 @@ def test_handwritten_cases(checker):
     assert missed <= MISSED
 
 
+@pytest.mark.slow
 def test_the_error_rates_in_the_docs_are_these():
     """Run this file as a program for the lines of the table."""
     page = (HERE.parent.parent / "docs" / "answers.md").read_text()

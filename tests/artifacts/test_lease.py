@@ -179,3 +179,18 @@ def test_a_lease_whose_folder_was_removed_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(mine, "_renewed", mine._renewed - OLD)  # it is late, and renews first
     assert not mine.held()
     assert not (tmp_path / "claims").exists()
+
+
+def test_claims_beside_which_a_lock_is_made_anew_are_left(tmp_path, monkeypatch):
+    """Another runner makes the lock again between the last removal and that of the folder."""
+    claims = epath.Path(tmp_path / "claims")
+    claims.mkdir()
+    unlink = type(claims).unlink
+
+    def removed(path):
+        unlink(path)
+        (claims / "anew").touch()
+
+    monkeypatch.setattr(type(claims), "unlink", removed)
+    leases.remove_claims(claims)
+    assert [path.name for path in claims.iterdir()] == ["anew"]

@@ -10,7 +10,7 @@ from deltapref_jax import config
 from deltapref_jax.artifacts.node import Node, in_order, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import UNHASHED, Model, Training
+from deltapref_jax.config import ADDED, UNHASHED, Model, Training
 from deltapref_jax.files import ArtifactError
 
 
@@ -94,11 +94,12 @@ def test_key_hashes_stage_version_config_and_contents_but_not_label_and_runtime(
 def test_config_is_plain_data_without_what_is_not_hashed():
     node = total(where="/there", model=Model("/there", "bfloat16"))
     assert node.config().keys() == {"scale", "training", "model"}
-    assert node.config()["model"] == {"dtype": "bfloat16"}
+    assert node.config()["model"] == {"dtype": "bfloat16", "quantization": ""}
     assert {"checkpoint_every", "keep_checkpoints"}.isdisjoint(node.config()["training"])
     described = node.describe()
     assert described.keys() == {"label", "scale", "training", "model", "mesh", "where"}
-    assert described["model"] == {"path": "/there", "dtype": "bfloat16", "revision": ""}
+    model = {"path": "/there", "dtype": "bfloat16", "quantization": "", "revision": ""}
+    assert described["model"] == model
     assert described["training"]["checkpoint_every"] == Training().checkpoint_every
 
 
@@ -114,6 +115,27 @@ def other(value):
         field = dataclasses.fields(value)[0].name
         return dataclasses.replace(value, **{field: other(getattr(value, field))})
     return (*value, "x") if isinstance(value, tuple) else value + type(value)(1)
+
+
+class Newer(Node, stage="newer", version=1):
+    """Has fields that are newer than artifacts."""
+
+    size: int
+    mode: str = dataclasses.field(default="plain", metadata=ADDED)
+    names: tuple = dataclasses.field(default_factory=tuple, metadata=ADDED)
+
+
+def test_a_newer_field_changes_keys_where_it_is_not_its_default_alone():
+    class Older(Node, stage="newer", version=1):
+        size: int
+
+    before = Older(label=("x",), size=3).key({})
+    assert Newer(label=("x",), size=3).key({}) == before
+    keys = {before} | {
+        Newer(label=("x",), size=3, **fields).key({})
+        for fields in ({"mode": "other"}, {"names": ("a",)}, {"mode": "other", "names": ("a",)})
+    }
+    assert len(keys) == 4
 
 
 class Holder(Node, stage="holder", version=1):

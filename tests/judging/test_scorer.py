@@ -1,6 +1,7 @@
 """Ratings from branches equal those of single dimensions and those from the full logits."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -11,9 +12,16 @@ from flax import nnx
 
 from deltapref_jax.config import DIMENSIONS, MeshShape, Scoring
 from deltapref_jax.judging.rubric import RUBRIC, label_ids
-from deltapref_jax.judging.scorer import rate_traces, rating_sample, summarise
+from deltapref_jax.judging.scorer import (
+    _label_probability_fn,
+    rate_traces,
+    rating_sample,
+    summarise,
+)
 from deltapref_jax.mesh import make_mesh
-from deltapref_jax.models.weights import load
+from deltapref_jax.models.spec import ModelSpec
+from deltapref_jax.models.weights import abstract, load
+from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.synthetic.world import problem, solution
 
 PROBLEMS = [problem(("chain", "shop", "logic")[i % 3], 1 + i % 2, 3, i) for i in range(7)]
@@ -100,6 +108,19 @@ def test_order_and_batching_and_devices_do_not_matter(judge, rated, one_device):
         make_mesh(MeshShape(2, 2, 2)),
     )
     close(rated[0], spread)
+
+
+def test_no_array_holds_the_logits_of_many_positions(one_device):
+    spec = ModelSpec(16_384, 32, 1, 4, 2, 8, 48)
+    batch = PackedBatch(*(jax.ShapeDtypeStruct((4, 1024), jnp.int32) for _ in range(5)))
+    read = _label_probability_fn(spec, "float32", one_device)
+    labels = jax.ShapeDtypeStruct((5,), jnp.int32)
+    text = read.lower(abstract(spec)[1], batch, labels).as_text()
+    sizes = [
+        np.prod([int(n) for n in s[:-1].split("x")]) for s in re.findall("<([0-9x]+x)f32>", text)
+    ]
+    assert 4 * 1024 * 5 in sizes
+    assert max(sizes) <= spec.vocab * spec.width  # the unembedding
 
 
 def test_counts(judge, rated):

@@ -92,7 +92,7 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
         QUICK,
         "--config.student.pth=x",
     ): r"--config\.student\.pth=x: Model has no field 'pth' \(did you mean 'path'\?\); it has "
-    r"path, dtype, revision\.",
+    r"path, dtype, quantization, revision\.",
     (
         QUICK,
         "--config.stepz=3",
@@ -162,7 +162,7 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (
         QUICK,
         "--config.judges[0].kind=human",
-    ): r"kind of judge 'exact' is 'human'; choose one of 'exact', 'model'\.",
+    ): r"kind of judge 'exact' is 'human'; choose one of 'exact', 'model', 'mean'\.",
     (
         QUICK,
         "--config.prompts[0].kind=csv",
@@ -196,8 +196,10 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
     (
         QUICK,
         "--only=dpo-*,ppo",
-    ): r"--only has 'ppo', which matches no arm; the study has 'dpo-weak', .*'sft-strong'\.",
-    (QUICK, "--config.arms=()", "--only=x"): r"--only has 'x', .*; it has no arms\.",
+    ): r"--only has 'ppo', which matches no arm; the study has 'dpo-weak', .*'dpo-reversed'\.",
+    (QUICK, "--config.arms=()", "--config.claims=()", "--only=x"): (
+        r"--only has 'x', .*; it has no arms\."
+    ),
     (
         QUICK,
         "--config.generators[week].top_k=1",
@@ -211,7 +213,7 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
         QUICK,
         "--config.generators[weak].top_k=many",
     ): r"--config\.generators\[weak\]\.top_k=many: it must be a whole number; .*",
-    (QUICK, "--config.scoring.rows=0"): r"config\.scoring\.rows is 0; it must be at least 1\.",
+    (QUICK, "--config.scoring.rows=-1"): r"config\.scoring\.rows is -1; it must be at least 0\.",
 }
 
 
@@ -282,7 +284,8 @@ def test_help_lists_every_field_with_type_default_and_comment():
         "--config.seed=0 (int): Of sampled traces, evaluations, audits and random selections; ",
         "--config.prompts[0].count=0 (int): Questions kept; 0: all (files only).",
         "--config.generators[NAME].temperature=1.0 (float): 0 is greedy.",
-        "--config.arms[NAME].keep=\"all\" (str): One of 'all', 'top', 'random', 'matched'.",
+        "--config.arms[NAME].keep=\"all\" (str): One of 'all', 'top', 'bottom', 'middle', "
+        "'random', 'matched', or \"module:function\" (docs/extend.md), which returns",
         "--config.training.lora.rank=0 (int): ",
         "--config.suites[NAME].prompts has .kind, .path, ",
     ):

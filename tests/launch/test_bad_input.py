@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location(
@@ -137,6 +139,25 @@ def test_a_bad_model_folder(launch, root, tmp_path, name):
     bad_input.broken_model(root / "model", tmp_path / "broken", name)
     launched = launch("train", "--config.student.path={own}/broken")
     check(launched, bad_input.MODELS[name][1], tmp_path)
+
+
+def test_a_generator_with_nan_is_refused_before_anything_is_made(launch, root, tmp_path):
+    shutil.copytree(root / "model", tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][-1, -1] = np.nan
+    save_file(tensors, file)
+    study = STUDY.format(model=str(root / "model"))
+    generator = f'name="strong", model=Model({str(root / "model")!r})'
+    assert generator in study
+    broken = study.replace(generator, f'name="strong", model=Model({str(file.parent)!r})')
+    (tmp_path / "study.py").write_text(broken)
+    words = (
+        r"^Tensor model\.layers\.1\.mlp\.down_proj\.weight in model\.safetensors of \S+/broken "
+        r"holds NaN or infinity; fetch it again, or choose another model\.$"
+    )
+    check(launch("ablate", "--config={own}/study.py"), words, tmp_path)
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.mark.parametrize("number", range(len(bad_input.JINJA)))

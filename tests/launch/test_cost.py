@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import pathlib
@@ -23,6 +24,7 @@ from deltapref_jax.config import (
     Model,
     Objective,
     Prompts,
+    Run,
     Sampling,
     Scoring,
     Suite,
@@ -31,6 +33,7 @@ from deltapref_jax.config import (
 from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.models.flops import forward_flops, training_flops
 from deltapref_jax.models.memory import sampling_memory, scoring_memory, training_memory
+from deltapref_jax.models.parameters import matrices as matrices_of
 from deltapref_jax.stages.study import plan
 from deltapref_jax.text.template import ChatTokenizer
 from deltapref_jax.validation import validate
@@ -81,7 +84,7 @@ def test_work_is_counted_by_hand(experiment, tmp_path):
     assert {name: (e.work.items, e.work.unit, round(e.tokens)) for name, e in found.items()} == {
         "suite/s": (5, "prompts", 0),
         "prompts": (16, "prompts", 0),
-        "report": (1, "page", 0),
+        "report": (1, "pages", 0),
         "sample/a": (32, "traces", 32 * 50),
         "sample/b": (16, "traces", 16 * 50),
         "verify/a": (32, "verdicts", 0),
@@ -93,6 +96,8 @@ def test_work_is_counted_by_hand(experiment, tmp_path):
         "score/a": (64, "sequences", 64 * 50),
         "score/b": (32, "sequences", 32 * 50),
         "audit/m": (16 * 21 * 5, "ratings", 16 * 21 * 64),
+        "audit/m/traces": (16 * 6 * 5, "ratings", 16 * 6 * 64),
+        "retest/m": (16 * 2 * 3 * 5, "ratings", 16 * 2 * 3 * 64),
         "evaluate/student/s": (15, "answers", 15 * 50),
         "capability/a/s": (15, "answers", 15 * 50),
         "capability/b/s": (15, "answers", 15 * 50),
@@ -112,11 +117,13 @@ def test_work_is_counted_by_hand(experiment, tmp_path):
 def test_flops_memory_and_disk_are_by_formula(experiment, tiny, tmp_path):
     report = plan(experiment)
     cost, spec = Cost(report, Workspace(tmp_path / "workspace")), tiny.spec
-    sample, policy = cost(report.traces["a"]), cost(report.policies["dpo"][0])
+    sample, policy = cost(report.traces["a"]), cost(report.policies["dpo"][Run(0, 0)])
     assert sample.flops == 32 * forward_flops(spec, np.arange(50), 20)
     assert policy.flops == 24 * training_flops(spec, np.arange(40), 20)
     assert sample.memory == sampling_memory(spec, 64, 50, "float32", MeshShape())
-    assert policy.memory == training_memory(spec, experiment.training, "float32", MeshShape())
+    # A small model recomputes nothing.
+    training = dataclasses.replace(experiment.training, remat="none")
+    assert policy.memory == training_memory(spec, training, "float32", MeshShape())
     # the policy in float32, and one checkpoint with two moments
     assert 0 <= policy.disk - spec.parameters * (4 + 12) < 20_000
     judged = cost(report.ratings["m"]["b"])
@@ -125,11 +132,28 @@ def test_flops_memory_and_disk_are_by_formula(experiment, tiny, tmp_path):
     assert cost(report.prompts).flops == cost(report.prompts).memory == 0
 
 
+def test_quantised_models_need_less_memory_and_have_rates_of_their_own(experiment, tiny, tmp_path):
+    experiment.generators[1].model.quantization = "int8"
+    experiment.judges[0].model.quantization = "fp8"
+    report = plan(experiment)
+    cost, spec = Cost(report, Workspace(tmp_path / "workspace")), tiny.spec
+    of = {name: cost(table).memory for name, table in report.traces.items()}
+    assert of["a"] == sampling_memory(spec, 64, 50, "float32", MeshShape())
+    matrices = sum(a * b for p in matrices_of(spec).values() for a, b in [p.sides(spec)])
+    outputs = sum(p.sides(spec)[1] for p in matrices_of(spec).values())
+    assert of["a"] - of["b"] == spec.layers * (3 * matrices - 4 * outputs)
+    judged = cost(report.ratings["m"]["b"])
+    plain = scoring_memory(spec, 16, 64, "float32", MeshShape())
+    assert plain - judged.memory == of["a"] - of["b"]
+    assert cost._kind(report.traces["a"]) != cost._kind(report.traces["b"])
+    assert cost(report.logprobs["b"]).memory == scoring_memory(spec, 16, 64, "float32", MeshShape())
+
+
 def test_epochs_are_whole_steps(experiment, tmp_path):
     experiment.training = Training(pairs_per_step=5, budget="epochs", epochs=2, row_length=40)
     report = plan(experiment)
     cost = Cost(report, Workspace(tmp_path / "workspace"))
-    assert cost.work(report.policies["dpo"][0]).items == 7  # 16 pairs twice, in steps of 5
+    assert cost.work(report.policies["dpo"][Run(0, 0)]).items == 7  # 16 pairs twice, in steps of 5
 
 
 def shown(report, workspace, width=80, every=False):
@@ -149,12 +173,12 @@ def test_a_fresh_plan_has_a_row_per_stage_and_says_what_is_not_known(experiment)
     text = shown(report, workspace)
     rows = by_stage(text)
     assert list(rows) == [
-        *("prompts", "sample", "verify", "judge", "audit", "tokens", "score", "pair", "train"),
-        *("evaluate", "report", "in all"),
+        *("prompts", "sample", "verify", "judge", "audit", "retest", "tokens"),
+        *("score", "pair", "train", "evaluate", "report", "in all"),
     ]
     # arms that differ in the objective have one table of pairs, and b is the student
     assert rows["pair"][0] == "1 of 1" and rows["train"][0] == "3 of 3"
-    assert rows["evaluate"][0] == "4 of 4" and rows["in all"][0] == "22 of 22"
+    assert rows["evaluate"][0] == "4 of 4" and rows["in all"][0] == "24 of 24"
     assert rows["sample"][1][:2] == ["48 traces", "≤ 2.4k"]
     assert rows["train"][1][:2] == ["9 steps", "≤ 3.4k"]
     assert all(cells[-1] == "?" for _, cells in rows.values())
@@ -310,6 +334,6 @@ def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_
     report = plan(experiment)
     rows = by_stage(done.stdout)
     assert rows["sample"][1][:2] == ["48 traces", "≤ 4.8k"]
-    assert rows["in all"][0] == "23 of 23"  # b is sampled in another manner than the student
-    assert len(in_order([report])) == 26
+    assert rows["in all"][0] == "25 of 25"  # b is sampled in another manner than the student
+    assert len(in_order([report])) == 28
     assert not (tmp_path / "workspace").exists()

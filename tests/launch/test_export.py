@@ -19,6 +19,7 @@ from deltapref_jax.config import (
     Pairs,
     PairTraining,
     Prompts,
+    Run,
     Sampling,
     Scoring,
     Suite,
@@ -76,7 +77,7 @@ def experiment(tiny_folder, tmp_path_factory):
 def scored(e):
     """Makes the arm's pairs and log-probabilities; the workspace and the report's node."""
     workspace, report = Workspace(e.workspace), study.plan(e)
-    run([report.pairs["arm"], *report.logprobs.values()], workspace, show=False)
+    run([report.pairs["arm"][0], *report.logprobs.values()], workspace, show=False)
     return workspace, report
 
 
@@ -91,7 +92,14 @@ def exported(experiment, made, tmp_path, monkeypatch):
 
     def write(arm):
         out = tmp_path / f"{arm}.parquet"
-        given = {"_CONFIG": experiment, "_ARM": arm, "_OUT": str(out), "_IDS": True}
+        given = {
+            "_CONFIG": experiment,
+            "_ARM": arm,
+            "_OUT": str(out),
+            "_IDS": True,
+            "_DRAW": 0,
+            "_STUDENT": "",
+        }
         for name, value in given.items():
             monkeypatch.setattr(export, name, types.SimpleNamespace(value=value))
         export.main([])
@@ -139,7 +147,7 @@ def logprobs(workspace, *nodes):
 
 def test_an_exported_arm_has_the_tokens_of_the_study(made, trained):
     workspace, report = made
-    pairs = workspace.rows(Pair, report.pairs["arm"])
+    pairs = workspace.rows(Pair, report.pairs["arm"][0])
     rows = {
         row.trace_id: row
         for node in report.sequences.values()
@@ -198,7 +206,7 @@ def test_an_exported_arm_of_kto_is_trained_on_as_in_the_study(
 ):
     """The file brings the prompts of the study's mismatched rows, so nothing is left to score."""
     workspace, report = made
-    node = report.policies["kto"][0]
+    node = report.policies["kto"][Run(0, 0)]
     run([node], workspace, show=False)
     table = exported("kto")
     assert table.column_names == ["prompt_ids", "completion_ids", "label", "mismatched_prompt_ids"]
@@ -212,7 +220,6 @@ def test_an_exported_arm_of_kto_is_trained_on_as_in_the_study(
     assert stats["from_table"] == stats["rows"] == 32
     assert again.manifest(policy.sequences["file"]).stats["dropped_mismatched"] == 0
     assert metrics(again, policy) == metrics(workspace, node)
-    assert any(row["kl"] > 0 for row in metrics(again, policy))
 
 
 def test_a_table_of_launch_train_serves_the_study_and_the_rest_is_scored(

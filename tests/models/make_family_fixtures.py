@@ -10,6 +10,7 @@ A folder holds config.json and model.safetensors, as a user has them, and expect
     loss, grad.TENSOR     one DPO step on sequences 0 (chosen) and 1 (rejected) with beta 0.3, given
                           references and the first `PROMPT` tokens as the prompt
     bf16_rms              root mean square of the logits' difference between bfloat16 and float32
+    read.TENSOR           experts of the first layer, dequantised, where a file has them in MXFP4
 
 Every sequence is computed alone, so that nothing depends on padding or on its neighbours.
 """
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+from transformers.integrations.mxfp4 import FP4_VALUES
 
 HERE = Path(__file__).parent / "families"
 PROMPT = 5
@@ -144,6 +146,43 @@ CASES = {
         "tie_word_embeddings": True,
     },
     "nemotron": {"model_type": "nemotron", "head_dim": 8, "norm_eps": 1e-5, "hidden_act": "relu2"},
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "head_dim": 10,
+        "intermediate_size": 20,
+        "sliding_window": 7,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        # So small that gates and ups are clamped.
+        "swiglu_limit": 0.75,
+        "swiglu_alpha": 1.3,
+        "rope_theta": 150000,
+        "rope_scaling": YARN | {"truncate": False},
+    },
+    # Experts as the released files hold them, in rows of one and of two blocks.
+    "gpt-oss-mxfp4": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 5,
+        "head_dim": 8,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "sliding_window": 6,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_theta": 150000,
+        "rope_scaling": YARN | {"factor": 32.0, "truncate": False},
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+    },
 }
 
 
@@ -154,7 +193,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             draw = torch.randn(weight.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
+            if name.endswith("sinks"):
+                weight.copy_(1 + draw)
+            elif "norm" in name and name.endswith("weight"):
                 weight.copy_(0.3 * draw + (0 if plus_one else 1))
             elif weight.ndim == 1:
                 weight.copy_(0.3 * draw)
@@ -168,10 +209,10 @@ def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens[None], use_cache=False).logits[0].float()
 
 
-def as_stored(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def as_stored(name: str, weight: torch.Tensor, stacked: bool) -> list[tuple[str, torch.Tensor]]:
     """Names and parts of a weight in a file, where experts are apart."""
     layer, experts, kind = name.partition(".experts.")
-    if not experts:
+    if not experts or stacked:
         return [(name, weight)]
     if kind == "down_proj":
         return [(f"{layer}.experts.{e}.down_proj.weight", x) for e, x in enumerate(weight)]
@@ -180,6 +221,29 @@ def as_stored(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]
         for e, x in enumerate(weight)
         for part, half in zip(("gate", "up"), x.chunk(2), strict=True)
     ]
+
+
+def mxfp4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The experts' matrices [E, in, out] as numbers of 4 bits, 32 of which share a scale."""
+    groups = weight.transpose(1, 2).unflatten(2, (-1, 32))
+    scales = torch.floor(torch.log2(groups.abs().amax(-1))) - 1
+    numbers = torch.tensor(FP4_VALUES)
+    codes = (groups[..., None] / 2.0 ** scales[..., None, None] - numbers).abs().argmin(-1)
+    return {
+        f"{name}_blocks": (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8),
+        f"{name}_scales": (scales + 127).to(torch.uint8),
+    }
+
+
+def quantised(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """Stores a model as gpt-oss's released files are, and reads it as `transformers` does."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in model.state_dict().items():
+        packed = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        tensors |= mxfp4(name, weight) if packed else {name: weight.bfloat16()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    options = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(folder, **options, **EAGER).eval()
 
 
 def make(name: str, changes: dict) -> None:
@@ -197,6 +261,8 @@ def make(name: str, changes: dict) -> None:
     for file in (folder / "saved").iterdir():
         file.unlink()
     (folder / "saved").rmdir()
+    if "quantization_config" in fields:
+        model = quantised(model, folder)
     generator = torch.Generator().manual_seed(1)
     expected: dict[str, torch.Tensor] = {}
     rows = [torch.randint(3, fields["vocab_size"], (n,), generator=generator) for n in LENGTHS]
@@ -222,8 +288,10 @@ def make(name: str, changes: dict) -> None:
     expected |= {"loss": loss.detach()[None], "references": references}
     expected["bf16_rms"] = torch.tensor([math.sqrt(squares / count)])
     for key, weight in model.named_parameters():
+        if "quantization_config" in fields and key.startswith("model.layers.0.mlp.experts."):
+            expected[f"read.{key}"] = weight.detach().bfloat16()
         gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-        for stored, part in as_stored(key, gradient):
+        for stored, part in as_stored(key, gradient, fields["model_type"] == "gpt_oss"):
             expected[f"grad.{stored}"] = part
     with torch.no_grad():
         trace = rows[2]

@@ -2,15 +2,19 @@
 
 import functools
 import importlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, shard
+from deltapref_jax.models.attention import dispatch
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
 from deltapref_jax.models.attention.dense import dense_attention
 from deltapref_jax.models.attention.dispatch import (
@@ -99,8 +103,10 @@ def dense(segments, branches=None):
 
 def interpreted(kernel, segments, branches=None):
     """Returns a kernel as a function of queries, keys and values that runs on any device."""
-    visibility = visible_until(segments, branches) if kernel is triton_attention else segments
-    return lambda q, k, v: kernel(q, k, v, visibility, interpret=True)
+    if kernel is splash_attention:
+        return lambda q, k, v: kernel(q, k, v, segments, interpret=True)
+    until = visible_until(segments, branches)
+    return lambda q, k, v: kernel(q, k, v, until, interpret=True)
 
 
 def same(got, want, tolerance):
@@ -116,7 +122,17 @@ def tiled(until, tile, columns=None):
     return lambda q, k, v: blockwise_attention(q, k, v, plan, tile)
 
 
-@pytest.mark.parametrize("tile", [8, 32, 40])
+def mostly_slow(cases, *fast):
+    """Cases of a test, of which all but those at `fast` are slow."""
+    return [
+        case
+        if i in fast
+        else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+        for i, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize("tile", mostly_slow([8, 32, 40], 2))
 @pytest.mark.parametrize("branches", [False, True])
 def test_blockwise_is_dense(tile, branches):
     segments = rows(LAYOUT)
@@ -187,7 +203,7 @@ def test_a_branch_costs_its_trunk_and_itself_whatever_lies_between():
         assert work(jnp.ones_like(numbers), numbers) == 1 + branches * (4 + 10)
 
 
-@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("operand", mostly_slow(["q", "k", "v"], 1))
 def test_blockwise_reads_no_tile_of_another_branch(operand):
     """A NaN in one branch reaches no query and no key of the other, in any pass."""
     segments = jnp.ones((1, 160), jnp.int32)
@@ -204,13 +220,16 @@ def test_blockwise_reads_no_tile_of_another_branch(operand):
 
 @pytest.mark.parametrize(
     ("shape", "heads"),
-    [
-        ((2, 2, 2, 1), (4, 2)),
-        ((1, 1, 4, 2), (8, 2)),
-        ((1, 2, 1, 4), (4, 2)),
-        ((1, 1, 2, 3), (4, 2)),
-        ((1, 1, 8, 1), (3, 1)),
-    ],
+    mostly_slow(
+        [
+            ((2, 2, 2, 1), (4, 2)),
+            ((1, 1, 4, 2), (8, 2)),
+            ((1, 2, 1, 4), (4, 2)),
+            ((1, 1, 2, 3), (4, 2)),
+            ((1, 1, 8, 1), (3, 1)),
+        ],
+        0,
+    ),
 )
 def test_a_mesh_is_one_device(shape, heads):
     """Rows lie over data and fsdp, heads over tensor, columns over context.
@@ -273,16 +292,20 @@ def test_a_row_of_one_segment_is_equal_work_for_all_its_devices(devices):
 
 @pytest.mark.parametrize(
     ("kernel", "length", "width", "dtype", "tolerance"),
-    [
-        (splash_attention, 256, 64, jnp.float32, 1e-5),
-        (splash_attention, 200, 128, jnp.float32, 1e-5),
-        (splash_attention, 256, 64, jnp.bfloat16, 2e-2),
-        (triton_attention, 256, 128, jnp.float32, 1e-5),
-        (triton_attention, 200, 24, jnp.float32, 1e-5),
-        (triton_attention, 256, 64, jnp.bfloat16, 2e-2),
-        (triton_attention, 256, 128, jnp.bfloat16, 2e-2),
-        (triton_attention, 256, 256, jnp.float32, 1e-5),
-    ],
+    mostly_slow(
+        [
+            (splash_attention, 256, 64, jnp.float32, 1e-5),
+            (splash_attention, 200, 128, jnp.float32, 1e-5),
+            (splash_attention, 256, 64, jnp.bfloat16, 2e-2),
+            (triton_attention, 256, 128, jnp.float32, 1e-5),
+            (triton_attention, 200, 24, jnp.float32, 1e-5),
+            (triton_attention, 256, 64, jnp.bfloat16, 2e-2),
+            (triton_attention, 256, 128, jnp.bfloat16, 2e-2),
+            (triton_attention, 256, 256, jnp.float32, 1e-5),
+        ],
+        0,
+        3,
+    ),
 )
 def test_a_kernel_interpreted_is_dense(kernel, length, width, dtype, tolerance):
     """Rows hold one long segment, many short ones, padding alone; some are not whole tiles."""
@@ -311,19 +334,17 @@ WINDOWS = (0, 7, 40)
 """Windows of the layers' kinds: none, less than a tile, more than one."""
 
 
-@pytest.mark.parametrize("cap", [0.0, 1.5])
-@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("cap", mostly_slow([0.0, 1.5], 1))
+@pytest.mark.parametrize("branches", mostly_slow([False, True], 1))
 @pytest.mark.parametrize("kernel", ["dense", "blockwise", "splash", "triton"])
 def test_windows_and_caps_in_every_kernel(kernel, branches, cap, monkeypatch):
     """Each kind of layer equals dense attention; the kind is traced, as in a scan over layers."""
-    if (kernel == "splash" and branches) or (kernel == "triton" and (branches or cap)):
-        chosen = select_kernel("tpu" if kernel == "splash" else "gpu", 256, branches, False, 1, cap)
-        assert chosen == "blockwise"
+    if kernel == "splash" and branches:
+        return  # below, in the interpreter that knows a position in the grid
+    if kernel == "triton" and (branches or cap):
+        assert select_kernel("gpu", 256, branches, False, True, bool(cap)) != "triton"
         return
-    for name in ("splash", "triton"):  # run on this device
-        module = importlib.import_module(f"deltapref_jax.models.attention.{name}")
-        run = getattr(module, f"{name}_attention")
-        monkeypatch.setattr(module, f"{name}_attention", functools.partial(run, interpret=True))
+    on_this_device(monkeypatch)
     segments = rows(LONG, 256)
     branches = branched(segments) if branches else None
     positions = positions_of(segments, branches)
@@ -336,13 +357,97 @@ def test_windows_and_caps_in_every_kernel(kernel, branches, cap, monkeypatch):
         same(traced(jnp.int32(kind), *inputs), exact, 2e-5)
 
 
-def plain(q, k, v, mask, cap):
-    """Attention as it is written in a book."""
+def plain(q, k, v, mask, cap, sinks=None):
+    """Attention as it is written in a book; a sink is one more key, whose value is 0."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
     scores = cap * jnp.tanh(scores / cap) if cap else scores
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+    scores = jnp.where(mask[:, None], scores, -1e30)
+    if sinks is not None:
+        of_head = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, of_head], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : mask.shape[2]]
+    return jnp.einsum("bnts,bsnh->btnh", weights, v).astype(q.dtype)
+
+
+def on_this_device(monkeypatch):
+    """Has the kernels of accelerators run their programs in XLA."""
+    for name in ("splash", "triton"):
+        module = importlib.import_module(f"deltapref_jax.models.attention.{name}")
+        run = getattr(module, f"{name}_attention")
+        monkeypatch.setattr(module, f"{name}_attention", functools.partial(run, interpret=True))
+
+
+SINKS = jnp.linspace(-1.0, 3.0, HEADS)
+"""Logits that take from a hundredth to most of a head's weight."""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "branches", "window", "dtype", "tolerance"),
+    mostly_slow(
+        [
+            ("dense", True, 7, jnp.float32, 2e-5),
+            ("blockwise", False, 0, jnp.float32, 2e-5),
+            ("blockwise", True, 7, jnp.float32, 2e-5),
+            ("splash", False, 7, jnp.float32, 2e-5),
+            ("triton", False, 7, jnp.float32, 2e-5),
+            ("triton", True, 0, jnp.float32, 2e-5),
+            # The gradient of a sink is a sum over queries of products of rounded outputs.
+            ("blockwise", False, 7, jnp.bfloat16, 0.05),
+            ("splash", False, 0, jnp.bfloat16, 0.05),
+            ("triton", False, 0, jnp.bfloat16, 0.05),
+        ],
+        0,
+        2,
+        3,
+        5,
+    ),
+)
+def test_sinks_in_every_kernel(kernel, branches, window, dtype, tolerance, monkeypatch):
+    """Output and gradients, those of the sinks among them, are those of one more key."""
+    on_this_device(monkeypatch)
+    segments = rows(LONG, 256)
+    branches = branched(segments) if branches else None
+    positions = positions_of(segments, branches)
+    inputs = arrays(segments, dtype, width=64)
+    attend = packed_attention(segments, branches, None, kernel, positions, (window,))
+    exact = functools.partial(
+        plain, mask=packed_mask(segments, branches, window, positions), cap=0.0
+    )
+    got = results_with_sinks(attend, segments, *inputs)
+    assert [x.dtype for x in got] == [dtype] * 4 + [SINKS.dtype]
+    same(
+        [x.astype(jnp.float32) for x in got],
+        results_with_sinks(exact, segments, *(x.astype(jnp.float32) for x in inputs)),
+        tolerance,
+    )
+
+
+def results_with_sinks(attention, segments, q, k, v, g, sinks=SINKS):
+    """`results`, with the gradient of the sinks behind those of queries, keys and values."""
+    real = (segments > 0)[..., None, None]
+
+    @jax.jit
+    def run(q, k, v, sinks, g):
+        def masked(q, k, v, sinks):
+            return jnp.where(real, attention(q, k, v, sinks=sinks), 0)
+
+        out, back = jax.vjp(masked, q, k, v, sinks)
+        return out, *back(g)
+
+    return run(q, k, v, sinks, g)
+
+
+@pytest.mark.parametrize(("shape",), mostly_slow([((2, 2, 2, 1),), ((1, 2, 1, 4),)], 1))
+def test_sinks_on_a_mesh_are_those_of_one_device(shape):
+    mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
+    attend = packed_attention(shard(segments, mesh, BATCH), None, mesh, "blockwise")
+    inputs, mask = arrays(segments), packed_mask(segments)
+    same(
+        results_with_sinks(attend, segments, *shard(inputs, mesh, BATCH)),
+        results_with_sinks(functools.partial(plain, mask=mask, cap=0.0), segments, *inputs),
+        2e-5,
+    )
 
 
 def test_a_window_of_a_mask_is_counted_in_positions():
@@ -360,7 +465,7 @@ def test_a_window_leaves_tiles_unread():
     assert int(plan.ranges.tile_indices()[0].sum()) <= 64 * (512 // 64 + 1)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 1, 4)])
+@pytest.mark.parametrize(("shape",), mostly_slow([((2, 2, 2, 1),), ((1, 2, 1, 4),)], 1))
 def test_windows_on_a_mesh_are_those_of_one_device(shape):
     mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
     branches = branched(segments)
@@ -389,7 +494,7 @@ def test_a_kernel_is_finite_at_padding(kernel):
     assert all(np.isfinite(x).all() for x in (out, *back(jnp.ones_like(out))))
 
 
-@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("operand", mostly_slow(["q", "k", "v"], 1))
 def test_triton_reads_only_the_tiles_of_a_segment(operand):
     """A NaN at the last token of a row's first tile reaches no segment of the second tile."""
     segments = rows([[128, 90, 30], [100, 28, 128]], 256)
@@ -403,12 +508,15 @@ def test_triton_reads_only_the_tiles_of_a_segment(operand):
 
 @pytest.mark.parametrize(
     ("length", "width", "dtype", "tolerance"),
-    [
-        (256, 64, jnp.float32, 1e-5),
-        (200, 24, jnp.float32, 1e-5),
-        (256, 256, jnp.float32, 1e-5),
-        (256, 64, jnp.bfloat16, 2e-2),
-    ],
+    mostly_slow(
+        [
+            (256, 64, jnp.float32, 1e-5),
+            (200, 24, jnp.float32, 1e-5),
+            (256, 256, jnp.float32, 1e-5),
+            (256, 64, jnp.bfloat16, 2e-2),
+        ],
+        1,
+    ),
 )
 def test_triton_with_branches_is_dense(length, width, dtype, tolerance):
     """Trunks and branches begin and end within tiles; some rows are not whole tiles."""
@@ -419,7 +527,41 @@ def test_triton_with_branches_is_dense(length, width, dtype, tolerance):
     same([x.astype(jnp.float32) for x in got], exact, tolerance)
 
 
-@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("lengths", "sizes", "windows", "cap"),
+    [
+        ([[400, 100]], [(100, 200, 100), (1, 99)], (0,), 0.0),
+        pytest.param(
+            [[700], [300, 400]],
+            [(200, 270, 130, 100), (60, 40, 200), (260, 139, 1)],
+            (0, 130),
+            2.0,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_splash_with_branches_is_dense(lengths, sizes, windows, cap, monkeypatch):
+    """One tile of 512, and two rows of three tiles of 256, whose trunks and branches span tiles."""
+    module = importlib.import_module("deltapref_jax.models.attention.splash")
+    interpret = pltpu.InterpretParams()  # knows the position in the grid within a loop
+    run = functools.partial(module.splash_attention, interpret=interpret)
+    monkeypatch.setattr(module, "splash_attention", run)
+    segments = rows(lengths, 512 if len(lengths) == 1 else 720)
+    branches = np.zeros(segments.shape, np.int32)
+    for n, parts in enumerate(sizes, 1):
+        branches[np.asarray(segments) == n] = np.repeat(np.arange(len(parts)), parts)
+    branches = jnp.asarray(branches)
+    positions = positions_of(segments, branches)
+    inputs = arrays(segments, heads=2, groups=1, width=64)
+    attend = packed_attention(segments, branches, None, "splash", positions, windows, cap)
+    for kind, window in enumerate(windows):
+        mask = packed_mask(segments, branches, window, positions)
+        traced = jax.jit(lambda n, *x: results(functools.partial(attend, kind=n), segments, *x))
+        exact = results(lambda q, k, v, m=mask: plain(q, k, v, m, cap), segments, *inputs)
+        same(traced(jnp.int32(kind), *inputs), exact, 2e-5)
+
+
+@pytest.mark.parametrize("operand", mostly_slow(["q", "k", "v"], 1))
 def test_triton_reads_no_tile_of_another_branch(operand):
     """A NaN in one branch reaches no query and no key of the other, in any pass."""
     segments = rows([[640], [128, 512]], 640)
@@ -460,14 +602,14 @@ def test_visibility_and_tile_ranges_are_those_of_the_mask(branches):
     np.testing.assert_array_equal((j <= j[:, None]) & (j[:, None] <= last), tiles)
 
 
-def test_splash_tables_list_the_tiles_of_the_mask():
+@pytest.mark.parametrize("tree", [False, True])
+def test_splash_tables_list_the_tiles_of_the_mask(tree):
     """All three passes compute the same tiles; a skipped tile loads what its neighbour loads."""
-    segments = np.asarray(rows([[5, 30, 17, 9], [96], [], [1, 60, 20]], 96))
-    forward, backward = (
-        jax.tree.map(lambda x: np.asarray(x)[0], x)
-        for x in splash_tables(jnp.asarray(segments), 32)
-    )
-    mask = np.asarray(packed_mask(segments)) & (segments > 0)[:, :, None]
+    segments = rows([[5, 30, 17, 9], [96], [], [1, 60, 20]], 96)
+    branches = branched(segments) if tree else None
+    tables = splash_tables(visible_until(segments, branches), 32, jnp.arange(4 * 96))
+    forward, backward = (jax.tree.map(lambda x: np.asarray(x)[0], x) for x in tables)
+    mask = np.asarray(packed_mask(segments, branches)) & (np.asarray(segments) > 0)[:, :, None]
     for b, i, j in np.ndindex(4, 3, 3):
         computed = mask[b, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32].any() or i == j
         assert forward.block_mask[3 * b + i, j] == backward.block_mask[i, 3 * b + j] == computed
@@ -485,7 +627,8 @@ def test_splash_tables_list_the_tiles_of_the_mask():
 
 def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
     def tiles(layout, length):
-        forward, backward = splash_tables(rows([layout] * 2, length), 512)
+        until = visible_until(rows([layout] * 2, length))
+        forward, backward = splash_tables(until, 512, jnp.arange(2 * length))
         assert int(forward.block_mask.sum()) == int(backward.block_mask.sum())
         return int(forward.block_mask.sum()) // 2
 
@@ -497,14 +640,11 @@ def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
         assert tiles([size] * (32_768 // size), 32_768) <= bound
 
 
+@pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize(
-    ("platform", "call", "branches"),
-    [
-        ("tpu", "@tpu_custom_call", False),
-        *(("cuda", "@__gpu$xla.gpu.triton", x) for x in (False, True)),
-    ],
+    ("platform", "call"), [("tpu", "@tpu_custom_call"), ("cuda", "@__gpu$xla.gpu.triton")]
 )
-@pytest.mark.parametrize(("length", "rows"), [(4096, 16), (32_768, 4)])
+@pytest.mark.parametrize(("length", "rows"), mostly_slow([(4096, 16), (32_768, 4)], 0))
 def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(
     platform, call, branches, length, rows, monkeypatch
 ):
@@ -512,8 +652,7 @@ def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(
 
     Rows lie over four devices and heads over two; the forward kernel is called once.
     """
-    dispatch = "deltapref_jax.models.attention.dispatch"
-    monkeypatch.setattr(f"{dispatch}.platform_of", lambda mesh: platform)
+    monkeypatch.setattr(dispatch, "platform_of", lambda mesh: platform)
     spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -544,11 +683,9 @@ def test_platform_and_shape_decide():
         == select_kernel("cuda", 4096, True, False)
         == "triton"
     )
-    assert (
-        select_kernel("cpu", 4096, True, False)
-        == select_kernel("tpu", 4096, True, False)
-        == "blockwise"
-    )
+    assert select_kernel("cpu", 4096, True, False) == "blockwise"
+    assert select_kernel("tpu", 4096, True, False) == "splash"
+    assert select_kernel("tpu", 1 << 16, True, False) == "blockwise"
     for platform in ("cpu", "gpu", "tpu"):
         assert (
             select_kernel(platform, 4096, False, True)
@@ -557,6 +694,55 @@ def test_platform_and_shape_decide():
         )
 
 
+def test_what_is_installed_decides_on_gpu(monkeypatch, caplog):
+    """Without Triton's backend rows run on tokamax's kernels, and without these blockwise."""
+    known = {"jax.experimental.pallas.triton", "tokamax"}
+    monkeypatch.setattr(
+        "deltapref_jax.models.attention.dispatch.importlib.util.find_spec",
+        lambda name: name if name in known else None,
+    )
+
+    def chosen(length=4096, branched=True, **features):
+        dispatch._gpu_kernel.cache_clear()
+        return select_kernel("cuda", length, branched, False, **features)
+
+    assert chosen() == "triton"
+    (message,) = caplog.messages
+    assert message == (
+        "Attention over packed rows runs on triton: this project's Pallas kernels on Triton."
+    )
+    assert chosen(capped=True) == chosen(windowed=True) == "mosaic"
+    assert chosen(16_384, capped=True) == "blockwise"
+    known.remove("jax.experimental.pallas.triton")
+    assert chosen() == chosen(branched=False) == "mosaic"
+    known.remove("tokamax")
+    assert chosen() == chosen(capped=True) == "blockwise"
+    dispatch._gpu_kernel.cache_clear()
+
+
+def test_mosaic_gets_the_mask_and_the_cap_as_tokamax_takes_them(monkeypatch):
+    """A stand-in for tokamax, which needs a later Python, computes what its documentation says."""
+
+    def attention(q, k, v, *, mask, is_causal, logits_soft_cap, implementation):
+        assert implementation[0] == "mosaic_gpu"
+        assert mask.shape == (q.shape[0], 1, q.shape[1], k.shape[1])
+        assert is_causal
+        return plain(q, k, v, mask[:, 0] & jnp.tri(q.shape[1], dtype=bool), logits_soft_cap or 0.0)
+
+    module = types.SimpleNamespace(dot_product_attention=attention)
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    mesh, segments = make_mesh(MeshShape(2, 2, 2)), rows(LAYOUT[:4])
+    branches = branched(segments)
+    positions, inputs = positions_of(segments, branches), arrays(segments)
+    attend = packed_attention(segments, branches, mesh, "mosaic", positions, WINDOWS, 2.0)
+    for kind, window in enumerate(WINDOWS):
+        mask = packed_mask(segments, branches, window, positions)
+        got = results(functools.partial(attend, kind=kind), segments, *inputs)
+        want = results(lambda q, k, v, m=mask: plain(q, k, v, m, 2.0), segments, *inputs)
+        same(got, want, 2e-5)
+
+
+@pytest.mark.slow
 def test_rows_of_32k_tokens_need_no_square_of_their_length():
     """Temporary memory of a training step's gradient grows like the length and not its square."""
     spec = ModelSpec(64, 16, 2, 2, 1, 8, 32)

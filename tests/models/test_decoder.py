@@ -33,6 +33,13 @@ from deltapref_jax.scoring.packing import pack, pack_one
 from deltapref_jax.scoring.projection import token_logprobs
 
 swiglu = functools.partial(gated, activation="silu")
+
+
+def product(x, weight):
+    """`linear` of one weight."""
+    return linear(x, (weight,))[0]
+
+
 SPEC = ModelSpec(40, 16, 3, 4, 2, 8, 24, tied=False)
 LENGTHS = (9, 5, 7, 12, 3)
 
@@ -117,8 +124,16 @@ def test_attention_over_a_cache_is_attention_and_both_are_the_formula():
     )
     mask = jnp.asarray(r.random((2, 3, 5)) < 0.7).at[:, :, 0].set(True)
     dense = dense_attention(q, k, v, mask)
-    cached = cached_attention(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
-    np.testing.assert_allclose(cached, dense, atol=1e-5)
+    sinks = jnp.asarray(r.normal(size=4), jnp.float32)
+    for keys, last in ((k.transpose(0, 2, 1, 3), False), (k.transpose(0, 2, 3, 1), True)):
+        cache = keys, v.transpose(0, 2, 1, 3)
+        cached = cached_attention(q, *cache, mask, positions_last=last)
+        np.testing.assert_allclose(cached, dense, atol=1e-5)
+        np.testing.assert_allclose(
+            cached_attention(q, *cache, mask, sinks=sinks, positions_last=last),
+            dense_attention(q, k, v, mask, sinks=sinks),
+            atol=1e-5,
+        )
     for b, t, n in np.ndindex(2, 3, 4):  # query head n reads key head n // 2
         scores = np.where(
             mask[b, t], np.asarray(k)[b, :, n // 2] @ np.asarray(q)[b, t, n] / 8**0.5, -np.inf
@@ -160,6 +175,19 @@ def test_cached_decoding_is_the_full_forward_pass(split, alone):
                     row.append(h[0])
         for got, want in zip(decoded, alone, strict=True):
             np.testing.assert_allclose(np.stack(got), want, atol=2e-4)
+
+
+@pytest.mark.parametrize("length", [6, TILE + 8])
+def test_prefilled_keys_and_values_are_those_of_cached_decoding(split, length):
+    """Rows longer than a tile are prefilled blockwise."""
+    tokens = np.random.default_rng(4).integers(0, SPEC.vocab, (2, length))
+    positions = np.tile(np.arange(length), (2, 1))
+    graphdef, state = unstacked(*split)
+    decoder = nnx.merge(graphdef, state)
+    _, want = jax.jit(decoder.decode)(tokens, positions, empty_cache(SPEC, 2, length))
+    got = jax.jit(decoder.prefill)(tokens)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, want)
 
 
 def test_recomputed_is_kept(split):
@@ -252,9 +280,9 @@ def plain_norm(x, weight):
     [
         (lambda x, w: rms_norm(x, w, 1e-5), plain_norm, ((2, 5, 12), (12,))),
         (swiglu, lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, ((2, 5, 12), (2, 5, 12))),
-        (linear, lambda x, w: jnp.einsum("bti,io->bto", x, w), ((2, 5, 12), (12, 20))),
-        (linear, lambda x, w: jnp.einsum("bti,io->bto", x, w), ((2, 5, 20), (20, 12))),
-        (linear, lambda x, w: jnp.einsum("bti,inh->btnh", x, w), ((2, 5, 12), (12, 3, 2))),
+        (product, lambda x, w: jnp.einsum("bti,io->bto", x, w), ((2, 5, 12), (12, 20))),
+        (product, lambda x, w: jnp.einsum("bti,io->bto", x, w), ((2, 5, 20), (20, 12))),
+        (product, lambda x, w: jnp.einsum("bti,inh->btnh", x, w), ((2, 5, 12), (12, 3, 2))),
     ],
     ids=["norm", "swiglu", "linear, wider", "linear, narrower", "linear, heads"],
 )

@@ -10,7 +10,7 @@ from deltapref_jax.hub import repository
 from deltapref_jax.models import export as exporting
 from deltapref_jax.models.export import export
 from deltapref_jax.models.folder import resolve, weights_hash
-from deltapref_jax.models.weights import inspect_model, load
+from deltapref_jax.models.weights import describe_files, inspect_model, load
 
 NAME = "someone/tiny"
 
@@ -61,7 +61,7 @@ def test_a_model_on_the_hub_is_checked_and_hashed_without_its_weights(hub, reque
 def test_only_the_weights_that_the_index_names_are_fetched_and_once(hub, sharded, tiny):
     hub.push(NAME, sharded)
     model = load(NAME)
-    assert model.weights == weights_hash(str(sharded))
+    assert weights_hash(NAME) == weights_hash(str(sharded))
     jax.tree.map(np.testing.assert_array_equal, model.state, tiny.state)
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())
@@ -133,17 +133,17 @@ def test_a_branch_that_moved_gives_another_hash_and_a_commit_does_not(hub, folde
     repository.cache_clear()
     assert weights_hash(NAME) == weights_hash(f"{NAME}@trial/2") == weights_hash(str(folder))
     assert weights_hash(NAME) != before
-    assert weights_hash(f"{NAME}@{first}") == before == load(f"{NAME}@{first}").weights
+    assert weights_hash(f"{NAME}@{first}") == before
 
 
 def test_offline_everything_comes_from_the_cache(hub, folder, offline):
     commit = hub.push(NAME, folder)
-    online = load(NAME)
+    online, before = load(NAME), weights_hash(NAME)
     hub.requests.clear()
     offline()
     for place in (NAME, f"{NAME}@main", f"{NAME}@{commit}"):
         model = load(place)
-        assert model.weights == weights_hash(place) == online.weights
+        assert weights_hash(place) == before
         jax.tree.map(np.testing.assert_array_equal, model.state, online.state)
         assert inspect_model(place)[0] == online.spec
     assert not hub.requests
@@ -180,3 +180,54 @@ def test_a_folder_of_that_name_comes_before_the_hub(hub, folder, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert weights_hash(NAME) == weights_hash(str(folder))
     assert not hub.requests
+
+
+def refused(root, words):
+    for use in (weights_hash, inspect_model, describe_files):
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+            use(str(root))
+        assert "\n" not in str(error.value)
+
+
+def test_files_of_two_models_or_of_an_adapter_are_refused(sharded, folder):
+    shutil.copy(folder / "model.safetensors", sharded)
+    refused(sharded, r"has model\.safetensors and model\.safetensors\.index\.json")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "has an adapter_config.json.*merge it into the weights")
+
+
+def test_a_pickle_alone_is_refused_by_its_name(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin is a pickle.*convert it")
+
+
+def test_an_index_that_differs_from_its_shards_is_refused(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    files = list(index.values())
+    first = next(name for name in index if files.count(index[name]) > 1)
+    last = next(name for name in index if index[name] != index[first])
+    for change, words in (
+        ({"ghost": index[last]}, "Tensor ghost .* is in no file"),
+        ({first: index[last]}, f"{first} .* is in {index[first]}, and .* says in {index[last]}"),
+        ({first: None}, f"{first} .* says in no file"),
+    ):
+        changed = {k: v for k, v in (index | change).items() if v is not None}
+        path.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(ValueError, match=words):
+            inspect_model(str(sharded))
+
+
+def test_a_token_without_a_row_of_the_embedding_is_refused(folder):
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    change(folder / "generation_config.json", eos_token_id=10**6)
+    for use in (load, inspect_model, describe_files):
+        with pytest.raises(ValueError, match=f"id 1000000, and the embedding has {rows} rows"):
+            use(str(folder))
+    (folder / "generation_config.json").unlink()
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens["added_tokens"].append({"id": rows, "content": "<|extra|>"} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=rf"token '<\|extra\|>' with the id {rows}"):
+        inspect_model(str(folder))

@@ -111,7 +111,7 @@ def test_an_option_of_another_decoder_is_named(option, value):
         spec_from_hf(SMALL | {option: value})
     assert str(error.value) == (
         f"{option} is {value!r} in config.json, and a decoder with that option is not supported; "
-        "give a llama model without it."
+        "give a llama model without it, or take the field out if it changes no logit."
     )
 
 
@@ -121,17 +121,19 @@ def test_an_option_of_another_decoder_is_named(option, value):
         (
             {"partial_rotary_factor": 0.5},
             "partial_rotary_factor is 0.5 in config.json, and a decoder with that option is not "
-            "supported; give a llama model without it.",
+            "supported; give a llama model without it, or take the field out if it changes no "
+            "logit.",
         ),
         (
             {"rope_interleaved": True},
             "rope_interleaved is True in config.json, and a decoder with that option is not "
-            "supported; give a llama model without it.",
+            "supported; give a llama model without it, or take the field out if it changes no "
+            "logit.",
         ),
         (
             {"rotary_pct": 0.25},
             "rotary_pct is 0.25 in config.json, and a decoder with that option is not supported; "
-            "give a llama model without it.",
+            "give a llama model without it, or take the field out if it changes no logit.",
         ),
         (
             {"rope_scaling": {"factor": 8.0}},
@@ -150,7 +152,7 @@ def test_an_option_of_another_decoder_is_named(option, value):
         ),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": "8"}},
-            "factor is '8' in config.json; it must be a number above 0.",
+            "factor is '8' in config.json; it must be a number above 0 that float32 holds.",
         ),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
@@ -174,7 +176,7 @@ def test_a_rope_option_that_is_not_supported_is_named(rope, sentence):
         ),
         (
             {"rope_parameters": {"rope_theta": "1e4"}},
-            "rope_theta is '1e4' in config.json; it must be a number above 0.",
+            "rope_theta is '1e4' in config.json; it must be a number above 0 that float32 holds.",
         ),
         (
             {"tie_word_embeddings": "false"},
@@ -183,7 +185,7 @@ def test_a_rope_option_that_is_not_supported_is_named(rope, sentence):
         (
             {"qkv_bias": True},
             "qkv_bias is True in config.json, and a decoder with that option is not supported; "
-            "give a llama model without it.",
+            "give a llama model without it, or take the field out if it changes no logit.",
         ),
         (
             {"hidden_size": 66},
@@ -197,7 +199,7 @@ def test_a_rope_option_that_is_not_supported_is_named(rope, sentence):
         ),
         (
             {"model_type": "mamba"},
-            f"model_type is 'mamba' in config.json; supported: {', '.join(FAMILIES)}.",
+            f"model_type is 'mamba' in config.json; supported: {', '.join(FAMILIES)}, gemma3.",
         ),
         (
             {"hidden_act": "gelu"},
@@ -209,8 +211,12 @@ def test_a_rope_option_that_is_not_supported_is_named(rope, sentence):
             'config.json is not accepted by the llama config of transformers: "Missing required '
             "keys in `rope_parameters` for 'rope_type'='llama3': {keys}\".",
         ),
-        ({"num_key_value_heads": 3}, "heads is 4; it must be a multiple of kv_heads, 3."),
-        ({"head_dim": 7}, "head_width is 7; rotary embeddings need an even number."),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads is 4 in config.json; it must be a multiple of "
+            "num_key_value_heads, 3.",
+        ),
+        ({"head_dim": 7}, "head_dim is 7 in config.json; rotary embeddings need an even number."),
         (
             {"hidden_size": None, "num_hidden_layers": None},
             "config.json has no hidden_size, num_hidden_layers; give the config of a whole llama "

@@ -120,6 +120,23 @@ def test_a_judge_may_turn_a_pair_of_two_generators_round():
     assert {row.chosen_model for row in rows} == {"weak"}
 
 
+def test_a_coin_turns_half_of_the_pairs_around_and_every_draw_others():
+    prompts = [digest("prompt", i) for i in range(400)]
+    traces = world(prompts)
+    faces = []
+    for draw in range(2):
+        rules = dataclasses.replace(RULES, label_by="coin", coin=(0, draw))
+        rows, counts = made(traces, rules, prompts=prompts)
+        assert counts["pool"] == 400
+        assert {(r.chosen_model, r.rejected_model) for r in rows} == {
+            ("strong", "weak"),
+            ("weak", "strong"),
+        }
+        faces.append(np.array([r.chosen_model == "strong" for r in rows]))
+        assert abs(faces[-1].mean() - 0.5) < 4.5 * (0.25 / 400) ** 0.5
+    assert abs((faces[0] == faces[1]).mean() - 0.5) < 4.5 * (0.25 / 400) ** 0.5
+
+
 def test_identical_answers_are_dropped_up_to_blanks_around_them():
     traces = world()
     for i, row in enumerate(traces["strong"][:6]):
@@ -136,6 +153,7 @@ def test_identical_answers_are_dropped_up_to_blanks_around_them():
         ("both_right", {(True, True)}),
         ("both_wrong", {(False, False)}),
         ("right_wrong", {(True, False)}),
+        ("wrong_right", {(False, True)}),
     ],
 )
 def test_strata(stratum, kept):
@@ -153,6 +171,129 @@ def test_strata(stratum, kept):
     )
     assert {(r.chosen_correct, r.rejected_correct) for r in rows} == kept
     assert counts["dropped_stratum"] == 9 - len(kept)
+
+
+def several(n=4, prompts=PROMPTS):
+    """`n` samples of every generator for every prompt."""
+    return {
+        g: [trace(p, g, s) for p in prompts for s in range(n)] for g in ("weak", "mid", "strong")
+    }
+
+
+RATED = {  # sample → ratings on two dimensions; the first two tie in the second one
+    0: [1.0, 4.0],
+    1: [3.0, 4.0],
+    2: [5.0, 1.0],
+    3: [2.0, 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("samples", "dimension", "chosen", "rejected", "tied"),
+    [
+        (("first", "first"), None, {0}, {0}, 0),
+        (("best", "first"), None, {1}, {0}, 0),
+        (("best", "worst"), 0, {2}, {0}, 0),
+        (("worst", "best"), 0, {0}, {2}, 0),
+        (("best", "worst"), 1, {0, 1}, {2, 3}, 80),
+    ],
+)
+def test_the_best_and_the_worst_of_n_samples(samples, dimension, chosen, rejected, tied):
+    ratings = {
+        digest(p, g, s): RATED[s] for p in PROMPTS for g in ("strong", "weak") for s in RATED
+    }
+    rules = dataclasses.replace(RULES, samples=samples)
+    rows, counts = build(PROMPTS, several(), {}, ratings, rules, dimension)
+    at = {digest(p, g, s): s for p in PROMPTS for g in ("strong", "weak") for s in RATED}
+    assert {at[i] for i in ids(rows, "chosen")} == chosen
+    assert {at[i] for i in ids(rows, "rejected")} == rejected
+    assert (counts["pool"], counts["tied_samples"]) == (40, tied)
+    if tied:  # a fair draw, and another one for another coin
+        share = np.mean([at[i] == 0 for i in ids(rows, "chosen")])
+        assert 0.2 < share < 0.8
+        again = build(PROMPTS, several(), {}, ratings, dataclasses.replace(rules, coin=(0, 1)), 1)
+        assert again[0] != rows
+
+
+def test_two_samples_of_one_generator_are_its_best_and_its_worst():
+    ratings = {digest(p, "weak", s): RATED[s] for p in PROMPTS for s in RATED}
+    rules = Rules(
+        "weak", "weak", {"weak": 2}, ("eos",), "generator", "any", samples=("best", "worst")
+    )
+    rows, _ = build(PROMPTS, several(), {}, ratings, rules, 0)
+    assert ids(rows, "chosen") == [digest(p, "weak", 2) for p in PROMPTS]
+    assert ids(rows, "rejected") == [digest(p, "weak", 0) for p in PROMPTS]
+
+
+def test_a_right_and_a_wrong_sample():
+    correct = {
+        digest(p, g, s): s == 2 or (s == 3 and i % 2 == 0)
+        for i, p in enumerate(PROMPTS)
+        for g in ("strong", "weak")
+        for s in range(4)
+    }
+    correct |= {digest(PROMPTS[0], "weak", s): True for s in range(4)}  # none is wrong
+    correct |= {digest(PROMPTS[1], "strong", s): None for s in range(4)}  # none was checked
+    rules = dataclasses.replace(RULES, samples=("right", "wrong"))
+    rows, counts = made(several(), rules, correct)
+    assert {(r.chosen_correct, r.rejected_correct) for r in rows} == {(True, False)}
+    assert (counts["dropped_sample"], counts["pool"]) == (2, 38)
+    # Every rejected trace is one of two or three; half of the chosen ones are.
+    assert counts["tied_samples"] == 38 + 19
+
+
+def test_strata_that_share_their_prompts():
+    """With first samples alone, a prompt lies in one of these strata."""
+    strata = ("both_right", "both_wrong", "right_wrong", "wrong_right")
+    right = {  # prompt → the right samples of strong and of weak
+        0: ((0, 1), (2,)),
+        1: ((3,), (0, 1, 2)),
+        2: ((), (1,)),  # strong is never right
+        3: ((0,), (0, 1, 2, 3)),  # weak is never wrong
+    }
+    correct = {
+        digest(PROMPTS[p], g, s): s in right[p][g == "weak"]
+        for p in right
+        for g in ("strong", "weak")
+        for s in range(4)
+    }
+    found = {}
+    for stratum in strata:
+        rules = dataclasses.replace(RULES, stratum=stratum, shared_strata=strata)
+        rows, counts = made(several(), rules, correct, prompts=PROMPTS[:4])
+        assert [r.prompt_id for r in rows] == PROMPTS[:2]
+        assert (counts["dropped_unshared"], counts["dropped_stratum"]) == (2, 0)
+        wanted = {"both_right": (1, 1), "both_wrong": (0, 0)}.get(stratum) or (
+            (1, 0) if stratum == "right_wrong" else (0, 1)
+        )
+        assert {(r.chosen_correct, r.rejected_correct) for r in rows} == {wanted}
+        found[stratum] = rows
+    # Strata of one verdict share the trace that has it.
+    assert ids(found["both_right"], "rejected") == ids(found["wrong_right"], "rejected")
+    assert ids(found["both_right"], "chosen") == ids(found["right_wrong"], "chosen")
+    two = dataclasses.replace(
+        RULES, stratum="wrong_right", shared_strata=("both_wrong", "wrong_right")
+    )
+    rows, _ = made(several(), two, correct, prompts=PROMPTS[:4])
+    assert [r.prompt_id for r in rows] == PROMPTS[:3]
+
+
+def test_a_shared_stratum_needs_two_texts():
+    traces = {
+        g: [trace(PROMPTS[0], g, s, "the same") for s in range(3)] for g in ("strong", "weak")
+    }
+    correct = {digest(PROMPTS[0], g, s): s == 0 for g in ("strong", "weak") for s in range(3)}
+    strata = ("both_right", "right_wrong")
+    rules = Rules(
+        "strong",
+        "weak",
+        {"strong": 1, "weak": 1},
+        ("eos",),
+        "generator",
+        "both_right",
+        shared_strata=strata,
+    )
+    assert made(traces, rules, correct, prompts=PROMPTS[:1])[1]["dropped_unshared"] == 1
 
 
 def test_a_finish_that_is_not_named_does_not_count():

@@ -1,11 +1,27 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deltapref_jax.sampling.draw import draw, invert, nucleus, request_keys, uniforms
+from deltapref_jax.config import MeshShape
+from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.sharding import ROWS
+from deltapref_jax.sampling.draw import (
+    Vocabulary,
+    block_size,
+    draw,
+    invert,
+    nucleus,
+    request_keys,
+    uniforms,
+)
 
-DRAW, INVERT, NUCLEUS = jax.jit(draw, static_argnums=5), jax.jit(invert), jax.jit(nucleus)
+DRAW = jax.jit(draw, static_argnums=(5, 6))
+NUCLEUS = jax.jit(lambda gap, *rest: nucleus(gap, *rest, Vocabulary(gap.shape[-1])))
+INVERT = jax.jit(lambda w, u: invert(w, u, jnp.zeros_like(w), Vocabulary(w.shape[-1]))[0])
 
 
 def run(logits, uniform, temperature=1.0, top_p=1.0, top_k=0, filtered=True):
@@ -146,3 +162,58 @@ def test_keys_depend_on_seed_generator_prompt_and_sample_alone():
     together = uniforms(keys, jnp.asarray([4, 9]))
     assert float(uniforms(keys[1:], jnp.asarray([9]))[0]) == float(together[1])
     assert float(uniforms(keys[1:], jnp.asarray([8]))[0]) != float(together[1])
+
+
+@pytest.mark.parametrize(
+    ("vocab", "size"),
+    [(128_256, 501), (151_936, 1187), (262_144, 512), (49_152, 256), (32_000, 250), (50_257, 256)],
+)
+def test_a_shard_of_a_vocabulary_holds_whole_blocks(vocab, size):
+    assert block_size(vocab) == size
+    assert vocab % 8 or vocab // 8 % size == 0
+
+
+def mixed_rows(vocab, rows=64):
+    """Logits and settings of rows that are greedy, warm, filtered and none of these."""
+    rng = np.random.default_rng(vocab)
+    logits = jnp.asarray(4 * rng.normal(size=(rows, vocab)), jnp.float32)
+    uniform = jnp.asarray(rng.random(rows), jnp.float32)
+    temperature = jnp.asarray(np.tile([0.0, 0.7, 1.0, 1.3], rows // 4), jnp.float32)
+    top_p = jnp.asarray(np.tile([1.0, 1.0, 0.9, 0.5, 1.0, 0.9, 1.0, 0.99], rows // 8), jnp.float32)
+    top_k = jnp.asarray(np.tile([0, 3, 0, 17, 0, 0, 1, 300], rows // 8), jnp.int32)
+    return logits, uniform, temperature, top_p, top_k
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 4, 2), (8, 1, 1)])
+def test_a_draw_from_shards_has_the_bits_of_a_draw_from_the_whole(shape, filtered):
+    rows = mixed_rows(1000)
+    if not filtered:
+        rows = (*rows[:3], jnp.ones_like(rows[3]), jnp.zeros_like(rows[4]))
+    one, many = DRAW(*rows, filtered, None), DRAW(*rows, filtered, make_mesh(MeshShape(*shape)))
+    assert len(set(np.asarray(one[0]).tolist())) > 30
+    for whole, sharded in zip(one, many, strict=True):
+        np.testing.assert_array_equal(np.asarray(sharded), np.asarray(whole))
+
+
+@pytest.mark.parametrize(("vocab", "tensor"), [(1002, 2), (1001, 8)])
+def test_shards_that_cut_blocks_and_a_vocabulary_that_is_not_split_draw_the_same(vocab, tensor):
+    rows = mixed_rows(vocab)
+    one = DRAW(*rows, True, None)
+    many = DRAW(*rows, True, make_mesh(MeshShape(8 // tensor, 1, tensor)))
+    assert np.asarray(one[0]).tolist() == np.asarray(many[0]).tolist()
+    np.testing.assert_allclose(one[1], many[1], atol=1e-5)
+
+
+def test_no_row_of_logits_is_gathered():
+    mesh, vocab = make_mesh(MeshShape(1, 1, 8)), 8 * 4096
+    row, logits = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16,), (16, vocab)))
+    logits = jax.ShapeDtypeStruct(
+        logits.shape, logits.dtype, sharding=NamedSharding(mesh, PartitionSpec(*ROWS, "tensor"))
+    )
+    count = jax.ShapeDtypeStruct((16,), jnp.int32)
+    text = DRAW.lower(logits, row, row, row, count, True, mesh).compile().as_text()
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* all-(?:gather|reduce)\(", text)
+    assert moved
+    numbers = [np.prod([int(n) for n in dims.split(",") if n]) for dims in moved]
+    assert max(numbers) == 16 * vocab / block_size(vocab)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.decoder import Cache, empty_cache
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.records import digest
@@ -45,7 +46,7 @@ def model(peaky: float = 1.0, seed: int = 0) -> LoadedModel:
         ),
         state,
     )
-    return LoadedModel(graphdef, state, SPEC, Letters(), "cd" * 8, {})
+    return LoadedModel(graphdef, state, SPEC, Letters(), {})
 
 
 def requests(count: int = 14, **options) -> list[Request]:
@@ -189,6 +190,24 @@ def test_the_cache_grows_with_the_longest_sequence():
         assert long.cache.v[0].shape[2] == 320  # doubled from 256, up to max_prompt + max_tokens
 
 
+@pytest.mark.parametrize("positions_last", [False, True])
+def test_a_grown_cache_holds_what_it_held_and_the_shorter_one_is_freed(positions_last):
+    short = empty_cache(SPEC, 2, 16)
+    rng = np.random.default_rng(0)
+    keys = [rng.normal(size=(2, 2, 16, 8)).astype(np.float32) for _ in short.k]
+    values = [rng.normal(size=v.shape).astype(np.float32) for v in short.v]
+    stored = [k.swapaxes(2, 3) if positions_last else k for k in keys]
+    short = Cache(tuple(map(jnp.asarray, stored)), tuple(map(jnp.asarray, values)), positions_last)
+    long = programs.grow(short, 24)
+    assert all(array.is_deleted() for array in jax.tree.leaves(short))
+    assert long.length == 24 and long.positions_last == positions_last
+    for i in range(SPEC.layers):
+        k = np.asarray(long.k[i]).swapaxes(2, 3) if positions_last else np.asarray(long.k[i])
+        for got, want in ((k, keys[i]), (np.asarray(long.v[i]), values[i])):
+            np.testing.assert_array_equal(got[:, :, :16], want)
+            assert got.shape == (2, 2, 24, 8) and not got[:, :, 16:].any()
+
+
 def test_filters_per_request():
     batch = [
         Request(r.prompt_id, r.tokens, 2, top_k=1) if i % 2 else r
@@ -246,9 +265,10 @@ from deltapref_jax.mesh import make_mesh
 assert jax.device_count() == 8
 short = [t["Request"](r.prompt_id, r.tokens[:8], r.samples) for r in t["requests"]()]
 one = t["engine"](max_prompt=8).generate(short)
-many = t["engine"](mesh=make_mesh(MeshShape(data=4, tensor=2)), max_prompt=8).generate(short)
-assert t["traces"](many) == t["traces"](one)
-assert max(abs(a.logprob - b.logprob) for x, y in zip(one, many) for a, b in zip(x, y)) < 1e-4
+for shape in (MeshShape(data=4, tensor=2), MeshShape(2, 2, 2), MeshShape(tensor=8)):
+    many = t["engine"](mesh=make_mesh(shape), max_prompt=8).generate(short)
+    assert t["traces"](many) == t["traces"](one), shape
+    assert max(abs(a.logprob - b.logprob) for x, y in zip(one, many) for a, b in zip(x, y)) < 1e-4
 try:
     t["engine"](mesh=make_mesh(MeshShape(data=8)), slots=12)
 except ValueError as e:

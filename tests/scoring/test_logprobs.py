@@ -51,8 +51,7 @@ def naive(model, params, rows):
 
 
 def tiles(monkeypatch, tokens, entries):
-    monkeypatch.setattr(projection, "_MAX_TILE_ENTRIES", entries)
-    monkeypatch.setattr(projection, "_CPU_TILE_LOGITS", entries * tokens)
+    monkeypatch.setattr(projection, "_CPU_TILE", (entries * tokens, entries))
 
 
 @pytest.mark.parametrize(("tokens", "shares"), [(1, 1), (7, 4), (4096, 2)])
@@ -152,12 +151,42 @@ def test_logits_take_the_memory_of_three_buffers_of_one_tile(monkeypatch):
     assert many - few < 6 * 24 * hidden
 
 
-@pytest.mark.parametrize("vocab", [509, 510])
-def test_a_vocabulary_without_a_fitting_divisor_is_one_share(monkeypatch, vocab):
-    tiles(monkeypatch, 3, 100)
-    assert projection._tile_shape(64, vocab, projection._CPU_TILE_LOGITS)[1] == (
-        509 if vocab == 509 else 85
+@pytest.mark.parametrize(
+    ("vocab", "entries"),
+    [(400, 400), (49_152, 8192), (128_256, 8064), (151_936, 8064), (8371, 4224)],
+)
+def test_tiles_are_multiples_of_a_vector_register(vocab, entries):
+    assert projection._tile_shape(1 << 20, vocab, projection._TILE)[1] == entries
+    assert -(-vocab // entries) == -(-vocab // 8192)
+
+
+@pytest.mark.parametrize(("vocab", "cap"), [(101, 0.0), (101, 3.0), (48, 0.0)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 1, 2), (2, 2, 2, 1)])
+def test_an_odd_vocabulary_has_the_values_and_gradients_of_its_logits(
+    vocab, cap, shape, monkeypatch
+):
+    """The last slice begins earlier, and what it has in common with the one before counts once."""
+    tiles(monkeypatch, 5, 16)
+    r, mesh = (
+        np.random.default_rng(0),
+        make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]),
     )
+    hidden, matrix = (
+        jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((4, 24, 8), (vocab, 8))
+    )
+    labels, mask = jnp.asarray(r.integers(0, vocab, (4, 24))), jnp.asarray(r.random((4, 24)) < 0.6)
+    g = jnp.asarray(r.normal(size=(4, 24)), jnp.float32)
+
+    def plain(h, w):
+        logits = h @ w.T
+        found = jax.nn.log_softmax(cap * jnp.tanh(logits / cap) if cap else logits)
+        return jnp.where(mask, jnp.take_along_axis(found, labels[..., None], axis=2)[..., 0], 0)
+
+    def run(f):
+        return jax.jit(lambda h, w: (f(h, w), jax.vjp(f, h, w)[1](g)))(hidden, matrix)
+
+    got = run(lambda h, w: projection.token_logprobs(h, w, labels, mask, mesh, cap))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, run(plain))
 
 
 def test_layout_holds_every_sequence_once_and_keeps_groups_together():

@@ -7,7 +7,7 @@ import pytest
 from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import MeshShape, Model
+from deltapref_jax.config import Generator, MeshShape, Model
 from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.records import Prompt, Trace, digest, to_table
 from deltapref_jax.stages.score import LogProbTable
@@ -24,12 +24,14 @@ class Given(Node, stage="given", version=1):
     Attributes:
       content: digest of the rows.
       metadata: of the table's schema.
+      generator: that wrote a table of traces.
     """
 
     content: str
     metadata: dict[str, str]
     record: type = runtime()
     rows: tuple = runtime()
+    generator: Generator | None = runtime(default=None)
 
     def make(self, job):
         table = to_table(self.record, self.rows)

@@ -67,7 +67,14 @@ def folder(tmp_path_factory):
 def tables(bench, folder):
     """The function of suites to their tables of results, for one model or policy."""
 
-    def of(suites=SUITES[:2], trained=False, checker="world", generator=None, sampling=SAMPLING):
+    def of(
+        suites=SUITES[:2],
+        trained=False,
+        checker="world",
+        generator=None,
+        sampling=SAMPLING,
+        quantization="",
+    ):
         asked = {
             suite.name: bench.given(
                 Prompt, [q._replace(checker=checker) for q in prompts((suite.name,), 4, 1, 5)]
@@ -75,8 +82,9 @@ def tables(bench, folder):
             for suite in suites
         }
         e = Experiment(suites=suites, sampling=sampling)
+        model = Model(folder, quantization=quantization)
         policy = Trained(label=("policy",), folder=folder) if trained else None
-        return result_tables(e, ("evaluate",), asked, Model(folder), policy, generator)
+        return result_tables(e, ("evaluate",), asked, model, policy, generator)
 
     return of
 
@@ -85,6 +93,13 @@ def results(root, wanted):
     workspace = Workspace(root)
     run(list(wanted.values()), workspace, show=False)
     return [row for node in wanted.values() for row in workspace.rows(Result, node)]
+
+
+def test_results_of_a_quantised_model_say_so(tables, tmp_path):
+    for quantization, metadata in (("", None), ("int8", {b"quantization": b"int8"})):
+        (wanted,) = tables(SUITES[:1], quantization=quantization).values()
+        results(tmp_path, {"s": wanted})
+        assert (Workspace(tmp_path).table(wanted).schema.metadata or None) == metadata
 
 
 @pytest.fixture

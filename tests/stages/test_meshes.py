@@ -101,6 +101,18 @@ def test_a_models_mesh_comes_before_its_stages():
     assert sizes(e)["sampling"] == (0, 0, 2, 0)  # the config is as it was
 
 
+def test_quantised_models_need_less_room():
+    """8 billion parameters in one byte fit a device of a v5e, and those in two do not."""
+    e = study()
+    for item in (e.generators[1], e.judges[1]):
+        item.model.quantization = "int8"
+        item.mesh.data = -1
+    assert sizes(fit_meshes(e, V5E, SPECS.__getitem__))["big"] == (4, 1, 1, 1)
+    e.judges[1].model.quantization = ""
+    with pytest.raises(ConfigError, match=r"^Weights of the model 8b need 15\.0 GiB on each of"):
+        fit_meshes(e, V5E._replace(memory=14 * GIB), SPECS.__getitem__)
+
+
 def test_nothing_is_chosen_on_one_device():
     found = fitted(Devices(1, 1))
     assert set(found.values()) == {(1, 1, 1, 1), (0, 0, 0, 0)}
@@ -142,6 +154,14 @@ def test_nothing_is_chosen_on_one_device():
             "config.training.mesh, and a device has 15.8 GiB; take more devices or another mesh; "
             "nearest that fits: data=8 fsdp=2 or data=8 tensor=2.",
         ),
+        (
+            {
+                "generators": (Generator(name="g", model=Model("odd"), mesh=MeshShape(tensor=4)),),
+            },
+            "config.generators[0].mesh is tensor=4 and 4 devices along tensor do not divide "
+            "blocks.k, blocks.o, blocks.q, blocks.v of odd; nearest that fits: data=4 or data=2 "
+            "fsdp=2.",
+        ),
     ],
 )
 def test_a_mesh_that_fits_neither_devices_nor_model_is_one_sentence(fields, sentence):
@@ -160,17 +180,20 @@ def test_adapters_need_room_for_the_weights_alone():
     assert fit_training(adapters, student, small, of).mesh == MeshShape(16, 1, 1, 1)
 
 
-def test_the_meshes_are_said_with_what_they_leave_whole():
-    e = study(judges=(), generators=(Generator(name="odd", model=Model("odd")),))
+def test_a_chosen_mesh_divides_every_matrix():
+    """Four devices would have a quarter of the heads each, of which `odd` has six."""
+    e = study(sampling=Sampling(slots=2), generators=(Generator(name="g", model=Model("odd")),))
+    with pytest.raises(ConfigError, match=r"^config\.sampling\.mesh is not stated and"):
+        fit_meshes(e, Devices(4, 4), SPECS.__getitem__)
+
+
+def test_the_meshes_are_said():
+    e = study(judges=(), generators=(Generator(name="small", model=Model("1b")),))
     e.sampling.mesh.tensor = 4
     fit = fit_meshes(e, V5E._replace(memory=0), SPECS.__getitem__)
-    assert mesh_lines(fit, V5E, SPECS.__getitem__) == [
+    assert mesh_lines(fit, V5E) == [
         "Meshes: training fsdp=16; scoring fsdp=16; on each host sampling tensor=4.",
-        "Mesh of generator odd: tensor=4 does not divide blocks.k, blocks.o, blocks.q, blocks.v of "
-        "odd, so that every device along it has them whole.",
     ]
-    assert mesh_lines(fit_meshes(e, Devices(4, 4), SPECS.__getitem__), Devices(1, 1), None) == []
-    assert training_lines(fit.training, fit.student, SPECS.__getitem__) == [
-        "Mesh: training fsdp=16."
-    ]
-    assert training_lines(Training(mesh=MeshShape(1, 1, 1, 1)), fit.student, None) == []
+    assert mesh_lines(fit_meshes(e, Devices(4, 4), SPECS.__getitem__), Devices(1, 1)) == []
+    assert training_lines(fit.training) == ["Mesh: training fsdp=16."]
+    assert training_lines(Training(mesh=MeshShape(1, 1, 1, 1))) == []

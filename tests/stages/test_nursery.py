@@ -8,6 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from absl import flags
 from flax import nnx
@@ -18,6 +19,8 @@ from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
     DIMENSIONS,
     ConfigError,
+    Experiment,
+    Model,
     ModelZoo,
     Prompts,
     Sampling,
@@ -29,6 +32,7 @@ from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.weights import abstract, load
 from deltapref_jax.stages import nursery
 from deltapref_jax.synthetic.rate import rate
+from deltapref_jax.synthetic.world import solution
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.validation import validate_model_zoo
 
@@ -104,9 +108,27 @@ def test_models_are_folders_that_load(trained):
     assert json.loads((trained / "out" / "judge" / "recipe.json").read_text())["base"] == "oak"
     measured = json.loads((trained / "out" / "measured.json").read_text())
     assert {name: set(found) for name, found in measured.items()} == {
-        "oak": {"recipe", "in"},
+        "oak": {"recipe", "in", "greedy", "entropy", "suites"},
         "judge": {"recipe", *DIMENSIONS},
     }
+    assert set(measured["oak"]["greedy"]) == {"in"}
+    assert set(measured["oak"]["suites"]["chain"]) == {"sampled", "greedy", "entropy"}
+
+
+def test_a_solvers_suites_are_read_sampled_and_greedily(trained):
+    zoo = small(trained)
+    path = Model(path=str(trained / "out" / "oak"))
+    e = Experiment(student=path, suites=zoo.suites, sampling=zoo.sampling)
+    found = launch.nursery.accuracies(e, Workspace(zoo.workspace), "oak")
+    # After four steps a model is nearly uniform over its 500 tokens, and never right.
+    assert found["entropy"] == found["suites"]["chain"]["entropy"]
+    assert 0.5 * np.log(500) < found["entropy"] < 1.3 * np.log(500)
+    assert found["in"][0] == found["greedy"]["in"][0] == 0.0
+
+
+def test_entropy_is_the_mean_over_tokens_and_not_over_answers():
+    answers = pa.table({"logprob": [-1.0, -9.0], "tokens": [1, 4]})
+    assert launch.nursery.entropy(answers) == 2.0
 
 
 def test_they_learnt(trained):
@@ -167,6 +189,19 @@ def test_a_solving_sample_is_questions_with_solutions(trained):
         )
         worked = text.tokenizer.decode(s.tokens[s.targets])
         assert worked.endswith(f"Answer: {p.answer}<|im_end|>")
+
+
+def test_solutions_follow_the_models_beliefs(trained):
+    text = load(str(trained / "out" / "oak")).text
+    held, different = ("no_carry", "sum_is_answer"), 0
+    for i in range(20):
+        model = changed(OAK, error_rate=0.0, beliefs=held)
+        s = nursery.solving(model, text, random.Random(i))
+        p = nursery.draw(OAK, random.Random(i))
+        worked = text.tokenizer.decode(s.tokens[s.targets]).removesuffix("<|im_end|>")
+        assert worked.rstrip() == solution(p, beliefs=held)
+        different += worked.rstrip() != solution(p)
+    assert different > 3
 
 
 def test_a_judging_sample_has_the_exact_rating_on_average(trained, monkeypatch):
@@ -262,6 +297,13 @@ def test_an_unknown_task_is_found_before_anything_is_trained():
         ConfigError, match=r"^tasks of model 'oak' is 'algebra'; choose one of 'chain', 'shop', "
     ):
         nursery.plan(ModelZoo(models=(changed(OAK, tasks=("chain", "algebra")),)))
+
+
+def test_an_unknown_belief_is_found_before_anything_is_trained():
+    with pytest.raises(
+        ConfigError, match=r"^beliefs of model 'oak' is 'magic'; choose one of 'no_borrow', "
+    ):
+        nursery.plan(ModelZoo(models=(changed(OAK, beliefs=("magic",)),)))
 
 
 def test_release_names_models():

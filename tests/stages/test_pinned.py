@@ -29,6 +29,7 @@ from deltapref_jax.config import (
 )
 from deltapref_jax.hub import repository
 from deltapref_jax.models.export import export
+from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.stages import pairs_file, study
 from deltapref_jax.stages.pinned import pinned
 from deltapref_jax.validation import validate
@@ -150,8 +151,9 @@ def test_pair_training_fetches_weights_when_they_are_needed(hub, folder, data, t
     run(list(policy.logprobs.values()), workspace, "test")
     assert weights_asked(hub)
     manifest = workspace.manifest(policy.logprobs["file"])
-    assert manifest.config["model"] == {"path": MODEL, "revision": first, "dtype": "float32"}
-    assert manifest.config["weights"] == tiny.weights
+    model = {"path": MODEL, "revision": first, "dtype": "float32", "quantization": ""}
+    assert manifest.config["model"] == model
+    assert manifest.config["weights"] == weights_hash(str(folder))
     other = jax.tree.map(lambda x: x * 1.5, tiny.state)
     export(other, tiny.spec, tiny.text, folder)
     hub.push(MODEL, folder)

@@ -2,17 +2,21 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import Generator, MeshShape, Model, Sampling
+from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.export import export
 from deltapref_jax.models.folder import weights_hash
 from deltapref_jax.models.spec import ModelSpec
-from deltapref_jax.records import Prompt, Trace, Verdict
+from deltapref_jax.models.weights import load
+from deltapref_jax.records import Prompt, TokenSequence, Trace, Verdict
+from deltapref_jax.scoring.logprobs import score_sequences
 from deltapref_jax.stages.sample import TraceTable, asked
 from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.synthetic.tokenizer import build
@@ -160,3 +164,34 @@ def test_verdicts(bench):
         ("4", None, ""),
     ]
     assert bench.stats(wanted) == {"correct": 1, "checked": 4, "unfinished": 1, "rows": 5}
+
+
+@pytest.mark.slow  # to be compiled as for users: without LLVM's optimisations sums differ by 5e-4
+def test_a_quantised_generator_is_another_one_and_says_so(node, folder, tmp_path):
+    """Its draws are its own, and the log-probabilities are those of its quantised weights."""
+    plain, made_of = node(), node(model=Model(folder, quantization="int8"))
+    assert plain.identity != made_of.identity
+    assert plain.config() != made_of.config()
+    rows = made(tmp_path, made_of)
+    assert not {row.trace_id for row in rows} & {row.trace_id for row in made(tmp_path, plain)}
+    workspace = Workspace(tmp_path)
+    assert workspace.table(made_of).schema.metadata == {b"quantization": b"int8"}
+    assert not workspace.table(plain).schema.metadata
+    assert workspace.manifest(made_of).config["generator"]["model"]["quantization"] == "int8"
+    # The scorer has the engine's log-probabilities with the same weights alone.
+    text = ChatTokenizer.load(folder)
+    prompts_of = {q.prompt_id: text.prompt_ids(q.chat()) for q in QUESTIONS}
+    sequences = [
+        TokenSequence(np.asarray(prompts_of[row.prompt_id], np.int32), row.token_ids)
+        for row in rows
+    ]
+    sums = {
+        q: score_sequences(
+            model.spec, model.state, sequences, 8, 320, make_mesh(MeshShape()), "float32"
+        ).sums
+        for q in ("", "int8")
+        for model in [load(folder, quantization=q)]
+    }
+    sampled = [row.logprob for row in rows]
+    assert sampled == pytest.approx(sums["int8"], rel=1e-5)
+    assert max(abs(a - b) for a, b in zip(sampled, sums[""], strict=True)) > 1e-3

@@ -1,5 +1,7 @@
 """Log-probabilities once per sequence, matched and mismatched, in the order of their table."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 from deltapref_jax.config import ConfigError
+from deltapref_jax.models.weights import open_model
 from deltapref_jax.records import LogProb, TokenSequence, schema, to_table
 from deltapref_jax.stages import score
 from deltapref_jax.stages.score import known_table
@@ -81,6 +84,23 @@ def test_rows_are_in_the_order_of_the_sequences_and_name_them(bench, worked):
     assert [r.tokens for r in rows] == [int(s.targets.sum()) for s in wanted]
     metadata = bench.workspace.table(made).schema.metadata
     assert metadata == {b"weights": bench.weights.encode(), b"dtype": b"float32"}
+
+
+def test_weights_are_read_in_the_dtype_of_the_computation(bench, worked, monkeypatch):
+    """They need two bytes and not four, and the log-probabilities are those of casting later."""
+    sequences, used = bench.tokens(bench.traces("g", worked[0])), []
+
+    def opened(path, dtype, params):
+        used.append(params)
+        return open_model(path, dtype, given or params)
+
+    monkeypatch.setattr(score, "open_model", opened)
+    found = []
+    for given in ("", "float32"):
+        made = dataclasses.replace(bench.score(sequences), dtype="bfloat16", shard=100 + len(given))
+        found.append([row.logprob for row in bench.rows(LogProb, made)])
+    assert used == ["bfloat16"] * 2
+    assert found[0] == found[1]
 
 
 @pytest.fixture

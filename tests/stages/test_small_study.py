@@ -18,6 +18,7 @@ from deltapref_jax.config import (
     Model,
     Objective,
     Prompts,
+    Run,
     Sampling,
     Scoring,
     Suite,
@@ -118,7 +119,7 @@ def test_one_more_suite_and_generator_leave_pairs_policies_and_results_alone(mad
     after = times(again.root)
     assert {p: after[p] for p in before} == before
     for arm, seeds in first.policies.items():
-        assert workspace.path(report.pairs[arm]) == workspace.path(first.pairs[arm])
+        assert workspace.path(report.pairs[arm][0]) == workspace.path(first.pairs[arm][0])
         for seed, policy in seeds.items():
             assert workspace.path(report.policies[arm][seed]) == workspace.path(policy)
             for name, result in first.results[arm][seed].items():
@@ -185,20 +186,20 @@ def test_there_is_one_table_of_results_for_every_policy_and_suite(made):
 
 def test_the_end_of_a_study_names_the_folder_of_every_policy(made, capsys):
     report, workspace = plan(made), Workspace(made.workspace)
-    say_policies(plain_console(width=60), workspace, report)
+    say_policies(plain_console(width=60), workspace, {"": report})
     lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     rows = {tuple(line[:2]): line[2] for line in lines if len(line) == 3 and line[1] in ("0", "1")}
     assert set(rows) == {("dpo", "0"), ("dpo", "1"), ("kto", "0")}
     assert lines[0] == ["Policies", "in", f"{made.workspace}:"]
     for (arm, seed), folder in rows.items():
         assert os.path.isfile(f"{made.workspace}/{folder}/model.safetensors")
-        assert folder == f"train/{workspace.key(report.policies[arm][int(seed)])}/policy"
+        assert folder == f"train/{workspace.key(report.policies[arm][Run(0, int(seed))])}/policy"
 
 
 def test_a_continued_study_says_what_stands(made, again, capsys):
     report = plan(dataclasses.replace(made, workspace=str(again.root)))
     workspace = Workspace(again.root)
-    shutil.rmtree(workspace.path(report.policies["dpo"][1]))
+    shutil.rmtree(workspace.path(report.policies["dpo"][Run(0, 1)]))
     assert not say_standing(Workspace(again.root), report)
     said = capsys.readouterr().err
     # What is behind the missing policy has no key yet, so it is not known to stand.
@@ -228,8 +229,8 @@ def test_a_continued_study_says_what_stands(made, again, capsys):
 
 def test_what_arms_train_on_is_the_sequences_of_their_pairs(made):
     report, workspace = plan(made), Workspace(made.workspace)
-    pairs = workspace.rows(Pair, report.pairs["dpo"])
-    assert workspace.path(report.pairs["dpo"]) == workspace.path(report.pairs["kto"])
+    pairs = workspace.rows(Pair, report.pairs["dpo"][0])
+    assert workspace.path(report.pairs["dpo"][0]) == workspace.path(report.pairs["kto"][0])
     matched = {
         row.trace_id
         for node in report.sequences.values()

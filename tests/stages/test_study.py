@@ -15,7 +15,9 @@ from deltapref_jax.config import (
     Model,
     Objective,
     Prompts,
+    Run,
     Suite,
+    greedy_twin,
 )
 from deltapref_jax.devices import Devices
 from deltapref_jax.stages.study import check_models, plan, usable_traces
@@ -109,6 +111,7 @@ def test_labels_name_everything_that_is_wanted_and_nothing_else(experiment):
         ("sft", 0),
     ]
     wanted = {"prompts", "suite/s", "suite/t", "audit/m", "report"}
+    wanted |= {"audit/m/traces", "retest/m"}
     for kind in ("sample", "verify", "judge/m", "tokens", "score"):
         wanted |= {f"{kind}/{g}" for g in generators}
     wanted |= {f"capability/{g}/{suite}" for g in generators for suite in "st"}
@@ -138,6 +141,29 @@ def test_changing_one_arm_changes_that_arm_only(experiment):
     assert changed(experiment, arms__4__fraction=0.25) == labels_of("strong-top")
     assert changed(experiment, arms__5__objective="dpo") == labels_of("sft", pair=False)
     assert changed(experiment, arms__1__name="middle") == labels_of("mid")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"arms__1__steps": 7},
+        {"arms__1__epochs": 2.0},
+        {"arms__1__pairs_per_step": 4},
+        {"arms__1__learning_rate": 1e-5},
+    ],
+)
+def test_a_budget_of_its_own_trains_one_arm_again(experiment, fields):
+    assert changed(experiment, **fields) == labels_of("mid", pair=False)
+
+
+def test_a_budget_that_is_that_of_all_arms_changes_the_page_alone(experiment):
+    t, o = experiment.training, experiment.objectives[0]
+    same = {
+        "arms__1__steps": t.steps,
+        "arms__1__pairs_per_step": t.pairs_per_step,
+        "arms__1__learning_rate": o.learning_rate,
+    }
+    assert changed(experiment, **same) == {"report"}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +243,7 @@ def test_every_stage_gets_the_mesh_of_its_model(experiment):
     experiment.training.mesh.fsdp = 2
     experiment.scoring.mesh.fsdp = 4
     experiment.sampling.mesh.tensor = 2
-    experiment.generators[1].mesh.tensor = 4
+    experiment.generators[1].mesh.fsdp = 4
     stated = {
         node.name: node.mesh for node in in_order([plan(experiment)]) if hasattr(node, "mesh")
     }
@@ -230,8 +256,8 @@ def test_every_stage_gets_the_mesh_of_its_model(experiment):
         ("judge/m/mid", MeshShape(fsdp=4), MeshShape(4, 4, 1, 1)),
         ("audit/m", MeshShape(fsdp=4), MeshShape(4, 4, 1, 1)),
         ("sample/weak", MeshShape(tensor=2), MeshShape(2, 1, 2, 1)),
-        ("sample/mid", MeshShape(tensor=4), MeshShape(1, 1, 4, 1)),
-        ("capability/mid/s", MeshShape(tensor=4), MeshShape(1, 1, 4, 1)),
+        ("sample/mid", MeshShape(fsdp=4), MeshShape(1, 4, 1, 1)),
+        ("capability/mid/s", MeshShape(fsdp=4), MeshShape(1, 4, 1, 1)),
         ("evaluate/student/s", MeshShape(tensor=2), MeshShape(2, 1, 2, 1)),
         ("evaluate/sft/0/t", MeshShape(tensor=2), MeshShape(2, 1, 2, 1)),
     ):
@@ -323,7 +349,7 @@ def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_th
     assert usable_traces(shared, arms[2]) == {"strong": 1, "weak": 1}  # whatever other arms use
     assert usable_traces(shared, arms[1]) == {"mid": 1, "strong": 1, "weak": 1}
     pairs = plan(experiment).pairs
-    assert set(pairs["mid"].inputs()) == {
+    assert set(pairs["mid"][0].inputs()) == {
         "prompts",
         "traces/weak",
         "traces/mid",
@@ -331,7 +357,7 @@ def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_th
         "verdicts/weak",
         "verdicts/mid",
     }
-    assert set(pairs["strong-top"].inputs()) == {
+    assert set(pairs["strong-top"][0].inputs()) == {
         "prompts",
         "traces/weak",
         "traces/mid",
@@ -345,14 +371,109 @@ def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_th
 
 def test_a_random_arm_ranks_by_nothing(experiment):
     arm = dataclasses.replace(experiment.arms[4], keep="random", by="step_coherence")
-    pairs = plan(dataclasses.replace(experiment, arms=(arm,))).pairs["strong-top"]
+    pairs = plan(dataclasses.replace(experiment, arms=(arm,))).pairs["strong-top"][0]
     assert (pairs.rank_by, pairs.dimensions) == ("sum", ())
+
+
+def test_a_selection_by_the_reference_margin_reads_log_probabilities_and_no_ratings(experiment):
+    arm = dataclasses.replace(
+        experiment.arms[4], keep="bottom", by="reference_margin", objective="sft"
+    )
+    report = plan(dataclasses.replace(experiment, arms=(arm,)))
+    pairs = report.pairs["strong-top"][0]
+    assert set(pairs.inputs()) == {
+        "prompts",
+        *(f"traces/{g}" for g in ("weak", "strong")),
+        *(
+            f"{kind}/{g}"
+            for g in ("weak", "strong")
+            for kind in ("verdicts", "sequences", "logprobs")
+        ),
+    }
+    policy = report.policies["strong-top"][Run(0, 0)]
+    assert pairs.reference_weights == policy.reference_weights
+    assert policy.logprobs == {} and set(report.logprobs) == {"weak", "strong"}
+
+
+def test_samples_chosen_by_rating_read_ratings_and_get_the_draw(experiment):
+    arm = dataclasses.replace(
+        experiment.arms[0], rejected_sample="worst", by="factuality", draws=(0, 1)
+    )
+    first, second = plan(dataclasses.replace(experiment, arms=(arm,))).pairs["zero"].values()
+    assert {"ratings/weak"} <= set(first.inputs()) and first.rank_by == "factuality"
+    assert (first.rules.coin, second.rules.coin) == ((0, 0), (0, 1))
+    assert first.rules.samples == ("first", "worst")
+
+
+def test_strata_that_share_their_prompts_are_known_to_their_arms_alone(experiment):
+    e = copy.deepcopy(experiment)
+    e.arms[2].stratum, e.shared_strata = "both_wrong", ("both_wrong", "wrong_right")
+    e.generators[0].samples = e.generators[2].samples = 2
+    pairs = plan(validate(e)).pairs
+    assert pairs["strong"][0].rules.shared_strata == ("both_wrong", "wrong_right")
+    assert pairs["mid"][0].rules.shared_strata == ()
+
+
+def test_a_mean_of_judges_is_a_judge_that_arms_can_name(experiment, tiny_folder):
+    before = keys(experiment)
+    more = (
+        Judge(name="mean", kind="mean", of=("m", "n")),
+        Judge(name="n", kind="model", model=Model(path=str(tiny_folder), dtype="bfloat16")),
+    )
+    experiment.judges += more
+    experiment.arms[4].judge = "mean"
+    report = plan(validate(experiment))
+    assert list(report.ratings) == ["m", "mean", "n"] and set(report.audits) == {"m", "n"}
+    pairs = report.pairs["strong-top"][0]
+    assert {g: n.name for g, n in pairs.ratings.items()} == {
+        g: f"judge/mean/{g}" for g in ("weak", "strong")
+    }
+    assert set(pairs.ratings["weak"].ratings["n"]) == {"weak", "mid", "strong"}
+    after = keys(experiment)
+    same = {label for label in before if before[label] == after[label]}
+    assert {f"judge/m/{g}" for g in ("weak", "mid", "strong")} <= same
+    assert before.keys() - same == labels_of("strong-top")
+
+
+def test_a_balanced_ladder_knows_all_of_its_rungs(experiment):
+    e = copy.deepcopy(experiment)
+    e.balance, e.arms[1].draws = "correctness", (0, 3)
+    report = plan(validate(e))
+    rungs = {r.chosen for r in report.pairs["mid"][0].rungs}
+    assert rungs == {"weak", "mid", "strong"} and len(report.pairs["mid"][0].rungs) == 3
+    assert {draw: node.draw for draw, node in report.pairs["mid"].items()} == {0: 0, 3: 3}
+    assert set(report.pairs["mid"][0].verdicts) == {"weak", "mid", "strong"}
+    assert report.pairs["strong"][0].key({}) == report.pairs["strong-kto"][0].key({})
+    assert (report.pairs["sft"][0].balance, report.pairs["sft"][0].rungs) == ("", ())
+    # Selections and controls keep their pairs; a rung's depend on all rungs.
+    assert changed(experiment, balance="chosen_length") == labels_of(
+        "zero", "mid", "strong-kto"
+    ) | labels_of("strong", seeds=(0, 1))
+
+
+def test_a_second_read_out_is_asked_of_the_student_and_the_arms(experiment):
+    before = keys(experiment)
+    twins = tuple(greedy_twin(suite) for suite in experiment.suites)
+    more = dataclasses.replace(experiment, suites=(*experiment.suites, *twins))
+    report, after = plan(validate(more)), keys(more)
+    assert {label for label in before if before[label] != after[label]} == {"report"}
+    added = {label for label in after if label not in before}
+    assert {"evaluate/student/s-greedy", "evaluate/sft/0/t-greedy"} <= added
+    assert not [label for label in added if label.startswith("capability")]
+    assert {name: node.domain for name, node in report.student.items()} == {
+        "s": "in",
+        "t": "out",
+        "s-greedy": "",
+        "t-greedy": "",
+    }
 
 
 def test_another_author_or_another_judge_changes_the_arms_that_use_them_only(experiment):
     assert changed(experiment, arms__3__chosen="mid") == labels_of("strong-kto")
     shaped = (
-        labels_of("strong-top") | {f"judge/m/{g}" for g in ("weak", "mid", "strong")} | {"audit/m"}
+        labels_of("strong-top")
+        | {f"judge/m/{g}" for g in ("weak", "mid", "strong")}
+        | {"audit/m", "audit/m/traces", "retest/m"}
     )
     assert changed(experiment, judges__0__dimensions=("factuality", "step_coherence")) == shaped
 
@@ -377,7 +498,10 @@ def test_a_generator_that_no_arm_uses_is_rated_and_measured_and_no_input_of_an_a
     idle = Generator(name="idle", temperature=0.9)
     more = dataclasses.replace(experiment, generators=(*experiment.generators, idle))
     before, after = keys(experiment), keys(more)
-    assert {label for label in before if after[label] != before[label]} == {"report"}
+    assert {label for label in before if after[label] != before[label]} == {
+        "report",
+        "audit/m/traces",  # a judge is measured on traces of all generators
+    }
     assert set(after) - set(before) == {
         "sample/idle",
         "verify/idle",
@@ -399,9 +523,9 @@ def test_an_objective_without_reference_asks_for_no_table(experiment):
         dataclasses.replace(experiment, objectives=(*experiment.objectives, simpo), arms=arms)
     )
     assert set(report.logprobs) == {"weak", "mid"}  # what DPO reads
-    assert set(report.policies["strong"][0].logprobs) == set()
-    assert set(report.policies["mid"][0].logprobs) == {"weak", "mid"}
-    assert set(report.policies["strong"][0].sequences) == {"weak", "strong"}
+    assert set(report.policies["strong"][Run(0, 0)].logprobs) == set()
+    assert set(report.policies["mid"][Run(0, 0)].logprobs) == {"weak", "mid"}
+    assert set(report.policies["strong"][Run(0, 0)].sequences) == {"weak", "strong"}
 
 
 def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_folder, tmp_path):
@@ -411,5 +535,31 @@ def test_reference_of_its_own_scores_and_is_named_to_training(experiment, tiny_f
         config.replace("1e-05", "2e-05").replace("0.00001", "0.00002")
     )
     report = plan(dataclasses.replace(experiment, reference=Model(path=str(other))))
-    policy = report.policies["mid"][0]
+    policy = report.policies["mid"][Run(0, 0)]
     assert report.logprobs["mid"].weights == policy.reference_weights != policy.student_weights
+
+
+def test_every_draw_has_its_pairs_and_every_seed_trains_on_them(experiment):
+    arm = next(a for a in experiment.arms if a.name == "strong-top")
+    arms = (dataclasses.replace(arm, draws=(0, 2), seeds=(0, 5)),)
+    report = plan(dataclasses.replace(experiment, arms=arms))
+    pairs = report.pairs["strong-top"]
+    assert {d: (node.draw, node.name) for d, node in pairs.items()} == {
+        0: (0, "pair/strong-top"),
+        2: (2, "pair/strong-top/draw2"),
+    }
+    policies = report.policies["strong-top"]
+    assert list(policies) == [Run(0, 0), Run(0, 5), Run(2, 0), Run(2, 5)]
+    assert policies[Run(2, 5)].pairs is pairs[2] and policies[Run(2, 5)].seed == 5
+    assert policies[Run(2, 5)].name == "train/strong-top/draw2-5"
+    assert policies[Run(0, 5)].name == "train/strong-top/5"
+    assert set(report.results["strong-top"]) == set(policies)
+
+
+def test_judges_of_free_form_prompts_are_audited_on_edited_traces_alone(experiment):
+    report = plan(dataclasses.replace(experiment, prompts=experiment.prompts[1:]))
+    assert report.audits == {} and list(report.trace_audits) == list(report.retests) == ["m"]
+    edited, retest = report.trace_audits["m"], report.retests["m"]
+    assert edited.traces == report.traces and edited.finishes == experiment.training.finishes
+    # Of the generators whose pairs ratings shape.
+    assert retest.generators == (("strong", "weak"),) and set(retest.traces) == {"strong", "weak"}

@@ -89,6 +89,7 @@ def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kin
         2,
         0,
     )
+    assert stats["epochs"] == 2 * stats["batch"] / groups
     policy = load(str(bench.workspace.path(node) / "policy"))
     assert policy.spec == tiny.spec
     before, after = (nnx.to_pure_dict(model.state) for model in (tiny, policy))

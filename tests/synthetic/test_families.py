@@ -7,7 +7,8 @@ import re
 import pytest
 
 from deltapref_jax.config import ConfigError
-from deltapref_jax.synthetic.families import DAYS, FAMILIES, MAX_STEPS, evaluate
+from deltapref_jax.synthetic.families import FAMILIES
+from deltapref_jax.synthetic.steps import DAYS, MAX_STEPS, evaluate
 from deltapref_jax.synthetic.world import from_meta, meta, problem, prompts, solution, solve
 
 
@@ -71,7 +72,19 @@ def calendar(question):
     return day
 
 
+def formula(question):
+    return str(eval(re.search(r"[\d+*\- ]+\d", question)[0]))  # Python knows what comes first
+
+
+def ages(question):
+    first, *gaps = numbers(question)
+    return str(first - sum(gaps))
+
+
 CHECKS = {
+    "formula": formula,
+    "ages": ages,
+    "trip": lambda q: str(sum(numbers(q))),
     "chain": chain,
     "shop": shop,
     "euclid": lambda q: str(math.gcd(*numbers(q))),
@@ -167,7 +180,7 @@ def test_a_family_that_runs_dry_is_one_sentence(monkeypatch):
 def test_an_unknown_family_lists_the_known_ones():
     with pytest.raises(
         ConfigError,
-        match=r"^synthetic task is 'algebra'; choose one of 'chain', 'shop', 'euclid', .*",
+        match=r"^synthetic task is 'algebra'; choose one of 'chain', 'shop', 'formula', .*",
     ):
         problem("algebra", 1, 0, 0)
 

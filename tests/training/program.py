@@ -28,6 +28,7 @@ from deltapref_jax.artifacts.node import Node, runtime
 from deltapref_jax.artifacts.runner import run
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import MeshShape, Objective
+from deltapref_jax.jax_job import let_collectives_wait
 from deltapref_jax.mesh import gather_to_host, make_mesh
 from deltapref_jax.models.decoder import Decoder
 from deltapref_jax.models.export import export  # noqa: F401  (before the forks, once)
@@ -146,6 +147,7 @@ def kill(root, kills, seed):
 
 def both(root, port, index):
     """Runs one of two processes with four devices each: DPO and KTO, 4 steps, saved at the last."""
+    let_collectives_wait()
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     mesh = make_mesh(MeshShape(2, 2, 2))
     for kind in ("dpo", "kto"):
@@ -156,6 +158,7 @@ def both(root, port, index):
 
 def preempt(root, port, index):
     """Runs one of two processes; the second gets SIGTERM at step 3, and both save the same step."""
+    let_collectives_wait()
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     steps = data("dpo", 32)
 

@@ -55,6 +55,7 @@ def test_a_run_killed_at_random_points_is_the_uninterrupted_one_bit_for_bit(spaw
     assert len(list(read_metrics(tmp_path / "whole" / "metrics.jsonl"))) == 12
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh_is_the_same_within_noise(program, tmp_path, one_device):
     whole, counts = program.tiny(tmp_path / "whole", steps=4)
     program.tiny(tmp_path / "moved", steps=2, mesh=make_mesh(MeshShape(2, 2, 2)))
@@ -304,6 +305,7 @@ def test_a_full_disk_while_a_policy_is_exported_is_one_sentence(tmp_path, tiny, 
     assert not list(pathlib.Path(workspace.path(node)).glob("*policy*"))
 
 
+@pytest.mark.slow
 def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):
     saved, like = jax.device_get(state), jax.tree.map(lambda x: x * 0, state)
     with Checkpoints(tmp_path / "c", 1) as checkpoints:

@@ -5,14 +5,16 @@ import socket
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from deltapref_jax.config import MeshShape, Objective
-from deltapref_jax.mesh import make_mesh
+from deltapref_jax.mesh import make_mesh, shard
+from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.preemption import Preempted
 from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
-from deltapref_jax.training.loop import train_step
+from deltapref_jax.training.loop import _hyper, train_step
 from deltapref_jax.training.state import Optimizer, init_state
 
 
@@ -25,7 +27,7 @@ def same_run(one, other):
         assert row == pytest.approx(again, rel=2e-4, abs=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_one_two_or_eight_micro_batches_on_one_or_eight_devices(program, tmp_path, kind):
     one, spread = make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(2, 2, 2))
     assert [len(program.data(kind, rows)(0).micros) for rows in (32, 16, 4)] == [1, 2, 8]
@@ -125,3 +127,39 @@ def test_twenty_arms_compile_once(program, one_device, kind):
         assert sizes == before
     assert before[:2] == [1, 1]
     assert len(norms) == 20
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_micro_batch_adds_its_gradient_to_the_sum_so_far(program, shape):
+    """The sum is donated, and the program needs no second tree of layers' gradients beside it."""
+    mesh = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)])
+    steps = programs.programs(
+        program.SPEC,
+        "float32",
+        "dpo",
+        Optimizer(),
+        max_segments(16, program.LENGTH),
+        mesh,
+        "attention",
+    )
+    params = program.nnx.state(program.Decoder(program.SPEC, rngs=program.nnx.Rngs(1)))
+    state, data = init_state(params, Optimizer(), mesh), program.data("dpo", 16)(0)
+    assert len(data.micros) == 2
+    hyper = _hyper(Objective(name="dpo"), data, np.float32(0), mesh)
+
+    def gradient(micro, total):
+        rows, examples = shard(micro[0], mesh, BATCH), shard(micro[1], mesh, PartitionSpec())
+        return steps.gradient(state.params, program.nnx.State({}), rows, examples, hyper, total)[0]
+
+    alone = [jax.device_get(gradient(micro, steps.zeros())) for micro in data.micros]
+    both = gradient(data.micros[1], gradient(data.micros[0], steps.zeros()))
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(
+            a + b, c, rtol=0, atol=1e-6 * max(1e-3, np.abs(c).max())
+        ),
+        *alone,
+        both,
+    )
+    donated = steps.zeros()
+    gradient(data.micros[0], donated)
+    assert all(x.is_deleted() for x in jax.tree.leaves(donated))

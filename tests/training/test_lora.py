@@ -47,7 +47,7 @@ def compiled(program, kind, mesh, lora=LORA, dtype="float32", remat="none"):
         max_segments(32, program.LENGTH),
         mesh,
         remat,
-        adapters(lora),
+        adapters(lora, program.SPEC),
     )
 
 
@@ -79,9 +79,8 @@ def test_a_step_is_that_of_dense_matrices(program, base, one_device, kind, remat
     trained, frozen = add_adapters(program.SPEC, base, LORA, 5)
     trained, data = stirred(trained), program.data(kind, 32)(0)
     (batch, examples), h = data.micros[0], hyper(kind, data, 0.3)
-    grads, sums, s = compiled(program, kind, one_device, remat=remat).gradient(
-        trained, frozen, batch, examples, h
-    )
+    steps = compiled(program, kind, one_device, remat=remat)
+    grads, sums, s = steps.gradient(trained, frozen, batch, examples, h, steps.zeros())
     graphdef, _ = abstract(program.SPEC)
 
     @jax.jit
@@ -125,13 +124,16 @@ def test_nothing_of_the_bases_shapes_is_computed(program, base, shape):
     sizes |= {
         tuple(sorted((spec.heads * spec.head_width, spec.width)))
     }  # of o, as it is multiplied
+    # On a mesh, products are those of a device's share.
     sizes |= {
-        tuple(sorted((spec.vocab // max(1, shape.tensor), spec.width)))
-    }  # a device's share of the unembedding
+        tuple(sorted((*size[:i], size[i] // max(1, shape.tensor), *size[i + 1 :])))
+        for size in sizes
+        for i in range(len(size))
+    }
     for lora in (LORA, Lora()):
         steps = compiled(program, "dpo", mesh, lora)
         trained, frozen = add_adapters(program.SPEC, base, lora, 5)
-        arguments = (trained, frozen, batch, examples, h)
+        arguments = (trained, frozen, batch, examples, h, jax.eval_shape(steps.zeros))
         shapes = [
             tuple(sorted(x)) for x in products(jax.make_jaxpr(steps.gradient)(*arguments).jaxpr)
         ]
@@ -174,6 +176,7 @@ def run(
     return jax.device_get(trained)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_devices_do_not_matter(program, base, one_device, tmp_path):
     whole = run(program, base, tmp_path / "whole", one_device)
     spread = make_mesh(MeshShape(2, 2, 2))
@@ -186,7 +189,7 @@ def test_micro_batches_and_devices_do_not_matter(program, base, one_device, tmp_
     assert first["rewards/margins"] != last["rewards/margins"]
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_resumed_is_uninterrupted_and_another_base_is_refused(
     program, base, one_device, tmp_path, moments
 ):

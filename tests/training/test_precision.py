@@ -52,6 +52,7 @@ def test_products_are_bfloat16_and_parameters_gradients_and_moments_float32(
         batch,
         examples,
         Hyper(*[jax.ShapeDtypeStruct((), jnp.float32)] * 9),
+        jax.eval_shape(steps.zeros),
     )
     traced = jax.make_jaxpr(steps.gradient)(*arguments)
     seen = list(equations(traced.jaxpr))
@@ -89,6 +90,7 @@ def run(program, folder, mesh, dtype="float32", moments="float32", seed=0, kind=
     )
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_follows_the_run_in_float32(program, one_device, tmp_path):
     """Losses differ by at most 1% of their decrease in four steps, with bfloat16 moments too."""
     _, exact = run(program, tmp_path / "float32", one_device)

@@ -185,7 +185,10 @@ def test_learning_rate_warms_up_from_zero_and_ends_at_the_floor():
     np.testing.assert_allclose(learning_rate(10, 10, 1.0, 0, "cosine", 0.1), 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize(
+    "kind",
+    ["kto", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "sft"))],
+)
 def test_a_step_sends_nothing_to_the_devices_unasked(tiny, one_device, tmp_path, kind, monkeypatch):
     """Whichever array of a step is left on the host, training stops: the transfer guard is on."""
     sent, shard = [], loop.shard

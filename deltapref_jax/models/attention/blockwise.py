@@ -132,19 +132,26 @@ def blockwise_attention(
     plan: TilePlan,
     tile: int,
     cap: float = 0.0,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over the tiles of a plan (`plan_tiles` with the same `tile`).
 
-    A cap turns the scores s into cap * tanh(s / cap).
+    A cap turns the scores s into cap * tanh(s / cap); for sinks see `attention.sinks`.
     """
-    return _forward(q, k, v, plan, tile, cap)[0]
+    return _forward(q, k, v, plan, tile, cap, sinks)[0]
+
+
+def _sinks_of_tile(sinks: Float[Array, " N"], groups: int, tile: int) -> Float[Array, "K M"]:
+    """The sink of every query of a tile, as `_group_heads` arranges them."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(groups, -1), tile, axis=1)
 
 
 def _forward(
-    q: Array, k: Array, v: Array, plan: TilePlan, tile: int, cap: float
+    q: Array, k: Array, v: Array, plan: TilePlan, tile: int, cap: float, sinks: Array | None = None
 ) -> tuple[Array, tuple[Any, ...]]:
     K = k.shape[2]
     k_tiles, v_tiles = (_group_heads(x, K, tile) for x in (k, v))
+    of_tile = None if sinks is None else _sinks_of_tile(sinks, K, tile)
 
     def query_tile(_: None, x: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
         row, columns, at, ranges, q_tile = x
@@ -166,9 +173,10 @@ def _forward(
             )
             return new_max, row_sum * rescale + p.sum(axis=-1), out * rescale[..., None] + pv
 
+        # With a sink the sum begins with its exponential, which is 1 while it is the maximum.
         init = (
-            jnp.full(q_tile.shape[:2], MASKED_SCORE),
-            jnp.zeros(q_tile.shape[:2]),
+            jnp.full(q_tile.shape[:2], MASKED_SCORE) if of_tile is None else of_tile,
+            jnp.zeros(q_tile.shape[:2]) if of_tile is None else jnp.ones(q_tile.shape[:2]),
             jnp.zeros(q_tile.shape, jnp.float32),
         )
         row_max, row_sum, out = jax.lax.fori_loop(0, count, key_tile, init)
@@ -180,14 +188,17 @@ def _forward(
     )
     # The names let `decoder.POLICIES` keep both, so that remat does not run attention again.
     out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
-    return out, (q, k, v, plan, out, lse)
+    return out, (q, k, v, plan, out, lse, sinks)
 
 
 def _backward(
     tile: int, cap: float, saved: tuple[Any, ...], g: Float[Array, "B T N H"]
-) -> tuple[Array, Array, Array, None]:
-    """Gradients by FlashAttention-2's equations: ds = p * (g·v - Σ g·out), with p recomputed."""
-    q, k, v, plan, out, lse = saved
+) -> tuple[Array, Array, Array, None, Array | None]:
+    """Gradients by FlashAttention-2's equations: ds = p * (g·v - Σ g·out), with p recomputed.
+
+    A sink's value is 0, so its gradient is -Σ p * (Σ g·out) over all queries of its head.
+    """
+    q, k, v, plan, out, lse, sinks = saved
     K, scale = k.shape[2], q.shape[-1] ** -0.5
     k_tiles, v_tiles = (_group_heads(x, K, tile) for x in (k, v))
     # The softmax's backward pass subtracts Σ g * out per query and head.
@@ -227,9 +238,14 @@ def _backward(
     zeros = (jnp.zeros(k_tiles.shape, jnp.float32), jnp.zeros(v_tiles.shape, jnp.float32))
     inputs = _scan_inputs(plan, *(_group_heads(x, K, tile) for x in (q, g, delta)), lse)
     (dk, dv), dq = jax.lax.scan(query_tile, zeros, inputs)
+    dsinks = None
+    if sinks is not None:
+        p = jnp.exp(_sinks_of_tile(sinks, K, tile) - lse)
+        of_query = p * _group_heads(delta, K, tile).reshape(p.shape)
+        dsinks = -jnp.sum(of_query.reshape(-1, len(sinks), tile), axis=(0, 2)).astype(sinks.dtype)
     dq = _ungroup_heads(dq.reshape(*plan.ranges.first.shape, *dq.shape[1:]), q.shape[2], q.shape[1])
     dk, dv = (_ungroup_heads(x.astype(k.dtype), K, k.shape[1]) for x in (dk, dv))
-    return dq, dk, dv, None
+    return dq, dk, dv, None, dsinks
 
 
 blockwise_attention.defvjp(_forward, _backward)

@@ -8,13 +8,18 @@
 |           |                                           | grid step for every skipped tile         |
 | triton    | GPU, this project's Pallas kernels        | Σ length²; tiles of 128                  |
 |           | (`triton`)                                |                                          |
+| mosaic    | GPU, tokamax's kernels (`mosaic`)         | L² / 2 per row, an L x L mask            |
 
-Splash attention's segment ids cannot express branches: on TPU such rows run blockwise, and so do
-rows split over `context` on every platform. Tiles of other branches are skipped like those of other
-segments. All kernels know windows; splash knows them in rows of up to 32,768 tokens, and on GPU
-capped scores, and windows beside branches, run blockwise.
+Rows split over `context` run blockwise on every platform. Tiles of other branches are skipped like
+those of other segments. All kernels know windows; splash knows them, and branches, in rows of up to
+32,768 tokens. On GPU capped scores, and windows beside branches, run on mosaic where tokamax is
+installed and blockwise elsewhere, and so do all rows once JAX has no Triton backend any more. All
+kernels but mosaic know sinks.
 """
 
+import functools
+import importlib.util
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +36,8 @@ from deltapref_jax.models.attention.masks import Visibility, packed_mask, visibl
 from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.models.spec import ModelSpec
 
+_logger = logging.getLogger(__name__)
+
 TILE = 128
 """Tile of `blockwise` on accelerators; shorter rows are not cut into tiles on any platform."""
 CPU_TILE = 64
@@ -44,8 +51,9 @@ def select_kernel(
     split: bool,
     windowed: bool = False,
     capped: bool = False,
+    sinks: bool = False,
 ) -> str:
-    """Returns the kernel for packed rows: "dense", "blockwise", "splash" or "triton".
+    """Returns the kernel for packed rows: "dense", "blockwise", "splash", "triton" or "mosaic".
 
     A row of one tile has nothing to skip and runs dense. On CPU blockwise was faster than dense at
     every length measured (256 to 1024, rows of one segment included).
@@ -57,35 +65,56 @@ def select_kernel(
       split: whether each row is split over several devices (the mesh axis `context`).
       windowed: whether a layer has a window.
       capped: whether scores are capped.
+      sinks: whether heads have sinks.
     """
     if length <= TILE and not split:
         return "dense"
-    if platform in ("gpu", "cuda") and not split and not capped and not (branched and windowed):
-        return "triton"
-    # The longest row that `splash.MAX_WINDOW_ROW` allows; Pallas is not imported for it.
-    if platform == "tpu" and not split and not branched and (not windowed or length <= 1 << 15):
+    if platform in ("gpu", "cuda") and not split:
+        return _gpu_kernel(capped or (branched and windowed), length > 8192 or sinks)
+    # The longest row that `splash.MAX_ROW` allows; Pallas is not imported for it.
+    if platform == "tpu" and not split and (not (branched or windowed) or length <= 1 << 15):
         return "splash"
     return "blockwise"
 
 
-def shares_prompts(mesh: Mesh | None, length: int, spec: ModelSpec) -> bool:
+@functools.cache
+def _gpu_kernel(beyond_triton: bool, beyond_mosaic: bool) -> str:
+    """Returns the kernel on GPU by what is installed, and logs it.
+
+    Args:
+      beyond_triton: whether rows have what `triton` does not compute.
+      beyond_mosaic: whether rows are longer than `mosaic.MAX_ROW`, or heads have sinks.
+    """
+    # The project's kernels come first while their backend exists, because they skip tiles.
+    if importlib.util.find_spec("jax.experimental.pallas.triton") and not beyond_triton:
+        kernel, reason = "triton", "this project's Pallas kernels on Triton"
+    elif importlib.util.find_spec("tokamax") and not beyond_mosaic:
+        kernel, reason = "mosaic", "tokamax's Mosaic kernels"
+    else:
+        kernel, reason = "blockwise", "plain XLA"
+    _logger.warning("Attention over packed rows runs on %s: %s.", kernel, reason)
+    return kernel
+
+
+def shares_prompts(platform: str, split: bool, length: int, spec: ModelSpec) -> bool:
     """Returns whether completions of one prompt are packed as branches behind one copy of it.
 
     They are where rows of `length` tokens run on the same kernel with and without branches:
     otherwise the branches would cost the faster kernel. Not where LongRoPE has two lists of
-    factors: a prompt's numbers would depend on the length of each completion.
+    factors: a prompt's numbers would depend on the length of each completion. `platform` and
+    `split` are as in `select_kernel`.
     """
     if any(0 < rope.original < length for rope in spec.ropes):
         return False
-    split = mesh is not None and mesh.shape["context"] > 1
     unbranched, branched = (
         select_kernel(
-            platform_of(mesh),
+            platform,
             length,
             branches,
             split,
             any(spec.windows),
             bool(spec.attention_cap),
+            spec.sinks,
         )
         for branches in (False, True)
     )
@@ -133,7 +162,14 @@ def _zigzag_exchange(x: Array, devices: int, inverse: bool = False) -> Array:
 
 
 def _context_parallel(
-    q: Array, k: Array, v: Array, visibility: Visibility, devices: int, tile: int, cap: float
+    q: Array,
+    k: Array,
+    v: Array,
+    visibility: Visibility,
+    sinks: Array | None,
+    devices: int,
+    tile: int,
+    cap: float,
 ) -> Array:
     """Attention of rows split over `context`: all-gathered keys and values, exchanged queries."""
     gathered = jax.tree.map(
@@ -146,24 +182,38 @@ def _context_parallel(
     tile = min(tile, max(1, q.shape[1] // 2))
     q = _zigzag_exchange(q, devices)
     plan = plan_tiles(Visibility(until, positions, visibility.window), tile, columns)
-    return _zigzag_exchange(blockwise_attention(q, k, v, plan, tile, cap), devices, inverse=True)
+    out = blockwise_attention(q, k, v, plan, tile, cap, sinks)
+    return _zigzag_exchange(out, devices, inverse=True)
 
 
 def _run_kernel(
-    kernel: str, q: Array, k: Array, v: Array, visibility: Any, tile: int, cap: float
+    kernel: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    visibility: Any,
+    windows: tuple[int, ...],
+    sinks: Array | None,
+    tile: int,
+    cap: float,
 ) -> Array:
     """Attention of whole rows on one device; `visibility` is the kernel's form of the mask."""
     # Pallas for a platform is imported where that platform is used: elsewhere it only costs time.
     if kernel == "triton":
         from deltapref_jax.models.attention.triton import triton_attention
 
-        return triton_attention(q, k, v, visibility.until)
+        return triton_attention(q, k, v, visibility.until, sinks=sinks)
+    if kernel == "mosaic":
+        from deltapref_jax.models.attention.mosaic import mosaic_attention
+
+        return mosaic_attention(q, k, v, visibility, cap)
     if kernel == "splash":
         from deltapref_jax.models.attention.splash import splash_attention
 
-        return splash_attention(q, k, v, visibility[0], visibility[1], cap)
+        segments, branches, kind = visibility
+        return splash_attention(q, k, v, segments, branches, windows, kind, cap, sinks=sinks)
     tile = min(tile, q.shape[1])
-    return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile, cap)
+    return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile, cap, sinks)
 
 
 def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None, int]:
@@ -181,7 +231,7 @@ def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None,
 
 Attend = Callable[..., Array]
 """Attention of a layer: (queries [B, L, N, H], keys and values [B, L, K, H], `kind`: the index of
-the layer's window) to [B, L, N, H]."""
+the layer's window, `sinks` [N] or None) to [B, L, N, H]."""
 
 
 def packed_attention(
@@ -192,12 +242,14 @@ def packed_attention(
     positions: Int[Array, "B L"] | None = None,
     windows: Sequence[int] = (0,),
     cap: float = 0.0,
+    sinks: bool = False,
 ) -> Attend:
     """Returns attention among the tokens of packed rows as a function of queries, keys, values.
 
     The function's fourth argument says which of `windows` the layer has, as an index; it may be
-    traced, so that a scan over layers of different windows compiles one layer. The mask is that of
-    `masks.packed_mask`; what the output holds at padding differs by kernel.
+    traced, so that a scan over layers of different windows compiles one layer. Its fifth has the
+    sinks of the layer's heads (`attention.sinks`). The mask is that of `masks.packed_mask`; what
+    the output holds at padding differs by kernel.
 
     Args:
       segments: 1 upward, a contiguous run per sequence; 0 is padding.
@@ -205,27 +257,37 @@ def packed_attention(
         are none.
       mesh: rows lie over data and fsdp, heads over tensor, columns over context; None means one
         device.
-      kernel: "dense", "blockwise", "splash" or "triton"; "" means that of `select_kernel`.
+      kernel: one of those that `select_kernel` returns; "" means that of `select_kernel`.
       positions: position of each token in its own sequence; read with branches and windows alone.
       windows: positions that a query sees, its own included, in layers of each kind; 0 means all.
       cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
+      sinks: whether layers have sinks.
     """
     length = segments.shape[1]
     context = mesh.shape["context"] if mesh is not None else 1
     kernel = kernel or select_kernel(
-        platform_of(mesh), length, branches is not None, context > 1, any(windows), bool(cap)
+        platform_of(mesh),
+        length,
+        branches is not None,
+        context > 1,
+        any(windows),
+        bool(cap),
+        sinks,
     )
     # Computed here and not in the returned function, so that all layers share them.
     if kernel == "dense":
         masks = [packed_mask(segments, branches, window, positions) for window in windows]
-        return lambda q, k, v, kind=0: dense_attention(q, k, v, _select(masks, kind), cap)
+        return lambda q, k, v, kind=0, sinks=None: dense_attention(
+            q, k, v, _select(masks, kind), cap, sinks
+        )
 
     tile = CPU_TILE if platform_of(mesh) == "cpu" else TILE
-    if kernel == "splash":
-        # A window of a row's length hides nothing, and is a number as the others are.
-        sizes = [min(w or length, length) if any(windows) else None for w in windows]
-        visibilities: list[Any] = [(segments, size) for size in sizes]
-        specs: Any = (BATCH, PartitionSpec())
+    if kernel == "mosaic":
+        visibilities: list[Any] = [packed_mask(segments, branches, w, positions) for w in windows]
+        specs: Any = PartitionSpec(BATCH[0], None, None)
+    elif kernel == "splash":
+        visibilities = [(segments, branches, kind) for kind in range(len(windows))]
+        specs = (BATCH, BATCH, PartitionSpec())
     elif branches is not None and any(windows):
         until = visible_until(segments, branches)
         visibilities = [Visibility(until, positions, window or length) for window in windows]
@@ -234,15 +296,19 @@ def packed_attention(
         visibilities = [Visibility(visible_until(segments, branches, w)) for w in windows]
         specs = Visibility(BATCH)
 
-    def attend(q: Array, k: Array, v: Array, visibility: Any) -> Array:
+    def attend(q: Array, k: Array, v: Array, visibility: Any, sinks: Array | None) -> Array:
         if context > 1:
-            return _context_parallel(q, k, v, visibility, context, tile, cap)
-        return _run_kernel(kernel, q, k, v, visibility, tile, cap)
+            return _context_parallel(q, k, v, visibility, sinks, context, tile, cap)
+        return _run_kernel(kernel, q, k, v, visibility, tuple(windows), sinks, tile, cap)
 
     if mesh is None or mesh.size == 1:
-        return lambda q, k, v, kind=0: attend(q, k, v, _select(visibilities, kind))
+        return lambda q, k, v, kind=0, sinks=None: attend(
+            q, k, v, _select(visibilities, kind), sinks
+        )
 
-    def attend_sharded(q: Array, k: Array, v: Array, kind: Any = 0) -> Array:
+    def attend_sharded(
+        q: Array, k: Array, v: Array, kind: Any = 0, sinks: Array | None = None
+    ) -> Array:
         heads, copies = _head_sharding(q.shape[2], k.shape[2], mesh.shape["tensor"])
         # Every device of `tensor` needs a key head of its own.
         k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
@@ -250,10 +316,10 @@ def packed_attention(
         return jax.shard_map(
             attend,
             mesh=mesh,
-            in_specs=(tokens, tokens, tokens, specs),
+            in_specs=(tokens, tokens, tokens, specs, PartitionSpec(heads)),
             out_specs=tokens,
             check_vma=False,
-        )(q, k, v, _select(visibilities, kind))
+        )(q, k, v, _select(visibilities, kind), sinks)
 
     return attend_sharded
 

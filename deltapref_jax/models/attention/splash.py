@@ -19,32 +19,38 @@ a row.
 
 The rows are concatenated because the table is a scalar-prefetch argument: under `vmap` Pallas would
 loop over the rows, with a copy of each. No tile crosses the border of two rows, so rows may repeat
-segment numbers. The kernel compares columns and segments inside a tile.
+segment numbers. The kernel compares columns and segments inside a tile, and in rows with branches
+the ends of trunks and branches, which it gets as one integer per query.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from jaxtyping import Array, Float, Int
 
-from deltapref_jax.models.attention.masks import last_query_tile, tile_ranges, visible_until
+from deltapref_jax.models.attention.masks import visible_until
 
 LANES = 128
 """Lanes of a TPU's vector registers: rows are padded to a multiple of them."""
 _ROW_BITS = 15
-MAX_WINDOW_ROW = 1 << _ROW_BITS
-"""Rows with a window are at most this long: the kernel gets one integer per query, which holds the
-query's column and the first column that it sees."""
+MAX_ROW = 1 << _ROW_BITS
+"""Rows with windows or branches are at most this long: the kernel gets one integer per query, which
+holds two columns."""
+_KINDS = 4
+"""Windows that a query's integer tells apart beside its branch."""
 TILES = (512, 256, LANES)
 """Tile sizes in order of preference; the first that divides the padded row is used. Wide tiles mean
 few grid steps; the widest takes half a MiB of a core's memory."""
 
 
 def splash_tables(
-    segments: Int[Array, "B L"], tile: int, window: Array | int | None = None
+    until: Int[Array, "B L"], tile: int, order: Any
 ) -> tuple[mask_info.MaskInfo, mask_info.MaskInfo]:
     """Builds the kernel's tables for whole rows (L is a multiple of `tile`).
 
@@ -58,33 +64,41 @@ def splash_tables(
     MiB of a v5e then holds 2,700 query blocks.
 
     Args:
-      segments: 1 upward, a contiguous run per sequence; 0 is padding.
+      until: `masks.visible_until` of the keys.
       tile: a divisor of L.
-      window: positions that a query sees, its own included; None means all.
+      order: what the kernel's mask function gets of each query, int32 [B * L].
     """
-    B, T = segments.shape[0], segments.shape[1] // tile
-    i, row = jnp.arange(T), jnp.arange(B)[:, None, None] * T
-    until, column = visible_until(segments), jnp.arange(segments.shape[1])
-    order: Any = jnp.arange(segments.size, dtype=jnp.int32)
-    if window is not None:
-        until = jnp.minimum(until, column + window)
-        first_seen = jnp.maximum(column - window + 1, 0)
-        order = jnp.tile((first_seen << _ROW_BITS) | column, B).astype(jnp.int32)
-    first = tile_ranges(until, column.reshape(T, tile)).first
-    last = last_query_tile(until, tile)
+    B, T = until.shape[0], until.shape[1] // tile
+    i, j = jnp.arange(T)[:, None], jnp.arange(T)
+    ends = jnp.max(until.reshape(B, 1, T, tile), axis=3)
+    # A key block is computed if it begins at or before the last query, and one of its keys is
+    # visible to the first query or beyond. A block is always computed with itself.
+    computed = (j <= i) & (i * tile < ends)
 
-    def table(low: Array, high: Array) -> tuple[Array, Array]:
-        """Returns (data_next, block_mask) of blocks that read blocks `low` to `high`."""
-        computed, nearest = (low <= i) & (i <= high), row + jnp.clip(i, low, high)
-        return (
-            nearest.astype(jnp.int16).reshape(1, B * T, T),
-            computed.astype(jnp.int8).reshape(1, B * T, T),
-        )
+    def table(axis: int) -> mask_info.MaskInfo:
+        """Returns the table whose lines are along `axis` of [B, T, T]."""
+        # The nearest block before that is computed; in front of the first one, that one.
+        n = jax.lax.broadcasted_iota(jnp.int32, computed.shape, axis)
+        before = jax.lax.cummax(jnp.where(computed, n, -1), axis=axis)
+        first = jnp.argmax(computed, axis=axis, keepdims=True)
+        nearest = jnp.where(before < 0, first, before) + jnp.arange(B)[:, None, None] * T
 
-    data_next, block_mask = table(first[..., None], i[:, None])
-    forward = mask_info.MaskInfo(data_next, None, block_mask, None, order)
-    data_next, block_mask = (x.swapaxes(1, 2) for x in table(i[:, None], last[..., None]))
-    return forward, mask_info.MaskInfo(data_next, None, block_mask, None, order)
+        numbers: list[Any] = [nearest.astype(jnp.int16), computed.astype(jnp.int8)]
+        # Lines of the forward table lie one below the other, of the backward table side by side.
+        numbers = [
+            x.reshape(1, -1, T) if axis == 2 else jnp.moveaxis(x, 0, 1).reshape(1, T, -1)
+            for x in numbers
+        ]
+        return mask_info.MaskInfo(numbers[0], None, numbers[1], None, order)
+
+    return table(2), table(1)
+
+
+def _window_order(length: int, rows: int, window: Array | int) -> Int[Array, " N"]:
+    """One integer per query: its column, and above it the first column that it sees."""
+    column = jnp.arange(length)
+    first_seen = jnp.maximum(column - window + 1, 0)
+    return jnp.tile((first_seen << _ROW_BITS) | column, rows).astype(jnp.int32)
 
 
 def _sees_within_row(length: int) -> Callable[[Array, Array], Array]:
@@ -92,9 +106,86 @@ def _sees_within_row(length: int) -> Callable[[Array, Array], Array]:
 
     def sees(query: Array, key: Array) -> Array:
         column = key % length
-        return ((query & (MAX_WINDOW_ROW - 1)) >= column) & ((query >> _ROW_BITS) <= column)
+        return ((query & (MAX_ROW - 1)) >= column) & ((query >> _ROW_BITS) <= column)
 
     return sees
+
+
+def _branch_order(
+    segments: Int[Array, "B L"], branches: Int[Array, "B L"], kind: Array | int
+) -> Int[Array, " N"]:
+    """One integer per query: the end of its trunk, the begin of its branch, and its layer's kind.
+
+    Both columns are 0 for a query of a trunk, which sees what lies before it in its segment. A
+    trunk lies in front of its branches.
+    """
+    column = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+
+    def starts(*numbers: Array) -> Array:
+        """Whether a token is the first of a run in which all numbers are equal."""
+        different = [x[:, 1:] != x[:, :-1] for x in numbers]
+        return jnp.pad(
+            functools.reduce(jnp.logical_or, different),
+            ((0, 0), (1, 0)),
+            "constant",
+            constant_values=True,
+        )
+
+    def newest(condition: Array) -> Array:
+        """The last column at or before each token where the condition holds."""
+        return jax.lax.cummax(jnp.where(condition, column, 0), axis=1)
+
+    before = jnp.pad(branches[:, :-1], ((0, 0), (1, 0)))
+    first_branch = (branches > 0) & (starts(segments) | (before == 0))
+    trunk_end, begin = newest(first_branch), newest(starts(segments, branches))
+    code = jnp.where(branches > 0, (begin << _ROW_BITS) | trunk_end, 0)
+    return (code | (jnp.asarray(kind, jnp.int32) << (2 * _ROW_BITS))).ravel()
+
+
+def _sees_branches(
+    length: int, tile: int, windows: tuple[int, ...]
+) -> Callable[[Array, Array], Array]:
+    """Returns the kernel's mask function where queries hold their branch (`_branch_order`).
+
+    An integer has no room for a query's own column beside them. The kernel's position in its grid
+    gives that: queries are the rows of a tile, [tile, tile], except in the gradient of keys, whose
+    tiles are [tile / 2, tile] (`_sizes`).
+    """
+    low = MAX_ROW - 1
+
+    def sees(query: Array, key: Array) -> Array:
+        keys_first = key.shape[0] < key.shape[1]
+        block = pl.program_id(2) if keys_first else pl.program_id(1) % (length // tile)
+        at = block * tile + jax.lax.broadcasted_iota(jnp.int32, key.shape, int(keys_first))
+        column = key % length
+        trunk_end, begin = query & low, (query >> _ROW_BITS) & low
+        # Positions of a branch continue from its trunk, so a trunk's key is nearer by the columns
+        # between the two.
+        distance = at - column
+        in_trunk, own = column < trunk_end, column >= begin
+        if any(windows):
+            kind = (query >> (2 * _ROW_BITS)) & (_KINDS - 1)
+            window: Any = length
+            for i, size in enumerate(windows):
+                window = jnp.where(kind == i, size or length, window)
+            in_trunk &= distance - (begin - trunk_end) < window
+            own &= distance < window
+        return (distance >= 0) & (in_trunk | own)
+
+    return sees
+
+
+def _sizes(tile: int, keys: int) -> kernel.BlockSizes:
+    """Tiles of the kernel; `keys` of a tile are computed at a time in the gradient of keys."""
+    return kernel.BlockSizes(
+        block_q=tile,
+        block_kv=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_kv_dkv_compute=keys,
+        block_q_dq=tile,
+        block_kv_dq=tile,
+    )
 
 
 def splash_attention(
@@ -102,9 +193,12 @@ def splash_attention(
     k: Float[Array, "B L K H"],
     v: Float[Array, "B L K H"],
     segments: Int[Array, "B L"],
-    window: Array | int | None = None,
+    branches: Int[Array, "B L"] | None = None,
+    windows: tuple[int, ...] = (0,),
+    kind: Array | int = 0,
     cap: float = 0.0,
     interpret: bool = False,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B L N H"]:
     """Attention within the segments of whole rows.
 
@@ -115,25 +209,37 @@ def splash_attention(
       k: keys, before their repetition for groups of query heads.
       v: values.
       segments: 1 upward, a contiguous run per sequence; 0 is padding.
-      window: positions that a query sees, its own included; None means all. It may be traced, so
-        that layers of different windows share one program; rows are then at most `MAX_WINDOW_ROW`
-        long.
+      branches: 0 for the trunk, which comes first in its segment, 1 upward for branches; None
+        where there are none.
+      windows: positions that a query sees, its own included, in layers of each kind; 0 means all.
+        Rows with windows or branches are at most `MAX_ROW` long, and with both there are at most
+        four kinds, which no family exceeds.
+      kind: the index of the layer's window. It may be traced, so that layers of different windows
+        share one program.
       cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
       interpret: whether to run the kernel's program in XLA, on any device.
+      sinks: see `attention.sinks`; None means that there are none.
     """
     B, L, N, H = q.shape
-    padding = -L % LANES
-    tile = next(tile for tile in TILES if (L + padding) % tile == 0)
+    padding = -L % (LANES if branches is None else 2 * LANES)
+    length = L + padding
+    tile = next(tile for tile in TILES if length % tile == 0)
     ids = jnp.pad(segments, ((0, 0), (0, padding)))
-    forward, backward = splash_tables(ids, tile, window)
-    sizes = kernel.BlockSizes(
-        block_q=tile,
-        block_kv=tile,
-        block_q_dkv=tile,
-        block_kv_dkv=tile,
-        block_q_dq=tile,
-        block_kv_dq=tile,
-    )
+    until, sizes = visible_until(ids), _sizes(tile, tile)
+    sees: Any = jnp.greater_equal
+    # Causality: compares the columns of queries and keys, counted over the concatenated rows.
+    order: Any = jnp.arange(ids.size, dtype=jnp.int32)
+    if branches is not None:
+        tree = jnp.pad(branches, ((0, 0), (0, padding)))
+        until, order = visible_until(ids, tree), _branch_order(ids, tree, kind)
+        sizes, sees = _sizes(tile, tile // 2), _sees_branches(length, tile, windows)
+    elif any(windows):
+        # A window of a row's length hides nothing, and is a number as the others are.
+        window = jnp.asarray([min(w or length, length) for w in windows])[kind]
+        until = jnp.minimum(until, jnp.arange(length) + window)
+        order = _window_order(length, B, window)
+        sees = _sees_within_row(length)
+    forward, backward = splash_tables(until, tile, order)
     run = kernel.SplashAttentionKernel(
         forward,
         forward,
@@ -145,18 +251,19 @@ def splash_attention(
         attn_logits_soft_cap=cap or None,
         # The name lets `decoder.POLICIES` keep the output, so that remat does not run it again.
         residual_checkpoint_name="attention",
-        # Causality: compares the columns of queries and keys, counted over the concatenated rows.
-        mask_function=jnp.greater_equal if window is None else _sees_within_row(L + padding),
+        mask_function=sees,
         interpret=interpret,
     )
 
     def concatenate_rows(x: Array) -> Array:
-        """[B, L, heads, H] to [heads, B * (L + padding), H]."""
+        """[B, L, heads, H] to [heads, B * length, H]."""
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
         return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 1, 0)
 
     segment_ids = kernel.SegmentIds(ids.ravel(), ids.ravel())
     # The kernel does not scale its scores.
     scaled_q = concatenate_rows((q * H**-0.5).astype(q.dtype))
-    out: Any = run(scaled_q, concatenate_rows(k), concatenate_rows(v), segment_ids)
-    return jnp.moveaxis(out, 0, 1).reshape(B, L + padding, N, H)[:, :L]
+    if sinks is not None:
+        sinks = sinks.astype(q.dtype)  # the dtype that the kernel's gradient has
+    out: Any = run(scaled_q, concatenate_rows(k), concatenate_rows(v), segment_ids, sinks)
+    return jnp.moveaxis(out, 0, 1).reshape(B, length, N, H)[:, :L]

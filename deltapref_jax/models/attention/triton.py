@@ -35,6 +35,7 @@ from deltapref_jax.models.attention.masks import (
     last_query_tile,
     tile_ranges,
 )
+from deltapref_jax.models.attention.sinks import join_sinks
 
 _LOG2E = math.log2(math.e)
 
@@ -219,8 +220,9 @@ def _attention(
     last: Array,
     scale: float,
     interpret: bool,
+    sinks: Array | None = None,
 ) -> Array:
-    return _forward(q, k, v, until, ranges, last, scale, interpret)[0]
+    return _forward(q, k, v, until, ranges, last, scale, interpret, sinks)[0]
 
 
 # Under `jax.jit`, because remat drops an unused call of a jitted function, but never a bare
@@ -252,19 +254,21 @@ def _forward(
     last: Array,
     scale: float,
     interpret: bool,
-) -> tuple[Array, tuple[Array, ...]]:
+    sinks: Array | None = None,
+) -> tuple[Array, tuple[Array | None, ...]]:
+    out, lse = _call_forward(q, k, v, until, ranges, scale, interpret)
+    if sinks is not None:
+        # The backward kernels read this log-sum-exp, so that they need not know of the sinks.
+        out, lse = join_sinks(out, lse, sinks.astype(jnp.float32) * _LOG2E)
     # The names let `decoder.POLICIES` keep both, so that remat does not run attention again.
-    out, lse = (
-        checkpoint_name(x, "attention")
-        for x in _call_forward(q, k, v, until, ranges, scale, interpret)
-    )
-    return out, (q, k, v, until, ranges, last, out, lse)
+    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
+    return out, (q, k, v, until, ranges, last, out, lse, sinks)
 
 
 def _backward(
-    scale: float, interpret: bool, saved: tuple[Array, ...], g: Array
+    scale: float, interpret: bool, saved: tuple[Any, ...], g: Array
 ) -> tuple[Array | None, ...]:
-    q, k, v, until, ranges, last, out, lse = saved
+    q, k, v, until, ranges, last, out, lse, sinks = saved
     launch = _Launch(q, k, scale, interpret)
     # The softmax's backward pass subtracts Σ g * out per query and head.
     delta = jnp.einsum("blnh,blnh->bnl", g.astype(jnp.float32), out.astype(jnp.float32))
@@ -305,7 +309,11 @@ def _backward(
         name="packed_attention_dkv",
         **launch.common,
     )(q, k, v, g, lse, delta, until, last)
-    return dq, dk, dv, None, None, None
+    dsinks = None
+    if sinks is not None:
+        p = jnp.exp2(sinks.astype(jnp.float32)[:, None] * _LOG2E - lse)
+        dsinks = -jnp.sum(p * delta, axis=(0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, None, None, None, dsinks
 
 
 _attention.defvjp(_forward, _backward)
@@ -317,6 +325,7 @@ def triton_attention(
     v: Float[Array, "B L K H"],
     until: Int[Array, "B L"],
     interpret: bool = False,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B L N H"]:
     """Attention of whole rows; the output at padding is finite and has no meaning.
 
@@ -329,6 +338,7 @@ def triton_attention(
       v: values.
       until: `masks.visible_until`.
       interpret: whether to run the kernels' programs in XLA, on any device.
+      sinks: see `attention.sinks`; None means that there are none.
     """
     L, H = q.shape[1], q.shape[3]
     width = max(16, pl.next_power_of_2(H))
@@ -342,4 +352,5 @@ def triton_attention(
     ranges = tile_ranges(until, jnp.arange(until.shape[1]).reshape(-1, tile))
     bounds = jnp.stack([ranges.first, ranges.gap, ranges.back], axis=1)
     last = last_query_tile(until, tile)
-    return _attention(q, k, v, until, bounds, last, H**-0.5, interpret)[:, :L, :, :H]
+    out = _attention(q, k, v, until, bounds, last, H**-0.5, interpret, sinks)
+    return out[:, :L, :, :H]

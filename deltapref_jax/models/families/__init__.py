@@ -6,6 +6,7 @@ A family is a `Family`: the fields of config.json that it reads, what they mean 
 
 from deltapref_jax.models.families import (
     gemma,
+    gpt_oss,
     llama,
     mistral,
     nemotron,
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         olmo.OLMO3,
         phi.PHI3,
         nemotron.NEMOTRON,
+        gpt_oss.GPT_OSS,
     )
 }
 """Families by the model_type of their config.json."""

@@ -18,6 +18,7 @@ NEMOTRON = Family(
     "nemotron",
     "NemotronForCausalLM",
     _read,
+    epsilon="norm_eps",
     reads=("attention_bias", "mlp_bias", "partial_rotary_factor"),
     partial_rotary=True,
     gguf="nemotron",

@@ -5,9 +5,11 @@ from typing import Any
 from deltapref_jax.models.families.family import (
     Family,
     Fields,
+    active_experts,
     attention_biases,
     layers_by_type,
     one_window,
+    size,
 )
 from deltapref_jax.models.spec import Experts
 
@@ -31,19 +33,14 @@ def _qwen3_moe(config: Any) -> Fields:
             f"{config.decoder_sparse_step} in config.json; only models whose layers all have "
             "experts are supported ([] and 1)."
         )
-    if not 0 < config.num_experts_per_tok <= config.num_local_experts:
-        raise ValueError(
-            f"num_experts_per_tok is {config.num_experts_per_tok} in config.json and there are "
-            f"{config.num_local_experts} experts; it must be from 1 to their number."
-        )
     return {
         "biases": attention_biases(config),
         "qk_norm": "head",
         "pattern": one_window(config),
         "experts": Experts(
             config.num_local_experts,
-            config.num_experts_per_tok,
-            config.moe_intermediate_size,
+            active_experts(config),
+            size("moe_intermediate_size", config.moe_intermediate_size),
             bool(config.norm_topk_prob),
         ),
     }

@@ -1,0 +1,456 @@
+"""Effects of arms on one domain: paired changes, with the noise of questions and of training.
+
+The change of an arm is the mean over suites of the mean over questions of the accuracy after
+training minus the accuracy before. Two things make it uncertain:
+
+- Questions: another draw of questions, or of answers to them, would have given another mean. The
+  questions of every suite are resampled with the gaps of an arm averaged over its runs, so that the
+  noise of sampled answers is counted once, and falls with the runs.
+- Training: another seed, or another draw of the pairs, would have given another policy. The
+  variance of a run's main effect (what shifts all questions of a run alike) is a component: the
+  variance of the runs' means, minus the share of it that the interaction of runs and questions
+  explains (Searle, Casella & McCulloch, Variance Components, 1992). It is pooled over all arms that
+  have several runs, and arms of one run borrow it.
+
+All effects of a domain share the draws of questions, so the draws of every linear combination of
+arms (a contrast, a slope) are the combination of their draws. A variance that few runs have
+measured is uncertain itself: the draws of a combination are widened as Student's t is against the
+normal distribution, with the degrees of freedom of its whole variance (Satterthwaite 1946).
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from scipy import linalg, optimize, special
+
+from deltapref_jax.analysis.page import Measured
+from deltapref_jax.analysis.statistics import Answers, Estimate, Read, by_question
+from deltapref_jax.config import Run
+
+Key = TypeVar("Key", bound=Hashable)
+
+DRAWS = 4000
+_BLOCK = 500  # draws made at a time, which bounds the memory
+_FEW = 10  # discordant questions below which the exact interval replaces the bootstrap's
+_Z95 = float(special.ndtri(0.975))
+
+
+class Component(NamedTuple):
+    """An estimated variance of training, in squared points of a domain's accuracy."""
+
+    mean_square: float  # observed variance of means
+    rest: float  # the share of it that questions and inner runs explain
+    freedom: int  # degrees of freedom of `mean_square`
+
+    @property
+    def variance(self) -> float:
+        """The component: what the rest does not explain, at least 0."""
+        return max(0.0, self.mean_square - self.rest)
+
+
+class Noise(NamedTuple):
+    """The components of training's variance; None where no arm measures one."""
+
+    seed: Component | None
+    draw: Component | None
+
+
+class Effect(NamedTuple):
+    """A linear combination of changes, in points."""
+
+    estimate: Estimate
+    p: float  # two-sided; below 0.05 where the interval excludes 0
+    bound: float  # the effect is equivalent to 0 at every margin from here (TOST at 5%)
+    draws: np.ndarray  # [DRAWS], around the estimate; joint with all others of the domain
+    questions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """Changes of all arms in one domain."""
+
+    names: tuple[str, ...]
+    gaps: np.ndarray  # [arms, n] in points: a row's sum is the arm's change
+    by_question: np.ndarray  # [arms, DRAWS] deviations by the draw of questions
+    by_run: np.ndarray  # [arms, DRAWS] deviations by seeds and draws of pairs
+    # [arms, components] of a seed's and of a draw's variance that an arm's mean has; of several
+    # students, of those of each in turn
+    shares: np.ndarray
+    noise: tuple[Component | None, ...]  # one per column of `shares`
+    chance: np.ndarray  # [DRAWS] from 0 to 1: how far the estimated variance is off
+
+    def change(self, arm: str) -> Effect:
+        """Accuracy after training minus before."""
+        return self.combined({arm: 1.0})
+
+    def contrast(self, a: str, b: str) -> Effect:
+        """Change of a minus change of b, paired by the questions that they share."""
+        return self.combined({a: 1.0, b: -1.0} if a != b else {})
+
+    def slope(self, x: Mapping[str, float]) -> Effect | None:
+        """Least-squares slope of changes on x by arm; None below 3 arms or at one x.
+
+        It tests "a larger delta helps more". The error of x is not in the interval.
+        """
+        weights = slope_weights(x)
+        return None if weights is None else self.combined(weights)
+
+    def combined(self, weights: Mapping[str, float]) -> Effect:
+        """The sum of the arms' changes times their weights."""
+        w = np.zeros(len(self.names))
+        for name, weight in weights.items():
+            w[self.names.index(name)] += weight
+        gaps, by_run, by_question = w @ self.gaps, w @ self.by_run, w @ self.by_question
+        value, n = float(gaps.sum()), self.gaps.shape[1]
+        freedom = self._freedom(w, float(by_question.var() + by_run.var()))
+        # A normal draw over the root of chi-squared / freedom has Student's t distribution.
+        widened = np.sqrt(freedom / special.chdtri(freedom, self.chance))
+        by_run = by_run * widened
+        draws = value + by_question * widened + by_run
+        if few_changed(gaps):
+            estimate = _exact(gaps, float(np.abs(w).max(initial=0)), by_run)
+            toward_0 = value - estimate.low if value > 0 else estimate.high - value
+            p = float(2 * special.ndtr(-_Z95 * abs(value) / toward_0)) if value else 1.0
+            # The limits of 95% are farther out than those of the two one-sided tests.
+            bound = max(abs(estimate.low), abs(estimate.high))
+        else:
+            estimate = Estimate(value, *(float(v) for v in np.percentile(draws, [2.5, 97.5])))
+            beyond = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
+            p = min(1.0, 2 * (1 + beyond) / (1 + len(draws)))
+            bound = float(np.abs(np.percentile(draws, [5, 95])).max())
+        return Effect(estimate, p, bound, draws, n)
+
+    def _freedom(self, w: np.ndarray, variance: float) -> float:
+        """Degrees of freedom of the variance of a combination, which is a sum of mean squares.
+
+        By Satterthwaite, and no fewer than its components have: the formula falls below them where
+        the variance of a component is estimated as 0 and its mean square is not.
+        """
+        if not variance:
+            return float(self.gaps.shape[1])
+        freedoms = [max(1, self.gaps.shape[1] - 1)]
+        squared = float((w @ self.by_question).var()) ** 2 / freedoms[0]
+        for share, component in zip(np.square(w) @ self.shares, self.noise, strict=True):
+            if component and share:
+                squared += float(share * component.mean_square) ** 2 / component.freedom
+                freedoms.append(component.freedom)
+        return max(variance**2 / squared, min(freedoms)) if squared else float(min(freedoms))
+
+
+def slope_weights(x: Mapping[str, float]) -> dict[str, float] | None:
+    """What every arm's change counts in their slope on x; None below 3 arms or at one x."""
+    values = np.array(list(x.values()), float)
+    centred = values - values.mean() if len(values) else values
+    if len(values) < 3 or not centred.any():
+        return None
+    # The slope Σ (x - x̄) y / Σ (x - x̄)² is linear in y.
+    return dict(zip(x, (centred / (centred @ centred)).tolist(), strict=True))
+
+
+def joint(of_students: Mapping[str, Effects], seed: int = 0) -> Effects:
+    """Effects of several students as one, whose arms are named `student/arm`.
+
+    The students answered the same questions and share the draws of them, so that what questions do
+    to both cancels in a difference. Their trainings are taken as independent, and every student
+    keeps the components that its own runs measured.
+
+    Args:
+      of_students: by student, in one domain.
+      seed: of the draws of training.
+
+    Raises:
+      ValueError: the students answered different numbers of questions.
+    """
+    found = list(of_students.values())
+    if len({e.gaps.shape[1] for e in found}) > 1:
+        raise ValueError(
+            f"The students {', '.join(of_students)} answered different numbers of questions; "
+            "evaluate all with the same suites."
+        )
+    names = tuple(f"{student}/{arm}" for student, e in of_students.items() for arm in e.names)
+    shares = linalg.block_diag(*(e.shares for e in found))
+    noise = tuple(component for e in found for component in e.noise)
+    return Effects(
+        names,
+        np.concatenate([e.gaps for e in found]),
+        np.concatenate([e.by_question for e in found]),
+        _by_run(names, shares, noise, seed),
+        shares,
+        noise,
+        found[0].chance,
+    )
+
+
+def effects(
+    before: pa.Table,
+    after: Mapping[str, Mapping[Run, pa.Table]],
+    domain: str,
+    redrawn: Sequence[str] = (),
+    seed: int = 0,
+    read: Read = by_question,
+) -> Effects:
+    """Paired changes of all arms.
+
+    Args:
+      before: rows of `records.Result`, of the student before training.
+      after: arm to run to rows of `records.Result`, on the same questions.
+      domain: "in" or "out".
+      redrawn: arms whose pairs depend on the draw of pairs.
+      seed: of the draws.
+      read: gives the answers of a table in the domain.
+
+    Raises:
+      ValueError: an arm was evaluated on other questions than the student.
+    """
+    base = read(before, domain)
+    gaps = {
+        arm: _gaps(arm, base, {r: read(t, domain) for r, t in runs.items()})
+        for arm, runs in after.items()
+    }
+    sizes = [len(a.questions) for a in base.values()]
+    noise = _components(gaps, sizes)
+    means = np.array([runs.mean(axis=0) for runs, _ in gaps.values()]).reshape(-1, sum(sizes))
+    shares = np.array(
+        [
+            (1 / len(runs), (arm in redrawn) / len({key.draw for key in keys}))
+            for arm, (runs, keys) in gaps.items()
+        ]
+    ).reshape(-1, 2)
+    return Effects(
+        tuple(gaps),
+        means,
+        _resampled(means, sizes, seed),
+        _by_run(tuple(gaps), shares, noise, seed),
+        shares,
+        noise,
+        np.random.default_rng([seed, 1]).random(DRAWS),
+    )
+
+
+def few_changed(gaps: np.ndarray) -> bool:
+    """Whether so few questions have a gap, of [n] in points, that the exact interval holds."""
+    return int(np.count_nonzero(np.abs(gaps) > 1e-9)) < _FEW
+
+
+def detectable(deviations: np.ndarray, power: float = 0.8) -> float:
+    """The smallest true effect that is shown with `power`, in points.
+
+    An effect is shown where its estimate leaves the two-sided 95% interval of no effect. The
+    estimate deviates from a true effect as it does from none, so with probability `power` it is
+    shown if the effect is the sum of both quantiles.
+
+    Args:
+      deviations: draws of an estimate around its expectation, [draws].
+      power: chance of showing an effect of the returned size.
+    """
+    distance = np.abs(deviations - np.median(deviations))
+    # Two-sided: 95% of the draws are nearer; one-sided: `power` of the draws are above.
+    return float(
+        np.quantile(distance, 0.95) + np.quantile(deviations, power) - np.median(deviations)
+    )
+
+
+def planned(student: pa.Table, others: Mapping[str, pa.Table], domain: str) -> float:
+    """The change that an arm of one seed is expected to show with 80% power, before any trains.
+
+    The noise of a paired change depends on how differently the policy answers the questions. The
+    model that differs least from the student, of those already evaluated, stands in for it; without
+    one, answers are taken as independent, which is the most that they can differ. The noise of
+    training comes on top.
+
+    Args:
+      student: rows of `records.Result`.
+      others: other models' rows, on the same questions.
+      domain: "in" or "out".
+    """
+    found = effects(student, {name: {Run(0, 0): t} for name, t in others.items()}, domain)
+    deviations = [row for row in found.by_question if row.std() > 0]
+    if deviations:
+        return detectable(min(deviations, key=lambda row: float(row.std())))
+    variance = 0.0
+    base = by_question(student, domain)
+    for a in base.values():
+        n = len(a.questions)
+        # The unbiased variance of a question's mean; the largest, p (1 - p), where one sample or
+        # equal samples show none, with p pulled off 0 and 1 (Agresti & Coull 1998).
+        within = float(np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1)))
+        if a.samples.min() == 1 or within == 0:
+            share = (float(a.mean.sum()) + 2) / (n + 4)
+            within = share * (1 - share)
+        variance += 2 * within / n
+    return (_Z95 + float(special.ndtri(0.8))) * 100 * math.sqrt(variance) / max(len(base), 1)
+
+
+def _gaps(
+    arm: str, base: Mapping[str, Answers], runs: Mapping[Run, Mapping[str, Answers]]
+) -> tuple[np.ndarray, list[Run]]:
+    """What every question adds to the change of every run, [runs, n] in points, and the runs."""
+    for suite, a in base.items():
+        for run in runs.values():
+            if suite not in run or not np.array_equal(run[suite].questions, a.questions):
+                raise ValueError(
+                    f"Arm {arm!r} and the student answered different questions of suite {suite!r}; "
+                    "evaluate both with the same config."
+                )
+    by_suite = [
+        # Every suite counts the same, however many questions it has.
+        [100 * (run[suite].mean - a.mean) / (len(base) * len(a.questions)) for run in runs.values()]
+        for suite, a in base.items()
+    ]
+    return np.concatenate(by_suite, axis=1), list(runs)
+
+
+def _resampled(gaps: np.ndarray, sizes: Sequence[int], seed: int) -> np.ndarray:
+    """Deviations of every arm's change under resampled questions, [arms, DRAWS].
+
+    All arms share the draws.
+    """
+    blocks = [gaps @ weights.T for weights in _weights(tuple(sizes), seed)]
+    return np.concatenate(blocks, axis=1)
+
+
+def _weights(sizes: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
+    """Weights of resampled questions minus 1, [_BLOCK, n], until there are DRAWS of them.
+
+    The variance of n draws from n questions is (n - 1) / n of what it estimates, which the factor
+    sqrt(n / (n - 1)) makes up for.
+    """
+    rng = np.random.default_rng([seed, 0])
+    for _ in range(DRAWS // _BLOCK):
+        yield np.concatenate(
+            [
+                (rng.multinomial(n, [1 / n] * n, _BLOCK) - 1.0) * math.sqrt(n / max(n - 1, 1))
+                for n in sizes
+            ],
+            axis=1,
+        )
+
+
+def _by_run(
+    names: Sequence[str], shares: np.ndarray, noise: Sequence[Component | None], seed: int
+) -> np.ndarray:
+    """Deviations of every arm's change by seeds and draws of pairs, [arms, DRAWS]."""
+    normal = np.array([_of_name(name, seed).standard_normal(DRAWS) for name in names])
+    variances = shares @ [c.variance if c else 0.0 for c in noise]
+    return np.sqrt(variances)[:, None] * normal.reshape(-1, DRAWS)
+
+
+def _of_name(arm: str, seed: int) -> np.random.Generator:
+    """A generator that hangs on an arm's name, so that other arms do not move its interval."""
+    digest = hashlib.sha256(arm.encode("utf-8", "surrogatepass")).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+
+
+def _components(gaps: Mapping[str, tuple[np.ndarray, list[Run]]], sizes: Sequence[int]) -> Noise:
+    """The components, pooled over all arms with several seeds or several draws of pairs."""
+    seeds, draws = [], []  # (degrees of freedom, mean square, rest), and seeds of a draw
+    for runs, keys in gaps.values():
+        groups = [
+            runs[[key.draw == draw for key in keys]] for draw in dict.fromkeys(k.draw for k in keys)
+        ]
+        seeds += [_mean_square(group, sizes) for group in groups if len(group) > 1]
+        if len(groups) > 1:
+            of_draws = _mean_square(np.stack([group.mean(axis=0) for group in groups]), sizes)
+            draws.append((*of_draws, float(np.mean([1 / len(group) for group in groups]))))
+    seed = _pooled(seeds)
+    draw = _pooled([d[:3] for d in draws])
+    if draw and seed:
+        # The mean of a draw's seeds has a share of their main effects.
+        share = float(np.average([d[3] for d in draws], weights=[d[0] for d in draws]))
+        draw = draw._replace(rest=draw.rest + share * seed.variance)
+    return Noise(seed, draw)
+
+
+def _mean_square(runs: np.ndarray, sizes: Sequence[int]) -> tuple[int, float, float]:
+    """Degrees of freedom, variance of the runs' means, and the interaction's share of it."""
+    freedom = len(runs) - 1
+    square = float(runs.sum(axis=1).var(ddof=1))
+    rest = 0.0
+    for suite in np.split(runs, np.cumsum(sizes)[:-1], axis=1):
+        n = suite.shape[1]
+        if n > 1:
+            residual = suite - suite.mean(axis=0) - suite.mean(axis=1, keepdims=True) + suite.mean()
+            # A sum of n questions has n times the variance of one.
+            rest += n * float((residual**2).sum()) / (freedom * (n - 1))
+    return freedom, square, rest
+
+
+def _pooled(parts: Sequence[tuple[int, float, float]]) -> Component | None:
+    if not parts:
+        return None
+    freedom, squares, rests = zip(*parts, strict=True)
+    return Component(
+        float(np.average(squares, weights=freedom)),
+        float(np.average(rests, weights=freedom)),
+        sum(freedom),
+    )
+
+
+def _exact(gaps: np.ndarray, scale: float, by_run: np.ndarray) -> Estimate:
+    """The interval where few questions changed, which resampling them would make too short.
+
+    Gains and losses are counts of rare events: each has the mid-p limits of a Poisson mean (with
+    none of them 3.0, the rule of three), and the limits of their difference follow from those of
+    both (Zou & Donner, Statistics in Medicine 2008). Without losses it excludes 0 from five gains
+    on, as the mid-p sign test does. The noise of training widens both sides.
+    """
+    value, changed = float(gaps.sum()), np.abs(gaps[np.abs(gaps) > 1e-9])
+    unit = float(changed.mean()) if len(changed) else 100 * scale / len(gaps)
+    gains, losses = (int(np.count_nonzero(s * gaps > 1e-9)) for s in (1, -1))
+    (gain_low, gain_high), (loss_low, loss_high) = map(_poisson_limits, (gains, losses))
+    training = np.diff(np.percentile(by_run, [2.5, 97.5]))[0] / 2
+    below = math.hypot(unit * (gains - gain_low), unit * (loss_high - losses), training)
+    above = math.hypot(unit * (gain_high - gains), unit * (losses - loss_low), training)
+    return Estimate(value, max(value - below, -100.0 * scale), min(value + above, 100.0 * scale))
+
+
+def _poisson_limits(count: int) -> tuple[float, float]:
+    """95% mid-p limits of a Poisson mean: the observed count has half of its probability."""
+
+    def excess(mean: float, tail: float) -> float:
+        below = special.gammaincc(count, mean) if count else 0.0
+        of_count = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        return float(below + of_count / 2 - tail)
+
+    low = optimize.brentq(excess, 1e-12, count + 1.0, args=(0.975,)) if count else 0.0
+    return low, optimize.brentq(excess, 1e-12, 20.0 + 3 * count, args=(0.025,))
+
+
+def measured(found: Mapping[Key, Effect]) -> dict[Key, Measured]:
+    """The effects of one table, their p values adjusted over all of it."""
+    adjusted = max_t(found)
+    return {
+        key: Measured(effect.estimate, effect.p, adjusted[key], effect.bound)
+        for key, effect in found.items()
+    }
+
+
+def max_t(found: Mapping[Key, Effect]) -> dict[Key, float]:
+    """P values that hold for all of the effects together (max-T; Westfall & Young 1993).
+
+    A p value is the share of joint draws in which any of the effects, centred and divided by its
+    standard error, is as far from 0 as this one; their correlation is in the draws.
+    """
+    if not found:
+        return {}
+    draws = np.stack([e.draws - e.estimate.value for e in found.values()])
+    errors = draws.std(axis=1, keepdims=True)
+    # An effect whose questions never changed has no spread, and can't be the largest.
+    largest = np.abs(draws / np.where(errors > 0, errors, np.inf)).max(axis=0)
+    adjusted = {}
+    for name, effect in found.items():
+        # The distance of the effect's own p value, so that an exact one stays exact.
+        own = np.abs(effect.draws - effect.estimate.value) / max(effect.draws.std(), 1e-12)
+        observed = float(np.quantile(own, 1 - effect.p)) if effect.draws.std() > 0 else 0.0
+        # The smallest p value that draws can give says only that the effect is beyond all of them.
+        if effect.p <= 2 / (1 + own.size) and effect.draws.std() > 0:
+            observed = max(observed, abs(effect.estimate.value) / float(effect.draws.std()))
+        adjusted[name] = max(
+            effect.p, (1 + np.count_nonzero(largest >= observed)) / (1 + largest.size)
+        )
+    return adjusted

@@ -1,0 +1,158 @@
+"""What a study's stages read and write, and how a training step is cut into micro-batches.
+
+The counts are those of a dry run (`launch.cost`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from deltapref_jax.artifacts.node import distinct
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import (
+    OBJECTIVE_KINDS,
+    Experiment,
+    Objective,
+    PairTraining,
+    Training,
+)
+from deltapref_jax.stages.audit import AuditTable
+from deltapref_jax.stages.evaluate import ResultTable
+from deltapref_jax.stages.judge import RatingTable
+from deltapref_jax.stages.micro_batches import filled_line
+from deltapref_jax.stages.retest import RetestTable
+from deltapref_jax.stages.sample import TraceTable
+from deltapref_jax.stages.score import LogProbTable
+from deltapref_jax.stages.study import plan
+from deltapref_jax.stages.train import Policy
+from launch.cost import Cost
+from launch.rates import sequences_of_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Sequences of one stage and model.
+
+    Attributes:
+      stage: "train", "score", "judge" or "sample".
+      of: kind of objective, name of the judge or generator, "student".
+      sequences: that are read or written.
+      prompt: tokens of a sequence that are read; what is sampled comes on top.
+      written: tokens of a sequence that are sampled.
+    """
+
+    stage: str
+    of: str
+    sequences: int
+    prompt: int
+    written: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.sequences * (self.prompt + self.written)
+
+
+def study_load(e: Experiment) -> list[Load]:
+    """The loads of a study, whether its artifacts are there or not.
+
+    Raises:
+      ConfigError, OSError: the study cannot be planned, such as for want of its prompts.
+    """
+    report = plan(e, weights=False)
+    cost = Cost(report, Workspace(e.workspace))
+    s, found = e.sampling, dict[tuple[str, str, int, int], int]()
+    for node in distinct([report]):
+        work = cost.work(node)
+        for stage, of in _model_of(node):
+            if work.longest:
+                written = s.max_tokens if stage == "sample" else 0
+                key = stage, of, work.longest - written, written
+                found[key] = found.get(key, 0) + work.sequences
+    return [Load(key[0], key[1], n, key[2], key[3]) for key, n in found.items()]
+
+
+def _model_of(node: object) -> Iterator[tuple[str, str]]:
+    """Stage and name of the programs that make an artifact; none where no model does."""
+    if isinstance(node, TraceTable):
+        yield "sample", node.generator.name
+    elif isinstance(node, ResultTable):
+        yield "sample", node.label[1] if node.label[0] == "capability" else "student"
+    elif isinstance(node, RatingTable | AuditTable | RetestTable):
+        yield "judge", node.judge.name
+    elif isinstance(node, LogProbTable):
+        yield "score", "reference"
+    elif isinstance(node, Policy):
+        yield "train", node.objective.kind
+
+
+def pair_load(p: PairTraining) -> list[Load]:
+    """The loads of a training from a file whose rows are not counted; "epochs" are not known."""
+    t, kind = p.training, p.objective.kind
+    if t.budget == "epochs":
+        return []
+    sequences = t.steps * sequences_of_step(kind, t.pairs_per_step)
+    loads = [Load("train", kind, sequences, t.row_length)]
+    if OBJECTIVE_KINDS[kind].reference:
+        loads.append(Load("score", "reference", sequences, t.row_length))
+    return loads
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """How a training step is cut into micro-batches, if all sequences have one length.
+
+    Attributes:
+      micro_batches: of the gradient; half a one counts 0.5.
+      baseline: micro-batches of KTO's baseline.
+      sequences: of the step, without the baseline's.
+      length: tokens of each.
+      filled: share of the positions that hold a token if sequences are packed without a gap.
+    """
+
+    micro_batches: float
+    baseline: float
+    sequences: int
+    length: int
+    filled: float
+
+
+def step_of(t: Training, objective: Objective, length: int, mesh: Mapping[str, int]) -> Step:
+    """The micro-batches of a step.
+
+    Args:
+      t: shapes, none of them open.
+      objective: that is trained.
+      length: tokens of a sequence.
+      mesh: devices along every axis.
+    """
+    kind, row_shards = OBJECTIVE_KINDS[objective.kind], mesh["data"] * mesh["fsdp"]
+    sequences = t.pairs_per_step * (1 if kind.unit == "token" else 2)
+    length = min(length, t.row_length)
+    held = t.rows * (t.row_length // length)
+
+    def batches(count: float) -> float:
+        # A last micro-batch that is half empty runs as half of it (`packing.drop_empty_half`).
+        part = 2 if t.rows % 2 == 0 and t.rows // 2 % row_shards == 0 else 1
+        return -(-count * part // held) / part
+
+    micros = batches(sequences)
+    measured = -int(-objective.baseline_fraction * sequences // 1)
+    baseline = batches(measured) if kind.baseline else 0.0
+    positions = t.rows * t.row_length
+    whole = batches(sequences * length * held / positions)
+    filled = sequences * length / (whole * positions)
+    return Step(micros, baseline, sequences, length, filled)
+
+
+def step_line(kind: str, step: Step, mesh: Mapping[str, int], measured: bool = False) -> str:
+    """A sentence on how full a training step is, and a second one if it is too empty.
+
+    `measured` says whether the length is a mean and not the longest.
+    """
+    batches = f"{step.micro_batches:g} micro-batch{'es' * (step.micro_batches != 1)}"
+    most = "about" if measured else "at most"
+    sentence = (
+        f"A step of {kind}: {step.sequences:,} sequences of {most} {step.length:,} tokens in "
+        f"{batches}, {most} {step.filled:.0%} of the positions filled."
+    )
+    return f"{sentence} {filled_line(step.filled, mesh)}".rstrip()

@@ -1,0 +1,259 @@
+"""Paired effects against closed forms, and their error rates in simulated studies."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis.statistics import Estimate
+from tests.analysis.null_studies import (
+    LADDER,
+    ONE_BORROWS,
+    THREE,
+    TWO,
+    false_positives,
+    null_studies,
+    shared_draws,
+)
+from tests.analysis.test_statistics import draws, results
+
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+def found(before, **arms):
+    """Effects of arms, each a list of [questions, samples] with one entry per seed."""
+    after = {
+        name: {fx.Run(0, seed): results(right) for seed, right in enumerate(runs)}
+        for name, runs in arms.items()
+    }
+    return fx.effects(results(before), after, "in")
+
+
+def test_changes_are_paired():
+    before, after = draws(seed=1), draws(p=0.6, seed=2)
+    effects = found(before, arm=[after], none=[before])
+    gaps = (after - before).mean(axis=1)
+    change = effects.change("arm")
+    assert change.estimate.value == pytest.approx(100 * gaps.mean())
+    # With the factor n / (n - 1), the variance of a bootstrap is that of a mean.
+    assert change.draws.std() == pytest.approx(100 * gaps.std(ddof=1) / math.sqrt(200), rel=0.05)
+    assert effects.contrast("arm", "arm").estimate == Estimate(0.0, 0.0, 0.0)
+    with pytest.raises(
+        ValueError, match="Arm 'x' and the student answered different questions of suite 's'"
+    ):
+        found(before, x=[after[:-1]])
+
+
+@pytest.mark.parametrize(
+    "gains, losses, low, high",
+    [
+        # Mid-p Poisson limits: of 0, (0, 2.996); of 1, (0.050, 4.932); of 5, (1.832, 11.082).
+        (0, 0, -1.498, 1.498),
+        (1, 0, 0.5 - 1.571, 0.5 + 1.966),
+        (5, 0, 2.5 - 2.180, 2.5 + 3.041),
+    ],
+)
+def test_few_changed_questions_have_an_exact_interval(gains, losses, low, high):
+    before = np.zeros((200, 1), int)
+    before[:losses] = 1
+    after = np.zeros((200, 1), int)
+    after[-gains or 200 :] = 1
+    change = found(before, arm=[after]).change("arm")
+    assert change.estimate.value == pytest.approx(100 * (gains - losses) / 200)
+    assert (change.estimate.low, change.estimate.high) == pytest.approx((low, high), abs=0.002)
+    # As in the mid-p sign test, five gains without a loss are the fewest that show something.
+    assert (change.p < 0.05) == (gains == 5)
+    assert change.bound >= abs(change.estimate.high)
+
+
+def test_the_component_of_seeds_is_what_the_interaction_leaves():
+    rng = np.random.default_rng(0)
+    runs, questions = 400, 60
+    main = rng.normal(0, 2.0, (runs, 1))
+    # In points, each question adds its share of the mean, as `effects` lays them out.
+    gaps = (main + rng.normal(0, 30, (runs, questions))) / questions
+    seeds = fx._components({"arm": (gaps, [fx.Run(0, i) for i in range(runs)])}, [questions]).seed
+    assert seeds.freedom == runs - 1
+    assert seeds.rest == pytest.approx(30**2 / questions, rel=0.05)
+    assert seeds.variance == pytest.approx(4.0, rel=0.25)
+
+
+def test_the_component_of_draws_is_what_their_seeds_leave():
+    rng = np.random.default_rng(1)
+    keys = [fx.Run(draw, seed) for draw in range(300) for seed in range(2)]
+    by_draw = rng.normal(0, 3.0, 300)
+    runs = np.array([[by_draw[k.draw] + rng.normal(0, 2.0)] for k in keys]) + np.zeros((600, 40))
+    noise = fx._components({"arm": (runs / 40, keys)}, [40])
+    assert noise.seed.variance == pytest.approx(4.0, rel=0.2)
+    assert noise.draw.variance == pytest.approx(9.0, rel=0.2)
+    assert (noise.seed.freedom, noise.draw.freedom) == (300, 299)
+
+
+def test_arms_of_one_seed_borrow_the_noise_of_seeds():
+    rng = np.random.default_rng(2)
+    before = draws(300, 2, 0.5, 3)
+
+    def run(shift):
+        return (rng.random(before.shape) < 0.5 + shift / 100).astype(int)
+
+    arms = {f"a{i}": [run(s) for s in rng.normal(0, 6, 4)] for i in range(6)}
+    alone = found(before, one=[run(0)])
+    assert alone.noise == (None, None) and not alone.by_run.any()
+    borrowed = found(before, one=[run(0)], **arms)
+    seed = borrowed.noise.seed
+    assert seed.freedom == 18 and seed.variance > 0
+    assert borrowed.by_run[0].var() == pytest.approx(seed.variance, rel=0.1)
+    # An arm of four seeds has a quarter of the variance.
+    assert borrowed.by_run[1].var() == pytest.approx(borrowed.by_run[0].var() / 4, rel=0.2)
+
+
+def test_intervals_are_those_of_students_t():
+    """Without noise of questions, the change is known up to seeds, which few runs have measured."""
+    normal = np.random.default_rng(0).standard_normal((1, fx.DRAWS))
+    component = fx.Component(mean_square=4.0, rest=0.0, freedom=3)
+    effects = fx.Effects(
+        ("a",),
+        np.full((1, 50), 0.2),
+        np.zeros((1, fx.DRAWS)),
+        2.0 * normal,
+        np.array([[1.0, 0.0]]),
+        fx.Noise(component, None),
+        np.random.default_rng(1).random(fx.DRAWS),
+    )
+    estimate = effects.change("a").estimate
+    assert estimate.value == pytest.approx(10)
+    # t(0.975) with 3 degrees of freedom is 3.182.
+    assert (estimate.high - estimate.low) / 2 == pytest.approx(2 * 3.182, rel=0.1)
+
+
+def test_a_component_of_0_leaves_its_degrees_of_freedom():
+    """Seeds that agree by chance are measured to differ little, and not unmeasured."""
+    rng = np.random.default_rng(0)
+    by_question = 0.1 * rng.standard_normal((1, fx.DRAWS))
+    effects = fx.Effects(
+        names=("arm",),
+        gaps=rng.standard_normal((1, 50)),
+        by_question=by_question,
+        by_run=np.zeros_like(by_question),
+        shares=np.array([[1.0, 0.0]]),
+        noise=fx.Noise(fx.Component(mean_square=1.0, rest=2.0, freedom=3), None),
+        chance=rng.random(fx.DRAWS),
+    )
+    estimate = effects.change("arm").estimate
+    # Student's t with 3 degrees of freedom is beyond 3.18 in 5%.
+    assert estimate.high - estimate.low == pytest.approx(2 * 3.18 * by_question.std(), rel=0.1)
+
+
+def test_another_arm_moves_no_interval_of_an_arm():
+    before, after = draws(seed=1), draws(p=0.6, seed=2)
+    two = [[after, draws(p=0.6, seed=4)], [draws(p=0.5, seed=3)] * 2]
+    alone = found(before, a=two[0])
+    with_another = found(before, other=two[1][:1], a=two[0])
+    assert tuple(alone.change("a").estimate) == pytest.approx(
+        tuple(with_another.change("a").estimate), rel=1e-12
+    )
+
+
+def test_combinations_have_the_joint_draws():
+    before = draws(seed=1)
+    arms = {f"a{i}": [draws(p=0.4 + i / 20, seed=i + 2)] for i in range(4)}
+    effects = found(before, **arms)
+    x = {"a0": 0.0, "a1": 10.0, "a2": 20.0, "a3": 40.0}
+    centred = np.array(list(x.values())) - 17.5
+    weights = centred / (centred @ centred)
+    slope = effects.slope(x)
+    values = [effects.change(name).estimate.value for name in x]
+    assert slope.estimate.value == pytest.approx(np.polyfit(list(x.values()), values, 1)[0])
+    joint = sum(w * effects.change(name).draws for w, name in zip(weights, x, strict=True))
+    assert slope.draws == pytest.approx(joint)
+    assert effects.slope({"a0": 0.0, "a1": 1.0}) is None
+    assert effects.slope(dict.fromkeys(x, 5.0)) is None
+
+
+def test_max_t_adjusts_for_what_is_independent_and_not_for_copies():
+    rng = np.random.default_rng(0)
+
+    def effect(deviations):
+        p = 2 * np.mean(deviations > 2.4)
+        return fx.Effect(Estimate(2.4, 0, 0), float(p), 9.0, 2.4 + deviations, 100)
+
+    one = rng.standard_normal(4000)
+    copies = fx.max_t({i: effect(one) for i in range(10)})
+    assert copies[0] == pytest.approx(effect(one).p, abs=0.006)
+    apart = fx.max_t({i: effect(rng.standard_normal(4000)) for i in range(10)})
+    p = 2 * (1 - NormalDist().cdf(2.4))
+    assert apart[0] == pytest.approx(1 - (1 - p) ** 10, rel=0.25)
+    assert fx.max_t({}) == {}
+
+
+def test_a_large_effect_is_shown_in_a_table_of_hundreds():
+    """The p value of one effect has a floor of 2 in 4001, which 400 effects would raise to 0.2."""
+    rng = np.random.default_rng(0)
+
+    def effect(value):
+        draws = value + rng.standard_normal(fx.DRAWS)
+        p = 2 * (1 + min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0)))
+        return fx.Effect(Estimate(value, 0, 0), min(1.0, p / (1 + fx.DRAWS)), 9.0, draws, 100)
+
+    adjusted = fx.max_t({0: effect(8.0)} | {i: effect(0.0) for i in range(1, 400)})
+    assert adjusted[0] < 0.001
+    assert min(p for i, p in adjusted.items() if i) > 0.05
+
+
+def test_an_effect_of_the_detectable_size_is_shown_with_the_promised_power():
+    rng = np.random.default_rng(0)
+    deviations = rng.standard_normal(4000) * 1.7
+    size = fx.detectable(deviations)
+    assert size == pytest.approx(1.7 * (Z95 + NormalDist().inv_cdf(0.8)), rel=0.05)
+    limit = np.quantile(np.abs(deviations - np.median(deviations)), 0.95)
+    assert np.mean(size + rng.standard_normal(20_000) * 1.7 > limit) == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_plan_takes_the_model_nearest_to_the_student():
+    student, near, far = draws(300, 2, 0.5, 5), draws(300, 2, 0.5, 5), draws(300, 2, 0.5, 6)
+    near[:40] = 1 - near[:40]
+    size = fx.planned(results(student), {"near": results(near), "far": results(far)}, "in")
+    gaps = (near - student).mean(axis=1)
+    z = Z95 + NormalDist().inv_cdf(0.8)
+    assert size == pytest.approx(100 * z * gaps.std(ddof=1) / math.sqrt(300), rel=0.07)
+    # Without another model, or with copies of the student, answers are taken as independent.
+    within = np.mean(student.mean(axis=1) * (1 - student.mean(axis=1)))
+    alone = pytest.approx(100 * z * math.sqrt(2 * within / 300))
+    assert fx.planned(results(student), {}, "in") == alone
+    assert fx.planned(results(student), {"copy": results(student)}, "in") == alone
+    assert fx.planned(results(np.zeros((50, 1), int)), {}, "in") > 0
+
+
+STUDIES = 150
+
+
+@pytest.fixture
+def simulation():
+    with shared_draws():
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("simulation")
+@pytest.mark.parametrize("seeds", [ONE_BORROWS, TWO, THREE], ids=["borrowed", "two", "three"])
+@pytest.mark.parametrize(("sd", "domain"), [(0.0, "in"), (1.0, "out"), (2.0, "in")])
+def test_false_positives_are_as_promised(domain, seeds, sd):
+    changes, contrasts, slopes = false_positives(domain, seeds, sd, STUDIES)
+    assert 0.025 <= changes <= 0.075
+    assert 0.015 <= contrasts <= 0.075
+    assert slopes <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("simulation")
+def test_a_null_page_claims_something_in_one_study_of_twenty():
+    claimed, arms = [], []
+    for e in null_studies("out", ONE_BORROWS, 1.0, STUDIES):
+        claims = {"slope": e.slope(LADDER), "contrast": e.contrast("a5", "a4")}
+        claimed.append(min(fx.max_t(claims).values()) < 0.05)
+        arms.append(min(fx.max_t({name: e.change(name) for name in e.names}).values()) < 0.05)
+    # With 150 studies, a rate of 5% is below 9% in 97.5% of all cases.
+    assert np.mean(claimed) < 0.09
+    assert np.mean(arms) < 0.09

@@ -1,0 +1,159 @@
+"""Judges: what stands beside them, and where an arm that one of them shaped is marked."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from deltapref_jax.analysis import judges
+from deltapref_jax.analysis import statistics as st
+from deltapref_jax.analysis.findings import MARK, mark_names
+from deltapref_jax.analysis.report import draw, render, terminal_table
+from deltapref_jax.analysis.summary import summarise, summary_json
+from deltapref_jax.config import DIMENSIONS, Claim
+from deltapref_jax.records import Audit, Rating, Retest, to_table
+from tests.analysis.test_report import DOMAINS, GENERATORS, QUESTIONS, study  # noqa: F401
+
+
+def rated(judge, values):
+    """Ratings of every dimension; `values`: generator → one per question."""
+    return {
+        g: to_table(
+            Rating,
+            [
+                Rating(f"{g}-{q}", judge, d, value, 0.0, 1.0, [0.2] * 5)
+                for q, value in zip(QUESTIONS, of_generator, strict=True)
+                for d in DIMENSIONS
+            ],
+        )
+        for g, of_generator in values.items()
+    }
+
+
+def retested(judge, chosen, rejected):
+    """A retest of strong against weak: `chosen` and `rejected` [wordings, questions]."""
+    return to_table(
+        Retest,
+        [
+            Retest(f"strong-{q}", f"weak-{q}", judge, w, d, float(c), float(r))
+            for w, (of_chosen, of_rejected) in enumerate(zip(chosen, rejected, strict=True))
+            for q, c, r in zip(QUESTIONS, of_chosen, of_rejected, strict=True)
+            for d in DIMENSIONS
+        ],
+    )
+
+
+@pytest.fixture
+def noisy(study):  # noqa: F811
+    """The study with `top` ranked by a judge whose gaps are noise, retested."""
+    e = study.experiment
+    arms = tuple(dataclasses.replace(a, judge="model") if a.name == "top" else a for a in e.arms)
+    study.experiment = dataclasses.replace(e, arms=arms)
+    rng = np.random.default_rng(0)
+    own = {g: rng.uniform(1, 5, len(QUESTIONS)) for g in GENERATORS}
+    study.ratings["model"] = rated("model", own)
+    again = rng.uniform(1, 5, (2, 3, len(QUESTIONS)))
+    study.retests = {"model": retested("model", *again)}
+    study.pair_counts["top"] = {0: {"pool": 12.0, "kept": 3.0, "tied_at_cut": 5.0}}
+    known = [own["strong"] - own["weak"], *(again[0] - again[1])]
+    return study, np.array(known).T
+
+
+def test_reliability_is_that_of_gaps_over_all_wordings(noisy):
+    tables, gaps = noisy
+    found = judges.describe(tables, "model").reliability
+    assert found.keys() == {*DIMENSIONS, "sum"}
+    one = st.mean_correlation(gaps - gaps.mean(axis=0))
+    assert (found["sum"].readings, found["sum"].pairs) == (4, len(QUESTIONS))
+    for reliability in found.values():
+        assert reliability.one == pytest.approx(one, abs=1e-6)
+        assert reliability.averaged == pytest.approx(st.spearman_brown(one, 4), abs=1e-6)
+
+
+def test_gaps_are_compared_on_the_pairs_of_every_arm_that_a_judge_ranked(noisy):
+    tables, gaps = noisy
+    s = summarise(tables)
+    model = next(j for j in s.judges if j.name == "model")
+    assert [(p.arm, p.by, p.tied) for p in model.on_pairs] == [
+        ("dpo-mid", "", None),
+        ("top", "sum", 5),
+    ]
+    top = model.on_pairs[1]
+    # The exact judge rates strong two points above weak: only rounding tells gaps apart.
+    assert math.isnan(top.dimensions["sum"])
+    assert top.chance_top == 0.25
+    expected = st.top_share(math.sqrt(max(0.0, model.reliability["sum"].one)), 0.25)
+    assert top.expected_top == expected
+    # All pairs are tied by the truth, so that those kept are of its top by chance.
+    assert top.true_top == pytest.approx(0.25)
+    # Verdict and length stand beside the judges, on the same pairs and under the same columns.
+    assert [j.name for j in s.trivial] == ["correctness", "length"]
+    for j in s.trivial:
+        assert [p.arm for p in j.on_pairs] == ["dpo-mid", "top"]
+        assert j.audit.auc.keys() == set(DIMENSIONS)
+    # Corrupted texts of the fixture are wrong, and longer.
+    assert {j.audit.auc["factuality"].value for j in s.trivial} == {1.0}
+
+
+def test_a_top_by_truth_shares_what_is_tied_at_the_cut():
+    np.testing.assert_allclose(judges._in_top(np.array([5, 3, 3, 3, 1.0]), 2), [1, *[1 / 3] * 3, 0])
+
+
+def test_an_arm_of_a_judge_below_the_bar_is_marked_wherever_it_is_named(noisy):
+    tables, _ = noisy
+    tables.experiment.claims = (Claim(kind="contrast", a="top", b="random"),)
+    s = summarise(tables)
+    marked = {a.name: a.doubt for a in s.arms if a.doubt}
+    assert marked.keys() == {"top"}
+    assert "shaped its pairs by sum, where how its rubric is worded changes" in marked["top"]
+    assert s.claims[0].what == "top† minus random, out of domain"
+    sample = next(f for f in s.findings if f.topic.startswith("Sample delta"))
+    assert sample.topic == f"Sample delta, DPO, judge model{MARK}"
+    drawn = draw(tables, s)
+    assert f"top, judge model{MARK}" in drawn["selection"].csv
+    assert "\ntop†," in drawn["training"].csv
+    page = render(tables, s, drawn, {})
+    # Every cell that names the arm; what is left are config, ids and the claim's own explanation.
+    assert not re.search(r"<td[^>]*>top</td>", page)
+    assert len(re.findall(r"<td[^>]*>top <span class=\"mark\" title=", page)) >= 5
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert "top†" in data["arms"] and "top" not in data["arms"]
+    cells = list(terminal_table(json.loads(summary_json(s))).columns[0].cells)
+    assert "top†" in cells and "top" not in cells
+    assert all(d in s.arms[0].changes for d in DOMAINS)
+
+
+def test_a_name_inside_of_another_is_not_marked():
+    text = "dpo-top minus dpo-top-model and kto-dpo-top; dpo-top, (dpo-top)"
+    assert mark_names(text, ["dpo-top"]) == (
+        "dpo-top† minus dpo-top-model and kto-dpo-top; dpo-top†, (dpo-top†)"
+    )
+    assert mark_names(mark_names(text, ["dpo-top"]), ["dpo-top"]).count(MARK) == 3
+    assert mark_names(text, []) == text
+
+
+def test_edited_traces_decide_where_both_audits_are_there(noisy):
+    tables, _ = noisy
+    tables.retests = {}
+
+    def audited(after):
+        return to_table(
+            Audit,
+            [
+                Audit(f"{q}", "model", d if g else "", g, d, after if g else 3.0, True, 9)
+                for q in range(30)
+                for d in DIMENSIONS
+                for g in range(2)
+            ],
+        )
+
+    tables.trace_audits = {"model": audited(1.0)}
+    judge = judges.describe(tables, "model")
+    assert judge.audit.auc["numerical_precision"].value == 0.5
+    assert judges.failings(judge, "numerical_precision") == {}
+    tables.trace_audits = {"model": audited(3.0)}
+    judge = judges.describe(tables, "model")
+    assert judges.failings(judge, "sum") == {"its AUC on edited traces is below 0.65": 0.5}

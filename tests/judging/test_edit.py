@@ -1,0 +1,76 @@
+"""Edits of traces: worse in the dimension that is meant, and in little else."""
+
+import random
+
+import pytest
+
+from deltapref_jax.config import DIMENSIONS
+from deltapref_jax.judging.edit import FILLERS, edit
+from deltapref_jax.synthetic import world
+from deltapref_jax.synthetic.rate import rate
+
+FAMILIES = ("chain", "shop", "formula", "ages", "trip")
+OTHERS = [world.solution(world.problem(family, 2, 6, 1)) for family in FAMILIES]
+QUESTION = (
+    "Tom has 12 apples and gives Anna 5. Then Ben buys 1,200 more at $3 each. What do they cost?"
+)
+PROSE = (
+    "First we look at what Anna got. Tom has 12 apples, so 12 - 5 = 7. Ben buys 1,200 more, so "
+    "7 + 1,200 = 1,207. The cost is 1,200 × $3 = $3,600. The answer is 3600."  # noqa: RUF001
+)
+
+
+def edited(question, text, dimension, degree=1, seed=0):
+    return edit(question, text, dimension, degree, OTHERS, random.Random(seed))
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_an_exact_judge_sees_the_edit_in_its_dimension(dimension):
+    problems = [world.problem(family, 2, 5, i) for family in FAMILIES for i in range(12)]
+    rated = {d: [] for d in DIMENSIONS}
+    for i, p in enumerate(problems):
+        text = edited(p.question, world.solution(p), dimension, 1 + i % 4, i)
+        for d, rating in rate(p, text).items():
+            rated[d].append(rating)
+    fell = {d: sum(r < 5 for r in ratings) for d, ratings in rated.items()}
+    assert fell[dimension] >= 0.9 * len(problems)
+    # Steps left out, repeated or swapped are other operations, or lines that are not needed; a line
+    # both of whose operands are misread is for the exact judge a step out of nowhere.
+    others = {
+        "step_coherence": {"strategy_coherence", "signal_to_noise"},
+        "factuality": {"step_coherence"},
+    }
+    apart = set(DIMENSIONS) - {dimension} - others.get(dimension, set())
+    assert all(fell[d] <= 0.05 * len(problems) for d in apart)
+
+
+def test_what_follows_from_a_change_is_calculated_again():
+    wrong = edited(QUESTION, PROSE, "numerical_precision", 3, 2)
+    assert wrong != PROSE
+    assert wrong.startswith("First we look at what Anna got. Tom has 12 apples, so 12 - 5 = ")
+    assert "1,200 × $3 = $3,600" not in wrong and "3600" not in wrong  # noqa: RUF001
+    misread = {edited(QUESTION, PROSE, "factuality", 1, seed) for seed in range(20)}
+    assert any("12 - 4 = 8" in text and "8 + 1,200 = 1208" in text for text in misread)
+    assert all("So" not in text for text in misread)
+    # A name stands for another of the question's.
+    assert any("what Ben got" in edited(QUESTION, PROSE, "factuality", 9, s) for s in range(9))
+
+
+def test_steps_keep_numbers_in_order_and_fillers_were_not_lessons():
+    p = world.problem("chain", 2, 5, 3)
+    for seed in range(20):
+        lines = edited(p.question, world.solution(p), "step_coherence", 2, seed).splitlines()
+        numbers = [int(line.split(".")[0]) for line in lines[1:-1]]
+        assert numbers == list(range(1, len(numbers) + 1))
+    assert not {*FILLERS} & {*world.FILLERS}
+    noisy = edited(p.question, world.solution(p), "signal_to_noise", 3).splitlines()
+    assert [line for line in noisy if line not in FILLERS] == world.solution(p).splitlines()
+
+
+def test_a_trace_without_a_place_is_told():
+    assert edited("What is red?", "Blood", "factuality") is None
+    assert edited("What is red?", "Blood", "step_coherence") is None
+    assert edited("What is red?", "Blood", "numerical_precision") is None
+    assert edit("What is red?", "Blood", "strategy_coherence", 1, [], random.Random(0)) is None
+    # An equation that is wrong already can't be made wrong.
+    assert edited("Add 1 and 1.", "It is simple. 1 + 1 = 3", "numerical_precision") is None

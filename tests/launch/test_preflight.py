@@ -1,0 +1,237 @@
+"""launch.preflight: what it prints and refuses, and what its numbers rest on."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from deltapref_jax.artifacts.workspace import Workspace
+from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
+from deltapref_jax.stages.study import plan
+from launch import compiler
+from launch.chips import parse_topology
+from launch.compile_programs import Request, Result
+from launch.cost import Cost
+from launch.dry_run import plan_rows
+from launch.roofline import bounds
+from launch.workload import step_of, study_load
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+PUBLISHED = ROOT / "tests" / "models" / "published"
+
+
+def run(*arguments, folder=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.preflight", *arguments],
+        cwd=folder,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the models of configs/llama_1b.py, of which there is config.json alone."""
+    pytest.importorskip("reasoning_gym")  # whose questions the config asks
+    for name in ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct"):
+        place = tmp_path / "meta-llama" / name
+        place.mkdir(parents=True)
+        config = PUBLISHED / "meta-llama" / name / "config.json"
+        (place / "config.json").write_text(config.read_text())
+    return tmp_path
+
+
+CONFIG = f"--config={ROOT}/configs/llama_1b.py"
+
+
+@pytest.mark.slow
+def test_gpus_are_described_by_formula(folder):
+    done = run(CONFIG, "--topology=h100:1x8", "--json=found.json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "8 gpu devices on 1 host, 75.00 GiB each; by formula, not compiled." in done.stdout
+    found = json.loads((folder / "found.json").read_text())
+    programs = {p["label"]: p for p in found["programs"]}
+    gradient = programs["train dpo: gradient"]
+    assert gradient["status"] == "by formula"
+    # Weights in float32; beside them two moments, and the sum of gradients, which nothing is added
+    # to in place where nothing is recomputed.
+    assert gradient["arguments"] == pytest.approx(1.236e9 * 4 / 8, rel=0.01)
+    assert gradient["beside"] == pytest.approx(3 * gradient["arguments"], rel=0.01)
+    gathered = {(c[0], c[1]): c[3] for c in gradient["collectives"]}
+    assert gathered["all-gather", "fsdp"] == pytest.approx(2 * 1.2358e9 * 2 * 7 / 8, rel=1e-3)
+    assert {s["stage"] for s in found["predicted"]} == {
+        *("train", "score", "judge", "prefill", "decode")
+    }
+    assert set(found["predicted_chip_hours"]) >= {"train dpo", "decode strong", "judge model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--topology=v5e:5x5"], "--topology is 'v5e:5x5'; v5e has the topologies 1x1, 2x2, "),
+        (
+            ["--topology=h100:1x8", "--config.training.mesh.fsdp=5"],
+            "config.training.mesh is fsdp=5 and there are 8 devices; the sizes must multiply to "
+            "that; nearest that fits: ",
+        ),
+        (["--topology=h100:1x8", "--level=O9"], "--level is 'O9'; choose one of 'O0', 'default'."),
+        (["--topology=h100:1x8", "--stages=pair"], "--stages is 'pair'; choose one of 'train', "),
+        (["--topology=h100:1x8", "--config.student.path=nowhere"], "There is no model at nowhere"),
+        ([], "--topology is missing; give it a value (--help)."),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, arguments, sentence):
+    done = run(CONFIG, *arguments, folder=folder)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(sentence)
+    assert "Traceback" not in done.stderr
+
+
+def test_without_libtpu_the_command_that_installs_it_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run pip install 'deltapref-jax\[tpu\]'\.$"):
+        compiler.check_compiler()
+
+
+def request_of(tmp_path):
+    return Request(Experiment(), {}, parse_topology("v5e:2x4"), "O0", True, str(tmp_path))
+
+
+def child(monkeypatch, tmp_path, source):
+    """Lets a script stand for the child process."""
+    script = tmp_path / "child.py"
+    known = json.dumps(dataclasses.asdict(Result("", "train", "dpo", "x", {"data": 1})))
+    beginning = f"import json, pickle, sys, time\nknown = json.loads({known!r})\n"
+    script.write_text(beginning + textwrap.dedent(source))
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        compiler.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, str(script), command[-1]], **options),
+    )
+
+
+def test_a_program_that_takes_too_long_or_crashes_is_left_and_the_others_go_on(
+    monkeypatch, tmp_path
+):
+    child(
+        monkeypatch,
+        tmp_path,
+        """
+        _, labels = pickle.load(open(sys.argv[1], "rb"))
+        labels = labels or ["quick", "slow", "crash", "last"]
+        print("@list", json.dumps(labels), flush=True)
+        for label in labels:
+            print("@start", json.dumps(known | {"label": label}), flush=True)
+            if label == "slow":
+                time.sleep(60)
+            if label == "crash":
+                sys.exit("the compiler gave up")
+            print("@done", json.dumps(known | {"label": label, "status": "fits"}), flush=True)
+        """,
+    )
+    # Long enough for a new process on a busy machine.
+    found = list(compiler.compile_each(request_of(tmp_path), 8.0))
+    assert [(r.label, r.status) for r in found] == [
+        ("quick", "fits"),
+        ("slow", "timed out"),
+        ("crash", "crashed"),
+        ("last", "fits"),
+    ]
+    assert found[2].error == "the compiler gave up"
+
+
+def test_programs_that_cannot_be_made_are_a_sentence(monkeypatch, tmp_path):
+    child(monkeypatch, tmp_path, """print('@error "slots are odd."')""")
+    with pytest.raises(ConfigError, match=r"^The programs of the config cannot be made: slots are"):
+        list(compiler.compile_each(request_of(tmp_path), 2.0))
+
+
+def test_the_workload_is_that_of_a_dry_run(tmp_path):
+    e = importlib.import_module("configs.quickstart").get_config()
+    e.workspace = str(tmp_path)
+    report, workspace = plan(e), Workspace(str(tmp_path))
+    rows = plan_rows(report, workspace, Cost(report, workspace))
+    counted = {}
+    for row in rows:
+        if row.estimate and row.estimate.work.longest:
+            stage = {"audit": "judge", "retest": "judge", "evaluate": "sample"}.get(
+                row.node.stage, row.node.stage
+            )
+            counted[stage] = counted.get(stage, 0) + row.estimate.work.sequences
+    loads = {}
+    for load in study_load(e):
+        loads[load.stage] = loads.get(load.stage, 0) + load.sequences
+    assert loads == counted
+
+
+def test_a_step_is_cut_as_rows_hold_it():
+    training = Experiment().training
+    training.rows, training.row_length, training.pairs_per_step = 32, 4096, 32
+    objective = Objective(name="dpo")
+    mesh = dataclasses.asdict(MeshShape(1, 16, 1, 1))
+    step = step_of(training, objective, 500, mesh)
+    # 64 sequences of 500 tokens fill 8 of the 16 rows that half a micro-batch has at least.
+    assert (step.micro_batches, step.sequences) == (0.5, 64)
+    assert step.filled == pytest.approx(64 * 500 / (16 * 4096))
+    training.rows = 16
+    assert step_of(training, objective, 4096, mesh).micro_batches == 4
+    assert step_of(training, objective, 4096, mesh).filled == 1
+
+
+def test_bounds_are_those_of_the_chip():
+    topology = parse_topology("v5e:4x4")
+    result = Result(
+        *("x", "train", "dpo", "gradient"),
+        {"data": 1, "fsdp": 16, "tensor": 1, "context": 1},
+        status="fits",
+        executed=16 * 197e12,
+        memory_traffic=819e9 / 2,
+        collectives=[("all-gather", "fsdp", 16, 2 * 100e9, 1.0)],
+    )
+    found = bounds(result, topology)
+    assert (found.compute, found.memory, found.interconnect) == (1.0, 0.5, 2.0)
+    assert (found.seconds, found.binding) == (2.0, "interconnect")
+    # Over two slices a sum over data crosses the network, shared by the 16 of each slice.
+    two = parse_topology("v5e:4x4", 2)
+    crossing = dataclasses.replace(
+        result,
+        mesh={"data": 2, "fsdp": 16, "tensor": 1, "context": 1},
+        collectives=[("all-reduce", "data", 2, 3.1e9 * 3, 1.0)],
+    )
+    assert bounds(crossing, two).interconnect == pytest.approx(3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_programs_of_1b_are_compiled_for_a_tpu(folder):
+    """Training, scoring, judging and decoding of 1B on eight chips: two minutes on two cores."""
+
+    def compiled(stages, *flags):
+        where = ("--topology=v5e:2x4", f"--stages={stages}", "--json=found.json")
+        done = run(CONFIG, *where, f"--cache={folder}/cache", *flags, folder=folder)
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder / "found.json").read_text())
+
+    found = compiled("train,score,judge,sample")
+    programs = {p["label"]: p for p in found["programs"]}
+    assert {p["status"] for p in programs.values()} == {"fits"}
+    gradient = programs["train dpo: gradient"]
+    assert gradient["peak"] + gradient["beside"] <= 15.75 * 2**30
+    assert any(c[1] == "fsdp" for c in gradient["collectives"])
+    # A step of decoding reads weights and cache once.
+    decode = programs["sample strong: decode"]
+    chunk = importlib.import_module("configs.llama_1b").get_config().sampling.chunk
+    assert 0.5 < decode["memory_traffic"] / chunk / decode["arguments"] <= 1.15
+    # The second time everything is in the cache, also of a program that is another model's too.
+    there = set(os.listdir(folder / "cache"))
+    assert compiled("train")["programs"] == [p for p in found["programs"] if p["stage"] == "train"]
+    assert set(os.listdir(folder / "cache")) == there
