@@ -273,7 +273,7 @@ def doubt(arm: ArmSummary, judges: Sequence[JudgeSummary]) -> str:
     if judge is None or not by or not (reasons := failings(judge, by)):
         return ""
     return (
-        f"{arm.name}: judge {judge.name} shaped its pairs by {by.replace('_', ' ')}, where "
+        f"judge {judge.name} shaped its pairs by {by.replace('_', ' ')}, where "
         + " and ".join(f"{why}: {value:.2f}" for why, value in reasons.items())
     )
 

@@ -237,8 +237,7 @@ def render(
     doubts: dict[str, list[str]] = {}  # reason → arms
     for arm in summary.arms:
         if arm.doubt:
-            name, _, why = arm.doubt.partition(": ")
-            doubts.setdefault(why, []).append(name)
+            doubts.setdefault(arm.doubt, []).append(arm.name)
     return render_template(
         "report.html.jinja",
         drawn,

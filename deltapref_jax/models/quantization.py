@@ -10,7 +10,7 @@ dtype, which holds every q exactly, where it is multiplied. So a chip needs no u
 float8, and gains nothing from them; what is saved is memory, and the time of reading it.
 
 Matrices of layers are quantised. Norms, biases, the router of experts, the embedding and the
-unembedding are not; docs/decisions/0045-weight-only-quantisation.md has what the unembedding would
+unembedding are not; docs/decisions/0051-weight-only-quantisation.md has what the unembedding would
 cost.
 """
 

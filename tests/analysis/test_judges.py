@@ -108,7 +108,9 @@ def test_an_arm_of_a_judge_below_the_bar_is_marked_wherever_it_is_named(noisy):
     s = summarise(tables)
     marked = {a.name: a.doubt for a in s.arms if a.doubt}
     assert marked.keys() == {"top"}
-    assert "shaped its pairs by sum, where how its rubric is worded changes" in marked["top"]
+    assert marked["top"].startswith(
+        "judge model shaped its pairs by sum, where how its rubric is worded changes"
+    )
     assert s.claims[0].what == "top† minus random, out of domain"
     sample = next(f for f in s.findings if f.topic.startswith("Sample delta"))
     assert sample.topic == f"Sample delta, DPO, judge model{MARK}"
