@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.page import (
@@ -51,10 +52,9 @@ def describe(study: Study, name: str) -> JudgeSummary:
     judge = next(j for j in study.experiment.judges if j.name == name)
     summary = _described(study, name, judge.kind, study.rated[name])
     summary.quantization = judge.model.quantization
-    members = judge.of if judge.kind == "mean" else (name,)
-    summary.audit = _audited(study, study.audits, members, summary.dimensions)
-    summary.edited = _audited(study, study.trace_audits, members, summary.dimensions)
-    summary.reliability = _reliability(study, name, members)
+    summary.audit = _audited(study, name, study.audits)
+    summary.edited = _audited(study, name, study.trace_audits)
+    summary.reliability = _reliability(study, name)
     arms = [a for a in study.experiment.arms if judge_of(study.experiment, a) == name]
     summary.on_pairs = list(_on_pairs(study, name, study.rated[name], arms, summary.reliability))
     return summary
@@ -272,9 +272,8 @@ def doubt(arm: ArmSummary, judges: Sequence[JudgeSummary]) -> str:
     by = ranked_by(arm.arm)
     if judge is None or not by or not (reasons := failings(judge, by)):
         return ""
-    return (
-        f"judge {judge.name} shaped its pairs by {by.replace('_', ' ')}, where "
-        + " and ".join(f"{why}: {value:.2f}" for why, value in reasons.items())
+    return f"judge {judge.name} shaped its pairs by {by.replace('_', ' ')}, where " + " and ".join(
+        f"{why}: {value:.2f}" for why, value in reasons.items()
     )
 
 
@@ -283,51 +282,59 @@ def widest_arm(study: Study) -> str:
     return max(study.pairs, key=lambda arm: study.pairs_of(arm).num_rows)
 
 
-def _scales(study: Study, judge: str) -> dict[str, float]:
-    """Standard deviation of a judge's ratings of all traces, by dimension; 1 where it is 0."""
-    rated = study.rated[judge]
-    spreads = np.nanstd(rated.matrix, axis=0)
-    return {d: float(s) or 1.0 for d, s in zip(rated.dimensions, spreads, strict=True)}
-
-
 def _mean_of(
-    study: Study, tables: Mapping[str, pa.Table], judges: Sequence[str], values: Sequence[str]
+    study: Study, name: str, tables: Mapping[str, pa.Table], values: Sequence[str]
 ) -> pa.Table | None:
-    """A table of several judges with the mean of their standardised `values`; None if one lacks it.
+    """A judge's rows of the dimensions that it rates; None if it, or a judge of its mean, has none.
 
-    A row stays if every judge has it; rows are told apart by all columns but `judge` and `values`.
+    Those of a mean judge are made of its judges' as its ratings are (`stages.judge_mean`): each
+    judge's `values` get the mean and the standard deviation that the judges' ratings of all traces
+    have on average. A row stays if every judge has it; rows are told apart by all columns
+    but `judge` and `values`.
     """
+    named = next(j for j in study.experiment.judges if j.name == name)
+    judges = named.of if named.kind == "mean" else (name,)
     if not all(j in tables and j in study.rated for j in judges):
         return None
-    if len(judges) == 1:
-        return tables[judges[0]]
+    dimensions = study.rated[name].dimensions
+    own = {
+        j: tables[j].filter(pc.is_in(tables[j]["dimension"], pa.array(dimensions))) for j in judges
+    }
+    if judges == (name,):
+        return own[name]
+    moments = {j: _moments(study.rated[j]) for j in judges}
+    mean, spread = (
+        {d: np.mean([moments[j][d][i] for j in judges]) for d in dimensions} for i in (0, 1)
+    )
     rows: dict[tuple[object, ...], list[list[float]]] = {}
-    first = tables[judges[0]]
-    keys = [name for name in first.column_names if name not in (*values, "judge")]
+    keys = [c for c in own[judges[0]].column_names if c not in (*values, "judge")]
     for judge in judges:
-        scales = _scales(study, judge)
-        for row in tables[judge].to_pylist():
-            scale = scales[row["dimension"]]
-            rows.setdefault(tuple(row[name] for name in keys), []).append(
-                [row[name] / scale for name in values]
+        for row in own[judge].to_pylist():
+            d = row["dimension"]
+            centre, scale = moments[judge][d]
+            rows.setdefault(tuple(row[key] for key in keys), []).append(
+                [mean[d] + spread[d] * (row[value] - centre) / (scale or 1.0) for value in values]
             )
     whole = {
         key: np.mean(found, axis=0) for key, found in rows.items() if len(found) == len(judges)
     }
-    of_keys = {name: [key[i] for key in whole] for i, name in enumerate(keys)}
+    of_keys = {key: [row[i] for row in whole] for i, key in enumerate(keys)}
     return pa.table(
-        of_keys | {name: [float(v[i]) for v in whole.values()] for i, name in enumerate(values)}
+        of_keys | {value: [float(v[i]) for v in whole.values()] for i, value in enumerate(values)}
     )
 
 
-def _audited(
-    study: Study,
-    tables: Mapping[str, pa.Table],
-    judges: Sequence[str],
-    dimensions: tuple[str, ...],
-) -> JudgeAudit | None:
-    table = _mean_of(study, tables, judges, ("rating",))
-    return None if table is None else audit(table, dimensions)
+def _moments(rated: RatingMatrix) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of a judge's ratings of all traces, by dimension."""
+    rows = rated.matrix[~np.isnan(rated.matrix).any(axis=1)]
+    return {
+        d: (float(r.mean()), float(r.std())) for d, r in zip(rated.dimensions, rows.T, strict=True)
+    }
+
+
+def _audited(study: Study, name: str, tables: Mapping[str, pa.Table]) -> JudgeAudit | None:
+    table = _mean_of(study, name, tables, ("rating",))
+    return None if table is None else audit(table, study.rated[name].dimensions)
 
 
 def audit(table: pa.Table, dimensions: tuple[str, ...]) -> JudgeAudit | None:
@@ -374,13 +381,13 @@ def _trivially_rated(table: pa.Table, name: str) -> pa.Table:
     return rated.filter(pa.array(~np.isnan(values)))
 
 
-def _reliability(study: Study, name: str, judges: Sequence[str]) -> dict[str, Reliability]:
+def _reliability(study: Study, name: str) -> dict[str, Reliability]:
     """Agreement of a judge's gaps over its own wording of the rubric and all others.
 
     Within the pairs of two generators, whose mean gap is no merit of a judge, and which is taken
     out: an arm ranks such pairs among themselves.
     """
-    table = _mean_of(study, study.retests, judges, ("chosen", "rejected"))
+    table = _mean_of(study, name, study.retests, ("chosen", "rejected"))
     if table is None:
         return {}
     rated = study.rated[name]

@@ -6,14 +6,17 @@ import math
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from deltapref_jax.analysis import judges
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.findings import MARK, mark_names
+from deltapref_jax.analysis.judges import describe
 from deltapref_jax.analysis.report import draw, render, terminal_table
 from deltapref_jax.analysis.summary import summarise, summary_json
-from deltapref_jax.config import DIMENSIONS, Claim
+from deltapref_jax.config import DIMENSIONS, Claim, Judge
 from deltapref_jax.records import Audit, Rating, Retest, to_table
 from tests.analysis.test_report import DOMAINS, GENERATORS, QUESTIONS, study  # noqa: F401
 
@@ -64,7 +67,7 @@ def noisy(study):  # noqa: F811
 
 def test_reliability_is_that_of_gaps_over_all_wordings(noisy):
     tables, gaps = noisy
-    found = judges.describe(tables, "model").reliability
+    found = describe(tables, "model").reliability
     assert found.keys() == {*DIMENSIONS, "sum"}
     one = st.mean_correlation(gaps - gaps.mean(axis=0))
     assert (found["sum"].readings, found["sum"].pairs) == (4, len(QUESTIONS))
@@ -153,9 +156,61 @@ def test_edited_traces_decide_where_both_audits_are_there(noisy):
         )
 
     tables.trace_audits = {"model": audited(1.0)}
-    judge = judges.describe(tables, "model")
+    judge = describe(tables, "model")
     assert judge.audit.auc["numerical_precision"].value == 0.5
     assert judges.failings(judge, "numerical_precision") == {}
     tables.trace_audits = {"model": audited(3.0)}
-    judge = judges.describe(tables, "model")
+    judge = describe(tables, "model")
     assert judges.failings(judge, "sum") == {"its AUC on edited traces is below 0.65": 0.5}
+
+
+def test_a_mean_judge_is_audited_and_retested_as_its_ratings_are_made(noisy):
+    tables, _ = noisy
+    e, rng = tables.experiment, np.random.default_rng(1)
+    # The second judge's scale is four times as wide, and it rates a dimension that no other has.
+    members = {"a": DIMENSIONS[:2], "b": DIMENSIONS[:3]}
+    n = len(QUESTIONS)
+    own, again = (
+        {j: rng.normal(3, spread, (count, 2, n)) for j, spread in (("a", 1), ("b", 4))}
+        for count in (1, 3)
+    )
+    spread = {j: own[j].std() for j in members}
+    level, width = (np.mean([f(own[j]) for j in members]) for f in (np.mean, np.std))
+
+    def mean(values):
+        scaled = [level + width * (values[j] - own[j].mean()) / spread[j] for j in members]
+        return np.mean(scaled, axis=0)  # [wordings, sides, questions]
+
+    def of(dimensions, table):
+        return table.filter(pc.is_in(table["dimension"], pa.array(dimensions)))
+
+    both = Judge(name="both", kind="mean", of=("a", "b"), dimensions=DIMENSIONS[:2])
+    judges = [Judge(name=j, kind="exact", dimensions=d) for j, d in members.items()]
+    tables.experiment = dataclasses.replace(e, judges=(*e.judges, *judges, both))
+    for j, values in (own | {"both": mean(own)}).items():
+        sides = zip(("strong", "weak"), values[0], strict=True)
+        dims = members.get(j, both.dimensions)
+        tables.ratings[j] = {g: of(dims, r) for g, r in rated(j, dict(sides)).items()}
+    for j, dims in members.items():
+        tables.retests[j] = of(dims, retested(j, again[j][:, 0], again[j][:, 1]))
+        edited = {("", 0): own[j][0, 0], (dims[0], 2): own[j][0, 1]}
+        audits = [
+            Audit(q, j, target, degree, d, float(value), None, 10)
+            for (target, degree), values in edited.items()
+            for q, value in zip(QUESTIONS, values, strict=True)
+            for d in dims
+        ]
+        tables.trace_audits[j] = to_table(Audit, audits)
+    found = describe(tables, "both")
+    before, worse = mean(own)[0]
+    gaps = np.vstack([before - worse, *(c - r for c, r in mean(again))]).T
+    one = st.mean_correlation(gaps - gaps.mean(axis=0))
+    assert found.reliability.keys() == {*both.dimensions, "sum"}
+    for reliability in found.reliability.values():
+        assert (reliability.readings, reliability.pairs) == (4, n)
+        assert reliability.one == pytest.approx(one, abs=1e-5)
+    assert found.edited.auc.keys() == {DIMENSIONS[0]}
+    assert found.edited.auc[DIMENSIONS[0]].value == pytest.approx((before > worse).mean())
+    np.testing.assert_allclose(
+        [found.edited.curves[DIMENSIONS[0]][g] for g in (0, 1)], [before.mean(), worse.mean()]
+    )
