@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -194,14 +194,14 @@ def _config(experiment: Experiment) -> str:
 
 
 def render_template(
-    name: str, drawn: Mapping[str, Drawn], doubted: Sequence[str] = (), **shown: Any
+    name: str, drawn: Mapping[str, Drawn], doubts: Mapping[str, str], **shown: Any
 ) -> str:
     """A page of this package as text.
 
     Args:
       name: of its template.
       drawn: figures, by name.
-      doubted: names of arms that its filter `marked` marks.
+      doubts: by arm that its filter `marked` marks, why; templates read it as reason → arms.
       **shown: what the template reads besides.
     """
     environment = jinja2.Environment(
@@ -213,11 +213,15 @@ def render_template(
         lstrip_blocks=True,
     )
     environment.filters |= {"points": points, "words": words, "number": _number}
-    environment.filters["marked"] = functools.partial(mark_names, doubted=doubted)
+    environment.filters["marked"] = functools.partial(mark_names, doubted=doubts)
+    by_reason: dict[str, list[str]] = {}
+    for arm, why in doubts.items():
+        by_reason.setdefault(why, []).append(arm)
     return environment.get_template(name).render(
         figures=drawn,
         csv_links={name: _csv_link(figure.csv) for name, figure in drawn.items()},
         domain_words=DOMAIN_WORDS,
+        doubts=by_reason,
         **shown,
     )
 
@@ -234,17 +238,12 @@ def render(
       rubric: dimension to the question that judges answer.
     """
     shown = browser(study, {a.name: a.name + _mark(a) for a in summary.arms})
-    doubts: dict[str, list[str]] = {}  # reason → arms
-    for arm in summary.arms:
-        if arm.doubt:
-            doubts.setdefault(arm.doubt, []).append(arm.name)
     return render_template(
         "report.html.jinja",
         drawn,
-        [a.name for a in summary.arms if a.doubt],
+        {a.name: a.doubt for a in summary.arms if a.doubt},
         s=summary,
         shown=shown,
-        doubts=doubts,
         pairs=script_json(shown),
         suite_rule=RULE,
         versions=study.versions,
@@ -255,6 +254,11 @@ def render(
         experiment=study.experiment,
         config=_config(study.experiment),
     )
+
+
+def doubt_caption(doubted: Collection[str]) -> str:
+    """What the mark says, if an arm has it."""
+    return f"; {MARK}: the judge is below the bar, see the page" if doubted else ""
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:
@@ -269,7 +273,7 @@ def terminal_table(summary: Mapping[str, Any]) -> Table:
         title=summary["question"],
         title_justify="left",
         caption="points of accuracy against the student before training, 95% intervals"
-        + (f"; {MARK}: the judge is below the bar, see the page" if doubted else ""),
+        + doubt_caption(doubted),
         caption_justify="left",
     )
     table.add_column("arm", overflow="fold")

@@ -22,10 +22,11 @@ from deltapref_jax.analysis.findings import (
     claim_verdict,
     claim_words,
     listed,
+    mark_names,
     points,
 )
 from deltapref_jax.analysis.page import Measured, MeasuredBy
-from deltapref_jax.analysis.report import render_template
+from deltapref_jax.analysis.report import doubt_caption, render_template
 from deltapref_jax.analysis.summary import claim_weights
 from deltapref_jax.config import (
     Claim,
@@ -97,6 +98,7 @@ class StudentsSummary:
     claims: list[ClaimByStudent] = field(default_factory=list)
     arms: list[ArmByStudent] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # arms of the config
+    doubts: dict[str, str] = field(default_factory=dict)  # by arm, see `page.ArmSummary.doubt`
     unmeasured: list[str] = field(default_factory=list)  # what no interval of the page contains
     quantised: str = ""
 
@@ -146,6 +148,8 @@ def summarise_students(
             for suite in first["suites"]
         },
         left_out=first["left_out"],
+        # Pairs are the same for every student, and so is the judge that shaped them.
+        doubts={arm["name"]: arm["doubt"] for arm in first["arms"] if arm["doubt"]},
         quantised=quantised_sentence(e),
     )
     if not results:
@@ -156,6 +160,8 @@ def summarise_students(
         for d in s.domains
     }
     s.claims = _claims(e, first["arms"], found)
+    for claim in s.claims:
+        claim.what, claim.about = (mark_names(t, s.doubts) for t in (claim.what, claim.about))
     s.arms = _arms(found)
     s.unmeasured = _unmeasured(s, found)
     return s
@@ -343,7 +349,7 @@ def draw_claims(s: StudentsSummary) -> dict[str, Drawn]:
 
 def render_students(s: StudentsSummary, drawn: Mapping[str, Drawn], e: Experiment) -> str:
     """The page as text, which fetches nothing."""
-    return render_template("students.html.jinja", drawn, s=s, experiment=e)
+    return render_template("students.html.jinja", drawn, s.doubts, s=s, experiment=e)
 
 
 def students_table(summary: Mapping[str, Any]) -> Table:
@@ -355,7 +361,8 @@ def students_table(summary: Mapping[str, Any]) -> Table:
     table = Table(
         title=summary["question"],
         title_justify="left",
-        caption="points of accuracy against each student before training, 95% intervals",
+        caption="points of accuracy against each student before training, 95% intervals"
+        + doubt_caption(summary["doubts"]),
         caption_justify="left",
     )
     table.add_column("arm", overflow="fold")
@@ -368,7 +375,8 @@ def students_table(summary: Mapping[str, Any]) -> Table:
     for arm in summary["arms"]:
         table.add_section()
         for name, change in arm["changes"].items():
-            table.add_row(arm["name"], name, *(points(change[d]["estimate"]) for d in domains))
+            arm_name = mark_names(arm["name"], summary["doubts"])
+            table.add_row(arm_name, name, *(points(change[d]["estimate"]) for d in domains))
         for between in zip(*(arm["differences"][d] for d in domains), strict=True):
             minus = f"{between[0]['a']} minus {between[0]['b']}"
             table.add_row("", minus, *(points(x["effect"]["estimate"]) for x in between))

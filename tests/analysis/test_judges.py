@@ -15,8 +15,15 @@ from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.findings import MARK, mark_names
 from deltapref_jax.analysis.judges import describe
 from deltapref_jax.analysis.report import draw, render, terminal_table
+from deltapref_jax.analysis.students import (
+    StudentResults,
+    draw_claims,
+    render_students,
+    students_table,
+    summarise_students,
+)
 from deltapref_jax.analysis.summary import summarise, summary_json
-from deltapref_jax.config import DIMENSIONS, Claim, Judge
+from deltapref_jax.config import DIMENSIONS, Claim, Judge, Student
 from deltapref_jax.records import Audit, Rating, Retest, to_table
 from tests.analysis.test_report import DOMAINS, GENERATORS, QUESTIONS, study  # noqa: F401
 
@@ -128,6 +135,23 @@ def test_an_arm_of_a_judge_below_the_bar_is_marked_wherever_it_is_named(noisy):
     assert "top†" in data["arms"] and "top" not in data["arms"]
     cells = list(terminal_table(json.loads(summary_json(s))).columns[0].cells)
     assert "top†" in cells and "top" not in cells
+    names = ("a", "b")
+    e = tables.experiment
+    e = dataclasses.replace(e, students=tuple(Student(name=n, model=e.student) for n in names))
+    several = summarise_students(
+        e,
+        dict.fromkeys(names, json.loads(summary_json(s))),
+        dict.fromkeys(names, StudentResults(tables.student, tables.results)),
+        dict.fromkeys(names, "report.html"),
+    )
+    assert several.doubts == marked
+    assert several.claims[0].what == "top† minus random, out of domain"
+    page = render_students(several, draw_claims(several), e)
+    assert f"† top: {marked['top']}." in page
+    assert "<td>top†</td>" in page and "<td>top</td>" not in page
+    found = students_table(json.loads(summary_json(several)))
+    assert "top†" in found.columns[0].cells and "top" not in found.columns[0].cells
+    assert found.caption.endswith(f"{MARK}: the judge is below the bar, see the page")
     assert all(d in s.arms[0].changes for d in DOMAINS)
 
 
