@@ -13,70 +13,21 @@ template, and a study needs one, which `gguf-new-metadata` of the `gguf` package
 has a template of its own. As with SmolLM2, it shows that the flow works, and is no result.
 """
 
-from deltapref_jax.config import (
-    Arm,
-    Experiment,
-    Generator,
-    Judge,
-    Model,
-    Objective,
-    Prompts,
-    Sampling,
-    Scoring,
-    Suite,
-    Training,
-)
+from configs import smollm2
+from deltapref_jax.config import Experiment, Model
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Answer:{% endif %}"
 )
-EXAMPLE = (
-    "Question: Tom has 3 bags of 4 apples and eats 2. How many are left?\n"
-    "3 * 4 = 12. 12 - 2 = 10. Answer: 10\n\nAnswer the next question in the same way.\nQuestion: "
-)
 
 
 def get_config() -> Experiment:
-    tasks = ("gsm_symbolic", "chain_sum")
-    return Experiment(
-        name="gemma3_270m",
-        question=(
-            "Does a generator that is shown a worked example teach Gemma 3 270M more than a hot "
-            "one without?"
-        ),
-        student=Model(path="gemma3-270m.gguf"),
-        prompts=(Prompts(kind="reasoning_gym", tasks=tasks, count=24, seed=7),),
-        generators=(
-            Generator(name="hot", temperature=1.0, top_p=0.9, samples=2),
-            Generator(name="shown", temperature=0.3, prefix=EXAMPLE),
-        ),
-        judges=(Judge(name="self", kind="model"),),
-        objectives=(
-            Objective(name="dpo", learning_rate=5e-6),
-            Objective(name="kto", kind="kto", learning_rate=5e-6),
-        ),
-        arms=(
-            Arm(name="dpo-shown", chosen="shown", rejected="hot"),
-            Arm(name="kto-shown", chosen="shown", rejected="hot", objective="kto"),
-        ),
-        suites=tuple(
-            Suite(
-                name=task,
-                domain=domain,
-                temperature=0.0,
-                prompts=Prompts(kind="reasoning_gym", tasks=(task,), count=12, seed=900),
-            )
-            for task, domain in ((tasks[0], "in"), (tasks[1], "in"), ("gcd", "out"))
-        ),
-        training=Training(
-            pairs_per_step=4, steps=4, warmup=0.0, rows=4, row_length=320, checkpoint_every=4
-        ),
-        sampling=Sampling(
-            max_prompt=256, max_tokens=128, slots=16, chunk=16, shard=24, stop=("\nQuestion:",)
-        ),
-        scoring=Scoring(rows=2, row_length=512, shard=48),
-    )
+    e = smollm2.get_config()
+    e.name = "gemma3_270m"
+    e.question = e.question.replace("SmolLM2-135M", "Gemma 3 270M")
+    e.student = Model(path="gemma3-270m.gguf")
+    return e
 
 
 if __name__ == "__main__":
