@@ -50,7 +50,7 @@ def faults(cases, checker):
     return passed, missed
 
 
-@pytest.mark.parametrize("checker", ["math", "exact"])
+@pytest.mark.parametrize("checker", [pytest.param("math", marks=pytest.mark.slow), "exact"])
 def test_constructed_cases(checker):
     cases = rows("cases.jsonl")
     kinds = collections.Counter(row["kind"] for row in cases)

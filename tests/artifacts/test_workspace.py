@@ -78,6 +78,7 @@ def uninterrupted(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_every_file_system_step_and_continued(tmp_path, uninterrupted):
     points = int(program("everywhere", tmp_path))
     assert points >= 50

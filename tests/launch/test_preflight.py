@@ -119,6 +119,7 @@ def child(monkeypatch, tmp_path, source):
     )
 
 
+@pytest.mark.slow
 def test_a_program_that_takes_too_long_or_crashes_is_left_and_the_others_go_on(
     monkeypatch, tmp_path
 ):

@@ -40,8 +40,9 @@ def same(a, b, tolerance=0.0):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_points_is_the_uninterrupted_one_bit_for_bit(spawn, tmp_path, kills):
+@pytest.mark.slow
+def test_a_run_killed_at_random_points_is_the_uninterrupted_one_bit_for_bit(spawn, tmp_path):
+    kills = 12
     process = spawn("kill", tmp_path, kills, kills)
     out, err = process.communicate()
     assert process.returncode == 0, err
