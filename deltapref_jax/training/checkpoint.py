@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from deltapref_jax.files import ArtifactError, unwritable, write_atomic
-from deltapref_jax.training.state import TrainState
+from deltapref_jax.training.state import TrainState, in_memory
 
 Array = jax.Array
 
@@ -139,7 +139,9 @@ class Checkpoints:
         # The target's shardings decide where shards are read to, so the mesh may differ from the
         # saved one.
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            like,
+            in_memory("device", like),
         )
         mesh = jax.tree.leaves(like)[0].sharding.mesh
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -171,7 +173,8 @@ class Checkpoints:
                 "that base, or delete the folder of checkpoints to train from the start."
             )
         self.seconds = {name: counts[name] for name in self.seconds}
-        return restored["state"]["state"], counts
+        places = jax.tree.map(lambda x: x.sharding, like)
+        return jax.device_put(restored["state"]["state"], places), counts
 
     def save(self, steps_done: int, state: TrainState, counts: dict[str, float]) -> None:
         """Starts to write `state` and `counts`; returns once the state is copied to the host.
@@ -186,6 +189,8 @@ class Checkpoints:
         # 0 says that this save has not returned: background time is counted from its return.
         self._saving_step, self._save_returned_at = steps_done, 0.0
         try:
+            # Orbax and the checksum are given arrays of devices, wherever moments lie.
+            state = jax.device_put(state, in_memory("device", state))
             tree = {"state": state, "checksum": checksum(state)}
             saved_counts = counts | self.seconds | {"base": self._base}
             self._manager.save(
