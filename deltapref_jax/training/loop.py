@@ -140,7 +140,11 @@ def train(
         # A run that was stopped continues from its newest checkpoint, which may be its last step.
         done = checkpoints.newest()
         if done:
-            state, counts = checkpoints.restore(state)
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+            del state  # or the devices would hold two while one is read
+            state, counts = checkpoints.restore(like)
         check_lease()  # The monitor cuts the metrics back to the steps done.
         with TrainMonitor(
             spec,
