@@ -24,6 +24,7 @@ from deltapref_jax.config import (
     Prompts,
     Training,
     budget_twin,
+    greedy_twin,
 )
 
 RUNGS = ("weak", "fair", "good", "strong", "elm")
@@ -75,7 +76,7 @@ def get_config() -> Experiment:
     e = quickstart.get_config()
     e.name = "delta_grid"
     e.prompts = (Prompts(tasks=quickstart.IN_DOMAIN, count=2000, seed=100),)
-    e.objectives = (*OBJECTIVES, Objective(name="sft", kind="sft", learning_rate=3e-4))
+    e.objectives = tuple(map(quickstart.tuned, (*OBJECTIVES, Objective(name="sft", kind="sft"))))
     e.training = Training(pairs_per_step=24, budget="epochs", epochs=1.0, rows=2, row_length=384)
     compared = ("dpo-random-", f"dpo-top-exact-{BY}-")
     twins = (budget_twin(a, e.training) for a in (*drawn, *top) if a.name.startswith(compared))
@@ -86,5 +87,6 @@ def get_config() -> Experiment:
         Claim(kind="contrast", a=selected, b="dpo-random-30", domain="out", margin=3.0),
         Claim(kind="contrast", a=selected, b="dpo-strong", domain="out", margin=3.0),
     )
-    e.suites = quickstart.suites(count=240, samples=2)
+    read = quickstart.suites(count=240, samples=2)
+    e.suites = (*read, *map(greedy_twin, read), quickstart.tuning())
     return e

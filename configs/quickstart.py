@@ -11,6 +11,7 @@ Cost: up to ten minutes on two CPU cores, no download.
     python -m launch.ablate --config=configs/quickstart.py
 """
 
+import dataclasses
 import functools
 import os
 
@@ -63,10 +64,16 @@ def suites(count: int, samples: int) -> tuple[Suite, ...]:
     return inside + outside
 
 
+def tuning() -> Suite:
+    """Questions by which learning rates are chosen."""
+    prompts = Prompts(tasks=IN_DOMAIN, count=60, seed=950)
+    return Suite(name="tuning", prompts=prompts, samples=2, readout="tuning")
+
+
 def tuned(objective: Objective) -> Objective:
     """The objective at the best of three rates for its arm of the strong generator."""
-    objective.rates, objective.tuned_by = (3e-5, 1e-4, 3e-4), f"{objective.name}-strong"
-    return objective
+    rates = (3e-5, 1e-4, 3e-4)
+    return dataclasses.replace(objective, rates=rates, tuned_by=f"{objective.name}-strong")
 
 
 def get_config() -> Experiment:
@@ -98,12 +105,6 @@ def get_config() -> Experiment:
         Arm(name="dpo-reversed", chosen="weak", rejected="strong", group="control"),
     )
     read = suites(count=90, samples=2)
-    tuning = Suite(
-        name="tuning",
-        prompts=Prompts(tasks=IN_DOMAIN, count=60, seed=950),
-        samples=2,
-        readout="tuning",
-    )
     believes = {
         "weak": "borrows and carries wrongly, rounds factors of 9 up, ignores precedence, forgets "
         "the change",
@@ -161,7 +162,7 @@ def get_config() -> Experiment:
             Claim(kind="slope", objective="dpo", domain="out", margin=0.5),
             Claim(kind="contrast", a="dpo-top", b="dpo-random", domain="out"),
         ),
-        suites=(*read, *map(greedy_twin, read), tuning),
+        suites=(*read, *map(greedy_twin, read), tuning()),
         training=training,
         sampling=Sampling(max_prompt=96, max_tokens=128, slots=192, chunk=16, shard=512),
         scoring=Scoring(rows=24, row_length=448),
