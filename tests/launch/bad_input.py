@@ -311,7 +311,7 @@ FLAGS = {  # entry point → (arguments, words)
         ("--traces=1 --flops=2", r"give one budget"),
         ("--traces=2", r"--traces is 2, and 2 prompts, .*, need 4 traces .*; raise it"),
         ("--traces=9", r"all 4 prompts of the config need 8 traces at most; lower it"),
-        ("--flops=1e5", r"--flops is 100000, .* beside .* for capability and audits"),
+        ("--flops=1e5", r"--flops is 100000, .* beside .* for capability, audits and"),
         ("--flops=1e30", r"prompts of the config need .* FLOPs at most"),
         ("--study={own}", r"no summary\.json; give the folder"),
         ("--study={root}/model/config.json", r"config\.json is not the summary\.json of a study"),

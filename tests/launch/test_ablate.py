@@ -197,9 +197,11 @@ CASES = {  # arguments to the whole of stderr; {0} is the folder of FILES
         QUICK,
         "--only=dpo-*,ppo",
     ): r"--only has 'ppo', which matches no arm; the study has 'dpo-weak', .*'dpo-reversed'\.",
-    (QUICK, "--config.arms=()", "--config.claims=()", "--only=x"): (
-        r"--only has 'x', .*; it has no arms\."
-    ),
+    (
+        QUICK,
+        *(f"--config.{of}=()" for of in ("arms", "claims", "objectives", "suites")),
+        "--only=x",
+    ): (r"--only has 'x', .*; it has no arms\."),
     (
         QUICK,
         "--config.generators[week].top_k=1",

@@ -16,7 +16,7 @@ from configs import quickstart
 from deltapref_jax.analysis.proposal import GeneratorPair, Proposal, select_by
 from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import Arm, ConfigError, Prompts, Suite
+from deltapref_jax.config import Arm, ConfigError, Prompts
 from deltapref_jax.records import Pair, Rating, Result, Trace
 from deltapref_jax.stages.recipe import at_most, card_of, without_student
 from deltapref_jax.stages.study import plan
@@ -178,9 +178,6 @@ def test_the_card_names_licences_seed_and_every_artifact(card, study):
 
 def test_the_questions_of_a_study_stay_out_of_the_prompts():
     e = quickstart.get_config()
-    e.objectives[0].rates, e.objectives[0].tuned_by = (1e-4, 2e-4), "dpo-strong"
-    tuning = Prompts(tasks=("chain",), count=10, seed=5)
-    e.suites += (Suite("tuning", "in", tuning, readout="tuning"),)
     of_study, of_recipe = (plan(validate(c)) for c in (e, without_student(e)))
     assert list(of_recipe.prompts.suites) == list(of_study.prompts.suites)
     assert "tuning" in of_recipe.prompts.suites

@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from deltapref_jax.callables import CHECKER, code_hash, code_hashes, load_callable
-from deltapref_jax.config import Arm, ConfigError, Prompts
+from deltapref_jax.config import Arm, ConfigError, Objective, Prompts
 from deltapref_jax.data.sources import read_prompts
 from deltapref_jax.pairs.build import Rules
 from deltapref_jax.pairs.own import select_by_function
@@ -51,7 +51,7 @@ def own(tmp_path, monkeypatch):
 def test_a_name_that_is_no_function_is_refused_when_the_config_is_checked(own, name, words):
     own("number = 1\n\n\ndef f(prompt): ...\n\n\ndef two(prompt, answer): ...\n")
     e = quickstart.get_config()
-    e.judges, e.arms, e.claims = (), (), ()
+    e.judges, e.arms, e.claims, e.objectives, e.suites = (), (), (), (), ()
     e.prompts = (Prompts("jsonl", "questions.jsonl", checker=name),)
     with pytest.raises(ConfigError, match=rf"^config\.prompts\[0\]\.checker is '{name}'.*{words}"):
         validate(e)
@@ -146,6 +146,8 @@ def test_a_study_has_the_hashes_of_its_functions(own, tmp_path):
     )
     e = quickstart.get_config()
     e.judges, e.claims = e.judges[1:], ()
+    e.objectives = (Objective("dpo"),)
+    e.suites = tuple(suite for suite in e.suites if suite.readout != "tuning")
     e.prompts = (Prompts("own_functions:rows", checker="own_functions:check"),)
     e.suites[0].prompts = dataclasses.replace(e.prompts[0])
     e.arms = (Arm("own", "strong", "weak", keep="own_functions:pick", fraction=0.5),)
