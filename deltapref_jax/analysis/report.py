@@ -13,8 +13,18 @@ import jinja2
 from rich.table import Table
 
 from deltapref_jax.analysis import figures
+from deltapref_jax.analysis.arm_words import share_words
+from deltapref_jax.analysis.claims import RUNG_RULE
 from deltapref_jax.analysis.figures import Drawn, Line, Point
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, MARK, mark_names, points, words
+from deltapref_jax.analysis.findings import (
+    DOMAIN_WORDS,
+    MARK,
+    excluded,
+    interval_words,
+    mark_names,
+    points,
+    words,
+)
 from deltapref_jax.analysis.judges import USELESS_AUC, USELESS_RELIABILITY
 from deltapref_jax.analysis.page import ArmSummary, Summary
 from deltapref_jax.analysis.pair_browser import browser, script_json
@@ -101,7 +111,7 @@ def _kept_line(
 ) -> Line:
     """Arms of one selection by one judge and one budget, with those that keep all pairs."""
     selected = [a for a in arms if (a.arm.keep, a.pair_judge, a.budget) == (keep, judge, budget)]
-    shares = [(100 * a.arm.fraction, a) for a in selected] + [(100.0, a) for a in everything]
+    shares = [(_share(a), a) for a in selected] + [(100.0, a) for a in everything]
     named = f"{keep}, judge {judge}" if judge and len(judges) > 1 else keep
     doubted = MARK if any(a.doubt for a in selected) else ""
     return Line(
@@ -110,6 +120,13 @@ def _kept_line(
         [Point(share, a.changes[domain].estimate) for share, a in shares],
         dashed=bool(judge) and judge != judges[0],
     )
+
+
+def _share(a: ArmSummary) -> float:
+    """Percent of the pool that an arm keeps."""
+    if a.arm.pairs:
+        return 100 * a.arm.pairs / max(a.arm.pairs, a.waterfall.get("pool", 0))
+    return 100 * a.arm.fraction
 
 
 def _curves(study: Study, s: Summary) -> Drawn | None:
@@ -213,6 +230,8 @@ def render_template(
         lstrip_blocks=True,
     )
     environment.filters |= {"points": points, "words": words, "number": _number}
+    environment.filters |= {"excluded": excluded, "interval_words": interval_words}
+    environment.filters["share"] = share_words
     environment.filters["marked"] = functools.partial(mark_names, doubted=doubts)
     by_reason: dict[str, list[str]] = {}
     for arm, why in doubts.items():
@@ -246,6 +265,7 @@ def render(
         shown=shown,
         pairs=script_json(shown),
         suite_rule=RULE,
+        rung_rule=RUNG_RULE,
         versions=study.versions,
         useless=USELESS_AUC,
         useless_reliability=USELESS_RELIABILITY,

@@ -15,16 +15,9 @@ from rich.table import Table
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import figures
+from deltapref_jax.analysis.claims import claim_about, claim_verdict, claim_words
 from deltapref_jax.analysis.figures import Drawn
-from deltapref_jax.analysis.findings import (
-    DOMAIN_WORDS,
-    claim_about,
-    claim_verdict,
-    claim_words,
-    listed,
-    mark_names,
-    points,
-)
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, mark_names, points
 from deltapref_jax.analysis.page import Measured, MeasuredBy
 from deltapref_jax.analysis.report import doubt_caption, render_template
 from deltapref_jax.analysis.summary import claim_weights
@@ -188,7 +181,7 @@ def _claims(e: Experiment, arms: Sequence[Mapping[str, Any]], found: Found) -> l
             ClaimByStudent(
                 claim=claim,
                 what=claim_words(claim),
-                about=claim_about(claim, e.arms),
+                about=claim_about(claim, e),
                 unit="points per 10 points of generator delta"
                 if claim.kind == "slope"
                 else "points",
@@ -309,14 +302,15 @@ def _arms(found: Found) -> list[ArmByStudent]:
 
 def _unmeasured(s: StudentsSummary, found: Found) -> list[str]:
     """What no interval of the page contains."""
-    alone = [
-        student for student, effects in next(iter(found.values())).items() if not any(effects.noise)
-    ]
+    noise = {name: of.noise for name, of in next(iter(found.values())).items()}
+    alone = [name for name, of_student in noise.items() if of_student[0] is None]
     sentences = []
     if alone:
+        drawn = any(noise[name][1] is not None for name in alone)
+        but = ", but of draws of pairs where several measured them" if drawn else " alone"
         sentences.append(
             f"The noise of training of {listed(alone)}: no arm has several seeds, so the intervals "
-            "are of questions alone and too short."
+            f"are of questions{but}, and too short."
         )
     sentences += [f"{c.what}: an arm of it is missing." for c in s.claims if not c.effects]
     flagged = [
