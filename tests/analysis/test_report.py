@@ -428,8 +428,9 @@ def test_a_sentence_on_selections_has_one_budget_and_one_measure(study):
     assert "as many pairs of the smallest margins: in" in texts["Margin of the reference, DPO"]
     page = render(study, s, {}, {})
     assert "top 6 pairs by exact</td>" in page and "top 50% of pairs by exact</td>" in page
-    points = {p.split(",")[-4] for p in draw(study, s)["selection"].csv.splitlines()[1:]}
-    assert points == {"50.0", "100.0"}
+    figure = draw(study, s)["selection"]
+    assert {p.split(",")[-4] for p in figure.csv.splitlines()[1:]} == {"50.0", "100.0"}
+    assert "top, margin of the reference" in figure.svg
 
 
 def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
