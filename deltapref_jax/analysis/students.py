@@ -64,6 +64,8 @@ class ClaimByStudent:
     verdicts: dict[str, str]  # by student
     differences: list[Difference]  # of every two students
     sentence: str
+    # By student, where one rung decides a slope (`claims.RUNG_RULE`): as on the student's own page.
+    hangs_on: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -153,7 +155,8 @@ def summarise_students(
         for d in s.domains
     }
     s.claims = _claims(e, first["arms"], found)
-    for claim in s.claims:
+    for i, claim in enumerate(s.claims):
+        claim.hangs_on = hanging(summaries, i)
         claim.what, claim.about = (mark_names(t, s.doubts) for t in (claim.what, claim.about))
     s.arms = _arms(found)
     s.unmeasured = _unmeasured(s, found)
@@ -192,6 +195,12 @@ def _claims(e: Experiment, arms: Sequence[Mapping[str, Any]], found: Found) -> l
             )
         )
     return by_student
+
+
+def hanging(summaries: Mapping[str, SummaryJson], claim: int) -> dict[str, str]:
+    """What the students' own pages say of rungs that decide a claim, by student."""
+    sentences = {name: of["claims"][claim]["hangs_on"] for name, of in summaries.items()}
+    return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
 def _ladder(arms: Sequence[Mapping[str, Any]], objective: str) -> dict[str, float]:
@@ -307,10 +316,10 @@ def _unmeasured(s: StudentsSummary, found: Found) -> list[str]:
     sentences = []
     if alone:
         drawn = any(noise[name][1] is not None for name in alone)
-        but = ", but of draws of pairs where several measured them" if drawn else " alone"
+        rest = " and, where several were made, of draws of pairs, but" if drawn else " alone and"
         sentences.append(
             f"The noise of training of {listed(alone)}: no arm has several seeds, so the intervals "
-            f"are of questions{but}, and too short."
+            f"are of questions{rest} too short."
         )
     sentences += [f"{c.what}: an arm of it is missing." for c in s.claims if not c.effects]
     flagged = [
