@@ -63,6 +63,12 @@ def suites(count: int, samples: int) -> tuple[Suite, ...]:
     return inside + outside
 
 
+def tuned(objective: Objective) -> Objective:
+    """The objective at the best of three rates for its arm of the strong generator."""
+    objective.rates, objective.tuned_by = (3e-5, 1e-4, 3e-4), f"{objective.name}-strong"
+    return objective
+
+
 def get_config() -> Experiment:
     rungs = ("weak", "fair", "good", "strong")
     seeds = (0, 1, 2)  # of the arms that the claims compare
@@ -92,6 +98,12 @@ def get_config() -> Experiment:
         Arm(name="dpo-reversed", chosen="weak", rejected="strong", group="control"),
     )
     read = suites(count=90, samples=2)
+    tuning = Suite(
+        name="tuning",
+        prompts=Prompts(tasks=IN_DOMAIN, count=60, seed=950),
+        samples=2,
+        readout="tuning",
+    )
     believes = {
         "weak": "borrows and carries wrongly, rounds factors of 9 up, ignores precedence, forgets "
         "the change",
@@ -140,16 +152,16 @@ def get_config() -> Experiment:
         judges=(Judge(name="exact"), Judge(name="model", kind="model", model=small_model("judge"))),
         student=small_model("student"),
         objectives=(
-            Objective(name="dpo"),
-            Objective(name="kto", kind="kto"),
-            Objective(name="sft", kind="sft", learning_rate=3e-4),
+            tuned(Objective(name="dpo")),
+            tuned(Objective(name="kto", kind="kto")),
+            tuned(Objective(name="sft", kind="sft")),
         ),
         arms=arms,
         claims=(
             Claim(kind="slope", objective="dpo", domain="out", margin=0.5),
             Claim(kind="contrast", a="dpo-top", b="dpo-random", domain="out"),
         ),
-        suites=(*read, *map(greedy_twin, read)),
+        suites=(*read, *map(greedy_twin, read), tuning),
         training=training,
         sampling=Sampling(max_prompt=96, max_tokens=128, slots=192, chunk=16, shard=512),
         scoring=Scoring(rows=24, row_length=448),

@@ -449,6 +449,9 @@ class Training(Fields):
     lora: Lora = dataclasses.field(default_factory=Lora)
     # Of Adam's two moments; "bfloat16" halves their memory, rounded stochastically.
     moments: str = "float32"
+    # Whether the moments lie in the host's memory between updates: less on the devices while
+    # gradients are computed, and the time to move them twice a step. The numbers are the same.
+    offload_moments: bool = dataclasses.field(default=False, metadata=UNHASHED)
     # Steps between checkpoints: what a killed run may have to repeat.
     checkpoint_every: int = dataclasses.field(default=10, metadata=UNHASHED)
     # Newest ones that stay on disk; more allow a return behind a damaged one.

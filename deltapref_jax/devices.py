@@ -25,6 +25,7 @@ class Devices(NamedTuple):
       slices: groups of devices with a fast network: slices of TPUs, hosts of GPUs or CPUs.
       platform: "tpu", "gpu" or "cpu".
       memory: bytes of one device; 0: not known.
+      pinned_host: whether arrays of a device can lie in its host's pinned memory.
     """
 
     total: int
@@ -32,6 +33,7 @@ class Devices(NamedTuple):
     slices: int = 1
     platform: str = "cpu"
     memory: int = 0
+    pinned_host: bool = True
 
     @property
     def of_host(self) -> "Devices":
@@ -63,6 +65,7 @@ def attached_devices() -> Devices:
         count_slices(devices),
         devices[0].platform,
         (own[0].memory_stats() or {}).get("bytes_limit", 0),
+        any(memory.kind == "pinned_host" for memory in own[0].addressable_memories()),
     )
 
 

@@ -84,7 +84,13 @@ _VERDICTS = {  # of chosen and rejected; "" is any
     "wrong_right": ("wrong", "right"),
 }
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a tuple, such as (value,)"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    tuple: "a tuple, such as (value,)",
+}
 
 
 def _check_class(config: Any, expected: type) -> None:
@@ -142,8 +148,8 @@ def _check_types(path: str, config: Any) -> None:
         for item_field, item_hint, item in items:
             expected = typing.get_origin(item_hint) or item_hint
             allowed = int | float if expected is float else expected
-            # isinstance(True, int) holds, and no field is a bool.
-            if isinstance(item, bool) or not isinstance(item, allowed):
+            # isinstance(True, int) holds.
+            if isinstance(item, bool) != (expected is bool) or not isinstance(item, allowed):
                 kind = _KINDS.get(expected) or _one(expected)
                 part: Any = (*typing.get_args(hint), None)[0]
                 if expected is tuple and isinstance(part, type) and dataclasses.is_dataclass(part):

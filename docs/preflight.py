@@ -79,6 +79,7 @@ CASES = (
         flags="--config.training.rows=32 --config.training.remat=projections",
         change=_rows,
     ),
+    Case("8B-v5e-2x4", "llama_8b", "v5e:2x4"),
     Case("8B-decode", "llama_8b", "v6e:2x4", stages=("sample",)),
     Case(
         "30B-A3B-score",

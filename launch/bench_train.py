@@ -15,11 +15,12 @@ process may use, and all contenders use huge pages (GLIBC_TUNABLES).
 
 `tokens/s` counts the real tokens of both sequences of the pairs, over the seconds of a step and of
 the reference pass of its pairs. TRL by default and Tunix run that pass inside the step. KTO's
-mismatched rows cost time and count no tokens. `peak` is the process's largest resident memory. `of
-ceiling` is the time that the FLOPs which a step and its reference pass need would take at the rate
-of a large matrix product, over the measured time: 100% is as fast as this machine can be. `loss` of
-the second step shows that all compute the same. A contender that fails, such as for want of memory,
-is a row with the peak that it reached, and a sentence under the table.
+mismatched rows cost time and count no tokens. `peak` is the process's largest resident memory, or
+on an accelerator the most of its memory that was taken. `of ceiling` is the time that the FLOPs
+which a step and its reference pass need would take at the rate of a large matrix product, over the
+measured time: 100% is as fast as this machine can be. `loss` of the second step shows that all
+compute the same. A contender that fails, such as for want of memory, is a row with the peak that it
+reached, and a sentence under the table.
 """
 
 import contextlib
@@ -77,7 +78,10 @@ _REMAT = flags.DEFINE_enum(
     "remat", "projections", list(REMATS), "Our remat policy, from models.decoder.POLICIES."
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", list(DTYPES), "Our dtype; the peers compute in float32."
+    "dtype",
+    "float32",
+    list(DTYPES),
+    "Our dtype; TRL trains in mixed bfloat16 on a GPU, and the peers in float32 elsewhere.",
 )
 _CHECKPOINTING = flags.DEFINE_bool(
     "trl_gradient_checkpointing", False, "TRL's default is true; false is faster."
@@ -177,12 +181,12 @@ def contenders(kind: str, shape: str, folder: Path) -> dict[str, tuple[str, str,
         "pairs": _PAIRS.value,
         "beta": 0.1,
         "learning_rate": 1e-6,
+        "dtype": _DTYPE.value,
     }
     ours = base | {
         "rows": _ROWS.value,
         "row_length": length,
         "remat": _REMAT.value,
-        "dtype": _DTYPE.value,
     }
     trl = base | {
         "threads": len(os.sched_getaffinity(0)),
@@ -213,7 +217,8 @@ def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
     """Runs one contender's process.
 
     Returns:
-      Its JSON, or `failed`, which says how it ended; and its peak resident memory in bytes.
+      Its JSON, or `failed`, which says how it ended; and its peak in bytes: of the accelerator's
+      memory where the contender used one, else resident.
     """
     threads = str(len(os.sched_getaffinity(0)))
     environment = os.environ | {
@@ -243,7 +248,7 @@ def run(python: str, script: str, c: dict[str, Any]) -> dict[str, Any]:
             found = {"failed": _ended(process.returncode, err.read())}
         else:
             found = json.loads(lines[-1])
-    return found | {"peak_bytes": usage.ru_maxrss * 1024}
+    return {"peak_bytes": usage.ru_maxrss * 1024} | found
 
 
 def _ended(code: int, stderr: str) -> str:

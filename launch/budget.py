@@ -17,7 +17,7 @@ class Budget:
       most: traces, or FLOPs.
       flag: that gave it.
       unit: "traces" or "FLOPs".
-      fixed: work that no prompt changes: capability and audits, in FLOPs.
+      fixed: work that no prompt changes: capability, audits and retests, in FLOPs.
       of_prompt: generator to the work of its traces of one prompt, and of their ratings.
     """
 
@@ -50,7 +50,8 @@ class Budget:
         per_prompt = sum(self.of_prompt[name] for name in self.dearest)
         needed, all_need = (self.fixed + n * per_prompt for n in (least, available))
         if self.most < needed:
-            beside = f", beside {self.fixed:.3g} for capability and audits" * bool(self.fixed)
+            of_all = f", beside {self.fixed:.3g} for capability, audits and retests"
+            beside = of_all if self.fixed else ""
             raise ConfigError(
                 f"{self.flag} is {self.most:g}, and {least} prompts, the fewest of which a pair "
                 f"can be kept, need {needed:.6g} {self.unit} if {' and '.join(self.dearest)} "
@@ -78,9 +79,10 @@ def flops_of_prompt(report: Report, cost: Cost) -> dict[str, float]:
 
 
 def fixed_flops(report: Report, cost: Cost) -> float:
-    """FLOPs of all generators' answers to the suites, and of the judges' audits, at most."""
+    """FLOPs of all generators' answers to the suites, and of the judges' audits and retests."""
     results = [node for tables in report.capability.values() for node in tables.values()]
-    return sum(map(cost.most_flops, (*results, *report.audits.values())))
+    judged = (report.audits, report.trace_audits, report.retests)
+    return sum(map(cost.most_flops, (*results, *(n for nodes in judged for n in nodes.values()))))
 
 
 def sizes(sources: tuple[Prompts, ...]) -> list[int]:

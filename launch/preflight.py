@@ -51,8 +51,8 @@ _SLICES = define_count("num_slices", 1, "Slices of that topology.", 64)
 _LEVEL = flags.DEFINE_string(
     "level",
     "O0",
-    "Optimisation level of XLA: O0 (seconds to minutes; memory is near that of a run, traffic is "
-    "higher) or default (that of a run, minutes).",
+    "Optimisation level of XLA: O0 (seconds to minutes; less memory than a run takes by up to a "
+    "tenth, and more traffic) or default (that of a run, minutes).",
 )
 _SECONDS = define_count("compile_seconds", 900, "Seconds that one program may take to compile.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Without: everything by formula, without libtpu.")

@@ -103,6 +103,8 @@ def _training_changes(t: Training, refused: Result) -> Iterator[list[Change]]:
     yield [_set("config.training.remat", remat) for remat in stronger if remat != "none"]
     shards = refused.mesh["data"] * refused.mesh["fsdp"]
     yield [_set("config.training.rows", rows) for rows in _halves(t.rows, shards)]
+    # Moments on the host cost time alone; in bfloat16 they change what is trained, and its key.
+    yield [] if t.offload_moments else [_set("config.training.offload_moments", True)]
     yield [] if t.moments == "bfloat16" else [_set("config.training.moments", "bfloat16")]
     yield _sharded("config.training", refused)
 

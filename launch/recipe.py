@@ -21,7 +21,7 @@ from rich.console import Console
 
 from deltapref_jax.artifacts.runner import run, say_made
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import ConfigError, Experiment, domains_of
+from deltapref_jax.config import Arm, ConfigError, Experiment, domains_of
 from deltapref_jax.display import count
 from deltapref_jax.progress import plain_console, say
 from deltapref_jax.validation import validate
@@ -49,7 +49,7 @@ _FLOPS = flags.DEFINE_float(
     "flops",
     None,
     "FLOPs at most, by formula and as if all sequences were as long as the config allows, of "
-    "measuring the generators, sampling and judging.",
+    "measuring the generators, sampling, judging, audits and retests.",
     lower_bound=1.0,
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and make nothing.")
@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
     """Measure the generators, propose, make the pairs and the card, write both."""
     if not isinstance(_CONFIG.value, Experiment):
         validate(_CONFIG.value)  # refuses it
-    from deltapref_jax.analysis.proposal import Proposal, evidence_lines, select_by
+    from deltapref_jax.analysis.proposal import ARM, Proposal, evidence_lines, select_by
     from deltapref_jax.artifacts.lease import release_all
     from deltapref_jax.data.export import check_output
     from deltapref_jax.devices import assumed_devices, attached_devices
@@ -86,8 +86,11 @@ def main(_: list[str]) -> None:
         devices = attached_devices()
     workspace = Workspace(e.workspace)
     measuring = plan(e, None, devices, weights=not dry)
-    cost = Cost(measuring, workspace)
-    budget, questions = _budget(measuring, cost), sizes(e.prompts)
+    # Judges are retested on pairs: those of any two generators cost the same at most.
+    any_two = Arm(ARM, e.generators[0].name, e.generators[1].name)
+    costed = plan(dataclasses.replace(e, arms=(any_two,)), None, devices, weights=False)
+    cost = Cost(costed, workspace)
+    budget, questions = _budget(costed, cost), sizes(e.prompts)
     if budget:
         least = next(n for n in itertools.count(1) if round(selection.fraction * n) >= 1)
         budget.check(least, sum(questions))

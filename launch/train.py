@@ -44,6 +44,8 @@ on it takes, and makes nothing. Most used, with their defaults:
     --config.training.remat         none, projections, attention or block: less memory, more
                                     computed twice; auto: the least that fits (auto)
     --config.training.moments       float32 or bfloat16, of Adam's moments (float32)
+    --config.training.offload_moments   they lie on the host between updates: less memory, more
+                                    time (False)
     --config.training.lora.rank     of adapters, trained instead of all weights; 0: none (0)
     --config.training.lora.alpha    adapters are scaled by alpha / rank (16.0)
     --config.training.lora.targets  adapted matrices, such as "('q_proj', 'v_proj')"; all if none is

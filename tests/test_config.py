@@ -706,6 +706,12 @@ CASES = [  # path of a field, value, sentence
         "int8",
         "config.training.moments is 'int8'; choose one of 'float32', 'bfloat16'.",
     ),
+    (
+        "training.offload_moments",
+        1,
+        "config.training.offload_moments is 1; it must be True or False.",
+    ),
+    ("training.steps", True, "config.training.steps is True; it must be a whole number."),
     ("training.lora.rank", -1, "config.training.lora.rank is -1; it must be at least 0."),
     ("training.lora.rank", 8.0, "config.training.lora.rank is 8.0; it must be a whole number."),
     (
@@ -1024,6 +1030,7 @@ def test_what_is_right_passes_unchanged():
         ),
         ("training.lora", Lora(8, 32, ("v_proj",))),
         ("training.moments", "bfloat16"),
+        ("training.offload_moments", True),
         ("arms.2.by", "sum"),
         ("arms.2.judge", "n"),
         ("arms.1.direction", "n"),

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis import judges
 from deltapref_jax.analysis import statistics as st
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, points, words
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, MARK, points, words
 from deltapref_jax.analysis.page import JudgeAudit, JudgeSummary, Summary
 from deltapref_jax.analysis.proposal import ARM, Proposal, cell, table
 from deltapref_jax.analysis.study import Study, columns
@@ -43,7 +44,7 @@ def data_card(
         f"right. The chosen traces were written by {cell(arm.chosen)}, the rejected ones by "
         f"{cell(arm.rejected)}. No student was trained on these pairs, so whether they help one "
         "was not measured.",
-        *_section("Why these pairs", _why(study, proposal)),
+        *_section("Why these pairs", _why(study, summary, proposal)),
         *_section("Evidence", proposal.evidence),
         *_section("Counts", _counts(study)),
         *_section("Generator delta", _generator_delta(study, arm)),
@@ -61,14 +62,17 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *lines]
 
 
-def _why(study: Study, proposal: Proposal) -> list[str]:
+def _why(study: Study, summary: Summary, proposal: Proposal) -> list[str]:
     counts = study.pair_counts[ARM][0]
+    doubt = judges.doubt(study.experiment, study.experiment.arms[0], summary.judges)
     lines = [
         f"- Generators: {cell(proposal.generators.why)}. The widest of several measured gaps is on "
         "average a little wider than it really is.",
         f"- Selection: {cell(proposal.selection.why)}.",
         f"- Budget: {cell(proposal.budget)}.",
     ]
+    if doubt:
+        lines.append(f"- {MARK} The judge is below the bar: {cell(doubt)}.")
     if counts["tied_at_cut"]:
         lines.append(
             f"- Ties: {counts['tied_at_cut']:,.0f} of {counts['pool']:,.0f} pairs of the pool are "
@@ -142,7 +146,7 @@ def _sample_delta(study: Study) -> list[str]:
     """Chosen minus rejected rating of the kept pairs, by judge and dimension."""
     if not study.rated:
         return ["The config has no judge, so that no sample delta was measured."]
-    chosen, rejected = study.pair_rows(ARM)
+    chosen, rejected = study.pair_rows(study.pairs_of(ARM))
     rows = []
     for judge, rated in study.rated.items():
         gaps = rated.matrix[chosen] - rated.matrix[rejected]

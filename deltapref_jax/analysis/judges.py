@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.page import (
     Agreement,
-    ArmSummary,
     JudgeAudit,
     JudgeOnPairs,
     JudgeSummary,
@@ -22,6 +21,7 @@ from deltapref_jax.config import (
     REFERENCE_MARGIN,
     UNJUDGED,
     Arm,
+    Experiment,
     differing,
     is_balanced,
     judge_of,
@@ -140,7 +140,7 @@ def _on_pairs(
     truth, against = _truth(study, name, rated.dimensions)
     tokens = study.trace_column("tokens").astype(float)
     for arm in dict.fromkeys([widest, *shaped]):
-        chosen, rejected = study.pair_rows(arm)
+        chosen, rejected = study.pair_rows(study.first_draw(arm))
         gaps, true = (m.matrix[chosen] - m.matrix[rejected] for m in (rated, truth))
         longer = tokens[chosen] - tokens[rejected]
         correlations, partial = {}, {}
@@ -193,13 +193,13 @@ def _top(
     exact = found.against != CORRECTNESS
     if not whole or not exact or not (found.by == "sum" or found.by in truth.dimensions):
         return
-    chosen, rejected = study.pair_rows(whole)
+    pool_pairs, own_pairs = study.first_draw(whole), study.first_draw(arm.name)
+    chosen, rejected = study.pair_rows(pool_pairs)
     gap = _gap(truth.matrix[chosen] - truth.matrix[rejected], truth, found.by)
     if np.isnan(gap).any():
         return
-    ids = columns(study.pairs_of(whole), "pair_id")[0]
+    ids, own = (columns(pairs, "pair_id")[0] for pairs in (pool_pairs, own_pairs))
     inside = dict(zip(ids, _in_top(gap if arm.keep == "top" else -gap, int(kept)), strict=True))
-    own = columns(study.pairs_of(arm.name), "pair_id")[0]
     if set(own) <= inside.keys():
         found.true_top = float(np.mean([inside[i] for i in own]))
 
@@ -266,10 +266,10 @@ def failings(judge: JudgeSummary, by: str) -> dict[str, float]:
     return found
 
 
-def doubt(arm: ArmSummary, judges: Sequence[JudgeSummary]) -> str:
+def doubt(e: Experiment, arm: Arm, judges: Sequence[JudgeSummary]) -> str:
     """Why the judge that shaped the pairs of an arm can't carry a conclusion; "" if it can."""
-    judge = next((j for j in judges if j.name == arm.pair_judge), None)
-    by = ranked_by(arm.arm)
+    judge = next((j for j in judges if j.name == judge_of(e, arm)), None)
+    by = ranked_by(arm)
     if judge is None or not by or not (reasons := failings(judge, by)):
         return ""
     return f"judge {judge.name} shaped its pairs by {by.replace('_', ' ')}, where " + " and ".join(
@@ -278,8 +278,12 @@ def doubt(arm: ArmSummary, judges: Sequence[JudgeSummary]) -> str:
 
 
 def widest_arm(study: Study) -> str:
-    """The arm with most pairs."""
-    return max(study.pairs, key=lambda arm: study.pairs_of(arm).num_rows)
+    """The arm with most pairs in one draw; those directed by a coin come last, whatever they have.
+
+    A coin turns gaps around at random, and with them what two judges have in common.
+    """
+    coins = {a.name for a in study.experiment.arms if a.direction == "coin"}
+    return max(study.pairs, key=lambda arm: (arm not in coins, study.first_draw(arm).num_rows))
 
 
 def _mean_of(
@@ -425,7 +429,7 @@ def agreement(study: Study) -> list[Agreement]:
         return []
     first, *others = study.rated
     widest = widest_arm(study)
-    chosen, rejected = study.pair_rows(widest)
+    chosen, rejected = study.pair_rows(study.first_draw(widest))
     agreements = []
     for other in others:
         a, b = study.rated[first].mean, study.rated[other].mean

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, points, words
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, MARK, listed, points, words
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.config import Arm, Claim, ConfigError, Judge, Run
@@ -35,6 +35,7 @@ class TopContrast(NamedTuple):
     fraction: float  # of the pool that a keeps
     by: str  # what its pairs were ranked by
     judge: str  # whose ratings ranked them
+    doubt: str  # why this judge can't carry a conclusion; "" if it can
     effects: dict[str, Measured]  # by domain
 
 
@@ -137,6 +138,7 @@ def read_evidence(text: str, where: str) -> Evidence:
                     float(arms[c["a"]]["fraction"]),
                     arms[c["a"]]["by"],
                     arms[c["a"]]["pair_judge"],
+                    arms[c["a"]]["doubt"],
                     {d: _measured(c[d]) for d in summary["domains"]},
                 )
                 for c in summary["contrasts"]
@@ -182,8 +184,9 @@ def evidence_lines(evidence: Evidence | None) -> tuple[str, ...]:
         for s in evidence.slopes
     ] + [
         (
-            f"{cell(c.a)} (top {c.fraction:.0%} by {words(c.by)}, judge {cell(c.judge)}) minus "
-            f"{cell(c.b)} ({'as many at random' if c.kind == 'random' else 'all pairs'})",
+            f"{cell(c.a)}{MARK * bool(c.doubt)} (top {c.fraction:.0%} by {words(c.by)}, judge "
+            f"{cell(c.judge)}) minus {cell(c.b)} "
+            f"({'as many at random' if c.kind == 'random' else 'all pairs'})",
             c.effects,
             1,
         )
@@ -198,7 +201,9 @@ def evidence_lines(evidence: Evidence | None) -> tuple[str, ...]:
     ]
     if not rows:
         return (*lines, "It has no slope over a ladder, and no top pairs against others.")
-    return (*lines, *table(("effect", *heads), [(what, *_cells(e, n)) for what, e, n in rows]))
+    lines += table(("effect", *heads), [(what, *_cells(e, n)) for what, e, n in rows])
+    doubts = dict.fromkeys(c.doubt for c in evidence.contrasts if c.doubt)
+    return (*lines, *([""] if doubts else []), *(f"{MARK} {cell(why)}." for why in doubts))
 
 
 def _cells(effects: Mapping[str, Measured], digits: int) -> list[str]:
@@ -222,8 +227,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
     """The fraction of pairs to keep, and who ranks them.
 
-    It is the smallest top fraction of the study that was not worse than all pairs in any domain:
-    better, or the same within `MARGIN` points. Where no study shows one it is the paper's.
+    It is the smallest top fraction of the study that was not worse than all pairs in any domain,
+    better or the same within `MARGIN` points, as were all larger fractions of its ranking. Tested
+    in this order, none needs an adjustment for the others (fixed-sequence tests: Maurer, Hothorn,
+    Lehmacher 1995); several rankings do, and their number is said. What a judge below the bar
+    ranked is not taken. Where no study shows a fraction it is the paper's.
 
     Args:
       evidence: of a study; None without one.
@@ -233,15 +241,14 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
         why = "all pairs are kept, for the config has no judge that could rank them"
         return Selection(1.0, "sum", "", why)
     contrasts = [c for c in evidence.contrasts if c.kind == "all"] if evidence else []
-    found = sorted(
-        (c.fraction, -min(e.estimate.value for e in c.effects.values()), i)
-        for i, c in enumerate(contrasts)
-        if c.fraction < 1  # a number of pairs is no fraction
-        and all(map(_as_good, c.effects.values()))
-        and _ranker(judges, c.judge, c.by)
-    )
+    rankings: dict[tuple[str, str], list[TopContrast]] = {}
+    for c in contrasts:
+        # A number of pairs is no fraction.
+        if c.fraction < 1 and not c.doubt and _ranker(judges, c.judge, c.by):
+            rankings.setdefault((c.judge, c.by), []).append(c)
+    found = [best for ranking in rankings.values() if (best := _smallest_as_good(ranking))]
     if evidence and found:
-        c = contrasts[found[0][2]]
+        c = min(found, key=lambda c: (c.fraction, -_worst(c)))
         judge = _ranker(judges, c.judge, c.by)
         other = f", whose judge was {c.judge}" * (judge != c.judge)
         return Selection(
@@ -249,9 +256,10 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
             c.by,
             judge,
             f"the top {c.fraction:.0%} by {words(c.by)} are kept, rated by judge {judge}: the "
-            f"smallest top fraction of the study {evidence.study}{other} that did as well as all "
-            f"pairs or better ({c.a} minus {c.b}: {in_domains(c.effects)} points; as well: within "
-            f"±{MARGIN:g})",
+            f"smallest top fraction of the study {evidence.study}{other} that, as all larger ones, "
+            f"did as well as all pairs or better ({c.a} minus {c.b}: {in_domains(c.effects)} "
+            f"points; as well: within ±{MARGIN:g}; rankings that were looked at: {len(rankings)}, "
+            "not adjusted for)",
         )
     by = PAPER_BY if PAPER_BY in judges[0].dimensions else "sum"
     why = (
@@ -264,7 +272,24 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
         lost = [c.a for c in contrasts if any(_lost(e) for e in c.effects.values())]
         why += f"; the study {evidence.study} shows no top fraction that does as well as all pairs"
         why += f", and that {listed(lost)} did worse" if lost else ""
+        doubted = [c.a for c in contrasts if c.doubt]
+        why += f"; the judge behind {listed(doubted)} is below the bar" if doubted else ""
     return Selection(PAPER_FRACTION, by, judges[0].name, why)
+
+
+def _smallest_as_good(ranking: Sequence[TopContrast]) -> TopContrast | None:
+    """The worst contrast of the smallest fraction that, with all larger ones, was not worse."""
+    found = None
+    for fraction in sorted({c.fraction for c in ranking}, reverse=True):
+        at = [c for c in ranking if c.fraction == fraction]
+        if not all(_as_good(e) for c in at for e in c.effects.values()):
+            break
+        found = min(at, key=_worst)
+    return found
+
+
+def _worst(contrast: TopContrast) -> float:
+    return min(e.estimate.value for e in contrast.effects.values())
 
 
 def _as_good(effect: Measured) -> bool:

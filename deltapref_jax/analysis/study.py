@@ -95,13 +95,17 @@ class Study:
         """Rows of `records.Pair` of all draws of an arm, one after another."""
         return pa.concat_tables(self.pairs[arm].values())
 
-    def pair_rows(self, arm: str) -> list[np.ndarray]:
-        """Rows of the chosen and of the rejected traces of an arm's pairs, int [P] each.
+    def first_draw(self, arm: str) -> pa.Table:
+        """Rows of `records.Pair` of an arm's first draw: every pair once."""
+        return self.pairs[arm][min(self.pairs[arm])]
+
+    def pair_rows(self, pairs: pa.Table) -> list[np.ndarray]:
+        """Rows of the chosen and of the rejected traces of pairs, int [P] each.
 
         Raises:
           KeyError: the study does not have a trace of a pair.
         """
-        sides = columns(self.pairs_of(arm), "chosen_id", "rejected_id")
+        sides = columns(pairs, "chosen_id", "rejected_id")
         return [np.array([self.row_of[i] for i in ids], int) for ids in sides]
 
     @functools.cached_property

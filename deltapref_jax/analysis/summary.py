@@ -117,7 +117,7 @@ def summarise(study: Study) -> Summary:
     s.agreement = judges.agreement(study)
     s.trivial = judges.trivial(study)
     for a in s.arms:
-        a.doubt = judges.doubt(a, s.judges)
+        a.doubt = judges.doubt(study.experiment, a.arm, s.judges)
     s.stages = _stages(study.distinct_artifacts)
     s.dropped = _dropped(study.distinct_artifacts)
     has_exact = any(j.kind == "exact" for j in s.judges)
@@ -291,7 +291,7 @@ def _sample_delta(study: Study, name: str) -> dict[str, float]:
     """Mean gap of an arm's pairs by every judge, in rating points, over the dimensions."""
     if name not in study.pairs:
         return {}
-    chosen, rejected = study.pair_rows(name)
+    chosen, rejected = study.pair_rows(study.pairs_of(name))
     gaps = {
         judge: rated.mean[chosen] - rated.mean[rejected] for judge, rated in study.rated.items()
     }
@@ -302,7 +302,7 @@ def strata(study: Study, name: str) -> dict[str, float] | None:
     """Shares of an arm's pairs, in percent, by verified correctness of chosen and rejected."""
     if name not in study.pairs:
         return None
-    chosen, rejected = (study.correct[rows] for rows in study.pair_rows(name))
+    chosen, rejected = (study.correct[rows] for rows in study.pair_rows(study.pairs_of(name)))
     known = ~np.isnan(chosen) & ~np.isnan(rejected)
     if not known.any():
         return None

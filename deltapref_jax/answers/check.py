@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from deltapref_jax.answers import reading
 from deltapref_jax.answers.extract import (
     Statement,
@@ -76,6 +78,8 @@ def _own(prompt: Mapping[str, Any], text: str, where: str) -> Verdict:
         correct = function(Prompt(**prompt), text)
     except Exception as e:  # the user's function may raise any type
         raise failure(name, where, e) from e
+    if isinstance(correct, np.bool_):  # what a comparison of arrays gives
+        correct = bool(correct)
     if correct is not None and not isinstance(correct, bool):
         raise ConfigError(
             f"{name} returned {str(correct)[:80]!r} for {where}; a checker returns True, False, or "

@@ -29,7 +29,7 @@ _EQUATION = re.compile(
     rf"({_NUMBER})(\s*)([-+*/×÷−])(\s*\$?)({_NUMBER})(\s*=\s*\$?)({_NUMBER})"  # noqa: RUF001
 )
 # "3. ", "3) ", "Step 3: ", with the space behind it.
-_NUMBERED = re.compile(r"^(\s*(?:[Ss]tep )?)(\d+)([.):]\s+)")
+_NUMBERED = re.compile(r"^(\s*(?:[Ss]tep )?)(\d{1,9})([.):]\s+)")
 _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+")  # capitalised, and not at the start of a sentence
 _OPERATIONS: dict[str, Callable[[Decimal, Decimal], Decimal]] = {
     "+": lambda a, b: a + b,
@@ -38,6 +38,8 @@ _OPERATIONS: dict[str, Callable[[Decimal, Decimal], Decimal]] = {
     "/": lambda a, b: a / b,
 }
 _SAME = {"×": "*", "÷": "/", "−": "-"}  # noqa: RUF001
+_CHARACTERS = 12
+"""Of a number that is calculated with: products of longer ones would be rounded by `decimal`."""
 
 
 def edit(
@@ -142,11 +144,12 @@ def _mislead(
     """Another problem's opening, then other operations; operations alone without an opening."""
     openings = [_units(other)[0][:1] for other in rng.sample(others, len(others))]
     opening = next((o for o in openings if o and o != units[:1]), None) if len(units) > 1 else None
-    count = sum(len(_EQUATION.findall(_body(unit))) for unit in units)
-    operations = min(degree - (opening is not None), count)
+    equations = [match for unit in units for match in _EQUATION.finditer(_body(unit))]
+    places = [i for i, m in enumerate(equations) if _other_operations(m[3], m[1], m[5])]
+    operations = min(degree - (opening is not None), len(places))
     if opening is None and not operations:
         return None
-    edited = _rewritten(units, {}, rng, other=rng.sample(range(count), operations))
+    edited = _rewritten(units, {}, rng, other=rng.sample(places, operations))
     return [*opening, *edited[1:]] if opening else edited
 
 
@@ -209,8 +212,9 @@ def _rewritten(
             a, space, sign, more, b, equals, c = match.groups()
             left, right = stands.get(_plain(a), a), stands.get(_plain(b), b)
             shown, value = sign, c
-            if count in other:
-                shown = _other_operation(sign, left, right, rng)
+            # What changed before may have left no other operation.
+            if count in other and (signs := _other_operations(sign, left, right)):
+                shown = rng.choice(signs)
             result = _written(_value(left, shown, right))
             if count in other or _value(a, sign, b) == _decimal(c):
                 value = c if result == _plain(c) else result or c
@@ -251,10 +255,10 @@ def _slip(number: str, rng: random.Random, taken: set[str]) -> str:
     return rng.choice(free[:6] or [f"{value + 11:.{digits}f}"])
 
 
-def _other_operation(sign: str, a: str, b: str, rng: random.Random) -> str:
-    """Another sign whose result can be written."""
+def _other_operations(sign: str, a: str, b: str) -> list[str]:
+    """Other signs whose results can be written."""
     own = _SAME.get(sign, sign)
-    return rng.choice([s for s in "+-*" if s != own and _written(_value(a, s, b))])
+    return [s for s in "+-*" if s != own and _written(_value(a, s, b))]
 
 
 def _numbers(text: str) -> dict[str, None]:
@@ -272,7 +276,9 @@ def _decimal(number: str) -> Decimal:
 
 
 def _value(a: str, sign: str, b: str) -> Decimal | None:
-    """The value of an operation; None where it has none."""
+    """The value of an operation; None where it has none, or of too long numbers."""
+    if max(len(_plain(a)), len(_plain(b))) > _CHARACTERS:
+        return None
     try:
         return _OPERATIONS[_SAME.get(sign, sign)](_decimal(a), _decimal(b))
     except (DivisionByZero, InvalidOperation):

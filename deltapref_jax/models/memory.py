@@ -40,23 +40,32 @@ def scoring_memory(
     return weights + tokens * _kept(spec, "none") * BYTES[dtype]
 
 
-def training_memory(spec: ModelSpec, training: Training, dtype: str, mesh: MeshShape) -> float:
+def training_memory(
+    spec: ModelSpec, training: Training, dtype: str, mesh: MeshShape, activations: float = 1.0
+) -> float:
     """Weights, gradients, both moments, and the activations of a micro-batch.
+
+    Moments that lie on the host come to the devices for the update, when no activations are there.
 
     Without rematerialisation a micro-batch's gradients lie beside the sum of those before it; else
     they are added to it in place.
 
     Activations are what rematerialisation keeps of every layer, and twice the whole of one layer,
-    whose values and gradients are there while its backward pass runs.
+    whose values and gradients are there while its backward pass runs. They are counted
+    `activations` times.
     """
     _, fsdp, tensor, _ = _sizes(mesh)
     trained = trained_parameters(spec, training)
     frozen = spec.parameters if training.lora.rank else 0
+    moments = 2 * BYTES[training.moments]
     gradients = 2 if training.remat == "none" else 1
-    state = frozen * 4 + trained * (4 + gradients * 4 + 2 * BYTES[training.moments])
+    held = 0 if training.offload_moments else moments
+    gradient = frozen * 4 + trained * (4 + gradients * 4 + held)
+    update = frozen * 4 + trained * (4 + 4 + moments)
     kept = spec.layers * _kept(spec, training.remat) + 2 * _kept(spec, "none")
     tokens = _tokens(training.rows, training.row_length, mesh)
-    return state / (fsdp * tensor) + tokens * kept * BYTES[dtype]
+    kept_bytes = activations * tokens * kept * BYTES[dtype]
+    return max(gradient / (fsdp * tensor) + kept_bytes, update / (fsdp * tensor))
 
 
 def trained_parameters(spec: ModelSpec, training: Training) -> int:

@@ -122,11 +122,12 @@ def kept_count(pool: int, number: int, fraction: float) -> int:
 
 def _ties(ranked: np.ndarray, first: int, last: int) -> int:
     """Pairs that are tied at an end of ranked[first:last] with pairs beyond it."""
-    tied = 0
-    for inside, outside in ((first, first - 1), (last - 1, last)):
-        if 0 <= outside < len(ranked) and ranked[inside] == ranked[outside]:
-            tied += int(np.count_nonzero(ranked == ranked[inside]))
-    return tied
+    cut = {
+        ranked[inside]
+        for inside, outside in ((first, first - 1), (last - 1, last))
+        if 0 <= outside < len(ranked) and ranked[inside] == ranked[outside]
+    }
+    return int(np.isin(ranked, list(cut)).sum())
 
 
 def _matched(

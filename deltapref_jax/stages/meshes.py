@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from deltapref_jax.config import (
+    ConfigError,
     Experiment,
     Generator,
     Judge,
@@ -106,10 +107,15 @@ def fit_training(t: Training, student: Model, devices: Devices, spec_of: SpecOf)
     """Returns the training config with all four sizes of its mesh stated.
 
     Raises:
-      ConfigError: see `fit_meshes`.
+      ConfigError: see `fit_meshes`; or moments cannot lie on the host of these devices.
     """
-    # Weights and gradients in float32, and two moments; the frozen weights of a run of adapters
-    # have at least two bytes.
+    if t.offload_moments and not devices.pinned_host:
+        raise ConfigError(
+            f"config.training.offload_moments is True and the {devices.words} ({devices.platform}) "
+            "have no pinned memory of their host; leave it out."
+        )
+    # Weights and gradients in float32, and two moments, which are all there in an update; the
+    # frozen weights of a run of adapters have at least two bytes.
     width = 2 if t.lora.rank else 8 + 2 * _BYTES[t.moments]
     what = "weights" if t.lora.rank else "weights, gradients and moments"
     field = "config.training.mesh"

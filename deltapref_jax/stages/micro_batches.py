@@ -70,11 +70,8 @@ def choose_remat(spec: ModelSpec, t: Training, dtype: str, mesh: MeshShape, memo
     if not memory:
         return "none" if spec.parameters < _SMALL else "attention"
     for remat in ("none", "projections", "attention"):
-        state, whole = (
-            training_memory(spec, dataclasses.replace(t, remat=remat, rows=rows), dtype, mesh)
-            for rows in (0, t.rows)
-        )
-        if state + _ACTIVATIONS * (whole - state) < _ROOM * memory:
+        tried = dataclasses.replace(t, remat=remat)
+        if training_memory(spec, tried, dtype, mesh, _ACTIVATIONS) < _ROOM * memory:
             return remat
     return "block"
 

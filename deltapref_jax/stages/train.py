@@ -203,7 +203,9 @@ def run_of(t: Training, objective: Objective, steps: int, seed: int) -> Run:
         t.row_length,
         t.warmup,
         t.schedule,
-        optimizer=Optimizer(t.clip, t.weight_decay, moments=t.moments),
+        optimizer=Optimizer(
+            t.clip, t.weight_decay, moments=t.moments, offload_moments=t.offload_moments
+        ),
         checkpoint_every=t.checkpoint_every,
         keep_checkpoints=t.keep_checkpoints,
         remat=t.remat,

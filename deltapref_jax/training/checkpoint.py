@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from deltapref_jax.files import ArtifactError, unwritable, write_atomic
-from deltapref_jax.training.state import TrainState
+from deltapref_jax.training.state import TrainState, in_memory, on_host
 
 Array = jax.Array
 
@@ -44,6 +44,24 @@ def checksum(state: TrainState) -> Array:
         jax.lax.bitcast_convert_type(x, uints[x.dtype.itemsize]) for x in jax.tree.leaves(state)
     ]
     return sum((jnp.sum(b, dtype=jnp.uint32) for b in bits), jnp.uint32(0))
+
+
+@contextlib.contextmanager
+def _on_devices(state: TrainState) -> Iterator[TrainState]:
+    """The state as Orbax and `checksum` take it: with moments that lie on the host copied back.
+
+    The copies are deleted in the end, because Orbax refers to them until its next save.
+    """
+    if not on_host(state.moments):
+        yield state
+        return
+    # Until they are on the host, the devices hold them too.
+    jax.block_until_ready(state.moments)
+    moments = jax.device_put(state.moments, in_memory("device", state.moments))
+    try:
+        yield state._replace(moments=moments)
+    finally:
+        jax.tree.map(lambda x: x.delete(), moments)
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
@@ -139,7 +157,9 @@ class Checkpoints:
         # The target's shardings decide where shards are read to, so the mesh may differ from the
         # saved one.
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            like,
+            in_memory("device", like),
         )
         mesh = jax.tree.leaves(like)[0].sharding.mesh
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -171,7 +191,8 @@ class Checkpoints:
                 "that base, or delete the folder of checkpoints to train from the start."
             )
         self.seconds = {name: counts[name] for name in self.seconds}
-        return restored["state"]["state"], counts
+        places = jax.tree.map(lambda x: x.sharding, like)
+        return jax.device_put(restored["state"]["state"], places), counts
 
     def save(self, steps_done: int, state: TrainState, counts: dict[str, float]) -> None:
         """Starts to write `state` and `counts`; returns once the state is copied to the host.
@@ -186,12 +207,13 @@ class Checkpoints:
         # 0 says that this save has not returned: background time is counted from its return.
         self._saving_step, self._save_returned_at = steps_done, 0.0
         try:
-            tree = {"state": state, "checksum": checksum(state)}
-            saved_counts = counts | self.seconds | {"base": self._base}
-            self._manager.save(
-                steps_done,
-                args=Composite(state=StandardSave(tree), counts=JsonSave(saved_counts)),
-            )
+            with _on_devices(state) as copied:
+                tree = {"state": copied, "checksum": checksum(copied)}
+                saved_counts = counts | self.seconds | {"base": self._base}
+                self._manager.save(
+                    steps_done,
+                    args=Composite(state=StandardSave(tree), counts=JsonSave(saved_counts)),
+                )
         except Exception as e:
             raise self._save_error(e) from None
         self._save_returned_at = time.monotonic()

@@ -26,7 +26,14 @@ from deltapref_jax.training.data import StepData
 from deltapref_jax.training.guards import LikelihoodDisplacement, check_finite, check_reference
 from deltapref_jax.training.monitor import MonitorConfig, TrainMonitor
 from deltapref_jax.training.objectives import Hyper, kto_baseline
-from deltapref_jax.training.state import Optimizer, TrainState, init_state, learning_rate
+from deltapref_jax.training.state import (
+    Optimizer,
+    TrainState,
+    in_memory,
+    init_state,
+    learning_rate,
+    on_host,
+)
 from deltapref_jax.training.step import Programs, programs
 
 Counts = dict[str, float]
@@ -133,7 +140,11 @@ def train(
         # A run that was stopped continues from its newest checkpoint, which may be its last step.
         done = checkpoints.newest()
         if done:
-            state, counts = checkpoints.restore(state)
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+            del state  # or the devices would hold two while one is read
+            state, counts = checkpoints.restore(like)
         check_lease()  # The monitor cuts the metrics back to the steps done.
         with TrainMonitor(
             spec,
@@ -235,6 +246,10 @@ def train_step(
     """
     everywhere = PartitionSpec()
     frozen = nnx.State({}) if frozen is None else frozen
+    offloaded = on_host(state.moments)
+    if offloaded:
+        # While they are copied to the host, after the step before, the devices hold them too.
+        jax.block_until_ready(state.moments)
 
     # KTO's z0 is measured first, over the mismatched rows of the whole step.
     # The whole parameters are merged only for the baseline: micro-batches get both parts, because
@@ -279,8 +294,22 @@ def train_step(
     # Rate and seed are arrays, since Python numbers would be transferred implicitly, which the
     # transfer guard forbids.
     rate_and_seed = shard((np.float32(rate), np.uint32(seed)), mesh, everywhere)
+    if offloaded:
+        # Copies begin when they are dispatched, and would find the activations there.
+        jax.block_until_ready(grads)
+        state = _moved(state, "device")
     state, norm = compiled.apply(state, grads, *rate_and_seed)
+    if offloaded:
+        state = _moved(state, "pinned_host")
     return state, sums | {"grad_norm": norm, "kl": z0}, logprobs + drifts
+
+
+def _moved(state: TrainState, kind: str) -> TrainState:
+    """The state with its moments in another memory (`state.in_memory`); no copy stays behind."""
+    moments = jax.device_put(state.moments, in_memory(kind, state.moments))
+    # JAX cannot donate across memories. What is deleted is freed when it has been copied.
+    jax.tree.map(lambda x: x.delete(), state.moments)
+    return state._replace(moments=moments)
 
 
 # It is compiled once here. Clamping operation by operation would send the constant 0 to the device,

@@ -44,6 +44,8 @@ def step_programs(
     params, base = placed(trained, mesh), placed_weights(base, spec, mesh, frozen)
     moments = jax.eval_shape(run.optimizer.transform().init, params)
     state = TrainState(params, placed(moments, mesh))
+    # What lies on the devices of the moments while gradients are computed.
+    held = () if run.optimizer.offload_moments else state.moments
 
     ids = packed_rows(mesh, run.rows, run.row_length)
     batch = PackedBatch(ids, ids, ids, ids, ids if branched else None)
@@ -59,7 +61,7 @@ def step_programs(
         "gradient": Program(
             compiled.gradient,
             (params, base, batch, examples, hyper, so_far),
-            beside=(state.moments, beside),
+            beside=(held, beside),
             trips=trips,
         ),
         "apply": Program(
@@ -67,12 +69,10 @@ def step_programs(
         ),
     }
     if compiled.in_place:
-        found["zeros"] = Program(compiled.zeros, (), beside=(state, base))
+        found["zeros"] = Program(compiled.zeros, (), beside=(params, held, base))
     else:
-        found["add"] = Program(compiled.add, (params, params), beside=(state, base))
+        found["add"] = Program(compiled.add, (params, params), beside=(params, held, base))
     if OBJECTIVE_KINDS[kind].baseline:
         whole = nnx.merge_state(params, base) if lora.rank else params
-        found["logprobs"] = Program(
-            compiled.logprobs, (whole, batch), beside=state.moments, trips=trips
-        )
+        found["logprobs"] = Program(compiled.logprobs, (whole, batch), beside=held, trips=trips)
     return found

@@ -120,6 +120,7 @@ class Optimizer:
     b2: float = 0.999
     eps: float = 1e-8
     moments: str = "float32"  # dtype of the moments, or "bfloat16"
+    offload_moments: bool = False  # whether they lie in the host's memory between updates
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """Returns the optax chain without the learning rate; norm weights are not decayed.
@@ -158,7 +159,24 @@ def init_state(params: nnx.State, optimizer: Optimizer, mesh: Mesh) -> TrainStat
     moments = jax.jit(
         transform.init, out_shardings=shardings(jax.eval_shape(transform.init, params), mesh)
     )(params)
+    if optimizer.offload_moments:
+        moments = jax.device_put(moments, in_memory("pinned_host", moments))
     return TrainState(params, moments)
+
+
+def in_memory(kind: str, tree: Any) -> Any:
+    """Shardings of arrays in another memory of the same devices.
+
+    Args:
+      kind: "device", or "pinned_host": of the host of each device.
+      tree: arrays.
+    """
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
+
+
+def on_host(moments: Any) -> bool:
+    """Whether moments lie in the host's memory, as offloaded ones do between updates."""
+    return all(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(moments))
 
 
 def learning_rate(

@@ -57,13 +57,14 @@ def groups_of(kind: str, pairs: list[dict[str, list[int]]], score: Score) -> lis
 
 def product_flops(dtype: str) -> float:
     """Measures the FLOP/s of a large matrix product, the best of nine: no step can exceed it."""
-    square = jnp.ones((2048, 2048), dtype)
+    size = 2048 if jax.default_backend() == "cpu" else 8192  # which fills an accelerator
+    square = jnp.ones((size, size), dtype)
     product, best = jax.jit(jnp.matmul), float("inf")
     for _ in range(10):  # The first call compiles, and is never the best.
         began = time.perf_counter()
         product(square, square).block_until_ready()
         best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 def main(c: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +115,9 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
             sum(batch_flops(forward_flops, spec, packed) for packed in batch.batches)
         )
     counted_steps = max(1, len(data) - 1)
-    return {
+    memory = jax.devices()[0].memory_stats()  # None on CPU
+    peak = {"peak_bytes": memory["peak_bytes_in_use"]} if memory else {}
+    return peak | {
         "step_seconds": seconds,
         "loss": losses,
         "reference_seconds": reference_seconds / counted_steps,

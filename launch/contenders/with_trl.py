@@ -44,6 +44,7 @@ def words(ids: list[int], end: str = "") -> str:
 def main(c: dict[str, Any]) -> dict[str, Any]:
     """Trains steps of `c["pairs"]` pairs with DPOTrainer or KTOTrainer, from text as users do."""
     torch.set_num_threads(c["threads"])
+    gpu = torch.cuda.is_available()
     folder = Path(c["folder"])
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     kto = c["kind"] == "kto"
@@ -71,8 +72,8 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         lr_scheduler_type="constant",
         beta=c["beta"],
         max_length=None,
-        bf16=False,
-        use_cpu=True,
+        bf16=gpu and c["dtype"] == "bfloat16",
+        use_cpu=not gpu,
         gradient_checkpointing=c["gradient_checkpointing"],
         precompute_ref_log_probs=c["precompute"],
         train_sampling_strategy="sequential",
@@ -100,7 +101,8 @@ def main(c: dict[str, Any]) -> dict[str, Any]:
         callbacks=[clock],
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     ).train()
-    return {
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if gpu else {}
+    return peak | {
         "step_seconds": clock.seconds,
         "loss": clock.losses,
         "reference_seconds": reference_seconds / len(clock.seconds),

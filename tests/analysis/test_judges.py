@@ -12,8 +12,10 @@ import pytest
 
 from deltapref_jax.analysis import judges
 from deltapref_jax.analysis import statistics as st
+from deltapref_jax.analysis.data_card import data_card
 from deltapref_jax.analysis.findings import MARK, mark_names
 from deltapref_jax.analysis.judges import describe
+from deltapref_jax.analysis.proposal import ARM, GeneratorPair, Proposal, Selection
 from deltapref_jax.analysis.report import draw, render, terminal_table
 from deltapref_jax.analysis.students import (
     StudentResults,
@@ -23,7 +25,7 @@ from deltapref_jax.analysis.students import (
     summarise_students,
 )
 from deltapref_jax.analysis.summary import summarise, summary_json
-from deltapref_jax.config import DIMENSIONS, Claim, Judge, Student
+from deltapref_jax.config import DIMENSIONS, Claim, Judge, Student, model_of
 from deltapref_jax.records import Audit, Rating, Retest, to_table
 from tests.analysis.test_report import DOMAINS, GENERATORS, QUESTIONS, study  # noqa: F401
 
@@ -238,3 +240,39 @@ def test_a_mean_judge_is_audited_and_retested_as_its_ratings_are_made(noisy):
     np.testing.assert_allclose(
         [found.edited.curves[DIMENSIONS[0]][g] for g in (0, 1)], [before.mean(), worse.mean()]
     )
+
+
+def test_a_judge_is_compared_on_one_draw_and_not_on_pairs_that_a_coin_directed(noisy):
+    tables, _ = noisy
+    whole = tables.pairs["dpo-mid"][0]
+    assert judges.widest_arm(tables) == "dpo-mid"
+    # Three draws of half of the pairs are not more pairs, and a coin's are last whatever they are.
+    tables.pairs["random"] = dict.fromkeys(range(3), whole.slice(0, whole.num_rows // 2 + 1))
+    tables.pairs["coin"] = {0: pa.concat_tables([whole, whole])}
+    e = tables.experiment
+    coin = dataclasses.replace(e.arms[0], name="coin", direction="coin")
+    tables.experiment = dataclasses.replace(e, arms=(*e.arms, coin))
+    assert judges.widest_arm(tables) == "dpo-mid"
+    before = summarise(tables)
+    tables.pairs["dpo-mid"] |= {1: whole, 2: whole}
+    after = summarise(tables)
+    found, again = (next(j for j in s.judges if j.name == "model") for s in (before, after))
+    assert found.on_pairs[0].pairs == again.on_pairs[0].pairs == whole.num_rows
+    assert found.on_pairs[1].true_top == again.on_pairs[1].true_top == pytest.approx(0.25)
+    assert before.agreement == after.agreement
+
+
+def test_the_card_of_pairs_says_that_their_judge_is_below_the_bar(noisy):
+    tables, _ = noisy
+    e = tables.experiment
+    top = next(a for a in e.arms if a.name == "top")
+    arm = dataclasses.replace(top, name=ARM)
+    tables.experiment = dataclasses.replace(e, arms=(arm,), claims=())
+    tables.pairs, tables.student = {ARM: tables.pairs["top"]}, None
+    tables.pair_counts, tables.artifacts = {ARM: tables.pair_counts["top"]}, ()
+    selection = Selection(0.25, "sum", "model", "the study said so")
+    proposal = Proposal(GeneratorPair("strong", "weak", "why"), selection, (), "all")
+    licences = {model_of(e, m).place: "mit" for m in [*(g.model for g in e.generators), e.student]}
+    card = data_card(tables, summarise(tables), proposal, licences, "key")
+    why = judges.doubt(tables.experiment, arm, summarise(tables).judges)
+    assert f"- {MARK} The judge is below the bar: {why}." in card.splitlines()

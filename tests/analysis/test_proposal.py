@@ -86,6 +86,7 @@ def study(*contrasts):
     plain = summary.plain(s)
     plain["arms"] = [
         {"name": name, "fraction": fraction, "by": by, "pair_judge": "j"}
+        | {"doubt": "j guesses" if name.startswith("doubted") else ""}
         for name, fraction, by, *_ in contrasts
     ]
     return json.dumps(plain)
@@ -106,6 +107,34 @@ def study(*contrasts):
         # undecided, and worse
         ((("t1", 0.1, "sum", 0, 5),), PAPER_FRACTION, "step_coherence", "not measured here"),
         ((("t1", 0.1, "sum", -4, 1),), PAPER_FRACTION, "step_coherence", "and that t1 did worse"),
+        # the smallest is as good, and a larger one is undecided: nothing was tested behind it
+        (
+            (("t1", 0.1, "sum", 0, 1), ("t2", 0.2, "sum", 0, 5), ("t3", 0.4, "sum", 0, 1)),
+            0.4,
+            "sum",
+            "t3 minus .*rankings that were looked at: 1, not adjusted for",
+        ),
+        # another ranking has its own order
+        (
+            (("t2", 0.2, "sum", 0, 5), ("t3", 0.4, "factuality", 0, 1)),
+            0.4,
+            "factuality",
+            "rankings that were looked at: 2",
+        ),
+        # of equal fractions, such as of two objectives, all must be as good
+        (
+            (("t1", 0.1, "sum", 0, 1), ("t2", 0.1, "sum", 0, 5)),
+            PAPER_FRACTION,
+            "step_coherence",
+            "shows no top fraction",
+        ),
+        # a judge below the bar carries no conclusion
+        (
+            (("doubted", 0.1, "sum", 5, 1),),
+            PAPER_FRACTION,
+            "step_coherence",
+            "the judge behind doubted is below the bar",
+        ),
         # a number of pairs is no fraction
         ((("t1", 1.0, "sum", 5, 1),), PAPER_FRACTION, "step_coherence", "not measured here"),
     ],
@@ -137,6 +166,9 @@ def test_the_evidence_has_every_interval_and_its_text_is_escaped():
         "shown | +0.5 [-0.5, +1.5], p 0.5, not shown |",
     )
     assert MARGIN == 2.0
+    lines = evidence_lines(read_evidence(study(("doubted", 0.1, "sum", 0.5, 1)), "summary.json"))
+    assert lines[-3].startswith("| doubted† (top 10% by sum, judge j) minus all (all pairs) | +0.5")
+    assert lines[-1] == "† j guesses."
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"arms": [{}]}', "null"])

@@ -178,6 +178,7 @@ def test_the_fields_that_are_not_hashed_are_these():
         "Training.finishes",
         "Training.keep_checkpoints",
         "Training.mesh",
+        "Training.offload_moments",
         "Experiment.workspace",
         "Experiment.trackers",
         "Experiment.table",

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from deltapref_jax.config import DIMENSIONS
 from deltapref_jax.judging.edit import FILLERS, edit
@@ -74,3 +76,39 @@ def test_a_trace_without_a_place_is_told():
     assert edit("What is red?", "Blood", "strategy_coherence", 1, [], random.Random(0)) is None
     # An equation that is wrong already can't be made wrong.
     assert edited("Add 1 and 1.", "It is simple. 1 + 1 = 3", "numerical_precision") is None
+
+
+NUMBERS = st.one_of(
+    st.sampled_from(["0", "007", "-0", "0.333333", "1,000", "9999999999999", "9" * 40, "٣"]),
+    st.from_regex(r"-?[0-9]{1,14}(\.[0-9]{1,9})?", fullmatch=True),
+)
+EQUATIONS = st.builds(
+    "{} {} {} = {}".format,
+    NUMBERS,
+    st.sampled_from("+-*/×÷"),  # noqa: RUF001
+    NUMBERS,
+    NUMBERS,
+)
+LINES = st.one_of(
+    st.text(max_size=30),
+    st.builds("{}. {}".format, st.sampled_from(["1", "22", "9" * 5000]), EQUATIONS),
+    st.builds("We get ${}$, then {}.".format, EQUATIONS, EQUATIONS),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(LINES, max_size=6).map("\n".join), st.sampled_from(DIMENSIONS), st.data())
+def test_whatever_a_model_wrote_is_edited_or_has_no_place(text, dimension, data):
+    degree, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 9))
+    question = "Tom has 0.333333 and Ann 9999999999999 of 1,000?"
+    found = edited(question, text, dimension, degree, seed)
+    assert found is None or found != text
+
+
+def test_an_equation_that_no_other_operation_fits_is_no_place():
+    # The sum and the difference of the first have six decimals; the second's product is too long.
+    for text in ("We divide. 0.333333 * 3 = 1", "So. 9999999999999 * 9999999999999 = 1 is large."):
+        assert edit("What?", text, "strategy_coherence", 2, [], random.Random(0)) is None
+    both = "We. 0.333333 * 3 = 1. Then 2 * 3 = 6."
+    found = edit("What?", both, "strategy_coherence", 2, [], random.Random(0))
+    assert "0.333333 * 3 = 1" in found and "2 * 3 = 6" not in found

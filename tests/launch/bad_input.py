@@ -88,6 +88,7 @@ FLAGS = {  # entry point → (arguments, words)
         ("--config.training.weight_decay=1e300", r"weight_decay is 1e\+300"),
         ("--config.training.remat=all", r"choose one of 'auto', 'none'"),
         ("--config.training.moments=int8", r"choose one of 'float32'"),
+        ("--config.training.offload_moments=maybe", r"offload_moments"),
         ("--config.training.budget=hours", r"choose one of 'steps'"),
         ("--config.training.over_length=cut", r"choose one of 'error'"),
         ("--config.training.finishes=()", r"finishes"),

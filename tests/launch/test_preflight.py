@@ -15,7 +15,7 @@ import pytest
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
 from deltapref_jax.stages.study import plan
-from launch import compiler
+from launch import compiler, proposals
 from launch.chips import parse_topology
 from launch.compile_programs import Request, Result
 from launch.cost import Cost
@@ -148,6 +148,27 @@ def test_a_program_that_takes_too_long_or_crashes_is_left_and_the_others_go_on(
         ("last", "fits"),
     ]
     assert found[2].error == "the compiler gave up"
+
+
+def test_what_changes_no_number_is_proposed_first(monkeypatch, tmp_path):
+    """Moments on the host before moments in bfloat16, and both together last."""
+    request, tried = request_of(tmp_path), []
+    request.config.training.remat, request.config.training.rows = "block", 8
+    refused = Result("", "train", "dpo", "gradient", {"data": 1, "fsdp": 8, "tensor": 1})
+
+    def compiled(request, seconds, labels):
+        t = request.config.training
+        tried.append((t.offload_moments, t.moments))
+        fits = tried[-1] == (True, "bfloat16")
+        yield dataclasses.replace(refused, status="fits" if fits else "refused")
+
+    monkeypatch.setattr(proposals, "compile_each", compiled)
+    found = proposals.propose(request, request.config, refused, lambda config, _: config, 1.0)
+    assert tried == [(True, "float32"), (False, "bfloat16"), (True, "bfloat16")]
+    assert found.flags == (
+        "--config.training.offload_moments=True",
+        "--config.training.moments=bfloat16",
+    )
 
 
 def test_programs_that_cannot_be_made_are_a_sentence(monkeypatch, tmp_path):

@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import quickstart
+from deltapref_jax.analysis.proposal import GeneratorPair, Proposal, select_by
 from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import ConfigError, Prompts, Suite
+from deltapref_jax.config import Arm, ConfigError, Prompts, Suite
 from deltapref_jax.records import Pair, Rating, Result, Trace
-from deltapref_jax.stages.recipe import at_most, without_student
+from deltapref_jax.stages.recipe import at_most, card_of, without_student
 from deltapref_jax.stages.study import plan
 from deltapref_jax.validation import validate
-from launch.budget import Budget
+from launch.budget import Budget, fixed_flops, flops_of_prompt
+from launch.cost import Cost
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -195,6 +197,22 @@ def test_a_budget_keeps_the_proportions_of_the_sources():
     tasks = (dataclasses.replace(sources[0], tasks=("chain", "shop", "trip")),)
     with pytest.raises(ConfigError, match="which needs at least 3; raise the budget"):
         at_most(tasks, [40], 2)
+
+
+def test_a_budget_in_flops_counts_all_that_the_card_is_made_of():
+    e = validate(without_student(quickstart.get_config()))
+    report = plan(dataclasses.replace(e, arms=(Arm("any", "strong", "weak"),)))
+    cost = Cost(report, Workspace(e.workspace))
+    of_prompt, fixed = flops_of_prompt(report, cost), fixed_flops(report, cost)
+    proposal = Proposal(GeneratorPair("strong", "good", ""), select_by(None, e.judges), (), "")
+    card = card_of(plan(validate(dataclasses.replace(e, arms=(proposal.arm,)))), proposal)
+    of_card = Cost(card, Workspace(e.workspace))
+    nodes = [n for n in in_order([card]) if n.stage not in ("prompts", "tokens", "recipe")]
+    questions = cost.work(report.prompts).items
+    needed = questions * (of_prompt["strong"] + of_prompt["good"]) + fixed
+    assert needed == pytest.approx(sum(map(of_card.most_flops, nodes)))
+    stages = {n.stage for n in nodes}
+    assert {"evaluate", "sample", "judge", "audit", "retest"} <= stages
 
 
 def test_a_budget_that_is_too_small_or_too_large_is_refused():

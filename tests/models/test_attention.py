@@ -20,7 +20,7 @@ from deltapref_jax.models.attention.dense import dense_attention
 from deltapref_jax.models.attention.dispatch import (
     packed_attention,
     select_kernel,
-    zigzag_columns,
+    zigzag_starts,
 )
 from deltapref_jax.models.attention.masks import (
     Visibility,
@@ -285,7 +285,10 @@ def test_a_row_split_over_devices_has_the_loss_and_gradient_of_the_unsplit_one()
 @pytest.mark.parametrize("devices", [2, 3, 8])
 def test_a_row_of_one_segment_is_equal_work_for_all_its_devices(devices):
     segments = rows([[96 * devices]], 96 * devices)
-    shares = [zigzag_columns(d, devices, 96) for d in range(devices)]
+    shares = [
+        np.ravel(np.stack(zigzag_starts(d, devices, 96))[:, None] + np.arange(48))
+        for d in range(devices)
+    ]
     assert sorted(np.concatenate(shares)) == list(range(96 * devices))
     assert len({work(segments, tile=16, columns=columns) for columns in shares}) == 1
 
@@ -438,10 +441,16 @@ def results_with_sinks(attention, segments, q, k, v, g, sinks=SINKS):
     return run(q, k, v, sinks, g)
 
 
-@pytest.mark.parametrize(("shape",), mostly_slow([((2, 2, 2, 1),), ((1, 2, 1, 4),)], 1))
-def test_sinks_on_a_mesh_are_those_of_one_device(shape):
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    mostly_slow(
+        [((2, 2, 2, 1), "blockwise"), ((1, 2, 1, 4), "blockwise"), ((1, 2, 1, 4), "splash")], 1
+    ),
+)
+def test_sinks_on_a_mesh_are_those_of_one_device(shape, kernel, monkeypatch):
+    on_this_device(monkeypatch)
     mesh, segments = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)]), rows(LAYOUT[:4])
-    attend = packed_attention(shard(segments, mesh, BATCH), None, mesh, "blockwise")
+    attend = packed_attention(shard(segments, mesh, BATCH), None, mesh, kernel)
     inputs, mask = arrays(segments), packed_mask(segments)
     same(
         results_with_sinks(attend, segments, *shard(inputs, mesh, BATCH)),
@@ -561,6 +570,42 @@ def test_splash_with_branches_is_dense(lengths, sizes, windows, cap, monkeypatch
         same(traced(jnp.int32(kind), *inputs), exact, 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("context", "lengths", "length", "tree", "windows", "cap"),
+    mostly_slow(
+        [
+            (2, [[256, 100, 100], [512]], 512, False, (0, 40), 2.0),
+            # blocks of 75, padded to tiles; the last of a row's is padding beyond the keys' own
+            (4, [[256, 100, 100]], 600, False, (0, 40), 0.0),
+            (2, [[256, 100, 100]], 510, False, (0,), 0.0),
+            (2, [[256, 100, 100], [512]], 512, True, (0,), 0.0),
+            (4, [[900, 256, 400], [512, 30]], 2048, True, (0, 130), 2.0),
+        ],
+        0,
+    ),
+)
+def test_splash_of_rows_split_over_devices_is_dense(
+    context, lengths, length, tree, windows, cap, monkeypatch
+):
+    """Blocks of whole tiles and padded ones, a share that is not halved, rows with branches."""
+    module = importlib.import_module("deltapref_jax.models.attention.splash")
+    interpret = pltpu.InterpretParams() if tree else True
+    run = functools.partial(module.splash_attention, interpret=interpret)
+    monkeypatch.setattr(module, "splash_attention", run)
+    mesh = make_mesh(MeshShape(1, 1, 1, context), jax.devices()[:context])
+    segments = rows(lengths, length)
+    branches = branched(segments) if tree else None
+    positions = positions_of(segments, branches)
+    placed = [None if x is None else shard(x, mesh, BATCH) for x in (segments, branches, positions)]
+    attend = packed_attention(placed[0], placed[1], mesh, "splash", placed[2], windows, cap)
+    inputs = arrays(segments, heads=2, groups=1, width=64)
+    for kind, window in enumerate(windows):
+        mask = packed_mask(segments, branches, window, positions)
+        traced = jax.jit(lambda n, *x: results(functools.partial(attend, kind=n), segments, *x))
+        exact = results(lambda q, k, v, m=mask: plain(q, k, v, m, cap), segments, *inputs)
+        same(traced(jnp.int32(kind), *shard(inputs, mesh, BATCH)), exact, 2e-5)
+
+
 @pytest.mark.parametrize("operand", mostly_slow(["q", "k", "v"], 1))
 def test_triton_reads_no_tile_of_another_branch(operand):
     """A NaN in one branch reaches no query and no key of the other, in any pass."""
@@ -607,7 +652,9 @@ def test_splash_tables_list_the_tiles_of_the_mask(tree):
     """All three passes compute the same tiles; a skipped tile loads what its neighbour loads."""
     segments = rows([[5, 30, 17, 9], [96], [], [1, 60, 20]], 96)
     branches = branched(segments) if tree else None
-    tables = splash_tables(visible_until(segments, branches), 32, jnp.arange(4 * 96))
+    tables = splash_tables(
+        visible_until(segments, branches), 32, jnp.arange(4 * 96), jnp.arange(96)
+    )
     forward, backward = (jax.tree.map(lambda x: np.asarray(x)[0], x) for x in tables)
     mask = np.asarray(packed_mask(segments, branches)) & (np.asarray(segments) > 0)[:, :, None]
     for b, i, j in np.ndindex(4, 3, 3):
@@ -625,10 +672,21 @@ def test_splash_tables_list_the_tiles_of_the_mask(tree):
             assert np.count_nonzero(np.diff(loaded)) == len(set(loaded)) - 1
 
 
+def test_splash_tables_of_a_row_split_over_devices_are_equal_work():
+    """Every device computes a share of the tiles of a whole row, in all passes."""
+    until, columns = visible_until(rows([[16_384]], 16_384)), jnp.arange(2048)
+    for device in range(4):
+        starts = jnp.asarray(zigzag_starts(device, 4, 4096))
+        shared = (starts[:, None] + columns).ravel()
+        forward, backward = splash_tables(until, 512, shared, shared)
+        assert forward.block_mask.shape == backward.block_mask.shape == (1, 8, 32)
+        assert forward.block_mask.sum() == backward.block_mask.sum() == 32 * 33 / 2 / 4
+
+
 def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
     def tiles(layout, length):
         until = visible_until(rows([layout] * 2, length))
-        forward, backward = splash_tables(until, 512, jnp.arange(2 * length))
+        forward, backward = splash_tables(until, 512, jnp.arange(2 * length), jnp.arange(length))
         assert int(forward.block_mask.sum()) == int(backward.block_mask.sum())
         return int(forward.block_mask.sum()) // 2
 
@@ -642,22 +700,28 @@ def test_work_of_splash_grows_with_the_sum_of_squared_lengths():
 
 @pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize(
-    ("platform", "call"), [("tpu", "@tpu_custom_call"), ("cuda", "@__gpu$xla.gpu.triton")]
+    ("platform", "call", "context"),
+    [
+        ("tpu", "@tpu_custom_call", 1),
+        ("tpu", "@tpu_custom_call", 2),
+        ("cuda", "@__gpu$xla.gpu.triton", 1),
+    ],
 )
 @pytest.mark.parametrize(("length", "rows"), mostly_slow([(4096, 16), (32_768, 4)], 0))
 def test_a_kernel_lowers_for_its_platform_in_a_gradient_on_a_mesh(
-    platform, call, branches, length, rows, monkeypatch
+    platform, call, context, branches, length, rows, monkeypatch
 ):
     """The gradient holds three kernels and nothing whose size is the square of the length.
 
-    Rows lie over four devices and heads over two; the forward kernel is called once.
+    Rows or their columns lie over four devices and heads over two; the forward kernel is called
+    once.
     """
     monkeypatch.setattr(dispatch, "platform_of", lambda mesh: platform)
     spec = ModelSpec(64, 64, 2, 4, 2, 64, 32)
     graphdef, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = PackedBatch(ids, ids, ids, ids, ids if branches else None)
-    mesh = make_mesh(MeshShape(1, 4, 2, 1))
+    mesh = make_mesh(MeshShape(1, 4 // context, 2, context))
 
     @jax.jit
     @jax.value_and_grad
@@ -686,11 +750,11 @@ def test_platform_and_shape_decide():
     assert select_kernel("cpu", 4096, True, False) == "blockwise"
     assert select_kernel("tpu", 4096, True, False) == "splash"
     assert select_kernel("tpu", 1 << 16, True, False) == "blockwise"
-    for platform in ("cpu", "gpu", "tpu"):
+    for platform, kernel in (("cpu", "blockwise"), ("gpu", "blockwise"), ("tpu", "splash")):
         assert (
             select_kernel(platform, 4096, False, True)
             == select_kernel(platform, 4096, True, True)
-            == "blockwise"
+            == kernel
         )
 
 

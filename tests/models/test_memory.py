@@ -8,6 +8,7 @@ from flax import nnx
 from deltapref_jax.config import Lora, MeshShape, Training
 from deltapref_jax.models.lora import adapters
 from deltapref_jax.models.memory import (
+    BYTES,
     sampling_memory,
     scoring_memory,
     trained_parameters,
@@ -49,6 +50,27 @@ def test_training_state_is_that_of_the_optimizer():
         SPEC, Training(rows=1, row_length=1, remat="none", moments="bfloat16"), "float32", ONE
     )
     assert held - half == 4 * SPEC.parameters
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_offloaded_moments_are_on_the_devices_in_an_update_alone(moments):
+    def needed(row_length, offload, activations=1.0):
+        training = Training(
+            rows=1,
+            row_length=row_length,
+            remat="block",
+            moments=moments,
+            offload_moments=offload,
+        )
+        return training_memory(SPEC, training, "float32", ONE, activations)
+
+    held = 2 * BYTES[moments] * SPEC.parameters
+    # Weights and gradients are there all the time; the larger of the two programs counts.
+    assert needed(1, True) == 8 * SPEC.parameters + held < needed(1, False)
+    long = 2**15
+    assert needed(long, True) == needed(long, False) - held > needed(1, True)
+    whole, half_more = needed(long, True), needed(long, True, 1.5)
+    assert half_more - whole == 0.5 * (whole - 8 * SPEC.parameters)
 
 
 def test_adapters_are_counted():

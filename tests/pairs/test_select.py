@@ -99,7 +99,9 @@ def test_ties_at_the_cut_are_counted_and_drawn():
     assert abs(share - 0.5).max() < 4.5 * (0.25 / 300) ** 0.5
     assert select_pairs(rows, "top", 3, (0, 0), deltas, {})[1] == 0
     assert select_pairs(rows, "bottom", 7, (0, 0), deltas, {})[1] == 12
-    assert select_pairs(rows, "middle", 2, (0, 0), deltas, {})[1] == 12 + 12
+    # Both ends of the middle fall into one group of ties, which is counted once.
+    assert select_pairs(rows, "middle", 2, (0, 0), deltas, {})[1] == 12
+    assert select_pairs(rows, "middle", 16, (0, 0), deltas, {})[1] == 3 + 5
     assert select_pairs(rows, "random", 3, (0, 0), None, {})[1] == 0
 
 

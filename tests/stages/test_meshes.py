@@ -180,6 +180,18 @@ def test_adapters_need_room_for_the_weights_alone():
     assert fit_training(adapters, student, small, of).mesh == MeshShape(16, 1, 1, 1)
 
 
+def test_moments_on_a_host_without_pinned_memory_are_refused():
+    devices, of = V5E._replace(pinned_host=False), SPECS.__getitem__
+    data = Training(rows=32)
+    assert fit_training(data, Model("1b"), devices, of).mesh == MeshShape(1, 16, 1, 1)
+    with pytest.raises(ConfigError) as e:
+        fit_training(dataclasses.replace(data, offload_moments=True), Model("1b"), devices, of)
+    assert str(e.value) == (
+        "config.training.offload_moments is True and the 16 devices (tpu) have no pinned memory of "
+        "their host; leave it out."
+    )
+
+
 def test_a_chosen_mesh_divides_every_matrix():
     """Four devices would have a quarter of the heads each, of which `odd` has six."""
     e = study(sampling=Sampling(slots=2), generators=(Generator(name="g", model=Model("odd")),))

@@ -1,5 +1,7 @@
 """Rows, row length and remat that a config leaves open."""
 
+import dataclasses
+
 import pytest
 
 from deltapref_jax.config import MeshShape, Training
@@ -49,6 +51,10 @@ def test_remat_is_the_least_that_fits():
 
     order = [chosen(gib) for gib in (4, 15.75, 20, 40, 95)]
     assert order == ["block", "attention", "attention", "projections", "none"]
+    # Moments on the host make room for what is then not computed again.
+    moved = dataclasses.replace(t, offload_moments=True)
+    assert choose_remat(LLAMA_8B, t, "bfloat16", mesh, 28 * GIB) == "attention"
+    assert choose_remat(LLAMA_8B, moved, "bfloat16", mesh, 28 * GIB) == "projections"
     # Where the memory is not known, the size decides.
     assert chosen(0) == "attention"
     assert choose_remat(SMALL, t, "float32", mesh, 0) == "none"

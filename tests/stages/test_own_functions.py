@@ -106,6 +106,9 @@ def test_a_checker_is_asked_about_every_trace_and_again_once_it_was_edited(own, 
     again = checked(bench)
     assert [v.correct for v in bench.rows(Verdict, again)] == [False, False, None]
     assert bench.workspace.path(first) != bench.workspace.path(again)
+    # What a comparison of arrays gives is a verdict too.
+    own("import numpy as np\n\ndef check(prompt, answer):\n    return np.bool_(answer == 'no')\n")
+    assert [v.correct for v in bench.rows(Verdict, checked(bench))] == [False, True, False]
 
 
 @pytest.mark.parametrize(

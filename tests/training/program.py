@@ -77,7 +77,17 @@ def data(kind, rows):
     return at
 
 
-def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None, **more):
+def tiny(
+    folder,
+    kind="dpo",
+    rows=32,
+    steps=6,
+    every=100,
+    mesh=None,
+    source=None,
+    offload=False,
+    **more,
+):
     """Trains; returns all parameters as host arrays, and the counts."""
     how = Run(
         Objective(name=kind, kind=kind, learning_rate=1e-3),
@@ -86,6 +96,7 @@ def tiny(folder, kind="dpo", rows=32, steps=6, every=100, mesh=None, source=None
         LENGTH,
         warmup=0.0,
         schedule="constant",
+        optimizer=Optimizer(offload_moments=offload),
         checkpoint_every=every,
     )
     params = nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)))
@@ -146,12 +157,15 @@ def kill(root, kills, seed):
 
 
 def both(root, port, index):
-    """Runs one of two processes with four devices each: DPO and KTO, 4 steps, saved at the last."""
+    """Runs one of two processes with four devices each: DPO and KTO, 4 steps, saved at the last.
+
+    The moments of KTO lie on the hosts of their devices.
+    """
     let_collectives_wait()
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     mesh = make_mesh(MeshShape(2, 2, 2))
     for kind in ("dpo", "kto"):
-        params, _ = tiny(root / kind, kind, 16, steps=4, mesh=mesh)
+        params, _ = tiny(root / kind, kind, 16, steps=4, mesh=mesh, offload=kind == "kto")
         if index == 0:
             save(params, root / kind / "params.npz")
 

@@ -10,11 +10,11 @@
 |           | (`triton`)                                |                                          |
 | mosaic    | GPU, tokamax's kernels (`mosaic`)         | L² / 2 per row, an L x L mask            |
 
-Rows split over `context` run blockwise on every platform. Tiles of other branches are skipped like
-those of other segments. All kernels know windows; splash knows them, and branches, in rows of up to
-32,768 tokens. On GPU capped scores, and windows beside branches, run on mosaic where tokamax is
-installed and blockwise elsewhere, and so do all rows once JAX has no Triton backend any more. All
-kernels but mosaic know sinks.
+Rows split over `context` run on splash on TPU and blockwise elsewhere. Tiles of other branches are
+skipped like those of other segments. All kernels know windows; splash knows them, and branches, in
+rows of up to 32,768 tokens. On GPU capped scores, and windows beside branches, run on mosaic where
+tokamax is installed and blockwise elsewhere, and so do all rows once JAX has no Triton backend any
+more. All kernels but mosaic know sinks.
 """
 
 import functools
@@ -32,7 +32,13 @@ from jaxtyping import Array, Int
 from deltapref_jax.mesh import platform_of
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
 from deltapref_jax.models.attention.dense import dense_attention
-from deltapref_jax.models.attention.masks import Visibility, packed_mask, visible_until
+from deltapref_jax.models.attention.masks import (
+    Starts,
+    Visibility,
+    packed_mask,
+    visible_until,
+    whole_rows,
+)
 from deltapref_jax.models.sharding import BATCH
 from deltapref_jax.models.spec import ModelSpec
 
@@ -72,7 +78,7 @@ def select_kernel(
     if platform in ("gpu", "cuda") and not split:
         return _gpu_kernel(capped or (branched and windowed), length > 8192 or sinks)
     # The longest row that `splash.MAX_ROW` allows; Pallas is not imported for it.
-    if platform == "tpu" and not split and (not (branched or windowed) or length <= 1 << 15):
+    if platform == "tpu" and (not (branched or windowed) or length <= 1 << 15):
         return "splash"
     return "blockwise"
 
@@ -121,8 +127,8 @@ def shares_prompts(platform: str, split: bool, length: int, spec: ModelSpec) -> 
     return unbranched == branched
 
 
-def zigzag_columns(device: Array | int, devices: int, share: int) -> Int[Array, " T"]:
-    """Returns the columns of a row whose queries one of its devices computes.
+def zigzag_starts(device: Array | int, devices: int, share: int) -> list[Any]:
+    """Returns the first columns of the blocks of queries that one of a row's devices computes.
 
     Later columns see more keys. The row is cut into 2 * `devices` blocks, and device d computes
     blocks d and 2 * devices - 1 - d, the even one first (Llama 3, arXiv 2407.21783, section 3.3.2):
@@ -135,18 +141,16 @@ def zigzag_columns(device: Array | int, devices: int, share: int) -> Int[Array, 
       share: columns that each of them holds.
     """
     if share % 2:
-        return device * share + jnp.arange(share)
+        return [device * share]
     mirror = 2 * devices - 1 - device
     # Of the two blocks one is even and one is odd, because their sum is odd.
-    even, odd = (jnp.where(device % 2 == bit, device, mirror) for bit in (0, 1))
-    half = share // 2
-    return (jnp.stack([even, odd])[:, None] * half + jnp.arange(half)).ravel()
+    return [jnp.where(device % 2 == bit, device, mirror) * (share // 2) for bit in (0, 1)]
 
 
 def _zigzag_exchange(x: Array, devices: int, inverse: bool = False) -> Array:
     """Sends the columns that a device holds, blocks 2d and 2d + 1, to their computing devices.
 
-    These are the devices of `zigzag_columns`; `inverse` sends the columns back.
+    These are the devices of `zigzag_starts`; `inverse` sends the columns back.
     """
     if x.shape[1] % 2:
         return x
@@ -162,42 +166,36 @@ def _zigzag_exchange(x: Array, devices: int, inverse: bool = False) -> Array:
 
 
 def _context_parallel(
-    q: Array,
-    k: Array,
-    v: Array,
-    visibility: Visibility,
-    sinks: Array | None,
-    devices: int,
-    tile: int,
-    cap: float,
+    run: Callable[..., Array], q: Array, k: Array, v: Array, visibility: Any, devices: int
 ) -> Array:
     """Attention of rows split over `context`: all-gathered keys and values, exchanged queries."""
-    gathered = jax.tree.map(
-        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True),
-        (k, v, visibility.until, visibility.positions),
+    # What a kernel reads of the tokens, and its layer's window.
+    *of_tokens, window = visibility
+    k, v, of_tokens = jax.tree.map(
+        lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, of_tokens)
     )
-    k, v, until, positions = gathered
-    columns = zigzag_columns(jax.lax.axis_index("context"), devices, q.shape[1])
-    # A device computes two distant blocks of columns; a tile lies within one of them.
-    tile = min(tile, max(1, q.shape[1] // 2))
-    q = _zigzag_exchange(q, devices)
-    plan = plan_tiles(Visibility(until, positions, visibility.window), tile, columns)
-    out = blockwise_attention(q, k, v, plan, tile, cap, sinks)
+    share = q.shape[1]
+
+    def starts() -> list[Any]:
+        return zigzag_starts(jax.lax.axis_index("context"), devices, share)
+
+    out = run(_zigzag_exchange(q, devices), k, v, (*of_tokens, window), starts=starts)
     return _zigzag_exchange(out, devices, inverse=True)
 
 
 def _run_kernel(
-    kernel: str,
     q: Array,
     k: Array,
     v: Array,
     visibility: Any,
+    kernel: str,
     windows: tuple[int, ...],
     sinks: Array | None,
     tile: int,
     cap: float,
+    starts: Starts = whole_rows,
 ) -> Array:
-    """Attention of whole rows on one device; `visibility` is the kernel's form of the mask."""
+    """Attention on one device; `visibility` is the kernel's form of the mask of whole rows."""
     # Pallas for a platform is imported where that platform is used: elsewhere it only costs time.
     if kernel == "triton":
         from deltapref_jax.models.attention.triton import triton_attention
@@ -211,9 +209,14 @@ def _run_kernel(
         from deltapref_jax.models.attention.splash import splash_attention
 
         segments, branches, kind = visibility
-        return splash_attention(q, k, v, segments, branches, windows, kind, cap, sinks=sinks)
-    tile = min(tile, q.shape[1])
-    return blockwise_attention(q, k, v, plan_tiles(visibility, tile), tile, cap, sinks)
+        return splash_attention(
+            q, k, v, segments, branches, windows, kind, cap, sinks=sinks, starts=starts
+        )
+    size = q.shape[1] // len(starts())
+    columns = (jnp.asarray(starts())[:, None] + jnp.arange(size)).ravel()
+    tile = min(tile, size)  # a tile lies within a block of columns
+    plan = plan_tiles(Visibility(*visibility), tile, columns)
+    return blockwise_attention(q, k, v, plan, tile, cap, sinks)
 
 
 def _head_sharding(heads: int, kv_heads: int, devices: int) -> tuple[str | None, int]:
@@ -297,9 +300,12 @@ def packed_attention(
         specs = Visibility(BATCH)
 
     def attend(q: Array, k: Array, v: Array, visibility: Any, sinks: Array | None) -> Array:
+        run = functools.partial(
+            _run_kernel, kernel=kernel, windows=tuple(windows), sinks=sinks, tile=tile, cap=cap
+        )
         if context > 1:
-            return _context_parallel(q, k, v, visibility, sinks, context, tile, cap)
-        return _run_kernel(kernel, q, k, v, visibility, tuple(windows), sinks, tile, cap)
+            return _context_parallel(run, q, k, v, visibility, context)
+        return run(q, k, v, visibility)
 
     if mesh is None or mesh.size == 1:
         return lambda q, k, v, kind=0, sinks=None: attend(

@@ -11,7 +11,7 @@ the trunk and themselves but not each other:
 The tokens of a segment are contiguous, and so are the tokens of a branch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,17 @@ class Visibility(NamedTuple):
     until: Any  # `visible_until` of the keys, [B, L]
     positions: Any = None  # of the tokens, [B, L], where there are branches and a window
     window: Any = None  # beside `positions`: the window, []
+
+
+Starts = Callable[[], Sequence[Any]]
+"""Returns the first columns of the blocks of queries that a device computes, all of one length. It
+is a function because kernels call it too, which can't read the values of the program around them.
+"""
+
+
+def whole_rows() -> tuple[int]:
+    """The `Starts` of a device that computes all columns."""
+    return (0,)
 
 
 class TileRanges(NamedTuple):

@@ -21,6 +21,9 @@ The rows are concatenated because the table is a scalar-prefetch argument: under
 loop over the rows, with a copy of each. No tile crosses the border of two rows, so rows may repeat
 segment numbers. The kernel compares columns and segments inside a tile, and in rows with branches
 the ends of trunks and branches, which it gets as one integer per query.
+
+Where a row is split over devices, the queries are a few blocks of its columns and the keys are all
+of them: the table has a line for every query block that the device holds.
 """
 
 import functools
@@ -34,7 +37,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from jaxtyping import Array, Float, Int
 
-from deltapref_jax.models.attention.masks import visible_until
+from deltapref_jax.models.attention.masks import Starts, visible_until, whole_rows
 
 LANES = 128
 """Lanes of a TPU's vector registers: rows are padded to a multiple of them."""
@@ -50,14 +53,14 @@ few grid steps; the widest takes half a MiB of a core's memory."""
 
 
 def splash_tables(
-    until: Int[Array, "B L"], tile: int, order: Any
+    until: Int[Array, "B L"], tile: int, order: Any, columns: Int[Array, " Q"]
 ) -> tuple[mask_info.MaskInfo, mask_info.MaskInfo]:
-    """Builds the kernel's tables for whole rows (L is a multiple of `tile`).
+    """Builds the kernel's tables; L = T * `tile`, and Q = t * `tile` queries of a row.
 
     Returns:
-      forward: for the forward pass and the gradient of queries, [1, B * T, T]: entry (i, j) is
+      forward: for the forward pass and the gradient of queries, [1, B * t, T]: entry (i, j) is
         about key block j of query block i's own row.
-      backward: for the gradient of keys and values, [1, T, B * T]: entry (i, j) is about query
+      backward: for the gradient of keys and values, [1, t, B * T]: entry (i, j) is about query
         block i of key block j's own row.
 
     Scalar memory pads a line to 128 numbers, so the tables have the narrowest integer types: the
@@ -65,28 +68,30 @@ def splash_tables(
 
     Args:
       until: `masks.visible_until` of the keys.
-      tile: a divisor of L.
-      order: what the kernel's mask function gets of each query, int32 [B * L].
+      tile: a divisor of L and Q.
+      order: what the kernel's mask function gets of each query, int32 [B * Q].
+      columns: of a row's queries; those of a block follow each other.
     """
     B, T = until.shape[0], until.shape[1] // tile
-    i, j = jnp.arange(T)[:, None], jnp.arange(T)
     ends = jnp.max(until.reshape(B, 1, T, tile), axis=3)
+    first_query, last_query = columns[::tile, None], columns[tile - 1 :: tile, None]
     # A key block is computed if it begins at or before the last query, and one of its keys is
-    # visible to the first query or beyond. A block is always computed with itself.
-    computed = (j <= i) & (i * tile < ends)
+    # visible to the first query or beyond. That of the first query's own column always is.
+    computed = (jnp.arange(T) * tile <= last_query) & (first_query < ends)
 
     def table(axis: int) -> mask_info.MaskInfo:
-        """Returns the table whose lines are along `axis` of [B, T, T]."""
+        """Returns the table whose lines are along `axis` of [B, t, T]."""
         # The nearest block before that is computed; in front of the first one, that one.
         n = jax.lax.broadcasted_iota(jnp.int32, computed.shape, axis)
         before = jax.lax.cummax(jnp.where(computed, n, -1), axis=axis)
         first = jnp.argmax(computed, axis=axis, keepdims=True)
-        nearest = jnp.where(before < 0, first, before) + jnp.arange(B)[:, None, None] * T
+        row = jnp.arange(B)[:, None, None] * computed.shape[axis]
+        nearest = jnp.where(before < 0, first, before) + row
 
         numbers: list[Any] = [nearest.astype(jnp.int16), computed.astype(jnp.int8)]
         # Lines of the forward table lie one below the other, of the backward table side by side.
         numbers = [
-            x.reshape(1, -1, T) if axis == 2 else jnp.moveaxis(x, 0, 1).reshape(1, T, -1)
+            x.reshape(1, -1, T) if axis == 2 else jnp.moveaxis(x, 0, 1).reshape(1, -1, B * T)
             for x in numbers
         ]
         return mask_info.MaskInfo(numbers[0], None, numbers[1], None, order)
@@ -94,11 +99,9 @@ def splash_tables(
     return table(2), table(1)
 
 
-def _window_order(length: int, rows: int, window: Array | int) -> Int[Array, " N"]:
+def _window_order(columns: Int[Array, " Q"], window: Array | int) -> Int[Array, " Q"]:
     """One integer per query: its column, and above it the first column that it sees."""
-    column = jnp.arange(length)
-    first_seen = jnp.maximum(column - window + 1, 0)
-    return jnp.tile((first_seen << _ROW_BITS) | column, rows).astype(jnp.int32)
+    return (jnp.maximum(columns - window + 1, 0) << _ROW_BITS) | columns
 
 
 def _sees_within_row(length: int) -> Callable[[Array, Array], Array]:
@@ -113,10 +116,10 @@ def _sees_within_row(length: int) -> Callable[[Array, Array], Array]:
 
 def _branch_order(
     segments: Int[Array, "B L"], branches: Int[Array, "B L"], kind: Array | int
-) -> Int[Array, " N"]:
-    """One integer per query: the end of its trunk, the begin of its branch, and its layer's kind.
+) -> Int[Array, "B L"]:
+    """One integer per token: the end of its trunk, the begin of its branch, and its layer's kind.
 
-    Both columns are 0 for a query of a trunk, which sees what lies before it in its segment. A
+    Both columns are 0 for a token of a trunk, which sees what lies before it in its segment. A
     trunk lies in front of its branches.
     """
     column = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
@@ -139,24 +142,32 @@ def _branch_order(
     first_branch = (branches > 0) & (starts(segments) | (before == 0))
     trunk_end, begin = newest(first_branch), newest(starts(segments, branches))
     code = jnp.where(branches > 0, (begin << _ROW_BITS) | trunk_end, 0)
-    return (code | (jnp.asarray(kind, jnp.int32) << (2 * _ROW_BITS))).ravel()
+    return code | (jnp.asarray(kind, jnp.int32) << (2 * _ROW_BITS))
 
 
 def _sees_branches(
-    length: int, tile: int, windows: tuple[int, ...]
+    length: int, tile: int, windows: tuple[int, ...], starts: Starts, tiles: int
 ) -> Callable[[Array, Array], Array]:
     """Returns the kernel's mask function where queries hold their branch (`_branch_order`).
 
     An integer has no room for a query's own column beside them. The kernel's position in its grid
     gives that: queries are the rows of a tile, [tile, tile], except in the gradient of keys, whose
-    tiles are [tile / 2, tile] (`_sizes`).
+    tiles are [tile / 2, tile] (`_sizes`). A row's queries are `tiles` tiles from each of `starts`.
     """
     low = MAX_ROW - 1
 
+    def first_column(i: Array) -> Array:
+        """The column of the first query in query tile i of a row."""
+        first, *others = starts()
+        column: Any = first + i * tile
+        for n, start in enumerate(others, 1):
+            column = jnp.where(i < n * tiles, column, start + (i - n * tiles) * tile)
+        return column
+
     def sees(query: Array, key: Array) -> Array:
         keys_first = key.shape[0] < key.shape[1]
-        block = pl.program_id(2) if keys_first else pl.program_id(1) % (length // tile)
-        at = block * tile + jax.lax.broadcasted_iota(jnp.int32, key.shape, int(keys_first))
+        turn = pl.program_id(2) if keys_first else pl.program_id(1) % (len(starts()) * tiles)
+        at = first_column(turn) + jax.lax.broadcasted_iota(jnp.int32, key.shape, int(keys_first))
         column = key % length
         trunk_end, begin = query & low, (query >> _ROW_BITS) & low
         # Positions of a branch continue from its trunk, so a trunk's key is nearer by the columns
@@ -189,7 +200,7 @@ def _sizes(tile: int, keys: int) -> kernel.BlockSizes:
 
 
 def splash_attention(
-    q: Float[Array, "B L N H"],
+    q: Float[Array, "B T N H"],
     k: Float[Array, "B L K H"],
     v: Float[Array, "B L K H"],
     segments: Int[Array, "B L"],
@@ -199,8 +210,9 @@ def splash_attention(
     cap: float = 0.0,
     interpret: bool = False,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B L N H"]:
-    """Attention within the segments of whole rows.
+    starts: Starts = whole_rows,
+) -> Float[Array, "B T N H"]:
+    """Attention within the segments of rows.
 
     The output at padding is finite and has no meaning.
 
@@ -219,27 +231,37 @@ def splash_attention(
       cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
       interpret: whether to run the kernel's program in XLA, on any device.
       sinks: see `attention.sinks`; None means that there are none.
+      starts: of the blocks of columns that the queries are of.
     """
-    B, L, N, H = q.shape
-    padding = -L % (LANES if branches is None else 2 * LANES)
-    length = L + padding
-    tile = next(tile for tile in TILES if length % tile == 0)
-    ids = jnp.pad(segments, ((0, 0), (0, padding)))
+    B, T, N, H = q.shape
+    L, size = k.shape[1], T // len(starts())
+    lanes = LANES if branches is None else 2 * LANES
+    length, block = (n + -n % lanes for n in (L, size))
+    tile = next(tile for tile in TILES if length % tile == block % tile == 0)
+    columns = (jnp.asarray(starts())[:, None] + jnp.arange(block)).ravel()
+    columns = jnp.minimum(columns, length - 1)  # the padding of a row's last block
+
+    def of_queries(x: Array) -> Array:
+        """Takes the queries' columns of [B, length]."""
+        return x if T == L else x[:, columns]
+
+    ids = jnp.pad(segments, ((0, 0), (0, length - L)))
     until, sizes = visible_until(ids), _sizes(tile, tile)
     sees: Any = jnp.greater_equal
     # Causality: compares the columns of queries and keys, counted over the concatenated rows.
-    order: Any = jnp.arange(ids.size, dtype=jnp.int32)
+    order = jnp.arange(B)[:, None] * length + columns
     if branches is not None:
-        tree = jnp.pad(branches, ((0, 0), (0, padding)))
-        until, order = visible_until(ids, tree), _branch_order(ids, tree, kind)
-        sizes, sees = _sizes(tile, tile // 2), _sees_branches(length, tile, windows)
+        tree = jnp.pad(branches, ((0, 0), (0, length - L)))
+        until, order = visible_until(ids, tree), of_queries(_branch_order(ids, tree, kind))
+        sees = _sees_branches(length, tile, windows, starts, block // tile)
+        sizes = _sizes(tile, tile // 2)
     elif any(windows):
         # A window of a row's length hides nothing, and is a number as the others are.
         window = jnp.asarray([min(w or length, length) for w in windows])[kind]
         until = jnp.minimum(until, jnp.arange(length) + window)
-        order = _window_order(length, B, window)
+        order = jnp.tile(_window_order(columns, window), B)
         sees = _sees_within_row(length)
-    forward, backward = splash_tables(until, tile, order)
+    forward, backward = splash_tables(until, tile, order.ravel().astype(jnp.int32), columns)
     run = kernel.SplashAttentionKernel(
         forward,
         forward,
@@ -255,15 +277,17 @@ def splash_attention(
         interpret=interpret,
     )
 
-    def concatenate_rows(x: Array) -> Array:
-        """[B, L, heads, H] to [heads, B * length, H]."""
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    def concatenate_rows(x: Array, part: int) -> Array:
+        """Pads every `part` columns of [B, L, heads, H] to tiles and returns [heads, tokens, H]."""
+        x = x.reshape(-1, part, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, -part % tile), (0, 0), (0, 0)))
         return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 1, 0)
 
-    segment_ids = kernel.SegmentIds(ids.ravel(), ids.ravel())
+    segment_ids = kernel.SegmentIds(of_queries(ids).ravel(), ids.ravel())
     # The kernel does not scale its scores.
-    scaled_q = concatenate_rows((q * H**-0.5).astype(q.dtype))
+    scaled_q = concatenate_rows((q * H**-0.5).astype(q.dtype), size)
     if sinks is not None:
         sinks = sinks.astype(q.dtype)  # the dtype that the kernel's gradient has
-    out: Any = run(scaled_q, concatenate_rows(k), concatenate_rows(v), segment_ids, sinks)
-    return jnp.moveaxis(out, 0, 1).reshape(B, length, N, H)[:, :L]
+    keys, values = concatenate_rows(k, L), concatenate_rows(v, L)
+    out: Any = run(scaled_q, keys, values, segment_ids, sinks)
+    return jnp.moveaxis(out, 0, 1).reshape(-1, block, N, H)[:, :size].reshape(q.shape)
