@@ -168,16 +168,21 @@ class Result(NamedTuple):
 
 
 class SuiteAccuracy(NamedTuple):
-    """Accuracy of one run of an arm on one suite, or of the student before training."""
+    """Accuracy on one suite: of a run of an arm, of a generator, or of the student before training.
 
-    arm: str | None  # None: the student before training, as are seed and draw
+    Second read-outs have rows of their own.
+    """
+
+    arm: str | None  # None: a generator or the student, neither of which has a seed or a draw
+    generator: str | None  # None: an arm, or the student before training
     seed: int | None  # of training
     draw: int | None  # of the arm's pairs
     suite: str
-    domain: str
+    domain: str  # of its questions
+    readout: str  # "" averaged into the domain; else a second read-out: accuracy or pass@k, and how
     questions: int
     samples: int  # per question
-    accuracy: float  # percent
+    accuracy: float  # percent, or pass@k in percent
     low: float  # 95% interval over questions
     high: float
     doubt: str  # why the judge that shaped the arm's pairs can't carry a conclusion; "" if it can

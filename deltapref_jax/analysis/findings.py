@@ -4,9 +4,17 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
+from deltapref_jax.analysis.arm_words import data_words, measure_words, share_words, step_words
 from deltapref_jax.analysis.judges import WANTED_AUC, failings
-from deltapref_jax.analysis.page import Contrast, Finding, JudgeSummary, Measured, Summary
-from deltapref_jax.config import Arm, Claim
+from deltapref_jax.analysis.page import (
+    ArmSummary,
+    Contrast,
+    Finding,
+    JudgeSummary,
+    Measured,
+    Summary,
+)
+from deltapref_jax.config import REFERENCE_MARGIN
 
 MARK = "†"
 """Stands behind the name of an arm whose judge can't carry a conclusion, wherever it is named."""
@@ -15,9 +23,9 @@ DOMAIN_WORDS = {"in": "in domain", "out": "out of domain"}
 _MOST = 4  # arms in one sentence
 _AGAINST = {
     "random": "as many pairs drawn at random",
-    "matched": "as many pairs of the same lengths with the pool's gaps",
-    "bottom": "as many pairs of the smallest gaps",
-    "middle": "as many pairs of middling gaps",
+    "matched": "as many pairs of the same lengths with the pool's {}",
+    "bottom": "as many pairs of the smallest {}",
+    "middle": "as many pairs of middling {}",
     "all": "all pairs of the pool",
     "all_epochs": "all pairs of the pool for as many epochs",
     "all_steps": "all pairs of the pool for as many steps",
@@ -31,70 +39,42 @@ def words(name: object) -> str:
 
 def points(values: Sequence[float], digits: int = 1) -> str:
     """Value and interval, such as `+3.2 [+1.0, +5.4]`."""
-    value, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in values)  # no "-0.0"
+    value, low, high = _rounded(values, digits)
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _rounded(values: Sequence[float], digits: int) -> list[float]:
+    """Numbers of which none is written as "-0.0"."""
+    return [0.0 if abs(v) < 0.5 * 10**-digits else v for v in values]
 
 
 def outcome(effect: Measured, digits: int = 1) -> str:
     """An effect in points, or that none was shown and which sizes are excluded."""
     if effect.shown:
         return f"{points(effect.estimate, digits)} points"
-    return f"no effect shown ({points(effect.estimate, digits)}; {excluded(effect, digits)})"
+    missed = "not shown in its table" if _alone(effect, digits) else "no effect shown"
+    return f"{missed} ({points(effect.estimate, digits)}; excluded: {excluded(effect, digits)})"
 
 
 def excluded(effect: Measured, digits: int = 1) -> str:
-    """What the interval leaves out, such as `excluded: above +6.9 and below -2.2`."""
-    _, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in effect.estimate)
-    return f"excluded: above {high:+.{digits}f} and below {low:+.{digits}f}"
+    """What an effect's own interval leaves out, such as `above +6.9 and below -2.2`.
 
-
-def claim_words(claim: Claim) -> str:
-    """What a claim compares."""
-    domain = DOMAIN_WORDS[claim.domain]
-    if claim.kind == "slope":
-        return f"change {domain} per 10 points of generator delta, {claim.objective.upper()} ladder"
-    if claim.kind == "contrast":
-        return f"{claim.a} minus {claim.b}, {domain}"
-    return f"{claim.a} against the student before training, {domain}"
-
-
-def claim_about(claim: Claim, arms: Sequence[Arm]) -> str:
-    """What the arms of a claim are, for a reader who does not know their names."""
-    if claim.kind == "slope":
+    The interval is not adjusted and the p value is, so an interval may exclude 0 where nothing is
+    shown; then that is what it says.
+    """
+    if _alone(effect, digits):
         return (
-            "arms whose chosen traces have a stronger author, against how much stronger it is than "
-            "the rejected traces' author"
+            "0 by its own interval, but among all comparisons of its table one as far from 0 comes "
+            f"by chance, adjusted p = {effect.p_adjusted:.3f}"
         )
-    named = {a.name: a for a in arms}
-    return "; ".join(
-        f"{name}: {_arm_words(named[name])}" for name in (claim.a, claim.b) if name in named
-    )
+    _, low, high = _rounded(effect.estimate, digits)
+    return f"above {high:+.{digits}f} and below {low:+.{digits}f}"
 
 
-def _arm_words(arm: Arm) -> str:
-    share = f"{arm.pairs} pairs" if arm.pairs else f"{100 * arm.fraction:.0f}% of pairs"
-    kept = {
-        "all": "all pairs",
-        "random": f"{share} at random",
-        "top": f"{share} of the largest gaps in {words(arm.by)}",
-        "bottom": f"{share} of the smallest gaps in {words(arm.by)}",
-        "middle": f"{share} of middling gaps in {words(arm.by)}",
-        "matched": f"{share} of the lengths of the top and the gaps of the pool",
-    }
-    return f"{arm.chosen} over {arm.rejected}, {kept.get(arm.keep, words(arm.keep))}"
-
-
-def claim_verdict(claim: Claim, effect: Measured | None) -> str:
-    """One of: not measured, shown (a gain or a loss), equivalent at the margin, undecided."""
-    if effect is None:
-        return "not measured: an arm of it is missing"
-    if effect.shown:
-        direction = "gain" if effect.estimate.value > 0 else "loss"
-        small = f", smaller than the margin of {claim.margin:g}"
-        return f"{direction} shown{small if effect.bound < claim.margin else ''}"
-    if effect.bound < claim.margin:
-        return f"equivalent: within ±{claim.margin:g}"
-    return f"undecided: neither shown nor within ±{claim.margin:g}"
+def _alone(effect: Measured, digits: int) -> bool:
+    """Whether the interval, as it is written, excludes 0 and the adjusted p value does not."""
+    _, low, high = _rounded(effect.estimate, digits)
+    return not effect.shown and (low > 0 or high < 0)
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -148,7 +128,7 @@ def _claims(s: Summary) -> list[Finding]:
         Finding(
             "Claim",
             f"{c.what}: {points(c.effect.estimate, 2 if c.claim.kind == 'slope' else 1)} "
-            f"{c.unit}; {c.verdict}."
+            f"{c.unit}; {c.verdict}.{' ' * bool(c.hangs_on)}{c.hangs_on}"
             if c.effect
             else f"{c.what}: {c.verdict}.",
         )
@@ -175,39 +155,51 @@ def _generator_delta(s: Summary) -> list[Finding]:
 
 
 def _sample_delta(s: Summary) -> list[Finding]:
-    """One sentence per objective, judge and dimension; several fractions give a range."""
+    """One sentence for arms that differ in how many pairs they keep, which gives a range."""
     arms = {a.name: a for a in s.arms}
-    groups: dict[tuple[str, str, str], list[Contrast]] = {}
+    groups: dict[tuple[str, ...], list[Contrast]] = {}
     for c in s.contrasts:
         a = arms[c.a]
-        groups.setdefault((a.arm.objective, a.pair_judge, a.arm.by), []).append(c)
+        pairs = (a.arm.by, a.arm.chosen, a.arm.rejected)
+        groups.setdefault((_selection_topic(a), *pairs), []).append(c)
     sentences = []
-    for (objective, judge, ranked_by), contrasts in groups.items():
-        fractions = sorted({arms[c.a].arm.fraction for c in contrasts})
-        doubted = MARK if any(arms[c.a].doubt for c in contrasts) else ""
-        share = listed([f"{100 * f:.0f}%" for f in fractions])
+    for (topic, by, chosen, rejected), contrasts in groups.items():
+        share = share_words([arms[c.a].arm for c in contrasts])
+        measures = "margins" if by == REFERENCE_MARGIN else "gaps"
         clauses = []
         for kind in dict.fromkeys(c.kind for c in contrasts):
             effects = [[c.difference[d] for c in contrasts if c.kind == kind] for d in s.domains]
-            clauses.append(f"against {_AGAINST[kind]}: {_per_domain(s, [*map(_several, effects)])}")
+            against = _AGAINST[kind].format(measures)
+            clauses.append(f"against {against}: {_per_domain(s, [*map(_several, effects)])}")
         clauses[1:] = [c[0].upper() + c[1:] for c in clauses[1:]]
         sentences.append(
             Finding(
-                f"Sample delta, {objective.upper()}, judge {judge}{doubted}",
-                f"training on the {share} of pairs with the largest gap in {words(ranked_by)}, "
-                f"{'. '.join(clauses)}.",
+                topic,
+                f"training on the {share} ({chosen} over {rejected}) with the largest "
+                f"{measure_words(by)}, {'. '.join(clauses)}.",
             )
         )
     return sentences
 
 
+def _selection_topic(a: ArmSummary) -> str:
+    """What arms of one sentence have in common, such as `Sample delta, DPO, judge exact`."""
+    ranked_by = "Margin of the reference" if a.arm.by == REFERENCE_MARGIN else "Sample delta"
+    judge = [f"judge {a.pair_judge}{MARK if a.doubt else ''}"] * bool(a.pair_judge)
+    budget = [a.budget] * bool(a.budget)
+    return ", ".join(
+        [ranked_by, a.arm.objective.upper(), *judge, *data_words(a.arm), *budget]
+        + step_words(a.arm)
+    )
+
+
 def _several(effects: Sequence[Measured]) -> str:
-    """The outcome of one fraction, or the range over several."""
+    """The outcome of one comparison, or the range over several."""
     if len(effects) == 1:
         return outcome(effects[0])
     values = [e.estimate.value for e in effects]
     return (
-        f"{min(values):+.1f} to {max(values):+.1f} points over {len(effects)} fractions, "
+        f"{min(values):+.1f} to {max(values):+.1f} points over {len(effects)} comparisons, "
         f"{sum(e.shown for e in effects)} of them shown"
     )
 
@@ -302,10 +294,7 @@ def unmeasured(s: Summary) -> list[str]:
     sentences = []
     noise = list(s.noise.values())
     if any(n.seed is None for n in noise):
-        sentences.append(
-            "The noise of training: no arm has several seeds, so every interval is of questions "
-            "alone and too short."
-        )
+        sentences.append(_seeds_unmeasured(s))
     elif any(a.seeds == 1 for a in s.arms):
         alone = sum(a.seeds == 1 for a in s.arms)
         sentences.append(
@@ -336,6 +325,36 @@ def unmeasured(s: Summary) -> list[str]:
         )
     sentences.append("Any other student, world or way of decoding than the one below.")
     return sentences
+
+
+def _seeds_unmeasured(s: Summary) -> str:
+    """What the intervals have in them where no arm has several seeds."""
+    noise = next(iter(s.noise.values()))
+    alone = sum(not a.redrawn for a in s.arms)
+    if noise.draw is None or alone == len(s.arms):
+        return (
+            "The noise of training: no arm has several seeds, so every interval is of questions "
+            "alone and too short."
+        )
+    rest = f"; those of the other {alone} are of questions alone and too short" if alone else ""
+    return (
+        "The noise of training apart from the draw of pairs: no arm has several seeds. The "
+        f"intervals of {len(s.arms) - alone} of {len(s.arms)} arms, whose pairs are drawn, have "
+        "both together, as several draws with one seed each measured them "
+        f"({noise.draw_freedom} degrees of freedom){rest}."
+    )
+
+
+def interval_words(s: Summary) -> str:
+    """What the intervals of the page are of."""
+    noise = list(s.noise.values())
+    seeds = ["training seeds"] * any(n.seed is not None for n in noise)
+    draws = ["draws of pairs (of arms whose pairs are drawn)"]
+    draws *= any(n.draw is not None for n in noise)
+    if not seeds and not draws:
+        return "questions alone: the noise of training is not measured"
+    of = listed(["questions", *seeds, *draws])
+    return of if seeds else f"{of}: training seeds are not measured"
 
 
 def _instruments(s: Summary) -> list[Finding]:

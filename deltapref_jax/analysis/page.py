@@ -82,6 +82,7 @@ class ClaimResult:
     effect: Measured | None  # adjusted over all claims; None where the run lacks an arm of it
     unit: str  # of the effect
     verdict: str
+    hangs_on: str  # whether one rung decides a slope (`claims.RUNG_RULE`); "" where none does
 
 
 @dataclass
@@ -157,6 +158,7 @@ class ArmSummary:
     seeds: int  # evaluated
     draws: int  # of its pairs, evaluated
     balanced: bool  # a rung that keeps some pairs only (`config.Experiment.balance`)
+    redrawn: bool  # another draw may give it other pairs
     budget: str  # its own steps or epochs in words; "" where it has those of all arms
     pair_judge: str  # judge whose ratings shaped its pairs; "" if none did
     generator_delta: ByDomain | None  # None where a generator was not evaluated
@@ -207,7 +209,7 @@ class Readout:
     suite: str  # its name, or how many suites are read again and averaged as their domain
     domain: str  # of its questions
     what: str  # in words, such as "accuracy, greedy"
-    greedy_twin: bool  # all questions of the domain, each with one greedy answer
+    greedy_twin: bool  # all questions of the domain, sampled there and answered greedily here
     student: Estimate  # percent, before training
     changes: dict[str, Measured]  # by arm; p values adjusted over all arms and read-outs
 

@@ -50,11 +50,22 @@ def groups(suites: Sequence[Suite]) -> list[list[Suite]]:
             alike.setdefault(way, []).append(suite)
     grouped = []
     for again in alike.values():
-        averaged = [s.prompts for s in suites if s.domain == again[0].domain and not s.readout]
-        questions = [suite.prompts for suite in again]
-        whole = len(questions) == len(averaged) and all(q in questions for q in averaged)
-        grouped += [again] if whole and len(again) > 1 else [[suite] for suite in again]
+        grouped += [again] if _is_whole(again, suites) else [[suite] for suite in again]
     return grouped
+
+
+def _is_whole(again: Sequence[Suite], suites: Sequence[Suite]) -> bool:
+    """Whether suites read all questions of their domain again."""
+    averaged = [s.prompts for s in suites if s.domain == again[0].domain and not s.readout]
+    questions = [suite.prompts for suite in again]
+    return len(questions) == len(averaged) and all(q in questions for q in averaged)
+
+
+def is_greedy_twin(again: Sequence[Suite], suites: Sequence[Suite]) -> bool:
+    """Whether suites answer greedily all questions that their domain answers by sampling."""
+    sampled = any(s.temperature for s in suites if s.domain == again[0].domain and not s.readout)
+    greedy = again[0].readout == "accuracy" and not again[0].temperature
+    return greedy and sampled and _is_whole(again, suites)
 
 
 def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
@@ -78,7 +89,7 @@ def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
             suite=group[0].name if len(group) == 1 else f"all {len(group)} suites",
             domain=group[0].domain,
             what=words(group[0]),
-            greedy_twin=len(group) > 1 and not group[0].temperature,
+            greedy_twin=is_greedy_twin(group, study.experiment.suites),
             student=st.accuracy(study.student, group[0].domain, read=read_suites(group)),
             changes={arm: changes[i, arm] for arm in of_arms.names},
         )

@@ -13,15 +13,25 @@ import jinja2
 from rich.table import Table
 
 from deltapref_jax.analysis import figures
+from deltapref_jax.analysis.arm_words import measure_words, share_words
+from deltapref_jax.analysis.claims import RUNG_RULE
 from deltapref_jax.analysis.figures import Drawn, Line, Point
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, MARK, mark_names, points, words
+from deltapref_jax.analysis.findings import (
+    DOMAIN_WORDS,
+    MARK,
+    excluded,
+    interval_words,
+    mark_names,
+    points,
+    words,
+)
 from deltapref_jax.analysis.judges import USELESS_AUC, USELESS_RELIABILITY
 from deltapref_jax.analysis.page import ArmSummary, Summary
 from deltapref_jax.analysis.pair_browser import browser, script_json
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.analysis.suites import RULE
 from deltapref_jax.analysis.summary import plain
-from deltapref_jax.config import OBJECTIVE_KINDS, Experiment
+from deltapref_jax.config import OBJECTIVE_KINDS, RANKED, REFERENCE_MARGIN, Experiment
 from deltapref_jax.display import xml_text
 
 _CURVES_SHOWN = 32
@@ -82,34 +92,46 @@ def _selection(s: Summary) -> Drawn | None:
             and (a.arm.chosen, a.arm.rejected) in generators
             and not a.balanced
         ]
-        selections = dict.fromkeys((a.arm.keep, a.pair_judge, a.budget) for a in arms)
+        selections = dict.fromkeys(map(_selection_of, arms))
         rows[objective.upper()] = {
-            d: [_kept_line(*selection, d, arms, everything, judges) for selection in selections]
+            d: [_kept_line(selection, d, arms, everything, judges) for selection in selections]
             for d in s.domains
         }
     return figures.panels(rows, "pairs kept, percent of the pool")
 
 
+def _selection_of(a: ArmSummary) -> tuple[str, str, str, str]:
+    """How an arm keeps pairs: its `keep`, judge, measure where no judge ranks them, and budget."""
+    by_margin = a.arm.keep in RANKED and a.arm.by == REFERENCE_MARGIN
+    return a.arm.keep, a.pair_judge, measure_words(a.arm.by) if by_margin else "", a.budget
+
+
 def _kept_line(
-    keep: str,
-    judge: str,
-    budget: str,
+    selection: tuple[str, str, str, str],
     domain: str,
     arms: Sequence[ArmSummary],
     everything: Sequence[ArmSummary],
     judges: Sequence[str],
 ) -> Line:
-    """Arms of one selection by one judge and one budget, with those that keep all pairs."""
-    selected = [a for a in arms if (a.arm.keep, a.pair_judge, a.budget) == (keep, judge, budget)]
-    shares = [(100 * a.arm.fraction, a) for a in selected] + [(100.0, a) for a in everything]
-    named = f"{keep}, judge {judge}" if judge and len(judges) > 1 else keep
+    """Arms of one selection (`_selection_of`), with those that keep all pairs."""
+    keep, judge, measure, budget = selection
+    selected = [a for a in arms if _selection_of(a) == selection]
+    shares = [(_share(a), a) for a in selected] + [(100.0, a) for a in everything]
+    judged = f"judge {judge}" if judge and len(judges) > 1 else ""
     doubted = MARK if any(a.doubt for a in selected) else ""
     return Line(
-        (f"{named}, {budget}" if budget else named) + doubted,
+        ", ".join(text for text in (keep, measure, judged, budget) if text) + doubted,
         keep,
         [Point(share, a.changes[domain].estimate) for share, a in shares],
         dashed=bool(judge) and judge != judges[0],
     )
+
+
+def _share(a: ArmSummary) -> float:
+    """Percent of the pool that an arm keeps."""
+    if a.arm.pairs:
+        return 100 * a.arm.pairs / max(a.arm.pairs, a.waterfall.get("pool", 0))
+    return 100 * a.arm.fraction
 
 
 def _curves(study: Study, s: Summary) -> Drawn | None:
@@ -213,6 +235,8 @@ def render_template(
         lstrip_blocks=True,
     )
     environment.filters |= {"points": points, "words": words, "number": _number}
+    environment.filters |= {"excluded": excluded, "interval_words": interval_words}
+    environment.filters["share"] = share_words
     environment.filters["marked"] = functools.partial(mark_names, doubted=doubts)
     by_reason: dict[str, list[str]] = {}
     for arm, why in doubts.items():
@@ -246,6 +270,7 @@ def render(
         shown=shown,
         pairs=script_json(shown),
         suite_rule=RULE,
+        rung_rule=RUNG_RULE,
         versions=study.versions,
         useless=USELESS_AUC,
         useless_reliability=USELESS_RELIABILITY,

@@ -15,16 +15,9 @@ from rich.table import Table
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import figures
+from deltapref_jax.analysis.claims import claim_about, claim_verdict, claim_words
 from deltapref_jax.analysis.figures import Drawn
-from deltapref_jax.analysis.findings import (
-    DOMAIN_WORDS,
-    claim_about,
-    claim_verdict,
-    claim_words,
-    listed,
-    mark_names,
-    points,
-)
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, mark_names, points
 from deltapref_jax.analysis.page import Measured, MeasuredBy
 from deltapref_jax.analysis.report import doubt_caption, render_template
 from deltapref_jax.analysis.summary import claim_weights
@@ -71,6 +64,8 @@ class ClaimByStudent:
     verdicts: dict[str, str]  # by student
     differences: list[Difference]  # of every two students
     sentence: str
+    # By student, where one rung decides a slope (`claims.RUNG_RULE`): as on the student's own page.
+    hangs_on: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,7 +155,8 @@ def summarise_students(
         for d in s.domains
     }
     s.claims = _claims(e, first["arms"], found)
-    for claim in s.claims:
+    for i, claim in enumerate(s.claims):
+        claim.hangs_on = hanging(summaries, i)
         claim.what, claim.about = (mark_names(t, s.doubts) for t in (claim.what, claim.about))
     s.arms = _arms(found)
     s.unmeasured = _unmeasured(s, found)
@@ -188,7 +184,7 @@ def _claims(e: Experiment, arms: Sequence[Mapping[str, Any]], found: Found) -> l
             ClaimByStudent(
                 claim=claim,
                 what=claim_words(claim),
-                about=claim_about(claim, e.arms),
+                about=claim_about(claim, e),
                 unit="points per 10 points of generator delta"
                 if claim.kind == "slope"
                 else "points",
@@ -199,6 +195,12 @@ def _claims(e: Experiment, arms: Sequence[Mapping[str, Any]], found: Found) -> l
             )
         )
     return by_student
+
+
+def hanging(summaries: Mapping[str, SummaryJson], claim: int) -> dict[str, str]:
+    """What the students' own pages say of rungs that decide a claim, by student."""
+    sentences = {name: of["claims"][claim]["hangs_on"] for name, of in summaries.items()}
+    return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
 def _ladder(arms: Sequence[Mapping[str, Any]], objective: str) -> dict[str, float]:
@@ -309,14 +311,15 @@ def _arms(found: Found) -> list[ArmByStudent]:
 
 def _unmeasured(s: StudentsSummary, found: Found) -> list[str]:
     """What no interval of the page contains."""
-    alone = [
-        student for student, effects in next(iter(found.values())).items() if not any(effects.noise)
-    ]
+    noise = {name: of.noise for name, of in next(iter(found.values())).items()}
+    alone = [name for name, of_student in noise.items() if of_student[0] is None]
     sentences = []
     if alone:
+        drawn = any(noise[name][1] is not None for name in alone)
+        rest = " and, where several were made, of draws of pairs, but" if drawn else " alone and"
         sentences.append(
             f"The noise of training of {listed(alone)}: no arm has several seeds, so the intervals "
-            "are of questions alone and too short."
+            f"are of questions{rest} too short."
         )
     sentences += [f"{c.what}: an arm of it is missing." for c in s.claims if not c.effects]
     flagged = [

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis import readouts
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed
 from deltapref_jax.analysis.page import SuiteSummary
 from deltapref_jax.analysis.study import Study
-from deltapref_jax.config import Run
+from deltapref_jax.config import TUNING, Suite
 from deltapref_jax.records import Prompt, SuiteAccuracy, from_table
 
 FLOOR, CEILING = 10, 90  # percent of right answers
@@ -144,27 +145,50 @@ def lessons_sentence(study: Study) -> str:
 
 
 def accuracies(study: Study, doubts: Mapping[str, str]) -> Iterator[SuiteAccuracy]:
-    """Rows of the long table: the student before training, then every run of every arm.
+    """Rows of the long table: the student before training, generators, then every run of every arm.
+
+    After the suites that a domain averages come second read-outs, which generators do not have.
 
     Args:
       study: tables.
       doubts: by arm, see `page.ArmSummary.doubt`.
     """
-    runs: list[tuple[str | None, Run | None, pa.Table]] = []
+    again = [s for s in study.experiment.suites if s.readout not in ("", TUNING)]
+    runs = [(arm, run, t) for arm, tables in study.results.items() for run, t in tables.items()]
     if study.student is not None:
-        runs.append((None, None, study.student))
-    runs += [(arm, run, t) for arm, tables in study.results.items() for run, t in tables.items()]
+        yield from _accuracies(study, study.student, again)
+    for generator, table in study.capability.items():
+        for row in _accuracies(study, table, ()):
+            yield row._replace(generator=generator)
     for arm, run, table in runs:
-        for d in study.domains:
-            for suite, answers in st.by_question(table, d).items():
-                yield SuiteAccuracy(
-                    arm,
-                    run.seed if run else None,
-                    run.draw if run else None,
-                    suite,
-                    d,
-                    len(answers.questions),
-                    int(answers.samples.max()),
-                    *st.suite_accuracy(answers),
-                    doubts.get(arm or "", ""),
-                )
+        for row in _accuracies(study, table, again):
+            yield row._replace(arm=arm, seed=run.seed, draw=run.draw, doubt=doubts.get(arm, ""))
+
+
+def _accuracies(study: Study, table: pa.Table, again: Sequence[Suite]) -> Iterator[SuiteAccuracy]:
+    """Accuracies of one table of answers, of nobody yet."""
+    for d in study.domains:
+        for suite, answers in st.by_question(table, d).items():
+            yield _row(suite, d, "", answers)
+    for other in again:
+        (answers,) = readouts.read_suites([other])(table, "").values()
+        yield _row(other.name, other.domain, readouts.words(other), answers)
+
+
+def _row(suite: str, domain: str, readout: str, answers: st.Answers) -> SuiteAccuracy:
+    accuracy, low, high = st.suite_accuracy(answers)
+    return SuiteAccuracy(
+        arm=None,
+        generator=None,
+        seed=None,
+        draw=None,
+        suite=suite,
+        domain=domain,
+        readout=readout,
+        questions=len(answers.questions),
+        samples=int(answers.samples.max()),
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        doubt="",
+    )

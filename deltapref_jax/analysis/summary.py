@@ -12,11 +12,10 @@ import pyarrow as pa
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import judges, noise, suites
 from deltapref_jax.analysis import statistics as st
+from deltapref_jax.analysis.arm_words import budget_words
+from deltapref_jax.analysis.claims import claim_about, claim_verdict, claim_words, rung_sentence
 from deltapref_jax.analysis.controls import controls
 from deltapref_jax.analysis.findings import (
-    claim_about,
-    claim_verdict,
-    claim_words,
     findings,
     judge_sentence,
     mark_names,
@@ -30,6 +29,7 @@ from deltapref_jax.analysis.page import (
     DropCount,
     Evaluation,
     GeneratorSummary,
+    Measured,
     MeasuredBy,
     RateChoice,
     StageSummary,
@@ -137,7 +137,9 @@ def _mark(s: Summary) -> None:
     for finding in s.findings:
         finding.text = mark_names(finding.text, doubted)
     for claim in s.claims:
-        claim.what, claim.about = (mark_names(t, doubted) for t in (claim.what, claim.about))
+        claim.what, claim.about, claim.hangs_on = (
+            mark_names(t, doubted) for t in (claim.what, claim.about, claim.hangs_on)
+        )
     for control in s.control_results:
         control.what = mark_names(control.what, doubted)
 
@@ -246,6 +248,7 @@ def _arm(study: Study, arm: Arm, changes: MeasuredBy) -> ArmSummary:
         seeds=len({run.seed for run in study.results[arm.name]}),
         draws=len({run.draw for run in study.results[arm.name]}),
         balanced=is_balanced(study.experiment, arm),
+        redrawn=draws_pairs(study.experiment, arm),
         budget=_budget_words(study.experiment, arm),
         pair_judge=_pair_judge(study.experiment, arm),
         generator_delta=generator_delta(study, arm),
@@ -417,12 +420,13 @@ def _trends(arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Trend]:
 def _claims(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[ClaimResult]:
     """What was claimed before the run, adjusted over all of its claims."""
     claims = claims_of(e)
+    ladders = [_ladder(arms, claim.objective) for claim in claims]
     found: dict[int, fx.Effect] = {}
     for i, claim in enumerate(claims):
         of_arms = effects.get(claim.domain)
         if of_arms is None:
             continue
-        weights = claim_weights(claim, of_arms.names, _ladder(arms, claim.objective))
+        weights = claim_weights(claim, of_arms.names, ladders[i])
         if weights is not None:
             found[i] = of_arms.combined(weights)
     measured = fx.measured(found)
@@ -430,13 +434,30 @@ def _claims(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> li
         ClaimResult(
             claim,
             claim_words(claim),
-            claim_about(claim, e.arms),
+            claim_about(claim, e),
             measured.get(i),
             "points per 10 points of generator delta" if claim.kind == "slope" else "points",
             claim_verdict(claim, measured.get(i)),
+            rung_sentence(measured[i], _without_rungs(i, found, effects[claim.domain], ladders[i]))
+            if claim.kind == "slope" and i in measured
+            else "",
         )
         for i, claim in enumerate(claims)
     ]
+
+
+def _without_rungs(
+    i: int, found: Mapping[int, fx.Effect], of_arms: fx.Effects, ladder: Mapping[str, float]
+) -> dict[str, Measured | None]:
+    """By rung, the slope of claim `i` over the others, in its place in the table of all claims."""
+    slopes = {
+        left_out: _slope(of_arms, {name: x for name, x in ladder.items() if name != left_out})
+        for left_out in ladder
+    }
+    return {
+        left_out: None if slope is None else fx.measured({**found, i: slope})[i]
+        for left_out, slope in slopes.items()
+    }
 
 
 def claim_weights(
@@ -459,7 +480,7 @@ def _budget_words(e: Experiment, arm: Arm) -> str:
     """The steps or epochs of an arm that has its own."""
     if _is_twin(e, arm):
         return "equal epochs" if arm.steps else "equal steps"
-    return f"{arm.steps} steps" if arm.steps else f"{arm.epochs:g} epochs" if arm.epochs else ""
+    return budget_words(arm)
 
 
 def _is_twin(e: Experiment, arm: Arm) -> bool:

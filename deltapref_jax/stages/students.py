@@ -29,7 +29,7 @@ from deltapref_jax.stages.report import Report, result_rows
 from deltapref_jax.stages.study import part_of, plan
 
 
-class StudentsReport(Node, stage="students", version=1):
+class StudentsReport(Node, stage="students", version=2):
     """report.html, summary.json and claims.svg; in pages/, every student's own page and files."""
 
     experiment: Experiment

@@ -1,6 +1,7 @@
 """What is beside and inside of a page: numbers of figures, accuracies of runs, pairs, suites."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -9,18 +10,26 @@ import re
 import urllib.parse
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from deltapref_jax.analysis import noise, pair_browser, suites
+from deltapref_jax.analysis import noise, pair_browser, readouts, suites
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.report import draw, render
 from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.analysis.summary import summarise
-from deltapref_jax.config import DIMENSIONS, Run
+from deltapref_jax.config import DIMENSIONS, Prompts, Run, Suite, greedy_twin
 from deltapref_jax.display import COUNTS
-from deltapref_jax.records import Prompt, SuiteAccuracy, Trace, from_table, to_table
+from deltapref_jax.records import Prompt, Result, SuiteAccuracy, Trace, from_table, to_table
 from tests.analysis.test_effects import found
-from tests.analysis.test_report import DOMAINS, data_of, evaluated, study  # noqa: F401
+from tests.analysis.test_report import (
+    DOMAINS,
+    GENERATORS,
+    data_of,
+    evaluated,
+    read_out,
+    study,  # noqa: F401
+)
 
 
 def rows_of(text):
@@ -62,12 +71,16 @@ def test_means_of_the_long_table_are_the_pages_numbers(study):  # noqa: F811
     rows = from_table(
         SuiteAccuracy, to_table(SuiteAccuracy, suites.accuracies(study, {"dpo-mid": "why"}))
     )
-    assert len(rows) == len(DOMAINS) * (1 + 3 + 4)
+    assert len(rows) == len(DOMAINS) * (1 + len(GENERATORS) + 3 + 4)
+    assert {r.readout for r in rows} == {""}
 
-    def mean(arm, domain):
-        return np.mean([r.accuracy for r in rows if (r.arm, r.domain) == (arm, domain)])
+    def mean(arm, domain, generator=None):
+        of = arm, generator, domain
+        return np.mean([r.accuracy for r in rows if (r.arm, r.generator, r.domain) == of])
 
     for d in DOMAINS:
+        for g in s.generators:
+            assert mean(None, d, g.name) == pytest.approx(g.evaluation.accuracy[d].value)
         assert mean(None, d) == pytest.approx(s.student.accuracy[d].value)
         for a in s.arms:
             change = a.changes[d].estimate.value
@@ -76,8 +89,63 @@ def test_means_of_the_long_table_are_the_pages_numbers(study):  # noqa: F811
     assert all(r.low <= r.accuracy <= r.high and r.questions == 40 for r in rows)
     assert {r.arm for r in rows if r.doubt == "why"} == {"dpo-mid"}
     # A domain of one suite has the interval of the domain.
-    before = next(r for r in rows if r.arm is None and r.domain == "in")
+    before = next(r for r in rows if r.arm is r.generator is None and r.domain == "in")
     assert (before.low, before.high) == tuple(st.accuracy(study.student, "in"))[1:]
+
+
+def test_read_outs_of_domains_of_one_suite_are_twins_and_in_the_long_table(study):  # noqa: F811
+    """Every arm answers 4 of 40 questions more, greedily and in one of two samples."""
+    e = study.experiment
+    one = next(s for s in e.suites if s.domain == "in")
+    again = dataclasses.replace(one, name="in-pass", samples=2, readout="pass", k=2)
+    study.experiment = dataclasses.replace(
+        e, suites=(*e.suites, *map(greedy_twin, e.suites), again)
+    )
+
+    def with_rows(table, right):
+        more = read_out(table, "in-suite", 2, lambda r, s: int(r.prompt_id) < right > s, "in-pass")
+        for d in DOMAINS:
+            name = f"{d}-suite"
+            more += read_out(
+                table, name, 1, lambda r, s: int(r.prompt_id) < right, f"{name}-greedy"
+            )
+        return pa.concat_tables([table, to_table(Result, more)])
+
+    study.student = with_rows(study.student, 10)
+    study.results = {
+        arm: {run: with_rows(t, 14) for run, t in runs.items()}
+        for arm, runs in study.results.items()
+    }
+    s = summarise(study)
+    assert [(r.suite, r.greedy_twin) for r in s.readouts] == [
+        ("in-suite-greedy", True),
+        ("out-suite-greedy", True),
+        ("in-pass", False),
+    ]
+    (shown,) = (a for a in s.arms if a.changes["in"].shown)
+    (text, _) = (f.text for f in s.findings if f.topic == "Sampled and greedy")
+    assert text.startswith(f"in domain {shown.name} changed ") and "and +10.0 [" in text
+    rows = from_table(SuiteAccuracy, to_table(SuiteAccuracy, suites.accuracies(study, {})))
+    held = {(r.arm, r.suite): r for r in rows if r.readout}
+    assert len(held) == len(s.readouts) * (1 + len(s.arms))
+    for r in s.readouts:
+        before = held[None, r.suite]
+        assert (before.accuracy, before.low, before.high) == pytest.approx(tuple(r.student))
+        assert (before.readout, before.domain) == (r.what, r.domain)
+        for a in s.arms:
+            change = r.changes[a.name].estimate.value
+            assert held[a.name, r.suite].accuracy - before.accuracy == pytest.approx(change)
+
+
+def test_a_greedy_twin_reads_a_domain_that_is_sampled():
+    inside = [Suite(name=n, prompts=Prompts(tasks=(n,)), samples=2) for n in ("a", "b")]
+    greedy = [dataclasses.replace(s, temperature=0.0) for s in inside]
+    twins = [greedy_twin(s) for s in inside]
+    assert readouts.groups([*inside, *twins]) == [twins]
+    assert readouts.is_greedy_twin(twins, [*inside, *twins])
+    assert readouts.is_greedy_twin(twins[:1], [*inside[:1], *twins[:1]])
+    assert not readouts.is_greedy_twin(twins[:1], [*inside, *twins[:1]])
+    assert not readouts.is_greedy_twin(twins, [*greedy, *twins])
 
 
 def test_changes_by_suite_average_to_the_domain(study):  # noqa: F811

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from deltapref_jax.analysis.findings import claim_verdict, judge_sentence, outcome
+from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
+from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
 from deltapref_jax.analysis.proposal import read_evidence
 from deltapref_jax.analysis.report import draw, render, terminal_table
@@ -392,6 +393,75 @@ def test_twins_are_compared_with_each_other_and_with_arms_of_their_own_budget(st
     assert "against all pairs of the pool for as many epochs" in page.lower()
 
 
+def test_a_sentence_on_selections_has_one_budget_and_one_measure(study):
+    """Of two budgets it would say that arms keep twice as many fractions as they do."""
+    study.experiment.training = Training(steps=24)
+    arms = {a.name: a for a in study.experiment.arms}
+    top, random = arms["top"], arms["random"]
+    twins = [budget_twin(a, Training(steps=24)) for a in (top, random)]
+    six = {"fraction": 1.0, "pairs": 6}
+    margin = dataclasses.replace(top, by="reference_margin", name="sure")
+    added = (
+        dataclasses.replace(top, name="top-6", **six),
+        dataclasses.replace(random, name="random-6", **six),
+        margin,
+        dataclasses.replace(margin, name="unsure", keep="bottom"),
+    )
+    study = with_arms(study, *twins, *added)
+    s = summarise(study)
+    texts = {f.topic: f.text for f in s.findings}
+    gap = "largest gap in the sum of all dimensions"
+    both = texts["Sample delta, DPO, judge exact"]
+    assert both.startswith(
+        f"training on the 50% of pairs and 6 pairs (strong over weak) with the {gap}"
+    )
+    assert (
+        "gainst as many pairs drawn at random: in domain +0.0 to +0.0 points over 2 comparisons, 0 "
+        "of them shown" in both
+    )
+    epochs = texts["Sample delta, DPO, judge exact, equal epochs"]
+    assert epochs.startswith(f"training on the 50% of pairs (strong over weak) with the {gap}")
+    assert "gainst as many pairs drawn at random: in domain no effect shown" in epochs
+    assert texts["Margin of the reference, DPO"].startswith(
+        "training on the 50% of pairs (strong over weak) with the largest margin of the reference, "
+    )
+    assert "as many pairs of the smallest margins: in" in texts["Margin of the reference, DPO"]
+    page = render(study, s, {}, {})
+    assert "top 6 pairs by exact</td>" in page and "top 50% of pairs by exact</td>" in page
+    figure = draw(study, s)["selection"]
+    assert {p.split(",")[-4] for p in figure.csv.splitlines()[1:]} == {"50.0", "100.0"}
+    assert "top, margin of the reference" in figure.svg
+
+
+def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
+    """Three draws of random pairs with one seed each measure draws and seeds together."""
+    study = with_arms(study, Arm(name="dpo-weak", chosen="weak", rejected="weak"))
+    e = study.experiment
+    e.claims = (Claim(kind="slope", objective="dpo", domain="in", margin=0.5),)
+    e.arms = tuple(
+        dataclasses.replace(a, draws=(0, 1, 2)) if a.name == "random" else a for a in e.arms
+    )
+    study.results["random"] = {Run(d, 0): evaluated(0.4 + 0.05 * d, 90 + d) for d in range(3)}
+    s = summarise(study)
+    assert [a.name for a in s.arms if a.redrawn] == ["top", "random"]
+    assert s.unmeasured[0] == (
+        "The noise of training apart from the draw of pairs: no arm has several seeds. The "
+        "intervals of 2 of 6 arms, whose pairs are drawn, have both together, as several draws "
+        "with one seed each measured them (2 degrees of freedom); those of the other 4 are of "
+        "questions alone and too short."
+    )
+    page = render(study, s, {}, {})
+    assert (
+        "Intervals are of questions and draws of pairs (of arms whose pairs are drawn): training "
+        "seeds are not measured." in page
+    )
+    # The slope has three rungs, so that leaving one out leaves no slope.
+    (claim,) = s.claims
+    assert claim.hangs_on == ("Hangs on every one of its 3 rungs: without one, no slope is left.")
+    assert page.index(claim.hangs_on) < page.index("Not measured, or not in the intervals")
+    assert RUNG_RULE in page
+
+
 def test_the_page_shows_the_budget_of_every_arm(study):
     study.experiment.arms[1].learning_rate = 2e-5
     study.experiment.arms[1].pairs_per_step = 4
@@ -626,8 +696,14 @@ def test_outcome_says_what_is_excluded():
     assert outcome(shown) == "+3.0 [+1.0, +5.0] points"
     # The interval alone shows nothing where the adjusted p value does not.
     assert outcome(dataclasses.replace(shown, p_adjusted=0.06)) == (
-        "no effect shown (+3.0 [+1.0, +5.0]; excluded: above +5.0 and below +1.0)"
+        "not shown in its table (+3.0 [+1.0, +5.0]; excluded: 0 by its own interval, but among all "
+        "comparisons of its table one as far from 0 comes by chance, adjusted p = 0.060)"
     )
+    nothing = Measured(Estimate(3.0, -1.0, 7.0), 0.3, 0.4, 6.5)
+    assert outcome(nothing) == (
+        "no effect shown (+3.0 [-1.0, +7.0]; excluded: above +7.0 and below -1.0)"
+    )
+    assert excluded(nothing) == "above +7.0 and below -1.0"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Differences between students against closed forms, and what is said of them."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Estimate
-from deltapref_jax.analysis.students import Difference, claim_sentence, difference_verdict
+from deltapref_jax.analysis.students import (
+    Difference,
+    StudentsSummary,
+    _unmeasured,
+    claim_sentence,
+    difference_verdict,
+    hanging,
+)
 from deltapref_jax.config import Claim
 from tests.analysis.test_effects import Z95, found
 from tests.analysis.test_statistics import draws
@@ -118,3 +126,32 @@ def test_the_difference_decides_and_not_who_is_shown(effects, between, sentence)
 
 def test_a_difference_that_is_shown_and_small_is_both():
     assert difference_verdict(effect(0.5, p=0.01, bound=1.0), 2.0) == "they differ, by less than 2"
+
+
+def test_draws_of_one_seed_are_not_called_questions_alone():
+    s = StudentsSummary("n", "q", ["in"], ["a", "b"], {}, {}, {}, {}, {})
+    draw = fx.Component(4.0, 1.0, 2)
+
+    def first(a, b):
+        noise = {"a": fx.Noise(*a), "b": fx.Noise(*b)}
+        return _unmeasured(s, {"in": {k: SimpleNamespace(noise=n) for k, n in noise.items()}})[0]
+
+    measured = (draw, None)
+    assert first((None, None), measured) == (
+        "The noise of training of a: no arm has several seeds, so the intervals are of questions "
+        "alone and too short."
+    )
+    assert first((None, draw), measured) == (
+        "The noise of training of a: no arm has several seeds, so the intervals are of questions "
+        "and, where several were made, of draws of pairs, but too short."
+    )
+    assert first(measured, measured).startswith("Any other student")
+
+
+def test_a_claim_has_what_each_students_page_says_of_its_rungs():
+    def of(*sentences):
+        return {"claims": [{"hangs_on": text} for text in sentences]}
+
+    summaries = {"a": of("", "Its sign hangs."), "b": of("", ""), "c": of("", "It is shown.")}
+    assert hanging(summaries, 0) == {}
+    assert hanging(summaries, 1) == {"a": "Its sign hangs.", "c": "It is shown."}
