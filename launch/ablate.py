@@ -220,8 +220,9 @@ def _detectable(workspace: Workspace, report: "Report") -> Iterator[str]:
         for d in domains_of(report.experiment.suites)
     )
     yield (
-        f"Expected smallest detectable change of an arm: {changes} (80% power, one comparison at a two-sided 5%, "
-        "paired as the most similar generator; without the noise of training)."
+        f"Expected smallest detectable change of an arm: {changes} (80% power, one comparison "
+        "alone at a two-sided 5%, paired as the most similar generator; without the noise of "
+        "training)."
     )
 
 

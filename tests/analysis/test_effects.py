@@ -129,9 +129,8 @@ def test_arms_may_be_measured_by_the_runs_of_others():
 
 def test_no_interval_is_wider_than_accuracies_are():
     before = draws(60, 1, 0.5, 1)
-    apart = {name: [draws(60, 1, p, i) for i in range(2)] for name, p in (("a", 0.05), ("b", 0.9))}
-    apart["far"] = [np.zeros((60, 1), int), np.ones((60, 1), int)]
-    e = found(before, **apart)
+    far = [np.zeros((60, 1), int), np.ones((60, 1), int)]
+    e = found(before, a=[draws(60, 1, 0.05, 2)], b=[draws(60, 1, 0.9, 3)], far=far)
     of_change, of_contrast = e.change("far").estimate, e.contrast("a", "b").estimate
     assert (of_change.low, of_change.high) == (-100.0, 100.0)
     assert of_contrast.low == -100.0 and e.contrast("a", "b").bound <= 100.0
@@ -261,7 +260,8 @@ def test_a_large_effect_is_shown_in_a_table_of_hundreds():
 def test_a_detectable_effect_is_of_the_noncentral_t_distribution(freedom, noncentrality):
     assert noise.detectable(1.7, freedom) == pytest.approx(1.7 * noncentrality, rel=1e-3)
     # Farther limits, as of many comparisons, take a larger effect.
-    assert noise.detectable(1.0, 1e6, 3.0) == pytest.approx(3.0 + NormalDist().inv_cdf(0.8), rel=0.01)
+    farther = 3.0 + NormalDist().inv_cdf(0.8)
+    assert noise.detectable(1.0, 1e6, 3.0) == pytest.approx(farther, rel=0.01)
     assert noise.detectable(0.0, freedom) == 0
 
 

@@ -146,7 +146,8 @@ def test_a_purchase_leaves_what_the_components_say():
     assert b.half_width == pytest.approx((estimate.high - estimate.low) / 2, rel=0.07)
     # An effect must be larger to be shown among eight arms than alone.
     alone = noise.detectable(e.error({b.arm: 1.0}), e.freedom({b.arm: 1.0}))
-    assert b.half_width < b.detectable == pytest.approx(alone) < b.detectable_adjusted
+    assert b.detectable == pytest.approx(alone)
+    assert b.half_width < b.detectable < b.detectable_adjusted
 
 
 @pytest.mark.parametrize("changed", [0, 9])
