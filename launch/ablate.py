@@ -204,8 +204,8 @@ def _detectable(workspace: Workspace, report: "Report") -> Iterator[str]:
     """Before the arms train: the smallest change that this set-up is expected to show."""
     import pyarrow as pa
 
-    from deltapref_jax.analysis.effects import planned
     from deltapref_jax.analysis.findings import DOMAIN_WORDS
+    from deltapref_jax.analysis.noise import planned
 
     if not report.student:
         return
@@ -220,8 +220,9 @@ def _detectable(workspace: Workspace, report: "Report") -> Iterator[str]:
         for d in domains_of(report.experiment.suites)
     )
     yield (
-        f"Expected smallest detectable change of an arm: {changes} (80% power, two-sided 5% level, "
-        "paired as the most similar generator; without the noise of training)."
+        f"Expected smallest detectable change of an arm: {changes} (80% power, one comparison "
+        "alone at a two-sided 5%, paired as the most similar generator; without the noise of "
+        "training)."
     )
 
 

@@ -4,6 +4,10 @@ null       one arm under two seeds                       no difference
 random     two random draws of as many pairs             no difference
 placebo    pairs turned around by a coin                 no gain over the student
 negative   chosen and rejected exchanged                 worse than the pairs as they were
+
+Two seeds of an arm are compared with the noise that the other arms measured: what they differ by
+would hide itself in their own. A control of no difference comes out where none is shown and its
+interval excludes all that are larger than `bound`; an interval that allows more says nothing.
 """
 
 import itertools
@@ -13,9 +17,19 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis.components import Noise
 from deltapref_jax.analysis.page import ControlResult, MeasuredBy
 from deltapref_jax.analysis.study import Study
-from deltapref_jax.config import Arm, Experiment, Run, differing, is_balanced, samples_of
+from deltapref_jax.config import (
+    Arm,
+    Claim,
+    Experiment,
+    Run,
+    claims_of,
+    differing,
+    is_balanced,
+    samples_of,
+)
 
 _SYMMETRIC = ("any", "both_right", "both_wrong")  # strata that an exchange of the sides keeps
 _EXPECTED = {
@@ -24,6 +38,7 @@ _EXPECTED = {
     "placebo": "no gain over the student",
     "negative": "the pairs as they were do better",
 }
+_MEASURED = {"null": "seed", "random": "draw"}  # whose noise a difference is compared with
 
 
 class _Control(NamedTuple):
@@ -35,6 +50,11 @@ class _Control(NamedTuple):
     a: Sequence[Run]
     b: Sequence[Run]
 
+    @property
+    def sides(self) -> list[tuple[str, Sequence[Run]]]:
+        """What is compared, as arms and their runs."""
+        return [(self.arms[0], self.a), (self.arms[-1], self.b)][: 2 if self.b else 1]
+
 
 def controls(study: Study, redrawn: Sequence[str]) -> list[ControlResult]:
     """The controls of the arms that were evaluated, p values adjusted over all of them.
@@ -45,53 +65,97 @@ def controls(study: Study, redrawn: Sequence[str]) -> list[ControlResult]:
     """
     assert study.student is not None
     arms = [a for a in study.experiment.arms if a.name in study.results]
-    found = [*_within(arms), *_between(study.experiment, arms)]
-    # Parts of an arm are arms beside it, so that they borrow the noise of training it measures.
+    found = [
+        control
+        for control in (*_within(arms), *_between(study.experiment, arms))
+        if all(_of_runs(study, *side) for side in control.sides)
+    ]
+    # Parts of an arm are arms beside it, which borrow the noise that the study's own arms measure.
     parts: dict[str, Mapping[Run, pa.Table]] = {}
     drawn = list(redrawn)
     for i, control in enumerate(found):
-        sides = (control.arms[0], control.a), (control.arms[-1], control.b)
-        for side, (arm, runs) in enumerate(sides):
-            of_arm = {run: study.results[arm][run] for run in runs if run in study.results[arm]}
-            if of_arm:
-                name = f"control {i} {side}"
-                parts[name] = of_arm
-                # Two seeds of one draw have their pairs in common.
-                drawn += [name] * (arm in redrawn and control.kind != "null")
-    effects = {
-        d: fx.effects(study.student, {**study.results, **parts}, d, drawn) for d in study.domains
+        for name, (arm, runs) in zip(_names(i, control), control.sides, strict=True):
+            parts[name] = _of_runs(study, arm, runs)
+            # Two seeds of one draw have their pairs in common.
+            drawn += [name] * (arm in redrawn and control.kind != "null")
+    by_domain = {
+        d: fx.effects(study.student, {**study.results, **parts}, d, drawn, measuring=study.results)
+        for d in study.domains
     }
-    complete = [
-        i
+    of_control = [
+        {d: _compared_with(e, control, _names(i, control)) for d, e in by_domain.items()}
         for i, control in enumerate(found)
-        if f"control {i} 0" in parts and (not control.b or f"control {i} 1" in parts)
     ]
     measured = fx.measured(
         {
-            (i, d): e.contrast(f"control {i} 0", f"control {i} 1")
-            if found[i].b
-            else e.change(f"control {i} 0")
-            for i in complete
-            for d, e in effects.items()
+            (i, d): e.combined(dict(zip(_names(i, control), (1.0, -1.0), strict=False)))
+            for i, control in enumerate(found)
+            for d, e in of_control[i].items()
         }
     )
     results = []
-    for i in complete:
-        kind, what, names, _, _ = found[i]
-        by_domain = {d: measured[i, d] for d in effects}
-        came_out = _came_out(kind, by_domain)
-        results.append(ControlResult(kind, what, names, by_domain, _EXPECTED[kind], came_out))
+    for i, control in enumerate(found):
+        kind, what, names, _, _ = control
+        effects = {d: measured[i, d] for d in by_domain}
+        noise = [Noise(*e.noise) for e in of_control[i].values()]
+        came_out, reason = _judged(kind, effects, noise, bound(study.experiment))
+        results.append(ControlResult(kind, what, names, effects, _EXPECTED[kind], came_out, reason))
     return results
 
 
-def _came_out(kind: str, effects: MeasuredBy) -> bool | None:
-    """Whether the effects are as expected in all domains; None: a negative control is undecided."""
+def bound(e: Experiment) -> float:
+    """The largest difference that the interval of a control of no difference may allow, in points.
+
+    Four times the smallest margin of the claims that compare arms. Where a claim is a contrast of
+    two arms of three seeds that can be equivalent at its margin m, the half width of a 90% interval
+    is at most m; two single seeds then have a 95% interval of ± √3 · 1.96 / 1.645 m = ± 2.06 m, and
+    their difference is off by as much again.
+    """
+    margins = [claim.margin for claim in claims_of(e) if claim.kind != "slope"]
+    return 4 * min(margins, default=Claim().margin)
+
+
+def _names(i: int, control: _Control) -> list[str]:
+    return [f"control {i} {side}" for side in range(len(control.sides))]
+
+
+def _of_runs(study: Study, arm: str, runs: Sequence[Run]) -> dict[Run, pa.Table]:
+    """Results of some runs of an arm; a draw of pairs that another one equals has none."""
+    return {run: study.results[arm][run] for run in runs if run in study.results[arm]}
+
+
+def _compared_with(e: fx.Effects, control: _Control, names: Sequence[str]) -> fx.Effects:
+    """The effects of a control, with noise that its own difference is no part of."""
+    within = control.kind in _MEASURED and len(control.arms) == 1
+    return e.measured_without(control.arms[0], names) if within else e
+
+
+def _judged(
+    kind: str, effects: MeasuredBy, noise: Sequence[Noise], most: float
+) -> tuple[bool | None, str]:
+    """Whether a control came out in all domains; None if that is undecided, and why.
+
+    Args:
+      kind: of the control.
+      effects: by domain.
+      noise: that they were compared with, of every domain.
+      most: `bound`.
+    """
     gains = [e.estimate.value > 0 for e in effects.values() if e.shown]
-    if kind == "placebo":
-        return not any(gains)
     if kind == "negative":
-        return all(gains) if gains else None
-    return not gains
+        return (all(gains), "") if gains else (None, "no difference is shown")
+    if kind in _MEASURED and any(getattr(n, _MEASURED[kind]) is None for n in noise):
+        return None, f"no other arm has several {_MEASURED[kind]}s to compare with"
+    if any(gains) if kind == "placebo" else gains:
+        return False, ""
+    # A placebo may be worse than the student.
+    allowed = max(
+        e.estimate.high if kind == "placebo" else max(-e.estimate.low, e.estimate.high)
+        for e in effects.values()
+    )
+    if allowed > most:
+        return None, f"up to {allowed:.1f} points are not excluded, of at most {most:g}"
+    return True, ""
 
 
 def _within(arms: Sequence[Arm]) -> list[_Control]:

@@ -7,10 +7,10 @@ training minus the accuracy before. Two things make it uncertain:
   questions of every suite are resampled with the gaps of an arm averaged over its runs, so that the
   noise of sampled answers is counted once, and falls with the runs.
 - Training: another seed, or another draw of the pairs, would have given another policy. The
-  variance of a run's main effect (what shifts all questions of a run alike) is a component: the
-  variance of the runs' means, minus the share of it that the interaction of runs and questions
-  explains (Searle, Casella & McCulloch, Variance Components, 1992). It is pooled over all arms that
-  have several runs, and arms of one run borrow it.
+  variance of a run's main effect (what shifts all questions of a run alike) is a component
+  (`analysis.components`): the variance of the runs' means, minus the share of it that the
+  interaction of runs and questions explains. It is pooled over all arms that have several runs, and
+  arms of one run borrow it.
 
 All effects of a domain share the draws of questions, so the draws of every linear combination of
 arms (a contrast, a slope) are the combination of their draws. A variance that few runs have
@@ -21,13 +21,14 @@ normal distribution, with the degrees of freedom of its whole variance (Satterth
 import dataclasses
 import hashlib
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from scipy import linalg, optimize, special
 
+from deltapref_jax.analysis.components import Component, Noise, measured_by, pooled
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Answers, Estimate, Read, by_question
 from deltapref_jax.config import Run
@@ -38,26 +39,6 @@ DRAWS = 4000
 _BLOCK = 500  # draws made at a time, which bounds the memory
 _FEW = 10  # discordant questions below which the exact interval replaces the bootstrap's
 _Z95 = float(special.ndtri(0.975))
-
-
-class Component(NamedTuple):
-    """An estimated variance of training, in squared points of a domain's accuracy."""
-
-    mean_square: float  # observed variance of means
-    rest: float  # the share of it that questions and inner runs explain
-    freedom: int  # degrees of freedom of `mean_square`
-
-    @property
-    def variance(self) -> float:
-        """The component: what the rest does not explain, at least 0."""
-        return max(0.0, self.mean_square - self.rest)
-
-
-class Noise(NamedTuple):
-    """The components of training's variance; None where no arm measures one."""
-
-    seed: Component | None
-    draw: Component | None
 
 
 class Effect(NamedTuple):
@@ -83,6 +64,9 @@ class Effects:
     shares: np.ndarray
     noise: tuple[Component | None, ...]  # one per column of `shares`
     chance: np.ndarray  # [DRAWS] from 0 to 1: how far the estimated variance is off
+    own: Mapping[str, Noise] = dataclasses.field(default_factory=dict)  # what each arm measures
+    seed: int = 0  # of the draws of training
+    students: tuple[int, ...] = ()  # whose change each arm's is, where there are several
 
     def change(self, arm: str) -> Effect:
         """Accuracy after training minus before."""
@@ -100,14 +84,30 @@ class Effects:
         weights = slope_weights(x)
         return None if weights is None else self.combined(weights)
 
+    def measured_without(self, arm: str, names: Sequence[str]) -> "Effects":
+        """The effects of some arms, with the noise of training that all arms but one measured.
+
+        A difference between runs of `arm` is compared with noise that it is no part of.
+        """
+        rows = [self.names.index(name) for name in names]
+        noise = pooled(own for name, own in self.own.items() if name != arm)
+        shares = self.shares[rows]
+        return dataclasses.replace(
+            self,
+            names=tuple(names),
+            gaps=self.gaps[rows],
+            by_question=self.by_question[rows],
+            by_run=_by_run(names, shares, noise, self.seed),
+            shares=shares,
+            noise=noise,
+        )
+
     def combined(self, weights: Mapping[str, float]) -> Effect:
         """The sum of the arms' changes times their weights."""
-        w = np.zeros(len(self.names))
-        for name, weight in weights.items():
-            w[self.names.index(name)] += weight
+        w = self._vector(weights)
         gaps, by_run, by_question = w @ self.gaps, w @ self.by_run, w @ self.by_question
         value, n = float(gaps.sum()), self.gaps.shape[1]
-        freedom = self._freedom(w, float(by_question.var() + by_run.var()))
+        freedom = self.freedom(weights)
         # A normal draw over the root of chi-squared / freedom has Student's t distribution.
         widened = np.sqrt(freedom / special.chdtri(freedom, self.chance))
         by_run = by_run * widened
@@ -123,14 +123,37 @@ class Effects:
             beyond = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
             p = min(1.0, 2 * (1 + beyond) / (1 + len(draws)))
             bound = float(np.abs(np.percentile(draws, [5, 95])).max())
-        return Effect(estimate, p, bound, draws, n)
+        limit = self._limit(w)
+        low, high = max(estimate.low, -limit), min(estimate.high, limit)
+        return Effect(Estimate(value, low, high), p, min(bound, limit), draws, n)
 
-    def _freedom(self, w: np.ndarray, variance: float) -> float:
+    def _vector(self, weights: Mapping[str, float]) -> np.ndarray:
+        w = np.zeros(len(self.names))
+        for name, weight in weights.items():
+            w[self.names.index(name)] += weight
+        return w
+
+    def _limit(self, w: np.ndarray) -> float:
+        """The largest combination that there can be, since accuracies are from 0 to 100 points.
+
+        With the accuracies a of the arms and a₀ of the student it is Σ w a - (Σ w) a₀.
+        """
+        of_students = np.array(self.students or (0,) * len(w))
+        parts = [w[of_students == student] for student in set(of_students.tolist())]
+        return 100.0 * sum(float(max(v[v > 0].sum(), -v[v < 0].sum())) for v in parts)
+
+    def error(self, weights: Mapping[str, float]) -> float:
+        """Standard error of a combination, in points, by its components."""
+        w = self._vector(weights)
+        return math.sqrt(float((w @ self.by_question).var() + (w @ self.by_run).var()))
+
+    def freedom(self, weights: Mapping[str, float]) -> float:
         """Degrees of freedom of the variance of a combination, which is a sum of mean squares.
 
         By Satterthwaite, and no fewer than its components have: the formula falls below them where
         the variance of a component is estimated as 0 and its mean square is not.
         """
+        w, variance = self._vector(weights), self.error(weights) ** 2
         if not variance:
             return float(self.gaps.shape[1])
         freedoms = [max(1, self.gaps.shape[1] - 1)]
@@ -183,6 +206,8 @@ def joint(of_students: Mapping[str, Effects], seed: int = 0) -> Effects:
         shares,
         noise,
         found[0].chance,
+        seed=seed,
+        students=tuple(i for i, e in enumerate(found) for _ in e.names),
     )
 
 
@@ -193,8 +218,11 @@ def effects(
     redrawn: Sequence[str] = (),
     seed: int = 0,
     read: Read = by_question,
+    measuring: Collection[str] | None = None,
 ) -> Effects:
     """Paired changes of all arms.
+
+    Two runs of `after` are two policies: where draws of pairs give equal pairs, one is left out.
 
     Args:
       before: rows of `records.Result`, of the student before training.
@@ -203,6 +231,7 @@ def effects(
       redrawn: arms whose pairs depend on the draw of pairs.
       seed: of the draws.
       read: gives the answers of a table in the domain.
+      measuring: arms whose runs measure the noise of training; None: all of them.
 
     Raises:
       ValueError: an arm was evaluated on other questions than the student.
@@ -213,12 +242,17 @@ def effects(
         for arm, runs in after.items()
     }
     sizes = [len(a.questions) for a in base.values()]
-    noise = _components(gaps, sizes)
+    own = {
+        arm: measured_by(runs, keys, sizes)
+        for arm, (runs, keys) in gaps.items()
+        if measuring is None or arm in measuring
+    }
+    noise = pooled(own.values())
     means = np.array([runs.mean(axis=0) for runs, _ in gaps.values()]).reshape(-1, sum(sizes))
     shares = np.array(
         [
-            (1 / len(runs), (arm in redrawn) / len({key.draw for key in keys}))
-            for arm, (runs, keys) in gaps.items()
+            (1 / len({key.seed for key in keys}), (arm in redrawn) / len({k.draw for k in keys}))
+            for arm, (_, keys) in gaps.items()
         ]
     ).reshape(-1, 2)
     return Effects(
@@ -229,61 +263,14 @@ def effects(
         shares,
         noise,
         np.random.default_rng([seed, 1]).random(DRAWS),
+        own,
+        seed,
     )
 
 
 def few_changed(gaps: np.ndarray) -> bool:
     """Whether so few questions have a gap, of [n] in points, that the exact interval holds."""
     return int(np.count_nonzero(np.abs(gaps) > 1e-9)) < _FEW
-
-
-def detectable(deviations: np.ndarray, power: float = 0.8) -> float:
-    """The smallest true effect that is shown with `power`, in points.
-
-    An effect is shown where its estimate leaves the two-sided 95% interval of no effect. The
-    estimate deviates from a true effect as it does from none, so with probability `power` it is
-    shown if the effect is the sum of both quantiles.
-
-    Args:
-      deviations: draws of an estimate around its expectation, [draws].
-      power: chance of showing an effect of the returned size.
-    """
-    distance = np.abs(deviations - np.median(deviations))
-    # Two-sided: 95% of the draws are nearer; one-sided: `power` of the draws are above.
-    return float(
-        np.quantile(distance, 0.95) + np.quantile(deviations, power) - np.median(deviations)
-    )
-
-
-def planned(student: pa.Table, others: Mapping[str, pa.Table], domain: str) -> float:
-    """The change that an arm of one seed is expected to show with 80% power, before any trains.
-
-    The noise of a paired change depends on how differently the policy answers the questions. The
-    model that differs least from the student, of those already evaluated, stands in for it; without
-    one, answers are taken as independent, which is the most that they can differ. The noise of
-    training comes on top.
-
-    Args:
-      student: rows of `records.Result`.
-      others: other models' rows, on the same questions.
-      domain: "in" or "out".
-    """
-    found = effects(student, {name: {Run(0, 0): t} for name, t in others.items()}, domain)
-    deviations = [row for row in found.by_question if row.std() > 0]
-    if deviations:
-        return detectable(min(deviations, key=lambda row: float(row.std())))
-    variance = 0.0
-    base = by_question(student, domain)
-    for a in base.values():
-        n = len(a.questions)
-        # The unbiased variance of a question's mean; the largest, p (1 - p), where one sample or
-        # equal samples show none, with p pulled off 0 and 1 (Agresti & Coull 1998).
-        within = float(np.mean(a.mean * (1 - a.mean) / np.maximum(a.samples - 1, 1)))
-        if a.samples.min() == 1 or within == 0:
-            share = (float(a.mean.sum()) + 2) / (n + 4)
-            within = share * (1 - share)
-        variance += 2 * within / n
-    return (_Z95 + float(special.ndtri(0.8))) * 100 * math.sqrt(variance) / max(len(base), 1)
 
 
 def _gaps(
@@ -346,51 +333,6 @@ def _of_name(arm: str, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
-def _components(gaps: Mapping[str, tuple[np.ndarray, list[Run]]], sizes: Sequence[int]) -> Noise:
-    """The components, pooled over all arms with several seeds or several draws of pairs."""
-    seeds, draws = [], []  # (degrees of freedom, mean square, rest), and seeds of a draw
-    for runs, keys in gaps.values():
-        groups = [
-            runs[[key.draw == draw for key in keys]] for draw in dict.fromkeys(k.draw for k in keys)
-        ]
-        seeds += [_mean_square(group, sizes) for group in groups if len(group) > 1]
-        if len(groups) > 1:
-            of_draws = _mean_square(np.stack([group.mean(axis=0) for group in groups]), sizes)
-            draws.append((*of_draws, float(np.mean([1 / len(group) for group in groups]))))
-    seed = _pooled(seeds)
-    draw = _pooled([d[:3] for d in draws])
-    if draw and seed:
-        # The mean of a draw's seeds has a share of their main effects.
-        share = float(np.average([d[3] for d in draws], weights=[d[0] for d in draws]))
-        draw = draw._replace(rest=draw.rest + share * seed.variance)
-    return Noise(seed, draw)
-
-
-def _mean_square(runs: np.ndarray, sizes: Sequence[int]) -> tuple[int, float, float]:
-    """Degrees of freedom, variance of the runs' means, and the interaction's share of it."""
-    freedom = len(runs) - 1
-    square = float(runs.sum(axis=1).var(ddof=1))
-    rest = 0.0
-    for suite in np.split(runs, np.cumsum(sizes)[:-1], axis=1):
-        n = suite.shape[1]
-        if n > 1:
-            residual = suite - suite.mean(axis=0) - suite.mean(axis=1, keepdims=True) + suite.mean()
-            # A sum of n questions has n times the variance of one.
-            rest += n * float((residual**2).sum()) / (freedom * (n - 1))
-    return freedom, square, rest
-
-
-def _pooled(parts: Sequence[tuple[int, float, float]]) -> Component | None:
-    if not parts:
-        return None
-    freedom, squares, rests = zip(*parts, strict=True)
-    return Component(
-        float(np.average(squares, weights=freedom)),
-        float(np.average(rests, weights=freedom)),
-        sum(freedom),
-    )
-
-
 def _exact(gaps: np.ndarray, scale: float, by_run: np.ndarray) -> Estimate:
     """The interval where few questions changed, which resampling them would make too short.
 
@@ -406,7 +348,7 @@ def _exact(gaps: np.ndarray, scale: float, by_run: np.ndarray) -> Estimate:
     training = np.diff(np.percentile(by_run, [2.5, 97.5]))[0] / 2
     below = math.hypot(unit * (gains - gain_low), unit * (loss_high - losses), training)
     above = math.hypot(unit * (gain_high - gains), unit * (losses - loss_low), training)
-    return Estimate(value, max(value - below, -100.0 * scale), min(value + above, 100.0 * scale))
+    return Estimate(value, value - below, value + above)
 
 
 def _poisson_limits(count: int) -> tuple[float, float]:
@@ -430,6 +372,22 @@ def measured(found: Mapping[Key, Effect]) -> dict[Key, Measured]:
     }
 
 
+def furthest(found: Collection[Effect]) -> float:
+    """How far from 0 an effect must be to be shown among all of them, by max-T.
+
+    In standard deviations of the effect's draws, which Student's t has widened.
+    """
+    return float(np.quantile(_largest(found), 0.95)) if found else math.nan
+
+
+def _largest(found: Collection[Effect]) -> np.ndarray:
+    """The largest of all deviations in every draw, each over its standard deviation, [DRAWS]."""
+    draws = np.stack([e.draws - e.estimate.value for e in found])
+    errors = draws.std(axis=1, keepdims=True)
+    # An effect whose questions never changed has no spread, and can't be the largest.
+    return np.abs(draws / np.where(errors > 0, errors, np.inf)).max(axis=0)
+
+
 def max_t(found: Mapping[Key, Effect]) -> dict[Key, float]:
     """P values that hold for all of the effects together (max-T; Westfall & Young 1993).
 
@@ -438,10 +396,7 @@ def max_t(found: Mapping[Key, Effect]) -> dict[Key, float]:
     """
     if not found:
         return {}
-    draws = np.stack([e.draws - e.estimate.value for e in found.values()])
-    errors = draws.std(axis=1, keepdims=True)
-    # An effect whose questions never changed has no spread, and can't be the largest.
-    largest = np.abs(draws / np.where(errors > 0, errors, np.inf)).max(axis=0)
+    largest = _largest(found.values())
     adjusted = {}
     for name, effect in found.items():
         # The distance of the effect's own p value, so that an exact one stays exact.

@@ -103,11 +103,13 @@ class ControlResult:
     effects: MeasuredBy  # adjusted over all controls and domains
     expected: str
     came_out: bool | None  # None: undecided
+    reason: str = ""  # why it is undecided
 
     @property
     def verdict(self) -> str:
         """What became of it, in words."""
-        return {True: "came out", False: "did not come out", None: "undecided"}[self.came_out]
+        undecided = f"undecided: {self.reason}"
+        return {True: "came out", False: "did not come out", None: undecided}[self.came_out]
 
 
 @dataclass
@@ -123,10 +125,11 @@ class NoiseBudget:
     draw: float | None  # of one draw of pairs; None where no arm has several draws
     draw_freedom: int
     shares: dict[str, float]  # percent of this arm's variance: "questions", "seeds", "draws"
-    half_width: float  # of a 95% interval of this arm, by a normal distribution
-    # Change that this arm shows with 80% power at a two-sided 5%; NaN where too few answers changed
-    # to say, and the half width is that of the exact interval.
+    half_width: float  # of a 95% interval of this arm, by Student's t
+    # Change that this arm shows with 80% power at a two-sided 5%, as the only comparison; NaN where
+    # too few answers changed to say, and the half width is that of the exact interval.
     detectable: float
+    detectable_adjusted: float  # likewise, by p values adjusted over all arms and domains
     options: list[Purchase]
     buy: str  # what would narrow the intervals most
 

@@ -94,10 +94,7 @@ class Report(Node, stage="report", version=15):
             trace_audits=job.tables(self.trace_audits),
             retests=job.tables(self.retests),
             pairs={arm: job.tables(draws) for arm, draws in self.pairs.items()},
-            results={
-                arm: {run: results(tables) for run, tables in runs.items() if tables}
-                for arm, runs in self.results.items()
-            },
+            results={arm: results_of_policies(job, runs) for arm, runs in self.results.items()},
             student=results(self.student) if self.student else None,
             capability={
                 name: results(tables) for name, tables in self.capability.items() if tables
@@ -128,6 +125,27 @@ def result_rows(job: Job, tables: Mapping[str, ResultTable]) -> pa.Table:
     return pa.concat_tables(
         table.drop_columns(["text", "answer"]) for table in job.tables(tables).values()
     )
+
+
+def results_of_policies(
+    job: Job, runs: Mapping[Run, Mapping[str, ResultTable]]
+) -> dict[Run, pa.Table]:
+    """Rows of `records.Result` of every policy of an arm, by the first run that trained it.
+
+    Draws that give equal pairs, such as of top pairs without a tie at the cut, train one policy
+    per seed, whose results are one artifact. Counted by draw, it would stand for several trainings
+    that agree.
+
+    Args:
+      job: of the page.
+      runs: run → suite → table; empty where nothing is evaluated.
+    """
+    first: dict[tuple[int, tuple[str | None, ...]], Run] = {}
+    for run, tables in runs.items():
+        if tables:
+            keys = tuple(job.workspace.key(table) for table in tables.values())
+            first.setdefault((run.seed, keys), run)
+    return {run: result_rows(job, runs[run]) for run in first.values()}
 
 
 def lessons(e: Experiment) -> dict[str, list[str] | None]:

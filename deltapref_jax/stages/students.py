@@ -25,7 +25,7 @@ from deltapref_jax.config import ConfigError, Experiment, Run, by_student
 from deltapref_jax.devices import Devices
 from deltapref_jax.processes import process_index
 from deltapref_jax.stages.evaluate import ResultTable
-from deltapref_jax.stages.report import Report, result_rows
+from deltapref_jax.stages.report import Report, result_rows, results_of_policies
 from deltapref_jax.stages.study import part_of, plan
 
 
@@ -54,10 +54,7 @@ class StudentsReport(Node, stage="students", version=2):
         results = {
             name: StudentResults(
                 result_rows(job, suites),
-                {
-                    arm: {run: result_rows(job, tables) for run, tables in runs.items()}
-                    for arm, runs in self.after[name].items()
-                },
+                {arm: results_of_policies(job, runs) for arm, runs in self.after[name].items()},
             )
             for name, suites in self.before.items()
             if suites and self.after[name]

@@ -1,32 +1,55 @@
-"""Simulated studies without any effect: how often does a page show one?
+"""Simulated studies whose truth is known: false positives, coverage and power of the intervals.
 
-    python -m tests.analysis.null_studies --studies=1000
+    python -m tests.analysis.null_studies --studies=250
 
-prints the table of docs/decisions/0049-noise-as-components.md: a row for each standard deviation of
-a training seed's main effect and number of seeds, with false positives at a nominal 5%.
+prints the tables of docs/decisions/0049-noise-as-components.md: a row for each standard deviation
+of a training seed's main effect and number of seeds.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 
 from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis import noise
 from deltapref_jax.analysis.statistics import Answers
+from deltapref_jax.config import Run
 
 # Suites, questions and samples of the quickstart when the rates were first measured.
 SUITES = {"in": (90, 90), "out": (45,) * 5}
 # Seeds of the arms of a study; ten arms of one seed borrow the noise that four others measure.
 ONE_BORROWS, TWO, THREE = (1,) * 10 + (3,) * 4, (2,) * 14, (3,) * 14
-LADDER = {"a0": 0.0, "a1": 10.0, "a2": 20.0, "a3": 30.0}  # arm → generator delta
+# Arm → generator delta of three ladders without an arm in common.
+LADDERS = [{f"a{i + rung}": 10.0 * rung for rung in range(4)} for i in (0, 4, 8)]
+SHIFT = 4.0  # points that training adds to a question's share of right answers, for coverage
+
+
+class Rate(NamedTuple):
+    """A share of all comparisons, with its Monte-Carlo error, in percent."""
+
+    rate: float
+    error: float  # standard error over studies, whose comparisons are not independent
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1f} ± {self.error:.1f}"
+
+
+def rate(by_study: Sequence[Sequence[bool]]) -> Rate:
+    """The mean over studies of [studies, comparisons]."""
+    of_studies = 100 * np.mean(by_study, axis=1)
+    return Rate(float(of_studies.mean()), float(of_studies.std(ddof=1) / len(of_studies) ** 0.5))
 
 
 def simulated(
-    rng: np.random.Generator, domain: str, seeds: Sequence[int], sd: float
-) -> tuple[Mapping[str, Answers], Mapping[str, Mapping[fx.Run, Mapping[str, Answers]]]]:
-    """Answers of a student and of arms that training does not change, but for noise of `sd`."""
+    rng: np.random.Generator, domain: str, seeds: Sequence[int], sd: float, shift: float = 0.0
+) -> tuple[Mapping[str, Answers], Mapping[str, Mapping[Run, Mapping[str, Answers]]]]:
+    """Answers of a student and of arms that training changes by `shift`, with noise of `sd`."""
     # Shares of right answers that spread over questions as the quickstart's do (ICC about 0.5).
     shares = [rng.beta(0.8, 1.2, n) for n in SUITES[domain]]
 
@@ -41,10 +64,19 @@ def simulated(
         }
 
     arms = {
-        f"a{i}": {fx.Run(0, s): answers(rng.normal(0, sd)) for s in range(n)}
+        f"a{i}": {Run(0, s): answers(rng.normal(shift, sd)) for s in range(n)}
         for i, n in enumerate(seeds)
     }
     return answers(0.0), arms
+
+
+@functools.cache
+def truth(sd: float) -> float:
+    """The expected change of an arm that training shifts by SHIFT, in points."""
+    rng = np.random.default_rng(0)
+    share = rng.beta(0.8, 1.2, 4_000_000)
+    after = np.clip(share + rng.normal(SHIFT, sd, share.shape) / 100, 0, 1)
+    return 100 * float((after - share).mean())
 
 
 @contextlib.contextmanager
@@ -62,49 +94,77 @@ def shared_draws() -> Iterator[None]:
         yield
 
 
-def null_studies(
-    domain: str, seeds: Sequence[int], sd: float, studies: int
+def simulated_effects(
+    domain: str, seeds: Sequence[int], sd: float, studies: int, shift: float = 0.0
 ) -> Iterator[fx.Effects]:
     """Effects of `studies` studies; inside of `shared_draws`."""
-    rng = np.random.default_rng([int(10 * sd), len(seeds), sum(seeds)])
+    rng = np.random.default_rng([int(10 * sd), len(seeds), sum(seeds), int(shift)])
     for i in range(studies):
-        before, after = simulated(rng, domain, seeds, sd)
+        before, after = simulated(rng, domain, seeds, sd, shift)
         # The answers stand in for the tables that they would be read from.
         yield fx.effects(before, after, domain, seed=i, read=lambda answers, _: answers)
 
 
 def false_positives(
     domain: str, seeds: Sequence[int], sd: float, studies: int
-) -> tuple[float, float, float]:
+) -> tuple[Rate, Rate, Rate]:
     """Shares of arms' changes, of contrasts and of slopes whose p value is below 5%.
 
     All arms of a study count, which are many looks at its components of variance.
     """
     changes, contrasts, slopes = [], [], []
-    for e in null_studies(domain, seeds, sd, studies):
-        changes += [e.change(name).p < 0.05 for name in e.names]
-        contrasts += [e.contrast(f"a{i + 1}", f"a{i}").p < 0.05 for i in range(0, 10, 2)]
-        slope = e.slope(LADDER)
-        assert slope is not None
-        slopes.append(slope.p < 0.05)
-    return float(np.mean(changes)), float(np.mean(contrasts)), float(np.mean(slopes))
+    for e in simulated_effects(domain, seeds, sd, studies):
+        changes.append([e.change(name).p < 0.05 for name in e.names])
+        contrasts.append([e.contrast(f"a{i + 1}", f"a{i}").p < 0.05 for i in range(0, 14, 2)])
+        found = [e.slope(ladder) for ladder in LADDERS]
+        slopes.append([slope is not None and slope.p < 0.05 for slope in found])
+    return rate(changes), rate(contrasts), rate(slopes)
+
+
+def coverage(domain: str, seeds: Sequence[int], sd: float, studies: int) -> Rate:
+    """Share of arms whose interval has the true change in it, where training changes something."""
+    covered = []
+    for e in simulated_effects(domain, seeds, sd, studies, SHIFT):
+        estimates = [e.change(name).estimate for name in e.names]
+        covered.append([low <= truth(sd) <= high for _, low, high in estimates])
+    return rate(covered)
+
+
+def power(domain: str, seeds: Sequence[int], sd: float, studies: int) -> tuple[float, Rate]:
+    """The change that studies say their first arm would show with 80% power, and how often it is.
+
+    It is the mean over the studies of what each says.
+    """
+    found = list(simulated_effects(domain, seeds, sd, studies))
+    first = {"a0": 1.0}
+    size = float(np.mean([noise.detectable(e.error(first), e.freedom(first)) for e in found]))
+    shown = []
+    for e in found:
+        gaps = e.gaps.copy()
+        gaps[0] += size / gaps.shape[1]
+        shown.append([dataclasses.replace(e, gaps=gaps).change("a0").p < 0.05])
+    return size, rate(shown)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--studies", type=int, default=1000, help="studies a cell")
+    parser.add_argument("--studies", type=int, default=250, help="studies a cell")
     studies = parser.parse_args().studies
-    print("| in / out of domain, % | arm's change | contrast | slope |\n|---|---|---|---|")
+    print("| in / out of domain, % | change | contrast | slope | coverage of a change |")
+    print("|---|---|---|---|---|")
     with shared_draws():
-        for name, seeds in (
-            ("1 seed, borrowing", ONE_BORROWS),
-            ("2 seeds", TWO),
-            ("3 seeds", THREE),
-        ):
-            for sd in (0.0, 1.0, 2.0):
-                rates = [false_positives(d, seeds, sd, studies) for d in SUITES]
-                cells = [f"{100 * i:.1f} / {100 * o:.1f}" for i, o in zip(*rates, strict=True)]
-                print(f"| {name}, SD {sd:.0f} | {' | '.join(cells)} |", flush=True)
+        for sd in (0.0, 1.0, 2.0):
+            for name, seeds in (
+                ("1 seed, borrowing", ONE_BORROWS),
+                ("2 seeds", TWO),
+                ("3 seeds", THREE),
+            ):
+                cells = [
+                    (*false_positives(d, seeds, sd, studies), coverage(d, seeds, sd, studies))
+                    for d in SUITES
+                ]
+                words = [" / ".join(map(str, cell)) for cell in zip(*cells, strict=True)]
+                print(f"| {name}, SD {sd:.0f} | {' | '.join(words)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -199,15 +199,23 @@ def test_a_purchase_leaves_what_the_components_say():
     b = noise.budgets({"in": e}, runs)["in"]
     assert (b.seeds, b.draws, b.draw, set(b.shares)) == (3, 1, None, {"questions", "seeds"})
     assert sum(b.shares.values()) == pytest.approx(100)
-    bought = {o.what: (o.half_width / 1.96) ** 2 for o in b.options}
+    t = noise.student(e.freedom({b.arm: 1.0}))
+    assert t > 1.96
+    bought = {o.what: (o.half_width / t) ** 2 for o in b.options}
     variance = b.questions**2 + b.seed**2 / 3
-    assert (b.half_width / 1.96) ** 2 == pytest.approx(variance, rel=1e-3)
+    assert (b.half_width / t) ** 2 == pytest.approx(variance, rel=1e-3)
     assert bought["twice the questions"] == pytest.approx(variance - b.questions**2 / 2, rel=1e-3)
     # A fourth seed takes a quarter of the seeds' variance, and of the interaction within questions.
     rest = e.noise.seed.rest / 3
     seed = variance - b.seed**2 / 3 / 4 - rest / 4
     assert bought["one more seed of every arm"] == pytest.approx(seed, rel=1e-3)
     assert b.buy == "one more seed of every arm"
+    estimate = e.change(b.arm).estimate
+    assert b.half_width == pytest.approx((estimate.high - estimate.low) / 2, rel=0.07)
+    # An effect must be larger to be shown among eight arms than alone.
+    alone = noise.detectable(e.error({b.arm: 1.0}), e.freedom({b.arm: 1.0}))
+    assert b.detectable == pytest.approx(alone)
+    assert b.half_width < b.detectable < b.detectable_adjusted
 
 
 @pytest.mark.parametrize("changed", [0, 9])

@@ -5,13 +5,16 @@ import html
 import json
 import math
 import re
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
+from deltapref_jax.analysis.controls import controls
 from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
 from deltapref_jax.analysis.proposal import read_evidence
@@ -516,14 +519,16 @@ def test_controls_are_recognised_from_the_config_and_judged(study):
     }
     gain = next(a for a in s.arms if a.name == "dpo-strong").changes["in"].estimate.value
     assert gain > 20
-    assert got[("random", ("draws",))] == (0, True)
+    # Nothing but the two draws themselves says how far draws may differ.
+    assert got[("random", ("draws",))] == (0, None)
     assert got[("random", ("random", "draws"))] == (0, True)
     value, came_out = got[("random", ("random", "other-draws"))]
     assert value == pytest.approx(-gain)
     assert got[("placebo", ("coin",))] == (pytest.approx(gain), False)
     value, came_out = got[("negative", ("dpo-strong", "reversed"))]
     assert value > gain and came_out
-    assert got[("null", ("seeds",))] == (0, True)
+    assert got[("null", ("seeds",))] == (0, None)
+    assert got[("null", ("top", "seeds"))] == (0, True)
     assert {key for key in got if key[0] in ("null", "negative")} == {
         ("null", ("seeds",)),
         ("null", ("top", "seeds")),
@@ -543,7 +548,28 @@ def test_a_negative_control_that_shows_nothing_is_undecided(study):
     study = with_arms(study, exchanged)
     study.results["reversed"] = study.results["dpo-strong"]
     (control,) = summarise(study).control_results
-    assert (control.kind, control.came_out, control.verdict) == ("negative", None, "undecided")
+    assert (control.kind, control.came_out) == ("negative", None)
+    assert control.verdict == "undecided: no difference is shown"
+
+
+def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
+    for name, arm in {a.name: a for a in study.experiment.arms}.items():
+        arm.seeds = {"dpo-mid": (0, 1), "dpo-strong": (0, 1, 2)}.get(name, (0,))
+    study.results["dpo-mid"] = {Run(0, 0): evaluated(0.1, 70), Run(0, 1): evaluated(0.9, 71)}
+    study.results["dpo-strong"] = {Run(0, i): evaluated(0.9, 7 + i) for i in range(3)}
+    with mock.patch.object(fx, "effects", side_effect=fx.effects) as effects:
+        apart, near = controls(study, [])
+    # Their 80 points are in no noise that they are compared with.
+    assert apart.arms == ("dpo-mid",) and apart.verdict == "did not come out"
+    assert near.arms == ("dpo-strong",)
+    assert near.verdict.startswith("undecided: up to") and near.verdict.endswith("of at most 8")
+    for estimate in (m.estimate for c in (apart, near) for m in c.effects.values()):
+        assert -100 <= estimate.low <= estimate.high <= 100
+    # What is compared is no further arm that measures the noise: 1 + 2 degrees of freedom.
+    assert effects.call_args.kwargs["measuring"] == study.results
+    study.results["dpo-strong"] = {Run(0, 0): evaluated(0.9, 7)}
+    (alone,) = controls(study, [])
+    assert alone.verdict == "undecided: no other arm has several seeds to compare with"
 
 
 def test_a_page_without_controls_says_so(study):

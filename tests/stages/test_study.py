@@ -1,7 +1,9 @@
 import copy
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from deltapref_jax.artifacts.node import in_order
@@ -20,6 +22,7 @@ from deltapref_jax.config import (
     greedy_twin,
 )
 from deltapref_jax.devices import Devices
+from deltapref_jax.stages.report import results_of_policies
 from deltapref_jax.stages.study import check_models, plan, usable_traces
 from deltapref_jax.validation import validate
 
@@ -554,6 +557,28 @@ def test_every_draw_has_its_pairs_and_every_seed_trains_on_them(experiment):
     assert policies[Run(2, 5)].name == "train/strong-top/draw2-5"
     assert policies[Run(0, 5)].name == "train/strong-top/5"
     assert set(report.results["strong-top"]) == set(policies)
+
+
+def test_draws_that_give_equal_pairs_are_one_policy_of_every_seed(experiment):
+    arm = next(a for a in experiment.arms if a.name == "strong-top")
+    arms = (dataclasses.replace(arm, draws=(0, 2, 3), seeds=(0, 5)),)
+    runs = plan(dataclasses.replace(experiment, arms=arms)).results["strong-top"]
+    # Keys as they are where draw 2 drew the pairs of draw 0: those of equal contents are equal.
+    pairs = {0: "these", 2: "these", 3: "others"}
+    keys = {
+        table: f"{pairs[run.draw]} {run.seed} {suite}"
+        for run, tables in runs.items()
+        for suite, table in tables.items()
+    }
+    rows = pa.table({"text": [""], "answer": [""], "correct": [True]})
+    job = SimpleNamespace(
+        workspace=SimpleNamespace(key=keys.__getitem__),
+        tables=lambda tables: dict.fromkeys(tables, rows),
+    )
+    found = results_of_policies(job, runs)
+    assert list(found) == [Run(0, 0), Run(0, 5), Run(3, 0), Run(3, 5)]
+    assert {t.column_names[0] for t in found.values()} == {"correct"}
+    assert results_of_policies(job, {Run(0, 0): {}}) == {}
 
 
 def test_judges_of_free_form_prompts_are_audited_on_edited_traces_alone(experiment):
