@@ -105,7 +105,9 @@ class Effects:
     def combined(self, weights: Mapping[str, float]) -> Effect:
         """The sum of the arms' changes times their weights."""
         w = self._vector(weights)
-        gaps, by_run, by_question = w @ self.gaps, w @ self.by_run, w @ self.by_question
+        gaps, by_run, by_question = (
+            _weighted(w, x) for x in (self.gaps, self.by_run, self.by_question)
+        )
         value, n = float(gaps.sum()), self.gaps.shape[1]
         freedom = self.freedom(weights)
         # A normal draw over the root of chi-squared / freedom has Student's t distribution.
@@ -145,7 +147,9 @@ class Effects:
     def error(self, weights: Mapping[str, float]) -> float:
         """Standard error of a combination, in points, by its components."""
         w = self._vector(weights)
-        return math.sqrt(float((w @ self.by_question).var() + (w @ self.by_run).var()))
+        return math.sqrt(
+            float(_weighted(w, self.by_question).var() + _weighted(w, self.by_run).var())
+        )
 
     def freedom(self, weights: Mapping[str, float]) -> float:
         """Degrees of freedom of the variance of a combination, which is a sum of mean squares.
@@ -157,12 +161,18 @@ class Effects:
         if not variance:
             return float(self.gaps.shape[1])
         freedoms = [max(1, self.gaps.shape[1] - 1)]
-        squared = float((w @ self.by_question).var()) ** 2 / freedoms[0]
+        squared = float(_weighted(w, self.by_question).var()) ** 2 / freedoms[0]
         for share, component in zip(np.square(w) @ self.shares, self.noise, strict=True):
             if component and share:
                 squared += float(share * component.mean_square) ** 2 / component.freedom
                 freedoms.append(component.freedom)
         return max(variance**2 / squared, min(freedoms)) if squared else float(min(freedoms))
+
+
+def _weighted(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Σ w x over the arms that count: most combinations are of a few among hundreds."""
+    rows = np.flatnonzero(w)
+    return w[rows] @ x[rows]
 
 
 def slope_weights(x: Mapping[str, float]) -> dict[str, float] | None:
