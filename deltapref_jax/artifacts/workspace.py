@@ -310,14 +310,19 @@ def _link_all(root: Path, folders: Mapping[str, Path]) -> None:
 
     A name that continues another one goes without: its link would lie in the other's folder.
     """
-    for link in [path for path in root.rglob("*") if path.is_symlink()]:
-        if link.relative_to(root).as_posix() not in folders:
-            link.unlink()
+    wanted = {}
     for name, folder in folders.items():
-        link, words = root / name, name.split("/")
+        words = name.split("/")
+        if not any("/".join(words[:n]) in folders for n in range(1, len(words))):
+            wanted[name] = folder
+    for path in sorted(root.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_symlink() and path.relative_to(root).as_posix() not in wanted:
+            path.unlink()
+        elif path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+    for name, folder in wanted.items():
+        link = root / name
         target = os.path.relpath(folder, link.parent)
-        if any("/".join(words[:n]) in folders for n in range(1, len(words))):
-            continue
         if not (link.is_symlink() and os.readlink(link) == target):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)

@@ -592,6 +592,9 @@ def test_links_by_name_are_one_per_artifact_and_never_lie_in_one(tmp_path):
         ("e", "s", "0"),
     ]
     nodes = [Marked(label=label, mark=i) for i, label in enumerate(labels)]
+    # The folder of a link that was there first gives way to the link of its own name.
+    run(nodes[-1:], workspace, "../my study", show=False)
+    assert (tmp_path / "by_name" / "..%2Fmy study" / "e" / "s" / "0").is_symlink()
     run(nodes, workspace, "../my study", show=False)
     links = {path for path in tmp_path.rglob("*") if path.is_symlink()}
     names = {link.relative_to(tmp_path / "by_name").as_posix() for link in links}
