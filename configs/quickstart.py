@@ -66,13 +66,13 @@ def suites(count: int, samples: int) -> tuple[Suite, ...]:
 
 def tuning() -> Suite:
     """Questions by which learning rates are chosen."""
-    prompts = Prompts(tasks=IN_DOMAIN, count=60, seed=950)
+    prompts = Prompts(tasks=IN_DOMAIN, count=300, seed=950)
     return Suite(name="tuning", prompts=prompts, samples=2, readout="tuning")
 
 
 def tuned(objective: Objective) -> Objective:
     """The objective at the best of three rates for its arm of the strong generator."""
-    rates = (3e-5, 1e-4, 3e-4)
+    rates = (1e-4, 3e-4, 1e-3) if objective.kind == "sft" else (3e-5, 1e-4, 3e-4)
     return dataclasses.replace(objective, rates=rates, tuned_by=f"{objective.name}-strong")
 
 
