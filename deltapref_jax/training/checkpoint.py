@@ -88,6 +88,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], keep: int, base: str = ""):
         self._base = base  # hash of the base weights, if the states are adapters
         self.seconds = {"seconds_checkpoint_blocked": 0.0, "seconds_checkpoint_background": 0.0}
+        self._keep = keep
         self._saving_step, self._save_returned_at, self._failed = 0, 0.0, False
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(keep),
@@ -231,6 +232,16 @@ class Checkpoints:
         except Exception as e:
             raise self._save_error(e) from None
         self.seconds["seconds_checkpoint_blocked"] += time.monotonic() - began
+
+    def prune(self) -> None:
+        """Removes checkpoints that newer ones replace, when the run is complete.
+
+        A save removes them itself, unless its process is killed in between; until the run ends they
+        are one more to return to.
+        """
+        self.wait()
+        for step in sorted(self._manager.all_steps())[: -self._keep]:
+            self._manager.delete(step)
 
     def _summarize(self, e: BaseException) -> str:
         """Returns the first line of an error, without the details that tensorstore adds to it."""

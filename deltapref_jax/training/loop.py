@@ -221,7 +221,7 @@ def train(
                         f"Stopped by SIGTERM after step {number} of {run.steps}, which is saved in "
                         f"{root}. Run the same command to continue."
                     )
-            checkpoints.wait()
+            checkpoints.prune()
     both_fell = {"both_fell_at": float(report.displacement.step)}
     return state.params, counts | checkpoints.seconds | both_fell
 

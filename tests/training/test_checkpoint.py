@@ -343,6 +343,16 @@ def test_every_damage_is_one_sentence_or_does_not_matter(tmp_path, state):
     assert {(True, "gone"), (True, "cut"), (True, "flipped")} <= refused  # the arrays' files
 
 
+def test_a_complete_run_leaves_no_checkpoint_that_a_killed_save_did_not_remove(program, tmp_path):
+    program.tiny(tmp_path, steps=3)
+    folder = tmp_path / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step_3"]
+    # Killed before the save of step 3 had removed what it replaces.
+    shutil.copytree(folder / "step_3", folder / "step_2")
+    program.tiny(tmp_path, steps=3)
+    assert [p.name for p in folder.iterdir()] == ["step_3"]
+
+
 def test_another_model_is_refused_and_an_older_checkpoint_is_named(tmp_path, state):
     with Checkpoints(tmp_path, 2) as checkpoints:
         for step in (1, 2, 3):
