@@ -339,15 +339,17 @@ class Arm(Fields):
     # Generator that writes the rejected traces; the same one: two samples, see `direction`.
     rejected: str = ""
     # "generator" (as named; two samples of one: the second is chosen), a judge's name, or "coin"
-    # (half of the pairs turned around by chance: a placebo).
+    # (half of the pairs turned around by chance: a placebo, of a stratum with no right side and of
+    # all or random pairs).
     direction: str = "generator"
     # One of KEEPS, or "module:function" (docs/extend.md), which returns the pairs to keep.
     keep: str = "all"
     # What RANKED keeps rank by: a dimension, or "sum" of them all, as judged by `judge`, or
     # "reference_margin": log-probability of the chosen trace minus that of the rejected one under
-    # the reference, in nats. The same ratings choose "best" and "worst" samples.
+    # the reference, in nats. The same ratings choose "best" and "worst" samples; without either it
+    # stays "sum".
     by: str = "sum"
-    # Whose ratings the selection uses; "": the first judge.
+    # Whose ratings shape the pairs, where `direction` names no judge; "": the first judge.
     judge: str = ""
     # Share of the pool of pairs kept.
     fraction: float = 1.0
@@ -468,7 +470,7 @@ class Suite(Fields):
 
     # What figures and tables call it.
     name: str = ""
-    # "in" or "out" of the training domain.
+    # "in" or "out" of the training domain; not in "tuning".
     domain: str = "in"
     # Evaluation questions; training questions that overlap them are dropped.
     prompts: Prompts = dataclasses.field(default_factory=Prompts)
