@@ -810,8 +810,8 @@ def _check_coin(e: Experiment, a: Arm) -> None:
         value = getattr(a, field)
         if value not in allowed:
             raise ConfigError(
-                f"{field} of arm {a.name!r} is {value!r}, which tells chosen from rejected, and its "
-                "direction 'coin', whose pairs would be directed again; choose one of "
+                f"{field} of arm {a.name!r} is {value!r}, which tells chosen from rejected, and "
+                "its direction 'coin', whose pairs would be directed again; choose one of "
                 f"{', '.join(map(repr, allowed))}."
             )
     o = next(o for o in e.objectives if o.name == a.objective)
