@@ -23,8 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deltapref_jax.mesh import platform_of
-from deltapref_jax.models.attention.dense import cached_attention
-from deltapref_jax.models.attention.dispatch import packed_attention
+from deltapref_jax.models.attention.dispatch import cached_attention, packed_attention
 from deltapref_jax.models.experts import mixture
 from deltapref_jax.models.parameters import Parameter, block_parameters, parameters
 from deltapref_jax.models.products import GATHERED, Layout, add_bias, in_values_of, products
@@ -403,7 +402,7 @@ class Block(nnx.Module):
           angles: `rotary.rotary_angles` of the tokens.
           attend: maps rotated queries [B, T, N, H], rotated keys and values [B, T, K, H], and
             `sinks` [N] or None, to the attention's output [B, T, N, H].
-          mesh: the mesh over which the rows lie; read by experts alone.
+          mesh: the mesh over which the rows lie; None means one device.
           layout: of `x` over the mesh where the products state their collectives; None leaves them
             to XLA's partitioner.
         """
@@ -654,35 +653,20 @@ class Decoder(nnx.Module):
           tokens: token ids; T is 1 for decoding and the padded prompt length for prefilling.
           positions: position of each token in its own sequence.
           cache: a cache of B rows; donate it.
-          mesh: the mesh over which the rows lie; read by experts alone.
+          mesh: the mesh over which the rows lie; None means one device.
         """
         spec = self.spec
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        # A token sees the cache up to its own position, which this call writes first.
-        column, at = jnp.arange(cache.length), positions[:, :, None]
-        masks = {
-            window: (column <= at) & (at - column < window) if window else column <= at
-            for window in spec.windows
-        }
+        attend = cached_attention(
+            positions, cache.length, mesh, spec.windows, spec.attention_cap, cache.positions_last
+        )
         angles = {kind: self._angles(kind, positions) for kind in dict.fromkeys(spec.kinds)}
         keys, values = list(cache.k), list(cache.v)
 
         def attend_layer(i: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
-            """Writes keys and values into the cache of layer i and attends to all of it."""
-            # Two index arrays with slices between them: NumPy's rule puts their axes first, [B, T,
-            # K, H], which is the shape of `k` and `v`.
-            at_keys = keys[i].at[(rows, *(slice(None),) * (cache.key_axis - 1), positions)]
-            keys[i] = at_keys.set(k.astype(keys[i].dtype))
-            values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
-            return cached_attention(
-                q,
-                keys[i].astype(q.dtype),
-                values[i].astype(q.dtype),
-                masks[spec.kinds[i].window],
-                spec.attention_cap,
-                sinks,
-                cache.positions_last,
-            )
+            """Writes keys and values into the cache of layer i and attends to it."""
+            window = spec.kinds[i].window
+            out, keys[i], values[i] = attend(q, k, v, keys[i], values[i], window, sinks)
+            return out
 
         x = self._embed(tokens)
         for i, (block, kind) in enumerate(zip(self._layers(), spec.kinds, strict=True)):
