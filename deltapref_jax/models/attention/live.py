@@ -1,4 +1,4 @@
-"""TPU kernel for decoding: attention of one token a row that copies the live tiles of a cache alone.
+"""TPU kernel for decoding: one token a row attends to a cache, of which live tiles alone are read.
 
 A cache has as many positions as the longest row needs, and rows are of all lengths. XLA's products
 read all of it; here a loop over the tiles that some token sees copies them one by one from the
@@ -8,8 +8,8 @@ device's memory (HBM), `_DEPTH` at a time, while those before are computed:
     row 1, at position 70    tile  0              copied: 0 1 2 | 0 | 0 1, and 0 1 2 of row 2 never
     row 2, at position 200   tiles 0 1
 
-The tiles of all rows of a block are one sequence, so that a row's first tile is copied while the row
-before is computed. The softmax is online and in float32 (FlashAttention, arXiv 2205.14135).
+The tiles of all rows of a block are one sequence, so that a row's first tile is copied while the
+row before is computed. The softmax is online and in float32 (FlashAttention, arXiv 2205.14135).
 """
 
 import functools
@@ -161,7 +161,7 @@ def _kernel(
         def _() -> None:
             out_ref[row] /= memory.row_sum[...]
 
-    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def turn(state: Any) -> Any:
         n, row, tile, ahead_row, ahead_tile = state
         ahead = send(ahead_row, ahead_tile, n + _DEPTH - 1)
         compute(row, tile, n)
@@ -246,6 +246,12 @@ def live_attention(
                 read=pltpu.SemaphoreType.DMA((2, _DEPTH)),
                 written=pltpu.SemaphoreType.DMA((2, _DEPTH)),
             ),
+        ),
+        # At most, for XLA's order of what runs beside the kernel.
+        cost_estimate=pl.CostEstimate(
+            flops=4 * q.size * k_cache.shape[2],
+            transcendentals=B * N * k_cache.shape[2],
+            bytes_accessed=k_cache.nbytes + v_cache.nbytes,
         ),
         # Arguments 5 and 6, the positions counted, are results 1 and 2.
         input_output_aliases={5: 1, 6: 2},
