@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deltapref_jax.mesh import platform_of
-from deltapref_jax.models.attention.dispatch import cached_attention, packed_attention
+from deltapref_jax.models.attention.dispatch import LANES, cached_attention, packed_attention
 from deltapref_jax.models.experts import mixture
 from deltapref_jax.models.parameters import Parameter, block_parameters, parameters
 from deltapref_jax.models.products import GATHERED, Layout, add_bias, in_values_of, products
@@ -49,7 +49,9 @@ _ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GAT
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["positions_last"]
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v"],
+    meta_fields=["positions_last", "together"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -61,11 +63,14 @@ class Cache:
       k: keys, [B, K, H, S] where `positions_last`.
       v: values.
       positions_last: static; chosen by `empty_cache`.
+      together: static, chosen by `empty_cache`: heads that lie beside each other along H, so that K
+        is fewer and H is wider by this factor.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     positions_last: bool = False
+    together: int = 1
 
     @property
     def length(self) -> int:
@@ -102,17 +107,34 @@ def empty_cache(
       dtype: of keys and values.
       mesh: its platform chooses the layout of the keys; None means the default platform's. A CPU's
         product of a query with keys is up to 20 times as fast where positions are neighbours in
-        memory. A TPU's decoding loop keeps both arrays with H last, and would transpose keys of the
-        other layout whenever the loop starts and ends.
+        memory. A TPU's kernel reads both arrays with H last, and whole lanes of it.
     """
     positions_last = platform_of(mesh) == "cpu"
-    shape = (slots, spec.kv_heads, length, spec.head_width)
+    devices = mesh.shape["tensor"] if mesh is not None else 1
+    together = heads_together(spec, devices) if platform_of(mesh) == "tpu" else 1
+    shape = (slots, spec.kv_heads // together, length, spec.head_width * together)
     k_shape = (*shape[:2], *shape[:1:-1]) if positions_last else shape
     return Cache(
         tuple(jnp.zeros(k_shape, dtype) for _ in range(spec.layers)),
         tuple(jnp.zeros(shape, dtype) for _ in range(spec.layers)),
         positions_last,
+        together,
     )
+
+
+def heads_together(spec: ModelSpec, devices: int) -> int:
+    """Returns how many key heads a cache keeps beside each other, to fill a TPU's lanes.
+
+    One, where heads fill them, or where heads are too few or do not divide over `tensor` so.
+
+    Args:
+      spec: sizes of the decoder.
+      devices: along `tensor`.
+    """
+    count = max(1, LANES // spec.head_width)
+    whole = count * spec.head_width == LANES and spec.kv_heads % count == 0
+    divides = spec.kv_heads % devices or spec.kv_heads // count % devices == 0
+    return count if whole and divides else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -657,7 +679,13 @@ class Decoder(nnx.Module):
         """
         spec = self.spec
         attend = cached_attention(
-            positions, cache.length, mesh, spec.windows, spec.attention_cap, cache.positions_last
+            positions,
+            cache.length,
+            mesh,
+            spec.windows,
+            spec.attention_cap,
+            cache.positions_last,
+            cache.together,
         )
         angles = {kind: self._angles(kind, positions) for kind in dict.fromkeys(spec.kinds)}
         keys, values = list(cache.k), list(cache.v)
@@ -694,8 +722,9 @@ class Decoder(nnx.Module):
 
         def attend_layer(i: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
             """Keeps the keys and values of layer i and attends to them."""
-            keys[i] = jnp.moveaxis(k, 1, cache.key_axis)
-            values[i] = jnp.moveaxis(v, 1, 2)
+            wide = *k.shape[:2], k.shape[2] // cache.together, -1
+            keys[i] = jnp.moveaxis(k.reshape(wide), 1, cache.key_axis)
+            values[i] = jnp.moveaxis(v.reshape(wide), 1, 2)
             return attend(q, k, v, spec.windows.index(spec.kinds[i].window), sinks)
 
         x = self._embed(tokens)

@@ -346,6 +346,7 @@ def cached_attention(
     windows: Sequence[int] = (0,),
     cap: float = 0.0,
     positions_last: bool = False,
+    together: int = 1,
 ) -> CachedAttend:
     """Returns a function that writes keys and values into a layer's cache and attends to it.
 
@@ -360,6 +361,7 @@ def cached_attention(
       windows: those of the layers.
       cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
       positions_last: the layout of the keys, as of `decoder.Cache`.
+      together: heads beside each other, as of `decoder.Cache`.
     """
     rows = jnp.arange(positions.shape[0])[:, None]
     column, at = jnp.arange(length), positions[:, :, None]
@@ -375,18 +377,29 @@ def cached_attention(
         window: int = 0,
         sinks: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        if live and q.shape[3] % LANES == 0:
+        k, v = (x.reshape(*x.shape[:2], x.shape[2] // together, -1) for x in (k, v))
+        if live and k.shape[3] % LANES == 0:
             return _live_attention(q, k, v, keys, values, positions[:, 0], window, cap, sinks, mesh)
         # Two index arrays with slices between them: NumPy's rule puts their axes first, [B, T, K,
         # H], which is the shape of `k` and `v`.
         at_keys = (rows, slice(None), *(slice(None),) * positions_last, positions)
         keys = keys.at[at_keys].set(k.astype(keys.dtype))
         values = values.at[rows, :, positions].set(v.astype(values.dtype))
-        seen = keys.astype(q.dtype), values.astype(q.dtype)
+        all_k, all_v = (_apart(x, together).astype(q.dtype) for x in (keys, values))
         mask = masks[window]
-        return dense_cached_attention(q, *seen, mask, cap, sinks, positions_last), keys, values
+        out = dense_cached_attention(q, all_k, all_v, mask, cap, sinks, positions_last)
+        return out, keys, values
 
     return attend
+
+
+def _apart(cache: Array, together: int) -> Array:
+    """Returns keys or values [B, K, S, H] of a cache whose heads lie beside each other."""
+    if together == 1:
+        return cache
+    B, K, S, _ = cache.shape
+    apart = jnp.moveaxis(cache.reshape(B, K, S, together, -1), 3, 2)
+    return apart.reshape(B, K * together, S, -1)
 
 
 def _live_attention(

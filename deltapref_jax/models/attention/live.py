@@ -65,9 +65,10 @@ def _kernel(
     window: int,
     cap: float,
     sinks: bool,
+    scale: float,
 ) -> None:
     # The cache that comes in is the one that goes out.
-    rows, _, _, width = q_ref.shape
+    rows = q_ref.shape[0]
     first_row, caches, memory = pl.program_id(0) * rows, (k_cache, v_cache), _Scratch(*scratch)
 
     def position(row: Array) -> Array:
@@ -143,7 +144,7 @@ def _kernel(
         pl.when(tile == last)(lambda: append(row, n))
         k, v = memory.tiles[0, n], memory.tiles[1, n]
         s = jnp.einsum("kgh,kth->kgt", q_ref[row], k, preferred_element_type=jnp.float32)
-        s = capped(s * width**-0.5, cap)
+        s = capped(s * scale, cap)
         column = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, s.shape, 2)
         visible = column <= at
         if window:
@@ -179,20 +180,21 @@ def _kernel(
 
 def live_attention(
     q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    k_cache: Float[Array, "B K S H"],
-    v_cache: Float[Array, "B K S H"],
+    k: Float[Array, "B K W"],
+    v: Float[Array, "B K W"],
+    k_cache: Float[Array, "B K S W"],
+    v_cache: Float[Array, "B K S W"],
     positions: Int[Array, " B"],
     sinks: Float[Array, " N"] | None = None,
     window: int = 0,
     cap: float = 0.0,
     interpret: Any = False,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K S W"], Float[Array, "B K S W"]]:
     """Writes a row's token into its cache at positions[b], and attends to the cache up to there.
 
     The kernel writes too, because XLA would keep the cache in another layout for its own writes and
-    copy all of it for the kernel.
+    copy all of it for the kernel. Where key heads are narrower than the lanes, several lie beside
+    each other, W = P * H, and a query has zeros beside itself for those that it does not read.
 
     Args:
       q: queries.
@@ -209,9 +211,11 @@ def live_attention(
     Returns:
       What the queries read, and the caches.
     """
-    (B, N, H), K = q.shape, k.shape[1]
-    of_row = (K, N // K, H)
-    most = max(1, _BLOCK_BYTES // (N * H * q.dtype.itemsize))
+    (B, N, H), (_, K, W) = q.shape, k.shape
+    of_row, beside = (K, N // K, W), (B, K, W // H, -1, H)
+    own = jnp.eye(W // H, dtype=bool)[:, None, :, None]
+    wide = jnp.where(own, q.reshape(beside)[..., None, :], 0).reshape(B, *of_row)
+    most = max(1, _BLOCK_BYTES // (N * W * q.dtype.itemsize))
     rows = next(n for n in range(min(B, most), 0, -1) if B % n == 0)
     starts = jnp.full(N, MASKED_SCORE) if sinks is None else sinks.astype(jnp.float32)
 
@@ -221,7 +225,7 @@ def live_attention(
     everywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     dtype = k_cache.dtype
     out, k_cache, v_cache = pl.pallas_call(
-        functools.partial(_kernel, window=window, cap=cap, sinks=sinks is not None),
+        functools.partial(_kernel, window=window, cap=cap, sinks=sinks is not None, scale=H**-0.5),
         out_shape=[
             jax.ShapeDtypeStruct((B, *of_row), jnp.float32),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cache, v_cache)),
@@ -231,16 +235,16 @@ def live_attention(
             grid=(B // rows,),
             in_specs=[
                 block(*of_row),
-                block(K, 1, H),
-                block(K, 1, H),
+                block(K, 1, W),
+                block(K, 1, W),
                 pl.BlockSpec((*of_row[:2], 1), lambda i, _: (0, 0, 0)),
                 everywhere,
                 everywhere,
             ],
             out_specs=[block(*of_row), everywhere, everywhere],
             scratch_shapes=_Scratch(
-                tiles=pltpu.VMEM((2, _DEPTH, K, TILE, H), dtype),
-                groups=pltpu.VMEM((2, _DEPTH, K, _GROUP, H), dtype),
+                tiles=pltpu.VMEM((2, _DEPTH, K, TILE, W), dtype),
+                groups=pltpu.VMEM((2, _DEPTH, K, _GROUP, W), dtype),
                 row_max=pltpu.VMEM((*of_row[:2], 1), jnp.float32),
                 row_sum=pltpu.VMEM((*of_row[:2], 1), jnp.float32),
                 read=pltpu.SemaphoreType.DMA((2, _DEPTH)),
@@ -249,7 +253,7 @@ def live_attention(
         ),
         # At most, for XLA's order of what runs beside the kernel.
         cost_estimate=pl.CostEstimate(
-            flops=4 * q.size * k_cache.shape[2],
+            flops=4 * wide.size * k_cache.shape[2],
             transcendentals=B * N * k_cache.shape[2],
             bytes_accessed=k_cache.nbytes + v_cache.nbytes,
         ),
@@ -259,11 +263,14 @@ def live_attention(
         interpret=interpret,
     )(
         positions,
-        q.reshape(B, *of_row),
+        wide,
         k.astype(dtype)[:, :, None],
         v.astype(dtype)[:, :, None],
         starts.reshape(*of_row[:2], 1),
         k_cache,
         v_cache,
     )
-    return out.reshape(B, N, H).astype(q.dtype), k_cache, v_cache
+    # What a query reads of the heads beside its own is dropped.
+    out = jnp.diagonal(out.reshape(B, K, W // H, -1, W // H, H), axis1=2, axis2=4)
+    out = jnp.moveaxis(out, -1, 2).reshape(B, N, H).astype(q.dtype)
+    return out, k_cache, v_cache
