@@ -1,4 +1,4 @@
-"""Selects the attention kernel for packed rows and runs it over the mesh.
+"""Selects the attention kernel for packed rows, and for decoding, and runs it over the mesh.
 
 | kernel    | runs                                      | work                                     |
 |-----------|-------------------------------------------|------------------------------------------|
@@ -14,7 +14,7 @@ Rows split over `context` run on splash on TPU and blockwise elsewhere. Tiles of
 skipped like those of other segments. All kernels know windows; splash knows them, and branches, in
 rows of up to 32,768 tokens. On GPU capped scores, and windows beside branches, run on mosaic where
 tokamax is installed and blockwise elsewhere, and so do all rows once JAX has no Triton backend any
-more. All kernels but mosaic know sinks.
+more. All kernels but mosaic know sinks. Decoding is dense, and on TPU runs on `live`.
 """
 
 import functools

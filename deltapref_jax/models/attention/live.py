@@ -224,6 +224,11 @@ def live_attention(
 
     everywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     dtype = k_cache.dtype
+    if not interpret:
+        # XLA would move a cache that fits there to fast memory before the kernel, and back.
+        k_cache, v_cache = (
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k_cache, v_cache)
+        )
     out, k_cache, v_cache = pl.pallas_call(
         functools.partial(_kernel, window=window, cap=cap, sinks=sinks is not None, scale=H**-0.5),
         out_shape=[
