@@ -2,7 +2,7 @@
 
 A cache has as many positions as the longest row needs, and rows are of all lengths. XLA's products
 read all of it; here a loop over the tiles that some token sees copies them one by one from the
-device's memory (HBM), `_DEPTH` at a time, while those before are computed:
+device's memory (HBM), a few at a time, while those before are computed:
 
     row 0, at position 300   tiles 0 1 2          a window of 128 begins at tile 1
     row 1, at position 70    tile  0              copied: 0 1 2 | 0 | 0 1, and 0 1 2 of row 2 never
@@ -26,6 +26,7 @@ from deltapref_jax.models.attention.dispatch import LIVE_TILE as TILE
 from deltapref_jax.models.attention.masks import MASKED_SCORE
 
 _DEPTH = 4  # tiles on their way at a time: they hide the latency of a copy
+_TILE_BYTES = 4 << 20  # at most, of the tiles on their way; two are always
 _GROUP = 16  # positions of one write: the rows of a register's tile in bfloat16, two in float32
 _BLOCK_BYTES = 1 << 20  # of the queries that are held at a time
 
@@ -42,12 +43,12 @@ class _Scratch(NamedTuple):
     `tiles` are on their way from the cache, `groups` on their way back.
     """
 
-    tiles: Any  # [2, _DEPTH, K, TILE, H]
-    groups: Any  # [2, _DEPTH, K, _GROUP, H]
+    tiles: Any  # [2, depth, K, TILE, W]
+    groups: Any  # [2, depth, K, _GROUP, W]
     row_max: Any  # [K, N/K, 1]
     row_sum: Any  # [K, N/K, 1]
-    read: Any  # semaphores [2, _DEPTH]
-    written: Any  # semaphores [2, _DEPTH]
+    read: Any  # semaphores [2, depth]
+    written: Any  # semaphores [2, depth]
 
 
 def _kernel(
@@ -70,6 +71,7 @@ def _kernel(
     # The cache that comes in is the one that goes out.
     rows = q_ref.shape[0]
     first_row, caches, memory = pl.program_id(0) * rows, (k_cache, v_cache), _Scratch(*scratch)
+    depth = memory.tiles.shape[1]
 
     def position(row: Array) -> Array:
         # The row behind the last is asked for by the cursors that end there.
@@ -82,7 +84,7 @@ def _kernel(
 
     def reads(row: Array, tile: Array, turn: Array) -> list[Any]:
         at = first_row + row, slice(None), pl.ds(tile * TILE, TILE)
-        n = jax.lax.rem(turn, _DEPTH)
+        n = jax.lax.rem(turn, depth)
         return [
             pltpu.make_async_copy(cache.at[at], memory.tiles.at[i, n], memory.read.at[i, n])
             for i, cache in enumerate(caches)
@@ -91,7 +93,7 @@ def _kernel(
     def writes(row: Array) -> list[Any]:
         group = position(row) // _GROUP * _GROUP
         at = first_row + row, slice(None), pl.ds(pl.multiple_of(group, _GROUP), _GROUP)
-        n = jax.lax.rem(row, _DEPTH)
+        n = jax.lax.rem(row, depth)
         return [
             pltpu.make_async_copy(memory.groups.at[i, n], cache.at[at], memory.written.at[i, n])
             for i, cache in enumerate(caches)
@@ -113,9 +115,9 @@ def _kernel(
         at = position(row)
         start = pl.multiple_of(jax.lax.rem(at, TILE) // _GROUP * _GROUP, _GROUP)
 
-        @pl.when(row >= _DEPTH)
+        @pl.when(row >= depth)
         def _() -> None:
-            for copy in writes(row - _DEPTH):
+            for copy in writes(row - depth):
                 copy.wait()
 
         for i, new in enumerate((k_ref, v_ref)):
@@ -124,12 +126,12 @@ def _kernel(
             column = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
             group = jnp.where(column == jax.lax.rem(at, _GROUP), new[row], old)
             memory.tiles[of_group] = group
-            memory.groups[i, jax.lax.rem(row, _DEPTH)] = group
+            memory.groups[i, jax.lax.rem(row, depth)] = group
         for copy in writes(row):
             copy.start()
 
     def compute(row: Array, tile: Array, turn: Array) -> None:
-        at, n = position(row), jax.lax.rem(turn, _DEPTH)
+        at, n = position(row), jax.lax.rem(turn, depth)
         first, last = live_tiles(at, window)
 
         @pl.when(tile == first)
@@ -164,16 +166,16 @@ def _kernel(
 
     def turn(state: Any) -> Any:
         n, row, tile, ahead_row, ahead_tile = state
-        ahead = send(ahead_row, ahead_tile, n + _DEPTH - 1)
+        ahead = send(ahead_row, ahead_tile, n + depth - 1)
         compute(row, tile, n)
         return n + 1, *following(row, tile), *ahead
 
     zero = jnp.int32(0)
     ahead = begin = zero, live_tiles(position(zero), window)[0]
-    for n in range(_DEPTH - 1):
+    for n in range(depth - 1):
         ahead = send(*ahead, jnp.int32(n))
     jax.lax.while_loop(lambda state: state[1] < rows, turn, (zero, *begin, *ahead))
-    for row in range(max(0, rows - _DEPTH), rows):
+    for row in range(max(0, rows - depth), rows):
         for copy in writes(jnp.int32(row)):
             copy.wait()
 
@@ -219,6 +221,9 @@ def live_attention(
     rows = next(n for n in range(min(B, most), 0, -1) if B % n == 0)
     starts = jnp.full(N, MASKED_SCORE) if sinks is None else sinks.astype(jnp.float32)
 
+    tile_bytes = 2 * K * TILE * W * k_cache.dtype.itemsize
+    depth = max(2, min(_DEPTH, _TILE_BYTES // tile_bytes))
+
     def block(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, *shape), lambda i, _: (i, 0, 0, 0))
 
@@ -248,12 +253,12 @@ def live_attention(
             ],
             out_specs=[block(*of_row), everywhere, everywhere],
             scratch_shapes=_Scratch(
-                tiles=pltpu.VMEM((2, _DEPTH, K, TILE, W), dtype),
-                groups=pltpu.VMEM((2, _DEPTH, K, _GROUP, W), dtype),
+                tiles=pltpu.VMEM((2, depth, K, TILE, W), dtype),
+                groups=pltpu.VMEM((2, depth, K, _GROUP, W), dtype),
                 row_max=pltpu.VMEM((*of_row[:2], 1), jnp.float32),
                 row_sum=pltpu.VMEM((*of_row[:2], 1), jnp.float32),
-                read=pltpu.SemaphoreType.DMA((2, _DEPTH)),
-                written=pltpu.SemaphoreType.DMA((2, _DEPTH)),
+                read=pltpu.SemaphoreType.DMA((2, depth)),
+                written=pltpu.SemaphoreType.DMA((2, depth)),
             ),
         ),
         # At most, for XLA's order of what runs beside the kernel.
