@@ -42,7 +42,8 @@ _SEVERAL = ("#1f6f8b", "#d1495b", "#e09f3e", "#6a4c93", "#2a7d46", "#8a8a8a", "#
 _MARKERS = "oDsv^P"
 _DASHES = ("-", "--", ":", "-.")
 _ACROSS = 4  # parts of a figure beside each other, in its file
-_TITLE = 56  # characters of a panel's title in one line; of its legend, a few fewer
+_TITLE = 62  # characters of a panel's title in one line
+_LEGEND = 56  # likewise of its legend, whose every entry has a sample of eight more
 
 plt.rcParams.update(
     {
@@ -277,7 +278,7 @@ def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> Dra
                 fontsize=9,
                 loc="lower left",
                 bbox_to_anchor=(0.0, 1.0),
-                ncols=max(1, _TITLE // (longest + 8)),
+                ncols=max(1, _LEGEND // (longest + 8)),
                 borderaxespad=0.2,
                 borderpad=0.0,
                 columnspacing=1.2,
