@@ -271,14 +271,19 @@ def _greedy(s: Summary) -> list[Finding]:
     for twin in (r for r in s.readouts if r.greedy_twin):
         shown = [a for a in s.arms if a.changes[twin.domain].shown]
         kept = [
-            f"{a.name} changed {a.changes[twin.domain].estimate.value:+.1f} points sampled and "
+            f"{a.name} changed {twin.sampled[a.name].value:+.1f} points sampled and "
             f"{points(twin.changes[a.name].estimate)} greedy, its answers "
             f"{a.surprise - before:+.3f} nats a token"
             for a in shown
         ]
         if kept:
+            some = len(twin.read_again) < twin.averaged
+            over = (
+                f", over the {len(twin.read_again)} of {twin.averaged} suites that were answered "
+                f"greedily too ({listed(twin.read_again)}),"
+            )
             text = (
-                f"{DOMAIN_WORDS[twin.domain]} {'; '.join(kept[:_MOST])}"
+                f"{DOMAIN_WORDS[twin.domain]}{over * some} {'; '.join(kept[:_MOST])}"
                 f"{f'; {len(kept) - _MOST} more in the table' if len(kept) > _MOST else ''} "
                 f"(the student before: {before:.3f}). What a change loses under greedy "
                 "decoding is how often answers are drawn, and not which one the student prefers."

@@ -212,9 +212,12 @@ class Readout:
     suite: str  # its name, or how many suites are read again and averaged as their domain
     domain: str  # of its questions
     what: str  # in words, such as "accuracy, greedy"
-    greedy_twin: bool  # all questions of the domain, sampled there and answered greedily here
+    greedy_twin: bool  # questions of the domain, sampled there and answered greedily here
+    read_again: list[str]  # suites of the domain that have these questions, all or some
+    averaged: int  # suites of the domain
     student: Estimate  # percent, before training
     changes: dict[str, Measured]  # by arm; p values adjusted over all arms and read-outs
+    sampled: dict[str, Estimate]  # of a greedy twin: change by arm over `read_again`, as sampled
 
 
 @dataclass

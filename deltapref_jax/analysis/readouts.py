@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import statistics as st
-from deltapref_jax.analysis.page import Readout
+from deltapref_jax.analysis.page import Measured, Readout
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.config import TUNING, Suite
 
@@ -40,7 +40,7 @@ def words(suite: Suite) -> str:
 def groups(suites: Sequence[Suite]) -> list[list[Suite]]:
     """Suites with a read-out that are read together.
 
-    Those that read all questions of a domain again, in one way, are averaged as the domain is;
+    Those that read questions of a domain's suites again, in one way, are averaged as the domain is;
     every other stands alone.
     """
     alike: dict[tuple[str, str, int, float, int], list[Suite]] = {}
@@ -50,22 +50,29 @@ def groups(suites: Sequence[Suite]) -> list[list[Suite]]:
             alike.setdefault(way, []).append(suite)
     grouped = []
     for again in alike.values():
-        grouped += [again] if _is_whole(again, suites) else [[suite] for suite in again]
+        together = [s for s in again if len(read_again([s], suites)) == 1]
+        # Each of a domain's suites counts once, as it does in the domain.
+        if len(read_again(together, suites)) < len(together):
+            together = []
+        grouped += [together] * bool(together) + [[s] for s in again if s not in together]
     return grouped
 
 
-def _is_whole(again: Sequence[Suite], suites: Sequence[Suite]) -> bool:
-    """Whether suites read all questions of their domain again."""
-    averaged = [s.prompts for s in suites if s.domain == again[0].domain and not s.readout]
+def read_again(again: Sequence[Suite], suites: Sequence[Suite]) -> list[Suite]:
+    """The suites that a domain averages whose questions are those of some second read-outs."""
     questions = [suite.prompts for suite in again]
-    return len(questions) == len(averaged) and all(q in questions for q in averaged)
+    return [s for s in _averaged(again, suites) if s.prompts in questions]
+
+
+def _averaged(again: Sequence[Suite], suites: Sequence[Suite]) -> list[Suite]:
+    domains = {suite.domain for suite in again}
+    return [s for s in suites if s.domain in domains and not s.readout]
 
 
 def is_greedy_twin(again: Sequence[Suite], suites: Sequence[Suite]) -> bool:
-    """Whether suites answer greedily all questions that their domain answers by sampling."""
-    sampled = any(s.temperature for s in suites if s.domain == again[0].domain and not s.readout)
-    greedy = again[0].readout == "accuracy" and not again[0].temperature
-    return greedy and sampled and _is_whole(again, suites)
+    """Whether suites answer greedily what suites of their domain, all or some, sample."""
+    sampled = any(s.temperature for s in read_again(again, suites))
+    return again[0].readout == "accuracy" and not again[0].temperature and sampled
 
 
 def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
@@ -85,13 +92,31 @@ def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
         {(i, arm): of_arms.change(arm) for i, of_arms in enumerate(found) for arm in of_arms.names}
     )
     return [
-        Readout(
-            suite=group[0].name if len(group) == 1 else f"all {len(group)} suites",
-            domain=group[0].domain,
-            what=words(group[0]),
-            greedy_twin=is_greedy_twin(group, study.experiment.suites),
-            student=st.accuracy(study.student, group[0].domain, read=read_suites(group)),
-            changes={arm: changes[i, arm] for arm in of_arms.names},
-        )
+        _readout(study, group, redrawn, {arm: changes[i, arm] for arm in of_arms.names})
         for i, (group, of_arms) in enumerate(zip(grouped, found, strict=True))
     ]
+
+
+def _readout(
+    study: Study, group: Sequence[Suite], redrawn: list[str], changes: dict[str, Measured]
+) -> Readout:
+    assert study.student is not None
+    suites = study.experiment.suites
+    domain, asked, every = group[0].domain, read_again(group, suites), _averaged(group, suites)
+    part = "all" if len(asked) == len(every) else f"{len(group)} of"
+    twin = is_greedy_twin(group, suites)
+    sampled = {}
+    if twin:
+        of_arms = fx.effects(study.student, study.results, domain, redrawn, read=read_suites(asked))
+        sampled = {arm: of_arms.change(arm).estimate for arm in of_arms.names}
+    return Readout(
+        suite=group[0].name if len(group) == 1 else f"{part} {len(every)} suites",
+        domain=domain,
+        what=words(group[0]),
+        greedy_twin=twin,
+        read_again=[suite.name for suite in asked],
+        averaged=len(every),
+        student=st.accuracy(study.student, domain, read=read_suites(group)),
+        changes=changes,
+        sampled=sampled,
+    )

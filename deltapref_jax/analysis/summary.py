@@ -81,6 +81,8 @@ _WATERFALL = (
     "dropped_balance",
     "kept",
 )
+TWIN_BUDGETS = ("equal epochs", "equal steps")
+"""Budgets of `config.budget_twin` in words: an arm that keeps all pairs has both."""
 _TRAINED_ON = ("read", "groups")  # of a file: what was not dropped
 
 
@@ -479,7 +481,7 @@ def claim_weights(
 def _budget_words(e: Experiment, arm: Arm) -> str:
     """The steps or epochs of an arm that has its own."""
     if _is_twin(e, arm):
-        return "equal epochs" if arm.steps else "equal steps"
+        return TWIN_BUDGETS[not arm.steps]
     return budget_words(arm)
 
 

@@ -47,11 +47,11 @@ def test_a_figure_has_its_numbers_as_a_link(study):  # noqa: F811
     assert all(urllib.parse.unquote(links[name]) == drawn[name].csv for name in drawn)
     changes = {a.name: a.changes for a in s.arms}
     ladder = [r for r in rows_of(drawn["ladder"].csv) if r["line"] == "DPO"]
-    shown = {(r["domain"], r["label"]): r for r in ladder}
+    shown = {(r["domain"], r["arm"]): r for r in ladder}
     assert len(ladder) == 4
     for d in DOMAINS:
-        for arm, label in (("dpo-mid", "mid"), ("dpo-strong", "strong")):
-            r = shown[d, label]
+        for arm in ("dpo-mid", "dpo-strong"):
+            r = shown[d, arm]
             numbers = [float(r[name]) for name in ("change in points", "low", "high")]
             assert numbers == list(changes[arm][d].estimate)
     (claim,) = rows_of(drawn["claims"].csv)
@@ -144,7 +144,11 @@ def test_a_greedy_twin_reads_a_domain_that_is_sampled():
     assert readouts.groups([*inside, *twins]) == [twins]
     assert readouts.is_greedy_twin(twins, [*inside, *twins])
     assert readouts.is_greedy_twin(twins[:1], [*inside[:1], *twins[:1]])
-    assert not readouts.is_greedy_twin(twins[:1], [*inside, *twins[:1]])
+    assert readouts.is_greedy_twin(twins[:1], [*inside, *twins[:1]])
+    assert readouts.read_again(twins[1:], [*inside, *twins[1:]]) == inside[1:]
+    apart = dataclasses.replace(twins[0], prompts=Prompts(tasks=("c",)))
+    assert readouts.groups([*inside, *twins, apart]) == [twins, [apart]]
+    assert not readouts.is_greedy_twin([apart], [*inside, apart])
     assert not readouts.is_greedy_twin(twins, [*greedy, *twins])
 
 

@@ -390,7 +390,8 @@ def test_twins_are_compared_with_each_other_and_with_arms_of_their_own_budget(st
     }
     assert [a.budget for a in s.arms[-4:]] == ["equal epochs", "equal epochs", "", "7 steps"]
     figures = draw(study, s)
-    assert "top, judge exact, equal epochs" in figures["selection"].svg
+    gap = "DPO, gap in the sum of all dimensions"
+    assert f'"{gap}, equal epochs",in,"top, judge exact",top-equal-e' in figures["selection"].csv
     page = render(study, s, figures, {})
     assert "<td>top-equal-epochs</td>" in page
     assert "against all pairs of the pool for as many epochs" in page.lower()
@@ -433,7 +434,7 @@ def test_a_sentence_on_selections_has_one_budget_and_one_measure(study):
     assert "top 6 pairs by exact</td>" in page and "top 50% of pairs by exact</td>" in page
     figure = draw(study, s)["selection"]
     assert {p.split(",")[-4] for p in figure.csv.splitlines()[1:]} == {"50.0", "100.0"}
-    assert "top, margin of the reference" in figure.svg
+    assert "DPO, margin of the reference, in domain" in figure.svg
 
 
 def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
@@ -651,6 +652,40 @@ def test_a_domain_that_is_read_again_greedily_is_one_read_out(study):
     shown = [a for a in s.arms if a.changes["in"].shown]
     assert shown and len(texts) == 1
     assert f"{shown[0].name} changed" in texts[0] and "+15.0" in texts[0]
+
+
+def test_a_twin_of_some_suites_says_what_greedy_keeps_of_these(study):
+    """One of two suites has a twin, and the domain's change is not the change of that suite."""
+    e = study.experiment
+    (suite,) = [s for s in e.suites if s.domain == "in"]
+    other = dataclasses.replace(suite, name="more", prompts=Prompts(tasks=("chain",), count=40))
+    study.experiment = dataclasses.replace(e, suites=(*e.suites, other, greedy_twin(other)))
+
+    def with_rows(table, right, greedy):
+        more = read_out(
+            table, suite.name, 1, lambda r, s: int(r.prompt_id) < right, "more", domain="in"
+        )
+        more += read_out(
+            table, suite.name, 1, lambda r, s: int(r.prompt_id) < greedy, "more-greedy"
+        )
+        return pa.concat_tables([table, to_table(Result, more)])
+
+    study.student = with_rows(study.student, 10, 20)
+    study.results = {
+        arm: {run: with_rows(t, 30, 26) for run, t in runs.items()}
+        for arm, runs in study.results.items()
+    }
+    s = summarise(study)
+    (found,) = s.readouts
+    assert (found.suite, found.greedy_twin) == ("more-greedy", True)
+    assert (found.read_again, found.averaged) == (["more"], 2)
+    (text,) = (f.text for f in s.findings if f.topic == "Sampled and greedy")
+    shown = next(a for a in s.arms if a.changes["in"].shown)
+    assert f"{shown.changes['in'].estimate.value:+.1f}" != "+50.0"
+    assert text.startswith(
+        "in domain, over the 1 of 2 suites that were answered greedily too (more), "
+        f"{shown.name} changed +50.0 points sampled and +15.0 ["
+    )
 
 
 def test_answers_have_the_mean_surprise_of_their_tokens(study):
