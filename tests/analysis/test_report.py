@@ -133,13 +133,16 @@ def pairs(chosen):
 
 
 def audited(judge, blind):
+    """Six texts, corrupted in every dimension in two degrees: each rated in all dimensions."""
+    texts = [("", 0), *((d, g) for d in DIMENSIONS for g in (1, 2))]
     return to_table(
         Audit,
         [
-            Audit(f"{q}", judge, d if g else "", g, d, 3.0 if d in blind else 5.0 - g, not g, 9 + g)
+            Audit(f"{q}", judge, target, g, d, rating, not g, 9 + g)
             for q in range(6)
+            for target, g in texts
             for d in DIMENSIONS
-            for g in range(3)
+            for rating in [3.0 if d in blind else 5.0 - g * (d == target)]
         ],
     )
 
@@ -522,7 +525,7 @@ def test_controls_are_recognised_from_the_config_and_judged(study):
     assert gain > 20
     # Nothing but the two draws themselves says how far draws may differ.
     assert got[("random", ("draws",))] == (0, None)
-    assert got[("random", ("random", "draws"))] == (0, True)
+    assert got[("random", ("random", "draws"))] == (0, None)  # ± 5 is more than the margin of 2
     value, came_out = got[("random", ("random", "other-draws"))]
     assert value == pytest.approx(-gain)
     assert got[("placebo", ("coin",))] == (pytest.approx(gain), False)
