@@ -80,11 +80,12 @@ def training_words(e: Experiment, arms: Sequence[Arm], smallest: int | None) -> 
       smallest: fewest pairs of any of them; None where that is not known.
     """
     t, own = e.training, [a for a in arms if training_of(e.training, a) != e.training]
-    at_most = "up to " * (smallest is not None and smallest < t.pairs_per_step)
+    size = f"{'up to ' * (smallest is not None and smallest < t.pairs_per_step)}{t.pairs_per_step}"
     if t.budget == "steps":
-        usual = f"{t.steps} steps of {at_most}{t.pairs_per_step} pairs, however many an arm keeps"
+        usual = f"{t.steps} steps of {size} pairs, however many an arm keeps"
     else:
-        usual = f"{t.epochs:.10g} epochs of an arm's pairs in steps of {at_most}{t.pairs_per_step}"
+        epochs = f"{t.epochs:.10g} epoch{'s' * (t.epochs != 1)}"
+        usual = f"{epochs} of an arm's pairs in steps of {size}"
     if not own:
         return usual
     return (

@@ -10,9 +10,8 @@ from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.config import Arm, Claim, Experiment, is_balanced, judge_of, uses_ratings
 
 RUNG_RULE = (
-    "A slope hangs on a rung where the difference that leaving it out makes is shown (the slope "
-    "minus the slope of the other rungs, by the same draws; p is adjusted over its rungs), or "
-    "where the slope of the others lies outside of its interval."
+    "A slope hangs on a rung where the slope of the other rungs lies outside of its interval; the "
+    "whole slope minus it is by the same draws, with p adjusted over the rungs."
 )
 
 
@@ -81,7 +80,7 @@ def rung_sentence(slope: Estimate, without: Mapping[str, WithoutRung | None]) ->
     for name, rest in without.items():
         if rest is None:
             left[name] = "no slope is left"
-        elif rest.difference.shown or not slope.low <= rest.slope.value <= slope.high:
+        elif not slope.low <= rest.slope.value <= slope.high:
             d = rest.difference
             left[name] = (
                 f"it is {points(rest.slope, 2)} (the whole minus it: {points(d.estimate, 2)}, "

@@ -274,7 +274,9 @@ def _greedy(s: Summary) -> list[Finding]:
             f"{a.name} changed {twin.sampled[a.name].value:+.1f} points sampled and "
             f"{points(twin.changes[a.name].estimate)} greedy"
             f"{_kept(twin.sampled[a.name].value, twin.changes[a.name].estimate.value)}, sampled "
-            f"minus greedy: {outcome(twin.lost[a.name])}; its answers "
+            f"minus greedy {points(twin.lost[a.name].estimate)} "
+            f"({'' if twin.lost[a.name].shown else 'not '}shown, adjusted p = "
+            f"{max(twin.lost[a.name].p_adjusted, 0.001):.3f}); its answers "
             f"{a.surprise - before:+.3f} nats a token"
             for a in shown
         ]

@@ -25,13 +25,14 @@ def without(value, difference, p):
 @pytest.mark.parametrize(
     "whole, rest, want",
     [
-        # The slope may be shown with a rung and not without it: that is no difference.
-        (around(0.32), {"a": without(0.28, 0.04, 0.8), "b": without(0.35, -0.03, 0.9)}, ""),
+        # The slope may be shown with a rung and not without it: that is no difference. A small
+        # difference may be shown: the slope is about the same.
+        (around(0.32), {"a": without(0.28, 0.04, 0.8), "b": without(0.2, 0.12, 0.01)}, ""),
         (
             around(0.5),
-            {"a": without(0.4, 0.1, 0.6), "b": without(0.25, 0.25, 0.01)},
-            "Hangs on one rung: without b it is +0.25 [-0.05, +0.55] (the whole minus it: "
-            "+0.25 [-0.05, +0.55], shown, p = 0.010).",
+            {"a": without(0.4, 0.1, 0.6), "b": without(0.15, 0.35, 0.01)},
+            "Hangs on one rung: without b it is +0.15 [-0.15, +0.45] (the whole minus it: "
+            "+0.35 [+0.05, +0.65], shown, p = 0.010).",
         ),
         (
             around(0.1),
@@ -83,7 +84,6 @@ def test_a_gain_of_the_last_rung_alone_hangs_on_it():
     assert f"without a3 it is {points(rests['a3'].slope, 2)} (the whole minus it: +9.0" in text
     # Without the first rung the slope is steeper, which is as large a difference.
     assert rests["a0"].difference.shown and "without a0" in text
-    assert not rests["a1"].difference.shown or "without a1" in text
     assert fx.measured({0: slope})[0].shown
 
 
