@@ -740,11 +740,10 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     if e.claims:
         return e.claims
     domain = "out" if "out" in domains_of(e.suites) else "in"
-    ladders = [a.objective for a in e.arms if a.group == "ladder"]
     slopes = [
         Claim(kind="slope", objective=o, domain=domain, margin=0.5)
-        for o in dict.fromkeys(ladders)
-        if ladders.count(o) > 2
+        for o in dict.fromkeys(a.objective for a in e.arms if a.group == "ladder")
+        if len(ladder_of(e.arms, o)) > 2
     ]
     contrasts = [
         Claim(kind="contrast", a=a.name, b=b.name, domain=domain)
@@ -781,6 +780,26 @@ def differing(a: Arm, b: Arm) -> set[str]:
         for name in fields - {"name", "group", "seeds", "draws"}
         if getattr(a, name) != getattr(b, name)
     }
+
+
+def ladder_of(arms: Sequence[Arm], objective: str) -> list[Arm]:
+    """The rungs of an objective's ladder: arms of its group that differ in generators alone.
+
+    Their generators direct their pairs, because a pair that a judge or a coin directed is not
+    chosen for its author. Where arms of the group differ in more, such as a selection or a budget,
+    the rungs are the most that are alike, and the first of those where as many are.
+    """
+    ours = [
+        a for a in arms if (a.group, a.objective, a.direction) == ("ladder", objective, "generator")
+    ]
+    alike = [[b for b in ours if not differing_rungs(a, b)] for a in ours]
+    return max(alike, key=len, default=[])
+
+
+def differing_rungs(a: Arm, b: Arm) -> set[str]:
+    """Fields in which two arms differ apart from their generators, of those that are read."""
+    unread = set() if uses_ratings(a) or uses_ratings(b) else {"judge", "by"}
+    return differing(a, b) - {"chosen", "rejected"} - unread
 
 
 def as_many_at_random(a: Arm, b: Arm) -> bool:

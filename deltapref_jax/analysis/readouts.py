@@ -30,6 +30,23 @@ def _read(suite: Suite, results: pa.Table, rows: np.ndarray) -> st.Answers:
     return answers._replace(mean=st.pass_at_k(answers.samples, right, suite.k))
 
 
+def read_difference(a: Sequence[Suite], b: Sequence[Suite]) -> st.Read:
+    """Reads, question by question, the answers to suites `a` minus those to suites `b`.
+
+    `b` asks the questions of `a` again: its suites have the same prompts.
+    """
+    again = {s.name: next(other.name for other in b if other.prompts == s.prompts) for s in a}
+
+    def read(results: pa.Table, domain: str) -> Mapping[str, st.Answers]:
+        of_a, of_b = (read_suites(suites)(results, domain) for suites in (a, b))
+        return {
+            name: answers._replace(mean=answers.mean - of_b[again[name]].mean)
+            for name, answers in of_a.items()
+        }
+
+    return read
+
+
 def words(suite: Suite) -> str:
     """What a suite reads, such as "pass@4 of 8 samples at temperature 1"."""
     samples = f"{suite.samples} samples" if suite.samples > 1 else "one sample"
@@ -91,32 +108,57 @@ def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
     changes = fx.measured(
         {(i, arm): of_arms.change(arm) for i, of_arms in enumerate(found) for arm in of_arms.names}
     )
+    suites = study.experiment.suites
+    twins = [i for i, group in enumerate(grouped) if is_greedy_twin(group, suites)]
+    differences = {
+        i: fx.effects(
+            study.student,
+            study.results,
+            grouped[i][0].domain,
+            redrawn,
+            read=read_difference(read_again(grouped[i], suites), grouped[i]),
+        )
+        for i in twins
+    }
+    lost = fx.measured(
+        {(i, arm): of.change(arm) for i, of in differences.items() for arm in of.names}
+    )
     return [
-        _readout(study, group, redrawn, {arm: changes[i, arm] for arm in of_arms.names})
+        _readout(
+            study,
+            group,
+            redrawn,
+            {arm: changes[i, arm] for arm in of_arms.names},
+            {arm: lost[i, arm] for arm in of_arms.names if i in twins},
+        )
         for i, (group, of_arms) in enumerate(zip(grouped, found, strict=True))
     ]
 
 
 def _readout(
-    study: Study, group: Sequence[Suite], redrawn: list[str], changes: dict[str, Measured]
+    study: Study,
+    group: Sequence[Suite],
+    redrawn: list[str],
+    changes: dict[str, Measured],
+    lost: dict[str, Measured],
 ) -> Readout:
     assert study.student is not None
     suites = study.experiment.suites
     domain, asked, every = group[0].domain, read_again(group, suites), _averaged(group, suites)
     part = "all" if len(asked) == len(every) else f"{len(group)} of"
-    twin = is_greedy_twin(group, suites)
     sampled = {}
-    if twin:
+    if lost:
         of_arms = fx.effects(study.student, study.results, domain, redrawn, read=read_suites(asked))
         sampled = {arm: of_arms.change(arm).estimate for arm in of_arms.names}
     return Readout(
         suite=group[0].name if len(group) == 1 else f"{part} {len(every)} suites",
         domain=domain,
         what=words(group[0]),
-        greedy_twin=twin,
+        greedy_twin=bool(lost),
         read_again=[suite.name for suite in asked],
         averaged=len(every),
         student=st.accuracy(study.student, domain, read=read_suites(group)),
         changes=changes,
         sampled=sampled,
+        lost=lost,
     )

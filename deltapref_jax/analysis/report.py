@@ -13,7 +13,14 @@ import jinja2
 from rich.table import Table
 
 from deltapref_jax.analysis import figures
-from deltapref_jax.analysis.arm_words import data_words, measure_words, share_words, step_words
+from deltapref_jax.analysis.arm_words import (
+    data_words,
+    measure_words,
+    objective_words,
+    share_words,
+    step_words,
+    training_words,
+)
 from deltapref_jax.analysis.claims import RUNG_RULE
 from deltapref_jax.analysis.figures import Drawn, Line, Point
 from deltapref_jax.analysis.findings import (
@@ -23,6 +30,7 @@ from deltapref_jax.analysis.findings import (
     interval_words,
     mark_names,
     points,
+    rung_words,
     words,
 )
 from deltapref_jax.analysis.judges import USELESS_AUC, USELESS_RELIABILITY
@@ -51,26 +59,30 @@ def _claims(s: Summary) -> Drawn | None:
 def _ladder(s: Summary) -> Drawn | None:
     """Change against measured generator delta; a line per objective, SFT as single points.
 
-    Arms of an objective that differ from its first ones in more than their generators, and
-    controls, which no trend counts, are lines of their own.
+    Arms beside the rungs, which no trend counts, are lines of their own where their generators
+    chose all of their pairs, as controls do.
     """
-    rungs = [
+    rungs = {name for ladder in s.ladders.values() for name in ladder.rungs}
+    drawn = [
         (a.delta, a)
         for a in s.arms
         if a.delta is not None
-        and (a.arm.keep, a.arm.stratum, a.arm.direction) == ("all", "any", "generator")
+        and (
+            a.name in rungs
+            or (a.arm.keep, a.arm.stratum, a.arm.direction) == ("all", "any", "generator")
+        )
     ]
-    if not rungs:
+    if not drawn:
         return None
     trends = {(t.objective, t.domain): (*t.centre, t.per_10.estimate.value / 10) for t in s.trends}
-    colours = figures.colours({a.arm.objective: a.kind for _, a in rungs})
-    rejected = rungs[0][1].arm.rejected
+    colours = figures.colours({a.arm.objective: a.kind for _, a in drawn})
+    rejected = drawn[0][1].arm.rejected
     lines: dict[str, dict[tuple[str, ...], list[Point]]] = {d: {} for d in s.domains}
-    for delta, a in rungs:
-        control = a.arm.group == "control" and any(
-            (b.arm.group, b.arm.objective) == ("ladder", a.arm.objective) for _, b in rungs
-        )
-        differs = ["control"] * control + _way_words(a)
+    for delta, a in drawn:
+        differs = []
+        if a.name not in rungs:
+            beside = "control" if a.arm.group == "control" else "no rung"
+            differs = [beside] * (a.arm.objective in s.ladders) + _way_words(a)
         over = "" if a.arm.rejected == rejected else f" over {a.arm.rejected}"
         label = a.arm.chosen + over + _mark(a)
         for d in s.domains:
@@ -85,8 +97,7 @@ def _ladder(s: Summary) -> Drawn | None:
             ", ".join([objective.upper(), *differs]),
             colours[objective],
             lines[domain][of],
-            # A trend is of all rungs of an objective, and drawn once.
-            None if style else trends.get((objective, domain)),
+            None if differs else trends.get((objective, domain)),
             style,
         )
 
@@ -354,6 +365,10 @@ def render(
       rubric: dimension to the question that judges answer.
     """
     shown = browser(study, {a.name: a.name + _mark(a) for a in summary.arms})
+    e = study.experiment
+    arms = [a.arm for a in summary.arms] or e.arms
+    smallest = min((a.pairs for a in summary.arms if a.pairs is not None), default=None)
+    chosen = {r.objective: r.chosen for r in summary.rates}
     return render_template(
         "report.html.jinja",
         drawn,
@@ -363,19 +378,22 @@ def render(
         pairs=script_json(shown),
         suite_rule=RULE,
         rung_rule=RUNG_RULE,
+        rungs=rung_words(summary),
+        training=training_words(e, arms, smallest),
+        objectives=objective_words(e, arms, chosen),
         versions=study.versions,
         useless=USELESS_AUC,
         useless_reliability=USELESS_RELIABILITY,
         rubric=rubric,
         hidden_curves=max(0, len(summary.arms) - _CURVES_SHOWN),
-        experiment=study.experiment,
-        config=_config(study.experiment),
+        experiment=e,
+        config=_config(e),
     )
 
 
 def doubt_caption(doubted: Collection[str]) -> str:
     """What the mark says, if an arm has it."""
-    return f"; {MARK}: the judge is below the bar, see the page" if doubted else ""
+    return f"; {MARK}: the judge is below the bar or not measured, see the page" if doubted else ""
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:

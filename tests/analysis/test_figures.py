@@ -10,10 +10,10 @@ import pytest
 
 from configs import delta_grid
 from deltapref_jax.analysis import figures, report
-from deltapref_jax.analysis.page import ArmSummary, Measured, Summary
+from deltapref_jax.analysis.page import ArmSummary, Ladder, Measured, Summary
 from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.analysis.summary import _budget_words, _pair_judge
-from deltapref_jax.config import DIMENSIONS, Arm, Judge, draws_pairs, objective_of
+from deltapref_jax.config import DIMENSIONS, Arm, Judge, draws_pairs, ladder_of, objective_of
 
 DELTAS = {"weak": 0.0, "fair": 10.0, "good": 20.0, "strong": 30.0, "elm": 25.0}
 
@@ -47,6 +47,10 @@ def summary(e):
     """Arms of a config; the i-th changes accuracy by i tenths of a point."""
     s = Summary(e.name, e.question, ["in", "out"])
     s.arms = [arm_summary(e, arm, i / 10) for i, arm in enumerate(e.arms)]
+    deltas = {a.name: a.delta for a in s.arms}
+    for o in e.objectives:
+        if rungs := ladder_of(e.arms, o.name):
+            s.ladders[o.name] = Ladder({a.name: deltas[a.name] for a in rungs}, {}, [], 0, 0)
     s.judges = list(e.judges)  # of which figures read the names
     return s
 
@@ -173,7 +177,7 @@ def test_a_ladder_tells_objectives_controls_and_rates_apart():
         **{o.upper(): {f"{o}-{g}" for g in delta_grid.RUNGS} for o in ("dpo", "dpo_norm", "kto")},
         "SFT": {"sft-strong"},
         "DPO, control": {"dpo-reversed"},
-        "DPO, learning rate 0.001": {"faster"},
+        "DPO, no rung, learning rate 0.001": {"faster"},
         "DPO-WIDE": {"wide"},
     }
     assert ">weak over strong<" in figure.svg and ">weak<" in figure.svg

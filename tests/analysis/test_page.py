@@ -125,6 +125,25 @@ def test_read_outs_of_domains_of_one_suite_are_twins_and_in_the_long_table(study
     (shown,) = (a for a in s.arms if a.changes["in"].shown)
     (text, _) = (f.text for f in s.findings if f.topic == "Sampled and greedy")
     assert text.startswith(f"in domain {shown.name} changed ") and "and +10.0 [" in text
+    # Sampled minus greedy is the mean over questions of the two changes' difference.
+    twin = s.readouts[0]
+    arm, run = shown.name, next(iter(study.results[shown.name]))
+
+    def gaps(suite):
+        tables = [study.results[arm][run], study.student]
+        rows = [st.answers(t, st.columns(t, "suite")[0] == suite).mean for t in tables]
+        return 100 * (rows[0] - rows[1])
+
+    lost = gaps("in-suite") - gaps("in-suite-greedy")
+    found = twin.lost[arm].estimate
+    assert found.value == pytest.approx(lost.mean())
+    error = 1.96 * lost.std(ddof=1) / math.sqrt(len(lost))
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - error, found.value + error), abs=0.1 * error
+    )
+    greedy = twin.changes[arm].estimate.value
+    assert f"greedy ({greedy / twin.sampled[arm].value:.0%} of it), sampled minus greedy " in text
+    assert "prefers" not in text
     rows = from_table(SuiteAccuracy, to_table(SuiteAccuracy, suites.accuracies(study, {})))
     held = {(r.arm, r.suite): r for r in rows if r.readout}
     assert len(held) == len(s.readouts) * (1 + len(s.arms))
