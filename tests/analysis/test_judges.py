@@ -150,7 +150,7 @@ def test_an_arm_of_a_judge_below_the_bar_is_marked_wherever_it_is_named(noisy):
     assert several.doubts == marked
     assert several.claims[0].what == "top† minus random, out of domain"
     page = render_students(several, draw_claims(several), e)
-    assert f"† top: {marked['top']}." in page
+    assert f"<li>{marked['top']}: top</li>" in page
     assert "<td>top†</td>" in page and "<td>top</td>" not in page
     found = students_table(json.loads(summary_json(several)))
     assert "top†" in found.columns[0].cells and "top" not in found.columns[0].cells
