@@ -111,12 +111,15 @@ def _budget(
         for what, saved in _saved(e, middle, parts, runs[arm]).items()
     ]
     buy = min(options, key=lambda option: option.half_width).what
-    of_seeds, of_draws = e.noise
+    of_seeds, of_draws = e.noise[middle]
+    # Where no draw moves this arm, the kind of arms that draws move most is shown.
+    others = [n.draw for n in e.noise if n.draw]
+    of_draws = of_draws or max(others, key=lambda c: c.variance, default=None)
     if of_seeds is None:
         buy = "several seeds of some arms, which measure the noise of training"
     half_width = t * math.sqrt(total)
     alone, adjusted = (detectable(errors[arm], freedom, limit) for limit in (None, limits[arm]))
-    if fx.few_changed(e.gaps[middle]):
+    if e.few_changed({arm: 1.0}):
         # The exact interval holds, and its width follows no component.
         change = e.change(arm).estimate
         half_width, options = (change.high - change.low) / 2, []
@@ -142,7 +145,7 @@ def _budget(
 
 def _parts(e: fx.Effects, row: int) -> dict[str, float]:
     """What the variance of an arm's change is made of; without a component not measured."""
-    of_training = zip(("seeds", "draws"), e.noise, e.shares[row].tolist(), strict=True)
+    of_training = zip(("seeds", "draws"), e.noise[row], e.shares[row].tolist(), strict=True)
     return {"questions": float(e.by_question[row].var())} | {
         name: component.variance * share for name, component, share in of_training if component
     }
@@ -155,7 +158,7 @@ def _saved(
     saved = {"twice the questions": parts["questions"] / 2}
     seeds, draws = len({r.seed for r in runs}), len({r.draw for r in runs})
     # Questions hold the interaction with runs, which falls with the runs.
-    of_seeds = e.noise[0]
+    of_seeds = e.noise[row].seed
     interaction = min((of_seeds.rest if of_seeds else 0.0) / len(runs), parts["questions"])
     if "seeds" in parts:
         saved["one more seed of every arm"] = (parts["seeds"] + interaction) / (seeds + 1)

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import statistics as st
+from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.page import Readout
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.config import TUNING, Suite
@@ -68,17 +69,17 @@ def is_greedy_twin(again: Sequence[Suite], suites: Sequence[Suite]) -> bool:
     return greedy and sampled and _is_whole(again, suites)
 
 
-def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
+def readouts(study: Study, kinds: Mapping[str, Kind]) -> list[Readout]:
     """The read-outs of the student and their change by every arm, p values adjusted over all.
 
     Args:
       study: with the student's results.
-      redrawn: arms whose pairs depend on the draw of pairs.
+      kinds: of the arms, see `components`.
     """
     assert study.student is not None
     grouped = groups(study.experiment.suites)
     found = [
-        fx.effects(study.student, study.results, group[0].domain, redrawn, read=read_suites(group))
+        fx.effects(study.student, study.results, group[0].domain, kinds, read=read_suites(group))
         for group in grouped
     ]
     changes = fx.measured(

@@ -22,11 +22,15 @@ from deltapref_jax.analysis.statistics import Answers
 from deltapref_jax.config import Run
 
 # Suites, questions and samples of the quickstart when the rates were first measured.
-SUITES = {"in": (90, 90), "out": (45,) * 5}
+SUITES = {"in": (90, 90), "out": (45,) * 5, "unequal": (300, 30)}
 # Seeds of the arms of a study; ten arms of one seed borrow the noise that four others measure.
 ONE_BORROWS, TWO, THREE = (1,) * 10 + (3,) * 4, (2,) * 14, (3,) * 14
 # Arm → generator delta of three ladders without an arm in common.
 LADDERS = [{f"a{i + rung}": 10.0 * rung for rung in range(4)} for i in (0, 4, 8)]
+# Selections of a study like `configs/delta_grid.py`: arms, and the SD of a draw of pairs in points.
+# Every arm has three draws and one seed; the arms of three seeds beside them have the first 14.
+GRID = {"top": (12, 0.3), "random": (3, 3.0)}
+DRAWN = GRID | {"same": (4, 0.0)}  # pairs without ties, which no draw moves: one policy each
 SHIFT = 4.0  # points that training adds to a question's share of right answers, for coverage
 
 

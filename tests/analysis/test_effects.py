@@ -8,7 +8,7 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import noise
-from deltapref_jax.analysis.components import Component, Noise, measured_by
+from deltapref_jax.analysis.components import Component, Kind, Noise, measured_by
 from deltapref_jax.analysis.statistics import Estimate
 from tests.analysis.null_studies import (
     LADDERS,
@@ -104,13 +104,13 @@ def test_a_seed_under_several_draws_is_one_seed():
         name: {fx.Run(0, seed): results(right) for seed, right in enumerate(runs)}
         for name, runs in several.items()
     }
-    one = results(draws(300, 2, 0.5, 99))
-    alone = fx.effects(results(before), tables | {"top": {fx.Run(0, 0): one}}, "in", ["top"])
+    one, drawn_top = results(draws(300, 2, 0.5, 99)), {"top": Kind(draw="random pairs")}
+    alone = fx.effects(results(before), tables | {"top": {fx.Run(0, 0): one}}, "in", drawn_top)
     drawn = {fx.Run(draw, 0): results(draws(300, 2, 0.5, 99 + draw)) for draw in range(3)}
-    e = fx.effects(results(before), tables | {"top": drawn}, "in", ["top"])
+    e = fx.effects(results(before), tables | {"top": drawn}, "in", drawn_top)
     assert e.shares[-1].tolist() == [1.0, pytest.approx(1 / 3)]
     assert alone.shares[-1].tolist() == [1.0, 1.0]
-    assert e.noise[0] == alone.noise[0] and e.noise[1].freedom == 2
+    assert e.noise[-1].seed == alone.noise[-1].seed and e.noise[-1].draw.freedom == 2
 
 
 def test_arms_may_be_measured_by_the_runs_of_others():
@@ -119,12 +119,12 @@ def test_arms_may_be_measured_by_the_runs_of_others():
     arms = {"a": runs, "b": dict(list(runs.items())[:2])}
     own = fx.effects(before, arms, "in")
     parts = fx.effects(before, arms | {"part": runs}, "in", measuring=arms)
-    assert own.noise == parts.noise and own.noise[0].freedom == 3
+    assert own.noise == parts.noise[:2] and own.noise[0].seed.freedom == 3
     part = parts.measured_without("a", ["part"])
     assert part.noise[0] == fx.effects(before, {"b": arms["b"]}, "in").noise[0]
-    assert part.names == ("part",) and parts.measured_without("b", ["a"]).noise[0].freedom == 2
+    assert part.names == ("part",) and parts.measured_without("b", ["a"]).noise[0].seed.freedom == 2
     alone = fx.effects(before, {"a": runs}, "in")
-    assert alone.measured_without("a", ["a"]).noise == (None, None)
+    assert alone.measured_without("a", ["a"]).noise == ((None, None),)
 
 
 def test_no_interval_is_wider_than_accuracies_are():
@@ -150,9 +150,9 @@ def test_arms_of_one_seed_borrow_the_noise_of_seeds():
 
     arms = {f"a{i}": [run(s) for s in rng.normal(0, 6, 4)] for i in range(6)}
     alone = found(before, one=[run(0)])
-    assert alone.noise == (None, None) and not alone.by_run.any()
+    assert alone.noise == ((None, None),) and not alone.by_run.any()
     borrowed = found(before, one=[run(0)], **arms)
-    seed = borrowed.noise.seed
+    seed = borrowed.noise[0].seed
     assert seed.freedom == 18 and seed.variance > 0
     assert borrowed.by_run[0].var() == pytest.approx(seed.variance, rel=0.1)
     # An arm of four seeds has a quarter of the variance.
@@ -169,8 +169,9 @@ def test_intervals_are_those_of_students_t():
         np.zeros((1, fx.DRAWS)),
         2.0 * normal,
         np.array([[1.0, 0.0]]),
-        Noise(component, None),
+        (Noise(component, None),),
         np.random.default_rng(1).random(fx.DRAWS),
+        (50,),
     )
     estimate = effects.change("a").estimate
     assert estimate.value == pytest.approx(10)
@@ -188,8 +189,9 @@ def test_a_component_of_0_leaves_its_degrees_of_freedom():
         by_question=by_question,
         by_run=np.zeros_like(by_question),
         shares=np.array([[1.0, 0.0]]),
-        noise=Noise(Component(mean_square=1.0, rest=2.0, freedom=3), None),
+        noise=(Noise(Component(mean_square=1.0, rest=2.0, freedom=3), None),),
         chance=rng.random(fx.DRAWS),
+        sizes=(50,),
     )
     estimate = effects.change("arm").estimate
     # Student's t with 3 degrees of freedom is beyond 3.18 in 5%.

@@ -558,7 +558,7 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
     study.results["dpo-mid"] = {Run(0, 0): evaluated(0.1, 70), Run(0, 1): evaluated(0.9, 71)}
     study.results["dpo-strong"] = {Run(0, i): evaluated(0.9, 7 + i) for i in range(3)}
     with mock.patch.object(fx, "effects", side_effect=fx.effects) as effects:
-        apart, near = controls(study, [])
+        apart, near = controls(study, {})
     # Their 80 points are in no noise that they are compared with.
     assert apart.arms == ("dpo-mid",) and apart.verdict == "did not come out"
     assert near.arms == ("dpo-strong",)
@@ -568,7 +568,7 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
     # What is compared is no further arm that measures the noise: 1 + 2 degrees of freedom.
     assert effects.call_args.kwargs["measuring"] == study.results
     study.results["dpo-strong"] = {Run(0, 0): evaluated(0.9, 7)}
-    (alone,) = controls(study, [])
+    (alone,) = controls(study, {})
     assert alone.verdict == "undecided: no other arm has several seeds to compare with"
 
 
