@@ -184,10 +184,10 @@ class Effects:
         w, variance = self._vector(weights), self.error(weights) ** 2
         if not variance:
             return float(self.gaps.shape[1])
-        freedoms, squared = [max(1, self.gaps.shape[1] - 1)], 0.0
-        for suite in np.split(_weighted(w, self.gaps), np.cumsum(self.sizes)[:-1]):
-            if len(suite) > 1:
-                squared += (len(suite) * float(suite.var(ddof=1))) ** 2 / (len(suite) - 1)
+        suites = np.split(_weighted(w, self.gaps), np.cumsum(self.sizes)[:-1])
+        of_suites = [(len(s) * float(s.var(ddof=1)), len(s) - 1) for s in suites if len(s) > 1]
+        freedoms = [max(1.0, _satterthwaite(of_suites))]
+        squared = float(_weighted(w, self.by_question).var()) ** 2 / freedoms[0]
         shares: dict[Component, float] = {}  # arms of one kind share one measurement
         for row in np.flatnonzero(w):
             for share, component in zip(self.shares[row], self.noise[row], strict=True):
@@ -203,6 +203,13 @@ def _weighted(w: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Σ w x over the arms that count: most combinations are of a few among hundreds."""
     rows = np.flatnonzero(w)
     return w[rows] @ x[rows]
+
+
+def _satterthwaite(variances: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of estimated variances, from those of each."""
+    squared = sum(variance**2 / freedom for variance, freedom in variances)
+    fewest = min((freedom for _, freedom in variances), default=0.0)
+    return sum(variance for variance, _ in variances) ** 2 / squared if squared else fewest
 
 
 def slope_weights(x: Mapping[str, float]) -> dict[str, float] | None:
