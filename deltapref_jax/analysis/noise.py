@@ -1,14 +1,15 @@
 """The variance budget of intervals, what narrows them, and which effects would be shown."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from scipy import optimize, special
 
 from deltapref_jax.analysis import effects as fx
-from deltapref_jax.analysis.page import NoiseBudget, Purchase
+from deltapref_jax.analysis.page import ArmSummary, NoiseBudget, Purchase
 from deltapref_jax.analysis.statistics import by_question
 from deltapref_jax.config import Run
 
@@ -165,3 +166,24 @@ def _saved(
     if "draws" in parts and e.shares[row, 1]:
         saved["one more draw of pairs of every arm"] = (parts["draws"] + interaction) / (draws + 1)
     return saved
+
+
+def borrowed(arms: Sequence[ArmSummary]) -> list[str]:
+    """Which arms have the noise of others in their intervals, because none of their kind has any.
+
+    Arms are of one kind where their objective, and for draws their selection and their budget, are
+    one (`analysis.components`).
+    """
+    of_seeds = [("Seeds", a.arm.objective, a.seeds) for a in arms]
+    of_draws = [("Draws of pairs", a.redrawn, a.draws) for a in arms if a.redrawn]
+    sentences = []
+    for of_arms in (of_seeds, of_draws):
+        measured = sorted({kind for _, kind, several in of_arms if several > 1})
+        alone = Counter(kind for _, kind, _ in of_arms if kind not in measured)
+        if measured and alone:
+            kinds = "; ".join(f"{kind} ({n} arm{'s' * (n > 1)})" for kind, n in alone.items())
+            sentences.append(
+                f"{of_arms[0][0]} of a kind of which no arm has several: {kinds}. Their intervals "
+                f"have the noise of other kinds ({'; '.join(measured)}), which may differ."
+            )
+    return sentences
