@@ -14,6 +14,7 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
+from deltapref_jax.analysis.components import kinds_of
 from deltapref_jax.analysis.controls import controls
 from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
@@ -463,6 +464,45 @@ def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
     assert claim.hangs_on == ("Hangs on every one of its 3 rungs: without one, no slope is left.")
     assert page.index(claim.hangs_on) < page.index("Not measured, or not in the intervals")
     assert RUNG_RULE in page
+
+
+def test_what_another_draw_moves_is_measured(study):
+    arms = {a.name: a for a in study.experiment.arms}
+    names = ("dpo-strong", "top", "random")
+    assert [kinds_of(study)[n].draw for n in names] == ["", "ties, dpo", "random pairs, dpo"]
+    # Without a tie, or where all pairs are kept, another draw gives the same pairs.
+    for name in ("top", "random"):
+        study.pair_counts[name] = {0: {"pool": 12.0, "kept": 12.0, "tied_at_cut": 0.0}}
+    assert [kinds_of(study)[n].draw for n in names] == ["", "", ""]
+    for name in ("top", "random"):
+        study.pair_counts[name][0] |= {"kept": 6.0, "tied_at_cut": 2.0}
+    assert [kinds_of(study)[n].draw for n in names[1:]] == ["ties, dpo", "random pairs, dpo"]
+    study.pair_counts["top"][0] |= {"tied_at_cut": 0.0, "tied_samples": 1.0}
+    assert kinds_of(study)["top"].draw == "ties, dpo"
+    # Several draws tell themselves, and a coin turns pairs around.
+    whole = study.pairs["top"][0]
+    study.pairs["top"] = {0: whole, 1: whole.take(list(range(whole.num_rows))[::-1])}
+    assert kinds_of(study)["top"].draw == ""
+    study.pairs["top"][1] = whole.slice(1)
+    assert kinds_of(study)["top"].draw == "ties, dpo"
+    arms["top"].steps, arms["random"].direction = 8, "coin"
+    assert kinds_of(study)["top"].draw == "ties, dpo, its own budget"
+    assert kinds_of(study)["random"] == ("dpo", "coin, dpo")
+
+
+def test_the_page_says_whose_noise_an_arm_borrows(study):
+    study.experiment.arms[1].seeds = (0, 1)
+    study.results["dpo-strong"] = {Run(0, i): evaluated(0.9, 7 + i) for i in range(2)}
+    study.results["random"] = {Run(d, 0): evaluated(0.4, 90 + d) for d in range(3)}
+    s = summarise(study)
+    assert (
+        "Seeds of a kind of which no arm has several: sft (1 arm). Their intervals have the noise "
+        "of other kinds (dpo), which may differ." in s.unmeasured
+    )
+    assert (
+        "Draws of pairs of a kind of which no arm has several: ties, dpo (1 arm). Their intervals "
+        "have the noise of other kinds (random pairs, dpo), which may differ." in s.unmeasured
+    )
 
 
 def test_the_page_shows_the_budget_of_every_arm(study):
