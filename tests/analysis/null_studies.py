@@ -80,7 +80,7 @@ def simulated(
             for i, p in enumerate(shares)
         }
 
-    of_seed = rng.normal(0, sd * common**0.5, max(seeds))
+    of_seed = rng.normal(0, sd * common**0.5, max(seeds)) if common else np.zeros(max(seeds))
 
     def trained(seed: int) -> float:
         return float(of_seed[seed] + rng.normal(shift, sd * (1 - common) ** 0.5))
