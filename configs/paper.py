@@ -46,7 +46,7 @@ def get_config() -> Experiment:
             chosen="s1-32B",
             rejected="s1-3B",
             keep=keep,
-            by="step_coherence",
+            by="step_coherence" if keep == "top" else "sum",
             fraction=fraction,
             group="selection",
         )

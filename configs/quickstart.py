@@ -80,11 +80,12 @@ def get_config() -> Experiment:
     rungs = ("weak", "fair", "good", "strong")
     seeds = (0, 1, 2)  # of the arms that the claims compare
     pair = functools.partial(Arm, chosen="strong", rejected="weak")
-    quarter = functools.partial(pair, fraction=0.25, by="numerical_precision", group="selection")
+    quarter = functools.partial(pair, fraction=0.25, group="selection")
+    ranked = functools.partial(quarter, by="numerical_precision")
     control = functools.partial(pair, group="control")
     training = Training(pairs_per_step=24, steps=24, rows=2, row_length=384)
     selected = (
-        quarter(name="dpo-top", keep="top", seeds=seeds),
+        ranked(name="dpo-top", keep="top", seeds=seeds),
         quarter(name="dpo-random", keep="random", seeds=seeds[:2], draws=seeds),
     )
     arms = (
@@ -96,10 +97,10 @@ def get_config() -> Experiment:
         Arm(name="dpo-elm", chosen="elm", rejected="weak"),
         *selected,
         *(budget_twin(arm, training) for arm in selected),
-        quarter(name="dpo-top-model", keep="top", judge="model"),
+        ranked(name="dpo-top-model", keep="top", judge="model"),
         # Ranked by what the student does right anyway, see `about`.
         quarter(name="dpo-top-steps", keep="top", by="step_coherence"),
-        quarter(name="dpo-matched", keep="matched"),
+        ranked(name="dpo-matched", keep="matched"),
         control(name="sft-strong", objective="sft"),
         control(name="dpo-coin", direction="coin"),
         Arm(name="dpo-reversed", chosen="weak", rejected="strong", group="control"),

@@ -339,15 +339,17 @@ class Arm(Fields):
     # Generator that writes the rejected traces; the same one: two samples, see `direction`.
     rejected: str = ""
     # "generator" (as named; two samples of one: the second is chosen), a judge's name, or "coin"
-    # (half of the pairs turned around by chance: a placebo).
+    # (half of the pairs turned around by chance: a placebo, of a stratum with no right side and of
+    # all or random pairs).
     direction: str = "generator"
     # One of KEEPS, or "module:function" (docs/extend.md), which returns the pairs to keep.
     keep: str = "all"
     # What RANKED keeps rank by: a dimension, or "sum" of them all, as judged by `judge`, or
     # "reference_margin": log-probability of the chosen trace minus that of the rejected one under
-    # the reference, in nats. The same ratings choose "best" and "worst" samples.
+    # the reference, in nats. The same ratings choose "best" and "worst" samples; without either it
+    # stays "sum".
     by: str = "sum"
-    # Whose ratings the selection uses; "": the first judge.
+    # Whose ratings shape the pairs, where `direction` names no judge; "": the first judge.
     judge: str = ""
     # Share of the pool of pairs kept.
     fraction: float = 1.0
@@ -468,7 +470,7 @@ class Suite(Fields):
 
     # What figures and tables call it.
     name: str = ""
-    # "in" or "out" of the training domain.
+    # "in" or "out" of the training domain; not in "tuning".
     domain: str = "in"
     # Evaluation questions; training questions that overlap them are dropped.
     prompts: Prompts = dataclasses.field(default_factory=Prompts)
@@ -738,11 +740,10 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     if e.claims:
         return e.claims
     domain = "out" if "out" in domains_of(e.suites) else "in"
-    ladders = [a.objective for a in e.arms if a.group == "ladder"]
     slopes = [
         Claim(kind="slope", objective=o, domain=domain, margin=0.5)
-        for o in dict.fromkeys(ladders)
-        if ladders.count(o) > 2
+        for o in dict.fromkeys(a.objective for a in e.arms if a.group == "ladder")
+        if len(ladder_of(e.arms, o)) > 2
     ]
     contrasts = [
         Claim(kind="contrast", a=a.name, b=b.name, domain=domain)
@@ -779,6 +780,26 @@ def differing(a: Arm, b: Arm) -> set[str]:
         for name in fields - {"name", "group", "seeds", "draws"}
         if getattr(a, name) != getattr(b, name)
     }
+
+
+def ladder_of(arms: Sequence[Arm], objective: str) -> list[Arm]:
+    """The rungs of an objective's ladder: arms of its group that differ in generators alone.
+
+    Their generators direct their pairs, because a pair that a judge or a coin directed is not
+    chosen for its author. Where arms of the group differ in more, such as a selection or a budget,
+    the rungs are the most that are alike, and the first of those where as many are.
+    """
+    ours = [
+        a for a in arms if (a.group, a.objective, a.direction) == ("ladder", objective, "generator")
+    ]
+    alike = [[b for b in ours if not differing_rungs(a, b)] for a in ours]
+    return max(alike, key=len, default=[])
+
+
+def differing_rungs(a: Arm, b: Arm) -> set[str]:
+    """Fields in which two arms differ apart from their generators, of those that are read."""
+    unread = set() if uses_ratings(a) or uses_ratings(b) else {"judge", "by"}
+    return differing(a, b) - {"chosen", "rejected"} - unread
 
 
 def as_many_at_random(a: Arm, b: Arm) -> bool:

@@ -63,6 +63,7 @@ from deltapref_jax.config import (
     is_balanced,
     judge_of,
     need_reasoning_gym,
+    samples_of,
     uses_ratings,
 )
 from deltapref_jax.display import printable
@@ -284,12 +285,13 @@ def _check_prompts(field: str, prompts: Prompts) -> None:
         ("revision", own or prompts.kind == "hub"),
         ("tasks", own or not stored),
         ("difficulty", own or prompts.kind == "synthetic"),
+        ("seed", own or not stored or prompts.count),
         ("prompt_field", stored),
         ("answer_field", stored),
         ("checker", stored),
     ):
         value, default = getattr(prompts, name), getattr(Prompts(), name)
-        reason = f"its kind is {prompts.kind!r}"
+        reason = "its count is 0" if name == "seed" else f"its kind is {prompts.kind!r}"
         _refuse_unread(f"{field}.{name}", value, default, is_read, reason)
 
 
@@ -409,6 +411,12 @@ def _check_unused(single: PairTraining) -> None:
             Training().finishes,
             False,
             "a file does not say how its answers ended",
+        ),
+        (
+            "data.split",
+            Pairs().split,
+            not single.data.path.endswith((".jsonl", ".json", ".parquet")),
+            "config.data.path names a file",
         ),
         (
             "data.truncation_mode",
@@ -538,6 +546,7 @@ def _check_suites(suites: Sequence[Suite]) -> None:
         _check_count(f"config.suites[{s}].samples", suite.samples, high=10**6)
         _check_strength(f"config.suites[{s}].temperature", suite.temperature)
         _check_readout(f"config.suites[{s}]", suite)
+        _check_greedy(f"config.suites[{s}].samples", suite.samples, suite.temperature)
     if suites and not domains_of(suites):
         raise ConfigError(
             "Every suite of config.suites is a second read-out, and none is averaged into a "
@@ -549,7 +558,9 @@ def _check_readout(field: str, suite: Suite) -> None:
     """Checks the fields of a second read-out."""
     check_choice(f"{field}.readout", suite.readout, READOUTS)
     is_pass = suite.readout == "pass"
-    _refuse_unread(f"{field}.k", suite.k, 0, is_pass, f"its readout is {suite.readout!r}")
+    reason = f"its readout is {suite.readout!r}"
+    _refuse_unread(f"{field}.k", suite.k, 0, is_pass, reason)
+    _refuse_unread(f"{field}.domain", suite.domain, "in", suite.readout != TUNING, reason)
     if is_pass and not 1 <= suite.k <= suite.samples:
         raise ConfigError(
             f"{field}.k is {suite.k} and its samples {suite.samples}; pass@k is measured on k "
@@ -559,6 +570,15 @@ def _check_readout(field: str, suite: Suite) -> None:
         raise ConfigError(
             f"{field}.temperature is 0, at which all samples of a question are one; set it above 0 "
             "for the readout 'pass'."
+        )
+
+
+def _check_greedy(field: str, samples: int, temperature: float) -> None:
+    """Refuses several samples that are one."""
+    if samples > 1 and not temperature:
+        raise ConfigError(
+            f"{field} is {samples} and its temperature is 0, at which all samples are one; leave "
+            "samples at 1, or set the temperature above 0."
         )
 
 
@@ -594,6 +614,10 @@ def _check_models(e: Experiment) -> None:
         _check_range(f"top_p of generator {g.name!r}", g.top_p, 1e-6, 1)
         _check_range(f"top_k of generator {g.name!r}", g.top_k, 0, 2**24, "no vocabulary has more")
         _check_count(f"samples of generator {g.name!r}", g.samples, high=10**6)
+        _check_greedy(f"samples of generator {g.name!r}", g.samples, g.temperature)
+        for field, value, off in (("top_p", g.top_p, 1.0), ("top_k", g.top_k, 0)):
+            name, greedy = f"{field} of generator {g.name!r}", "its temperature is 0"
+            _refuse_unread(name, value, off, g.temperature, greedy)
     for j in e.judges:
         check_choice(f"kind of judge {j.name!r}", j.kind, JUDGE_KINDS)
         _check_strength(f"noise of judge {j.name!r}", j.noise)
@@ -604,6 +628,10 @@ def _check_models(e: Experiment) -> None:
             )
         for dimension in j.dimensions:
             check_choice(f"dimension of judge {j.name!r}", dimension, DIMENSIONS)
+        if len(set(j.dimensions)) < len(j.dimensions):
+            raise ConfigError(
+                f"dimensions of judge {j.name!r} is {j.dimensions!r}; name each once."
+            )
         _check_mean(j, e.judges)
         kind = f"its kind is {j.kind!r}"
         noisy = j.kind == "exact" and j.noise
@@ -752,17 +780,47 @@ def _check_arms(e: Experiment) -> None:
             )
         if a.judge:
             check_choice(f"judge {where}", a.judge, judges)
-            is_read = a.direction in (*UNJUDGED, a.judge)
-            by_another = f"its direction is {a.direction!r}"
-            _refuse_unread(f"judge {where}", a.judge, "", is_read, by_another)
-        if a.by == REFERENCE_MARGIN:
-            unranked = f"its keep is {a.keep!r}"
-            _refuse_unread(f"by {where}", a.by, "sum", a.keep in RANKED, unranked)
-        elif rated:
+            judged = a.direction not in UNJUDGED
+            reason = f"its direction is {a.direction!r}" if judged else "no ratings shape its pairs"
+            _refuse_unread(f"judge {where}", a.judge, "", rated and not judged, reason)
+        if rated and a.by != REFERENCE_MARGIN:
             dimensions = judges[judge_of(e, a)].dimensions
             check_choice(f"by {where}", a.by, ("sum", *dimensions, REFERENCE_MARGIN))
+        unranked = f"its keep is {a.keep!r}"
+        rated_samples = {"best", "worst"} & set(samples_of(a)) and a.by != REFERENCE_MARGIN
+        _refuse_unread(f"by {where}", a.by, "sum", a.keep in RANKED or rated_samples, unranked)
+        if a.keep in KEEPS and a.keep != "all" and a.fraction == 1 and not a.pairs:
+            raise ConfigError(
+                f"keep {where} is {a.keep!r} and its fraction of 1 keeps every pair; set fraction "
+                "below 1, or pairs, or leave keep at 'all'."
+            )
+        if a.direction == "coin":
+            _check_coin(e, a)
     _check_shared_strata(e)
     _check_balance(e)
+
+
+def _check_coin(e: Experiment, a: Arm) -> None:
+    """Refuses what tells the two sides of a pair apart after a coin was thrown: no placebo is left.
+
+    A stratum of right over wrong pairs would keep those that the coin left, or turned, so.
+    """
+    symmetric = [s for s in STRATA if s == "any" or len(set(_VERDICTS[s])) == 1]
+    for field, allowed in (("stratum", symmetric), ("keep", ("all", "random"))):
+        value = getattr(a, field)
+        if value not in allowed:
+            raise ConfigError(
+                f"{field} of arm {a.name!r} is {value!r}, which tells chosen from rejected, and "
+                "its direction 'coin', whose pairs would be directed again; choose one of "
+                f"{', '.join(map(repr, allowed))}."
+            )
+    o = next(o for o in e.objectives if o.name == a.objective)
+    if OBJECTIVE_KINDS[o.kind].unit == "token" or o.nll_weight:
+        raise ConfigError(
+            f"direction of arm {a.name!r} is 'coin', and its objective {o.name!r} imitates the "
+            "chosen traces, whoever wrote them, so that it is no placebo; choose an objective of "
+            "pairs or examples without nll_weight."
+        )
 
 
 def _check_samples(a: Arm, generators: Mapping[str, Generator]) -> None:
@@ -787,8 +845,9 @@ def _check_balance(e: Experiment) -> None:
             "'', or give two arms of group 'ladder' other generators."
         )
     for a in rungs:
-        if a.keep != "all" or uses_ratings(a):
+        if a.keep != "all" or uses_ratings(a) or a.direction == "coin":
             why = f"keep is {a.keep!r}" if a.keep != "all" else "pairs are shaped by ratings"
+            why = "direction is 'coin'" if a.direction == "coin" else why
             raise ConfigError(
                 f"Arm {a.name!r} is a rung of a ladder with config.balance {balance!r}, and its "
                 f"{why}; give it another group, or leave config.balance at ''."

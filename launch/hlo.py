@@ -403,6 +403,13 @@ def _memory(
         changed = operands[-1] if opcode == "scatter" else operands[1]
         return 2.0 * changed.traffic
     body = computations.get(instruction.called("calls")) if opcode == "fusion" else None
+    if opcode == "custom-call" and "output_to_operand_aliasing" in instruction.rest:
+        # A kernel that changes its operands in place reads at most all of them.
+        pairs = instruction.rest.split("output_to_operand_aliasing={", 1)[1].split("}}")[0]
+        given = (operands[int(n)] for n in re.findall(r": \((\d+)", pairs))
+        return (
+            instruction.traffic + sum(o.traffic for o in operands) - sum(o.traffic for o in given)
+        )
     if body is None:
         return float(instruction.traffic + sum(operand.traffic for operand in operands))
     return _fusion_memory(instruction, operands, body, computations)

@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 import re
 import sys
+import types
 import typing
 
 import pytest
@@ -374,6 +375,118 @@ CASES = [  # path of a field, value, sentence
         Arm("top", "strong", "weak", direction="m", by="step_coherence"),
         "by of arm 'top' is 'step_coherence'; choose one of 'sum', 'factuality', "
         "'signal_to_noise', 'reference_margin'.",
+    ),
+    (
+        "arms.2",
+        Arm("top", "strong", "weak", direction="m", judge="m"),
+        "judge of arm 'top' is 'm' and nothing reads it, for its direction is 'm'; leave it at ''.",
+    ),
+    (
+        "arms.0.judge",
+        "m",
+        "judge of arm 'a' is 'm' and nothing reads it, for no ratings shape its pairs; leave it at "
+        "''.",
+    ),
+    (
+        "arms.2",
+        Arm("top", "strong", "weak", keep="random", fraction=0.5, judge="n"),
+        "judge of arm 'top' is 'n' and nothing reads it, for no ratings shape its pairs; leave it "
+        "at ''.",
+    ),
+    (
+        "arms.2",
+        Arm("top", "strong", "weak", keep="top", by="reference_margin", fraction=0.5, judge="n"),
+        "judge of arm 'top' is 'n' and nothing reads it, for no ratings shape its pairs; leave it "
+        "at ''.",
+    ),
+    (
+        "arms.0.by",
+        "step_coherence",
+        "by of arm 'a' is 'step_coherence' and nothing reads it, for its keep is 'all'; leave it "
+        "at 'sum'.",
+    ),
+    (
+        "arms.2.keep",
+        "random",
+        "by of arm 'top' is 'factuality' and nothing reads it, for its keep is 'random'; leave it "
+        "at 'sum'.",
+    ),
+    (
+        "arms.2",
+        Arm("top", "strong", "weak", direction="m", by="factuality"),
+        "by of arm 'top' is 'factuality' and nothing reads it, for its keep is 'all'; leave it at "
+        "'sum'.",
+    ),
+    (
+        "arms.1",
+        Arm("zero", "weak", "weak", chosen_sample="best", by="reference_margin"),
+        "by of arm 'zero' is 'reference_margin' and nothing reads it, for its keep is 'all'; leave "
+        "it at 'sum'.",
+    ),
+    (
+        "arms.2.fraction",
+        1.0,
+        "keep of arm 'top' is 'top' and its fraction of 1 keeps every pair; set fraction below 1, "
+        "or pairs, or leave keep at 'all'.",
+    ),
+    *(
+        (
+            "arms.0",
+            Arm("a", "strong", "weak", direction="coin", stratum=stratum),
+            f"stratum of arm 'a' is '{stratum}', which tells chosen from rejected, and its "
+            "direction 'coin', whose pairs would be directed again; choose one of 'any', "
+            "'both_right', 'both_wrong'.",
+        )
+        for stratum in ("chosen_right", "right_wrong", "wrong_right")
+    ),
+    *(
+        (
+            "arms.0",
+            Arm("a", "strong", "weak", direction="coin", keep=keep, fraction=0.5),
+            f"keep of arm 'a' is '{keep}', which tells chosen from rejected, and its direction "
+            "'coin', whose pairs would be directed again; choose one of 'all', 'random'.",
+        )
+        for keep in ("top", "bottom", "middle", "matched")
+    ),
+    (
+        "judges.0.dimensions",
+        ("factuality", "factuality"),
+        "dimensions of judge 'm' is ('factuality', 'factuality'); name each once.",
+    ),
+    (
+        "generators.1",
+        Generator("strong", temperature=0.0, top_p=0.9),
+        "top_p of generator 'strong' is 0.9 and nothing reads it, for its temperature is 0; leave "
+        "it at 1.0.",
+    ),
+    (
+        "generators.1",
+        Generator("strong", temperature=0.0, top_k=4),
+        "top_k of generator 'strong' is 4 and nothing reads it, for its temperature is 0; leave it "
+        "at 0.",
+    ),
+    (
+        "generators.0.temperature",
+        0.0,
+        "samples of generator 'weak' is 2 and its temperature is 0, at which all samples are one; "
+        "leave samples at 1, or set the temperature above 0.",
+    ),
+    (
+        "suites.0",
+        Suite("s", "in", Prompts(tasks=("shop",), count=5), samples=4, temperature=0.0),
+        "config.suites[0].samples is 4 and its temperature is 0, at which all samples are one; "
+        "leave samples at 1, or set the temperature above 0.",
+    ),
+    (
+        "suites",
+        (*GOOD.suites, Suite("t", "out", Prompts(tasks=("shop",), count=5), readout="tuning")),
+        "config.suites[1].domain is 'out' and nothing reads it, for its readout is 'tuning'; leave "
+        "it at 'in'.",
+    ),
+    (
+        "prompts.1.seed",
+        3,
+        "config.prompts[1].seed is 3 and nothing reads it, for its count is 0; leave it at 0.",
     ),
     (
         "judges.0.noise",
@@ -908,6 +1021,11 @@ def test_two_fields_that_are_one_object_are_refused():
             "'random'; give it another group, or leave config.balance at ''.",
         ),
         (
+            {"direction": "coin"},
+            "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its direction is "
+            "'coin'; give it another group, or leave config.balance at ''.",
+        ),
+        (
             {"direction": "m"},
             "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its pairs are "
             "shaped by ratings; give it another group, or leave config.balance at ''.",
@@ -965,6 +1083,44 @@ def test_strata_that_share_prompts(fields, strata, sentence):
     with pytest.raises(ConfigError) as error:
         validate(e)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective("dpo", kind="sft"), Objective("dpo", nll_weight=0.2)]
+)
+def test_a_coin_is_no_placebo_for_what_imitates(objective):
+    e = copy.deepcopy(GOOD)
+    e.arms[0].direction = "coin"
+    assert validate(e) is e
+    e.objectives = (objective, e.objectives[1])
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        "direction of arm 'a' is 'coin', and its objective 'dpo' imitates the chosen traces, "
+        "whoever wrote them, so that it is no placebo; choose an objective of pairs or examples "
+        "without nll_weight."
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"direction": "coin", "stratum": "both_wrong"},
+        {"direction": "coin", "keep": "random", "fraction": 0.5},
+        {"direction": "coin", "chosen": "weak", "chosen_sample": "right"},
+        {"chosen": "weak", "chosen_sample": "best", "by": "factuality", "judge": "m"},
+        {"keep": "matched", "fraction": 0.5, "by": "factuality", "judge": "m"},
+        {"keep": "no_file_functions:pick", "judge": "n"},
+        {"keep": "top", "pairs": 3, "by": "reference_margin"},
+    ],
+)
+def test_what_an_arm_reads_is_right(fields, monkeypatch):
+    own = types.ModuleType("no_file_functions")
+    own.pick = lambda candidates, k, seed: []
+    monkeypatch.setitem(sys.modules, "no_file_functions", own)
+    arm = Arm(**{"name": "a", "chosen": "strong", "rejected": "weak"} | fields)
+    e = dataclasses.replace(copy.deepcopy(GOOD), arms=(arm,))
+    assert validate(e) is e
 
 
 def test_a_reference_that_a_selection_reads_is_right():

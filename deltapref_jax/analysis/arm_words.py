@@ -1,8 +1,18 @@
 """What an arm is, in words: two arms that are trained differently never have the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from deltapref_jax.config import KEEPS, RANKED, REFERENCE_MARGIN, UNJUDGED, Arm, samples_of
+from deltapref_jax.config import (
+    KEEPS,
+    RANKED,
+    REFERENCE_MARGIN,
+    UNJUDGED,
+    Arm,
+    Experiment,
+    is_tuned,
+    samples_of,
+    training_of,
+)
 
 _RANKED_WORDS = {
     "top": "of the largest {}",
@@ -59,6 +69,55 @@ def step_words(arm: Arm) -> list[str]:
 def budget_words(arm: Arm) -> str:
     """The steps or epochs of an arm that has its own; "" elsewhere."""
     return f"{arm.steps} steps" if arm.steps else f"{arm.epochs:.10g} epochs" if arm.epochs else ""
+
+
+def training_words(e: Experiment, arms: Sequence[Arm], smallest: int | None) -> str:
+    """The steps of some arms of a study: what the config gives, and how many have their own.
+
+    Args:
+      e: the config.
+      arms: that the page has.
+      smallest: fewest pairs of any of them; None where that is not known.
+    """
+    t, own = e.training, [a for a in arms if training_of(e.training, a) != e.training]
+    size = f"{'up to ' * (smallest is not None and smallest < t.pairs_per_step)}{t.pairs_per_step}"
+    if t.budget == "steps":
+        usual = f"{t.steps} steps of {size} pairs, however many an arm keeps"
+    else:
+        epochs = f"{t.epochs:.10g} epoch{'s' * (t.epochs != 1)}"
+        usual = f"{epochs} of an arm's pairs in steps of {size}"
+    if not own:
+        return usual
+    return (
+        f"{usual}, unless the table of arms under Training says otherwise ({len(own)} of "
+        f"{len(arms)} arms have steps, epochs or pairs a step of their own)"
+    )
+
+
+def objective_words(e: Experiment, arms: Sequence[Arm], chosen: Mapping[str, str]) -> list[str]:
+    """Every objective with its learning rate, as it was given or chosen, and its beta.
+
+    Args:
+      e: the config.
+      arms: that the page has.
+      chosen: objective → learning rate, of those that were chosen.
+    """
+    described = []
+    for o in e.objectives:
+        trained = [a for a in arms if a.objective == o.name]
+        own = [a for a in trained if a.learning_rate]
+        rate = f"learning rate {o.learning_rate:.10g}"
+        if any(is_tuned(e, a) for a in trained) or (o.rates and not trained):
+            tried = f"of the {len(o.rates)} that were tried"
+            rate = (
+                f"learning rate {chosen[o.name]}, chosen {tried}"
+                if o.name in chosen
+                else (f"learning rate chosen {tried}")
+            )
+        if own:
+            rate += f", but in {len(own)} of its {len(trained)} arms their own"
+        described.append(f"{o.name} ({rate}{f', beta {o.beta:.10g}' * (o.kind != 'sft')})")
+    return described
 
 
 def arm_words(arm: Arm, judge: str, balance: str = "") -> str:

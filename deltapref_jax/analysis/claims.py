@@ -1,16 +1,25 @@
 """Claims in words: what is compared, what became of it, and whether one rung decides it."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from deltapref_jax.analysis.arm_words import arm_words, run_words
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, points
 from deltapref_jax.analysis.page import Measured
+from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.config import Arm, Claim, Experiment, is_balanced, judge_of, uses_ratings
 
 RUNG_RULE = (
-    "A slope hangs on one rung where leaving it out turns its sign, or decides whether it is "
-    "shown; p is adjusted over the same claims, by the same draws."
+    "A slope hangs on a rung where the slope of the other rungs lies outside of its interval; the "
+    "whole slope minus it is by the same draws, with p adjusted over the rungs."
 )
+
+
+class WithoutRung(NamedTuple):
+    """What a slope is without one of its rungs."""
+
+    slope: Estimate  # over the others
+    difference: Measured  # the whole slope minus it, adjusted over the rungs
 
 
 def claim_words(claim: Claim) -> str:
@@ -46,6 +55,8 @@ def _described(e: Experiment, arm: Arm) -> str:
 def claim_verdict(claim: Claim, effect: Measured | None) -> str:
     """One of: not measured, shown (a gain or a loss), equivalent at the margin, undecided."""
     if effect is None:
+        if claim.kind == "slope":
+            return "not measured: it takes three rungs, of more than one generator delta"
         return "not measured: an arm of it is missing"
     if effect.shown:
         direction = "gain" if effect.estimate.value > 0 else "loss"
@@ -56,36 +67,26 @@ def claim_verdict(claim: Claim, effect: Measured | None) -> str:
     return f"undecided: neither shown nor within ±{claim.margin:g}"
 
 
-def rung_sentence(slope: Measured, without: Mapping[str, Measured | None]) -> str:
-    """Whether a slope hangs on one rung (RUNG_RULE), and what it is without it; "" if it does not.
+def rung_sentence(slope: Estimate, without: Mapping[str, WithoutRung | None]) -> str:
+    """Which rungs a slope hangs on (RUNG_RULE), and what it is without them; "" if on none.
 
     Args:
       slope: over all rungs.
-      without: by rung, the slope over the others, adjusted as `slope` is; None where they have
-        none.
+      without: by rung; None where the others have no slope.
     """
-    found = {name: m for name, m in without.items() if m is not None}
-    if not found:
+    if not any(without.values()):
         return f"Hangs on every one of its {len(without)} rungs: without one, no slope is left."
-    decides = [name for name, m in found.items() if m.shown != slope.shown]
-    turns = [
-        name
-        for name, m in found.items()
-        if name not in decides and m.estimate.value * slope.estimate.value < 0
-    ]
-    left = {
-        name: f"{points(m.estimate, 2)}, {'' if m.shown else 'not '}shown (p = {m.p_adjusted:.3f})"
-        for name, m in found.items()
-    }
-    left |= {name: "no slope is left" for name, m in without.items() if m is None}
-    groups = (
-        ("Whether there is a slope", [name for name in without if name not in found]),
-        ("Whether it is shown", decides),
-        ("Its sign", turns),
-    )
-    return " ".join(
-        f"{what} hangs on {'one rung' if len(names) == 1 else 'single rungs'}, "
-        f"{'; '.join(f'without {name}: {left[name]}' for name in names)}."
-        for what, names in groups
-        if names
-    )
+    left = {}
+    for name, rest in without.items():
+        if rest is None:
+            left[name] = "no slope is left"
+        elif not slope.low <= rest.slope.value <= slope.high:
+            d = rest.difference
+            left[name] = (
+                f"it is {points(rest.slope, 2)} (the whole minus it: {points(d.estimate, 2)}, "
+                f"{'' if d.shown else 'not '}shown, p = {max(d.p_adjusted, 0.001):.3f})"
+            )
+    if not left:
+        return ""
+    text = "; ".join(f"without {name} {words}" for name, words in left.items())
+    return f"Hangs on {'one rung' if len(left) == 1 else 'single rungs'}: {text}."

@@ -7,7 +7,9 @@ negative   chosen and rejected exchanged                 worse than the pairs as
 
 Two seeds of an arm are compared with the noise that the other arms measured: what they differ by
 would hide itself in their own. A control of no difference comes out where none is shown and its
-interval excludes all that are larger than `bound`; an interval that allows more says nothing.
+intervals exclude, in every domain, all that are larger than `bound`; one that allows more says
+nothing. The verdict names what the widest of them allows. A negative control comes out where its
+difference is shown in every domain.
 """
 
 import itertools
@@ -18,6 +20,7 @@ import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.components import Kind, Noise
+from deltapref_jax.analysis.findings import DOMAIN_WORDS
 from deltapref_jax.analysis.page import ControlResult, MeasuredBy
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.config import (
@@ -106,21 +109,23 @@ def controls(study: Study, kinds: Mapping[str, Kind]) -> list[ControlResult]:
             for e in of_control[i].values()
             for name in _names(i, control)
         ]
-        came_out, reason = _judged(kind, effects, noise, bound(study.experiment))
+        came_out, reason = judged(kind, effects, noise, bound(study.experiment, control))
         results.append(ControlResult(kind, what, names, effects, _EXPECTED[kind], came_out, reason))
     return results
 
 
-def bound(e: Experiment) -> float:
+def bound(e: Experiment, control: _Control) -> float:
     """The largest difference that the interval of a control of no difference may allow, in points.
 
-    Four times the smallest margin of the claims that compare arms. Where a claim is a contrast of
-    two arms of three seeds that can be equivalent at its margin m, the half width of a 90% interval
-    is at most m; two single seeds then have a 95% interval of ± √3 · 1.96 / 1.645 m = ± 2.06 m, and
-    their difference is off by as much again.
+    The smallest margin m of the claims that compare arms: what a control leaves open must not
+    matter to a claim. Of two single seeds it is 4 m. Where a claim is a contrast of two arms of
+    three seeds that can be equivalent at m, the half width of a 90% interval is at most m; two
+    single seeds then have a 95% interval of ± √3 · 1.96 / 1.645 m = ± 2.06 m, and their difference
+    is off by as much again. No other control has so few runs for a reason.
     """
     margins = [claim.margin for claim in claims_of(e) if claim.kind != "slope"]
-    return 4 * min(margins, default=Claim().margin)
+    single = control.kind == "null" and len(control.a) == len(control.b) == 1
+    return (4 if single else 1) * min(margins, default=Claim().margin)
 
 
 def _names(i: int, control: _Control) -> list[str]:
@@ -138,10 +143,10 @@ def _compared_with(e: fx.Effects, control: _Control, names: Sequence[str]) -> fx
     return e.measured_without(control.arms[0], names) if within else e
 
 
-def _judged(
+def judged(
     kind: str, effects: MeasuredBy, noise: Sequence[Noise], most: float
 ) -> tuple[bool | None, str]:
-    """Whether a control came out in all domains; None if that is undecided, and why.
+    """Whether a control came out in all domains; None if that is undecided. What that rests on.
 
     Args:
       kind: of the control.
@@ -149,21 +154,33 @@ def _judged(
       noise: that they were compared with, of every domain.
       most: `bound`.
     """
-    gains = [e.estimate.value > 0 for e in effects.values() if e.shown]
+    gains = [d for d, e in effects.items() if e.shown and e.estimate.value > 0]
+    losses = [d for d, e in effects.items() if e.shown and e.estimate.value < 0]
     if kind == "negative":
-        return (all(gains), "") if gains else (None, "no difference is shown")
+        rest = [d for d in effects if d not in gains]
+        if losses:
+            return False, f"the exchanged pairs do better {_in(losses)}"
+        if not gains:
+            return None, "no difference is shown"
+        found = f"a difference is shown {_in(gains)}"
+        return (None, f"{found}, none {_in(rest)}") if rest else (True, found)
     if kind in _MEASURED and any(getattr(n, _MEASURED[kind]) is None for n in noise):
         return None, f"no other arm has several {_MEASURED[kind]}s to compare with"
-    if any(gains) if kind == "placebo" else gains:
-        return False, ""
     # A placebo may be worse than the student.
+    placebo = kind == "placebo"
+    if wrong := gains if placebo else gains + losses:
+        return False, f"a {'gain' if placebo else 'difference'} is shown {_in(wrong)}"
     allowed = max(
-        e.estimate.high if kind == "placebo" else max(-e.estimate.low, e.estimate.high)
+        e.estimate.high if placebo else max(-e.estimate.low, e.estimate.high)
         for e in effects.values()
     )
     if allowed > most:
         return None, f"up to {allowed:.1f} points are not excluded, of at most {most:g}"
-    return True, ""
+    return True, f"no gain above {allowed:+.1f}" if placebo else f"to within ±{allowed:.1f}"
+
+
+def _in(domains: Sequence[str]) -> str:
+    return " and ".join(DOMAIN_WORDS[d] for d in domains)
 
 
 def _within(arms: Sequence[Arm]) -> list[_Control]:

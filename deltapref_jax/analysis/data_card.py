@@ -72,7 +72,7 @@ def _why(study: Study, summary: Summary, proposal: Proposal) -> list[str]:
         f"- Budget: {cell(proposal.budget)}.",
     ]
     if doubt:
-        lines.append(f"- {MARK} The judge is below the bar: {cell(doubt)}.")
+        lines.append(f"- {MARK} The judge is below the bar or not measured: {cell(doubt)}.")
     if counts["tied_at_cut"]:
         lines.append(
             f"- Ties: {counts['tied_at_cut']:,.0f} of {counts['pool']:,.0f} pairs of the pool are "

@@ -29,13 +29,21 @@ COLOURS = {  # by objective, selection, or side of a pair
     "kto": "#d1495b",
     "sft": "#8a8a8a",
     "top": "#1f6f8b",
+    "bottom": "#d1495b",
+    "middle": "#6a4c93",
     "random": "#8a8a8a",
     "matched": "#e09f3e",
+    "all": "#1c2430",
     "chosen": "#1f6f8b",
     "rejected": "#d1495b",
 }
-_SEVERAL = ("#1f6f8b", "#d1495b", "#e09f3e", "#6a4c93", "#2a7d46", "#8a8a8a")  # students in turn
+# In turn, of what has no colour of its own.
+_SEVERAL = ("#1f6f8b", "#d1495b", "#e09f3e", "#6a4c93", "#2a7d46", "#8a8a8a", "#b5651d", "#d16ba5")
 _MARKERS = "oDsv^P"
+_DASHES = ("-", "--", ":", "-.")
+_ACROSS = 4  # parts of a figure beside each other, in its file
+_TITLE = 62  # characters of a panel's title in one line
+_LEGEND = 56  # likewise of its legend, whose every entry has a sample of eight more
 
 plt.rcParams.update(
     {
@@ -61,33 +69,70 @@ class Point(NamedTuple):
     x: float
     y: Estimate  # change in points
     label: str = ""
+    columns: Mapping[str, object] = {}  # what the arm is, for the CSV; alike in all of a figure
 
 
 class Line(NamedTuple):
     """Arms that belong together."""
 
     name: str
-    colour: str  # key of COLOURS
+    colour: str  # of `colours`
     points: Sequence[Point]
     # x and y of the trend's centre, and its slope; without a trend the points are joined.
     trend: tuple[float, float, float] | None = None
-    dashed: bool = False
+    style: int = 0  # marker and dashes of lines of one colour
+
+
+def colours(wanted: Mapping[str, str]) -> dict[str, str]:
+    """A colour for every name: that of its key in `COLOURS` if it is free, or another.
+
+    Args:
+      wanted: name → what may be a key of `COLOURS`.
+    """
+    found: dict[str, str] = {}
+    for name, key in wanted.items():
+        if key in COLOURS and COLOURS[key] not in found.values():
+            found[name] = COLOURS[key]
+    for i, name in enumerate(name for name in wanted if name not in found):
+        free = [colour for colour in _SEVERAL if colour not in found.values()]
+        found[name] = free[0] if free else _SEVERAL[i % len(_SEVERAL)]
+    return found
 
 
 class Drawn(NamedTuple):
     """A figure, and the numbers in it."""
 
-    svg: str  # one <svg> element that fits its container's width
+    parts: Sequence[str]  # <svg> elements, which a page sets beside or below each other as they fit
     csv: str  # a header and a row per drawn point
 
+    @property
+    def svg(self) -> str:
+        """One <svg> element, with the parts beside each other."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        placed, across, top = [], 0.0, 0.0
+        for i in range(0, len(self.parts), _ACROSS):
+            left, height = 0.0, 0.0
+            for part in self.parts[i : i + _ACROSS]:
+                w, h = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', part)[0])
+                at = f'<svg x="{left:.6g}" y="{top:.6g}" width="{w:.6g}" height="{h:.6g}" '
+                placed.append(part.replace("<svg ", at, 1))
+                left, height = left + w, max(height, h)
+            across, top = max(across, left), top + height
+        inside = "\n".join(placed)
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across:.6g} {top:.6g}">'
+        return f"{head}\n{inside}</svg>\n"
 
-def _drawn(figure: Figure, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Drawn:
-    """The figure with its numbers; closes the figure."""
+
+def _drawn(
+    figures: Sequence[Figure], header: Sequence[str], rows: Iterable[Sequence[object]]
+) -> Drawn:
+    """The figures, as parts of one, with their numbers; closes them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    return Drawn(_svg(figure), xml_text(text.getvalue()))
+    return Drawn([_svg(figure) for figure in figures], xml_text(text.getvalue()))
 
 
 def _svg(figure: Figure) -> str:
@@ -101,9 +146,10 @@ def _svg(figure: Figure) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    return re.sub(
-        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg \1class="figure"', text, count=1
-    )
+    # A page makes it smaller by a third before it sets it below another, and never larger.
+    width = float(re.findall(r'<svg [^>]*?width="([^"]*)pt"', text)[0])
+    style = f'class="figure" style="max-width:{width:.4g}pt;flex-basis:{width / 1.5:.4g}pt"'
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf"<svg \1{style}", text, count=1)
 
 
 def _lines(axes: Axes, lines: Sequence[Line]) -> None:
@@ -120,19 +166,18 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
         x = [p.x + shift for p in points]
         y = [p.y.value for p in points]
         bars = [[p.y.value - p.y.low for p in points], [p.y.high - p.y.value for p in points]]
-        colour = COLOURS.get(line.colour, "#555555")
         joined = line.trend is None and len(points) > 1
         axes.errorbar(
             x,
             y,
             yerr=bars,
-            marker="D" if line.dashed else "o",
+            marker=_MARKERS[line.style % len(_MARKERS)],
             markersize=5,
             capsize=3,
             linewidth=1.4,
             label=line.name,
-            color=colour,
-            linestyle=("--" if line.dashed else "-") if joined else "none",
+            color=line.colour,
+            linestyle=_DASHES[line.style % len(_DASHES)] if joined else "none",
         )
         if line.trend:
             centre, height, slope = line.trend
@@ -140,15 +185,15 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
             axes.plot(
                 ends,
                 [height + slope * (end - centre) for end in ends],
-                color=colour,
+                color=line.colour,
                 linewidth=1.2,
                 alpha=0.5,
             )
-    for label in dict.fromkeys(p.label for line in lines for p in line.points):
-        named = [p for line in lines for p in line.points if p.label == label]
+    everything = [p for line in lines for p in line.points]
+    for label, at in dict.fromkeys((p.label, p.x) for p in everything if p.label):
         axes.annotate(
             label,
-            (named[0].x, max(p.y.high for p in named)),
+            (at, max(p.y.high for p in everything if (p.label, p.x) == (label, at))),
             textcoords="offset points",
             xytext=(0, 4),
             ha="center",
@@ -204,7 +249,7 @@ def forest(rows: Sequence[Row], xlabel: str) -> Drawn:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(xlabel)
     return _drawn(
-        figure,
+        [figure],
         ("claim", *["student"] * several, "estimate", "low", "high", "margin"),
         (
             (row.name, *[student] * several, *e, row.margin)
@@ -215,65 +260,89 @@ def forest(rows: Sequence[Row], xlabel: str) -> Drawn:
 
 
 def panels(rows: Mapping[str, Mapping[str, Sequence[Line]]], xlabel: str) -> Drawn:
-    """Changes against x: one row of panels per key of `rows`, one panel per domain."""
-    columns = max(map(len, rows.values()))
-    figure, grid = plt.subplots(
-        len(rows), columns, figsize=(5.4 * columns, 3.5 * len(rows)), squeeze=False
-    )
-    for row, (cells, (name, domains)) in enumerate(zip(grid, rows.items(), strict=True)):
-        for axes, (domain, lines) in zip(cells, domains.items(), strict=True):
+    """Changes against x: a part per domain, in which every key of `rows` has a panel.
+
+    The panels of a part have one scale, so that what is drawn in several can be compared.
+    """
+    figures = []
+    for domain in next(iter(rows.values())):
+        height = 3.5 if len(rows) == 1 else 2.9 * len(rows)
+        figure, grid = plt.subplots(
+            len(rows), figsize=(5.4, height), squeeze=False, sharex=True, sharey=True
+        )
+        for (axes,), (name, domains) in zip(grid, rows.items(), strict=True):
+            lines = domains[domain]
             _lines(axes, lines)
+            longest = max(len(line.name) for line in lines)
+            legend = axes.legend(
+                fontsize=9,
+                loc="lower left",
+                bbox_to_anchor=(0.0, 1.0),
+                ncols=max(1, _LEGEND // (longest + 8)),
+                borderaxespad=0.2,
+                borderpad=0.0,
+                columnspacing=1.2,
+                handletextpad=0.5,
+            )
+            # The title stands above the legend, however many lines that has.
+            above = legend.get_window_extent().height * 72 / figure.dpi + 6
+            title = f"{name}, {DOMAIN_WORDS[domain]}" if name else DOMAIN_WORDS[domain]
             axes.set_title(
-                f"{name}, {DOMAIN_WORDS[domain]}" if name else DOMAIN_WORDS[domain],
+                textwrap.fill(xml_text(title), _TITLE),
                 loc="left",
                 fontweight="bold",
+                pad=above,
             )
             axes.margins(x=0.08, y=0.15)
-            if row == len(rows) - 1:
-                axes.set_xlabel(xlabel)
-        cells[0].set_ylabel("change in accuracy (points)")
-    grid[0][-1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            axes.tick_params(labelbottom=True)
+            axes.set_ylabel("change in accuracy (points)")
+        grid[-1][0].set_xlabel(xlabel)
+        figures.append(figure)
+    drawn = [
+        (name, domain, line.name, p)
+        for name, domains in rows.items()
+        for domain, lines in domains.items()
+        for line in lines
+        for p in line.points
+    ]
+    columns = next((tuple(p.columns) for *_, p in drawn), ())
     return _drawn(
-        figure,
-        ("panel", "domain", "line", "label", xlabel, "change in points", "low", "high"),
-        (
-            (name, domain, line.name, p.label, p.x, *p.y)
-            for name, domains in rows.items()
-            for domain, lines in domains.items()
-            for line in lines
-            for p in line.points
-        ),
+        figures,
+        ("panel", "domain", "line", *columns, xlabel, "change in points", "low", "high"),
+        ((*where, *p.columns.values(), p.x, *p.y) for *where, p in drawn),
     )
 
 
 def degree_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Drawn:
-    """Mean rating of the corrupted dimension against the degree of corruption, a panel per judge.
+    """Mean rating of the corrupted dimension against the degree of corruption, a part per judge.
 
     Args:
       curves: judge → dimension → ratings at degrees 0, 1, …; points of NaN are left out.
     """
-    figure, axes = plt.subplots(
-        1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False, sharey=True
-    )
+    figures = []
     palette = plt.get_cmap("viridis")
-    for panel, (judge, dimensions) in zip(axes[0], curves.items(), strict=True):
-        for i, (dimension, means) in enumerate(dimensions.items()):
+    # A dimension has one colour, also where another judge rates fewer of them.
+    every = list(dict.fromkeys(d for dimensions in curves.values() for d in dimensions))
+    for judge, dimensions in curves.items():
+        figure, axes = plt.subplots(figsize=(4.6, 3.2))
+        for dimension, means in dimensions.items():
             shown = [(degree, mean) for degree, mean in enumerate(means) if not math.isnan(mean)]
-            panel.plot(
+            axes.plot(
                 *zip(*shown, strict=True),
                 marker="o",
                 markersize=4,
                 label=dimension.replace("_", " "),
-                color=palette(i / max(len(dimensions) - 1, 1) * 0.9),
+                color=palette(every.index(dimension) / max(len(every) - 1, 1) * 0.9),
             )
-        panel.set_title(f"judge: {judge}", loc="left", fontweight="bold")
-        panel.set_xlabel("degree of corruption")
-        panel.set_xticks(range(max(map(len, dimensions.values()))))
-        panel.set_ylim(0.9, 5.1)
-    axes[0][0].set_ylabel("mean rating, corrupted dimension")
-    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.set_title(f"judge: {judge}", loc="left", fontweight="bold")
+        axes.set_xlabel("degree of corruption")
+        axes.set_xticks(range(max(map(len, dimensions.values()))))
+        axes.set_ylim(0.9, 5.1)
+        axes.set_ylabel("mean rating, corrupted dimension")
+        axes.legend(fontsize=8, loc="lower left")
+        figures.append(figure)
     return _drawn(
-        figure,
+        figures,
         ("judge", "dimension", "degree of corruption", "mean rating"),
         (
             (judge, dimension, degree, mean)
@@ -293,29 +362,25 @@ def agreement(bins: Sequence[GapBin], first: str, second: str) -> Drawn:
     axes.set_ylim(0, 1.03)
     axes.set_xlabel(f"|sample delta| by judge {first} (mean of dimensions)")
     axes.set_ylabel(f"share ordered alike by {second}")
-    return _drawn(figure, (f"gap by {first}", f"share alike by {second}", "pairs"), bins)
+    return _drawn([figure], (f"gap by {first}", f"share alike by {second}", "pairs"), bins)
 
 
 def training_curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Drawn:
-    """Log-probabilities by step: run → side → (step, nats); small multiples, one per run."""
-    columns = min(4, len(runs))
-    rows = -(-len(runs) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.2 * rows), squeeze=False)
-    for panel in axes.flat[len(runs) :]:
-        panel.set_axis_off()
-    for panel, (name, sides) in zip(axes.flat, runs.items(), strict=False):
+    """Log-probabilities by step: run → side → (step, nats); small multiples, a part per run."""
+    figures = []
+    for name, sides in runs.items():
+        figure, axes = plt.subplots(figsize=(3.1, 2.2))
         for side, values in sides.items():
-            panel.plot(*zip(*values, strict=True), label=side, color=COLOURS[side], linewidth=1.3)
-        panel.axhline(0, color="#999999", linewidth=0.8)
-        panel.set_title(name, fontsize=9, loc="left")
-        panel.tick_params(labelsize=8)
-    axes[0][0].legend(fontsize=8)
-    for row in axes:
-        row[0].set_ylabel("nats", fontsize=8)
-    for panel in axes[-1]:
-        panel.set_xlabel("step", fontsize=8)
+            axes.plot(*zip(*values, strict=True), label=side, color=COLOURS[side], linewidth=1.3)
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        axes.set_title(textwrap.fill(xml_text(name), 38), fontsize=9, loc="left")
+        axes.tick_params(labelsize=8)
+        axes.set_ylabel("nats", fontsize=8)
+        axes.set_xlabel("step", fontsize=8)
+        figures.append(figure)
+    figures[0].axes[0].legend(fontsize=8)
     return _drawn(
-        figure,
+        figures,
         ("arm", "side", "step", "nats"),
         (
             (name, side, *point)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from deltapref_jax.analysis.arm_words import data_words, measure_words, share_words, step_words
 from deltapref_jax.analysis.judges import WANTED_AUC, failings
@@ -266,26 +266,39 @@ def _arms(s: Summary) -> list[Finding]:
 
 
 def _greedy(s: Summary) -> list[Finding]:
-    """What part of the changes that were shown greedy decoding keeps, and what became sharper."""
+    """What greedy decoding takes from the changes that were shown, and what became sharper."""
     sentences = []
     before = s.student.surprise if s.student else math.nan
     for twin in (r for r in s.readouts if r.greedy_twin):
         shown = [a for a in s.arms if a.changes[twin.domain].shown]
         kept = [
-            f"{a.name} changed {a.changes[twin.domain].estimate.value:+.1f} points sampled and "
-            f"{points(twin.changes[a.name].estimate)} greedy, its answers "
+            f"{a.name} changed {twin.sampled[a.name].value:+.1f} points sampled and "
+            f"{points(twin.changes[a.name].estimate)} greedy"
+            f"{_kept(twin.sampled[a.name].value, twin.changes[a.name].estimate.value)}, sampled "
+            f"minus greedy {points(twin.lost[a.name].estimate)} "
+            f"({'' if twin.lost[a.name].shown else 'not '}shown, adjusted p = "
+            f"{max(twin.lost[a.name].p_adjusted, 0.001):.3f}); its answers "
             f"{a.surprise - before:+.3f} nats a token"
             for a in shown
         ]
         if kept:
+            some = len(twin.read_again) < twin.averaged
+            over = (
+                f", over the {len(twin.read_again)} of {twin.averaged} suites that were answered "
+                f"greedily too ({listed(twin.read_again)}),"
+            )
             text = (
-                f"{DOMAIN_WORDS[twin.domain]} {'; '.join(kept[:_MOST])}"
-                f"{f'; {len(kept) - _MOST} more in the table' if len(kept) > _MOST else ''} "
-                f"(the student before: {before:.3f}). What a change loses under greedy "
-                "decoding is how often answers are drawn, and not which one the student prefers."
+                f"{DOMAIN_WORDS[twin.domain]}{over * some} {'. '.join(kept[:_MOST])}"
+                f"{f'. {len(kept) - _MOST} more in the table' if len(kept) > _MOST else ''} "
+                f"(nats of the student before: {before:.3f})."
             )
             sentences.append(Finding("Sampled and greedy", text))
     return sentences
+
+
+def _kept(sampled: float, greedy: float) -> str:
+    """What share of a change greedy decoding keeps, where both are of one sign."""
+    return f" ({greedy / sampled:.0%} of it)" if greedy * sampled > 0 else ""
 
 
 def unmeasured(s: Summary) -> list[str]:
@@ -306,6 +319,7 @@ def unmeasured(s: Summary) -> list[str]:
         sentences.append("Another draw of the pairs: no arm has several.")
     sentences += borrowed(s.arms)
     sentences += [f"{c.what}: {c.verdict}." for c in s.claims if c.effect is None]
+    sentences += no_rungs({objective: of.left_out for objective, of in s.ladders.items()})
     judged = [j.name for j in s.judges if j.audit is None and j.edited is None]
     if judged:
         sentences.append(f"Judge {listed(judged)} against known corruption.")
@@ -327,6 +341,41 @@ def unmeasured(s: Summary) -> list[str]:
         )
     sentences.append("Any other student, world or way of decoding than the one below.")
     return sentences
+
+
+def no_rungs(left_out: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A sentence for every objective with arms that no slope counts; `left_out`: arm → why."""
+    return [
+        f"The slope of the {objective.upper()} ladder leaves out "
+        f"{listed([f'{arm} ({why})' for arm, why in of.items()])}: its rungs differ in their "
+        "generators alone."
+        for objective, of in left_out.items()
+        if of
+    ]
+
+
+def rung_words(s: Summary) -> list[str]:
+    """What the rungs of every ladder have in common, as they are."""
+    sentences: dict[str, list[str]] = {}
+    for objective, ladder in s.ladders.items():
+        if len(ladder.rungs) < 2 or not ladder.prompts:
+            continue
+        if ladder.shared == ladder.prompts:
+            text = (
+                "share prompts and rejected traces, so they differ in the author of the chosen "
+                "trace and in nothing else"
+            )
+        else:
+            authors = f", which {listed(ladder.rejected)} wrote," * (len(ladder.rejected) > 1)
+            text = (
+                f"have {ladder.shared} of {ladder.prompts} prompts with a rejected trace{authors} "
+                "in common, so they differ in more than the author of the chosen trace"
+            )
+        sentences.setdefault(text, []).append(objective.upper())
+    return [
+        f"The rungs of the {listed(names)} ladder{'s' * (len(names) > 1)} {text}."
+        for text, names in sentences.items()
+    ]
 
 
 def _seeds_unmeasured(s: Summary) -> str:

@@ -17,6 +17,7 @@ from deltapref_jax.analysis.page import (
 )
 from deltapref_jax.analysis.study import RatingMatrix, Study, columns
 from deltapref_jax.config import (
+    KEEPS,
     RANKED,
     REFERENCE_MARGIN,
     UNJUDGED,
@@ -114,12 +115,26 @@ def _described(study: Study, name: str, kind: str, rated: RatingMatrix) -> Judge
     )
 
 
-def ranked_by(arm: Arm) -> str:
-    """What ratings shape the pairs of an arm by: a dimension, "sum", or "" if none do."""
-    ranks = arm.keep in RANKED and arm.by != REFERENCE_MARGIN
-    if ranks or {"best", "worst"} & set(samples_of(arm)):
-        return arm.by
-    return "sum" if arm.direction not in UNJUDGED else ""
+def shaped_by(arm: Arm, dimensions: Sequence[str]) -> list[str]:
+    """What ratings shape the pairs of an arm by: "sum" and dimensions, each once; [] if none do.
+
+    Args:
+      arm: of the config.
+      dimensions: of its judge.
+    """
+    found = ["sum"] * (arm.direction not in UNJUDGED)
+    if {"best", "worst"} & set(samples_of(arm)):  # a margin of the reference rates no single trace
+        found.append("sum" if arm.by == REFERENCE_MARGIN else arm.by)
+    if _ranks(arm):
+        found.append(arm.by)
+    if arm.keep not in KEEPS:  # a function is given all ratings, and may read any
+        found += dimensions
+    return list(dict.fromkeys(found))
+
+
+def _ranks(arm: Arm) -> bool:
+    """Whether the gaps of a judge rank the pairs of an arm, by `Arm.by`."""
+    return arm.keep in RANKED and arm.by != REFERENCE_MARGIN
 
 
 def _on_pairs(
@@ -136,7 +151,7 @@ def _on_pairs(
     if not study.pairs:
         return
     widest = widest_arm(study)
-    shaped = {a.name: a for a in arms if ranked_by(a) and a.name in study.pairs}
+    shaped = {a.name: a for a in arms if shaped_by(a, rated.dimensions) and a.name in study.pairs}
     truth, against = _truth(study, name, rated.dimensions)
     tokens = study.trace_column("tokens").astype(float)
     for arm in dict.fromkeys([widest, *shaped]):
@@ -154,12 +169,11 @@ def _on_pairs(
                 partial[d] = st.partial_spearman(x[known], y[known], longer[known])
         if not correlations:
             continue
-        by = ranked_by(shaped[arm]) if arm in shaped else ""
         counts = list(study.pair_counts.get(arm, {}).values())
-        cut = bool(by) and shaped[arm].keep in RANKED
+        cut = arm in shaped and _ranks(shaped[arm])
         found = JudgeOnPairs(
             arm=arm,
-            by=by,
+            by=shaped_by(shaped[arm], rated.dimensions) if arm in shaped else [],
             pairs=len(chosen),
             against=against,
             dimensions=correlations,
@@ -169,7 +183,7 @@ def _on_pairs(
             true_top=math.nan,
             chance_top=math.nan,
         )
-        if by and shaped[arm].keep in ("top", "bottom"):
+        if cut and shaped[arm].keep in ("top", "bottom"):
             _top(study, found, shaped[arm], truth, reliability)
         yield found
 
@@ -185,17 +199,17 @@ def _top(
     counts = next(iter(study.pair_counts.get(arm.name, {}).values()), {})
     pool, kept = counts.get("pool", 0), counts.get("kept", 0)
     found.chance_top = kept / pool if pool and kept else arm.fraction
-    if by_itself := reliability.get(found.by):
+    if by_itself := reliability.get(arm.by):
         correlation = math.sqrt(max(0.0, by_itself.one))
         found.expected_top = st.top_share(correlation, found.chance_top)
     whole = _pool(study, arm)
     # Most pairs are tied in correctness, which so has no top of its own.
     exact = found.against != CORRECTNESS
-    if not whole or not exact or not (found.by == "sum" or found.by in truth.dimensions):
+    if not whole or not exact or not (arm.by == "sum" or arm.by in truth.dimensions):
         return
     pool_pairs, own_pairs = study.first_draw(whole), study.first_draw(arm.name)
     chosen, rejected = study.pair_rows(pool_pairs)
-    gap = _gap(truth.matrix[chosen] - truth.matrix[rejected], truth, found.by)
+    gap = _gap(truth.matrix[chosen] - truth.matrix[rejected], truth, arm.by)
     if np.isnan(gap).any():
         return
     ids, own = (columns(pairs, "pair_id")[0] for pairs in (pool_pairs, own_pairs))
@@ -255,10 +269,9 @@ def failings(judge: JudgeSummary, by: str) -> dict[str, float]:
     """
     found = {}
     for source, texts in ((judge.edited, "edited traces"), (judge.audit, "corrupted solutions")):
-        if source and (by == "sum" or by in source.auc):
-            value = source.auc_mean if by == "sum" else source.auc[by].value
-            if value < USELESS_AUC:
-                found[f"its AUC on {texts} is below {USELESS_AUC}"] = value
+        if (auc := _auc(source, by)) is not None:
+            if auc < USELESS_AUC:
+                found[f"its AUC on {texts} is below {USELESS_AUC}"] = auc
             break
     if by in judge.reliability and judge.reliability[by].one < USELESS_RELIABILITY:
         wording = "how its rubric is worded changes its gaps (correlation between wordings below "
@@ -266,15 +279,34 @@ def failings(judge: JudgeSummary, by: str) -> dict[str, float]:
     return found
 
 
+def _auc(audit: JudgeAudit | None, by: str) -> float | None:
+    """AUC in a dimension or of the sum of all; None where none was measured."""
+    measured = audit and (audit.auc_sum if by == "sum" else audit.auc.get(by))
+    return None if not measured or math.isnan(measured.value) else measured.value
+
+
+def is_measured(judge: JudgeSummary, by: str) -> bool:
+    """Whether it was measured, against corruption or itself, where a judge ranked by `by`."""
+    audited = any(_auc(source, by) is not None for source in (judge.edited, judge.audit))
+    return audited or (by in judge.reliability and not math.isnan(judge.reliability[by].one))
+
+
 def doubt(e: Experiment, arm: Arm, judges: Sequence[JudgeSummary]) -> str:
-    """Why the judge that shaped the pairs of an arm can't carry a conclusion; "" if it can."""
+    """Why the judge that shaped the pairs of an arm can't carry a conclusion; "" if it can.
+
+    That it was not measured is a reason too.
+    """
     judge = next((j for j in judges if j.name == judge_of(e, arm)), None)
-    by = ranked_by(arm)
-    if judge is None or not by or not (reasons := failings(judge, by)):
+    if judge is None:
         return ""
-    return f"judge {judge.name} shaped its pairs by {by.replace('_', ' ')}, where " + " and ".join(
-        f"{why}: {value:.2f}" for why, value in reasons.items()
-    )
+    clauses = []
+    for by in shaped_by(arm, judge.dimensions):
+        reasons = [f"{why}: {value:.2f}" for why, value in failings(judge, by).items()]
+        if not is_measured(judge, by):
+            reasons.append("it was measured neither against known corruption nor against itself")
+        if reasons:
+            clauses.append(f"by {by.replace('_', ' ')}, where {' and '.join(reasons)}")
+    return f"judge {judge.name} shaped its pairs {', and '.join(clauses)}" if clauses else ""
 
 
 def widest_arm(study: Study) -> str:
@@ -373,7 +405,29 @@ def audit(table: pa.Table, dimensions: tuple[str, ...]) -> JudgeAudit | None:
         texts[d] = len(set(prompt[corrupted]))
     if not aucs:
         return None
-    return JudgeAudit(aucs, float(np.mean([a.value for a in aucs.values()])), curves, texts)
+    return JudgeAudit(aucs, _auc_of_sum(table, dimensions), curves, texts)
+
+
+def _auc_of_sum(table: pa.Table, dimensions: tuple[str, ...]) -> st.Estimate:
+    """AUC of the sum of all ratings, of texts against versions corrupted in any dimension.
+
+    As where pairs are ranked, sums that only rounding tells apart are tied. A text that lacks a
+    rating is left out.
+    """
+    names = ("prompt_id", "target", "degree", "dimension", "rating")
+    ratings: dict[tuple[str, str, int], dict[str, float]] = {}
+    for prompt, target, degree, d, rating in zip(*columns(table, *names), strict=True):
+        if d in dimensions:
+            ratings.setdefault((prompt, target, int(degree)), {})[d] = float(rating)
+    sums = {
+        text: round(sum(of.values()), 5)
+        for text, of in ratings.items()
+        if len(of) == len(dimensions)
+    }
+    unknown = math.nan
+    whole = {t: sums.get((*t[:2], 0), sums.get((t[0], "", 0), unknown)) for t in sums}
+    worse = [t for t in sums if t[2] and t[1] in dimensions and not math.isnan(whole[t])]
+    return st.paired_auc([whole[t] for t in worse], [sums[t] for t in worse], [t[0] for t in worse])
 
 
 def _trivially_rated(table: pa.Table, name: str) -> pa.Table:

@@ -82,7 +82,7 @@ class ClaimResult:
     effect: Measured | None  # adjusted over all claims; None where the run lacks an arm of it
     unit: str  # of the effect
     verdict: str
-    hangs_on: str  # whether one rung decides a slope (`claims.RUNG_RULE`); "" where none does
+    hangs_on: str  # rungs that move a slope (`claims.RUNG_RULE`), and by how much; "" without any
 
 
 @dataclass
@@ -103,13 +103,13 @@ class ControlResult:
     effects: MeasuredBy  # adjusted over all controls and domains
     expected: str
     came_out: bool | None  # None: undecided
-    reason: str = ""  # why it is undecided
+    reason: str  # what its intervals allow, or why it is undecided or did not come out
 
     @property
     def verdict(self) -> str:
         """What became of it, in words."""
-        undecided = f"undecided: {self.reason}"
-        return {True: "came out", False: "did not come out", None: undecided}[self.came_out]
+        words = {True: "came out", False: "did not come out", None: "undecided"}[self.came_out]
+        return f"{words}: {self.reason}"
 
 
 @dataclass
@@ -178,7 +178,7 @@ class ArmSummary:
     surprise: float  # of the evaluated answers, as in `Evaluation`
     training: TrainingSummary
     changes: MeasuredBy = field(metadata=MERGED)
-    doubt: str = ""  # why the judge that ranked its pairs can't carry a conclusion
+    doubt: str = ""  # why the judge that shaped its pairs can't carry a conclusion
 
     @property
     def name(self) -> str:
@@ -193,8 +193,19 @@ class ArmSummary:
 
 
 @dataclass
+class Ladder:
+    """The rungs of one objective (`config.ladder_of`), and the arms of its group that are none."""
+
+    rungs: dict[str, float]  # arm → measured generator delta, ascending
+    left_out: dict[str, str]  # arm → why no slope counts it
+    rejected: list[str]  # authors of the rungs' rejected traces
+    shared: int  # prompts with one and the same rejected trace in every rung
+    prompts: int  # of any rung, each as often as it has different rejected traces
+
+
+@dataclass
 class Trend:
-    """Change against generator delta, over the arms of one objective's ladder."""
+    """Change against generator delta, over the rungs of one objective's ladder."""
 
     objective: str
     domain: str
@@ -214,9 +225,15 @@ class Readout:
     suite: str  # its name, or how many suites are read again and averaged as their domain
     domain: str  # of its questions
     what: str  # in words, such as "accuracy, greedy"
-    greedy_twin: bool  # all questions of the domain, sampled there and answered greedily here
+    greedy_twin: bool  # questions of the domain, sampled there and answered greedily here
+    read_again: list[str]  # suites of the domain that have these questions, all or some
+    averaged: int  # suites of the domain
     student: Estimate  # percent, before training
     changes: dict[str, Measured]  # by arm; p values adjusted over all arms and read-outs
+    sampled: dict[str, Estimate]  # of a greedy twin: change by arm over `read_again`, as sampled
+    # Of a greedy twin, by arm: the sampled change minus the greedy one, paired by question, with
+    # the noise of training that this difference has; adjusted over all arms and twins.
+    lost: dict[str, Measured]
 
 
 @dataclass
@@ -224,12 +241,14 @@ class RateChoice:
     """The learning rates that an objective tried, and what the tuning questions chose."""
 
     objective: str
-    arm: str  # that tried them
+    arm: str  # that tried them, each with one policy
     suites: list[str]  # of the questions
     questions: int
-    tried: dict[str, Estimate]  # rate → accuracy in percent
+    tried: dict[str, Estimate]  # rate → accuracy in percent, of questions alone
     chosen: str
     edge: str  # "lowest" or "highest" where it is one of those that were tried; "" otherwise
+    # By rate, the chosen one minus it, paired by question; adjusted over all of the objective's.
+    leads: dict[str, Measured]
 
 
 @dataclass
@@ -268,7 +287,8 @@ class JudgeAudit:
     """A judge against texts that were corrupted in a known dimension to a known degree."""
 
     auc: dict[str, Estimate]  # by dimension: a text above its corrupted versions
-    auc_mean: float
+    # Of the sum of all ratings: a text above its versions that were corrupted in any dimension.
+    auc_sum: Estimate
     curves: dict[str, list[float]]  # dimension → mean rating at every degree; NaN where none was
     texts: dict[str, int]  # dimension → texts that could be corrupted in it
 
@@ -288,7 +308,7 @@ class JudgeOnPairs:
     """How well a judge's gaps follow the truth on the pairs of one arm."""
 
     arm: str
-    by: str  # what ratings shaped these pairs by: "sum" or a dimension; "" if this judge did not
+    by: list[str]  # what ratings shaped these pairs by: "sum", dimensions; [] if it shaped none
     pairs: int
     against: str  # whose gaps stand for the truth: "judge" and its name, or "correctness"
     # Rank correlation of gaps by dimension, and of their sum; NaN where one side is constant.
@@ -389,6 +409,7 @@ class Summary:
     quantised: str = ""  # a sentence that names the quantised models
     generators: list[GeneratorSummary] = field(default_factory=list)
     arms: list[ArmSummary] = field(default_factory=list)
+    ladders: dict[str, Ladder] = field(default_factory=dict)  # by objective
     trends: list[Trend] = field(default_factory=list)
     contrasts: list[Contrast] = field(default_factory=list)
     survival: list[Survival] = field(default_factory=list)

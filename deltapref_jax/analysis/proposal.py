@@ -273,7 +273,8 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
         why += f"; the study {evidence.study} shows no top fraction that does as well as all pairs"
         why += f", and that {listed(lost)} did worse" if lost else ""
         doubted = [c.a for c in contrasts if c.doubt]
-        why += f"; the judge behind {listed(doubted)} is below the bar" if doubted else ""
+        below = f"; the judge behind {listed(doubted)} is below the bar or not measured"
+        why += below * bool(doubted)
     return Selection(PAPER_FRACTION, by, judges[0].name, why)
 
 

@@ -7,13 +7,20 @@ import math
 import urllib.parse
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from rich.table import Table
 
 from deltapref_jax.analysis import figures
-from deltapref_jax.analysis.arm_words import measure_words, share_words
+from deltapref_jax.analysis.arm_words import (
+    data_words,
+    measure_words,
+    objective_words,
+    share_words,
+    step_words,
+    training_words,
+)
 from deltapref_jax.analysis.claims import RUNG_RULE
 from deltapref_jax.analysis.figures import Drawn, Line, Point
 from deltapref_jax.analysis.findings import (
@@ -23,6 +30,7 @@ from deltapref_jax.analysis.findings import (
     interval_words,
     mark_names,
     points,
+    rung_words,
     words,
 )
 from deltapref_jax.analysis.judges import USELESS_AUC, USELESS_RELIABILITY
@@ -30,11 +38,12 @@ from deltapref_jax.analysis.page import ArmSummary, Summary
 from deltapref_jax.analysis.pair_browser import browser, script_json
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.analysis.suites import RULE
-from deltapref_jax.analysis.summary import plain
-from deltapref_jax.config import OBJECTIVE_KINDS, RANKED, REFERENCE_MARGIN, Experiment
+from deltapref_jax.analysis.summary import TWIN_BUDGETS, plain
+from deltapref_jax.config import KEEPS, OBJECTIVE_KINDS, RANKED, Experiment
 from deltapref_jax.display import xml_text
 
 _CURVES_SHOWN = 32
+_LINES_SHOWN = 6  # in one panel, before its judges have panels of their own
 
 Curve = list[tuple[float, float]]  # step, nats
 
@@ -48,89 +57,183 @@ def _claims(s: Summary) -> Drawn | None:
 
 
 def _ladder(s: Summary) -> Drawn | None:
-    """Change against measured generator delta; a line per objective, SFT as single points."""
-    rungs = [
+    """Change against measured generator delta; a line per objective, SFT as single points.
+
+    Arms beside the rungs, which no trend counts, are lines of their own where their generators
+    chose all of their pairs, as controls do.
+    """
+    rungs = {name for ladder in s.ladders.values() for name in ladder.rungs}
+    drawn = [
         (a.delta, a)
         for a in s.arms
         if a.delta is not None
-        and (a.arm.keep, a.arm.stratum, a.arm.direction) == ("all", "any", "generator")
+        and (
+            a.name in rungs
+            or (a.arm.keep, a.arm.stratum, a.arm.direction) == ("all", "any", "generator")
+        )
     ]
-    if not rungs:
+    if not drawn:
         return None
     trends = {(t.objective, t.domain): (*t.centre, t.per_10.estimate.value / 10) for t in s.trends}
-    objectives = dict.fromkeys((a.arm.objective, a.kind) for _, a in rungs)
+    colours = figures.colours({a.arm.objective: a.kind for _, a in drawn})
+    rejected = drawn[0][1].arm.rejected
+    lines: dict[str, dict[tuple[str, ...], list[Point]]] = {d: {} for d in s.domains}
+    for delta, a in drawn:
+        differs = []
+        if a.name not in rungs:
+            beside = "control" if a.arm.group == "control" else "no rung"
+            differs = [beside] * (a.arm.objective in s.ladders) + _way_words(a)
+        over = "" if a.arm.rejected == rejected else f" over {a.arm.rejected}"
+        label = a.arm.chosen + over + _mark(a)
+        for d in s.domains:
+            point = Point(delta, a.changes[d].estimate, label, _columns(a))
+            lines[d].setdefault((a.arm.objective, *differs), []).append(point)
 
-    def line(objective: str, kind: str, domain: str) -> Line:
-        arms = [
-            Point(delta, a.changes[domain].estimate, a.arm.chosen + _mark(a))
-            for delta, a in rungs
-            if a.arm.objective == objective
-        ]
-        return Line(objective.upper(), kind, arms, trends.get((objective, domain)))
+    def line(of: tuple[str, ...], domain: str) -> Line:
+        objective, *differs = of
+        alike = [other for other in lines[domain] if other[0] == objective]
+        style = alike.index(of)
+        return Line(
+            ", ".join([objective.upper(), *differs]),
+            colours[objective],
+            lines[domain][of],
+            None if differs else trends.get((objective, domain)),
+            style,
+        )
 
-    panels = {d: [line(objective, kind, d) for objective, kind in objectives] for d in s.domains}
+    panels = {d: [line(of, d) for of in lines[d]] for d in s.domains}
     return figures.panels({"": panels}, "generator delta, points of in-domain accuracy")
 
 
-def _selection(s: Summary) -> Drawn | None:
-    """Change against the share of pairs kept: a row of panels per objective, a line per selection.
+def _way_words(a: ArmSummary) -> list[str]:
+    """What else than its generators, objective and selection tells how an arm is trained."""
+    return [*data_words(a.arm), *step_words(a.arm), *[a.budget] * bool(a.budget)]
 
-    Arms that keep all pairs of the same generators are the points at 100%.
+
+def _columns(a: ArmSummary) -> dict[str, object]:
+    """What an arm is, for the numbers under a figure: what tells its line from others, and size."""
+    return {
+        "arm": a.name + _mark(a),
+        "objective": a.arm.objective,
+        "chosen": a.arm.chosen,
+        "rejected": a.arm.rejected,
+        "data": "; ".join([*data_words(a.arm), *step_words(a.arm)]),
+        "keep": a.arm.keep,
+        "ranked by": a.arm.by if _ranks(a) else "",
+        "judge": a.pair_judge,
+        "budget": a.budget,
+        "pairs": "" if a.pairs is None else a.pairs,
+        "seeds": a.seeds,
+        "draws": a.draws,
+    }
+
+
+class _Panel(NamedTuple):
+    """What the arms of a panel of the selection figure have in common, as words."""
+
+    objective: str
+    generators: str
+    data: str
+    measure: str  # what pairs are ranked by; "" where none are ranked
+    judge: str  # "" where its judges are lines of one panel
+    budget: str
+
+
+def _selection(s: Summary) -> Drawn | None:
+    """Change against the share of pairs kept: a line per selection and judge.
+
+    What pairs are ranked by, budgets, objectives and data have panels of their own. Arms that keep
+    random pairs or all pairs of the same data stand in each of them.
     """
     selected = [a for a in s.arms if a.arm.group == "selection"]
     if not selected:
         return None
+    whole = [a for a in s.arms if a.arm.keep == "all" and a not in selected and not a.balanced]
+    panels = _with_ranked([_panel(a) for a in selected])
+    held: dict[_Panel, list[ArmSummary]] = {}
+    for panel in panels:
+        arms = [a for a in [*selected, *whole] if _belongs(a, panel)]
+        if len({(a.arm.keep, a.pair_judge) for a in arms}) <= _LINES_SHOWN:
+            held[panel] = arms
+            continue
+        for judge in dict.fromkeys(a.pair_judge for a in arms if _ranks(a)):
+            own = [a for a in arms if not _ranks(a) or a.pair_judge == judge]
+            held[panel._replace(judge=judge and f"judge {judge}")] = own
     judges = [j.name for j in s.judges]
-    rows = {}
-    for objective in dict.fromkeys(a.arm.objective for a in selected):
-        arms = [a for a in selected if a.arm.objective == objective]
-        generators = {(a.arm.chosen, a.arm.rejected) for a in arms}
-        everything = [
-            a
-            for a in s.arms
-            if (a.arm.keep, a.arm.group, a.arm.objective) == ("all", "ladder", objective)
-            and (a.arm.chosen, a.arm.rejected) in generators
-            and not a.balanced
-        ]
-        selections = dict.fromkeys(map(_selection_of, arms))
-        rows[objective.upper()] = {
-            d: [_kept_line(selection, d, arms, everything, judges) for selection in selections]
-            for d in s.domains
-        }
+    drawn = [a for arms in held.values() for a in arms]
+    colours = figures.colours({a.arm.keep: a.arm.keep for a in drawn})
+    differ = [len(set(words)) > 1 for words in zip(*held, strict=True)]
+    rows = {
+        ", ".join(
+            text
+            for field, text, differs in zip(_Panel._fields, panel, differ, strict=True)
+            if text and (differs or field in ("objective", "measure"))
+        ): {d: _kept_lines(arms, d, colours, judges) for d in s.domains}
+        for panel, arms in held.items()
+    }
     return figures.panels(rows, "pairs kept, percent of the pool")
 
 
-def _selection_of(a: ArmSummary) -> tuple[str, str, str, str]:
-    """How an arm keeps pairs: its `keep`, judge, measure where no judge ranks them, and budget."""
-    by_margin = a.arm.keep in RANKED and a.arm.by == REFERENCE_MARGIN
-    return a.arm.keep, a.pair_judge, measure_words(a.arm.by) if by_margin else "", a.budget
+def _ranks(a: ArmSummary) -> bool:
+    """Whether the arm's selection depends on what it ranks pairs by; a function is given gaps."""
+    return a.arm.keep in RANKED or a.arm.keep not in KEEPS
 
 
-def _kept_line(
-    selection: tuple[str, str, str, str],
-    domain: str,
-    arms: Sequence[ArmSummary],
-    everything: Sequence[ArmSummary],
-    judges: Sequence[str],
-) -> Line:
-    """Arms of one selection (`_selection_of`), with those that keep all pairs."""
-    keep, judge, measure, budget = selection
-    selected = [a for a in arms if _selection_of(a) == selection]
-    shares = [(_share(a), a) for a in selected] + [(100.0, a) for a in everything]
-    judged = f"judge {judge}" if judge and len(judges) > 1 else ""
-    doubted = MARK if any(a.doubt for a in selected) else ""
-    return Line(
-        ", ".join(text for text in (keep, measure, judged, budget) if text) + doubted,
-        keep,
-        [Point(share, a.changes[domain].estimate) for share, a in shares],
-        dashed=bool(judge) and judge != judges[0],
+def _panel(a: ArmSummary) -> _Panel:
+    return _Panel(
+        a.arm.objective.upper(),
+        f"{a.arm.chosen} over {a.arm.rejected}",
+        ", ".join([*data_words(a.arm), *step_words(a.arm)]),
+        measure_words(a.arm.by) if _ranks(a) else "",
+        "",
+        a.budget,
     )
 
 
+def _with_ranked(panels: Sequence[_Panel]) -> list[_Panel]:
+    """Panels, each once; one without ranked pairs only where no other shows its arms."""
+    ranked = {panel._replace(measure="") for panel in panels if panel.measure}
+    return [panel for panel in dict.fromkeys(panels) if panel.measure or panel not in ranked]
+
+
+def _belongs(a: ArmSummary, panel: _Panel) -> bool:
+    """Whether a panel shows an arm."""
+    own = _panel(a)
+    if not own.measure:
+        own = own._replace(measure=panel.measure)
+    # All pairs of a pool are seen as often, and as many steps long, as the twins of its arms.
+    if a.arm.keep == "all" and not own.budget and panel.budget in TWIN_BUDGETS:
+        own = own._replace(budget=panel.budget)
+    return own == panel
+
+
+def _kept_lines(
+    arms: Sequence[ArmSummary], domain: str, colours: Mapping[str, str], judges: Sequence[str]
+) -> list[Line]:
+    """The lines of a panel of the selection figure, by selection and judge."""
+    lines = []
+    for keep, judge in dict.fromkeys((a.arm.keep, a.pair_judge) for a in arms):
+        own = [a for a in arms if (a.arm.keep, a.pair_judge) == (keep, judge)]
+        doubted = MARK if any(a.doubt for a in own) else ""
+        judged = f", judge {judge}" if judge and len(judges) > 1 else ""
+        lines.append(
+            Line(
+                f"{'all pairs' if keep == 'all' else keep}{judged}{doubted}",
+                colours[keep],
+                [Point(_share(a), a.changes[domain].estimate, "", _columns(a)) for a in own],
+                style=judges.index(judge) if judge in judges else 0,
+            )
+        )
+    return lines
+
+
 def _share(a: ArmSummary) -> float:
-    """Percent of the pool that an arm keeps."""
+    """Percent of the pool that an arm keeps; what a function kept is counted."""
+    pool = a.waterfall.get("pool", 0)
+    if a.arm.keep not in KEEPS and a.pairs is not None and pool:
+        return 100 * a.pairs / pool
     if a.arm.pairs:
-        return 100 * a.arm.pairs / max(a.arm.pairs, a.waterfall.get("pool", 0))
+        return 100 * a.arm.pairs / max(a.arm.pairs, pool)
     return 100 * a.arm.fraction
 
 
@@ -262,6 +365,10 @@ def render(
       rubric: dimension to the question that judges answer.
     """
     shown = browser(study, {a.name: a.name + _mark(a) for a in summary.arms})
+    e = study.experiment
+    arms = [a.arm for a in summary.arms] or e.arms
+    smallest = min((a.pairs for a in summary.arms if a.pairs is not None), default=None)
+    chosen = {r.objective: r.chosen for r in summary.rates}
     return render_template(
         "report.html.jinja",
         drawn,
@@ -271,19 +378,22 @@ def render(
         pairs=script_json(shown),
         suite_rule=RULE,
         rung_rule=RUNG_RULE,
+        rungs=rung_words(summary),
+        training=training_words(e, arms, smallest),
+        objectives=objective_words(e, arms, chosen),
         versions=study.versions,
         useless=USELESS_AUC,
         useless_reliability=USELESS_RELIABILITY,
         rubric=rubric,
         hidden_curves=max(0, len(summary.arms) - _CURVES_SHOWN),
-        experiment=study.experiment,
-        config=_config(study.experiment),
+        experiment=e,
+        config=_config(e),
     )
 
 
 def doubt_caption(doubted: Collection[str]) -> str:
     """What the mark says, if an arm has it."""
-    return f"; {MARK}: the judge is below the bar, see the page" if doubted else ""
+    return f"; {MARK}: the judge is below the bar or not measured, see the page" if doubted else ""
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:

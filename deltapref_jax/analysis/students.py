@@ -18,7 +18,7 @@ from deltapref_jax.analysis import figures
 from deltapref_jax.analysis.claims import claim_about, claim_verdict, claim_words
 from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.figures import Drawn
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, mark_names, points
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, mark_names, no_rungs, points
 from deltapref_jax.analysis.page import Measured, MeasuredBy
 from deltapref_jax.analysis.report import doubt_caption, render_template
 from deltapref_jax.analysis.summary import claim_weights
@@ -157,22 +157,26 @@ def summarise_students(
         d: {name: fx.effects(r.before, r.after, d, kinds[name]) for name, r in results.items()}
         for d in s.domains
     }
-    s.claims = _claims(e, first["arms"], found)
+    s.claims = _claims(e, first["ladders"], found)
     for i, claim in enumerate(s.claims):
         claim.hangs_on = hanging(summaries, i)
         claim.what, claim.about = (mark_names(t, s.doubts) for t in (claim.what, claim.about))
     s.arms = _arms(found)
-    s.unmeasured = _unmeasured(s, found)
+    left_out = {objective: of["left_out"] for objective, of in first["ladders"].items()}
+    s.unmeasured = [*no_rungs(left_out), *_unmeasured(s, found)]
     return s
 
 
-def _claims(e: Experiment, arms: Sequence[Mapping[str, Any]], found: Found) -> list[ClaimByStudent]:
-    """The claims of the config in every student; `arms`: of a student's summary."""
+def _claims(
+    e: Experiment, ladders: Mapping[str, Mapping[str, Any]], found: Found
+) -> list[ClaimByStudent]:
+    """The claims of the config in every student; `ladders`: of a student's summary, for all."""
     claims = claims_of(e)
     weights = {}
     for i, claim in enumerate(claims):
         names = next(iter(found[claim.domain].values())).names if claim.domain in found else ()
-        if weighed := claim_weights(claim, names, _ladder(arms, claim.objective)):
+        rungs = ladders.get(claim.objective, {}).get("rungs", {})
+        if weighed := claim_weights(claim, names, rungs):
             weights[i] = weighed
     effects, differences = _compared({i: (claims[i].domain, w) for i, w in weights.items()}, found)
     by_student = []
@@ -204,16 +208,6 @@ def hanging(summaries: Mapping[str, SummaryJson], claim: int) -> dict[str, str]:
     """What the students' own pages say of rungs that decide a claim, by student."""
     sentences = {name: of["claims"][claim]["hangs_on"] for name, of in summaries.items()}
     return {name: sentence for name, sentence in sentences.items() if sentence}
-
-
-def _ladder(arms: Sequence[Mapping[str, Any]], objective: str) -> dict[str, float]:
-    """Measured generator delta of the arms of an objective's ladder; equal for all students."""
-    return {
-        arm["name"]: arm["generator_delta"]["in"][0]
-        for arm in arms
-        if (arm["objective"], arm["group"]) == (objective, "ladder")
-        and "in" in (arm["generator_delta"] or {})
-    }
 
 
 def _compared(

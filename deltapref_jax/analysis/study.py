@@ -61,6 +61,8 @@ class Study:
     trace_audits: Mapping[str, pa.Table] = dataclasses.field(default_factory=dict)  # of traces
     retests: Mapping[str, pa.Table] = dataclasses.field(default_factory=dict)  # judge → Retest
     rates: Mapping[str, pa.Table] = dataclasses.field(default_factory=dict)  # objective → RateTrial
+    # objective → rate → Result, of the tuning suites
+    trials: Mapping[str, Mapping[str, pa.Table]] = dataclasses.field(default_factory=dict)
     # "student" or generator → families of its lessons, None where its folder does not say
     lessons: Mapping[str, Sequence[str] | None] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # library → version

@@ -13,7 +13,13 @@ from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import judges, noise, suites
 from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.arm_words import budget_words
-from deltapref_jax.analysis.claims import claim_about, claim_verdict, claim_words, rung_sentence
+from deltapref_jax.analysis.claims import (
+    WithoutRung,
+    claim_about,
+    claim_verdict,
+    claim_words,
+    rung_sentence,
+)
 from deltapref_jax.analysis.components import Kind, kinds_of
 from deltapref_jax.analysis.controls import controls
 from deltapref_jax.analysis.findings import (
@@ -21,6 +27,7 @@ from deltapref_jax.analysis.findings import (
     judge_sentence,
     mark_names,
     unmeasured,
+    words,
 )
 from deltapref_jax.analysis.page import (
     ArmSummary,
@@ -30,7 +37,7 @@ from deltapref_jax.analysis.page import (
     DropCount,
     Evaluation,
     GeneratorSummary,
-    Measured,
+    Ladder,
     MeasuredBy,
     RateChoice,
     StageSummary,
@@ -56,9 +63,11 @@ from deltapref_jax.config import (
     budget_twin,
     claims_of,
     differing,
+    differing_rungs,
     is_balanced,
     is_tuned,
     judge_of,
+    ladder_of,
     objective_of,
     quantised_sentence,
     training_of,
@@ -81,6 +90,8 @@ _WATERFALL = (
     "dropped_balance",
     "kept",
 )
+TWIN_BUDGETS = ("equal epochs", "equal steps")
+"""Budgets of `config.budget_twin` in words: an arm that keeps all pairs has both."""
 _TRAINED_ON = ("read", "groups")  # of a file: what was not dropped
 
 
@@ -100,10 +111,11 @@ def summarise(study: Study) -> Summary:
         for suite in s.suites:
             suite.changes = {a.name: by_suite[suite.suite, a.name] for a in s.arms}
         s.limits, s.lessons = suites.limit_sentences(s.suites), suites.lessons_sentence(study)
-        s.claims = _claims(study.experiment, s.arms, effects)
+        s.ladders = _ladders(study, s.arms)
+        s.claims = _claims(study.experiment, s.ladders, effects)
         s.control_results = controls(study, kinds)
         s.noise = noise.budgets(effects, {arm: list(runs) for arm, runs in study.results.items()})
-        s.trends = _trends(s.arms, effects)
+        s.trends = _trends(s.arms, s.ladders, effects)
         s.contrasts = _contrasts(study.experiment, s.arms, effects)
         s.survival = _survival(study, s.arms, effects)
         s.controls = _controls(study.experiment, s.arms, effects)
@@ -354,26 +366,62 @@ def _chosen(study: Study, arm: Arm) -> float | None:
 def _rate_choice(study: Study, objective: Objective) -> RateChoice:
     trials = from_table(RateTrial, study.rates[objective.name])
     (best,) = [i for i, trial in enumerate(trials) if trial.chosen]
+    chosen = f"{trials[best].learning_rate:g}"
+    answers = dict(study.trials.get(objective.name, {}))
+    leads = {}
+    if chosen in answers:
+        # No domain averages a tuning suite, so the domain of its results is "".
+        highest = {"": {Run(0, 0): answers.pop(chosen)}}
+        leads = {rate: fx.effects(other, highest, "").change("") for rate, other in answers.items()}
     return RateChoice(
         objective=objective.name,
         arm=objective.tuned_by,
         suites=[suite.name for suite in study.experiment.suites if suite.readout == TUNING],
         questions=trials[best].questions,
         tried={f"{t.learning_rate:g}": st.Estimate(t.accuracy, t.low, t.high) for t in trials},
-        chosen=f"{trials[best].learning_rate:g}",
+        chosen=chosen,
         edge={0: "lowest", len(trials) - 1: "highest"}.get(best, ""),
+        leads=fx.measured(leads),
     )
 
 
-def _ladder(arms: Sequence[ArmSummary], objective: str) -> dict[str, float]:
-    """Measured generator delta of the arms of an objective's ladder, by arm in its order."""
-    rungs = [
-        (a.delta, a.name)
-        for a in arms
-        if a.arm.objective == objective and a.arm.group == "ladder" and a.delta is not None
-    ]
-    # Arms of equal delta stay in the config's order.
-    return {name: delta for delta, name in sorted(rungs, key=lambda rung: rung[0])}
+def _ladders(study: Study, arms: Sequence[ArmSummary]) -> dict[str, Ladder]:
+    """The ladder of every objective that has arms in the group, of those that were evaluated."""
+    ladders = {}
+    for objective in dict.fromkeys(a.arm.objective for a in arms if a.arm.group == "ladder"):
+        of_config = ladder_of(study.experiment.arms, objective)
+        rungs, left_out = [], {}
+        for a in arms:
+            if (a.arm.group, a.arm.objective) != ("ladder", objective):
+                continue
+            if a.arm not in of_config:
+                left_out[a.name] = _no_rung(a.arm, of_config)
+            elif a.delta is None:
+                left_out[a.name] = "its generators were not evaluated"
+            else:
+                rungs.append((a.delta, a.arm))
+        rungs.sort(key=lambda rung: rung[0])  # arms of equal delta stay in the config's order
+        asked = [
+            set(zip(*columns(study.pairs_of(arm.name), "prompt_id", "rejected_id"), strict=True))
+            for _, arm in rungs
+            if arm.name in study.pairs
+        ]
+        ladders[objective] = Ladder(
+            {arm.name: delta for delta, arm in rungs},
+            left_out,
+            list(dict.fromkeys(arm.rejected for _, arm in rungs)),
+            len(set.intersection(*asked)) if asked else 0,
+            len(set().union(*asked)),
+        )
+    return ladders
+
+
+def _no_rung(arm: Arm, rungs: Sequence[Arm]) -> str:
+    """Why an arm of a ladder's group is none of its rungs."""
+    if arm.direction != "generator":
+        return f"its pairs are directed by {arm.direction}"
+    differ = sorted(differing_rungs(arm, rungs[0]))
+    return f"it has {', '.join(f'{words(name)} {getattr(arm, name)}' for name in differ)}"
 
 
 def _slope(effects: fx.Effects, ladder: Mapping[str, float]) -> fx.Effect | None:
@@ -381,32 +429,33 @@ def _slope(effects: fx.Effects, ladder: Mapping[str, float]) -> fx.Effect | None
     return effects.slope({name: delta / 10 for name, delta in ladder.items()})
 
 
-def _trends(arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Trend]:
+def _trends(
+    arms: Sequence[ArmSummary], ladders: Mapping[str, Ladder], effects: EffectsBy
+) -> list[Trend]:
     """Slope of change on measured generator delta over each objective's ladder, and its ends."""
     found: dict[tuple[str, str, str], fx.Effect] = {}
-    ladders = {o: _ladder(arms, o) for o in dict.fromkeys(a.arm.objective for a in arms)}
     for objective, ladder in ladders.items():
         for d, of_arms in effects.items():
-            slope = _slope(of_arms, ladder)
+            slope = _slope(of_arms, ladder.rungs)
             if slope is None:
                 continue
-            low, *_, high = ladder
+            low, *_, high = ladder.rungs
             found[objective, d, "slope"] = slope
             found[objective, d, "ends"] = of_arms.contrast(high, low)
     measured = fx.measured(found)
     changes = {a.name: a.changes for a in arms}
     trends = []
     for objective, d in dict.fromkeys(key[:2] for key in found):
-        ladder = ladders[objective]
-        deltas = list(ladder.values())
-        values = [changes[name][d].estimate.value for name in ladder]
+        rungs = ladders[objective].rungs
+        deltas = list(rungs.values())
+        values = [changes[name][d].estimate.value for name in rungs]
         trends.append(
             Trend(
                 objective=objective,
                 domain=d,
-                rungs=len(ladder),
-                low=list(ladder)[0],
-                high=list(ladder)[-1],
+                rungs=len(rungs),
+                low=list(rungs)[0],
+                high=list(rungs)[-1],
                 per_10=measured[objective, d, "slope"],
                 ends=measured[objective, d, "ends"],
                 kendall=st.kendall(deltas, values),
@@ -416,16 +465,16 @@ def _trends(arms: Sequence[ArmSummary], effects: EffectsBy) -> list[Trend]:
     return trends
 
 
-def _claims(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> list[ClaimResult]:
+def _claims(e: Experiment, ladders: Mapping[str, Ladder], effects: EffectsBy) -> list[ClaimResult]:
     """What was claimed before the run, adjusted over all of its claims."""
     claims = claims_of(e)
-    ladders = [_ladder(arms, claim.objective) for claim in claims]
+    rungs = {objective: ladder.rungs for objective, ladder in ladders.items()}
     found: dict[int, fx.Effect] = {}
     for i, claim in enumerate(claims):
         of_arms = effects.get(claim.domain)
         if of_arms is None:
             continue
-        weights = claim_weights(claim, of_arms.names, ladders[i])
+        weights = claim_weights(claim, of_arms.names, rungs.get(claim.objective, {}))
         if weights is not None:
             found[i] = of_arms.combined(weights)
     measured = fx.measured(found)
@@ -437,7 +486,10 @@ def _claims(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> li
             measured.get(i),
             "points per 10 points of generator delta" if claim.kind == "slope" else "points",
             claim_verdict(claim, measured.get(i)),
-            rung_sentence(measured[i], _without_rungs(i, found, effects[claim.domain], ladders[i]))
+            rung_sentence(
+                measured[i].estimate,
+                without_rungs(effects[claim.domain], rungs[claim.objective]),
+            )
             if claim.kind == "slope" and i in measured
             else "",
         )
@@ -445,18 +497,23 @@ def _claims(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> li
     ]
 
 
-def _without_rungs(
-    i: int, found: Mapping[int, fx.Effect], of_arms: fx.Effects, ladder: Mapping[str, float]
-) -> dict[str, Measured | None]:
-    """By rung, the slope of claim `i` over the others, in its place in the table of all claims."""
-    slopes = {
-        left_out: _slope(of_arms, {name: x for name, x in ladder.items() if name != left_out})
-        for left_out in ladder
-    }
-    return {
-        left_out: None if slope is None else fx.measured({**found, i: slope})[i]
-        for left_out, slope in slopes.items()
-    }
+def without_rungs(of_arms: fx.Effects, rungs: Mapping[str, float]) -> dict[str, WithoutRung | None]:
+    """By rung, the slope over the others; None where they have none.
+
+    Args:
+      of_arms: effects of one domain.
+      rungs: measured generator deltas by arm, of a ladder that has a slope.
+    """
+    whole = fx.slope_weights({name: delta / 10 for name, delta in rungs.items()}) or {}
+    slopes, differences = {}, {}
+    for left_out in rungs:
+        rest = fx.slope_weights({n: x / 10 for n, x in rungs.items() if n != left_out})
+        if rest is not None:
+            slopes[left_out] = of_arms.combined(rest).estimate
+            apart = {name: weight - rest.get(name, 0.0) for name, weight in whole.items()}
+            differences[left_out] = of_arms.combined(apart)
+    shown = fx.measured(differences)
+    return {n: WithoutRung(slopes[n], shown[n]) if n in shown else None for n in rungs}
 
 
 def claim_weights(
@@ -478,7 +535,7 @@ def claim_weights(
 def _budget_words(e: Experiment, arm: Arm) -> str:
     """The steps or epochs of an arm that has its own."""
     if _is_twin(e, arm):
-        return "equal epochs" if arm.steps else "equal steps"
+        return TWIN_BUDGETS[not arm.steps]
     return budget_words(arm)
 
 

@@ -23,8 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deltapref_jax.mesh import platform_of
-from deltapref_jax.models.attention.dense import cached_attention
-from deltapref_jax.models.attention.dispatch import packed_attention
+from deltapref_jax.models.attention.dispatch import LANES, cached_attention, packed_attention
 from deltapref_jax.models.experts import mixture
 from deltapref_jax.models.parameters import Parameter, block_parameters, parameters
 from deltapref_jax.models.products import GATHERED, Layout, add_bias, in_values_of, products
@@ -50,7 +49,9 @@ _ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GAT
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["positions_last"]
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v"],
+    meta_fields=["positions_last", "together"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -62,11 +63,14 @@ class Cache:
       k: keys, [B, K, H, S] where `positions_last`.
       v: values.
       positions_last: static; chosen by `empty_cache`.
+      together: static, chosen by `empty_cache`: heads that lie beside each other along H, so that K
+        is fewer and H is wider by this factor.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     positions_last: bool = False
+    together: int = 1
 
     @property
     def length(self) -> int:
@@ -103,17 +107,34 @@ def empty_cache(
       dtype: of keys and values.
       mesh: its platform chooses the layout of the keys; None means the default platform's. A CPU's
         product of a query with keys is up to 20 times as fast where positions are neighbours in
-        memory. A TPU's decoding loop keeps both arrays with H last, and would transpose keys of the
-        other layout whenever the loop starts and ends.
+        memory. A TPU's kernel reads both arrays with H last, and whole lanes of it.
     """
     positions_last = platform_of(mesh) == "cpu"
-    shape = (slots, spec.kv_heads, length, spec.head_width)
+    devices = mesh.shape["tensor"] if mesh is not None else 1
+    together = heads_together(spec, devices) if platform_of(mesh) == "tpu" else 1
+    shape = (slots, spec.kv_heads // together, length, spec.head_width * together)
     k_shape = (*shape[:2], *shape[:1:-1]) if positions_last else shape
     return Cache(
         tuple(jnp.zeros(k_shape, dtype) for _ in range(spec.layers)),
         tuple(jnp.zeros(shape, dtype) for _ in range(spec.layers)),
         positions_last,
+        together,
     )
+
+
+def heads_together(spec: ModelSpec, devices: int) -> int:
+    """Returns how many key heads a cache keeps beside each other, to fill a TPU's lanes.
+
+    One, where heads fill them, or where heads are too few or do not divide over `tensor` so.
+
+    Args:
+      spec: sizes of the decoder.
+      devices: along `tensor`.
+    """
+    count = max(1, LANES // spec.head_width)
+    whole = count * spec.head_width == LANES and spec.kv_heads % count == 0
+    divides = spec.kv_heads % devices or spec.kv_heads // count % devices == 0
+    return count if whole and divides else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -403,7 +424,7 @@ class Block(nnx.Module):
           angles: `rotary.rotary_angles` of the tokens.
           attend: maps rotated queries [B, T, N, H], rotated keys and values [B, T, K, H], and
             `sinks` [N] or None, to the attention's output [B, T, N, H].
-          mesh: the mesh over which the rows lie; read by experts alone.
+          mesh: the mesh over which the rows lie; None means one device.
           layout: of `x` over the mesh where the products state their collectives; None leaves them
             to XLA's partitioner.
         """
@@ -654,35 +675,26 @@ class Decoder(nnx.Module):
           tokens: token ids; T is 1 for decoding and the padded prompt length for prefilling.
           positions: position of each token in its own sequence.
           cache: a cache of B rows; donate it.
-          mesh: the mesh over which the rows lie; read by experts alone.
+          mesh: the mesh over which the rows lie; None means one device.
         """
         spec = self.spec
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        # A token sees the cache up to its own position, which this call writes first.
-        column, at = jnp.arange(cache.length), positions[:, :, None]
-        masks = {
-            window: (column <= at) & (at - column < window) if window else column <= at
-            for window in spec.windows
-        }
+        attend = cached_attention(
+            positions,
+            cache.length,
+            mesh,
+            spec.windows,
+            spec.attention_cap,
+            cache.positions_last,
+            cache.together,
+        )
         angles = {kind: self._angles(kind, positions) for kind in dict.fromkeys(spec.kinds)}
         keys, values = list(cache.k), list(cache.v)
 
         def attend_layer(i: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
-            """Writes keys and values into the cache of layer i and attends to all of it."""
-            # Two index arrays with slices between them: NumPy's rule puts their axes first, [B, T,
-            # K, H], which is the shape of `k` and `v`.
-            at_keys = keys[i].at[(rows, *(slice(None),) * (cache.key_axis - 1), positions)]
-            keys[i] = at_keys.set(k.astype(keys[i].dtype))
-            values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype))
-            return cached_attention(
-                q,
-                keys[i].astype(q.dtype),
-                values[i].astype(q.dtype),
-                masks[spec.kinds[i].window],
-                spec.attention_cap,
-                sinks,
-                cache.positions_last,
-            )
+            """Writes keys and values into the cache of layer i and attends to it."""
+            window = spec.kinds[i].window
+            out, keys[i], values[i] = attend(q, k, v, keys[i], values[i], window, sinks)
+            return out
 
         x = self._embed(tokens)
         for i, (block, kind) in enumerate(zip(self._layers(), spec.kinds, strict=True)):
@@ -710,8 +722,9 @@ class Decoder(nnx.Module):
 
         def attend_layer(i: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
             """Keeps the keys and values of layer i and attends to them."""
-            keys[i] = jnp.moveaxis(k, 1, cache.key_axis)
-            values[i] = jnp.moveaxis(v, 1, 2)
+            wide = *k.shape[:2], k.shape[2] // cache.together, -1
+            keys[i] = jnp.moveaxis(k.reshape(wide), 1, cache.key_axis)
+            values[i] = jnp.moveaxis(v.reshape(wide), 1, 2)
             return attend(q, k, v, spec.windows.index(spec.kinds[i].window), sinks)
 
         x = self._embed(tokens)

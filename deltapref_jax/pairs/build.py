@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from deltapref_jax.config import ADDED
+from deltapref_jax.pairs.select import DECIMALS
 from deltapref_jax.records import Pair, Trace, digest
 
 UNFINISHED, SAMPLE, UNSHARED, IDENTICAL, TIE, STRATUM = _DROPS = (
@@ -127,7 +128,7 @@ def _candidates(
     else:
         sign = -1.0 if which == "best" else 1.0
         rated = [ratings[trace.trace_id] for trace in traces]
-        values = [sum(r) if dimension is None else r[dimension] for r in rated]
+        values = [round(sum(r) if dimension is None else r[dimension], DECIMALS) for r in rated]
         ranked = [(sign * value, trace) for value, trace in zip(values, traces, strict=True)]
     return sorted(ranked, key=lambda each: (each[0], digest(coin, each[1].trace_id)))
 
@@ -194,7 +195,7 @@ def _pair(
     """The pair of two traces, or the reason to drop it."""
     if rules.label_by == "judge":
         gap = sum(ratings[chosen.trace_id]) - sum(ratings[rejected.trace_id])
-        if gap == 0:
+        if round(gap, DECIMALS) == 0:
             return TIE
         if gap < 0:
             chosen, rejected = rejected, chosen

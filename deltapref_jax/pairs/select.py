@@ -7,8 +7,8 @@ import numpy as np
 from deltapref_jax.config import ConfigError
 from deltapref_jax.records import Pair
 
-_DECIMALS = 5
-"""Deltas that agree so far are tied.
+DECIMALS = 5
+"""Ratings, their sums and deltas that agree so far are tied.
 
 Ratings are stored in float32: 5 - 4.2 and 4.2 - 3.4 are one gap, and their floats differ by 1e-7.
 """
@@ -89,7 +89,7 @@ def select(
         kept = shuffled[:k]
     else:
         assert deltas is not None
-        deltas = np.round(deltas, _DECIMALS)
+        deltas = np.round(deltas, DECIMALS)
         # The sort is stable, so that equal deltas stay in the order of the draw.
         ranked = shuffled[np.argsort(-deltas[shuffled], kind="stable")]
         first = {"bottom": len(pairs) - k, "middle": (len(pairs) - k) // 2}.get(keep, 0)

@@ -177,7 +177,7 @@ class Engine:
         # The dtype is an attribute of the decoder, which only a merged model shows.
         dtype = nnx.merge(model.graphdef, model.state).dtype
         self.plan = Plan(model.spec, sampling, self.mesh, dtype)
-        self.spec, self.length = self.plan.spec, self.plan.length
+        self.spec = self.plan.spec
         state = place(model.state, shardings(model.state, self.mesh))
         graphdef = model.graphdef if self.spec == model.spec else abstract(self.spec, dtype)[0]
         self.graphdef, self.weights = unstacked(graphdef, state)
@@ -317,7 +317,8 @@ class Engine:
     def _reserve(self, positions: int) -> None:
         """Makes the cache hold `positions` positions, doubling it; 0 resets it to the shortest.
 
-        The cache grows with the longest live sequence, because every step reads all of it.
+        The cache grows with the longest live sequence, because a step reads all of it where its
+        kernel does not read live tiles alone.
         """
         shortest = self.plan.shortest
         if self.cache is None or (positions == 0 and self.cache.length > shortest):
@@ -325,8 +326,9 @@ class Engine:
             self.cache = _new_cache(
                 self.spec, self.sampling.slots, shortest, self.plan.dtype, self.plan.cache_sharding
             )
-        while (length := self.cache.length) < min(positions, self.length):
-            self.cache = grow(self.cache, min(self.length, 2 * length))
+        longest = self.plan.positions
+        while (length := self.cache.length) < min(positions, longest):
+            self.cache = grow(self.cache, min(longest, 2 * length))
 
     def _advance(self, slots: Slots, filtered: bool, more: bool) -> Chunk:
         """Dispatches one chunk; the device computes the returned arrays asynchronously.
@@ -354,7 +356,7 @@ class Engine:
             max_idle_slots=np.int32(max_idle_slots),
             decode_steps=steps,
             filtered=filtered,
-            mesh=self.mesh if self.mesh.size > 1 else None,
+            mesh=self.mesh,
         )
         return out
 

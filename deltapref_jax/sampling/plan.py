@@ -9,6 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltapref_jax.config import Sampling
+from deltapref_jax.mesh import platform_of
+from deltapref_jax.models.attention.dispatch import LIVE_TILE
 from deltapref_jax.models.decoder import Cache, empty_cache, unstacked
 from deltapref_jax.models.program import Program, array, placed_weights
 from deltapref_jax.models.sharding import ROWS
@@ -27,7 +29,7 @@ class Plan:
       sampling: shapes and stop strings.
       mesh: slots lie along data and fsdp, weights as `sharding.RULES` says.
       dtype: of weights and cache.
-      length: longest sequence.
+      positions: of the longest cache: the longest sequence, on TPU in whole tiles of its kernel.
       prefill_rows: prompts of one prefill.
       prefill_lengths: to which prompts are padded.
       shortest: positions of the cache at first.
@@ -41,13 +43,13 @@ class Plan:
             string is empty.
         """
         self.sampling, self.mesh, self.dtype = sampling, mesh, jnp.dtype(dtype)
-        self.length = sampling.max_prompt + sampling.max_tokens
+        length = sampling.max_prompt + sampling.max_tokens
         # LongRoPE's factors are chosen once, by the longest sequence that may be sampled: keys in a
         # cache cannot change theirs when a trace grows.
-        self.spec = spec.within(self.length)
-        if self.length > spec.max_positions:
+        self.spec = spec.within(length)
+        if length > spec.max_positions:
             raise ValueError(
-                f"config.sampling.max_prompt + max_tokens is {self.length} and the model has "
+                f"config.sampling.max_prompt + max_tokens is {length} and the model has "
                 f"{spec.max_positions} positions; lower one of the two."
             )
         if "" in sampling.stop:
@@ -64,8 +66,10 @@ class Plan:
         self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
         # Few padded lengths (max_prompt, its half, its quarter), so that few programs are compiled.
         self.prefill_lengths = sorted({-(-sampling.max_prompt // (8 * n)) * 8 for n in (1, 2, 4)})
+        tile = LIVE_TILE if platform_of(mesh) == "tpu" else 1
+        self.positions = -(-length // tile) * tile
         # A power of two of at least 256, so that doubling meets few lengths and few programs.
-        self.shortest = min(self.length, max(256, 1 << (sampling.max_prompt - 1).bit_length()))
+        self.shortest = min(self.positions, max(256, 1 << (sampling.max_prompt - 1).bit_length()))
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """A layout on the mesh."""
@@ -124,7 +128,7 @@ class Plan:
         s, everywhere = self.sampling, PartitionSpec()
         group = self.prefill_rows, self.prefill_lengths[-1]
         prompts = self.abstract_cache(*group, self.prompt_sharding)
-        cache = self.abstract_cache(s.slots, self.length, self.cache_sharding)
+        cache = self.abstract_cache(s.slots, self.positions, self.cache_sharding)
         short = self.abstract_cache(s.slots, self.shortest, self.cache_sharding)
         # Groups are prefilled until there are traces for all free slots, at first for all of them.
         waiting = [prompts] * (-(-s.slots // (group[0] * samples)) - 1)
@@ -147,19 +151,19 @@ class Plan:
                 kwargs={
                     "decode_steps": s.chunk,
                     "filtered": filtered,
-                    "mesh": self.mesh if self.mesh.size > 1 else None,
+                    "mesh": self.mesh,
                 },
                 trips=s.chunk,
             ),
         }
-        if self.shortest < self.length:
+        if self.shortest < self.positions:
             # Arrays grow one after another: beside one lie the others, at most all but one grown.
-            half = self.abstract_cache(s.slots, self.length // 2, self.cache_sharding)
+            half = self.abstract_cache(s.slots, self.positions // 2, self.cache_sharding)
             found["grow"] = Program(
                 lengthen,
                 (half.v[0],),
                 beside=(weights, prompts, cache.k, cache.v[1:]),
-                kwargs={"length": self.length, "axis": 2},
+                kwargs={"length": self.positions, "axis": 2},
             )
         return found
 

@@ -207,7 +207,9 @@ def advance(
 
     def step(state: tuple[Cache, Chunk]) -> tuple[Cache, Chunk]:
         cache, out = state
-        hidden, cache = model.decode(out.token[:, None], out.position[:, None], cache, mesh)
+        # A free slot sees one position, so that it reads no more of the cache.
+        position = jnp.where(out.alive, out.position, 0)
+        hidden, cache = model.decode(out.token[:, None], position[:, None], cache, mesh)
         token, logprob = _next_tokens(
             hidden[:, 0],
             unembedding,

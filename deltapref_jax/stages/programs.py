@@ -231,7 +231,7 @@ def _sampling(name: str, plan: Plan, programs: dict[str, Program]) -> Iterator[S
         "decode": (len(drawn), _decode_flops(plan.spec, drawn)),
     }
     dtype, shape = str(plan.dtype), MeshShape(**plan.mesh.shape)
-    memory = sampling_memory(plan.spec, s.slots, plan.length, dtype, shape)
+    memory = sampling_memory(plan.spec, s.slots, plan.positions, dtype, shape)
     for program_name, program in programs.items():
         tokens, flops = work.get(program_name, (0, 0.0))
         yield StageProgram(

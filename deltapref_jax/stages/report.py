@@ -35,7 +35,7 @@ from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.training.checkpoint import read_metrics
 
 
-class Report(Node, stage="report", version=16):
+class Report(Node, stage="report", version=18):
     """report.html, summary.json, accuracies.csv, and each figure as an SVG file."""
 
     experiment: Experiment
@@ -111,6 +111,10 @@ class Report(Node, stage="report", version=16):
                 for arm, draws in self.pairs.items()
             },
             rates=job.tables(self.rates),
+            trials={
+                objective: {rate: results(tables) for rate, tables in node.results.items()}
+                for objective, node in self.rates.items()
+            },
             artifacts=artifacts,
             lessons=lessons(self.experiment),
             versions={library: ", ".join(seen) for library, seen in versions.items()},

@@ -1,53 +1,54 @@
-"""Whether a slope hangs on one rung is said where it does, by the draws of the whole slope."""
+"""A slope that hangs on one rung says so, by the difference that the rung makes."""
 
 import numpy as np
 import pytest
 
 from deltapref_jax.analysis import effects as fx
-from deltapref_jax.analysis.claims import rung_sentence
+from deltapref_jax.analysis.claims import WithoutRung, rung_sentence
+from deltapref_jax.analysis.findings import points
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Estimate
-from deltapref_jax.analysis.summary import _without_rungs
+from deltapref_jax.analysis.summary import without_rungs
 from tests.analysis.test_effects import found
 
 LADDER = {"a0": 0.0, "a1": 10.0, "a2": 20.0, "a3": 30.0}  # points of generator delta
 
 
-def slope(value, p):
-    return Measured(Estimate(value, value - 0.3, value + 0.3), p, p, 9.0)
+def around(value):
+    return Estimate(value, value - 0.3, value + 0.3)
+
+
+def without(value, difference, p):
+    return WithoutRung(around(value), Measured(around(difference), p, p, 9.0))
 
 
 @pytest.mark.parametrize(
-    "whole, without, want",
+    "whole, rest, want",
     [
-        (slope(0.5, 0.01), {"a": slope(0.4, 0.02), "b": slope(0.6, 0.01)}, ""),
+        # The slope may be shown with a rung and not without it: that is no difference. A small
+        # difference may be shown: the slope is about the same.
+        (around(0.32), {"a": without(0.28, 0.04, 0.8), "b": without(0.2, 0.12, 0.01)}, ""),
         (
-            slope(0.5, 0.01),
-            {"a": slope(0.4, 0.02), "b": slope(-0.1, 0.3)},
-            "Whether it is shown hangs on one rung, without b: -0.10 [-0.40, +0.20], not shown "
-            "(p = 0.300).",
+            around(0.5),
+            {"a": without(0.4, 0.1, 0.6), "b": without(0.15, 0.35, 0.01)},
+            "Hangs on one rung: without b it is +0.15 [-0.15, +0.45] (the whole minus it: "
+            "+0.35 [+0.05, +0.65], shown, p = 0.010).",
         ),
         (
-            slope(0.1, 0.4),
-            {"a": slope(-0.1, 0.5), "b": slope(-0.2, 0.6), "c": slope(0.6, 0.03)},
-            "Whether it is shown hangs on one rung, without c: +0.60 [+0.30, +0.90], shown "
-            "(p = 0.030). Its sign hangs on single rungs, without a: -0.10 [-0.40, +0.20], not "
-            "shown (p = 0.500); without b: -0.20 [-0.50, +0.10], not shown (p = 0.600).",
+            around(0.1),
+            {"a": without(-0.25, 0.35, 0.2), "b": without(0.1, 0.0, 1.0), "c": None},
+            "Hangs on single rungs: without a it is -0.25 [-0.55, +0.05] (the whole minus "
+            "it: +0.35 [+0.05, +0.65], not shown, p = 0.200); without c no slope is left.",
         ),
         (
-            slope(0.1, 0.4),
+            around(0.1),
             dict.fromkeys("abc"),
             "Hangs on every one of its 3 rungs: without one, no slope is left.",
         ),
-        (
-            slope(0.5, 0.01),
-            {"a": slope(0.5, 0.01), "b": None},
-            "Whether there is a slope hangs on one rung, without b: no slope is left.",
-        ),
     ],
 )
-def test_a_slope_that_hangs_on_one_rung_says_so(whole, without, want):
-    assert rung_sentence(whole, without) == want
+def test_a_slope_that_hangs_on_one_rung_says_so(whole, rest, want):
+    assert rung_sentence(whole, rest) == want
 
 
 def test_a_gain_of_the_last_rung_alone_hangs_on_it():
@@ -56,16 +57,36 @@ def test_a_gain_of_the_last_rung_alone_hangs_on_it():
     arms = {name: [(rng.random((200, 2)) < 0.5).astype(int)] for name in LADDER}
     arms["a3"] = [(rng.random((200, 2)) < 0.8).astype(int)]
     effects = found(before, **arms)
+    changes = {name: effects.change(name).estimate.value for name in LADDER}
 
-    def per_10(names):
-        return effects.slope({name: LADDER[name] / 10 for name in names})
+    def fitted(names):
+        x, y = [LADDER[n] / 10 for n in names], [changes[n] for n in names]
+        return np.polyfit(x, y, 1)[0]
 
-    table = {0: per_10(LADDER), 1: effects.contrast("a1", "a0")}
-    without = _without_rungs(0, table, effects, LADDER)
-    for name, measured in without.items():
-        rest = per_10([other for other in LADDER if other != name])
-        # The table has as many comparisons, and the same draws.
-        assert measured == fx.measured({0: rest, 1: table[1]})[0]
-    assert fx.measured(table)[0].shown and not without["a3"].shown
-    text = rung_sentence(fx.measured(table)[0], without)
-    assert text.startswith("Whether it is shown hangs on one rung, without a3: ")
+    rests = without_rungs(effects, LADDER)
+    deviations = {name: effects.change(name).draws - changes[name] for name in LADDER}
+    for name, rest in rests.items():
+        others = [other for other in LADDER if other != name]
+        assert rest.slope.value == pytest.approx(fitted(others))
+        difference = rest.difference.estimate
+        assert difference.value == pytest.approx(fitted(LADDER) - fitted(others))
+        # Both slopes share the draws of the rungs, so that their difference is of joint draws.
+        weights = {
+            arm: np.polyfit([x / 10 for x in LADDER.values()], np.eye(4)[i], 1)[0]
+            for i, arm in enumerate(LADDER)
+        }
+        for i, arm in enumerate(others):
+            weights[arm] -= np.polyfit([LADDER[n] / 10 for n in others], np.eye(3)[i], 1)[0]
+        joint = difference.value + sum(w * deviations[arm] for arm, w in weights.items())
+        assert difference[1:] == pytest.approx(np.percentile(joint, [2.5, 97.5]), abs=0.02)
+    slope = effects.slope({name: x / 10 for name, x in LADDER.items()})
+    text = rung_sentence(slope.estimate, rests)
+    assert f"without a3 it is {points(rests['a3'].slope, 2)} (the whole minus it: +9.0" in text
+    # Without the first rung the slope is steeper, which is as large a difference.
+    assert rests["a0"].difference.shown and "without a0" in text
+    assert fx.measured({0: slope})[0].shown
+
+
+def test_a_slope_of_three_rungs_has_none_without_one():
+    effects = found(np.zeros((9, 1), int), **{n: [np.ones((9, 1), int)] for n in ("a", "b", "c")})
+    assert without_rungs(effects, {"a": 0.0, "b": 1.0, "c": 2.0}) == dict.fromkeys("abc")

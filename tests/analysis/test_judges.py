@@ -15,6 +15,7 @@ from deltapref_jax.analysis import statistics as st
 from deltapref_jax.analysis.data_card import data_card
 from deltapref_jax.analysis.findings import MARK, mark_names
 from deltapref_jax.analysis.judges import describe
+from deltapref_jax.analysis.page import JudgeAudit
 from deltapref_jax.analysis.proposal import ARM, GeneratorPair, Proposal, Selection
 from deltapref_jax.analysis.report import draw, render, terminal_table
 from deltapref_jax.analysis.students import (
@@ -90,8 +91,8 @@ def test_gaps_are_compared_on_the_pairs_of_every_arm_that_a_judge_ranked(noisy):
     s = summarise(tables)
     model = next(j for j in s.judges if j.name == "model")
     assert [(p.arm, p.by, p.tied) for p in model.on_pairs] == [
-        ("dpo-mid", "", None),
-        ("top", "sum", 5),
+        ("dpo-mid", [], None),
+        ("top", ["sum"], 5),
     ]
     top = model.on_pairs[1]
     # The exact judge rates strong two points above weak: only rounding tells gaps apart.
@@ -153,7 +154,9 @@ def test_an_arm_of_a_judge_below_the_bar_is_marked_wherever_it_is_named(noisy):
     assert "<td>top†</td>" in page and "<td>top</td>" not in page
     found = students_table(json.loads(summary_json(several)))
     assert "top†" in found.columns[0].cells and "top" not in found.columns[0].cells
-    assert found.caption.endswith(f"{MARK}: the judge is below the bar, see the page")
+    assert found.caption.endswith(
+        f"{MARK}: the judge is below the bar or not measured, see the page"
+    )
     assert all(d in s.arms[0].changes for d in DOMAINS)
 
 
@@ -174,10 +177,10 @@ def test_edited_traces_decide_where_both_audits_are_there(noisy):
         return to_table(
             Audit,
             [
-                Audit(f"{q}", "model", d if g else "", g, d, after if g else 3.0, True, 9)
+                Audit(f"{q}", "model", target, g, d, after if g else 3.0, True, 9)
                 for q in range(30)
+                for target, g in [("", 0), *((d, 1) for d in DIMENSIONS)]
                 for d in DIMENSIONS
-                for g in range(2)
             ],
         )
 
@@ -188,6 +191,73 @@ def test_edited_traces_decide_where_both_audits_are_there(noisy):
     tables.trace_audits = {"model": audited(3.0)}
     judge = describe(tables, "model")
     assert judges.failings(judge, "sum") == {"its AUC on edited traces is below 0.65": 0.5}
+
+
+def test_the_sum_is_judged_by_its_own_auc(noisy):
+    """Every edit costs its own dimension a point and brings another one two: the sum rises."""
+    tables, _ = noisy
+    tables.retests, tables.audits = {}, {}
+    beside = dict(zip(DIMENSIONS, [*DIMENSIONS[1:], DIMENSIONS[0]], strict=True))
+    tables.trace_audits = {
+        "model": to_table(
+            Audit,
+            [
+                Audit(q, "model", t, g, d, 3.0 - (d == t) + 2 * (g and d == beside[t]), True, 9)
+                for q in QUESTIONS
+                for t, g in [("", 0), *((d, 1) for d in DIMENSIONS)]
+                for d in DIMENSIONS
+            ],
+        )
+    }
+    judge = describe(tables, "model")
+    assert {a.value for a in judge.edited.auc.values()} == {1.0}
+    assert judge.edited.auc_sum.value == 0.0
+    assert judges.failings(judge, "sum") == {"its AUC on edited traces is below 0.65": 0.0}
+    assert not any(judges.failings(judge, d) for d in DIMENSIONS)
+
+
+def test_an_arm_is_marked_for_all_that_ratings_shaped_its_pairs_by(noisy):
+    tables, _ = noisy
+    e = tables.experiment
+    top = dataclasses.replace(next(a for a in e.arms if a.name == "top"), judge="model")
+    by = {"by": "factuality"}
+    shaped = {
+        "ranked": (dataclasses.replace(top, **by), ["factuality"]),
+        "directed": (
+            dataclasses.replace(top, direction="model", **by),
+            ["sum", "factuality"],
+        ),
+        "sampled": (
+            dataclasses.replace(top, keep="all", chosen_sample="best", by="reference_margin"),
+            ["sum"],
+        ),
+        "by-function": (dataclasses.replace(top, keep="mine:keep"), [*DIMENSIONS]),
+        "margin": (dataclasses.replace(top, by="reference_margin"), []),
+        "random": (dataclasses.replace(top, keep="random"), []),
+    }
+    for name, (arm, want) in shaped.items():
+        assert judges.shaped_by(arm, DIMENSIONS) == want, name
+    good, bad = st.Estimate(0.9, 0.8, 1.0), st.Estimate(0.5, 0.4, 0.6)
+    auc = dict.fromkeys(DIMENSIONS, good)
+    judge = dataclasses.replace(
+        describe(tables, "model"),
+        reliability={},
+        edited=JudgeAudit(auc | {"numerical_precision": bad}, bad, {}, {}),
+    )
+
+    def doubt(name, judge):
+        return judges.doubt(e, shaped[name][0], [judge])
+
+    assert doubt("ranked", judge) == "" and doubt("random", judge) == ""
+    of_sum = "judge model shaped its pairs by sum, where its AUC on edited traces is below 0.65: "
+    assert doubt("directed", judge) == doubt("sampled", judge) == f"{of_sum}0.50"
+    assert doubt("by-function", judge).startswith("judge model shaped its pairs by numerical prec")
+    never = dataclasses.replace(judge, audit=None, edited=None)
+    assert doubt("ranked", never) == (
+        "judge model shaped its pairs by factuality, where it was measured neither against known "
+        "corruption nor against itself"
+    )
+    assert doubt("random", never) == ""
 
 
 def test_a_mean_judge_is_audited_and_retested_as_its_ratings_are_made(noisy):
@@ -275,4 +345,4 @@ def test_the_card_of_pairs_says_that_their_judge_is_below_the_bar(noisy):
     licences = {model_of(e, m).place: "mit" for m in [*(g.model for g in e.generators), e.student]}
     card = data_card(tables, summarise(tables), proposal, licences, "key")
     why = judges.doubt(tables.experiment, arm, summarise(tables).judges)
-    assert f"- {MARK} The judge is below the bar: {why}." in card.splitlines()
+    assert f"- {MARK} The judge is below the bar or not measured: {why}." in card.splitlines()

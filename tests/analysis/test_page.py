@@ -47,11 +47,11 @@ def test_a_figure_has_its_numbers_as_a_link(study):  # noqa: F811
     assert all(urllib.parse.unquote(links[name]) == drawn[name].csv for name in drawn)
     changes = {a.name: a.changes for a in s.arms}
     ladder = [r for r in rows_of(drawn["ladder"].csv) if r["line"] == "DPO"]
-    shown = {(r["domain"], r["label"]): r for r in ladder}
+    shown = {(r["domain"], r["arm"]): r for r in ladder}
     assert len(ladder) == 4
     for d in DOMAINS:
-        for arm, label in (("dpo-mid", "mid"), ("dpo-strong", "strong")):
-            r = shown[d, label]
+        for arm in ("dpo-mid", "dpo-strong"):
+            r = shown[d, arm]
             numbers = [float(r[name]) for name in ("change in points", "low", "high")]
             assert numbers == list(changes[arm][d].estimate)
     (claim,) = rows_of(drawn["claims"].csv)
@@ -125,6 +125,25 @@ def test_read_outs_of_domains_of_one_suite_are_twins_and_in_the_long_table(study
     (shown,) = (a for a in s.arms if a.changes["in"].shown)
     (text, _) = (f.text for f in s.findings if f.topic == "Sampled and greedy")
     assert text.startswith(f"in domain {shown.name} changed ") and "and +10.0 [" in text
+    # Sampled minus greedy is the mean over questions of the two changes' difference.
+    twin = s.readouts[0]
+    arm, run = shown.name, next(iter(study.results[shown.name]))
+
+    def gaps(suite):
+        tables = [study.results[arm][run], study.student]
+        rows = [st.answers(t, st.columns(t, "suite")[0] == suite).mean for t in tables]
+        return 100 * (rows[0] - rows[1])
+
+    lost = gaps("in-suite") - gaps("in-suite-greedy")
+    found = twin.lost[arm].estimate
+    assert found.value == pytest.approx(lost.mean())
+    error = 1.96 * lost.std(ddof=1) / math.sqrt(len(lost))
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - error, found.value + error), abs=0.1 * error
+    )
+    greedy = twin.changes[arm].estimate.value
+    assert f"greedy ({greedy / twin.sampled[arm].value:.0%} of it), sampled minus greedy " in text
+    assert "prefers" not in text
     rows = from_table(SuiteAccuracy, to_table(SuiteAccuracy, suites.accuracies(study, {})))
     held = {(r.arm, r.suite): r for r in rows if r.readout}
     assert len(held) == len(s.readouts) * (1 + len(s.arms))
@@ -144,7 +163,11 @@ def test_a_greedy_twin_reads_a_domain_that_is_sampled():
     assert readouts.groups([*inside, *twins]) == [twins]
     assert readouts.is_greedy_twin(twins, [*inside, *twins])
     assert readouts.is_greedy_twin(twins[:1], [*inside[:1], *twins[:1]])
-    assert not readouts.is_greedy_twin(twins[:1], [*inside, *twins[:1]])
+    assert readouts.is_greedy_twin(twins[:1], [*inside, *twins[:1]])
+    assert readouts.read_again(twins[1:], [*inside, *twins[1:]]) == inside[1:]
+    apart = dataclasses.replace(twins[0], prompts=Prompts(tasks=("c",)))
+    assert readouts.groups([*inside, *twins, apart]) == [twins, [apart]]
+    assert not readouts.is_greedy_twin([apart], [*inside, apart])
     assert not readouts.is_greedy_twin(twins, [*greedy, *twins])
 
 

@@ -1,7 +1,9 @@
 """The page of a small study is self-contained, escaped, complete, and follows the numbers."""
 
+import csv
 import dataclasses
 import html
+import io
 import json
 import math
 import re
@@ -14,8 +16,8 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
-from deltapref_jax.analysis.components import kinds_of
-from deltapref_jax.analysis.controls import controls
+from deltapref_jax.analysis.components import Noise, kinds_of
+from deltapref_jax.analysis.controls import _Control, bound, controls, judged
 from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
 from deltapref_jax.analysis.proposal import read_evidence
@@ -37,6 +39,7 @@ from deltapref_jax.config import (
     Suite,
     Training,
     budget_twin,
+    claims_of,
     greedy_twin,
 )
 from deltapref_jax.progress import plain_console
@@ -44,6 +47,7 @@ from deltapref_jax.records import (
     Audit,
     Pair,
     Prompt,
+    RateTrial,
     Rating,
     Result,
     Trace,
@@ -134,13 +138,16 @@ def pairs(chosen):
 
 
 def audited(judge, blind):
+    """Six texts, corrupted in every dimension in two degrees: each rated in all dimensions."""
+    texts = [("", 0), *((d, g) for d in DIMENSIONS for g in (1, 2))]
     return to_table(
         Audit,
         [
-            Audit(f"{q}", judge, d if g else "", g, d, 3.0 if d in blind else 5.0 - g, not g, 9 + g)
+            Audit(f"{q}", judge, target, g, d, rating, not g, 9 + g)
             for q in range(6)
+            for target, g in texts
             for d in DIMENSIONS
-            for g in range(3)
+            for rating in [3.0 if d in blind else 5.0 - g * (d == target)]
         ],
     )
 
@@ -391,7 +398,8 @@ def test_twins_are_compared_with_each_other_and_with_arms_of_their_own_budget(st
     }
     assert [a.budget for a in s.arms[-4:]] == ["equal epochs", "equal epochs", "", "7 steps"]
     figures = draw(study, s)
-    assert "top, judge exact, equal epochs" in figures["selection"].svg
+    gap = "DPO, gap in the sum of all dimensions"
+    assert f'"{gap}, equal epochs",in,"top, judge exact",top-equal-e' in figures["selection"].csv
     page = render(study, s, figures, {})
     assert "<td>top-equal-epochs</td>" in page
     assert "against all pairs of the pool for as many epochs" in page.lower()
@@ -434,7 +442,7 @@ def test_a_sentence_on_selections_has_one_budget_and_one_measure(study):
     assert "top 6 pairs by exact</td>" in page and "top 50% of pairs by exact</td>" in page
     figure = draw(study, s)["selection"]
     assert {p.split(",")[-4] for p in figure.csv.splitlines()[1:]} == {"50.0", "100.0"}
-    assert "top, margin of the reference" in figure.svg
+    assert "DPO, margin of the reference, in domain" in figure.svg
 
 
 def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
@@ -561,14 +569,14 @@ def test_controls_are_recognised_from_the_config_and_judged(study):
     assert gain > 20
     # Nothing but the two draws themselves says how far draws may differ.
     assert got[("random", ("draws",))] == (0, None)
-    assert got[("random", ("random", "draws"))] == (0, True)
+    assert got[("random", ("random", "draws"))] == (0, None)  # ± 5 is more than the margin of 2
     value, came_out = got[("random", ("random", "other-draws"))]
     assert value == pytest.approx(-gain)
     assert got[("placebo", ("coin",))] == (pytest.approx(gain), False)
     value, came_out = got[("negative", ("dpo-strong", "reversed"))]
     assert value > gain and came_out
     assert got[("null", ("seeds",))] == (0, None)
-    assert got[("null", ("top", "seeds"))] == (0, True)
+    assert got[("null", ("top", "seeds"))] == (0, None)
     assert {key for key in got if key[0] in ("null", "negative")} == {
         ("null", ("seeds",)),
         ("null", ("top", "seeds")),
@@ -578,6 +586,78 @@ def test_controls_are_recognised_from_the_config_and_judged(study):
     assert "Controls that must come out" in page and "No arm of this page is a control" not in page
     assert page.index("Controls that must come out") < page.index('<ul class="findings">')
     assert "seeds, seed 1 minus seed 2" in page and "did not come out" in page
+
+
+def estimated(low, value, high, shown):
+    p = 0.01 if shown else 0.2
+    return Measured(Estimate(value, low, high), p, p, max(-low, high))
+
+
+@pytest.mark.parametrize(
+    "kind, inside, outside, want",
+    [
+        # Shown in one domain is not shown in all, and it is named.
+        (
+            "negative",
+            estimated(2.0, 5.0, 8.0, True),
+            estimated(-7.0, -3.0, 1.0, False),
+            (None, "a difference is shown in domain, none out of domain"),
+        ),
+        (
+            "negative",
+            estimated(2.0, 5.0, 8.0, True),
+            estimated(-7.0, -4.0, -1.0, True),
+            (False, "the exchanged pairs do better out of domain"),
+        ),
+        (
+            "negative",
+            estimated(2.0, 5.0, 8.0, True),
+            estimated(1.0, 3.0, 5.0, True),
+            (True, "a difference is shown in domain and out of domain"),
+        ),
+        # As large as four margins of the claims.
+        (
+            "placebo",
+            estimated(-0.1, 3.9, 7.9, False),
+            estimated(-1.0, 0.0, 1.0, False),
+            (None, "up to 7.9 points are not excluded, of at most 2"),
+        ),
+        (
+            "placebo",
+            estimated(-9.0, -3.0, 1.5, False),
+            estimated(-1.0, 0.0, 1.0, False),
+            (True, "no gain above +1.5"),
+        ),
+        (
+            "random",
+            estimated(-1.9, -0.5, 0.9, False),
+            estimated(-1.0, 0.0, 1.0, False),
+            (True, "to within ±1.9"),
+        ),
+    ],
+)
+def test_a_control_comes_out_in_all_domains_within_the_margin(kind, inside, outside, want):
+    noise = [Noise(1.0, 1.0)] * 2
+    assert judged(kind, {"in": inside, "out": outside}, noise, 2.0) == want
+
+
+def test_only_two_single_seeds_may_differ_by_four_margins(study):
+    study.experiment.claims = (
+        Claim(a="top", b="random", margin=1.5),
+        Claim(a="top", b="dpo-strong", margin=3.0),
+        Claim(kind="slope", objective="dpo", margin=0.5),
+    )
+    one, two = [Run(0, 0)], [Run(0, 0), Run(0, 1)]
+    bounds = {
+        (kind, len(a), len(b)): bound(study.experiment, _Control(kind, "", ("x",), a, b))
+        for kind, a, b in (
+            ("null", one, one),
+            ("null", two, two),
+            ("random", one, one),
+            ("placebo", one, ()),
+        )
+    }
+    assert list(bounds.values()) == [6.0, 1.5, 1.5, 1.5]
 
 
 def test_a_negative_control_that_shows_nothing_is_undecided(study):
@@ -600,7 +680,8 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
     with mock.patch.object(fx, "effects", side_effect=fx.effects) as effects:
         apart, near = controls(study, {})
     # Their 80 points are in no noise that they are compared with.
-    assert apart.arms == ("dpo-mid",) and apart.verdict == "did not come out"
+    assert apart.arms == ("dpo-mid",)
+    assert apart.verdict == "did not come out: a difference is shown in domain and out of domain"
     assert near.arms == ("dpo-strong",)
     assert near.verdict.startswith("undecided: up to") and near.verdict.endswith("of at most 8")
     for estimate in (m.estimate for c in (apart, near) for m in c.effects.values()):
@@ -691,6 +772,40 @@ def test_a_domain_that_is_read_again_greedily_is_one_read_out(study):
     shown = [a for a in s.arms if a.changes["in"].shown]
     assert shown and len(texts) == 1
     assert f"{shown[0].name} changed" in texts[0] and "+15.0" in texts[0]
+
+
+def test_a_twin_of_some_suites_says_what_greedy_keeps_of_these(study):
+    """One of two suites has a twin, and the domain's change is not the change of that suite."""
+    e = study.experiment
+    (suite,) = [s for s in e.suites if s.domain == "in"]
+    other = dataclasses.replace(suite, name="more", prompts=Prompts(tasks=("chain",), count=40))
+    study.experiment = dataclasses.replace(e, suites=(*e.suites, other, greedy_twin(other)))
+
+    def with_rows(table, right, greedy):
+        more = read_out(
+            table, suite.name, 1, lambda r, s: int(r.prompt_id) < right, "more", domain="in"
+        )
+        more += read_out(
+            table, suite.name, 1, lambda r, s: int(r.prompt_id) < greedy, "more-greedy"
+        )
+        return pa.concat_tables([table, to_table(Result, more)])
+
+    study.student = with_rows(study.student, 10, 20)
+    study.results = {
+        arm: {run: with_rows(t, 30, 26) for run, t in runs.items()}
+        for arm, runs in study.results.items()
+    }
+    s = summarise(study)
+    (found,) = s.readouts
+    assert (found.suite, found.greedy_twin) == ("more-greedy", True)
+    assert (found.read_again, found.averaged) == (["more"], 2)
+    (text,) = (f.text for f in s.findings if f.topic == "Sampled and greedy")
+    shown = next(a for a in s.arms if a.changes["in"].shown)
+    assert f"{shown.changes['in'].estimate.value:+.1f}" != "+50.0"
+    assert text.startswith(
+        "in domain, over the 1 of 2 suites that were answered greedily too (more), "
+        f"{shown.name} changed +50.0 points sampled and +15.0 ["
+    )
 
 
 def test_answers_have_the_mean_surprise_of_their_tokens(study):
@@ -828,3 +943,139 @@ def test_arms_that_were_left_out_are_named_with_the_comparisons_that_need_them(s
     page = render(study, s, draw(study, s), dict.fromkeys(DIMENSIONS, "well?"))
     assert "missing: top minus dpo-strong, top minus random and sft minus dpo-strong." in page
     assert '<h2 id="arms">Arms of this run</h2>' in page
+
+
+def ladder_study(study):
+    """A ladder of three rungs in the study, with arms of its group that are none."""
+    rung = study.experiment.arms[0]
+    beside = {
+        "topped": {"keep": "top", "fraction": 0.5},
+        "tossed": {"direction": "coin"},
+        "longer": {"steps": 7, "pairs_per_step": 4},
+    }
+    added = [dataclasses.replace(rung, name=n, **own) for n, own in beside.items()]
+    study = with_arms(
+        study,
+        dataclasses.replace(rung, name="dpo-weak", chosen="weak", judge="model"),
+        *added,
+    )
+    study.pairs["dpo-weak"] = {0: pairs("weak")}
+    for i, arm in enumerate(("dpo-weak", "dpo-mid", "dpo-strong", *beside)):
+        study.results[arm] = {Run(0, 0): evaluated((0.3, 0.45, 0.8, 0.1, 0.9, 0.95)[i], 50 + i)}
+    study.experiment.claims = (Claim(kind="slope", objective="dpo", domain="in", margin=0.5),)
+    return study
+
+
+def test_slope_claim_and_figure_are_of_the_same_rungs(study):
+    study = ladder_study(study)
+    s = summarise(study)
+    changes = {a.name: a.changes["in"].estimate.value for a in s.arms}
+    deltas = {a.name: a.delta for a in s.arms}
+    rungs = ["dpo-weak", "dpo-mid", "dpo-strong"]
+    assert list(s.ladders["dpo"].rungs) == rungs
+    want = 10 * np.polyfit([deltas[r] for r in rungs], [changes[r] for r in rungs], 1)[0]
+    assert s.trends[0].per_10.estimate.value == pytest.approx(want)
+    assert s.claims[0].effect.estimate.value == pytest.approx(want)
+    rows = csv.DictReader(io.StringIO(draw(study, s)["ladder"].csv))
+    lines = {}
+    for row in rows:
+        if row["domain"] == "in":
+            lines.setdefault(row["line"], []).append(row["arm"])
+    assert sorted(lines["DPO"]) == sorted(rungs)
+    assert lines["DPO, no rung, 4 pairs a step, 7 steps"] == ["longer"]
+    left_out = (
+        "The slope of the DPO ladder leaves out topped (it has fraction 0.5, keep top), tossed "
+        "(its pairs are directed by coin) and longer (it has pairs per step 4, steps 7): its rungs "
+        "differ in their generators alone."
+    )
+    assert left_out in s.unmeasured and left_out in html.unescape(render(study, s, {}, {}))
+    # The default claims count rungs too.
+    assert [c.kind for c in claims_of(dataclasses.replace(study.experiment, claims=()))][0] == (
+        "slope"
+    )
+    fewer = [a for a in study.experiment.arms if a.name != "dpo-weak"]
+    e = dataclasses.replace(study.experiment, claims=(), arms=tuple(fewer))
+    assert [c.kind for c in claims_of(e)] == ["contrast"]
+
+
+def how(study):
+    page = html.unescape(render(study, summarise(study), {}, {}))
+    text = page[page.index('id="how"') : page.index('id="generators"')]
+    return re.sub(r"<[^>]+>", "", text)
+
+
+def test_rungs_share_prompts_and_rejected_traces_only_where_they_do(study):
+    study = ladder_study(study)
+    alone = "in the author of the chosen trace and in nothing else"
+    assert (
+        f"The rungs of the DPO ladder share prompts and rejected traces, so they differ {alone}"
+        in (how(study))
+    )
+    study.pairs["dpo-mid"] = {0: pairs("mid").slice(0, 9)}
+    text = how(study)
+    assert alone not in text and (
+        "The rungs of the DPO ladder have 9 of 12 prompts with a rejected trace in common" in text
+    )
+    study.experiment.arms = study.experiment.arms[1:5]  # one rung is no ladder
+    for held in (study.pairs, study.results):
+        for name in set(held) - {a.name for a in study.experiment.arms}:
+            del held[name]
+    assert "rungs" not in how(study)
+
+
+def test_how_it_was_done_has_the_rates_and_steps_that_were_trained(study):
+    e = study.experiment
+    text = how(study)
+    assert "Training: 30 steps of up to 32 pairs, however many an arm keeps. Objectives: " in text
+    assert "dpo (learning rate 0.0001, beta 0.1), sft (learning rate 0.0001)." in text
+    assert "unless" not in text and "inside and outside of the training domain" in text
+    e.training = Training(steps=30, pairs_per_step=4)
+    e.arms[1].steps, e.arms[0].learning_rate = 7, 2e-5
+    e.objectives[0].rates, e.objectives[0].tuned_by = (1e-4, 3e-4), "dpo-strong"
+    study.rates = {"dpo": to_table(RateTrial, [RateTrial(1e-4, 40, 30.0, 20.0, 40.0, False)])}
+    trial = RateTrial(3e-4, 40, 40.0, 30.0, 50.0, True)
+    study.rates["dpo"] = pa.concat_tables([study.rates["dpo"], to_table(RateTrial, [trial])])
+    text = how(study)
+    assert (
+        "Training: 30 steps of 4 pairs, however many an arm keeps, unless the table of arms under "
+        "Training says otherwise (1 of 5 arms have steps, epochs or pairs a step of their own)."
+    ) in text
+    assert (
+        "dpo (learning rate 0.0003, chosen of the 2 that were tried, but in 1 of its 4 arms their "
+        "own, beta 0.1)"
+    ) in text
+
+
+def test_the_lead_of_a_chosen_rate_is_paired_and_without_the_noise_of_training(study):
+    e = study.experiment
+    e.objectives[0].rates, e.objectives[0].tuned_by = (1e-4, 3e-4, 1e-3), "dpo-strong"
+    values = {1e-4: (38.0, False), 3e-4: (40.0, True), 1e-3: (10.0, False)}
+    trials = [RateTrial(rate, 40, v, v - 9, v + 9, best) for rate, (v, best) in values.items()]
+    study.rates = {"dpo": to_table(RateTrial, trials)}
+
+    def tuned(right):
+        rows = [r for r in from_table(Result, evaluated(0.5, 1)) if r.domain == "in"]
+        return to_table(
+            Result, [r._replace(domain="", correct=int(r.prompt_id) in right) for r in rows]
+        )
+
+    answered = {"0.0001": range(15), "0.0003": range(16), "0.001": range(4)}
+    study.trials = {"dpo": {rate: tuned(right) for rate, right in answered.items()}}
+    s = summarise(study)
+    (found,) = s.rates
+    assert {rate: lead.estimate.value for rate, lead in found.leads.items()} == pytest.approx(
+        {"0.0001": 100 / 40, "0.001": 100 * 12 / 40}
+    )
+    assert not found.leads["0.0001"].shown and found.leads["0.001"].shown
+    page = render(study, s, {}, {})
+    assert "its lead is shown over 1 of the 2 others" in page
+    assert "Intervals are of questions alone: each rate trained one policy" in page
+
+
+def test_curves_that_nothing_was_measured_of_are_not_said_to_be_well(study):
+    assert "so in none" not in render(study, summarise(study), {}, {})  # they fall
+    for runs in study.metrics.values():
+        for run, rows in runs.items():
+            runs[run] = [{k: v for k, v in r.items() if "rewards" not in k} for r in rows]
+    page = render(study, summarise(study), {}, {})
+    assert "so in none" not in page and "(0 of 5 arms train against a reference" in page

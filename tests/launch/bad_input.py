@@ -165,6 +165,7 @@ FLAGS = {  # entry point → (arguments, words)
         ("--config.data.path=no/such", r"no/such"),
         ("--config.data.path=" + LONG, r"xxx"),
         ("--config.data.split=test --config.data.path={root}/empty", r"empty"),
+        ("--config.data.split=test", r"nothing reads it, for config\.data\.path names a file"),
         ("--config.data.workers=-1", r"workers is -1"),
         (f"--config.data.workers={10**9}", r"workers is .*at most 1,024"),
         ("--config.data.truncation_mode=middle", r"choose one of 'keep_start'"),

@@ -184,6 +184,10 @@ WHOLE, HALF = 8 * 64 * 32 * 2, 4 * 64 * 32 * 2
         # Rows are put into a cache where it lies, or into a copy of it in fast memory.
         ("%f = bf16[8,64,32]{2,1,0} fusion(%x, %i, %r), kind=kCustom, calls=%fused", 8 * 32 * 2),
         ("%f = bf16[8,64,32]{2,1,0:S(1)} fusion(%x, %i, %r), kind=kCustom, calls=%fused", WHOLE),
+        # A kernel that changes an operand in place does not write all of it.
+        ("%k = (f32[8]{0}, bf16[8,64,32]{2,1,0}) custom-call(%i, %x), "
+         "output_to_operand_aliasing={{1}: (1, {})}, backend_config={}", WHOLE + 8 * 4),
+        ("%k = (f32[8]{0}, bf16[8,64,32]{2,1,0}) custom-call(%i, %x)", 2 * WHOLE + 8 * 4),
     ],
 )  # fmt: skip
 def test_what_is_moved_to_and_from_fast_memory_is_counted_once(line, moved):

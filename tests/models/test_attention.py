@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from deltapref_jax.config import MeshShape
@@ -18,10 +19,12 @@ from deltapref_jax.models.attention import dispatch
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
 from deltapref_jax.models.attention.dense import dense_attention
 from deltapref_jax.models.attention.dispatch import (
+    cached_attention,
     packed_attention,
     select_kernel,
     zigzag_starts,
 )
+from deltapref_jax.models.attention.live import live_attention, live_tiles
 from deltapref_jax.models.attention.masks import (
     Visibility,
     last_query_tile,
@@ -32,7 +35,7 @@ from deltapref_jax.models.attention.masks import (
 from deltapref_jax.models.attention.splash import splash_attention, splash_tables
 from deltapref_jax.models.attention.triton import triton_attention
 from deltapref_jax.models.decoder import Decoder
-from deltapref_jax.models.sharding import BATCH, shardings
+from deltapref_jax.models.sharding import BATCH, ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
@@ -375,7 +378,7 @@ def plain(q, k, v, mask, cap, sinks=None):
 
 def on_this_device(monkeypatch):
     """Has the kernels of accelerators run their programs in XLA."""
-    for name in ("splash", "triton"):
+    for name in ("splash", "triton", "live"):
         module = importlib.import_module(f"deltapref_jax.models.attention.{name}")
         run = getattr(module, f"{name}_attention")
         monkeypatch.setattr(module, f"{name}_attention", functools.partial(run, interpret=True))
@@ -852,3 +855,76 @@ def test_a_row_of_32k_tokens_runs_and_split_over_devices_it_is_the_same():
         got[1],
         want[1],
     )
+
+
+def cache_of(positions, length, dtype, heads=4, groups=2, width=128):
+    """One token a row and a cache [B, K, S, H], of which what no token sees is NaN."""
+    r = np.random.default_rng(7)
+    B = len(positions)
+    shapes = [
+        (B, 1, heads, width),
+        *((B, 1, groups, width),) * 2,
+        *((B, groups, length, width),) * 2,
+    ]
+    q, k, v, *cache = (jnp.asarray(r.normal(size=shape), dtype) for shape in shapes)
+    live = jnp.arange(length) < (jnp.asarray(positions)[:, None] // 128 + 1) * 128
+    return q, k, v, *(jnp.where(live[:, None, :, None], x, jnp.nan) for x in cache)
+
+
+@pytest.mark.parametrize(
+    ("positions", "window", "cap", "sinks", "dtype", "tolerance"),
+    mostly_slow(
+        [
+            ([255, 0, 127, 128, 40], 0, 0.0, False, jnp.float32, 2e-5),
+            ([0, 383, 129, 255, 256, 380], 130, 5.0, True, jnp.float32, 2e-5),
+            ([383, 200, 15, 16], 0, 0.0, True, jnp.bfloat16, 2e-2),
+            ([300], 1, 0.0, False, jnp.bfloat16, 2e-2),
+        ],
+        0,
+    ),
+)
+def test_decoding_on_live_tiles_is_dense(positions, window, cap, sinks, dtype, tolerance):
+    """And writes what dense attention writes; a tile that no token sees is not computed."""
+    length, positions = 384, jnp.asarray(positions, jnp.int32)
+    q, k, v, *cache = cache_of(positions, length, dtype)
+    sinks = SINKS if sinks else None
+    out, *written = live_attention(
+        *(x[:, 0] for x in (q, k, v)),
+        *cache,
+        positions,
+        sinks,
+        window,
+        cap,
+        interpret=pltpu.InterpretParams(detect_races=True),
+    )
+    assert not interpret_pallas_call.races.races_found
+    exact = cached_attention(positions[:, None], length, None, (window,), cap)
+    finite = [jnp.nan_to_num(x.astype(jnp.float32)) for x in (q, k, v, *cache)]
+    want, *kept = exact(*finite, window, sinks)
+    same([out.astype(jnp.float32)], [want[:, 0]], tolerance)
+    for got, all_of_it in zip(written, kept, strict=True):
+        np.testing.assert_array_equal(jnp.nan_to_num(got.astype(jnp.float32)), all_of_it)
+
+
+def test_live_tiles_are_those_with_a_visible_key():
+    positions = jnp.arange(600)
+    for window in (0, 1, 128, 130):
+        first, last = live_tiles(positions, window)
+        for at in range(600):
+            seen = range(max(0, at - window + 1) if window else 0, at + 1)
+            assert (first[at], last[at]) == (seen[0] // 128, seen[-1] // 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1, 2, 1), (1, 2, 4, 1)])
+def test_decoding_on_a_mesh_is_that_of_one_device(shape, monkeypatch):
+    """Two key heads lie over `tensor`, and are whole on every device where it has four."""
+    mesh = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)])
+    positions = jnp.asarray([255, 0, 40, 130], jnp.int32)
+    inputs = [jnp.nan_to_num(x) for x in cache_of(positions, 256, jnp.float32)]
+    want = cached_attention(positions[:, None], 256)(*inputs, 0, SINKS)
+    on_this_device(monkeypatch)
+    monkeypatch.setattr(dispatch, "platform_of", lambda mesh: "tpu")
+    attend = cached_attention(positions[:, None], 256, mesh)
+    got = jax.jit(lambda *inputs: attend(*inputs, 0, SINKS))(*shard(inputs, mesh, ROWS))
+    same(got, want, 2e-5)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from deltapref_jax.config import REMATS, MeshShape
 from deltapref_jax.mesh import make_mesh, shard
-from deltapref_jax.models.attention.dense import cached_attention, dense_attention
+from deltapref_jax.models.attention.dense import dense_attention, dense_cached_attention
 from deltapref_jax.models.attention.dispatch import TILE
 from deltapref_jax.models.attention.masks import packed_mask
 from deltapref_jax.models.decoder import (
@@ -127,10 +127,10 @@ def test_attention_over_a_cache_is_attention_and_both_are_the_formula():
     sinks = jnp.asarray(r.normal(size=4), jnp.float32)
     for keys, last in ((k.transpose(0, 2, 1, 3), False), (k.transpose(0, 2, 3, 1), True)):
         cache = keys, v.transpose(0, 2, 1, 3)
-        cached = cached_attention(q, *cache, mask, positions_last=last)
+        cached = dense_cached_attention(q, *cache, mask, positions_last=last)
         np.testing.assert_allclose(cached, dense, atol=1e-5)
         np.testing.assert_allclose(
-            cached_attention(q, *cache, mask, sinks=sinks, positions_last=last),
+            dense_cached_attention(q, *cache, mask, sinks=sinks, positions_last=last),
             dense_attention(q, k, v, mask, sinks=sinks),
             atol=1e-5,
         )

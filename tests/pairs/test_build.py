@@ -98,7 +98,8 @@ def test_a_generator_that_repeats_the_rejected_trace_drops_its_prompt_from_all_a
 
 def test_a_judge_labels_by_the_sum_and_drops_ties():
     ratings = {
-        digest(p, "weak", s): [3.0, 1.0 + (i % 3 if s else 1)]
+        # Sums that float32 rounds apart are ties too.
+        digest(p, "weak", s): [3.0 + s * 2.0**-22, 1.0 + (i % 3 if s else 1)]
         for i, p in enumerate(PROMPTS)
         for s in (0, 1)
     }
@@ -109,7 +110,7 @@ def test_a_judge_labels_by_the_sum_and_drops_ties():
     for row in rows:
         i = PROMPTS.index(row.prompt_id)
         assert row.chosen_id == digest(row.prompt_id, "weak", int(i % 3 == 2))
-        assert sum(row.chosen_rating) - sum(row.rejected_rating) == 1
+        assert sum(row.chosen_rating) - sum(row.rejected_rating) == pytest.approx(1)
 
 
 def test_a_judge_may_turn_a_pair_of_two_generators_round():
@@ -182,7 +183,7 @@ def several(n=4, prompts=PROMPTS):
 
 RATED = {  # sample → ratings on two dimensions; the first two tie in the second one
     0: [1.0, 4.0],
-    1: [3.0, 4.0],
+    1: [3.0, 4.0 + 2e-7],
     2: [5.0, 1.0],
     3: [2.0, 1.0],
 }

@@ -12,11 +12,13 @@ from flax import nnx
 
 from deltapref_jax.config import MeshShape, Sampling
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models import decoder
+from deltapref_jax.models.attention import dispatch, live
 from deltapref_jax.models.decoder import Cache, empty_cache
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.records import digest
-from deltapref_jax.sampling import programs
+from deltapref_jax.sampling import plan, programs
 from deltapref_jax.sampling.engine import Engine, Request
 
 SPEC = ModelSpec(vocab=40, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48)
@@ -33,9 +35,9 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in ids)
 
 
-def model(peaky: float = 1.0, seed: int = 0) -> LoadedModel:
+def model(peaky: float = 1.0, seed: int = 0, spec: ModelSpec = SPEC) -> LoadedModel:
     """Returns a random decoder; `peaky` scales its logits."""
-    graphdef, state = abstract(SPEC)
+    graphdef, state = abstract(spec)
     rng = np.random.default_rng(seed)
     # By the number of axes: final norm 1, embedding scaled, matrices far from 0; block norms are 1.
     scale = {1: 0.0, 2: 0.2 * peaky}
@@ -46,7 +48,7 @@ def model(peaky: float = 1.0, seed: int = 0) -> LoadedModel:
         ),
         state,
     )
-    return LoadedModel(graphdef, state, SPEC, Letters(), {})
+    return LoadedModel(graphdef, state, spec, Letters(), {})
 
 
 def requests(count: int = 14, **options) -> list[Request]:
@@ -72,10 +74,10 @@ def engine(loaded=None, mesh=None, seed=0, **options) -> Engine:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(graphdef, state, tokens):
-    decoder = nnx.merge(graphdef, state)
+    merged = nnx.merge(graphdef, state)
     positions = jnp.arange(tokens.shape[1])[None]
-    hidden = decoder.hidden(tokens, positions, (tokens >= 0).astype(jnp.int32))
-    return jax.nn.log_softmax(hidden @ decoder.unembedding().T, axis=-1)
+    hidden = merged.hidden(tokens, positions, (tokens >= 0).astype(jnp.int32))
+    return jax.nn.log_softmax(hidden @ merged.unembedding().T, axis=-1)
 
 
 def full_forward(loaded: LoadedModel, prompt, completion) -> np.ndarray:
@@ -290,6 +292,37 @@ def test_eight_devices_equal_one():
     )
     assert done.returncode == 0, done.stderr
     assert "slots is 12; it must be a multiple of the 8 devices" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "width", "heads"),
+    [((1, 1, 1, 1), 128, 4), ((2, 1, 2, 1), 128, 4), ((1, 1, 1, 1), 32, 1), ((2, 1, 2, 1), 64, 2)],
+)
+def test_decoding_as_on_a_tpu_gives_the_same_traces(shape, width, heads, monkeypatch):
+    """The kernel that reads live tiles, its program run in XLA; traces cross a border of tiles."""
+    spec = dataclasses.replace(SPEC, heads=8, kv_heads=4, head_width=width, layers=1)
+    shapes = {"max_tokens": 130, "slots": 4, "chunk": 16}
+    batch, loaded = requests(5), model(4.0, spec=spec)
+    want = engine(loaded, **shapes).generate(batch)
+    assert max(len(tokens) for tokens, _, _ in traces(want)) > 120
+    for module in (dispatch, decoder, plan):
+        monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
+    run, traced = live.live_attention, []
+
+    def interpreted(*args, **options):
+        traced.append(args)
+        return run(*args, **options, interpret=True)
+
+    monkeypatch.setattr(live, "live_attention", interpreted)
+    jax.clear_caches()  # programs are kept by shapes, which the platform changes in part
+    mesh = make_mesh(MeshShape(*shape), jax.devices()[: np.prod(shape)])
+    sampler = engine(loaded, mesh, **shapes)
+    got = sampler.generate(batch)
+    # Narrow heads lie beside each other; `heads` are left of four.
+    assert sampler.cache.v[0].shape == (4, heads, 256, 4 * width // heads)
+    assert traced and traces(got) == traces(want)
+    jax.clear_caches()
 
 
 def test_a_mesh_of_one_device_is_the_default(plain):

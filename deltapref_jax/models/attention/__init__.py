@@ -1,5 +1,5 @@
 """Attention over packed rows: masks, the choice of a kernel, and the kernels.
 
-Callers need `dispatch.packed_attention` (and `dense.cached_attention` for decoding); the modules
-`blockwise`, `splash` and `triton` hold one kernel each and are imported by `dispatch` alone.
+Callers need `dispatch.packed_attention`, and `dispatch.cached_attention` for decoding; the modules
+`blockwise`, `splash`, `triton` and `live` hold one kernel each, and `dispatch` alone imports them.
 """

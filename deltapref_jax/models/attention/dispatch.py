@@ -1,4 +1,4 @@
-"""Selects the attention kernel for packed rows and runs it over the mesh.
+"""Selects the attention kernel for packed rows, and for decoding, and runs it over the mesh.
 
 | kernel    | runs                                      | work                                     |
 |-----------|-------------------------------------------|------------------------------------------|
@@ -14,7 +14,7 @@ Rows split over `context` run on splash on TPU and blockwise elsewhere. Tiles of
 skipped like those of other segments. All kernels know windows; splash knows them, and branches, in
 rows of up to 32,768 tokens. On GPU capped scores, and windows beside branches, run on mosaic where
 tokamax is installed and blockwise elsewhere, and so do all rows once JAX has no Triton backend any
-more. All kernels but mosaic know sinks.
+more. All kernels but mosaic know sinks. Decoding is dense, and on TPU runs on `live`.
 """
 
 import functools
@@ -31,7 +31,7 @@ from jaxtyping import Array, Int
 
 from deltapref_jax.mesh import platform_of
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
-from deltapref_jax.models.attention.dense import dense_attention
+from deltapref_jax.models.attention.dense import dense_attention, dense_cached_attention
 from deltapref_jax.models.attention.masks import (
     Starts,
     Visibility,
@@ -39,7 +39,7 @@ from deltapref_jax.models.attention.masks import (
     visible_until,
     whole_rows,
 )
-from deltapref_jax.models.sharding import BATCH
+from deltapref_jax.models.sharding import BATCH, ROWS
 from deltapref_jax.models.spec import ModelSpec
 
 _logger = logging.getLogger(__name__)
@@ -328,6 +328,109 @@ def packed_attention(
         )(q, k, v, _select(visibilities, kind), sinks)
 
     return attend_sharded
+
+
+LANES = 128
+"""Lanes of a TPU's vector registers."""
+LIVE_TILE = 128
+"""Positions of a tile of the decoding kernel (`live`)."""
+CachedAttend = Callable[..., tuple[Array, Array, Array]]
+"""Attention of a layer to its cache: (queries [B, T, N, H], keys and values [B, T, K, H], the
+cache's keys and values, the layer's window, sinks [N] or None) to [B, T, N, H] and the cache."""
+
+
+def cached_attention(
+    positions: Int[Array, "B T"],
+    length: int,
+    mesh: Mesh | None = None,
+    windows: Sequence[int] = (0,),
+    cap: float = 0.0,
+    positions_last: bool = False,
+    together: int = 1,
+) -> CachedAttend:
+    """Returns a function that writes keys and values into a layer's cache and attends to it.
+
+    A query sees the cache up to its own position. On TPU one token a row runs on `live`, which
+    reads live tiles alone, where heads are whole lanes wide and the cache is whole tiles long; all
+    else is dense and reads all of the cache.
+
+    Args:
+      positions: of the queries in their own sequences; keys and values are written there.
+      length: S, positions of the cache.
+      mesh: the mesh over which the rows lie; None means one device.
+      windows: those of the layers.
+      cap: turns the scores s into cap * tanh(s / cap); 0 leaves them.
+      positions_last: the layout of the keys, as of `decoder.Cache`.
+      together: heads beside each other, as of `decoder.Cache`.
+    """
+    rows = jnp.arange(positions.shape[0])[:, None]
+    column, at = jnp.arange(length), positions[:, :, None]
+    masks = {w: (column <= at) & (at - column < w) if w else column <= at for w in windows}
+    live = platform_of(mesh) == "tpu" and positions.shape[1] == 1 and length % LIVE_TILE == 0
+
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array,
+        keys: Array,
+        values: Array,
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        k, v = (x.reshape(*x.shape[:2], x.shape[2] // together, -1) for x in (k, v))
+        if live and k.shape[3] % LANES == 0:
+            return _live_attention(q, k, v, keys, values, positions[:, 0], window, cap, sinks, mesh)
+        # Two index arrays with slices between them: NumPy's rule puts their axes first, [B, T, K,
+        # H], which is the shape of `k` and `v`.
+        at_keys = (rows, slice(None), *(slice(None),) * positions_last, positions)
+        keys = keys.at[at_keys].set(k.astype(keys.dtype))
+        values = values.at[rows, :, positions].set(v.astype(values.dtype))
+        all_k, all_v = (_apart(x, together).astype(q.dtype) for x in (keys, values))
+        mask = masks[window]
+        out = dense_cached_attention(q, all_k, all_v, mask, cap, sinks, positions_last)
+        return out, keys, values
+
+    return attend
+
+
+def _apart(cache: Array, together: int) -> Array:
+    """Returns keys or values [B, K, S, H] of a cache whose heads lie beside each other."""
+    if together == 1:
+        return cache
+    B, K, S, _ = cache.shape
+    apart = jnp.moveaxis(cache.reshape(B, K, S, together, -1), 3, 2)
+    return apart.reshape(B, K * together, S, -1)
+
+
+def _live_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    keys: Array,
+    values: Array,
+    positions: Array,
+    window: int,
+    cap: float,
+    sinks: Array | None,
+    mesh: Mesh | None,
+) -> tuple[Array, Array, Array]:
+    """`live` on every device of the mesh; of one token a row, [B, 1, N, H]."""
+    from deltapref_jax.models.attention.live import live_attention
+
+    run: Any = functools.partial(live_attention, window=window, cap=cap)
+    if mesh is not None and mesh.size > 1:
+        # A cache whose heads do not divide is whole on every device of `tensor`.
+        heads = "tensor" if keys.shape[1] % mesh.shape["tensor"] == 0 else None
+        of_heads = PartitionSpec(*ROWS, heads)
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(*(of_heads,) * 5, ROWS, PartitionSpec(heads)),
+            out_specs=of_heads,
+            check_vma=False,
+        )
+    out, keys, values = run(q[:, 0], k[:, 0], v[:, 0], keys, values, positions, sinks)
+    return out[:, None], keys, values
 
 
 def _select(kinds: Sequence[Any], kind: Any) -> Any:

@@ -37,10 +37,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from jaxtyping import Array, Float, Int
 
+from deltapref_jax.models.attention.dispatch import LANES
 from deltapref_jax.models.attention.masks import Starts, visible_until, whole_rows
 
-LANES = 128
-"""Lanes of a TPU's vector registers: rows are padded to a multiple of them."""
 _ROW_BITS = 15
 MAX_ROW = 1 << _ROW_BITS
 """Rows with windows or branches are at most this long: the kernel gets one integer per query, which
