@@ -12,14 +12,20 @@ crossed random effects, without an interaction: Searle, Casella & McCulloch, Var
 A mean over runs then has a seed's variance divided by the arm's seeds, and a draw's by its draws.
 What an interaction of both adds is in both mean squares, so that intervals are too wide where there
 is one, and never too narrow.
+
+Arms measure a variance together where they are of one kind (`Kind`), since unlike ones differ by
+far more than chance: a tie at the cut exchanges few pairs and another random draw nearly all, and
+KTO's seeds differ more than DPO's. An arm of a kind that nobody measures borrows what all others
+measured.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from deltapref_jax.config import Run
+from deltapref_jax.analysis.study import Study, columns
+from deltapref_jax.config import KEEPS, Arm, Run, draws_pairs, is_balanced
 
 
 class Component(NamedTuple):
@@ -40,6 +46,53 @@ class Noise(NamedTuple):
 
     seed: Component | None
     draw: Component | None
+
+
+class Kind(NamedTuple):
+    """What arms have alike whose runs measure one variance."""
+
+    seed: str = ""  # objective
+    draw: str = ""  # see `redrawn`; "" where another draw gives the same pairs
+
+
+def kinds_of(study: Study) -> dict[str, Kind]:
+    """The kind of every arm, by name."""
+    return {a.name: Kind(a.objective, redrawn(study, a)) for a in study.experiment.arms}
+
+
+def redrawn(study: Study, arm: Arm) -> str:
+    """How another draw gives an arm other pairs, its objective and its budget; "" if it does not.
+
+    Whether it does is measured: several draws of the arm have different pairs, or the only one has
+    pairs left out of a random selection, or ties. Before pairs are made, the config tells.
+    """
+    if not draws_pairs(study.experiment, arm):
+        return ""
+    if arm.direction == "coin":
+        selection = "coin"
+    elif (
+        is_balanced(study.experiment, arm)
+        or arm.keep in ("random", "matched")
+        or arm.keep not in KEEPS
+    ):
+        selection = "random pairs"
+    else:
+        selection = "ties"
+    tables = [
+        columns(table, "chosen_id", "rejected_id")
+        for table in study.pairs.get(arm.name, {}).values()
+    ]
+    counts = next(iter(study.pair_counts.get(arm.name, {}).values()), {})
+    if len(tables) > 1:
+        differ = len({frozenset(zip(*table, strict=True)) for table in tables}) > 1
+    elif selection == "ties" and counts:
+        differ = counts.get("tied_at_cut", 1) + counts.get("tied_samples", 0) > 0
+    elif selection == "random pairs" and counts:
+        differ = counts.get("kept", 0) < counts["pool"] + counts.get("dropped_balance", 0)
+    else:
+        differ = True
+    budget = ", its own budget" if arm.steps or arm.epochs else ""
+    return f"{selection}, {arm.objective}{budget}" if differ else ""
 
 
 def measured_by(runs: np.ndarray, keys: Sequence[Run], sizes: Sequence[int]) -> Noise:
@@ -63,13 +116,32 @@ def measured_by(runs: np.ndarray, keys: Sequence[Run], sizes: Sequence[int]) -> 
     return Noise(seed, _mean_square(np.stack([g.mean(axis=0) for g in of_draws]), sizes))
 
 
-def pooled(arms: Iterable[Noise]) -> Noise:
-    """The components of several arms, weighted by their degrees of freedom."""
-    found = list(arms)
-    return Noise(
-        _average([arm.seed for arm in found if arm.seed]),
-        _average([arm.draw for arm in found if arm.draw]),
-    )
+def pooled(
+    names: Sequence[str], own: Mapping[str, Noise], kinds: Mapping[str, Kind]
+) -> tuple[Noise, ...]:
+    """The components of arms: what the arms of their kind measured, else what all did.
+
+    Args:
+      names: of the arms.
+      own: what every arm that measures has measured.
+      kinds: of both; an arm without one is of the kind `Kind()`.
+    """
+    by_seed: dict[str, list[Component]] = {}
+    by_draw: dict[str, list[Component]] = {}
+    for arm, noise in own.items():
+        kind = kinds.get(arm, Kind())
+        if noise.seed:
+            by_seed.setdefault(kind.seed, []).append(noise.seed)
+        if noise.draw and kind.draw:
+            by_draw.setdefault(kind.draw, []).append(noise.draw)
+    wanted = [kinds.get(name, Kind()) for name in names]
+    seeds = {kind: _of_kind(by_seed, kind) for kind in {k.seed for k in wanted}}
+    draws = {kind: _of_kind(by_draw, kind) for kind in {k.draw for k in wanted} if kind}
+    return tuple(Noise(seeds[kind.seed], draws.get(kind.draw)) for kind in wanted)
+
+
+def _of_kind(measured: Mapping[str, Sequence[Component]], kind: str) -> Component | None:
+    return _average(measured.get(kind) or [c for several in measured.values() for c in several])
 
 
 def _average(components: Sequence[Component]) -> Component | None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
-from deltapref_jax.analysis.components import Noise
+from deltapref_jax.analysis.components import Kind, Noise
 from deltapref_jax.analysis.findings import DOMAIN_WORDS
 from deltapref_jax.analysis.page import ControlResult, MeasuredBy
 from deltapref_jax.analysis.study import Study
@@ -59,12 +59,12 @@ class _Control(NamedTuple):
         return [(self.arms[0], self.a), (self.arms[-1], self.b)][: 2 if self.b else 1]
 
 
-def controls(study: Study, redrawn: Sequence[str]) -> list[ControlResult]:
+def controls(study: Study, kinds: Mapping[str, Kind]) -> list[ControlResult]:
     """The controls of the arms that were evaluated, p values adjusted over all of them.
 
     Args:
       study: with the student's results.
-      redrawn: arms whose pairs depend on the draw of pairs.
+      kinds: of the arms, see `components`.
     """
     assert study.student is not None
     arms = [a for a in study.experiment.arms if a.name in study.results]
@@ -75,14 +75,18 @@ def controls(study: Study, redrawn: Sequence[str]) -> list[ControlResult]:
     ]
     # Parts of an arm are arms beside it, which borrow the noise that the study's own arms measure.
     parts: dict[str, Mapping[Run, pa.Table]] = {}
-    drawn = list(redrawn)
+    of_parts = dict(kinds)
     for i, control in enumerate(found):
         for name, (arm, runs) in zip(_names(i, control), control.sides, strict=True):
             parts[name] = _of_runs(study, arm, runs)
             # Two seeds of one draw have their pairs in common.
-            drawn += [name] * (arm in redrawn and control.kind != "null")
+            of_parts[name] = kinds.get(arm, Kind())
+            if control.kind == "null":
+                of_parts[name] = of_parts[name]._replace(draw="")
     by_domain = {
-        d: fx.effects(study.student, {**study.results, **parts}, d, drawn, measuring=study.results)
+        d: fx.effects(
+            study.student, {**study.results, **parts}, d, of_parts, measuring=study.results
+        )
         for d in study.domains
     }
     of_control = [
@@ -100,7 +104,11 @@ def controls(study: Study, redrawn: Sequence[str]) -> list[ControlResult]:
     for i, control in enumerate(found):
         kind, what, names, _, _ = control
         effects = {d: measured[i, d] for d in by_domain}
-        noise = [Noise(*e.noise) for e in of_control[i].values()]
+        noise = [
+            e.noise[e.names.index(name)]
+            for e in of_control[i].values()
+            for name in _names(i, control)
+        ]
         came_out, reason = judged(kind, effects, noise, bound(study.experiment, control))
         results.append(ControlResult(kind, what, names, effects, _EXPECTED[kind], came_out, reason))
     return results

@@ -9,8 +9,8 @@ training minus the accuracy before. Two things make it uncertain:
 - Training: another seed, or another draw of the pairs, would have given another policy. The
   variance of a run's main effect (what shifts all questions of a run alike) is a component
   (`analysis.components`): the variance of the runs' means, minus the share of it that the
-  interaction of runs and questions explains. It is pooled over all arms that have several runs, and
-  arms of one run borrow it.
+  interaction of runs and questions explains. It is pooled over the arms of one kind that have
+  several runs, and the other arms borrow it.
 
 All effects of a domain share the draws of questions, so the draws of every linear combination of
 arms (a contrast, a slope) are the combination of their draws. A variance that few runs have
@@ -22,13 +22,14 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from scipy import linalg, optimize, special
+from scipy import optimize, special
 
-from deltapref_jax.analysis.components import Component, Noise, measured_by, pooled
+from deltapref_jax.analysis.components import Component, Kind, Noise, measured_by, pooled
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Answers, Estimate, Read, by_question
 from deltapref_jax.config import Run
@@ -59,12 +60,12 @@ class Effects:
     gaps: np.ndarray  # [arms, n] in points: a row's sum is the arm's change
     by_question: np.ndarray  # [arms, DRAWS] deviations by the draw of questions
     by_run: np.ndarray  # [arms, DRAWS] deviations by seeds and draws of pairs
-    # [arms, components] of a seed's and of a draw's variance that an arm's mean has; of several
-    # students, of those of each in turn
-    shares: np.ndarray
-    noise: tuple[Component | None, ...]  # one per column of `shares`
+    shares: np.ndarray  # [arms, 2] of a seed's and of a draw's variance that an arm's mean has
+    noise: tuple[Noise, ...]  # of every arm
     chance: np.ndarray  # [DRAWS] from 0 to 1: how far the estimated variance is off
+    sizes: tuple[int, ...]  # questions of every suite
     own: Mapping[str, Noise] = dataclasses.field(default_factory=dict)  # what each arm measures
+    kinds: Mapping[str, Kind] = dataclasses.field(default_factory=dict)  # by arm
     seed: int = 0  # of the draws of training
     students: tuple[int, ...] = ()  # whose change each arm's is, where there are several
 
@@ -90,7 +91,8 @@ class Effects:
         A difference between runs of `arm` is compared with noise that it is no part of.
         """
         rows = [self.names.index(name) for name in names]
-        noise = pooled(own for name, own in self.own.items() if name != arm)
+        others = {name: own for name, own in self.own.items() if name != arm}
+        noise = pooled(names, others, self.kinds)
         shares = self.shares[rows]
         return dataclasses.replace(
             self,
@@ -114,8 +116,8 @@ class Effects:
         widened = np.sqrt(freedom / special.chdtri(freedom, self.chance))
         by_run = by_run * widened
         draws = value + by_question * widened + by_run
-        if few_changed(gaps):
-            estimate = _exact(gaps, float(np.abs(w).max(initial=0)), by_run)
+        if self.few_changed(weights):
+            estimate = _exact(gaps, self._largest(w, gaps), by_run)
             toward_0 = value - estimate.low if value > 0 else estimate.high - value
             p = float(2 * special.ndtr(-_Z95 * abs(value) / toward_0)) if value else 1.0
             # The limits of 95% are farther out than those of the two one-sided tests.
@@ -134,6 +136,28 @@ class Effects:
         for name, weight in weights.items():
             w[self.names.index(name)] += weight
         return w
+
+    def few_changed(self, weights: Mapping[str, float]) -> bool:
+        """Whether so few questions changed in a combination that the exact interval holds.
+
+        Questions that count differently are as many as equal ones of the same relative error, with
+        one more that may change unseen: 15 of a suite of 300 are few beside a suite of 10.
+        """
+        w = self._vector(weights)
+        gaps = np.abs(_weighted(w, self.gaps))
+        largest = self._largest(w, gaps)
+        if not largest:
+            return True
+        return float((gaps.sum() + largest) ** 2 / (gaps @ gaps + largest**2)) < _FEW + 1
+
+    def _largest(self, w: np.ndarray, gaps: np.ndarray) -> float:
+        """The most points that one more question would add, if it changed as far as any did.
+
+        Without a changed question, it is what a question adds that goes from wrong to right.
+        """
+        counts = [1 / (len(self.sizes) * n) for n in self.sizes]  # of a question in the mean
+        seen = float((np.abs(gaps) / np.repeat(counts, self.sizes)).max(initial=0))
+        return (seen if seen > 1e-9 else self._limit(w)) * max(counts, default=0.0)
 
     def _limit(self, w: np.ndarray) -> float:
         """The largest combination that there can be, since accuracies are from 0 to 100 points.
@@ -160,12 +184,18 @@ class Effects:
         w, variance = self._vector(weights), self.error(weights) ** 2
         if not variance:
             return float(self.gaps.shape[1])
-        freedoms = [max(1, self.gaps.shape[1] - 1)]
+        suites = np.split(_weighted(w, self.gaps), np.cumsum(self.sizes)[:-1])
+        of_suites = [(len(s) * float(s.var(ddof=1)), len(s) - 1) for s in suites if len(s) > 1]
+        freedoms = [max(1.0, _satterthwaite(of_suites))]
         squared = float(_weighted(w, self.by_question).var()) ** 2 / freedoms[0]
-        for share, component in zip(np.square(w) @ self.shares, self.noise, strict=True):
-            if component and share:
-                squared += float(share * component.mean_square) ** 2 / component.freedom
-                freedoms.append(component.freedom)
+        shares: dict[Component, float] = {}  # arms of one kind share one measurement
+        for row in np.flatnonzero(w):
+            for share, component in zip(self.shares[row], self.noise[row], strict=True):
+                if component and share:
+                    shares[component] = shares.get(component, 0.0) + w[row] ** 2 * share
+        for component, share in shares.items():
+            squared += float(share * component.mean_square) ** 2 / component.freedom
+            freedoms.append(component.freedom)
         return max(variance**2 / squared, min(freedoms)) if squared else float(min(freedoms))
 
 
@@ -173,6 +203,13 @@ def _weighted(w: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Σ w x over the arms that count: most combinations are of a few among hundreds."""
     rows = np.flatnonzero(w)
     return w[rows] @ x[rows]
+
+
+def _satterthwaite(variances: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of estimated variances, from those of each."""
+    squared = sum(variance**2 / freedom for variance, freedom in variances)
+    fewest = min((freedom for _, freedom in variances), default=0.0)
+    return sum(variance for variance, _ in variances) ** 2 / squared if squared else fewest
 
 
 def slope_weights(x: Mapping[str, float]) -> dict[str, float] | None:
@@ -206,8 +243,8 @@ def joint(of_students: Mapping[str, Effects], seed: int = 0) -> Effects:
             "evaluate all with the same suites."
         )
     names = tuple(f"{student}/{arm}" for student, e in of_students.items() for arm in e.names)
-    shares = linalg.block_diag(*(e.shares for e in found))
-    noise = tuple(component for e in found for component in e.noise)
+    shares = np.concatenate([e.shares for e in found])
+    noise = tuple(of_arm for e in found for of_arm in e.noise)
     return Effects(
         names,
         np.concatenate([e.gaps for e in found]),
@@ -216,6 +253,7 @@ def joint(of_students: Mapping[str, Effects], seed: int = 0) -> Effects:
         shares,
         noise,
         found[0].chance,
+        found[0].sizes,
         seed=seed,
         students=tuple(i for i, e in enumerate(found) for _ in e.names),
     )
@@ -225,7 +263,7 @@ def effects(
     before: pa.Table,
     after: Mapping[str, Mapping[Run, pa.Table]],
     domain: str,
-    redrawn: Sequence[str] = (),
+    kinds: Mapping[str, Kind] = MappingProxyType({}),
     seed: int = 0,
     read: Read = by_question,
     measuring: Collection[str] | None = None,
@@ -238,7 +276,7 @@ def effects(
       before: rows of `records.Result`, of the student before training.
       after: arm to run to rows of `records.Result`, on the same questions.
       domain: "in" or "out".
-      redrawn: arms whose pairs depend on the draw of pairs.
+      kinds: of the arms, see `components`; an arm without one is of `Kind()`, which no draw moves.
       seed: of the draws.
       read: gives the answers of a table in the domain.
       measuring: arms whose runs measure the noise of training; None: all of them.
@@ -257,11 +295,14 @@ def effects(
         for arm, (runs, keys) in gaps.items()
         if measuring is None or arm in measuring
     }
-    noise = pooled(own.values())
+    noise = pooled(tuple(gaps), own, kinds)
     means = np.array([runs.mean(axis=0) for runs, _ in gaps.values()]).reshape(-1, sum(sizes))
     shares = np.array(
         [
-            (1 / len({key.seed for key in keys}), (arm in redrawn) / len({k.draw for k in keys}))
+            (
+                1 / len({key.seed for key in keys}),
+                bool(kinds.get(arm, Kind()).draw) / len({key.draw for key in keys}),
+            )
             for arm, (_, keys) in gaps.items()
         ]
     ).reshape(-1, 2)
@@ -273,14 +314,11 @@ def effects(
         shares,
         noise,
         np.random.default_rng([seed, 1]).random(DRAWS),
+        tuple(sizes),
         own,
+        kinds,
         seed,
     )
-
-
-def few_changed(gaps: np.ndarray) -> bool:
-    """Whether so few questions have a gap, of [n] in points, that the exact interval holds."""
-    return int(np.count_nonzero(np.abs(gaps) > 1e-9)) < _FEW
 
 
 def _gaps(
@@ -329,12 +367,13 @@ def _weights(sizes: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
 
 
 def _by_run(
-    names: Sequence[str], shares: np.ndarray, noise: Sequence[Component | None], seed: int
+    names: Sequence[str], shares: np.ndarray, noise: Sequence[Noise], seed: int
 ) -> np.ndarray:
     """Deviations of every arm's change by seeds and draws of pairs, [arms, DRAWS]."""
     normal = np.array([_of_name(name, seed).standard_normal(DRAWS) for name in names])
-    variances = shares @ [c.variance if c else 0.0 for c in noise]
-    return np.sqrt(variances)[:, None] * normal.reshape(-1, DRAWS)
+    variances = np.array([[c.variance if c else 0.0 for c in of_arm] for of_arm in noise])
+    errors = np.sqrt((shares * variances.reshape(-1, 2)).sum(axis=1))
+    return errors[:, None] * normal.reshape(-1, DRAWS)
 
 
 def _of_name(arm: str, seed: int) -> np.random.Generator:
@@ -343,34 +382,54 @@ def _of_name(arm: str, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
-def _exact(gaps: np.ndarray, scale: float, by_run: np.ndarray) -> Estimate:
+def _exact(gaps: np.ndarray, largest: float, by_run: np.ndarray) -> Estimate:
     """The interval where few questions changed, which resampling them would make too short.
 
-    Gains and losses are counts of rare events: each has the mid-p limits of a Poisson mean (with
-    none of them 3.0, the rule of three), and the limits of their difference follow from those of
-    both (Zou & Donner, Statistics in Medicine 2008). Without losses it excludes 0 from five gains
-    on, as the mid-p sign test does. The noise of training widens both sides.
+    Gains and losses are sums of rare events: each has the limits of `_rare_limits`, and the limits
+    of their difference follow from those of both (Zou & Donner, Statistics in Medicine 2008).
+    Where all questions count the same it excludes 0 from five gains without a loss on, as the mid-p
+    sign test does. The noise of training widens both sides.
+
+    Args:
+      gaps: of the questions, [n] in points.
+      largest: points that a question adds which changed unseen.
+      by_run: deviations by training, [DRAWS].
     """
-    value, changed = float(gaps.sum()), np.abs(gaps[np.abs(gaps) > 1e-9])
-    unit = float(changed.mean()) if len(changed) else 100 * scale / len(gaps)
-    gains, losses = (int(np.count_nonzero(s * gaps > 1e-9)) for s in (1, -1))
-    (gain_low, gain_high), (loss_low, loss_high) = map(_poisson_limits, (gains, losses))
+    value = float(gaps.sum())
+    (gain_low, gain_high), (loss_low, loss_high) = (
+        _rare_limits(side[side > 1e-9], largest) for side in (gaps, -gaps)
+    )
+    gains, losses = (float(side[side > 1e-9].sum()) for side in (gaps, -gaps))
     training = np.diff(np.percentile(by_run, [2.5, 97.5]))[0] / 2
-    below = math.hypot(unit * (gains - gain_low), unit * (loss_high - losses), training)
-    above = math.hypot(unit * (gain_high - gains), unit * (losses - loss_low), training)
+    below = math.hypot(gains - gain_low, loss_high - losses, training)
+    above = math.hypot(gain_high - gains, losses - loss_low, training)
     return Estimate(value, value - below, value + above)
 
 
-def _poisson_limits(count: int) -> tuple[float, float]:
-    """95% mid-p limits of a Poisson mean: the observed count has half of its probability."""
+def _rare_limits(sizes: np.ndarray, largest: float) -> tuple[float, float]:
+    """95% mid-p limits of the expected sum of rare events, whose sizes may differ.
+
+    Gamma distributions with the mean and variance of the sum, and of the sum with one more event of
+    the largest size, bound it (Fay & Feuer, Statistics in Medicine 1997), with equal weights (Fay &
+    Kim, Biometrical Journal 2017). Where all sizes are equal these are the mid-p limits of a
+    Poisson mean: without an event 3.0, the rule of three.
+
+    Args:
+      sizes: of the events seen, [events].
+      largest: size that an event may have.
+    """
+    if not largest:
+        return 0.0, 0.0
+    total, square = float(sizes.sum()), float(sizes @ sizes)
+    more, more_square = total + largest, square + largest**2
 
     def excess(mean: float, tail: float) -> float:
-        below = special.gammaincc(count, mean) if count else 0.0
-        of_count = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
-        return float(below + of_count / 2 - tail)
+        of_seen = special.gammainc(total**2 / square, mean * total / square) if total else 1.0
+        of_more = special.gammainc(more**2 / more_square, mean * more / more_square)
+        return float(of_seen + of_more) / 2 - tail
 
-    low = optimize.brentq(excess, 1e-12, count + 1.0, args=(0.975,)) if count else 0.0
-    return low, optimize.brentq(excess, 1e-12, 20.0 + 3 * count, args=(0.025,))
+    low = optimize.brentq(excess, 0.0, more, args=(0.025,)) if total else 0.0
+    return low, optimize.brentq(excess, 0.0, more + 10 * math.sqrt(more_square), args=(0.975,))
 
 
 def measured(found: Mapping[Key, Effect]) -> dict[Key, Measured]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from deltapref_jax.analysis.arm_words import data_words, measure_words, share_words, step_words
 from deltapref_jax.analysis.judges import WANTED_AUC, failings
+from deltapref_jax.analysis.noise import borrowed
 from deltapref_jax.analysis.page import (
     ArmSummary,
     Contrast,
@@ -316,6 +317,7 @@ def unmeasured(s: Summary) -> list[str]:
         )
     if any(n.draw is None for n in noise):
         sentences.append("Another draw of the pairs: no arm has several.")
+    sentences += borrowed(s.arms)
     sentences += [f"{c.what}: {c.verdict}." for c in s.claims if c.effect is None]
     sentences += no_rungs({objective: of.left_out for objective, of in s.ladders.items()})
     judged = [j.name for j in s.judges if j.audit is None and j.edited is None]

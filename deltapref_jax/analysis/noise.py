@@ -1,14 +1,15 @@
 """The variance budget of intervals, what narrows them, and which effects would be shown."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from scipy import optimize, special
 
 from deltapref_jax.analysis import effects as fx
-from deltapref_jax.analysis.page import NoiseBudget, Purchase
+from deltapref_jax.analysis.page import ArmSummary, NoiseBudget, Purchase
 from deltapref_jax.analysis.statistics import by_question
 from deltapref_jax.config import Run
 
@@ -111,12 +112,15 @@ def _budget(
         for what, saved in _saved(e, middle, parts, runs[arm]).items()
     ]
     buy = min(options, key=lambda option: option.half_width).what
-    of_seeds, of_draws = e.noise
+    of_seeds, of_draws = e.noise[middle]
+    # Where no draw moves this arm, the kind of arms that draws move most is shown.
+    others = [n.draw for n in e.noise if n.draw]
+    of_draws = of_draws or max(others, key=lambda c: c.variance, default=None)
     if of_seeds is None:
         buy = "several seeds of some arms, which measure the noise of training"
     half_width = t * math.sqrt(total)
     alone, adjusted = (detectable(errors[arm], freedom, limit) for limit in (None, limits[arm]))
-    if fx.few_changed(e.gaps[middle]):
+    if e.few_changed({arm: 1.0}):
         # The exact interval holds, and its width follows no component.
         change = e.change(arm).estimate
         half_width, options = (change.high - change.low) / 2, []
@@ -142,7 +146,7 @@ def _budget(
 
 def _parts(e: fx.Effects, row: int) -> dict[str, float]:
     """What the variance of an arm's change is made of; without a component not measured."""
-    of_training = zip(("seeds", "draws"), e.noise, e.shares[row].tolist(), strict=True)
+    of_training = zip(("seeds", "draws"), e.noise[row], e.shares[row].tolist(), strict=True)
     return {"questions": float(e.by_question[row].var())} | {
         name: component.variance * share for name, component, share in of_training if component
     }
@@ -155,10 +159,31 @@ def _saved(
     saved = {"twice the questions": parts["questions"] / 2}
     seeds, draws = len({r.seed for r in runs}), len({r.draw for r in runs})
     # Questions hold the interaction with runs, which falls with the runs.
-    of_seeds = e.noise[0]
+    of_seeds = e.noise[row].seed
     interaction = min((of_seeds.rest if of_seeds else 0.0) / len(runs), parts["questions"])
     if "seeds" in parts:
         saved["one more seed of every arm"] = (parts["seeds"] + interaction) / (seeds + 1)
     if "draws" in parts and e.shares[row, 1]:
         saved["one more draw of pairs of every arm"] = (parts["draws"] + interaction) / (draws + 1)
     return saved
+
+
+def borrowed(arms: Sequence[ArmSummary]) -> list[str]:
+    """Which arms have the noise of others in their intervals, because none of their kind has any.
+
+    Arms are of one kind where their objective, and for draws their selection and their budget, are
+    one (`analysis.components`).
+    """
+    of_seeds = [("Seeds", a.arm.objective, a.seeds) for a in arms]
+    of_draws = [("Draws of pairs", a.redrawn, a.draws) for a in arms if a.redrawn]
+    sentences = []
+    for of_arms in (of_seeds, of_draws):
+        measured = sorted({kind for _, kind, several in of_arms if several > 1})
+        alone = Counter(kind for _, kind, _ in of_arms if kind not in measured)
+        if measured and alone:
+            kinds = "; ".join(f"{kind} ({n} arm{'s' * (n > 1)})" for kind, n in alone.items())
+            sentences.append(
+                f"{of_arms[0][0]} of a kind of which no arm has several: {kinds}. Their intervals "
+                f"have the noise of other kinds ({'; '.join(measured)}), which may differ."
+            )
+    return sentences

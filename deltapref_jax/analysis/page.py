@@ -122,7 +122,9 @@ class NoiseBudget:
     questions: float  # of this arm, averaged over its runs
     seed: float | None  # of one run's main effect; None where no arm has several seeds
     seed_freedom: int  # degrees of freedom that measured it
-    draw: float | None  # of one draw of pairs; None where no arm has several draws
+    # Of one draw of pairs, of the kind that draws move most where none moves this arm; None where
+    # no arm has several draws.
+    draw: float | None
     draw_freedom: int
     shares: dict[str, float]  # percent of this arm's variance: "questions", "seeds", "draws"
     half_width: float  # of a 95% interval of this arm, by Student's t
@@ -161,7 +163,7 @@ class ArmSummary:
     seeds: int  # evaluated
     draws: int  # of its pairs, evaluated
     balanced: bool  # a rung that keeps some pairs only (`config.Experiment.balance`)
-    redrawn: bool  # another draw may give it other pairs
+    redrawn: str  # how another draw gives it other pairs (`components.redrawn`); "": it does not
     budget: str  # its own steps or epochs in words; "" where it has those of all arms
     pair_judge: str  # judge whose ratings shaped its pairs; "" if none did
     generator_delta: ByDomain | None  # None where a generator was not evaluated

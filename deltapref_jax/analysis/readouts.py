@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import statistics as st
+from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.page import Measured, Readout
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.config import TUNING, Suite
@@ -92,17 +93,17 @@ def is_greedy_twin(again: Sequence[Suite], suites: Sequence[Suite]) -> bool:
     return again[0].readout == "accuracy" and not again[0].temperature and sampled
 
 
-def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
+def readouts(study: Study, kinds: Mapping[str, Kind]) -> list[Readout]:
     """The read-outs of the student and their change by every arm, p values adjusted over all.
 
     Args:
       study: with the student's results.
-      redrawn: arms whose pairs depend on the draw of pairs.
+      kinds: of the arms, see `components`.
     """
     assert study.student is not None
     grouped = groups(study.experiment.suites)
     found = [
-        fx.effects(study.student, study.results, group[0].domain, redrawn, read=read_suites(group))
+        fx.effects(study.student, study.results, group[0].domain, kinds, read=read_suites(group))
         for group in grouped
     ]
     changes = fx.measured(
@@ -115,7 +116,7 @@ def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
             study.student,
             study.results,
             grouped[i][0].domain,
-            redrawn,
+            kinds,
             read=read_difference(read_again(grouped[i], suites), grouped[i]),
         )
         for i in twins
@@ -127,7 +128,7 @@ def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
         _readout(
             study,
             group,
-            redrawn,
+            kinds,
             {arm: changes[i, arm] for arm in of_arms.names},
             {arm: lost[i, arm] for arm in of_arms.names if i in twins},
         )
@@ -138,7 +139,7 @@ def readouts(study: Study, redrawn: list[str]) -> list[Readout]:
 def _readout(
     study: Study,
     group: Sequence[Suite],
-    redrawn: list[str],
+    kinds: Mapping[str, Kind],
     changes: dict[str, Measured],
     lost: dict[str, Measured],
 ) -> Readout:
@@ -148,7 +149,7 @@ def _readout(
     part = "all" if len(asked) == len(every) else f"{len(group)} of"
     sampled = {}
     if lost:
-        of_arms = fx.effects(study.student, study.results, domain, redrawn, read=read_suites(asked))
+        of_arms = fx.effects(study.student, study.results, domain, kinds, read=read_suites(asked))
         sampled = {arm: of_arms.change(arm).estimate for arm in of_arms.names}
     return Readout(
         suite=group[0].name if len(group) == 1 else f"{part} {len(every)} suites",

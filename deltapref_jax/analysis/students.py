@@ -16,6 +16,7 @@ from rich.table import Table
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import figures
 from deltapref_jax.analysis.claims import claim_about, claim_verdict, claim_words
+from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.figures import Drawn
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, mark_names, no_rungs, points
 from deltapref_jax.analysis.page import Measured, MeasuredBy
@@ -27,7 +28,6 @@ from deltapref_jax.config import (
     Run,
     claims_of,
     domains_of,
-    draws_pairs,
     quantised_sentence,
 )
 
@@ -149,9 +149,12 @@ def summarise_students(
     )
     if not results:
         return s
-    redrawn = [a.name for a in e.arms if draws_pairs(e, a)]
+    kinds = {
+        name: {arm["name"]: Kind(arm["objective"], arm["redrawn"]) for arm in of["arms"]}
+        for name, of in summaries.items()
+    }
     found = {
-        d: {name: fx.effects(r.before, r.after, d, redrawn) for name, r in results.items()}
+        d: {name: fx.effects(r.before, r.after, d, kinds[name]) for name, r in results.items()}
         for d in s.domains
     }
     s.claims = _claims(e, first["ladders"], found)
@@ -306,10 +309,10 @@ def _arms(found: Found) -> list[ArmByStudent]:
 def _unmeasured(s: StudentsSummary, found: Found) -> list[str]:
     """What no interval of the page contains."""
     noise = {name: of.noise for name, of in next(iter(found.values())).items()}
-    alone = [name for name, of_student in noise.items() if of_student[0] is None]
+    alone = [name for name, of_arms in noise.items() if all(n.seed is None for n in of_arms)]
     sentences = []
     if alone:
-        drawn = any(noise[name][1] is not None for name in alone)
+        drawn = any(n.draw is not None for name in alone for n in noise[name])
         rest = " and, where several were made, of draws of pairs, but" if drawn else " alone and"
         sentences.append(
             f"The noise of training of {listed(alone)}: no arm has several seeds, so the intervals "

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import readouts
 from deltapref_jax.analysis import statistics as st
+from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed
 from deltapref_jax.analysis.page import SuiteSummary
 from deltapref_jax.analysis.study import Study
@@ -56,23 +57,23 @@ def summaries(study: Study) -> list[SuiteSummary]:
 
 
 def changes(
-    study: Study, suites: Sequence[SuiteSummary], redrawn: Sequence[str]
+    study: Study, suites: Sequence[SuiteSummary], kinds: Mapping[str, Kind]
 ) -> dict[tuple[str, str], fx.Effect]:
     """The change of every arm in every suite, by suite and arm.
 
     Args:
       study: tables.
       suites: of `summaries`.
-      redrawn: arms whose pairs depend on the draw of pairs.
+      kinds: of the arms, see `components`.
     """
     found: dict[tuple[str, str], fx.Effect] = {}
     for s in suites:
-        of_arms = _effects(study, s.suite, s.domain, redrawn)
+        of_arms = _effects(study, s.suite, s.domain, kinds)
         found |= {(s.suite, arm): of_arms.change(arm) for arm in of_arms.names}
     return found
 
 
-def _effects(study: Study, suite: str, domain: str, redrawn: Sequence[str]) -> fx.Effects:
+def _effects(study: Study, suite: str, domain: str, kinds: Mapping[str, Kind]) -> fx.Effects:
     """Changes of all arms in one suite, with the components of noise that it shows itself."""
 
     def of_suite(table: pa.Table) -> pa.Table:
@@ -83,7 +84,7 @@ def _effects(study: Study, suite: str, domain: str, redrawn: Sequence[str]) -> f
         arm: {run: of_suite(table) for run, table in runs.items()}
         for arm, runs in study.results.items()
     }
-    return fx.effects(of_suite(study.student), after, domain, redrawn)
+    return fx.effects(of_suite(study.student), after, domain, kinds)
 
 
 def _limit(accuracy: Mapping[str, st.Estimate]) -> str:

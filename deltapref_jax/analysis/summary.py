@@ -20,6 +20,7 @@ from deltapref_jax.analysis.claims import (
     claim_words,
     rung_sentence,
 )
+from deltapref_jax.analysis.components import Kind, kinds_of
 from deltapref_jax.analysis.controls import controls
 from deltapref_jax.analysis.findings import (
     findings,
@@ -63,7 +64,6 @@ from deltapref_jax.config import (
     claims_of,
     differing,
     differing_rungs,
-    draws_pairs,
     is_balanced,
     is_tuned,
     judge_of,
@@ -104,23 +104,22 @@ def summarise(study: Study) -> Summary:
     if study.student is not None:
         s.student = _evaluation(study, study.student)
         s.suites = suites.summaries(study)
-        # Where all pairs are kept as they are, there is nothing to draw.
-        redrawn = [a.name for a in study.experiment.arms if draws_pairs(study.experiment, a)]
-        effects = {d: fx.effects(study.student, study.results, d, redrawn) for d in study.domains}
-        s.arms = _arms(study, effects)
-        by_suite = fx.measured(suites.changes(study, s.suites, redrawn))
+        kinds = kinds_of(study)
+        effects = {d: fx.effects(study.student, study.results, d, kinds) for d in study.domains}
+        s.arms = _arms(study, effects, kinds)
+        by_suite = fx.measured(suites.changes(study, s.suites, kinds))
         for suite in s.suites:
             suite.changes = {a.name: by_suite[suite.suite, a.name] for a in s.arms}
         s.limits, s.lessons = suites.limit_sentences(s.suites), suites.lessons_sentence(study)
         s.ladders = _ladders(study, s.arms)
         s.claims = _claims(study.experiment, s.ladders, effects)
-        s.control_results = controls(study, redrawn)
+        s.control_results = controls(study, kinds)
         s.noise = noise.budgets(effects, {arm: list(runs) for arm, runs in study.results.items()})
         s.trends = _trends(s.arms, s.ladders, effects)
         s.contrasts = _contrasts(study.experiment, s.arms, effects)
         s.survival = _survival(study, s.arms, effects)
         s.controls = _controls(study.experiment, s.arms, effects)
-        s.readouts = readouts(study, redrawn)
+        s.readouts = readouts(study, kinds)
         s.rates = [
             _rate_choice(study, o) for o in study.experiment.objectives if o.name in study.rates
         ]
@@ -231,7 +230,7 @@ def _generator(study: Study, name: str) -> GeneratorSummary:
     )
 
 
-def _arms(study: Study, effects: EffectsBy) -> list[ArmSummary]:
+def _arms(study: Study, effects: EffectsBy, kinds: Mapping[str, Kind]) -> list[ArmSummary]:
     """Every arm that was evaluated, its p values adjusted over all of them and both domains."""
     changes = fx.measured(
         {
@@ -241,13 +240,13 @@ def _arms(study: Study, effects: EffectsBy) -> list[ArmSummary]:
         }
     )
     return [
-        _arm(study, arm, {d: changes[d, arm.name] for d in effects})
+        _arm(study, arm, {d: changes[d, arm.name] for d in effects}, kinds[arm.name].draw)
         for arm in study.experiment.arms
         if arm.name in study.results
     ]
 
 
-def _arm(study: Study, arm: Arm, changes: MeasuredBy) -> ArmSummary:
+def _arm(study: Study, arm: Arm, changes: MeasuredBy, redrawn: str) -> ArmSummary:
     objective = objective_of(study.experiment, arm)
     runs = [_averaged(run) for run in study.results[arm.name].values()]
     truncated, tokens = zip(*map(_lengths, runs), strict=True)
@@ -260,7 +259,7 @@ def _arm(study: Study, arm: Arm, changes: MeasuredBy) -> ArmSummary:
         seeds=len({run.seed for run in study.results[arm.name]}),
         draws=len({run.draw for run in study.results[arm.name]}),
         balanced=is_balanced(study.experiment, arm),
-        redrawn=draws_pairs(study.experiment, arm),
+        redrawn=redrawn,
         budget=_budget_words(study.experiment, arm),
         pair_judge=_pair_judge(study.experiment, arm),
         generator_delta=generator_delta(study, arm),

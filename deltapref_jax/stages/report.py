@@ -35,7 +35,7 @@ from deltapref_jax.stages.verify import VerdictTable
 from deltapref_jax.training.checkpoint import read_metrics
 
 
-class Report(Node, stage="report", version=17):
+class Report(Node, stage="report", version=18):
     """report.html, summary.json, accuracies.csv, and each figure as an SVG file."""
 
     experiment: Experiment

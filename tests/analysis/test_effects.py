@@ -8,8 +8,8 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis import noise
-from deltapref_jax.analysis.components import Component, Noise, measured_by
-from deltapref_jax.analysis.statistics import Estimate
+from deltapref_jax.analysis.components import Component, Kind, Noise, measured_by
+from deltapref_jax.analysis.statistics import Answers, Estimate
 from tests.analysis.null_studies import (
     LADDERS,
     ONE_BORROWS,
@@ -17,6 +17,7 @@ from tests.analysis.null_studies import (
     TWO,
     coverage,
     false_positives,
+    false_positives_of_draws,
     power,
     rate,
     shared_draws,
@@ -73,6 +74,37 @@ def test_few_changed_questions_have_an_exact_interval(gains, losses, low, high):
     assert change.bound >= abs(change.estimate.high)
 
 
+def test_rare_events_of_unequal_size_have_the_limits_of_the_largest():
+    # Of equal sizes these are mid-p limits of a Poisson mean, in the unit of the size.
+    assert fx._rare_limits(np.full(5, 2.0), 2.0) == pytest.approx((2 * 1.832, 2 * 11.082), abs=0.01)
+    assert fx._rare_limits(np.zeros(0), 5.0) == pytest.approx((0.0, 5 * 2.996), abs=0.01)
+    # One loss in a suite of 10 questions and six gains in one of 300, which count half each.
+    before, after = np.zeros(310), np.zeros(310)
+    before[0] = 1.0
+    after[10:16] = 1.0
+
+    def answers(right):
+        return {
+            suite: Answers(np.arange(len(part)), part, np.ones(len(part), int))
+            for suite, part in (("few", right[:10]), ("many", right[10:]))
+        }
+
+    e = fx.effects(
+        answers(before), {"a": {fx.Run(0, 0): answers(after)}}, "in", read=lambda a, _: a
+    )
+    change = e.change("a").estimate
+    assert change.value == pytest.approx(1.0 - 5.0)
+    # The loss may be 24.7 points, and a gain of one such question 15 were not seen.
+    assert change.low < change.value - 19.6 and change.high > change.value + 14.0
+    # A suite of 10 questions without a change tells little beside 15 changes among 300.
+    after[10:40], before[0] = 1.0, 0.0
+    e = fx.effects(
+        answers(before), {"a": {fx.Run(0, 0): answers(after)}}, "in", read=lambda a, _: a
+    )
+    assert e.few_changed({"a": 1.0})
+    assert e.change("a").estimate.low < 0
+
+
 def test_the_component_of_seeds_is_what_the_interaction_leaves():
     rng = np.random.default_rng(0)
     runs, questions = 400, 60
@@ -104,13 +136,51 @@ def test_a_seed_under_several_draws_is_one_seed():
         name: {fx.Run(0, seed): results(right) for seed, right in enumerate(runs)}
         for name, runs in several.items()
     }
-    one = results(draws(300, 2, 0.5, 99))
-    alone = fx.effects(results(before), tables | {"top": {fx.Run(0, 0): one}}, "in", ["top"])
+    one, drawn_top = results(draws(300, 2, 0.5, 99)), {"top": Kind(draw="random pairs")}
+    alone = fx.effects(results(before), tables | {"top": {fx.Run(0, 0): one}}, "in", drawn_top)
     drawn = {fx.Run(draw, 0): results(draws(300, 2, 0.5, 99 + draw)) for draw in range(3)}
-    e = fx.effects(results(before), tables | {"top": drawn}, "in", ["top"])
+    e = fx.effects(results(before), tables | {"top": drawn}, "in", drawn_top)
     assert e.shares[-1].tolist() == [1.0, pytest.approx(1 / 3)]
     assert alone.shares[-1].tolist() == [1.0, 1.0]
-    assert e.noise[0] == alone.noise[0] and e.noise[1].freedom == 2
+    assert e.noise[-1].seed == alone.noise[-1].seed and e.noise[-1].draw.freedom == 2
+
+
+def test_arms_of_a_kind_measure_its_noise_together_and_others_borrow():
+    rng = np.random.default_rng(4)
+    before = draws(300, 2, 0.5, 3)
+
+    def run(sd):
+        return results((rng.random(before.shape) < 0.5 + rng.normal(0, sd) / 100).astype(int))
+
+    after = {
+        f"{kind}{i}": {fx.Run(draw, 0): run(sd) for draw in range(3)}
+        for kind, sd in (("top", 1.0), ("random", 20.0))
+        for i in range(5)
+    }
+    after |= {"same": {fx.Run(0, 0): run(0.0)}, "coin": {fx.Run(0, 0): run(0.0)}}
+    after |= {f"kto{i}": {fx.Run(0, s): run(20.0) for s in range(3)} for i in range(4)}
+    after |= {f"dpo{i}": {fx.Run(0, s): run(1.0) for s in range(3)} for i in range(4)}
+    kinds = {
+        name: Kind(
+            "kto" if name.startswith("kto") else "dpo",
+            name.rstrip("0123456789") if name.startswith(("top", "random", "coin")) else "",
+        )
+        for name in after
+    }
+    e = fx.effects(results(before), after, "in", kinds)
+    noise = dict(zip(e.names, e.noise, strict=True))
+    assert noise["top0"].draw.freedom == noise["random0"].draw.freedom == 10
+    assert noise["random0"].draw.variance > 20 * max(noise["top0"].draw.variance, 1.0)
+    # What no draw moves has none of its noise, and a kind that nobody measured has that of all.
+    assert noise["same"].draw is None and e.shares[e.names.index("same")].tolist() == [1.0, 0.0]
+    assert noise["coin"].draw.freedom == 20
+    assert noise["coin"].draw.mean_square == pytest.approx(
+        (noise["top0"].draw.mean_square + noise["random0"].draw.mean_square) / 2
+    )
+    assert noise["kto0"].seed.variance > 20 * max(noise["dpo0"].seed.variance, 1.0)
+    assert noise["same"].seed == noise["dpo0"].seed and noise["kto0"].seed.freedom == 8
+    # Of the draws' 10 degrees of freedom, and of the seeds' 8.
+    assert 8 <= e.freedom({"random0": 1.0, "random1": -1.0}) <= 11
 
 
 def test_arms_may_be_measured_by_the_runs_of_others():
@@ -119,12 +189,12 @@ def test_arms_may_be_measured_by_the_runs_of_others():
     arms = {"a": runs, "b": dict(list(runs.items())[:2])}
     own = fx.effects(before, arms, "in")
     parts = fx.effects(before, arms | {"part": runs}, "in", measuring=arms)
-    assert own.noise == parts.noise and own.noise[0].freedom == 3
+    assert own.noise == parts.noise[:2] and own.noise[0].seed.freedom == 3
     part = parts.measured_without("a", ["part"])
     assert part.noise[0] == fx.effects(before, {"b": arms["b"]}, "in").noise[0]
-    assert part.names == ("part",) and parts.measured_without("b", ["a"]).noise[0].freedom == 2
+    assert part.names == ("part",) and parts.measured_without("b", ["a"]).noise[0].seed.freedom == 2
     alone = fx.effects(before, {"a": runs}, "in")
-    assert alone.measured_without("a", ["a"]).noise == (None, None)
+    assert alone.measured_without("a", ["a"]).noise == ((None, None),)
 
 
 def test_no_interval_is_wider_than_accuracies_are():
@@ -150,9 +220,9 @@ def test_arms_of_one_seed_borrow_the_noise_of_seeds():
 
     arms = {f"a{i}": [run(s) for s in rng.normal(0, 6, 4)] for i in range(6)}
     alone = found(before, one=[run(0)])
-    assert alone.noise == (None, None) and not alone.by_run.any()
+    assert alone.noise == ((None, None),) and not alone.by_run.any()
     borrowed = found(before, one=[run(0)], **arms)
-    seed = borrowed.noise.seed
+    seed = borrowed.noise[0].seed
     assert seed.freedom == 18 and seed.variance > 0
     assert borrowed.by_run[0].var() == pytest.approx(seed.variance, rel=0.1)
     # An arm of four seeds has a quarter of the variance.
@@ -169,8 +239,9 @@ def test_intervals_are_those_of_students_t():
         np.zeros((1, fx.DRAWS)),
         2.0 * normal,
         np.array([[1.0, 0.0]]),
-        Noise(component, None),
+        (Noise(component, None),),
         np.random.default_rng(1).random(fx.DRAWS),
+        (50,),
     )
     estimate = effects.change("a").estimate
     assert estimate.value == pytest.approx(10)
@@ -188,8 +259,9 @@ def test_a_component_of_0_leaves_its_degrees_of_freedom():
         by_question=by_question,
         by_run=np.zeros_like(by_question),
         shares=np.array([[1.0, 0.0]]),
-        noise=Noise(Component(mean_square=1.0, rest=2.0, freedom=3), None),
+        noise=(Noise(Component(mean_square=1.0, rest=2.0, freedom=3), None),),
         chance=rng.random(fx.DRAWS),
+        sizes=(50,),
     )
     estimate = effects.change("arm").estimate
     # Student's t with 3 degrees of freedom is beyond 3.18 in 5%.
@@ -297,7 +369,9 @@ CELLS = pytest.mark.parametrize(
 @pytest.mark.slow
 @pytest.mark.usefixtures("simulation")
 @CELLS
-@pytest.mark.parametrize(("sd", "domain"), [(0.0, "in"), (1.0, "out"), (2.0, "in")])
+@pytest.mark.parametrize(
+    ("sd", "domain"), [(0.0, "in"), (1.0, "out"), (2.0, "in"), (1.0, "unequal")]
+)
 def test_false_positives_are_as_promised(domain, seeds, sd):
     for found in false_positives(domain, seeds, sd, STUDIES):
         assert found.rate - 2 * found.error <= 7
@@ -306,8 +380,40 @@ def test_false_positives_are_as_promised(domain, seeds, sd):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("simulation")
+@pytest.mark.parametrize("domain", ["in", "unequal"])
+def test_unlike_draws_have_false_positives_as_promised(domain):
+    """Many top arms with little noise of draws, a few random ones with much, and some without."""
+    for name, found in false_positives_of_draws(domain, 1.0, 100).items():
+        assert found.rate - 2 * found.error <= 7, name
+        assert found.rate + 2 * found.error >= 3, name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("simulation")
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.05])
+def test_few_changes_in_unequal_suites_have_intervals_that_cover(share):
+    """Gains and losses are as likely, in suites of 300 and 10 questions that count the same."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(200):
+        suites = {f"s{n}": (rng.random(n) < 0.5, rng.random(n) < share) for n in (300, 10)}
+        before, after = (
+            {s: Answers(np.arange(len(r)), 1.0 * r, np.ones(len(r), int)) for s, r in right.items()}
+            for right in (
+                {s: r for s, (r, _) in suites.items()},
+                {s: r ^ turned for s, (r, turned) in suites.items()},
+            )
+        )
+        e = fx.effects(before, {"a": {fx.Run(0, 0): after}}, "in", read=lambda a, _: a)
+        change = e.change("a").estimate
+        covered.append([change.low <= 0 <= change.high])
+    found = rate(covered)
+    assert found.rate + 2 * found.error >= 95
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("simulation")
 @CELLS
-@pytest.mark.parametrize(("sd", "domain"), [(1.0, "in"), (2.0, "out")])
+@pytest.mark.parametrize(("sd", "domain"), [(1.0, "in"), (2.0, "out"), (1.0, "unequal")])
 def test_intervals_contain_the_truth(domain, seeds, sd):
     found = coverage(domain, seeds, sd, STUDIES)
     assert found.rate + 2 * found.error >= 92

@@ -229,7 +229,7 @@ def test_a_purchase_leaves_what_the_components_say():
     assert (b.half_width / t) ** 2 == pytest.approx(variance, rel=1e-3)
     assert bought["twice the questions"] == pytest.approx(variance - b.questions**2 / 2, rel=1e-3)
     # A fourth seed takes a quarter of the seeds' variance, and of the interaction within questions.
-    rest = e.noise.seed.rest / 3
+    rest = e.noise[0].seed.rest / 3
     seed = variance - b.seed**2 / 3 / 4 - rest / 4
     assert bought["one more seed of every arm"] == pytest.approx(seed, rel=1e-3)
     assert b.buy == "one more seed of every arm"

@@ -16,7 +16,7 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
-from deltapref_jax.analysis.components import Noise
+from deltapref_jax.analysis.components import Noise, kinds_of
 from deltapref_jax.analysis.controls import _Control, bound, controls, judged
 from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
@@ -474,6 +474,45 @@ def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
     assert RUNG_RULE in page
 
 
+def test_what_another_draw_moves_is_measured(study):
+    arms = {a.name: a for a in study.experiment.arms}
+    names = ("dpo-strong", "top", "random")
+    assert [kinds_of(study)[n].draw for n in names] == ["", "ties, dpo", "random pairs, dpo"]
+    # Without a tie, or where all pairs are kept, another draw gives the same pairs.
+    for name in ("top", "random"):
+        study.pair_counts[name] = {0: {"pool": 12.0, "kept": 12.0, "tied_at_cut": 0.0}}
+    assert [kinds_of(study)[n].draw for n in names] == ["", "", ""]
+    for name in ("top", "random"):
+        study.pair_counts[name][0] |= {"kept": 6.0, "tied_at_cut": 2.0}
+    assert [kinds_of(study)[n].draw for n in names[1:]] == ["ties, dpo", "random pairs, dpo"]
+    study.pair_counts["top"][0] |= {"tied_at_cut": 0.0, "tied_samples": 1.0}
+    assert kinds_of(study)["top"].draw == "ties, dpo"
+    # Several draws tell themselves, and a coin turns pairs around.
+    whole = study.pairs["top"][0]
+    study.pairs["top"] = {0: whole, 1: whole.take(list(range(whole.num_rows))[::-1])}
+    assert kinds_of(study)["top"].draw == ""
+    study.pairs["top"][1] = whole.slice(1)
+    assert kinds_of(study)["top"].draw == "ties, dpo"
+    arms["top"].steps, arms["random"].direction = 8, "coin"
+    assert kinds_of(study)["top"].draw == "ties, dpo, its own budget"
+    assert kinds_of(study)["random"] == ("dpo", "coin, dpo")
+
+
+def test_the_page_says_whose_noise_an_arm_borrows(study):
+    study.experiment.arms[1].seeds = (0, 1)
+    study.results["dpo-strong"] = {Run(0, i): evaluated(0.9, 7 + i) for i in range(2)}
+    study.results["random"] = {Run(d, 0): evaluated(0.4, 90 + d) for d in range(3)}
+    s = summarise(study)
+    assert (
+        "Seeds of a kind of which no arm has several: sft (1 arm). Their intervals have the noise "
+        "of other kinds (dpo), which may differ." in s.unmeasured
+    )
+    assert (
+        "Draws of pairs of a kind of which no arm has several: ties, dpo (1 arm). Their intervals "
+        "have the noise of other kinds (random pairs, dpo), which may differ." in s.unmeasured
+    )
+
+
 def test_the_page_shows_the_budget_of_every_arm(study):
     study.experiment.arms[1].learning_rate = 2e-5
     study.experiment.arms[1].pairs_per_step = 4
@@ -639,7 +678,7 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
     study.results["dpo-mid"] = {Run(0, 0): evaluated(0.1, 70), Run(0, 1): evaluated(0.9, 71)}
     study.results["dpo-strong"] = {Run(0, i): evaluated(0.9, 7 + i) for i in range(3)}
     with mock.patch.object(fx, "effects", side_effect=fx.effects) as effects:
-        apart, near = controls(study, [])
+        apart, near = controls(study, {})
     # Their 80 points are in no noise that they are compared with.
     assert apart.arms == ("dpo-mid",)
     assert apart.verdict == "did not come out: a difference is shown in domain and out of domain"
@@ -650,7 +689,7 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
     # What is compared is no further arm that measures the noise: 1 + 2 degrees of freedom.
     assert effects.call_args.kwargs["measuring"] == study.results
     study.results["dpo-strong"] = {Run(0, 0): evaluated(0.9, 7)}
-    (alone,) = controls(study, [])
+    (alone,) = controls(study, {})
     assert alone.verdict == "undecided: no other arm has several seeds to compare with"
 
 

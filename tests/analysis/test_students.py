@@ -60,8 +60,8 @@ def test_trainings_of_two_students_are_independent_and_each_has_its_noise():
     assert np.corrcoef(of_a.by_run[0], of_b.by_run[0])[0, 1] == pytest.approx(1)
     own, other = both.names.index("a/arm0"), both.names.index("b/arm0")
     assert abs(np.corrcoef(both.by_run[own], both.by_run[other])[0, 1]) < 0.06
-    seeds = of_a.noise.seed.variance / 4 + of_b.noise.seed.variance / 4
-    assert of_a.noise.seed.variance > 2 * of_b.noise.seed.variance
+    seeds = of_a.noise[0].seed.variance / 4 + of_b.noise[0].seed.variance / 4
+    assert of_a.noise[0].seed.variance > 2 * of_b.noise[0].seed.variance
     between = (both.by_run[own] - both.by_run[other]).var()
     assert between == pytest.approx(seeds, rel=0.1)
     questions = (both.by_question[own] - both.by_question[other]).var()
@@ -133,7 +133,7 @@ def test_draws_of_one_seed_are_not_called_questions_alone():
     draw = fx.Component(4.0, 1.0, 2)
 
     def first(a, b):
-        noise = {"a": fx.Noise(*a), "b": fx.Noise(*b)}
+        noise = {"a": (fx.Noise(*a),), "b": (fx.Noise(*b),)}
         return _unmeasured(s, {"in": {k: SimpleNamespace(noise=n) for k, n in noise.items()}})[0]
 
     measured = (draw, None)
