@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from deltapref_jax.analysis.arm_words import arm_words, run_words
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, points
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, p_words, points
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Estimate
 from deltapref_jax.config import Arm, Claim, Experiment, is_balanced, judge_of, uses_ratings
@@ -84,7 +84,7 @@ def rung_sentence(slope: Estimate, without: Mapping[str, WithoutRung | None]) ->
             d = rest.difference
             left[name] = (
                 f"it is {points(rest.slope, 2)} (the whole minus it: {points(d.estimate, 2)}, "
-                f"{'' if d.shown else 'not '}shown, p = {max(d.p_adjusted, 0.001):.3f})"
+                f"{'' if d.shown else 'not '}shown, p {p_words(d.p_adjusted)})"
             )
     if not left:
         return ""

@@ -44,6 +44,11 @@ def points(values: Sequence[float], digits: int = 1) -> str:
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def p_words(p: float) -> str:
+    """A p value after the letter, such as `= 0.014` or `< 0.001`."""
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def _rounded(values: Sequence[float], digits: int) -> list[float]:
     """Numbers of which none is written as "-0.0"."""
     return [0.0 if abs(v) < 0.5 * 10**-digits else v for v in values]
@@ -66,7 +71,7 @@ def excluded(effect: Measured, digits: int = 1) -> str:
     if _alone(effect, digits):
         return (
             "0 by its own interval, but among all comparisons of its table one as far from 0 comes "
-            f"by chance, adjusted p = {effect.p_adjusted:.3f}"
+            f"by chance, adjusted p {p_words(effect.p_adjusted)}"
         )
     _, low, high = _rounded(effect.estimate, digits)
     return f"above {high:+.{digits}f} and below {low:+.{digits}f}"
@@ -276,8 +281,8 @@ def _greedy(s: Summary) -> list[Finding]:
             f"{points(twin.changes[a.name].estimate)} greedy"
             f"{_kept(twin.sampled[a.name].value, twin.changes[a.name].estimate.value)}, sampled "
             f"minus greedy {points(twin.lost[a.name].estimate)} "
-            f"({'' if twin.lost[a.name].shown else 'not '}shown, adjusted p = "
-            f"{max(twin.lost[a.name].p_adjusted, 0.001):.3f}); its answers "
+            f"({'' if twin.lost[a.name].shown else 'not '}shown, adjusted p "
+            f"{p_words(twin.lost[a.name].p_adjusted)}); its answers "
             f"{a.surprise - before:+.3f} nats a token"
             for a in shown
         ]
