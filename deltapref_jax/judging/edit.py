@@ -9,7 +9,7 @@ dimension then does little to the others.
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal, DivisionByZero, InvalidOperation
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation, localcontext
 
 from deltapref_jax.config import DIMENSIONS, check_choice
 
@@ -76,13 +76,16 @@ def edit(
     """
     check_choice("dimension", dimension, DIMENSIONS)
     units, gap = _units(text)
-    edited = {
+    made = {
         "factuality": lambda: _misread(question, units, degree, rng),
         "strategy_coherence": lambda: _mislead(units, degree, others, rng),
         "step_coherence": lambda: _disorder(units, degree, rng),
         "numerical_precision": lambda: _miscalculate(question, units, degree, rng),
         "signal_to_noise": lambda: _pad(units, degree, rng),
-    }[dimension]()
+    }[dimension]
+    # Of its own, because the thread's is changed by libraries, such as by tasks of reasoning-gym.
+    with localcontext(Context(prec=28)):
+        edited = made()
     return None if edited is None or edited == units else gap.join(edited)
 
 

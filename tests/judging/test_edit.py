@@ -1,5 +1,6 @@
 """Edits of traces: worse in the dimension that is meant, and in little else."""
 
+import decimal
 import random
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_trace_without_a_place_is_told():
     assert edit("What is red?", "Blood", "strategy_coherence", 1, [], random.Random(0)) is None
     # An equation that is wrong already can't be made wrong.
     assert edited("Add 1 and 1.", "It is simple. 1 + 1 = 3", "numerical_precision") is None
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_edits_do_not_depend_on_the_precision_of_the_thread(dimension):
+    question, text = (
+        "Add 0 and 100000000.",
+        "1. 0 + 100000000 = 100000000\n2. 3 * 7 = 21\n3. So 21.",
+    )
+    want = edit(question, text, dimension, 2, ["It is so.\n1 + 1 = 2"], random.Random(3))
+    with decimal.localcontext(decimal.Context(prec=6)):
+        got = edit(question, text, dimension, 2, ["It is so.\n1 + 1 = 2"], random.Random(3))
+    assert got == want is not None
 
 
 NUMBERS = st.one_of(
