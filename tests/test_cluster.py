@@ -240,6 +240,8 @@ def test_gpus_that_tasks_cannot_share_are_refused(joined):
 
 
 PROGRAM = """
+import sys
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -258,7 +260,9 @@ for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec(None, "fsdp"), Parti
             np.testing.assert_array_equal(np.asarray(part.data), host[part.index])
         np.testing.assert_array_equal(gather_to_host(placed), host)
 total = jax.jit(lambda x: x.sum())(placed)
-print(process_index(), process_count(), jax.device_count(), agreed(process_index() == 0), total)
+found = process_index(), process_count(), jax.device_count(), agreed(process_index() == 0), total
+# In one write, and not where the collectives' library prints lines of its own at any time.
+sys.stderr.write(" ".join(map(str, ("\\nfound", *found, "\\n"))))
 exit_process()
 """
 
@@ -293,5 +297,5 @@ def test_two_processes_join_and_agree():
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], ended
-    for index, (out, _) in enumerate(ended):  # The collectives' library prints lines of its own.
-        assert f"{index} 2 8 True 2016.0" in out.splitlines(), out
+    for index, (_, error) in enumerate(ended):
+        assert f"found {index} 2 8 True 2016.0 " in error.splitlines(), error
