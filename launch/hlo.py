@@ -405,8 +405,9 @@ def _memory(
     body = computations.get(instruction.called("calls")) if opcode == "fusion" else None
     if opcode == "custom-call" and "output_to_operand_aliasing" in instruction.rest:
         # A kernel that changes its operands in place reads at most all of them.
-        pairs = instruction.rest.split("output_to_operand_aliasing={", 1)[1].split("}}")[0]
-        given = (operands[int(n)] for n in re.findall(r": \((\d+)", pairs))
+        pairs = instruction.rest.split("output_to_operand_aliasing={", 1)[1].split(")}")[0]
+        names = (instruction.operands[int(n)] for n in re.findall(r": \((\d+)", pairs))
+        given = [scope[name] for name in names]
         return (
             instruction.traffic + sum(o.traffic for o in operands) - sum(o.traffic for o in given)
         )

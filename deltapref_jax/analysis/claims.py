@@ -83,8 +83,9 @@ def rung_sentence(slope: Estimate, without: Mapping[str, WithoutRung | None]) ->
         elif not slope.low <= rest.slope.value <= slope.high:
             d = rest.difference
             left[name] = (
-                f"it is {points(rest.slope, 2)} (the whole minus it: {points(d.estimate, 2)}, "
-                f"{'' if d.shown else 'not '}shown, p {p_words(d.p_adjusted)})"
+                f"it is {points(rest.slope, 2)} (the slope of all minus that of the others: "
+                f"{points(d.estimate, 2)}, {'' if d.shown else 'not '}shown, "
+                f"p {p_words(d.p_adjusted)})"
             )
     if not left:
         return ""

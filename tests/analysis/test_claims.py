@@ -31,8 +31,8 @@ def without(value, difference, p):
         (
             around(0.5),
             {"a": without(0.4, 0.1, 0.6), "b": without(0.15, 0.35, 0.01)},
-            "Hangs on one rung: without b it is +0.15 [-0.15, +0.45] (the whole minus it: "
-            "+0.35 [+0.05, +0.65], shown, p = 0.010).",
+            "Hangs on one rung: without b it is +0.15 [-0.15, +0.45] (the slope of all "
+            "minus that of the others: +0.35 [+0.05, +0.65], shown, p = 0.010).",
         ),
         (
             around(0.1),
@@ -81,7 +81,8 @@ def test_a_gain_of_the_last_rung_alone_hangs_on_it():
         assert difference[1:] == pytest.approx(np.percentile(joint, [2.5, 97.5]), abs=0.02)
     slope = effects.slope({name: x / 10 for name, x in LADDER.items()})
     text = rung_sentence(slope.estimate, rests)
-    assert f"without a3 it is {points(rests['a3'].slope, 2)} (the whole minus it: +9.0" in text
+    words = "the slope of all minus that of the others"
+    assert f"without a3 it is {points(rests['a3'].slope, 2)} ({words}: +9.0" in text
     # Without the first rung the slope is steeper, which is as large a difference.
     assert rests["a0"].difference.shown and "without a0" in text
     assert fx.measured({0: slope})[0].shown

@@ -186,7 +186,7 @@ WHOLE, HALF = 8 * 64 * 32 * 2, 4 * 64 * 32 * 2
         ("%f = bf16[8,64,32]{2,1,0:S(1)} fusion(%x, %i, %r), kind=kCustom, calls=%fused", WHOLE),
         # A kernel that changes an operand in place does not write all of it.
         ("%k = (f32[8]{0}, bf16[8,64,32]{2,1,0}) custom-call(%i, %x), "
-         "output_to_operand_aliasing={{1}: (1, {})}, backend_config={}", WHOLE + 8 * 4),
+         "output_to_operand_aliasing={{1}: (1, {})}, attributes={a={b: (0)}}", WHOLE + 8 * 4),
         ("%k = (f32[8]{0}, bf16[8,64,32]{2,1,0}) custom-call(%i, %x)", 2 * WHOLE + 8 * 4),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deltapref_jax.config import MeshShape
 from deltapref_jax.mesh import make_mesh, shard
-from deltapref_jax.models.attention import dispatch
+from deltapref_jax.models.attention import dispatch, live
 from deltapref_jax.models.attention.blockwise import blockwise_attention, plan_tiles
 from deltapref_jax.models.attention.dense import dense_attention
 from deltapref_jax.models.attention.dispatch import (
@@ -880,11 +880,15 @@ def cache_of(positions, length, dtype, heads=4, groups=2, width=128):
             ([383, 200, 15, 16], 0, 0.0, True, jnp.bfloat16, 2e-2),
             ([300], 1, 0.0, False, jnp.bfloat16, 2e-2),
         ],
-        0,
+        1,
     ),
 )
-def test_decoding_on_live_tiles_is_dense(positions, window, cap, sinks, dtype, tolerance):
+def test_decoding_on_live_tiles_is_dense(
+    positions, window, cap, sinks, dtype, tolerance, monkeypatch
+):
     """And writes what dense attention writes; a tile that no token sees is not computed."""
+    # Blocks of two rows in float32, so that there are several.
+    monkeypatch.setattr(live, "_BLOCK_BYTES", 2 * HEADS * 128 * 4)
     length, positions = 384, jnp.asarray(positions, jnp.int32)
     q, k, v, *cache = cache_of(positions, length, dtype)
     sinks = SINKS if sinks else None

@@ -418,7 +418,7 @@ def _live_attention(
     from deltapref_jax.models.attention.live import live_attention
 
     run: Any = functools.partial(live_attention, window=window, cap=cap)
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None:  # of one device too, so that its platform is the kernel's
         # A cache whose heads do not divide is whole on every device of `tensor`.
         heads = "tensor" if keys.shape[1] % mesh.shape["tensor"] == 0 else None
         of_heads = PartitionSpec(*ROWS, heads)

@@ -25,10 +25,10 @@ from deltapref_jax.models.attention.dense import capped
 from deltapref_jax.models.attention.dispatch import LIVE_TILE as TILE
 from deltapref_jax.models.attention.masks import MASKED_SCORE
 
-_DEPTH = 4  # tiles on their way at a time: they hide the latency of a copy
+_DEPTH = 16  # tiles on their way at a time, at most
 _TILE_BYTES = 4 << 20  # at most, of the tiles on their way; two are always
 _GROUP = 16  # positions of one write: the rows of a register's tile in bfloat16, two in float32
-_BLOCK_BYTES = 1 << 20  # of the queries that are held at a time
+_BLOCK_BYTES = 1 << 18  # of the queries that are held at a time
 
 
 def live_tiles(positions: Array, window: int) -> tuple[Array, Array]:
