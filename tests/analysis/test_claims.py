@@ -38,7 +38,8 @@ def without(value, difference, p):
             around(0.1),
             {"a": without(-0.25, 0.35, 0.2), "b": without(0.1, 0.0, 1.0), "c": None},
             "Hangs on single rungs: without a it is -0.25 [-0.55, +0.05] (the slope of all "
-            "minus that of the others: +0.35 [+0.05, +0.65], not shown, p = 0.200); without c no slope is left.",
+            "minus that of the others: +0.35 [+0.05, +0.65], not shown, p = 0.200); "
+            "without c no slope is left.",
         ),
         (
             around(0.1),
