@@ -18,6 +18,9 @@ Shape = tuple[str, tuple[int, ...], bool]
 
 _TYPE_BYTES = {"pred": 1, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_ALIASES = re.compile(
+    r"output_to_operand_aliasing=\{((?:(?:, )?\{[\d, ]*\}: \(\d+, \{[\d, ]*\}[^)]*\))+)\}"
+)
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -403,14 +406,12 @@ def _memory(
         changed = operands[-1] if opcode == "scatter" else operands[1]
         return 2.0 * changed.traffic
     body = computations.get(instruction.called("calls")) if opcode == "fusion" else None
-    if opcode == "custom-call" and "output_to_operand_aliasing" in instruction.rest:
-        # A kernel that changes its operands in place reads at most all of them.
-        pairs = instruction.rest.split("output_to_operand_aliasing={", 1)[1].split(")}")[0]
-        names = (instruction.operands[int(n)] for n in re.findall(r": \((\d+)", pairs))
-        given = [scope[name] for name in names]
-        return (
-            instruction.traffic + sum(o.traffic for o in operands) - sum(o.traffic for o in given)
-        )
+    # A kernel that changes operands in place reads at most all of them, and gives them back.
+    pairs = _ALIASES.search(instruction.rest) if opcode == "custom-call" else None
+    if pairs:
+        names = (instruction.operands[int(n)] for n in re.findall(r"\((\d+)", pairs[1]))
+        given = sum(scope[name].traffic for name in names)
+        return float(instruction.traffic + sum(o.traffic for o in operands) - given)
     if body is None:
         return float(instruction.traffic + sum(operand.traffic for operand in operands))
     return _fusion_memory(instruction, operands, body, computations)

@@ -163,6 +163,7 @@ ENTRY %main (x: bf16[8,64,32], i: s32[8], r: bf16[8,32]) -> bf16[8,64,32] {
   %x = bf16[8,64,32]{2,1,0} parameter(0)
   %i = s32[8]{0:S(1)} parameter(1)
   %r = bf16[8,32]{1,0:S(1)} parameter(2)
+  %y = bf16[8,32]{1,0} parameter(3)
   LINE
 }
 """
@@ -187,6 +188,9 @@ WHOLE, HALF = 8 * 64 * 32 * 2, 4 * 64 * 32 * 2
         # A kernel that changes an operand in place does not write all of it.
         ("%k = (f32[8]{0}, bf16[8,64,32]{2,1,0}) custom-call(%i, %x), "
          "output_to_operand_aliasing={{1}: (1, {})}, attributes={a={b: (0)}}", WHOLE + 8 * 4),
+        ("%k = (bf16[8,64,32]{2,1,0}, bf16[8,32]{1,0}) custom-call(%x, %y), "
+         "output_to_operand_aliasing={{0}: (0, {}), {1}: (1, {})}, attributes={a={b: (7)}}",
+         WHOLE + 8 * 32 * 2),
         ("%k = (f32[8]{0}, bf16[8,64,32]{2,1,0}) custom-call(%i, %x)", 2 * WHOLE + 8 * 4),
     ],
 )  # fmt: skip
