@@ -198,8 +198,8 @@ class Workspace:
         if not remote(self.root):
             folder = self.path(node)
             self.remove_temporary(node)
-            # A suspended process continues a checkpoint that its successor has removed.
-            for path in folder.glob("*/*.orbax-checkpoint-tmp"):
+            # A suspended process continues a checkpoint in a folder that is its successor's now.
+            for path in folder.glob("checkpoints.*"):
                 _remove(path)
             remove_claims(folder / "claims")
 

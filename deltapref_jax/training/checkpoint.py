@@ -2,7 +2,9 @@
 
 The position in the data is the step number, so a checkpoint holds the training state, its checksum
 and the run's counts so far. Orbax writes under a temporary name, and deletes older checkpoints only
-when the new one is complete, so a failed save leaves the checkpoint before it untouched.
+when the new one is complete, so a failed save leaves the checkpoint before it untouched. A run has
+its folder of checkpoints under a name of its own while it works (`own_folder`), so that a process
+that was suspended cannot write among the checkpoints of the one that took over.
 """
 
 import contextlib
@@ -10,9 +12,11 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +27,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
-from deltapref_jax.files import ArtifactError, unwritable, write_atomic
+from deltapref_jax.files import ArtifactError, remote, unwritable, write_atomic
+from deltapref_jax.processes import gathered, process_index, wait_for_all
 from deltapref_jax.training.state import TrainState, in_memory, on_host
 
 Array = jax.Array
@@ -76,8 +81,54 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
+@contextlib.contextmanager
+def own_folder(folder: epath.Path, check_lease: Callable[[], None]) -> Iterator[epath.Path]:
+    """Moves `folder` to a name that only this job knows, and back in the end.
+
+    Whoever takes over the work of a killed or suspended process moves the folder to another name.
+    The suspended one finds its own gone, and what it still writes there is no checkpoint of its
+    successor's; the next run removes it. A bucket's folder keeps its name, because objects cannot
+    be renamed.
+
+    Raises:
+      ArtifactError: what `check_lease` raises, if another process took the work over.
+    """
+    if remote(folder):
+        yield folder
+        return
+    own = folder.with_name(f"{folder.name}.{gathered(uuid.uuid4().hex)[0]}")
+    if process_index() == 0:
+        found = [*folder.parent.glob(folder.name), *folder.parent.glob(f"{folder.name}.*")]
+        found.sort(key=_newest_step)
+        # Of several, the others are what suspended processes wrote after they had been replaced.
+        for path in found[:-1]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in found[-1:]:
+            path.rename(own)
+    wait_for_all("folder of checkpoints")
+    try:
+        yield own
+    finally:
+        if process_index() == 0:
+            check_lease()
+            if own.exists():
+                own.rename(folder)
+
+
+def _newest_step(folder: epath.Path) -> int:
+    """The number of the newest complete checkpoint in the folder, by their names; 0 for none."""
+    steps = [re.fullmatch(r"step_(\d+)", path.name) for path in folder.iterdir()]
+    return max((int(step[1]) for step in steps if step), default=0)
+
+
 class Checkpoints:
     """The checkpoints of one run in `folder`; a context manager that waits for the last save.
+
+    Args:
+      folder: of the checkpoints.
+      keep: how many remain.
+      base: hash of the base weights, if the states are adapters.
+      final: where the folder is found when this process has ended, if not there; for sentences.
 
     Attributes:
       seconds: `seconds_checkpoint_blocked`, during which training waited for saves, and
@@ -85,8 +136,14 @@ class Checkpoints:
         include earlier processes of the run.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int, base: str = ""):
-        self._base = base  # hash of the base weights, if the states are adapters
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int,
+        base: str = "",
+        final: str | os.PathLike[str] = "",
+    ):
+        self._base = base
         self.seconds = {"seconds_checkpoint_blocked": 0.0, "seconds_checkpoint_background": 0.0}
         self._keep = keep
         self._saving_step, self._save_returned_at, self._failed = 0, 0.0, False
@@ -103,8 +160,9 @@ class Checkpoints:
         # Orbax wants absolute local paths; a bucket's address must stay as it is.
         path = epath.Path(folder)
         self._manager = ocp.CheckpointManager(
-            path if "://" in os.fspath(path) else path.absolute(), options=options
+            path if remote(path) else path.absolute(), options=options
         )
+        self._final = epath.Path(final or self._manager.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -254,7 +312,7 @@ class Checkpoints:
         return lines[0].split(". See full")[0][:200].rstrip(".: ") if lines else type(e).__name__
 
     def _path(self, step: int) -> str:
-        return os.fspath(self._manager.directory / f"step_{step}")
+        return os.fspath(self._final / f"step_{step}")
 
     def _save_error(self, e: BaseException) -> ArtifactError:
         reason = self._summarize(e)

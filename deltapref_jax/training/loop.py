@@ -21,7 +21,7 @@ from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.preemption import Preempted, PreemptionGuard
 from deltapref_jax.progress import progress
 from deltapref_jax.scoring.packing import max_segments
-from deltapref_jax.training.checkpoint import Checkpoints, read_metrics
+from deltapref_jax.training.checkpoint import Checkpoints, own_folder, read_metrics
 from deltapref_jax.training.data import StepData
 from deltapref_jax.training.guards import LikelihoodDisplacement, check_finite, check_reference
 from deltapref_jax.training.monitor import MonitorConfig, TrainMonitor
@@ -134,7 +134,8 @@ def train(
     # These are left in reverse order: the last save is waited for before the handler is removed.
     with (
         PreemptionGuard() as preemption,
-        Checkpoints(root / "checkpoints", run.keep_checkpoints, base) as checkpoints,
+        own_folder(final := root / "checkpoints", check_lease) as own,
+        Checkpoints(own, run.keep_checkpoints, base, final) as checkpoints,
         progress(is_first()) as bar,
     ):
         # A run that was stopped continues from its newest checkpoint, which may be its last step.

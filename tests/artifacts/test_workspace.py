@@ -513,14 +513,14 @@ def test_leftovers_of_killed_processes_are_removed_when_the_study_runs_again(tmp
         (folder / ".shard.x").touch()
         (folder / ".policy.x").mkdir()
         (folder / ".policy.x" / "weights").touch()
-        (folder / "checkpoints" / "step_2.orbax-checkpoint-tmp").mkdir(parents=True)
+        (folder / "checkpoints.x" / "step_2.orbax-checkpoint-tmp").mkdir(parents=True)
         (folder / "claims").mkdir()
         (folder / "claims" / "all").write_text("{}")
         (folder / "claims" / ".x").touch()
     for name in (".index.json.x", "claims/index", "claims/.x"):
         (tmp_path / name).touch()
     run(nodes, Workspace(tmp_path), "toy", show=False)
-    assert [p for p in paths() if not p.endswith("checkpoints")] == before
+    assert paths() == before
 
 
 def test_a_lease_is_not_taken_while_the_claims_of_a_complete_artifact_are_removed(tmp_path):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.lease import LostLease
@@ -26,7 +27,13 @@ from deltapref_jax.files import ArtifactError
 from deltapref_jax.mesh import make_mesh
 from deltapref_jax.models.export import export
 from deltapref_jax.preemption import Preempted
-from deltapref_jax.training.checkpoint import Checkpoints, Metrics, checksum, read_metrics
+from deltapref_jax.training.checkpoint import (
+    Checkpoints,
+    Metrics,
+    checksum,
+    own_folder,
+    read_metrics,
+)
 from deltapref_jax.training.state import Optimizer, init_state
 
 # Orbax leaves unfinished coroutines of a failed save or restore to the garbage collector.
@@ -182,7 +189,7 @@ def test_a_full_disk_ends_training_with_the_sentence(program, tmp_path, limited)
 
     def filling(step):
         if step == 3:
-            while not (tmp_path / "checkpoints" / "step_2").exists():
+            while not list(tmp_path.glob("checkpoints.*/step_2")):
                 time.sleep(0.01)
             limited(9000)
         return source(step)
@@ -215,7 +222,7 @@ def test_a_run_that_slept_through_its_lease_leaves_the_folder_alone(program, tmp
     def train(job):
         def sleeping(step):
             if step == 4:
-                while not (job.dir / "checkpoints" / "step_4").exists():
+                while not list(job.dir.glob("checkpoints.*/step_4")):
                     time.sleep(0.01)
                 claim = job.dir / "claims" / "all"
                 claim.write_text(claim.read_text().replace('"id": "', '"id": "theirs'))
@@ -230,7 +237,7 @@ def test_a_run_that_slept_through_its_lease_leaves_the_folder_alone(program, tmp
     folder = pathlib.Path(workspace.path(node))
     assert (folder / "metrics.jsonl").read_bytes() == at_waking[0]
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
+    assert [path.name for path in folder.glob("checkpoints*/*")] == ["step_4"]
     assert "theirs" in (folder / "claims" / "all").read_text()
 
 
@@ -250,7 +257,30 @@ def test_a_lease_that_is_lost_while_a_save_is_waited_for_ends_the_run_before_the
     monkeypatch.setattr(Checkpoints, "wait", slow)
     with pytest.raises(LostLease):
         program.tiny(tmp_path, steps=8, every=2, check_lease=check_lease)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+    assert [path.name for path in tmp_path.glob("checkpoints*/*")] == ["step_2"]
+
+
+def test_a_folder_of_checkpoints_is_its_owners_alone(tmp_path):
+    """A process takes over while another one, suspended, still writes."""
+
+    def lost():
+        raise LostLease("lost")
+
+    folder = epath.Path(tmp_path / "checkpoints")
+    with pytest.raises(LostLease), own_folder(folder, lost) as first:
+        (first / "step_2").mkdir(parents=True)
+        with own_folder(folder, lambda: None) as second:
+            assert [path.name for path in second.iterdir()] == ["step_2"]
+            (second / "step_4").mkdir()
+            # The first process wakes, and finishes the save at which it was suspended.
+            (first / "step_3").mkdir(parents=True)
+            assert sorted(path.name for path in second.iterdir()) == ["step_2", "step_4"]
+        assert sorted(path.name for path in folder.iterdir()) == ["step_2", "step_4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", first.name]
+    with own_folder(folder, lambda: None):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == ["step_2", "step_4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.slow
