@@ -506,6 +506,11 @@ class Sampling(Fields):
     # Of each host's devices: every host samples shards of its own.
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape, metadata=UNHASHED)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, a prompt and its trace."""
+        return self.max_prompt + self.max_tokens
+
 
 @dataclasses.dataclass
 class Scoring(Fields):

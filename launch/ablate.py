@@ -102,7 +102,7 @@ def main(_: list[str]) -> None:
         from launch.cost import check_prompts
 
         show_alone(console, report)
-        show_plan(console, report, workspace, _ALL_ROWS.value)
+        show_plan(console, report, workspace, _ALL_ROWS.value, devices.platform)
         check_prompts(report, workspace)
         return
     complete = say_standing(workspace, report)

@@ -30,6 +30,7 @@ from deltapref_jax.models.memory import (
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import describe_model
 from deltapref_jax.records import Prompt
+from deltapref_jax.sampling.plan import cache_positions
 from deltapref_jax.stages.audit import AuditTable
 from deltapref_jax.stages.evaluate import ResultTable
 from deltapref_jax.stages.judge import RatingTable
@@ -120,10 +121,12 @@ class Estimator:
       goal: whose inputs are all the others.
       workspace: where finished artifacts are.
       length: tokens that a sequence is counted with.
+      platform: of the devices, which a cache's memory depends on.
     """
 
-    def __init__(self, goal: Node, workspace: Workspace, length: int):
+    def __init__(self, goal: Node, workspace: Workspace, length: int, platform: str = "cpu"):
         self._goal, self._workspace, self._length = goal, workspace, length
+        self._platform = platform
         self._spec = functools.cache(lambda path: describe_model(path)[0])
         self._by_weights = self._known_weights()
 
@@ -186,8 +189,8 @@ class Estimator:
             return 0.0
         spec = self._spec(model.place).quantised(model.quantization)
         if isinstance(node, TraceTable | ResultTable):
-            slots = node.sampling.slots
-            return sampling_memory(spec, slots, self._length, model.dtype, node.mesh)
+            slots, length = node.sampling.slots, cache_positions(node.sampling, self._platform)
+            return sampling_memory(spec, slots, length, model.dtype, node.mesh)
         assert isinstance(node, Policy | LogProbTable | RatingTable | AuditTable | RetestTable)
         sizes = {axis: max(1, size) for axis, size in dataclasses.asdict(node.mesh).items()}
         if isinstance(node, Policy):
@@ -224,9 +227,9 @@ def checkpoint_bytes(spec: ModelSpec, t: Training) -> int:
 class Cost(Estimator):
     """Estimates of a study's artifacts."""
 
-    def __init__(self, report: Page, workspace: Workspace):
+    def __init__(self, report: Page, workspace: Workspace, platform: str = "cpu"):
         sampling = report.experiment.sampling
-        super().__init__(report, workspace, sampling.max_prompt + sampling.max_tokens)
+        super().__init__(report, workspace, sampling.longest, platform)
         self._answer = sampling.max_tokens
         self._rows: dict[Node, int] = {}
 

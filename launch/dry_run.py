@@ -92,7 +92,13 @@ def plan_rows(goal: Node, workspace: Workspace, cost: Callable[[Node], Estimate]
     return rows
 
 
-def show_plan(console: Console, report: Page, workspace: Workspace, every: bool = False) -> None:
+def show_plan(
+    console: Console,
+    report: Page,
+    workspace: Workspace,
+    every: bool = False,
+    platform: str = "cpu",
+) -> None:
     """Prints the plan of a study, and what its numbers rest on.
 
     Raises:
@@ -103,8 +109,9 @@ def show_plan(console: Console, report: Page, workspace: Workspace, every: bool 
       report: of the study.
       workspace: where artifacts are looked up.
       every: a row per artifact too, before those per stage.
+      platform: of the devices that are assumed.
     """
-    cost = Cost(report, workspace)
+    cost = Cost(report, workspace, platform)
     rows = plan_rows(report, workspace, cost)
     console.print(f"{report.experiment.name}: {report.experiment.question}", highlight=False)
     if every:

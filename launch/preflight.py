@@ -244,7 +244,7 @@ def fit_config(
 def _longest(config: Experiment | PairTraining) -> int:
     if isinstance(config, PairTraining):
         return config.training.row_length
-    return config.sampling.max_prompt + config.sampling.max_tokens
+    return config.sampling.longest
 
 
 def steps_of(config: Experiment | PairTraining) -> dict[str, Any]:

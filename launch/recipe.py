@@ -119,7 +119,7 @@ def main(_: list[str]) -> None:
             say(console, "The config's arms, objectives, claims and training are not read.")
         _say_proposal(console, proposal.generators.why, selection.why, about, evidence)
     if dry:
-        show_plan(console, card, workspace)
+        show_plan(console, card, workspace, platform=devices.platform)
         return
     made += run([card], workspace, study)
     say_made([card], made, workspace)

@@ -21,6 +21,12 @@ from deltapref_jax.sampling.programs import Slots, advance, insert, lengthen, pr
 _END_IDS = 2  # tokens that end a trace; their number is part of a program's shape
 
 
+def cache_positions(sampling: Sampling, platform: str) -> int:
+    """Positions of the longest cache: the longest sequence, on TPU in whole tiles of its kernel."""
+    tile = LIVE_TILE if platform == "tpu" else 1
+    return -(-sampling.longest // tile) * tile
+
+
 class Plan:
     """The shapes of an engine.
 
@@ -29,7 +35,7 @@ class Plan:
       sampling: shapes and stop strings.
       mesh: slots lie along data and fsdp, weights as `sharding.RULES` says.
       dtype: of weights and cache.
-      positions: of the longest cache: the longest sequence, on TPU in whole tiles of its kernel.
+      positions: of the longest cache (`cache_positions`).
       prefill_rows: prompts of one prefill.
       prefill_lengths: to which prompts are padded.
       shortest: positions of the cache at first.
@@ -43,7 +49,7 @@ class Plan:
             string is empty.
         """
         self.sampling, self.mesh, self.dtype = sampling, mesh, jnp.dtype(dtype)
-        length = sampling.max_prompt + sampling.max_tokens
+        length = sampling.longest
         # LongRoPE's factors are chosen once, by the longest sequence that may be sampled: keys in a
         # cache cannot change theirs when a trace grows.
         self.spec = spec.within(length)
@@ -66,8 +72,7 @@ class Plan:
         self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
         # Few padded lengths (max_prompt, its half, its quarter), so that few programs are compiled.
         self.prefill_lengths = sorted({-(-sampling.max_prompt // (8 * n)) * 8 for n in (1, 2, 4)})
-        tile = LIVE_TILE if platform_of(mesh) == "tpu" else 1
-        self.positions = -(-length // tile) * tile
+        self.positions = cache_positions(sampling, platform_of(mesh))
         # A power of two of at least 256, so that doubling meets few lengths and few programs.
         self.shortest = min(self.positions, max(256, 1 << (sampling.max_prompt - 1).bit_length()))
 

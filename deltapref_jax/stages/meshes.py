@@ -39,6 +39,7 @@ from deltapref_jax.models.parameters import Parameter, parameters
 from deltapref_jax.models.sharding import path_name, shardings, undivided
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
+from deltapref_jax.sampling.plan import cache_positions
 
 SpecOf = Callable[[str], ModelSpec]
 """A model's path to its sizes."""
@@ -147,7 +148,7 @@ def _fit_sampling(
             return True
         spec = _spec(model, spec_of)
         heads = spec.kv_heads / (sizes[2] if spec.kv_heads % sizes[2] == 0 else 1)
-        positions = s.slots / (sizes[0] * sizes[1]) * (s.max_prompt + s.max_tokens)
+        positions = s.slots / (sizes[0] * sizes[1]) * cache_positions(s, host.platform)
         cache = 2 * spec.layers * heads * spec.head_width * positions * width
         return _weights(spec, sizes, model.dtype) + 2 * cache < _ROOM * host.memory
 

@@ -90,7 +90,7 @@ def study_programs(e: Experiment, spec_of: SpecOf, meshes: Meshes) -> list[Stage
       spec_of: gives the sizes of models.
       meshes: makes meshes.
     """
-    longest, answer = e.sampling.max_prompt + e.sampling.max_tokens, e.sampling.max_tokens
+    longest, answer = e.sampling.longest, e.sampling.max_tokens
     used = {arm.objective for arm in e.arms}
     objectives = [o for o in e.objectives if o.name in used] or list(e.objectives)
     found = list(_training(e.training, objectives, e.student, longest, answer, spec_of, meshes))

@@ -248,7 +248,7 @@ def check_models(e: Experiment, inspect: Inspect = inspect_model) -> None:
     Raises:
       FileNotFoundError, ValueError: one sentence that names the model and the remedy.
     """
-    longest = e.sampling.max_prompt + e.sampling.max_tokens
+    longest = e.sampling.longest
     for model in (e.student, e.reference, *(g.model for g in e.generators)):
         spec, text = inspect(model_of(e, model).place)
         if text:

@@ -121,6 +121,9 @@ def test_flops_memory_and_disk_are_by_formula(experiment, tiny, tmp_path):
     assert sample.flops == 32 * forward_flops(spec, np.arange(50), 20)
     assert policy.flops == 24 * training_flops(spec, np.arange(40), 20)
     assert sample.memory == sampling_memory(spec, 64, 50, "float32", MeshShape())
+    on_tpu = Cost(report, Workspace(tmp_path / "workspace"), "tpu")(report.traces["a"])
+    assert on_tpu.memory == sampling_memory(spec, 64, 128, "float32", MeshShape())  # whole tiles
+    assert (on_tpu.tokens, on_tpu.flops) == (sample.tokens, sample.flops)
     # A small model recomputes nothing.
     training = dataclasses.replace(experiment.training, remat="none")
     assert policy.memory == training_memory(spec, training, "float32", MeshShape())

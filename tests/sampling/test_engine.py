@@ -192,6 +192,12 @@ def test_the_cache_grows_with_the_longest_sequence():
         assert long.cache.v[0].shape[2] == 320  # doubled from 256, up to max_prompt + max_tokens
 
 
+def test_a_cache_on_a_tpu_has_whole_tiles():
+    even, over = Sampling(max_prompt=64, max_tokens=64), Sampling(max_prompt=64, max_tokens=65)
+    assert [plan.cache_positions(s, "tpu") for s in (even, over)] == [128, 256]
+    assert plan.cache_positions(over, "gpu") == over.longest == 129
+
+
 @pytest.mark.parametrize("positions_last", [False, True])
 def test_a_grown_cache_holds_what_it_held_and_the_shorter_one_is_freed(positions_last):
     short = empty_cache(SPEC, 2, 16)

@@ -75,6 +75,16 @@ def test_every_stage_and_model_has_a_mesh_of_its_own():
     assert fitted(V5E._replace(memory=5 * GIB))["big"] == (1, 1, 4, 1)
 
 
+def test_the_room_for_a_cache_is_that_of_its_tiles():
+    """129 positions are 256 on TPU: twice the cache needs 4 GiB beside 2.3 of weights, not 2."""
+    short = Sampling(max_prompt=64, max_tokens=65, slots=1024)
+    found = {
+        platform: fitted(V5E._replace(platform=platform, memory=7 * GIB), sampling=short)["small"]
+        for platform in ("gpu", "tpu")
+    }
+    assert found == {"gpu": (4, 1, 1, 1), "tpu": (2, 1, 2, 1)}
+
+
 def test_slices_are_spanned_by_data_and_hosts_sample_alone():
     found = fitted(Devices(32, 4, 2, "tpu"))
     assert found["training"] == found["scoring"] == found["m"] == (2, 16, 1, 1)
