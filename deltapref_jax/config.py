@@ -29,6 +29,7 @@ JUDGE_KINDS = ("exact", "model", "mean")
 KEEPS = ("all", "top", "bottom", "middle", "random", "matched")
 RANKED = ("top", "bottom", "middle", "matched")  # those that rank pairs, see Arm.by
 STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong", "wrong_right")
+SYMMETRIC = ("any", "both_right", "both_wrong")  # strata that an exchange of the sides keeps
 REFERENCE_MARGIN = "reference_margin"  # what pairs may be ranked by besides ratings
 SAMPLES = ("first", "best", "worst", "right", "wrong")
 BALANCES = ("", "correctness", "chosen_length")
@@ -748,13 +749,13 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     slopes = [
         Claim(kind="slope", objective=o, domain=domain, margin=0.5)
         for o in dict.fromkeys(a.objective for a in e.arms if a.group == "ladder")
-        if len(ladder_of(e.arms, o)) > 2
+        if len(ladder_of(e, o)) > 2
     ]
     contrasts = [
         Claim(kind="contrast", a=a.name, b=b.name, domain=domain)
         for a in e.arms
         for b in e.arms
-        if a.keep == "top" and as_many_at_random(a, b)
+        if a.keep == "top" and as_many_at_random(e, a, b)
     ]
     return (*slopes[:1], *contrasts[:1])
 
@@ -777,39 +778,40 @@ def greedy_twin(suite: Suite) -> Suite:
     )
 
 
-def differing(a: Arm, b: Arm) -> set[str]:
-    """Names of the fields in which two arms differ, apart from names, groups, seeds and draws."""
+def differing(e: Experiment, a: Arm, b: Arm) -> set[str]:
+    """Names of the fields in which two arms differ, apart from names, groups, seeds and draws.
+
+    An arm that names the first judge does not differ from one that names none.
+    """
+    same = {"name", "group", "seeds", "draws"}
+    if judge_of(e, a) == judge_of(e, b):
+        same.add("judge")
     fields = {field.name for field in dataclasses.fields(Arm)}
-    return {
-        name
-        for name in fields - {"name", "group", "seeds", "draws"}
-        if getattr(a, name) != getattr(b, name)
-    }
+    return {name for name in fields - same if getattr(a, name) != getattr(b, name)}
 
 
-def ladder_of(arms: Sequence[Arm], objective: str) -> list[Arm]:
+def ladder_of(e: Experiment, objective: str) -> list[Arm]:
     """The rungs of an objective's ladder: arms of its group that differ in generators alone.
 
     Their generators direct their pairs, because a pair that a judge or a coin directed is not
     chosen for its author. Where arms of the group differ in more, such as a selection or a budget,
     the rungs are the most that are alike, and the first of those where as many are.
     """
-    ours = [
-        a for a in arms if (a.group, a.objective, a.direction) == ("ladder", objective, "generator")
-    ]
-    alike = [[b for b in ours if not differing_rungs(a, b)] for a in ours]
+    of = "ladder", objective, "generator"
+    ours = [a for a in e.arms if (a.group, a.objective, a.direction) == of]
+    alike = [[b for b in ours if not differing_rungs(e, a, b)] for a in ours]
     return max(alike, key=len, default=[])
 
 
-def differing_rungs(a: Arm, b: Arm) -> set[str]:
+def differing_rungs(e: Experiment, a: Arm, b: Arm) -> set[str]:
     """Fields in which two arms differ apart from their generators, of those that are read."""
     unread = set() if uses_ratings(a) or uses_ratings(b) else {"judge", "by"}
-    return differing(a, b) - {"chosen", "rejected"} - unread
+    return differing(e, a, b) - {"chosen", "rejected"} - unread
 
 
-def as_many_at_random(a: Arm, b: Arm) -> bool:
+def as_many_at_random(e: Experiment, a: Arm, b: Arm) -> bool:
     """Whether b keeps as many random pairs of the data that a keeps other pairs of."""
-    return b.keep == "random" and differing(a, b) <= {"keep", "by", "judge"}
+    return b.keep == "random" and differing(e, a, b) <= {"keep", "by", "judge"}
 
 
 def training_of(training: Training, arm: Arm) -> Training:

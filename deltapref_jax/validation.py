@@ -35,6 +35,7 @@ from deltapref_jax.config import (
     REMATS,
     SAMPLES,
     STRATA,
+    SYMMETRIC,
     TRACKERS,
     TRUNCATION_MODES,
     TUNING,
@@ -62,6 +63,7 @@ from deltapref_jax.config import (
     draws_pairs,
     is_balanced,
     judge_of,
+    ladder_of,
     need_reasoning_gym,
     samples_of,
     uses_ratings,
@@ -805,8 +807,7 @@ def _check_coin(e: Experiment, a: Arm) -> None:
 
     A stratum of right over wrong pairs would keep those that the coin left, or turned, so.
     """
-    symmetric = [s for s in STRATA if s == "any" or len(set(_VERDICTS[s])) == 1]
-    for field, allowed in (("stratum", symmetric), ("keep", ("all", "random"))):
+    for field, allowed in (("stratum", SYMMETRIC), ("keep", ("all", "random"))):
         value = getattr(a, field)
         if value not in allowed:
             raise ConfigError(
@@ -890,12 +891,12 @@ def _check_claim(field: str, claim: Claim, e: Experiment) -> None:
     _check_range(f"{field}.margin", claim.margin, 1e-9, 100)
     arms, of_kind = [a.name for a in e.arms], f"its kind is {claim.kind!r}"
     if claim.kind == "slope":
-        ladder = [a.name for a in e.arms if (a.group, a.objective) == ("ladder", claim.objective)]
         check_choice(f"{field}.objective", claim.objective, [o.name for o in e.objectives])
-        if len(ladder) < 3:
+        rungs = len(ladder_of(e, claim.objective))
+        if rungs < 3:
             raise ConfigError(
-                f"{field} is the slope of a ladder of {claim.objective!r}, which has "
-                f"{len(ladder)} arms; a slope needs at least 3."
+                f"{field} is the slope of a ladder of {claim.objective!r}, which has {rungs} arms "
+                "that differ in their generators alone; a slope needs at least 3."
             )
     else:
         check_choice(f"{field}.a", claim.a, arms)

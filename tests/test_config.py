@@ -1213,12 +1213,34 @@ def test_an_arm_may_have_a_budget_a_batch_and_a_learning_rate_of_its_own():
     assert objective_of(e, Arm(learning_rate=1e-5)) == Objective("dpo", learning_rate=1e-5)
 
 
+def test_an_arm_that_names_the_first_judge_is_one_that_names_none():
+    named = dataclasses.replace(GOOD.arms[2], judge="m")
+    other = dataclasses.replace(named, judge="n", by="sum")
+    assert differing(GOOD, GOOD.arms[2], named) == set()
+    assert differing(GOOD, GOOD.arms[2], other) == {"judge", "by"}
+    assert differing(GOOD, Arm(direction="m"), Arm(direction="n")) == {"direction"}
+
+
+def test_a_slope_is_of_rungs_that_differ_in_their_generators_alone():
+    e = copy.deepcopy(GOOD)
+    e.arms = tuple(Arm(f"a{i}", "strong", "weak", steps=i // 2) for i in range(3))
+    e.claims = (Claim(kind="slope", objective="dpo", domain="in"),)
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        "config.claims[0] is the slope of a ladder of 'dpo', which has 2 arms that differ in their "
+        "generators alone; a slope needs at least 3."
+    )
+    e.arms[2].steps = 0
+    assert validate(e) is e
+
+
 def test_a_twin_has_the_other_budget():
     """Equal epochs are as many as the whole pool has in all steps, and equal steps likewise."""
     top = Arm("top", "strong", "weak", keep="top", fraction=0.25)
     twin = budget_twin(top, Training(steps=24))
     assert (twin.name, twin.steps, twin.epochs) == ("top-equal-epochs", 6, 0.0)
-    assert differing(top, twin) == {"steps"}
+    assert differing(GOOD, top, twin) == {"steps"}
     assert budget_twin(dataclasses.replace(top, fraction=0.01), Training(steps=24)).steps == 1
     other = budget_twin(top, Training(budget="epochs", epochs=2.0))
     assert (other.name, other.steps, other.epochs) == ("top-equal-steps", 0, 8.0)

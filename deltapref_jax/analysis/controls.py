@@ -24,6 +24,7 @@ from deltapref_jax.analysis.findings import DOMAIN_WORDS
 from deltapref_jax.analysis.page import ControlResult, MeasuredBy
 from deltapref_jax.analysis.study import Study
 from deltapref_jax.config import (
+    SYMMETRIC,
     Arm,
     Claim,
     Experiment,
@@ -34,7 +35,6 @@ from deltapref_jax.config import (
     samples_of,
 )
 
-_SYMMETRIC = ("any", "both_right", "both_wrong")  # strata that an exchange of the sides keeps
 _EXPECTED = {
     "null": "no difference",
     "random": "no difference",
@@ -207,7 +207,7 @@ def _between(e: Experiment, arms: Sequence[Arm]) -> list[_Control]:
     for a, b in itertools.combinations(arms, 2):
         names, runs = (a.name, b.name), (a.runs, b.runs)
         balanced = is_balanced(e, a) or is_balanced(e, b)
-        if not differing(a, b) and is_balanced(e, a) == is_balanced(e, b):
+        if not differing(e, a, b) and is_balanced(e, a) == is_balanced(e, b):
             if a.draws == b.draws and not set(a.seeds) & set(b.seeds):
                 found.append(
                     _Control("null", f"{a.name} minus {b.name}, other seeds", names, *runs)
@@ -215,7 +215,7 @@ def _between(e: Experiment, arms: Sequence[Arm]) -> list[_Control]:
             elif a.keep == "random" and not set(a.draws) & set(b.draws):
                 what = f"{a.name} minus {b.name}, other draws of random pairs"
                 found.append(_Control("random", what, names, *runs))
-        elif not balanced and _exchanged(a, b):
+        elif not balanced and _exchanged(e, a, b):
             if (a.group, b.group).count("control") == 1 and a.group == "control":
                 a, b = b, a
             what = f"{a.name} minus {b.name}, whose chosen and rejected are exchanged"
@@ -223,14 +223,14 @@ def _between(e: Experiment, arms: Sequence[Arm]) -> list[_Control]:
     return found
 
 
-def _exchanged(a: Arm, b: Arm) -> bool:
+def _exchanged(e: Experiment, a: Arm, b: Arm) -> bool:
     """Whether b has the pairs of a with chosen and rejected exchanged."""
     sides = {"chosen", "rejected", "chosen_sample", "rejected_sample"}
     return (
         a.chosen != a.rejected
         and (a.chosen, a.rejected) == (b.rejected, b.chosen)
         and samples_of(a) == samples_of(b)[::-1]
-        and differing(a, b) <= sides
+        and differing(e, a, b) <= sides
         and (a.keep, a.direction) == ("all", "generator")
-        and a.stratum in _SYMMETRIC
+        and a.stratum in SYMMETRIC
     )

@@ -228,7 +228,7 @@ def _pool(study: Study, arm: Arm) -> str:
             if b.keep == "all"
             and b.name in study.pairs
             and not is_balanced(e, b)
-            and not differing(arm, b)
+            and not differing(e, arm, b)
             & {"chosen", "rejected", "direction", "stratum", "chosen_sample", "rejected_sample"}
         ),
         "",

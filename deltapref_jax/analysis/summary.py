@@ -389,13 +389,13 @@ def _ladders(study: Study, arms: Sequence[ArmSummary]) -> dict[str, Ladder]:
     """The ladder of every objective that has arms in the group, of those that were evaluated."""
     ladders = {}
     for objective in dict.fromkeys(a.arm.objective for a in arms if a.arm.group == "ladder"):
-        of_config = ladder_of(study.experiment.arms, objective)
+        of_config = ladder_of(study.experiment, objective)
         rungs, left_out = [], {}
         for a in arms:
             if (a.arm.group, a.arm.objective) != ("ladder", objective):
                 continue
             if a.arm not in of_config:
-                left_out[a.name] = _no_rung(a.arm, of_config)
+                left_out[a.name] = _no_rung(study.experiment, a.arm, of_config)
             elif a.delta is None:
                 left_out[a.name] = "its generators were not evaluated"
             else:
@@ -416,11 +416,11 @@ def _ladders(study: Study, arms: Sequence[ArmSummary]) -> dict[str, Ladder]:
     return ladders
 
 
-def _no_rung(arm: Arm, rungs: Sequence[Arm]) -> str:
+def _no_rung(e: Experiment, arm: Arm, rungs: Sequence[Arm]) -> str:
     """Why an arm of a ladder's group is none of its rungs."""
     if arm.direction != "generator":
         return f"its pairs are directed by {arm.direction}"
-    differ = sorted(differing_rungs(arm, rungs[0]))
+    differ = sorted(differing_rungs(e, arm, rungs[0]))
     return f"it has {', '.join(f'{words(name)} {getattr(arm, name)}' for name in differ)}"
 
 
@@ -572,13 +572,14 @@ def _selects_from(e: Experiment, a: Arm, b: Arm) -> str:
     """How b keeps pairs of the data that a keeps the top pairs of; "" where it does not."""
     if a.keep != "top" or b.keep == "top" or b.keep not in KEEPS:
         return ""
-    apart = differing(a, b) - {"judge"}  # an arm may name the first judge or leave it out
     if b.keep == "random":
-        return b.keep if as_many_at_random(a, b) else ""
+        return b.keep if as_many_at_random(e, a, b) else ""
+    apart = differing(e, a, b)
     if b.keep in RANKED:
-        return b.keep if apart == {"keep"} and _pair_judge(e, a) == _pair_judge(e, b) else ""
+        return b.keep if apart == {"keep"} else ""
     if is_balanced(e, b):
         return ""  # it does not keep all pairs
+    apart -= {"judge"}  # who ranks pairs does not matter where all are kept
     if apart <= {"keep", "by", "fraction", "pairs"}:
         return b.keep
     twins = _is_twin(e, a) and not (b.steps or b.epochs)
@@ -593,7 +594,7 @@ def _budgets(e: Experiment, arms: Sequence[ArmSummary], effects: EffectsBy) -> l
         (a.name, b.name, "budget")
         for a in arms
         for b in arms
-        if a.budget and not b.budget and differing(a.arm, b.arm) <= {"steps", "epochs"}
+        if a.budget and not b.budget and differing(e, a.arm, b.arm) <= {"steps", "epochs"}
     ]
     return _differences(compared, effects)
 
@@ -606,7 +607,8 @@ def _survival(study: Study, arms: Sequence[ArmSummary], effects: EffectsBy) -> l
         (a, b)
         for i, a in enumerate(shaped)
         for b in shaped[i + 1 :]
-        if a.pair_judge != b.pair_judge and differing(a.arm, b.arm) <= {"judge", "direction"}
+        if a.pair_judge != b.pair_judge
+        and differing(study.experiment, a.arm, b.arm) <= {"judge", "direction"}
     ]
     differences = _differences([(a.name, b.name, "") for a, b in compared], effects)
     survival = []
@@ -650,7 +652,7 @@ def _controls_for(e: Experiment, a: Arm, b: Arm) -> bool:
         (a.group, b.group, b.keep) == ("control", "ladder", "all")
         and (a.chosen, a.rejected) == (b.chosen, b.rejected)
         and (a.objective == b.objective or kinds[a.objective] == "sft")
-        and not differing(a, b) & {"steps", "epochs", "pairs_per_step"}
+        and not differing(e, a, b) & {"steps", "epochs", "pairs_per_step"}
         and not is_balanced(e, b)
     )
 

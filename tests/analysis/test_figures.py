@@ -49,7 +49,7 @@ def summary(e):
     s.arms = [arm_summary(e, arm, i / 10) for i, arm in enumerate(e.arms)]
     deltas = {a.name: a.delta for a in s.arms}
     for o in e.objectives:
-        if rungs := ladder_of(e.arms, o.name):
+        if rungs := ladder_of(e, o.name):
             s.ladders[o.name] = Ladder({a.name: deltas[a.name] for a in rungs}, {}, [], 0, 0)
     s.judges = list(e.judges)  # of which figures read the names
     return s

@@ -1,13 +1,15 @@
 """Which traces meet, which of the two is chosen, and a waterfall that adds up."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltapref_jax.pairs.build import Rules, build
+from deltapref_jax.config import SYMMETRIC
+from deltapref_jax.pairs.build import STRATA, Rules, build
 from deltapref_jax.records import Pair, Trace, digest, from_table, to_table
 
 PROMPTS = [digest("prompt", i) for i in range(40)]
@@ -46,6 +48,12 @@ def made(traces, rules=RULES, correct=None, ratings=None, prompts=PROMPTS):
 
 def ids(rows, side):
     return [getattr(row, f"{side}_id") for row in rows]
+
+
+def test_an_exchange_of_the_sides_keeps_a_symmetric_stratum():
+    verdicts = list(itertools.product((True, False, None), repeat=2))
+    kept = [s for s, has in STRATA.items() if all(has(c, r) == has(r, c) for c, r in verdicts)]
+    assert tuple(kept) == SYMMETRIC
 
 
 def test_first_samples_meet_in_the_order_of_the_prompts():
