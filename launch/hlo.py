@@ -406,7 +406,7 @@ def _memory(
         changed = operands[-1] if opcode == "scatter" else operands[1]
         return 2.0 * changed.traffic
     body = computations.get(instruction.called("calls")) if opcode == "fusion" else None
-    # A kernel that changes operands in place reads at most all of them, and gives them back.
+    # A kernel that changes operands in place reads at most all of them; what it writes is unknown.
     pairs = _ALIASES.search(instruction.rest) if opcode == "custom-call" else None
     if pairs:
         names = (instruction.operands[int(n)] for n in re.findall(r"\((\d+)", pairs[1]))
