@@ -805,7 +805,8 @@ def _check_arms(e: Experiment) -> None:
 def _check_coin(e: Experiment, a: Arm) -> None:
     """Refuses what tells the two sides of a pair apart after a coin was thrown: no placebo is left.
 
-    A stratum of right over wrong pairs would keep those that the coin left, or turned, so.
+    A stratum of right over wrong pairs would keep those that the coin left, or turned, so. A loss
+    that raises the chosen trace more than it lowers the rejected one, or less, moves both.
     """
     for field, allowed in (("stratum", SYMMETRIC), ("keep", ("all", "random"))):
         value = getattr(a, field)
@@ -821,6 +822,12 @@ def _check_coin(e: Experiment, a: Arm) -> None:
             f"direction of arm {a.name!r} is 'coin', and its objective {o.name!r} imitates the "
             "chosen traces, whoever wrote them, so that it is no placebo; choose an objective of "
             "pairs or examples without nll_weight."
+        )
+    if o.kind == "apo_down" or o.desirable_weight != o.undesirable_weight:
+        raise ConfigError(
+            f"direction of arm {a.name!r} is 'coin', and its objective {o.name!r} on average moves "
+            "both traces of a pair the same way, whoever wrote them, so that it is no placebo; "
+            "choose a kind other than 'apo_down', and desirable_weight equal to undesirable_weight."
         )
 
 

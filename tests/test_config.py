@@ -1103,6 +1103,31 @@ def test_a_coin_is_no_placebo_for_what_imitates(objective):
 
 
 @pytest.mark.parametrize(
+    ("objective", "moves"),
+    [
+        (Objective("dpo", kind="kto", desirable_weight=1.3), True),
+        (Objective("dpo", kind="apo_zero_unpaired", undesirable_weight=0.5), True),
+        (Objective("dpo", kind="kto", desirable_weight=0.5, undesirable_weight=0.5), False),
+        (Objective("dpo", kind="apo_down"), True),
+        (Objective("dpo", kind="apo_zero"), False),
+    ],
+)
+def test_a_coin_is_no_placebo_for_what_moves_both_traces(objective, moves):
+    e = copy.deepcopy(GOOD)
+    e.arms[0].direction, e.objectives = "coin", (objective, e.objectives[1])
+    if not moves:
+        assert validate(e) is e
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        "direction of arm 'a' is 'coin', and its objective 'dpo' on average moves both traces of a "
+        "pair the same way, whoever wrote them, so that it is no placebo; choose a kind other than "
+        "'apo_down', and desirable_weight equal to undesirable_weight."
+    )
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"direction": "coin", "stratum": "both_wrong"},

@@ -336,6 +336,33 @@ def test_one_row_and_one_prompt_are_refused():
     )
 
 
+@pytest.mark.parametrize("kind", [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "pair"])
+def test_a_coin_moves_the_two_traces_of_a_pair_against_each_other_or_not_at_all(kind):
+    """All but APO-down, which lowers both; so a coin with it is refused."""
+    t = terms(1.0)
+    t = t._replace(second_tokens=t.first_tokens)
+
+    def mean(c, r):
+        ways = t._replace(first=c, second=r), t._replace(first=r, second=c)
+        return sum(LOSSES[kind](way, HYPER).sum() for way in ways) / 2
+
+    first, second = jax.grad(mean, (0, 1))(jnp.asarray(t.first), jnp.asarray(t.second))
+    assert np.allclose(first + second, 0, atol=1e-6) == (kind != "apo_down")
+
+
+@pytest.mark.parametrize("kind", [k for k, v in OBJECTIVE_KINDS.items() if v.unit == "example"])
+@pytest.mark.parametrize("undesirable", [HYPER.desirable_weight, HYPER.undesirable_weight])
+def test_a_coin_moves_no_example_where_both_labels_weigh_the_same(kind, undesirable):
+    t, h = terms(1.0), HYPER._replace(undesirable_weight=undesirable)
+
+    def mean(x):
+        labels = jnp.ones_like(x), jnp.zeros_like(x)
+        return sum(LOSSES[kind](t._replace(first=x, desirable=y), h).sum() for y in labels) / 2
+
+    slope = jax.grad(mean)(jnp.asarray(t.first))
+    assert np.allclose(slope, 0, atol=1e-6) == (undesirable == h.desirable_weight)
+
+
 def test_a_one_sided_step_is_its_part_of_the_sum_and_has_no_numbers_for_the_other_side():
     x, label = jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.array([1.0, 1.0, 0.0, 0.0])
     both = objectives.kto(x, label, 0.3, 0.5, 1.2, 0.7)
