@@ -872,24 +872,32 @@ def cache_of(positions, length, dtype, heads=4, groups=2, width=128):
 
 
 @pytest.mark.parametrize(
-    ("positions", "window", "cap", "sinks", "dtype", "tolerance"),
+    ("positions", "tiles", "window", "cap", "sinks", "dtype", "tolerance"),
     mostly_slow(
         [
-            ([255, 0, 127, 128, 40], 0, 0.0, False, jnp.float32, 2e-5),
-            ([0, 383, 129, 255, 256, 380], 130, 5.0, True, jnp.float32, 2e-5),
-            ([383, 200, 15, 16], 0, 0.0, True, jnp.bfloat16, 2e-2),
-            ([300], 1, 0.0, False, jnp.bfloat16, 2e-2),
+            ([255, 0, 127, 128, 40], 1, 0, 0.0, False, jnp.float32, 2e-5),
+            ([255, 0, 383, 128, 40, 127], 2, 0, 0.0, False, jnp.float32, 2e-5),
+            ([0, 383, 129, 255, 256, 380], 1, 130, 5.0, True, jnp.float32, 2e-5),
+            ([0, 639, 511, 512, 300, 600, 90], 4, 200, 5.0, True, jnp.float32, 2e-5),
+            ([639, 1, 256, 385], 3, 300, 0.0, True, jnp.bfloat16, 2e-2),
+            ([383, 200, 15, 16], 9, 0, 0.0, True, jnp.bfloat16, 2e-2),
+            ([300], 2, 1, 0.0, False, jnp.bfloat16, 2e-2),
         ],
         1,
     ),
 )
 def test_decoding_on_live_tiles_is_dense(
-    positions, window, cap, sinks, dtype, tolerance, monkeypatch
+    positions, tiles, window, cap, sinks, dtype, tolerance, monkeypatch
 ):
-    """And writes what dense attention writes; a tile that no token sees is not computed."""
+    """And writes what dense attention writes; a tile that no token sees is not copied.
+
+    `tiles` are computed at a time. What was never written is NaN in the interpreter.
+    """
     # Blocks of two rows in float32, so that there are several.
     monkeypatch.setattr(live, "_BLOCK_BYTES", 2 * HEADS * 128 * 4)
-    length, positions = 384, jnp.asarray(positions, jnp.int32)
+    monkeypatch.setattr(live, "_CHUNK_BYTES", tiles * 4 * 128 * 128 * dtype.dtype.itemsize)
+    length = 128 * (max(positions) // 128 + 1)
+    positions = jnp.asarray(positions, jnp.int32)
     q, k, v, *cache = cache_of(positions, length, dtype)
     sinks = SINKS if sinks else None
     out, *written = live_attention(

@@ -4,15 +4,18 @@ A cache has as many positions as the longest row needs, and rows are of all leng
 read all of it; here a loop over the tiles that some token sees copies them one by one from the
 device's memory (HBM), a few at a time, while those before are computed:
 
-    row 0, at position 300   tiles 0 1 2          a window of 128 begins at tile 1
-    row 1, at position 70    tile  0              copied: 0 1 2 | 0 | 0 1, and 0 1 2 of row 2 never
+    row 0, at position 300   tiles 0 1 2      a window of 128 begins at tile 1
+    row 1, at position 70    tile  0          copied: 0 1 2 | 0 | 0 1, and nothing behind them
     row 2, at position 200   tiles 0 1
 
-The tiles of all rows of a block are one sequence, so that a row's first tile is copied while the
-row before is computed. The softmax is online and in float32 (FlashAttention, arXiv 2205.14135).
+Several tiles are computed at a time, a chunk, because a turn of the loop takes hundreds of cycles
+however few keys it is given. The chunks of all rows of a block are one sequence, so that a row's
+first chunk is copied while the row before is computed. The softmax is online and in float32
+(FlashAttention, arXiv 2205.14135).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +28,8 @@ from deltapref_jax.models.attention.dense import capped
 from deltapref_jax.models.attention.dispatch import LIVE_TILE as TILE
 from deltapref_jax.models.attention.masks import MASKED_SCORE
 
-_DEPTH = 16  # tiles on their way at a time, at most
-_TILE_BYTES = 4 << 20  # at most, of the tiles on their way; two are always
+_CHUNK_BYTES = 1 << 20  # of keys and values that are computed at a time; one tile is always
+_AHEAD_BYTES = 4 << 20  # of the chunks in memory; two are always
 _GROUP = 16  # positions of one write: the rows of a register's tile in bfloat16, two in float32
 _BLOCK_BYTES = 1 << 18  # of the queries that are held at a time
 
@@ -34,16 +37,16 @@ _BLOCK_BYTES = 1 << 18  # of the queries that are held at a time
 def live_tiles(positions: Array, window: int) -> tuple[Array, Array]:
     """Returns the first and the last tile that holds a key which a token at a position sees."""
     first = jnp.maximum(positions - window + 1, 0) if window else jnp.zeros_like(positions)
-    return first // TILE, positions // TILE
+    return jax.lax.div(first, TILE), jax.lax.div(positions, TILE)
 
 
 class _Scratch(NamedTuple):
     """Memory of a core; keys are at index 0 and values at 1 of the first axis, where there is one.
 
-    `tiles` are on their way from the cache, `groups` on their way back.
+    `chunks` are on their way from the cache, `groups` on their way back.
     """
 
-    tiles: Any  # [2, depth, K, TILE, W]
+    chunks: Any  # [2, depth, K, chunk * TILE, W]
     groups: Any  # [2, depth, K, _GROUP, W]
     row_max: Any  # [K, N/K, 1]
     row_sum: Any  # [K, N/K, 1]
@@ -71,24 +74,41 @@ def _kernel(
     # The cache that comes in is the one that goes out.
     rows = q_ref.shape[0]
     first_row, caches, memory = pl.program_id(0) * rows, (k_cache, v_cache), _Scratch(*scratch)
-    depth = memory.tiles.shape[1]
+    depth, chunk = memory.chunks.shape[1], memory.chunks.shape[3] // TILE
 
     def position(row: Array) -> Array:
         # The row behind the last is asked for by the cursors that end there.
         return positions_ref[first_row + jnp.minimum(row, rows - 1)]
 
-    def following(row: Array, tile: Array) -> tuple[Array, Array]:
-        ends = tile == live_tiles(position(row), window)[1]
-        next_first = live_tiles(position(row + 1), window)[0]
-        return row + ends.astype(jnp.int32), jnp.where(ends, next_first, tile + 1)
+    def live_chunks(row: Array) -> tuple[Array, Array]:
+        first, last = live_tiles(position(row), window)
+        return jax.lax.div(first, chunk), jax.lax.div(last, chunk)
 
-    def reads(row: Array, tile: Array, turn: Array) -> list[Any]:
-        at = first_row + row, slice(None), pl.ds(tile * TILE, TILE)
-        n = jax.lax.rem(turn, depth)
-        return [
-            pltpu.make_async_copy(cache.at[at], memory.tiles.at[i, n], memory.read.at[i, n])
-            for i, cache in enumerate(caches)
-        ]
+    def following(row: Array, here: Array) -> tuple[Array, Array]:
+        ends = here == live_chunks(row)[1]
+        next_first = live_chunks(row + 1)[0]
+        return row + ends.astype(jnp.int32), jnp.where(ends, next_first, here + 1)
+
+    def read(row: Array, here: Array, turn: Array, act: Callable[[Any], None]) -> None:
+        """Starts the copies of a chunk's live tiles, or waits for them; none behind the last row.
+
+        They lie beside each other, and are copied in as few pieces as their number has bits.
+        """
+        n, begin = jax.lax.rem(turn, depth), here * chunk
+        first, last = live_tiles(position(row), window)
+        first, last = jnp.maximum(first - begin, 0), jnp.minimum(last - begin, chunk - 1)
+        live = jnp.where(row < rows, last - first + 1, 0)
+        for bit in range(chunk.bit_length()):
+            size = 1 << bit
+
+            @pl.when(live & size != 0)
+            def _(size: int = size) -> None:
+                tile = first + (live & (size - 1))
+                at = first_row + row, slice(None), pl.ds((begin + tile) * TILE, size * TILE)
+                to = n, slice(None), pl.ds(tile * TILE, size * TILE)
+                for i, cache in enumerate(caches):
+                    target = memory.chunks.at[(i, *to)]
+                    act(pltpu.make_async_copy(cache.at[at], target, memory.read.at[i, n]))
 
     def writes(row: Array) -> list[Any]:
         group = position(row) // _GROUP * _GROUP
@@ -99,21 +119,16 @@ def _kernel(
             for i, cache in enumerate(caches)
         ]
 
-    def send(row: Array, tile: Array, turn: Array) -> tuple[Array, Array]:
-        """Starts to copy a tile, where there is one more; returns the next one."""
-
-        @pl.when(row < rows)
-        def _() -> None:
-            for copy in reads(row, tile, turn):
-                copy.start()
-
-        next_row, next_tile = following(row, tile)
-        return jnp.where(row < rows, next_row, row), next_tile
+    def send(row: Array, here: Array, turn: Array) -> tuple[Array, Array]:
+        """Starts to copy a chunk, where there is one more; returns the next one."""
+        read(row, here, turn, lambda copy: copy.start())
+        next_row, next_here = following(row, here)
+        return jnp.where(row < rows, next_row, row), next_here
 
     def append(row: Array, n: Array) -> None:
-        """Puts a row's new key and value into its last tile, and sends their group back."""
+        """Puts a row's new key and value into its last chunk, and sends their group back."""
         at = position(row)
-        start = pl.multiple_of(jax.lax.rem(at, TILE) // _GROUP * _GROUP, _GROUP)
+        start = pl.multiple_of(jax.lax.rem(at, chunk * TILE) // _GROUP * _GROUP, _GROUP)
 
         @pl.when(row >= depth)
         def _() -> None:
@@ -122,32 +137,31 @@ def _kernel(
 
         for i, new in enumerate((k_ref, v_ref)):
             of_group = (i, n, slice(None), pl.ds(start, _GROUP))
-            old = memory.tiles[of_group]
+            old = memory.chunks[of_group]
             column = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
             group = jnp.where(column == jax.lax.rem(at, _GROUP), new[row], old)
-            memory.tiles[of_group] = group
+            memory.chunks[of_group] = group
             memory.groups[i, jax.lax.rem(row, depth)] = group
         for copy in writes(row):
             copy.start()
 
-    def compute(row: Array, tile: Array, turn: Array) -> None:
+    def compute(row: Array, here: Array, turn: Array) -> None:
         at, n = position(row), jax.lax.rem(turn, depth)
-        first, last = live_tiles(at, window)
+        first, last = live_chunks(row)
 
-        @pl.when(tile == first)
+        @pl.when(here == first)
         def _() -> None:
             # With a sink the sum begins with its exponential, which is 1 while it is the maximum.
             memory.row_max[...] = sinks_ref[...]
             memory.row_sum[...] = jnp.full(memory.row_sum.shape, float(sinks))
             out_ref[row] = jnp.zeros(out_ref.shape[1:], jnp.float32)
 
-        for copy in reads(row, tile, turn):
-            copy.wait()
-        pl.when(tile == last)(lambda: append(row, n))
-        k, v = memory.tiles[0, n], memory.tiles[1, n]
+        read(row, here, turn, lambda copy: copy.wait())
+        pl.when(here == last)(lambda: append(row, n))
+        k, v = memory.chunks[0, n], memory.chunks[1, n]
         s = jnp.einsum("kgh,kth->kgt", q_ref[row], k, preferred_element_type=jnp.float32)
         s = capped(s * scale, cap)
-        column = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, s.shape, 2)
+        column = here * (chunk * TILE) + jax.lax.broadcasted_iota(jnp.int32, s.shape, 2)
         visible = column <= at
         if window:
             visible &= at - column < window
@@ -160,18 +174,20 @@ def _kernel(
         pv = jnp.einsum("kgt,kth->kgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         out_ref[row] = out_ref[row] * rescale + pv
 
-        @pl.when(tile == last)
+        @pl.when(here == last)
         def _() -> None:
             out_ref[row] /= memory.row_sum[...]
 
     def turn(state: Any) -> Any:
-        n, row, tile, ahead_row, ahead_tile = state
-        ahead = send(ahead_row, ahead_tile, n + depth - 1)
-        compute(row, tile, n)
-        return n + 1, *following(row, tile), *ahead
+        n, row, here, ahead_row, ahead_here = state
+        ahead = send(ahead_row, ahead_here, n + depth - 1)
+        compute(row, here, n)
+        return n + 1, *following(row, here), *ahead
 
+    # A weight of 0 meets the values of a chunk's dead tiles, which must be numbers.
+    memory.chunks[1] = jnp.zeros_like(memory.chunks[1])
     zero = jnp.int32(0)
-    ahead = begin = zero, live_tiles(position(zero), window)[0]
+    ahead = begin = zero, live_chunks(zero)[0]
     for n in range(depth - 1):
         ahead = send(*ahead, jnp.int32(n))
     jax.lax.while_loop(lambda state: state[1] < rows, turn, (zero, *begin, *ahead))
@@ -217,12 +233,14 @@ def live_attention(
     of_row, beside = (K, N // K, W), (B, K, W // H, -1, H)
     own = jnp.eye(W // H, dtype=bool)[:, None, :, None]
     wide = jnp.where(own, q.reshape(beside)[..., None, :], 0).reshape(B, *of_row)
-    most = max(1, _BLOCK_BYTES // (N * W * q.dtype.itemsize))
+    # Two blocks, where there are two rows, for chips of two cores.
+    most = max(1, min(_BLOCK_BYTES // (N * W * q.dtype.itemsize), B // 2))
     rows = next(n for n in range(min(B, most), 0, -1) if B % n == 0)
     starts = jnp.full(N, MASKED_SCORE) if sinks is None else sinks.astype(jnp.float32)
 
     tile_bytes = 2 * K * TILE * W * k_cache.dtype.itemsize
-    depth = max(2, min(_DEPTH, _TILE_BYTES // tile_bytes))
+    chunk = max(1, min(_CHUNK_BYTES // tile_bytes, k_cache.shape[2] // TILE))
+    depth = max(2, _AHEAD_BYTES // (chunk * tile_bytes))
 
     def block(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, *shape), lambda i, _: (i, 0, 0, 0))
@@ -253,7 +271,7 @@ def live_attention(
             ],
             out_specs=[block(*of_row), everywhere, everywhere],
             scratch_shapes=_Scratch(
-                tiles=pltpu.VMEM((2, depth, K, TILE, W), dtype),
+                chunks=pltpu.VMEM((2, depth, K, chunk * TILE, W), dtype),
                 groups=pltpu.VMEM((2, depth, K, _GROUP, W), dtype),
                 row_max=pltpu.VMEM((*of_row[:2], 1), jnp.float32),
                 row_sum=pltpu.VMEM((*of_row[:2], 1), jnp.float32),
@@ -269,6 +287,11 @@ def live_attention(
         ),
         # Arguments 5 and 6, the positions counted, are results 1 and 2.
         input_output_aliases={5: 1, 6: 2},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            # They take more cycles than all else that a copy needs; positions are below S.
+            disable_bounds_checks=True,
+        ),
         name="live_attention",
         interpret=interpret,
     )(
