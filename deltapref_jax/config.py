@@ -647,13 +647,18 @@ def samples_of(arm: Arm) -> tuple[str, str]:
 
 
 def uses_ratings(arm: Arm) -> bool:
-    """Whether a judge directs or ranks the pairs of `arm`, or chooses their traces.
+    """Whether a judge directs or ranks the pairs of `arm`, or chooses their traces."""
+    return arm.direction not in UNJUDGED or not unread_ratings(arm)
+
+
+def unread_ratings(arm: Arm) -> set[str]:
+    """The fields that say who rates and what, if no rating ranks pairs of `arm` or chooses traces.
 
     A function that selects pairs is given their gaps.
     """
     ranks = arm.keep not in KEEPS or (arm.keep in RANKED and arm.by != REFERENCE_MARGIN)
     chooses = bool({"best", "worst"} & set(samples_of(arm)))
-    return arm.direction not in UNJUDGED or ranks or chooses
+    return set() if ranks or chooses else {"judge", "by"}
 
 
 def is_balanced(e: Experiment, arm: Arm) -> bool:
@@ -805,13 +810,13 @@ def ladder_of(e: Experiment, objective: str) -> list[Arm]:
 
 def differing_rungs(e: Experiment, a: Arm, b: Arm) -> set[str]:
     """Fields in which two arms differ apart from their generators, of those that are read."""
-    unread = set() if uses_ratings(a) or uses_ratings(b) else {"judge", "by"}
+    unread = unread_ratings(a) & unread_ratings(b)
     return differing(e, a, b) - {"chosen", "rejected"} - unread
 
 
 def as_many_at_random(e: Experiment, a: Arm, b: Arm) -> bool:
     """Whether b keeps as many random pairs of the data that a keeps other pairs of."""
-    return b.keep == "random" and differing(e, a, b) <= {"keep", "by", "judge"}
+    return b.keep == "random" and differing(e, a, b) <= {"keep"} | unread_ratings(b)
 
 
 def training_of(training: Training, arm: Arm) -> Training:

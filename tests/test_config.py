@@ -29,6 +29,7 @@ from deltapref_jax.config import (
     Student,
     Suite,
     Training,
+    as_many_at_random,
     budget_twin,
     differing,
     domains_of,
@@ -1244,6 +1245,19 @@ def test_an_arm_that_names_the_first_judge_is_one_that_names_none():
     assert differing(GOOD, GOOD.arms[2], named) == set()
     assert differing(GOOD, GOOD.arms[2], other) == {"judge", "by"}
     assert differing(GOOD, Arm(direction="m"), Arm(direction="n")) == {"direction"}
+
+
+def test_random_pairs_are_of_the_same_pool_if_the_same_ratings_choose_its_traces():
+    top, at_random = GOOD.arms[2], dataclasses.replace(GOOD.arms[2], keep="random", by="sum")
+    assert as_many_at_random(GOOD, top, at_random)
+    assert as_many_at_random(GOOD, top, dataclasses.replace(at_random, judge="n"))
+    best, worse = (
+        dataclasses.replace(arm, chosen_sample="best", by=by)
+        for arm, by in ((top, "factuality"), (at_random, "sum"))
+    )
+    assert not as_many_at_random(GOOD, best, worse)
+    assert as_many_at_random(GOOD, best, dataclasses.replace(worse, by="factuality"))
+    assert not as_many_at_random(GOOD, best, dataclasses.replace(worse, judge="n"))
 
 
 def test_a_slope_is_of_rungs_that_differ_in_their_generators_alone():

@@ -27,6 +27,7 @@ from deltapref_jax.config import (
     is_balanced,
     judge_of,
     samples_of,
+    unread_ratings,
 )
 
 WANTED_AUC, USELESS_AUC = 0.8, 0.65
@@ -221,6 +222,7 @@ def _top(
 def _pool(study: Study, arm: Arm) -> str:
     """An arm of the study that keeps all of the pairs that `arm` selects from; "" if none does."""
     e = study.experiment
+    of_pairs = {"chosen", "rejected", "direction", "stratum", "chosen_sample", "rejected_sample"}
     return next(
         (
             b.name
@@ -228,8 +230,7 @@ def _pool(study: Study, arm: Arm) -> str:
             if b.keep == "all"
             and b.name in study.pairs
             and not is_balanced(e, b)
-            and not differing(e, arm, b)
-            & {"chosen", "rejected", "direction", "stratum", "chosen_sample", "rejected_sample"}
+            and not differing(e, arm, b) & (of_pairs | {"judge", "by"} - unread_ratings(b))
         ),
         "",
     )

@@ -71,6 +71,7 @@ from deltapref_jax.config import (
     objective_of,
     quantised_sentence,
     training_of,
+    unread_ratings,
     uses_ratings,
 )
 from deltapref_jax.display import COUNTS
@@ -421,7 +422,8 @@ def _no_rung(e: Experiment, arm: Arm, rungs: Sequence[Arm]) -> str:
     if arm.direction != "generator":
         return f"its pairs are directed by {arm.direction}"
     differ = sorted(differing_rungs(e, arm, rungs[0]))
-    return f"it has {', '.join(f'{words(name)} {getattr(arm, name)}' for name in differ)}"
+    values = dataclasses.asdict(arm) | {"judge": judge_of(e, arm)}
+    return f"it has {', '.join(f'{words(name)} {values[name]}' for name in differ)}"
 
 
 def _slope(effects: fx.Effects, ladder: Mapping[str, float]) -> fx.Effect | None:
@@ -579,11 +581,11 @@ def _selects_from(e: Experiment, a: Arm, b: Arm) -> str:
         return b.keep if apart == {"keep"} else ""
     if is_balanced(e, b):
         return ""  # it does not keep all pairs
-    apart -= {"judge"}  # who ranks pairs does not matter where all are kept
-    if apart <= {"keep", "by", "fraction", "pairs"}:
+    apart -= unread_ratings(b)  # who ranks pairs does not matter where all are kept
+    if apart <= {"keep", "fraction", "pairs"}:
         return b.keep
     twins = _is_twin(e, a) and not (b.steps or b.epochs)
-    if twins and apart <= {"keep", "by", "fraction", "steps", "epochs"}:
+    if twins and apart <= {"keep", "fraction", "steps", "epochs"}:
         return "all_epochs" if a.steps else "all_steps"
     return ""
 
