@@ -32,7 +32,7 @@ from deltapref_jax.config import (
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate, validate_pair_training
 from launch.chips import Topology, parse_topology
-from launch.flags import define_count, define_student, run_main
+from launch.flags import define_count, define_output, define_student, run_main
 
 if TYPE_CHECKING:
     from launch.preflight_tables import Printer
@@ -61,7 +61,7 @@ _SMALLEST = flags.DEFINE_bool(
     "smallest", False, "Also look for the smallest topology of the chip that holds every program."
 )
 _ONLY = flags.DEFINE_list("stages", [], "Stages to look at, of train, score, judge and sample.")
-_JSON = flags.DEFINE_string("json", "", "File to write everything to, as JSON.")
+_JSON = define_output("json")
 _CACHE = flags.DEFINE_string(
     "cache",
     str(Path.home() / ".cache" / "deltapref-jax" / "preflight"),
@@ -80,6 +80,11 @@ def main(_: list[str]) -> None:
     check_choice("--level", _LEVEL.value, LEVELS)
     for stage in _ONLY.value:
         check_choice("--stages", stage, ("train", "score", "judge", "sample"))
+    if _SMALLEST.value and not topology.chip.shapes:
+        raise ConfigError(
+            "--smallest compares what fits with a device's memory, which of a CPU differs by "
+            "machine; leave it out, or name a TPU or a GPU."
+        )
     report = preflight(
         given,
         topology,
@@ -162,7 +167,8 @@ def preflight(
     steps = steps_of(config)
     reached = speeds(results, topology, steps)
     show.steps(steps, dataclasses.asdict(config.training.mesh))
-    hours = show.stages(reached, _loads(given, show))
+    loads = [x for x in _loads(given, show) if x.stage in (options.stages or (x.stage,))]
+    hours = show.stages(reached, loads)
 
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -183,7 +189,7 @@ def preflight(
         report.setdefault("proposals", []).append(
             {"refused": refused.label, "proposal": proposal and dataclasses.asdict(proposal)}
         )
-    if options.smallest and compiled:
+    if options.smallest:
         tight = sorted(results, key=lambda r: -(r.peak or r.needed) - r.beside)
         request = dataclasses.replace(request, first=tuple((r.stage, r.name) for r in tight))
         tried = smallest(request, given, fit, options.compile_seconds)
@@ -261,6 +267,8 @@ def _loads(config: Experiment | PairTraining, show: "Printer") -> list[Any]:
     from launch.workload import pair_load, study_load
 
     if isinstance(config, PairTraining):
+        if config.training.budget == "epochs":
+            show.say("The chip-hours are not known: how long an epoch is, the file's pairs decide.")
         return pair_load(config)
     try:
         return study_load(copy.deepcopy(config))
