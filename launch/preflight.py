@@ -139,8 +139,8 @@ def preflight(
     """Compiles, prints what was found, and returns it as a JSON object.
 
     Raises:
-      ConfigError: a mesh does not fit the topology, libtpu is missing, or the programs cannot be
-        made.
+      ConfigError: a mesh does not fit the topology, libtpu is missing, the cache cannot be made,
+        or the programs cannot be.
       FileNotFoundError, ValueError: a model's config.json is not there, or is not supported.
     """
     from deltapref_jax.models.weights import describe_model
@@ -153,6 +153,7 @@ def preflight(
     compiled = options.compiled and topology.chip.platform == "tpu"
     if compiled:
         check_compiler()
+        _check_cache(options.cache)
     specs = {place: describe_model(place)[0] for place in _places(given)}
     fit = functools.partial(fit_config, specs=specs)
     config = fit(copy.deepcopy(given), topology)
@@ -196,6 +197,16 @@ def preflight(
         show.smallest(tried)
         report["smallest"] = [[t.topology.name, t.verdict] for t in tried]
     return report
+
+
+def _check_cache(folder: str) -> None:
+    """Makes the folder of results, so that no program is compiled in vain."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            f"--cache is {folder!r}, which cannot be made ({e.strerror}); name another folder."
+        ) from e
 
 
 def _places(config: Experiment | PairTraining) -> list[str]:
