@@ -28,7 +28,8 @@ class Chip:
       network: bytes/s received from other slices, or from other hosts of GPUs.
       devices: per chip.
       cores: per chip, where accelerator types count cores and not chips.
-      shapes: topologies that can be booked, smallest first.
+      shapes: topologies that can be booked, smallest first; of GPUs, which have others too, those
+        among which the smallest is looked for.
     """
 
     name: str
@@ -61,6 +62,7 @@ _CUBES = (
     "8x8x16",
     "8x16x16",
 )
+_NODES = ("1x1", "1x2", "1x4", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8", "64x8")
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -81,9 +83,9 @@ CHIPS = {
         ),
         # GPUs: NVIDIA's data sheets, without sparsity; NVLink in one direction; an adapter of
         # 400 Gbit/s a GPU (A100: 200). About 6% of the memory is the driver's and the allocator's.
-        Chip("a100", 75 * GIB, 312e12, 2039e9, 300e9, 25e9, "gpu"),
-        Chip("h100", 75 * GIB, 989e12, 3350e9, 450e9, 50e9, "gpu"),
-        Chip("h200", 132 * GIB, 989e12, 4800e9, 450e9, 50e9, "gpu"),
+        Chip("a100", 75 * GIB, 312e12, 2039e9, 300e9, 25e9, "gpu", shapes=_NODES),
+        Chip("h100", 75 * GIB, 989e12, 3350e9, 450e9, 50e9, "gpu", shapes=_NODES),
+        Chip("h200", 132 * GIB, 989e12, 4800e9, 450e9, 50e9, "gpu", shapes=_NODES),
         # What a CPU has differs by machine, so that times are not predicted.
         Chip("cpu", 0.0, 0.0, 0.0, 0.0, 0.0, "cpu"),
     )
@@ -170,8 +172,8 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
 
 
 def _listed(chip: Chip) -> str:
-    shapes = f"{chip.name}:{'|'.join(chip.shapes)}"
-    return shapes if chip.shapes else f"{chip.name}:HOSTSxDEVICES"
+    shapes = "|".join(chip.shapes) if chip.platform == "tpu" else "HOSTSxDEVICES"
+    return f"{chip.name}:{shapes}"
 
 
 def _hosts(text: str, chip: Chip, shape: str) -> str:

@@ -77,7 +77,7 @@ class Result:
       arguments: bytes.
       temporaries: bytes.
       peak: bytes of the program at their most, arguments included; 0: not known.
-      needed: bytes that a refused program needs, as the compiler says.
+      needed: bytes that a refused program needs, as the compiler says, or by formula.
       tokens: of one call, over all devices.
       flops: of the model, of one call, over all devices; `executed` counts what is computed again.
       collectives: kind, axes, group, bytes received and count, see `hlo.Collective`.
@@ -109,6 +109,11 @@ class Result:
     seconds: float = 0.0
     error: str = ""
 
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, by the compiler or by formula."""
+        return self.status in ("fits", "by formula")
+
 
 def set_environment(request: Request) -> None:
     """Sets what JAX and libtpu read when they are loaded: no device of this machine is used."""
@@ -119,7 +124,7 @@ def set_environment(request: Request) -> None:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_LOG_DIR": "disabled",
     }
-    if request.topology.chip.platform != "tpu":
+    if not request.compiled:
         count = request.topology.devices.total
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
 
@@ -128,7 +133,7 @@ def programs_of(request: Request) -> "list[StageProgram]":
     """The programs of the request's config on its devices."""
     from deltapref_jax.stages.programs import pair_programs, study_programs
 
-    meshes, config = _meshes(request.topology), request.config
+    meshes, config = _meshes(request.topology, request.compiled), request.config
     if isinstance(config, PairTraining):
         found = pair_programs(config, request.specs.__getitem__, meshes)
     else:
@@ -136,14 +141,14 @@ def programs_of(request: Request) -> "list[StageProgram]":
     return [each for each in found if each.stage in (request.stages or (each.stage,))]
 
 
-def _meshes(topology: Topology) -> "Meshes":
+def _meshes(topology: Topology, compiled: bool) -> "Meshes":
     import jax
     from jax.experimental import topologies
 
     from deltapref_jax.mesh import make_mesh
 
     devices: list[Any]
-    if topology.chip.platform == "tpu":
+    if compiled:
         slices: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
         devices = list(
             topologies.get_topology_desc(
@@ -192,6 +197,8 @@ def compile_program(each: "StageProgram", request: Request) -> Result:
     result = describe(each, request.topology)
     if not request.compiled:
         estimate(result, each)
+        if 0 < request.topology.chip.memory < result.peak + result.beside:
+            result.status, result.needed = "refused", result.peak
         return result
     result.level = request.level
     if result.limit < _MIB:

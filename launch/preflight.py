@@ -32,7 +32,7 @@ from deltapref_jax.config import (
 from deltapref_jax.progress import plain_console
 from deltapref_jax.validation import validate, validate_pair_training
 from launch.chips import Topology, parse_topology
-from launch.flags import define_count, define_student, run_main
+from launch.flags import define_count, define_output, define_student, run_main
 
 if TYPE_CHECKING:
     from launch.preflight_tables import Printer
@@ -61,7 +61,7 @@ _SMALLEST = flags.DEFINE_bool(
     "smallest", False, "Also look for the smallest topology of the chip that holds every program."
 )
 _ONLY = flags.DEFINE_list("stages", [], "Stages to look at, of train, score, judge and sample.")
-_JSON = flags.DEFINE_string("json", "", "File to write everything to, as JSON.")
+_JSON = define_output("json")
 _CACHE = flags.DEFINE_string(
     "cache",
     str(Path.home() / ".cache" / "deltapref-jax" / "preflight"),
@@ -80,6 +80,11 @@ def main(_: list[str]) -> None:
     check_choice("--level", _LEVEL.value, LEVELS)
     for stage in _ONLY.value:
         check_choice("--stages", stage, ("train", "score", "judge", "sample"))
+    if _SMALLEST.value and not topology.chip.shapes:
+        raise ConfigError(
+            "--smallest compares what fits with a device's memory, which of a CPU differs by "
+            "machine; leave it out, or name a TPU or a GPU."
+        )
     report = preflight(
         given,
         topology,
@@ -134,8 +139,8 @@ def preflight(
     """Compiles, prints what was found, and returns it as a JSON object.
 
     Raises:
-      ConfigError: a mesh does not fit the topology, libtpu is missing, or the programs cannot be
-        made.
+      ConfigError: a mesh does not fit the topology, libtpu is missing, the cache cannot be made,
+        or the programs cannot be.
       FileNotFoundError, ValueError: a model's config.json is not there, or is not supported.
     """
     from deltapref_jax.models.weights import describe_model
@@ -148,6 +153,7 @@ def preflight(
     compiled = options.compiled and topology.chip.platform == "tpu"
     if compiled:
         check_compiler()
+        _check_cache(options.cache)
     specs = {place: describe_model(place)[0] for place in _places(given)}
     fit = functools.partial(fit_config, specs=specs)
     config = fit(copy.deepcopy(given), topology)
@@ -162,7 +168,8 @@ def preflight(
     steps = steps_of(config)
     reached = speeds(results, topology, steps)
     show.steps(steps, dataclasses.asdict(config.training.mesh))
-    hours = show.stages(reached, _loads(given, show))
+    loads = [x for x in _loads(given, show) if x.stage in (options.stages or (x.stage,))]
+    hours = show.stages(reached, loads)
 
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -183,13 +190,23 @@ def preflight(
         report.setdefault("proposals", []).append(
             {"refused": refused.label, "proposal": proposal and dataclasses.asdict(proposal)}
         )
-    if options.smallest and compiled:
+    if options.smallest:
         tight = sorted(results, key=lambda r: -(r.peak or r.needed) - r.beside)
         request = dataclasses.replace(request, first=tuple((r.stage, r.name) for r in tight))
         tried = smallest(request, given, fit, options.compile_seconds)
         show.smallest(tried)
         report["smallest"] = [[t.topology.name, t.verdict] for t in tried]
     return report
+
+
+def _check_cache(folder: str) -> None:
+    """Makes the folder of results, so that no program is compiled in vain."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            f"--cache is {folder!r}, which cannot be made ({e.strerror}); name another folder."
+        ) from e
 
 
 def _places(config: Experiment | PairTraining) -> list[str]:
@@ -261,6 +278,8 @@ def _loads(config: Experiment | PairTraining, show: "Printer") -> list[Any]:
     from launch.workload import pair_load, study_load
 
     if isinstance(config, PairTraining):
+        if config.training.budget == "epochs":
+            show.say("The chip-hours are not known: how long an epoch is, the file's pairs decide.")
         return pair_load(config)
     try:
         return study_load(copy.deepcopy(config))

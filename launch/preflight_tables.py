@@ -48,14 +48,13 @@ class Printer:
         )
         table = _table("program", "mesh", "fits", "arguments", "temporary", "peak", "beside", "s")
         for r in results:
-            known = r.status in ("fits", "by formula")
             table.add_row(
                 r.label,
                 _mesh(r),
                 _verdict(r),
                 _gib(r.arguments),
                 _gib(r.temporaries) if r.status == "fits" else "",
-                _gib(r.peak) if known else "",
+                _gib(r.peak) if r.fits else "",
                 _gib(r.beside),
                 f"{r.seconds:,.0f}" if r.seconds else "",
             )
@@ -108,7 +107,12 @@ class Printer:
             self.say(step_line(kind, step, mesh))
 
     def stages(self, reached: Sequence[Speed], loads: Sequence[Load]) -> dict[str, float]:
-        """Speeds and chip-hours of the stages; returns the latter by stage and model."""
+        """Speeds and chip-hours of the stages; returns the latter by stage and model.
+
+        Args:
+          reached: the speeds that are known.
+          loads: of the stages that are looked at; none where they are not known.
+        """
         if not reached:
             return {}
         self.say(f"\nStages, at best (predicted from a roofline, {self._source}):")
@@ -116,9 +120,9 @@ class Printer:
         hours: dict[str, float] = {}
         for speed in reached:
             tokens = sum(_tokens_of(speed, load) for load in loads)
-            hours[f"{speed.stage} {speed.of}"] = taken = (
-                tokens / speed.tokens * self._topology.chips / 3600
-            )
+            taken = tokens / speed.tokens * self._topology.chips / 3600
+            if tokens:
+                hours[f"{speed.stage} {speed.of}"] = taken
             table.add_row(
                 speed.stage,
                 speed.of,
@@ -126,14 +130,17 @@ class Printer:
                 f"{speed.tokens:,.0f}",
                 f"{speed.mfu:.0%}",
                 speed.bound,
-                f"{tokens:,}",
-                f"{taken:,.2g}",
+                f"{tokens:,}" if tokens else "?",
+                f"{taken:,.2g}" if tokens else "?",
             )
         self._console.print(table)
-        self.say(
-            f"In all {sum(hours.values()):,.2g} chip-hours, at least: every sequence of the "
-            "longest length, and every program at its bound."
-        )
+        slow = [x for x in loads if not any(_tokens_of(speed, x) for speed in reached)]
+        left = ", ".join(dict.fromkeys(f"{x.stage} {x.of}" for x in slow))
+        if hours:
+            self.say(
+                f"In all {sum(hours.values()):,.2g} chip-hours{' without ' * bool(left)}{left}, at "
+                "least: every sequence of the longest length, and every program at its bound."
+            )
         return hours
 
     def proposal(self, refused: Result, proposal: Proposal | None) -> None:
@@ -146,8 +153,8 @@ class Printer:
             return
         peak = max(proposal.results, key=lambda r: r.peak + r.beside)
         self.say(
-            f"{refused.label} does not fit; it does with {' '.join(proposal.flags)} (compiled: at "
-            f"most {(peak.peak + peak.beside) / GIB:.2f} of "
+            f"{refused.label} does not fit; it does with {' '.join(proposal.flags)} "
+            f"({self._source}: at most {(peak.peak + peak.beside) / GIB:.2f} of "
             f"{self._topology.chip.memory / GIB:.2f} GiB)."
         )
 
@@ -190,8 +197,7 @@ def _verdict(r: Result) -> str:
     if r.status == "fits":
         return "yes"
     if r.status == "by formula" and r.limit:
-        fits = r.peak <= r.limit
-        return f"{'yes' if fits else 'no'}, by formula"
+        return "yes, by formula"
     if r.status == "refused":
         return f"no: needs {r.needed / GIB:.2f} of {r.limit / GIB:.2f}"
     return r.status

@@ -1,4 +1,7 @@
-"""What to change where a program does not fit; every proposal is compiled before it is made."""
+"""What to change where a program does not fit; every proposal is compiled before it is made.
+
+Where there is no compiler for the devices, proposals are by formula too.
+"""
 
 import copy
 import dataclasses
@@ -56,7 +59,7 @@ def propose(
             continue  # this mesh does not fit the devices or the rows
         tried = dataclasses.replace(request, config=config)
         results = _compiled(tried, refused, seconds)
-        if results and all(r.status == "fits" for r in results):
+        if results and all(r.fits for r in results):
             return Proposal(tuple(flag for flag, _ in changes), tuple(results))
     return None
 
@@ -73,7 +76,7 @@ def _compiled(request: Request, refused: Result, seconds: float) -> list[Result]
         request, seconds, [f"{refused.stage} {refused.of}: {name}" for name in names]
     ):
         results.append(result)
-        if result.status != "fits":
+        if not result.fits:
             break
     return results
 
@@ -195,7 +198,7 @@ def smallest(request: Request, given: Config, fit: Fit, seconds: float) -> list[
         verdict = "fits"
         attempt = dataclasses.replace(request, config=config, topology=topology)
         for result in compile_each(attempt, seconds):
-            if result.status != "fits":
+            if not result.fits:
                 verdict = f"{result.label}: {result.status}"
                 break
         tried.append(Tried(topology, verdict))

@@ -44,7 +44,7 @@ class Bounds:
 def bounds(result: Result, topology: Topology) -> Bounds | None:
     """The bounds of a program; None where the chip's rates are not known, or it does not fit."""
     chip, devices = topology.chip, math.prod(result.mesh.values())
-    if not chip.flops or result.status not in ("fits", "by formula"):
+    if not chip.flops or not result.fits:
         return None
     compute = result.executed / devices / chip.flops
     return Bounds(compute, result.memory_traffic / chip.bandwidth, _interconnect(result, topology))

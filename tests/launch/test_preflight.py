@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -11,17 +12,19 @@ import sys
 import textwrap
 
 import pytest
+from rich.console import Console
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
 from deltapref_jax.stages.study import plan
-from launch import compiler, proposals
+from launch import compiler, preflight, proposals
 from launch.chips import parse_topology
 from launch.compile_programs import Request, Result
 from launch.cost import Cost
 from launch.dry_run import plan_rows
-from launch.roofline import bounds
-from launch.workload import step_of, study_load
+from launch.preflight_tables import Printer
+from launch.roofline import Speed, bounds
+from launch.workload import Load, step_of, study_load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PUBLISHED = ROOT / "tests" / "models" / "published"
@@ -50,6 +53,35 @@ def folder(tmp_path):
 
 
 CONFIG = f"--config={ROOT}/configs/llama_1b.py"
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_by_formula_gets_no_speed_and_a_proposal(folder):
+    """Of TPUs too, without a compiler for them."""
+    training = ("--config.training.rows=64", "--config.training.remat=none")
+    flags = ("--topology=v5e:2x4", "--nocompile", "--stages=train", "--json=found.json")
+    done = run(CONFIG, *flags, *training, folder=folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    gradient = next(p for p in found["programs"] if p["name"] == "gradient")
+    assert (gradient["status"], gradient["level"]) == ("refused", "")
+    assert gradient["needed"] + gradient["beside"] > 15.75 * 2**30
+    assert not found["predicted"]
+    (proposal,) = found["proposals"]
+    assert all(r["status"] == "by formula" for r in proposal["proposal"]["results"])
+    assert "(by formula, not compiled: at most " in done.stdout
+
+
+def test_the_chip_hours_name_the_stages_that_they_lack():
+    console = Console(file=io.StringIO(), width=130)
+    show = Printer(console, parse_topology("v5e:2x4"), True, "O0")
+    speed = Speed("score", "reference", 1.0, 1000.0, 0.5, "memory")
+    loads = [Load("score", "reference", 10, 4500), Load("train", "dpo", 10, 4096)]
+    assert show.stages([speed], loads) == {"score reference": pytest.approx(0.1)}
+    assert "In all 0.1 chip-hours without train dpo, at least: " in console.file.getvalue()
+    # Of a file's epochs nothing is known.
+    assert show.stages([speed], []) == {}
+    assert console.file.getvalue().count("In all") == 1
 
 
 @pytest.mark.slow
@@ -83,6 +115,8 @@ def test_gpus_are_described_by_formula(folder):
             "that; nearest that fits: ",
         ),
         (["--topology=h100:1x8", "--level=O9"], "--level is 'O9'; choose one of 'O0', 'default'."),
+        (["--topology=h100:1x8", "--json=nowhere/x.json"], "--json=nowhere/x.json: its folder "),
+        (["--topology=cpu:1x8", "--smallest"], "--smallest compares what fits with a device's "),
         (["--topology=h100:1x8", "--stages=pair"], "--stages is 'pair'; choose one of 'train', "),
         (["--topology=h100:1x8", "--config.student.path=nowhere"], "There is no model at nowhere"),
         ([], "--topology is missing; give it a value (--help)."),
@@ -99,6 +133,12 @@ def test_without_libtpu_the_command_that_installs_it_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run pip install 'deltapref-jax\[tpu\]'\.$"):
         compiler.check_compiler()
+
+
+def test_a_cache_that_cannot_be_made_is_said_before_anything_is_compiled(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^--cache is '.*', which cannot be made \(Not a dir"):
+        preflight._check_cache(str(tmp_path / "file" / "folder"))
 
 
 def request_of(tmp_path):

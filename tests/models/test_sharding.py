@@ -1,6 +1,8 @@
 """The table shards every parameter and every optimizer moment by exactly one rule."""
 
 import dataclasses
+import json
+import pathlib
 import re
 
 import jax
@@ -10,12 +12,17 @@ from jax.sharding import PartitionSpec
 
 from deltapref_jax.config import ConfigError, MeshShape
 from deltapref_jax.mesh import make_mesh
+from deltapref_jax.models.config_json import spec_from_hf
 from deltapref_jax.models.parameters import PARAMETERS
 from deltapref_jax.models.sharding import RULES, path_name, shardings, spec_for, undivided
 from deltapref_jax.models.spec import Adapters, ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.training.state import Optimizer
 
+HERE = pathlib.Path(__file__).parent
+CONFIGS = sorted(
+    f for part in ("families", "published") for f in HERE.glob(f"{part}/**/config.json")
+)
 BIG = ModelSpec(128_256, 4096, 32, 32, 8, 128, 14_336, tied=False)
 ADAPTED = Adapters(16, ("q", "k", "v", "o", "gate", "up", "down"))
 
@@ -34,6 +41,13 @@ def test_exactly_one_rule_matches_every_parameter_and_every_moment(tied, adapter
     for name in names:
         (rule,) = {rule for rule in RULES if f".{name}".endswith(f".{rule}")}
         assert spec_for(name, (64,) * 4, make_mesh(MeshShape(1, 8))) is not None, rule
+
+
+@pytest.mark.parametrize("place", CONFIGS, ids=lambda p: p.parent.name)
+def test_exactly_one_rule_matches_every_parameter_of_a_family(place):
+    for name in named(abstract(spec_from_hf(json.loads(place.read_text())))[1]):
+        (rule,) = {rule for rule in RULES if f".{name}".endswith(f".{rule}")}
+        assert rule == name
 
 
 def test_every_declared_parameter_has_a_rule_of_as_many_axes_as_it_has():
