@@ -81,6 +81,7 @@ CASES = (
     ),
     Case("8B-v5e-2x4", "llama_8b", "v5e:2x4"),
     Case("8B-decode", "llama_8b", "v6e:2x4", stages=("sample",)),
+    Case("30B-A3B-sample", "qwen_30b_a3b", "v6e:2x4", stages=("sample",)),
     Case(
         "30B-A3B-score",
         "qwen_30b_a3b",
@@ -141,7 +142,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
             (row for name, report in known.items() for row in _collectives(name, report)),
         ),
         "proposals": _table(
-            "case | refused | what fits instead | peak and beside | level",
+            "case | refused | what fits instead | peak and beside | s | tokens/s | MFU | level",
             (row for name, report in known.items() for row in _proposals(name, report)),
         ),
         "commands": _table(
@@ -203,12 +204,17 @@ def _collectives(name: str, report: dict[str, Any]) -> Iterator[str]:
 def _proposals(name: str, report: dict[str, Any]) -> Iterator[str]:
     for p in report.get("proposals", ()):
         if not p["proposal"]:
-            yield f"{name} | {p['refused']} | nothing was found | | {_level(report)}"
+            yield f"{name} | {p['refused']} | nothing was found | | | | | {_level(report)}"
             continue
         most = max(r["peak"] + r["beside"] for r in p["proposal"]["results"])
         flags = " ".join(p["proposal"]["flags"])
         room = f"{_gib(most)} of {_gib(report['memory'])}"
-        yield f"{name} | {p['refused']} | `{flags}` | {room} | {_level(report)}"
+        speeds = [
+            f"{s['seconds']:.3g} | {s['tokens']:,.0f} | {s['mfu']:.0%}"
+            for s in p["proposal"]["predicted"]
+        ]
+        reached = speeds[0] if speeds else " | | "
+        yield f"{name} | {p['refused']} | `{flags}` | {room} | {reached} | {_level(report)}"
 
 
 def main(names: list[str]) -> None:

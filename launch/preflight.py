@@ -149,6 +149,7 @@ def preflight(
     from launch.preflight_tables import Printer
     from launch.proposals import propose, smallest
     from launch.roofline import speeds
+    from launch.workload import steps_of
 
     compiled = options.compiled and topology.chip.platform == "tpu"
     if compiled:
@@ -186,9 +187,13 @@ def preflight(
             continue  # the same change has to serve the whole stage
         seen.add((refused.stage, refused.of))
         proposal = propose(request, given, refused, fit, options.compile_seconds)
-        show.proposal(refused, proposal)
+        hours = show.proposal(refused, proposal, loads)
         report.setdefault("proposals", []).append(
-            {"refused": refused.label, "proposal": proposal and dataclasses.asdict(proposal)}
+            {
+                "refused": refused.label,
+                "proposal": proposal and dataclasses.asdict(proposal),
+                "predicted_chip_hours": hours,
+            }
         )
     if options.smallest:
         tight = sorted(results, key=lambda r: -(r.peak or r.needed) - r.beside)
@@ -232,6 +237,7 @@ def fit_config(
     """
     from deltapref_jax.stages.meshes import fit_meshes, fit_training
     from deltapref_jax.stages.micro_batches import fill_in
+    from launch.workload import longest_of
 
     devices = topology.devices
     for known in (devices, devices._replace(memory=0)):
@@ -245,7 +251,7 @@ def fit_config(
             sizes = dataclasses.asdict(training.mesh)
             training = fill_in(
                 training,
-                [_longest(config)],
+                [longest_of(config)],
                 sizes,
                 specs[student.place],
                 student.dtype,
@@ -256,21 +262,6 @@ def fit_config(
             if not known.memory:
                 raise
     raise AssertionError
-
-
-def _longest(config: Experiment | PairTraining) -> int:
-    if isinstance(config, PairTraining):
-        return config.training.row_length
-    return config.sampling.longest
-
-
-def steps_of(config: Experiment | PairTraining) -> dict[str, Any]:
-    """How a step of every kind of objective is cut into micro-batches."""
-    from launch.workload import step_of
-
-    mesh = dataclasses.asdict(config.training.mesh)
-    objectives = [config.objective] if isinstance(config, PairTraining) else list(config.objectives)
-    return {o.kind: step_of(config.training, o, _longest(config), mesh) for o in objectives}
 
 
 def _loads(config: Experiment | PairTraining, show: "Printer") -> list[Any]:

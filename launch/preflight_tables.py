@@ -143,20 +143,26 @@ class Printer:
             )
         return hours
 
-    def proposal(self, refused: Result, proposal: Proposal | None) -> None:
-        """Says what to change, or that nothing was found."""
+    def proposal(
+        self, refused: Result, proposal: Proposal | None, loads: Sequence[Load]
+    ) -> dict[str, float]:
+        """Says what to change and how fast it is then, or that nothing was found.
+
+        Returns the chip-hours of the stage, as `stages` does.
+        """
         if proposal is None:
             self.say(
                 f"{refused.label} does not fit, and no change of remat, rows, moments, slots or "
                 "mesh makes it fit; take a larger topology (--smallest finds it)."
             )
-            return
+            return {}
         peak = max(proposal.results, key=lambda r: r.peak + r.beside)
         self.say(
             f"{refused.label} does not fit; it does with {' '.join(proposal.flags)} "
             f"({self._source}: at most {(peak.peak + peak.beside) / GIB:.2f} of "
             f"{self._topology.chip.memory / GIB:.2f} GiB)."
         )
+        return self.stages(proposal.predicted, loads)
 
     def smallest(self, tried: Sequence[Tried]) -> None:
         """Says which topology is the smallest that holds the study, and why smaller ones do not."""

@@ -20,6 +20,8 @@ from deltapref_jax.config import (
 from launch.chips import Topology, parse_topology
 from launch.compile_programs import Request, Result
 from launch.compiler import compile_each
+from launch.roofline import Speed, speeds
+from launch.workload import steps_of
 
 Config = Experiment | PairTraining
 Change = tuple[str, Callable[[Config], None]]
@@ -31,10 +33,11 @@ Fit = Callable[[Config, Topology], Config]
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Flags with which a stage's programs fit, and the results of compiling them."""
+    """Flags with which a stage's programs fit, the results of compiling them, and their speeds."""
 
     flags: tuple[str, ...]
     results: tuple[Result, ...]
+    predicted: tuple[Speed, ...]
 
 
 def propose(
@@ -60,7 +63,8 @@ def propose(
         tried = dataclasses.replace(request, config=config)
         results = _compiled(tried, refused, seconds)
         if results and all(r.fits for r in results):
-            return Proposal(tuple(flag for flag, _ in changes), tuple(results))
+            reached = speeds(results, request.topology, steps_of(config))
+            return Proposal(tuple(flag for flag, _ in changes), tuple(results), tuple(reached))
     return None
 
 

@@ -116,6 +116,20 @@ class Step:
     filled: float
 
 
+def longest_of(config: Experiment | PairTraining) -> int:
+    """Tokens of the longest sequence that a config allows."""
+    if isinstance(config, PairTraining):
+        return config.training.row_length
+    return config.sampling.longest
+
+
+def steps_of(config: Experiment | PairTraining) -> dict[str, Step]:
+    """How a step of every kind of objective is cut into micro-batches, by the kind."""
+    t, mesh = config.training, dataclasses.asdict(config.training.mesh)
+    objectives = [config.objective] if isinstance(config, PairTraining) else config.objectives
+    return {o.kind: step_of(t, o, longest_of(config), mesh) for o in objectives}
+
+
 def step_of(t: Training, objective: Objective, length: int, mesh: Mapping[str, int]) -> Step:
     """The micro-batches of a step.
 

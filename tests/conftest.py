@@ -7,8 +7,8 @@ import threading
 
 # eight devices on the CPU, set before JAX starts, so that sharded runs can be compared with one
 os.environ["JAX_PLATFORMS"] = "cpu"
-# LLVM's optimisations, and fusions by way of MLIR, take longer than the small programs run. Flags in
-# the environment count after these, and .ci/run gives the slow tier those that users have.
+# LLVM's optimisations, and fusions by way of MLIR, take longer than the small programs run. Flags
+# in the environment count after these, and .ci/run gives the slow tier those that users have.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")

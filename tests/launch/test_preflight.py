@@ -194,7 +194,10 @@ def test_what_changes_no_number_is_proposed_first(monkeypatch, tmp_path):
     """Moments on the host before moments in bfloat16, and both together last."""
     request, tried = request_of(tmp_path), []
     request.config.training.remat, request.config.training.rows = "block", 8
-    refused = Result("", "train", "dpo", "gradient", {"data": 1, "fsdp": 8, "tensor": 1})
+    request.config.objectives = (Objective("dpo"),)
+    request.config.training.mesh = MeshShape(1, 8, 1, 1)
+    mesh = dataclasses.asdict(request.config.training.mesh)
+    refused = Result("", "train", "dpo", "gradient", mesh, executed=1e15, tokens=32_768)
 
     def compiled(request, seconds, labels):
         t = request.config.training
@@ -209,6 +212,9 @@ def test_what_changes_no_number_is_proposed_first(monkeypatch, tmp_path):
         "--config.training.offload_moments=True",
         "--config.training.moments=bfloat16",
     )
+    (speed,), micros = found.predicted, steps_of(request.config)["dpo"].micro_batches
+    assert speed.bound == "compute"
+    assert speed.seconds == pytest.approx(micros * 1e15 / 8 / 197e12)  # the peak of a v5e
 
 
 def test_programs_that_cannot_be_made_are_a_sentence(monkeypatch, tmp_path):
