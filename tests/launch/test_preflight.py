@@ -24,7 +24,7 @@ from launch.cost import Cost
 from launch.dry_run import plan_rows
 from launch.preflight_tables import Printer
 from launch.roofline import Speed, bounds
-from launch.workload import Load, step_of, study_load
+from launch.workload import Load, step_of, steps_of, study_load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PUBLISHED = ROOT / "tests" / "models" / "published"
