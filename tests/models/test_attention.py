@@ -752,13 +752,24 @@ def test_platform_and_shape_decide():
     )
     assert select_kernel("cpu", 4096, True, False) == "blockwise"
     assert select_kernel("tpu", 4096, True, False) == "splash"
-    assert select_kernel("tpu", 1 << 16, True, False) == "blockwise"
     for platform, kernel in (("cpu", "blockwise"), ("gpu", "blockwise"), ("tpu", "splash")):
         assert (
             select_kernel(platform, 4096, False, True)
             == select_kernel(platform, 4096, True, True)
             == kernel
         )
+
+
+def test_rows_that_are_too_long_for_splash_are_said_once(caplog):
+    dispatch._say.cache_clear()
+    assert select_kernel("tpu", 1 << 16, False, False) == "splash"
+    assert not caplog.messages
+    for _ in range(2):
+        assert select_kernel("tpu", 1 << 16, True, False) == "blockwise"
+    assert caplog.messages == [
+        "Attention over packed rows runs on blockwise: plain XLA, as rows with windows or branches "
+        "exceed 32,768 tokens."
+    ]
 
 
 def test_what_is_installed_decides_on_gpu(monkeypatch, caplog):
@@ -768,6 +779,8 @@ def test_what_is_installed_decides_on_gpu(monkeypatch, caplog):
         "deltapref_jax.models.attention.dispatch.importlib.util.find_spec",
         lambda name: name if name in known else None,
     )
+
+    dispatch._say.cache_clear()
 
     def chosen(length=4096, branched=True, **features):
         dispatch._gpu_kernel.cache_clear()

@@ -77,15 +77,18 @@ def select_kernel(
         return "dense"
     if platform in ("gpu", "cuda") and not split:
         return _gpu_kernel(capped or (branched and windowed), length > 8192 or sinks)
+    if platform != "tpu":
+        return "blockwise"
     # The longest row that `splash.MAX_ROW` allows; Pallas is not imported for it.
-    if platform == "tpu" and (not (branched or windowed) or length <= 1 << 15):
-        return "splash"
-    return "blockwise"
+    if (branched or windowed) and length > 1 << 15:
+        _say("blockwise", "plain XLA, as rows with windows or branches exceed 32,768 tokens")
+        return "blockwise"
+    return "splash"
 
 
 @functools.cache
 def _gpu_kernel(beyond_triton: bool, beyond_mosaic: bool) -> str:
-    """Returns the kernel on GPU by what is installed, and logs it.
+    """Returns the kernel on GPU by what is installed, and says it.
 
     Args:
       beyond_triton: whether rows have what `triton` does not compute.
@@ -98,8 +101,14 @@ def _gpu_kernel(beyond_triton: bool, beyond_mosaic: bool) -> str:
         kernel, reason = "mosaic", "tokamax's Mosaic kernels"
     else:
         kernel, reason = "blockwise", "plain XLA"
-    _logger.warning("Attention over packed rows runs on %s: %s.", kernel, reason)
+    _say(kernel, reason)
     return kernel
+
+
+@functools.cache
+def _say(kernel: str, reason: str) -> None:
+    """Logs the kernel, once."""
+    _logger.warning("Attention over packed rows runs on %s: %s.", kernel, reason)
 
 
 def shares_prompts(platform: str, split: bool, length: int, spec: ModelSpec) -> bool:
