@@ -1,7 +1,9 @@
 import http.server
 import importlib.util
+import json
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 
@@ -64,6 +66,44 @@ def tiny_folder(text, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     return load(str(tiny_folder))
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """The process that forks entry points."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "launch" / "forks.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )
+    assert process.stdout.readline() == "ready\n"
+    with process:  # closes the pipes, on which it ends
+        yield process
+
+
+@pytest.fixture
+def command(forks, tmp_path_factory):
+    """Runs an entry point as a user's command: by default here, on one device.
+
+    It is a fork of a process that has imported everything; `JAX_PLATFORMS` and what else is read on
+    import are those of the tests.
+    """
+    printed = tmp_path_factory.mktemp("printed")
+
+    def run(entry, *arguments, folder=ROOT, environment=None):
+        environment = environment or os.environ | {"XLA_FLAGS": ""}
+        line = [entry, list(map(str, arguments)), str(folder), environment, str(printed)]
+        print(json.dumps(line), file=forks.stdin, flush=True)
+        code = int(forks.stdout.readline())
+        texts = [(printed / name).read_text(errors="replace") for name in ("out", "err")]
+        return subprocess.CompletedProcess(line[:2], code, *texts)
+
+    return run
 
 
 @pytest.fixture(scope="session")

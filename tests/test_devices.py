@@ -1,9 +1,6 @@
 """What a dry run assumes of the devices, without joining a job or starting one of them."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,7 +9,6 @@ from deltapref_jax import cluster, devices
 from deltapref_jax.config import ConfigError
 from deltapref_jax.devices import Devices, assumed_devices, attached_devices
 
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_", "GCE_", "CUDA_")
 GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "2"}
 
@@ -112,25 +108,19 @@ def test_attached_devices_are_those_of_jax():
     assert attached_devices() == Devices(8, 8, 1, "cpu", 0)
 
 
-def test_a_dry_run_on_one_host_of_a_pod_waits_for_no_other(tmp_path):
+def test_a_dry_run_on_one_host_of_a_pod_waits_for_no_other(command, tmp_path):
     """It ends while no other host is there, with meshes for the whole job."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(CLUSTERS)}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "launch.ablate", "--config=configs/quickstart.py"),
-            *("--dry_run", f"--config.workspace={tmp_path}/w", "--config.training.rows=8"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=clean
+    done = command(
+        *("launch.ablate", "--config=configs/quickstart.py", "--dry_run"),
+        *(f"--config.workspace={tmp_path}/w", "--config.training.rows=8"),
+        environment=clean
         | SLURM
         | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
             "COLUMNS": "120",
         },
-        timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[:2] == [

@@ -175,30 +175,27 @@ def environment(variables):
     return clean | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "120"} | variables
 
 
-def ablate(tmp_path, variables, *flags):
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "launch.ablate", "--config=configs/quickstart.py"),
-            *(f"--config.workspace={tmp_path}/w", *flags),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(variables),
-        timeout=120,
-    )
+@pytest.fixture
+def ablate(command, tmp_path):
+    """Runs launch.ablate in an environment."""
+
+    def run(variables, *flags):
+        where = ("--config=configs/quickstart.py", f"--config.workspace={tmp_path}/w")
+        return command("launch.ablate", *where, *flags, environment=environment(variables))
+
+    return run
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry_run"], ["--dry_run", "--devices=4x4"]])
-def test_a_run_and_a_dry_run_refuse_half_a_job(tmp_path, flags):
-    ended = ablate(tmp_path, {COUNT: "4"}, *flags)
+def test_a_run_and_a_dry_run_refuse_half_a_job(ablate, tmp_path, flags):
+    ended = ablate({COUNT: "4"}, *flags)
     sentence = HALF.format(f"{COUNT} is 4", f"{ADDRESS} and {INDEX} are")
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"{sentence}\n")
     assert not (tmp_path / "w").exists()
 
 
-def test_a_dry_run_says_which_variables_it_does_not_use(tmp_path):
-    ended = ablate(tmp_path, {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "x"}, "--dry_run")
+def test_a_dry_run_says_which_variables_it_does_not_use(ablate):
+    ended = ablate({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "x"}, "--dry_run")
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("Assumed: 1 cpu device on 1 host;")

@@ -1,8 +1,9 @@
 """Runs entry points in forks of one process that has imported everything: `python forks.py`.
 
-A line of JSON on stdin names the entry point, its arguments and a folder for what it prints; the
-answer is its exit code. So a case takes a fraction of a second and is otherwise what a user's
-command is: its own process, with its exit code, its stderr and its signals.
+A line of JSON on stdin has the entry point, its arguments, the folder that it runs in, its
+environment and a folder for what it prints; the answer is its exit code. So a case takes a fraction
+of a second and is otherwise what a user's command is: its own process, with its exit code, its
+stderr and its signals.
 """
 
 import json
@@ -29,10 +30,14 @@ import deltapref_jax.stages.study  # noqa: F401
 SECONDS = 120  # after which a case is killed
 
 
-def child(entry: str, arguments: list[str], folder: str) -> None:
+def child(
+    entry: str, arguments: list[str], folder: str, environment: dict[str, str], printed: str
+) -> None:
     """Becomes the entry point, with files for what it prints."""
     flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-    out, err = (os.open(os.path.join(folder, name), flags, 0o644) for name in ("out", "err"))
+    out, err = (os.open(os.path.join(printed, name), flags, 0o644) for name in ("out", "err"))
+    os.environ.clear()
+    os.environ.update(environment)
     become(entry, arguments, folder, out, err)
 
 
@@ -62,10 +67,9 @@ def become(entry: str, arguments: list[str], folder: str, out: int, err: int) ->
 def main() -> None:
     """Answers every line."""
     for line in sys.stdin:
-        entry, arguments, folder = json.loads(line)
         pid = os.fork()
         if not pid:
-            child(entry, arguments, folder)
+            child(*json.loads(line))
         deadline, status = time.monotonic() + SECONDS, 0
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > deadline:

@@ -279,8 +279,8 @@ def test_an_item_of_a_list_is_set_by_its_name_or_number():
         assert json.loads(done.stdout) == [0.7, 5, ["factuality"], [3, 4], 7, 9]
 
 
-def test_help_lists_every_field_with_type_default_and_comment():
-    done = run("--help")
+def test_help_lists_every_field_with_type_default_and_comment(command):
+    done = command("launch.ablate", "--help")
     text = " ".join(done.stdout.split())
     for line in (
         "--config.seed=0 (int): Of sampled traces, evaluations, audits and random selections; ",
@@ -296,20 +296,10 @@ def test_help_lists_every_field_with_type_default_and_comment():
         assert f"--config.{field.name}" in text
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.ablate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-        timeout=120,
-    )
-
-
-def test_missing_model_is_one_sentence_and_nothing_is_written(tmp_path):
+def test_missing_model_is_one_sentence_and_nothing_is_written(command, tmp_path):
     models = [f"--config.generators[{i}].model.path=/nowhere" for i in range(5)]
-    done = run(QUICK, f"--config.workspace={tmp_path}/w", "--config.student.path=/nowhere", *models)
+    flags = (f"--config.workspace={tmp_path}/w", "--config.student.path=/nowhere", *models)
+    done = command("launch.ablate", QUICK, *flags)
     assert done.stderr == (
         "There is no model at /nowhere; give a Hugging Face folder, a hub name or a .gguf file.\n"
     )

@@ -6,14 +6,11 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location(
     "bad_input", pathlib.Path(__file__).with_name("bad_input.py")
 )
@@ -71,23 +68,8 @@ def root(tiny_folder, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """The process that forks entry points."""
-    process = subprocess.Popen(
-        [sys.executable, str(pathlib.Path(__file__).with_name("forks.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "NO_GCE_CHECK": "true"},
-    )
-    assert process.stdout.readline() == "ready\n"
-    with process:  # closes the pipes, on which it ends
-        yield process
-
-
 @pytest.fixture
-def launch(forks, root, tmp_path):
+def launch(command, root, tmp_path):
     """Runs an entry point; its exit code and the lines that it printed on stderr."""
 
     def run(entry, *arguments):
@@ -97,10 +79,10 @@ def launch(forks, root, tmp_path):
         # A config must come before what it overrides.
         given = sorted((*good, *arguments), key=lambda a: not a.startswith("--config="))
         filled = [a.replace("{root}", str(root)).replace("{own}", str(tmp_path)) for a in given]
-        print(json.dumps([f"launch.{entry}", filled, str(tmp_path)]), file=forks.stdin, flush=True)
-        code = int(forks.stdout.readline())
-        lines = (tmp_path / "err").read_text(errors="replace").splitlines()
-        return code, [line for line in lines if not NOTICES.fullmatch(line)]
+        environment = os.environ | {"XLA_FLAGS": "", "NO_GCE_CHECK": "true"}
+        done = command(f"launch.{entry}", *filled, folder=tmp_path, environment=environment)
+        lines = done.stderr.splitlines()
+        return done.returncode, [line for line in lines if not NOTICES.fullmatch(line)]
 
     return run
 

@@ -4,8 +4,6 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -310,26 +308,18 @@ def test_prompts_that_are_too_long_are_named(experiment, tiny_folder):
     assert str(error.value) == sentence
 
 
-def test_dry_run_prints_the_plan_and_makes_nothing(experiment, tiny_folder, tmp_path):
+def test_dry_run_prints_the_plan_and_makes_nothing(command, experiment, tmp_path):
     (tmp_path / "study.py").write_text(
         "from deltapref_jax.config import *\n\n\ndef get_config(count):\n"
         f"    return {experiment!r}.__class__(**vars({experiment!r}) | {{'seed': int(count)}})\n"
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "launch.ablate",
-            f"--config={tmp_path}/study.py:7",
-            "--dry_run",
-            "--config.generators[1].temperature=0.7",
-            "--config.sampling.max_prompt=80",
-            "--config.sampling.max_tokens=20",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
+    done = command(
+        "launch.ablate",
+        f"--config={tmp_path}/study.py:7",
+        "--dry_run",
+        "--config.generators[1].temperature=0.7",
+        "--config.sampling.max_prompt=80",
+        "--config.sampling.max_tokens=20",
     )
     assert (done.returncode, done.stderr) == (0, "")
     experiment.seed, experiment.generators[1].temperature = 7, 0.7

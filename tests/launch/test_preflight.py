@@ -122,8 +122,8 @@ def test_gpus_are_described_by_formula(folder):
         ([], "--topology is missing; give it a value (--help)."),
     ],
 )
-def test_bad_input_is_one_sentence(folder, arguments, sentence):
-    done = run(CONFIG, *arguments, folder=folder)
+def test_bad_input_is_one_sentence(folder, command, arguments, sentence):
+    done = command("launch.preflight", CONFIG, *arguments, folder=folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(sentence)
     assert "Traceback" not in done.stderr

@@ -441,16 +441,19 @@ def test_pairs_of_two_equal_answers_are_counted_cut_ones_too(pair_training, text
         assert workspace.manifest(policy.sequences["file"]).stats["same"] == same
 
 
-def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(pair_training):
+def test_what_file_and_config_show_is_refused_before_the_reference_is_scored(
+    command, pair_training
+):
     """Seed 0 draws a step of both answers of one prompt."""
     one = pair_training("text", "kto")
-    done = program(
-        one,
+    done = command(
+        "launch.train",
+        *flags_of(one),
         "--config.objective.kind=kto",
         "--config.training.pairs_per_step=1",
         "--config.training.steps=99",
     )
-    said = done.communicate()[1].strip().splitlines()[-1]
+    said = done.stderr.strip().splitlines()[-1]
     assert re.match(
         r"Step \d+ of KTO \(\d of 99 steps\) would hold 2 examples of one prompt; ", said
     )
@@ -593,7 +596,7 @@ def test_a_bad_value_is_one_sentence(change, sentence):
     assert str(error.value) == sentence
 
 
-def command(pair_training, *more):
+def flags_of(pair_training):
     fields = {
         "data.path": pair_training.data.path,
         "student.path": pair_training.student.path,
@@ -606,18 +609,12 @@ def command(pair_training, *more):
         "training.checkpoint_every": 1,
         "objective.learning_rate": 1e-3,
     }
-    return [
-        sys.executable,
-        "-m",
-        "launch.train",
-        *(f"--config.{k}={v}" for k, v in fields.items()),
-        *more,
-    ]
+    return [f"--config.{k}={v}" for k, v in fields.items()]
 
 
-def program(pair_training, *more):
+def program(pair_training):
     return subprocess.Popen(
-        command(pair_training, *more),
+        [sys.executable, "-m", "launch.train", *flags_of(pair_training)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -677,10 +674,8 @@ def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path)
     assert [json.loads(line)["step"] for line in lines[0].splitlines()] == list(range(1, 13))
 
 
-def test_help_and_a_missing_file(pair_training):
-    helped = subprocess.run(
-        [sys.executable, "-m", "launch.train", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_help_and_a_missing_file(command, pair_training):
+    helped = command("launch.train", "--help")
     assert helped.stdout.startswith("Trains one arm from any file of preference pairs")
     for field in (
         "data.path",
@@ -696,11 +691,9 @@ def test_help_and_a_missing_file(pair_training):
     assert len(defaults) > 20
     for field, default in defaults:
         assert (field, default) == (field, str(operator.attrgetter(field)(get_config())))
-    lost = program(dataclasses.replace(pair_training(), data=Pairs("none.parquet")))
-    assert (
-        lost.communicate()[1]
-        == "There is no data file or folder none.parquet; check config.data.path.\n"
-    )
+    pairs = dataclasses.replace(pair_training(), data=Pairs("none.parquet"))
+    lost = command("launch.train", *flags_of(pairs))
+    assert lost.stderr == "There is no data file or folder none.parquet; check config.data.path.\n"
     assert lost.returncode == 2
 
 
@@ -741,10 +734,8 @@ def test_help_and_a_missing_file(pair_training):
         ),
     ],
 )
-def test_a_slip_on_the_command_line_is_one_sentence(flag, sentence, tiny_folder):
-    command = [
-        sys.executable,
-        "-m",
+def test_a_slip_on_the_command_line_is_one_sentence(command, flag, sentence, tiny_folder):
+    done = command(
         "launch.train",
         flag,
         *(
@@ -752,14 +743,7 @@ def test_a_slip_on_the_command_line_is_one_sentence(flag, sentence, tiny_folder)
             if flag.startswith("--config=")
             else ("--config.data.path=none.jsonl", f"--config.student.path={tiny_folder}")
         ),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        environment=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )
     assert done.returncode == 2
     assert fnmatch.fnmatchcase(done.stderr.strip(), sentence.replace("[", "[[]"))
