@@ -22,17 +22,23 @@ from launch.compile_programs import Request, Result
 _START_SECONDS = 300.0  # of a child, until its first program: imports, and tracing of shapes
 
 
-def check_compiler() -> None:
-    """Checks that there is a compiler for TPUs.
+def check_compiler(cache: str) -> None:
+    """Checks that there is a compiler for TPUs, and makes the folder for its results.
 
     Raises:
-      ConfigError: libtpu is not installed.
+      ConfigError: libtpu is not installed, or the folder cannot be made.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "Compiling for TPUs needs the package libtpu, which is not installed and needs no TPU; "
             "run pip install 'deltapref-jax[tpu]'."
         )
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            f"--cache is {cache!r}, which cannot be made ({e.strerror}); name another folder."
+        ) from e
 
 
 def compile_each(request: Request, seconds: float, labels: Sequence[str] = ()) -> Iterator[Result]:

@@ -153,8 +153,7 @@ def preflight(
 
     compiled = options.compiled and topology.chip.platform == "tpu"
     if compiled:
-        check_compiler()
-        _check_cache(options.cache)
+        check_compiler(options.cache)
     specs = {place: describe_model(place)[0] for place in _places(given)}
     fit = functools.partial(fit_config, specs=specs)
     config = fit(copy.deepcopy(given), topology)
@@ -202,16 +201,6 @@ def preflight(
         show.smallest(tried)
         report["smallest"] = [[t.topology.name, t.verdict] for t in tried]
     return report
-
-
-def _check_cache(folder: str) -> None:
-    """Makes the folder of results, so that no program is compiled in vain."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(
-            f"--cache is {folder!r}, which cannot be made ({e.strerror}); name another folder."
-        ) from e
 
 
 def _places(config: Experiment | PairTraining) -> list[str]:

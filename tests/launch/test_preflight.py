@@ -17,7 +17,7 @@ from rich.console import Console
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
 from deltapref_jax.stages.study import plan
-from launch import compiler, preflight, proposals
+from launch import compiler, proposals
 from launch.chips import parse_topology
 from launch.compile_programs import Request, Result
 from launch.cost import Cost
@@ -132,13 +132,14 @@ def test_bad_input_is_one_sentence(folder, command, arguments, sentence):
 def test_without_libtpu_the_command_that_installs_it_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run pip install 'deltapref-jax\[tpu\]'\.$"):
-        compiler.check_compiler()
+        compiler.check_compiler("")
 
 
-def test_a_cache_that_cannot_be_made_is_said_before_anything_is_compiled(tmp_path):
+def test_a_cache_that_cannot_be_made_is_said_before_anything_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^--cache is '.*', which cannot be made \(Not a dir"):
-        preflight._check_cache(str(tmp_path / "file" / "folder"))
+        compiler.check_compiler(str(tmp_path / "file" / "folder"))
 
 
 def request_of(tmp_path):
