@@ -629,7 +629,7 @@ def test_a_killed_program_continues_to_the_same_weights(pair_training, tmp_path)
     whole = program(dataclasses.replace(one, workspace=str(tmp_path / "whole")))
     killed = program(one)
     policies = pathlib.Path(one.workspace) / "train"
-    while killed.poll() is None and not list(policies.glob("*/checkpoints/step_[2-9]*")):
+    while killed.poll() is None and not list(policies.glob("*/checkpoints.*/step_[2-9]*")):
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
