@@ -186,12 +186,11 @@ def preflight(
             continue  # the same change has to serve the whole stage
         seen.add((refused.stage, refused.of))
         proposal = propose(request, given, refused, fit, options.compile_seconds)
-        hours = show.proposal(refused, proposal, loads)
         report.setdefault("proposals", []).append(
             {
                 "refused": refused.label,
                 "proposal": proposal and dataclasses.asdict(proposal),
-                "predicted_chip_hours": hours,
+                "predicted_chip_hours": show.proposal(refused, proposal, loads),
             }
         )
     if options.smallest:
