@@ -24,6 +24,7 @@ from tests.analysis.null_studies import (
     simulated_effects,
 )
 from tests.analysis.test_statistics import draws, results
+from tests.marks import mostly
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -361,26 +362,34 @@ def simulation():
         yield
 
 
-CELLS = pytest.mark.parametrize(
-    "seeds", [ONE_BORROWS, TWO, THREE], ids=["borrowed", "two", "three"]
-)
+SEEDS = {"one borrows": ONE_BORROWS, "two": TWO, "three": THREE}
+
+
+def cells(cases, *kept):
+    """Each domain and SD of the seed with each number of seeds; all but `kept` are exhaustive."""
+    product = [(domain, sd, seeds) for domain, sd in cases for seeds in SEEDS]
+    marked = mostly(pytest.mark.exhaustive, product, *map(product.index, kept))
+    return pytest.mark.parametrize(("domain", "sd", "seeds"), marked)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("simulation")
-@CELLS
-@pytest.mark.parametrize(
-    ("sd", "domain"), [(0.0, "in"), (1.0, "out"), (2.0, "in"), (1.0, "unequal")]
+@cells(
+    [("in", 0.0), ("out", 1.0), ("in", 2.0), ("unequal", 1.0)],
+    ("in", 0.0, "three"),
+    ("out", 1.0, "one borrows"),
+    ("in", 2.0, "two"),
+    ("unequal", 1.0, "three"),
 )
-def test_false_positives_are_as_promised(domain, seeds, sd):
-    for found in false_positives(domain, seeds, sd, STUDIES):
+def test_false_positives_are_as_promised(domain, sd, seeds):
+    for found in false_positives(domain, SEEDS[seeds], sd, STUDIES):
         assert found.rate - 2 * found.error <= 7
         assert found.rate + 2 * found.error >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("domain", ["in", "unequal"])
+@pytest.mark.parametrize("domain", mostly(pytest.mark.exhaustive, ["in", "unequal"], 1))
 def test_unlike_draws_have_false_positives_as_promised(domain):
     """Many top arms with little noise of draws, a few random ones with much, and some without."""
     for name, found in false_positives_of_draws(domain, 1.0, 100).items():
@@ -412,10 +421,13 @@ def test_few_changes_in_unequal_suites_have_intervals_that_cover(share):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("simulation")
-@CELLS
-@pytest.mark.parametrize(("sd", "domain"), [(1.0, "in"), (2.0, "out"), (1.0, "unequal")])
-def test_intervals_contain_the_truth(domain, seeds, sd):
-    found = coverage(domain, seeds, sd, STUDIES)
+@cells(
+    [("in", 1.0), ("out", 2.0), ("unequal", 1.0)],
+    ("out", 2.0, "two"),
+    ("unequal", 1.0, "one borrows"),
+)
+def test_intervals_contain_the_truth(domain, sd, seeds):
+    found = coverage(domain, SEEDS[seeds], sd, STUDIES)
     assert found.rate + 2 * found.error >= 92
     assert found.rate - 2 * found.error <= 98
 

@@ -11,6 +11,7 @@ import re
 import pytest
 
 from deltapref_jax.answers.check import check
+from tests.marks import mostly
 
 HERE = pathlib.Path(__file__).parent
 MISSED = {  # right answers that are taken for wrong ones
@@ -50,7 +51,7 @@ def faults(cases, checker):
     return passed, missed
 
 
-@pytest.mark.parametrize("checker", [pytest.param("math", marks=pytest.mark.slow), "exact"])
+@pytest.mark.parametrize("checker", mostly(pytest.mark.exhaustive, ["math", "exact"], 1))
 def test_constructed_cases(checker):
     cases = rows("cases.jsonl")
     kinds = collections.Counter(row["kind"] for row in cases)

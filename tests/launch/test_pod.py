@@ -32,6 +32,7 @@ from deltapref_jax.config import (
     Suite,
     Training,
 )
+from tests.marks import mostly
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -211,7 +212,7 @@ def assert_equal_policies(ours, theirs):
         np.testing.assert_allclose(others[name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", mostly(pytest.mark.exhaustive, list(SYSTEMS), 0))
 def test_two_processes_make_the_tables_of_one(study, one, system, metadata_server):
     with socket.socket() as free:
         free.bind(("localhost", 0))

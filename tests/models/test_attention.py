@@ -39,6 +39,7 @@ from deltapref_jax.models.sharding import BATCH, ROWS, shardings
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
+from tests.marks import mostly
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 LONG = [
@@ -125,14 +126,7 @@ def tiled(until, tile, columns=None):
     return lambda q, k, v: blockwise_attention(q, k, v, plan, tile)
 
 
-def mostly_slow(cases, *fast):
-    """Cases of a test, of which all but those at `fast` are slow."""
-    return [
-        case
-        if i in fast
-        else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
-        for i, case in enumerate(cases)
-    ]
+mostly_slow = functools.partial(mostly, pytest.mark.slow)
 
 
 @pytest.mark.parametrize("tile", mostly_slow([8, 32, 40], 2))
@@ -340,7 +334,7 @@ WINDOWS = (0, 7, 40)
 """Windows of the layers' kinds: none, less than a tile, more than one."""
 
 
-@pytest.mark.parametrize("cap", mostly_slow([0.0, 1.5], 1))
+@pytest.mark.parametrize("cap", mostly(pytest.mark.exhaustive, [0.0, 1.5], 1))
 @pytest.mark.parametrize("branches", mostly_slow([False, True], 1))
 @pytest.mark.parametrize("kernel", ["dense", "blockwise", "splash", "triton"])
 def test_windows_and_caps_in_every_kernel(kernel, branches, cap, monkeypatch):
@@ -582,9 +576,11 @@ def test_splash_with_branches_is_dense(lengths, sizes, windows, cap, monkeypatch
             (4, [[256, 100, 100]], 600, False, (0, 40), 0.0),
             (2, [[256, 100, 100]], 510, False, (0,), 0.0),
             (2, [[256, 100, 100], [512]], 512, True, (0,), 0.0),
-            (4, [[900, 256, 400], [512, 30]], 2048, True, (0, 130), 2.0),
         ],
         0,
+    )
+    + mostly(
+        pytest.mark.exhaustive, [(4, [[900, 256, 400], [512, 30]], 2048, True, (0, 130), 2.0)]
     ),
 )
 def test_splash_of_rows_split_over_devices_is_dense(
@@ -841,7 +837,7 @@ def test_rows_of_32k_tokens_need_no_square_of_their_length():
     assert long < 32_768**2 / 8
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_row_of_32k_tokens_runs_and_split_over_devices_it_is_the_same():
     """The row is one sequence; its columns lie on one device and on eight, forward and backward."""
     spec, length = ModelSpec(40, 16, 1, 2, 1, 8, 24, tied=True), 32_768

@@ -20,6 +20,7 @@ from deltapref_jax.models.parameters import parameters
 from deltapref_jax.models.sharding import shardings
 from deltapref_jax.models.stored import open_folder, stored_shape
 from deltapref_jax.models.weights import abstract, assemble
+from tests.marks import mostly
 from tests.models.family_checks import (
     BOUNDS,
     CASES,
@@ -47,26 +48,27 @@ def case(request):
 
 FEW = pytest.mark.parametrize(
     "case",
-    [
-        name
-        if name in ("llama", "phi3", "qwen3-moe", "gpt-oss")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-    ],
+    mostly(
+        pytest.mark.exhaustive,
+        CASES,
+        *map(CASES.index, ("llama", "gemma3", "phi3", "qwen3-moe", "gpt-oss")),
+    ),
     indirect=True,
 )
-"""All fixtures, of which a few alone are not slow."""
+"""Families that differ the most, and all others where every case of every test is wanted."""
 
 
 def test_logits_are_those_of_transformers(case):
     assert logits_difference(case) <= BOUNDS[logits_difference]
 
 
+@FEW
 @pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is(case):
     assert bfloat16_ratio(case) <= BOUNDS[bfloat16_ratio]
 
 
+@FEW
 @pytest.mark.slow
 def test_weights_in_the_dtype_of_the_computation_change_no_bit(case):
     """They are cast before products anyway, and norms stay float32."""
@@ -80,11 +82,13 @@ def test_weights_in_the_dtype_of_the_computation_change_no_bit(case):
         np.testing.assert_array_equal(np.asarray(logits_of(graphdef, state, *row)), cast)
 
 
+@FEW
 @pytest.mark.slow
 def test_packed_rows_have_the_logits_of_their_sequences(case):
     assert packed_difference(case) <= BOUNDS[packed_difference]
 
 
+@FEW
 @pytest.mark.slow
 def test_a_shared_prompt_changes_no_logit(case):
     difference = shared_difference(case)
@@ -110,16 +114,19 @@ def test_greedy_decoding_in_a_cache_gives_the_same_tokens(case):
     assert found == greedy.tolist()
 
 
+@FEW
 @pytest.mark.slow
 def test_a_cache_has_the_logits_of_the_full_forward_pass(case):
     assert cached_difference(case) <= BOUNDS[cached_difference]
 
 
+@FEW
 @pytest.mark.slow
 def test_the_gradient_of_a_dpo_step_is_that_of_torch(case):
     assert gradient_difference(case) <= BOUNDS[gradient_difference]
 
 
+@FEW
 @pytest.mark.slow
 def test_eight_devices_have_the_gradient_of_one(case):
     assert devices_difference(case) <= BOUNDS[devices_difference]

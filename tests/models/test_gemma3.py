@@ -100,6 +100,7 @@ def test_log_probabilities_of_every_token(gemma, name):
     np.testing.assert_allclose(got, case["logprobs"], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.exhaustive
 def test_greedy_text_is_the_same(gemma):
     cases = FIXTURE["greedy"]
     tokens = max(len(case["ids"]) for case in cases.values())

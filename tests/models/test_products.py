@@ -21,6 +21,7 @@ from deltapref_jax.models.spec import NO_ADAPTERS, Adapters, ModelSpec
 from deltapref_jax.scoring.logprobs import sequence_logprobs
 from deltapref_jax.scoring.packing import PackedBatch
 from deltapref_jax.scoring.projection import token_logprobs
+from tests.marks import mostly
 
 SPEC = ModelSpec(200, 64, 2, 8, 4, 16, 128, tied=False, biases=("q", "down"))
 ADAPTED = Adapters(4, ("q", "k", "v", "o", "gate", "up", "down"))
@@ -71,10 +72,16 @@ def distance(a, b):
 
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
 QUICK = (2, 2, 2, 1)
+FEW = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2)]
 
 
 @pytest.mark.parametrize(
-    "shape", [QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES if s != QUICK)]
+    "shape",
+    [
+        QUICK,
+        *mostly(pytest.mark.slow, [(shape,) for shape in FEW]),
+        *mostly(pytest.mark.exhaustive, [(s,) for s in SHAPES if s not in (QUICK, *FEW)]),
+    ],
 )
 def test_a_mesh_is_one_device_in_bfloat16_within_the_distance_of_float32(shape):
     exact, single = result(None, "float32"), result(None, "bfloat16")

@@ -24,6 +24,7 @@ from deltapref_jax.models.sharding import BATCH, RULES, path_name, shardings, sp
 from deltapref_jax.models.spec import Experts, ModelSpec
 from deltapref_jax.models.stored import open_folder
 from deltapref_jax.models.weights import abstract, assemble, quantised_state
+from tests.marks import mostly
 
 HERE = Path(__file__).parent / "families"
 CASES = sorted(folder.name for folder in HERE.iterdir())
@@ -70,6 +71,13 @@ def dequantise(flat, p, original):
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
     return case_of(request.param)
+
+
+FEW = pytest.mark.parametrize(
+    "case",
+    mostly(pytest.mark.exhaustive, CASES, *map(CASES.index, ("llama", "gemma3", "qwen3-moe"))),
+    indirect=True,
+)
 
 
 def logits_from(model, hidden):
@@ -229,6 +237,7 @@ def test_the_forward_pass_is_that_of_dequantised_weights(case):
     np.testing.assert_allclose(ours[used], theirs[used], rtol=0, atol=5e-5)
 
 
+@FEW
 @pytest.mark.slow
 def test_a_cache_has_the_logits_of_the_full_forward_pass(case):
     tokens, half = case.rows[0], 20
@@ -259,6 +268,7 @@ def test_eight_devices_have_the_weights_of_one(case, shape, request):
         assert ours.dtype == whole.dtype
 
 
+@FEW
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [{"fsdp": 2, "tensor": 2, "context": 2}, {"fsdp": 2, "tensor": 4}], ids=str

@@ -179,6 +179,7 @@ def test_packed_rows_give_the_same_sums(smollm2, one_device, rows, length):
             )
 
 
+@pytest.mark.exhaustive
 def test_greedy_text_is_the_same(smollm2):
     tokens = max(len(case["ids"]) for case in GREEDY.values())
     engine = Engine(

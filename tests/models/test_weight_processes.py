@@ -13,6 +13,8 @@ import sys
 
 import pytest
 
+from tests.marks import mostly
+
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 FAMILIES = pathlib.Path(__file__).parent / "families"
@@ -108,7 +110,9 @@ def folder(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2:tensor=4", "data=2:fsdp=4"])
+@pytest.mark.parametrize(
+    "mesh", mostly(pytest.mark.exhaustive, ["fsdp=8", "fsdp=2:tensor=4", "data=2:fsdp=4"], 1)
+)
 def test_a_process_reads_the_bytes_of_its_devices_and_holds_little_beside(folder, mesh):
     arguments = ["-m", "launch.bench_weights", "--run=part", f"--folder={folder}", f"--mesh={mesh}"]
     for out in run(2, arguments):

@@ -17,6 +17,7 @@ from deltapref_jax.models.weights import LoadedModel, abstract
 from deltapref_jax.records import digest
 from deltapref_jax.sampling import plan, programs
 from deltapref_jax.sampling.engine import Engine, Request
+from tests.marks import mostly
 
 SPEC = ModelSpec(vocab=40, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48)
 END = (3, 11)
@@ -285,7 +286,16 @@ def test_slots_that_devices_cannot_share_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "width", "heads"),
-    [((1, 1, 1, 1), 128, 4), ((2, 1, 2, 1), 128, 4), ((1, 1, 1, 1), 32, 1), ((2, 1, 2, 1), 64, 2)],
+    mostly(
+        pytest.mark.exhaustive,
+        [
+            ((1, 1, 1, 1), 128, 4),
+            ((2, 1, 2, 1), 128, 4),
+            ((1, 1, 1, 1), 32, 1),
+            ((2, 1, 2, 1), 64, 2),
+        ],
+        *(1, 2),
+    ),
 )
 def test_decoding_as_on_a_tpu_gives_the_same_traces(shape, width, heads, monkeypatch):
     """The kernel that reads live tiles, its program run in XLA; traces cross a border of tiles."""

@@ -16,6 +16,7 @@ from deltapref_jax.training import step as programs
 from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.loop import _hyper, train_step
 from deltapref_jax.training.state import Optimizer, init_state
+from tests.marks import mostly
 
 
 def same_run(one, other):
@@ -27,7 +28,7 @@ def same_run(one, other):
         assert row == pytest.approx(again, rel=2e-4, abs=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", mostly(pytest.mark.exhaustive, ["dpo", "kto"], 0))
 def test_one_two_or_eight_micro_batches_on_one_or_eight_devices(program, tmp_path, kind):
     one, spread = make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(2, 2, 2))
     assert [len(program.data(kind, rows)(0).micros) for rows in (32, 16, 4)] == [1, 2, 8]

@@ -20,6 +20,7 @@ from deltapref_jax.training import step as programs
 from deltapref_jax.training.loop import Run, train, train_step
 from deltapref_jax.training.objectives import Hyper
 from deltapref_jax.training.state import Optimizer, init_state
+from tests.marks import mostly
 
 LORA = Lora(4, 8.0)
 
@@ -176,7 +177,7 @@ def run(
     return jax.device_get(trained)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_micro_batches_and_devices_do_not_matter(program, base, one_device, tmp_path):
     whole = run(program, base, tmp_path / "whole", one_device)
     spread = make_mesh(MeshShape(2, 2, 2))
@@ -189,7 +190,7 @@ def test_micro_batches_and_devices_do_not_matter(program, base, one_device, tmp_
     assert first["rewards/margins"] != last["rewards/margins"]
 
 
-@pytest.mark.parametrize("moments", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", mostly(pytest.mark.exhaustive, ["float32", "bfloat16"], 0))
 def test_resumed_is_uninterrupted_and_another_base_is_refused(
     program, base, one_device, tmp_path, moments
 ):

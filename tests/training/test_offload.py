@@ -18,6 +18,7 @@ from deltapref_jax.training.loop import Run, train, train_step
 from deltapref_jax.training.shapes import step_programs
 from deltapref_jax.training.state import Optimizer, init_state
 from deltapref_jax.training.step import programs
+from tests.marks import mostly
 
 FULL, LORA, ONE = Lora(), Lora(4, 8.0), MeshShape(1)
 OBJECTIVE = Objective(name="dpo", kind="dpo", learning_rate=1e-3)
@@ -60,7 +61,11 @@ def assert_equal(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moments", "lora", "devices"),
-    [("float32", FULL, 8), ("bfloat16", FULL, 8), ("bfloat16", LORA, 8), ("float32", LORA, 1)],
+    mostly(
+        pytest.mark.exhaustive,
+        [("float32", FULL, 8), ("bfloat16", FULL, 8), ("bfloat16", LORA, 8), ("float32", LORA, 1)],
+        *(0, 2),
+    ),
 )
 def test_a_run_is_that_of_moments_on_the_devices_bit_for_bit(
     program, tmp_path, moments, lora, devices

@@ -14,6 +14,7 @@ from deltapref_jax.training.checkpoint import read_metrics
 from deltapref_jax.training.data import Group, ReferencedSequence, pack_step
 from deltapref_jax.training.loop import Run, train
 from deltapref_jax.training.state import Optimizer, learning_rate
+from tests.marks import mostly
 
 PAIRS = 8
 
@@ -68,7 +69,7 @@ def same(a, b, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize("kind", mostly(pytest.mark.exhaustive, ["dpo", "kto", "sft"], 1))
 def test_micro_batches_and_devices_do_not_matter(tiny, one_device, tmp_path, kind):
     params, _, metrics = run(tiny, kind, 16, one_device, tmp_path / "one")
     assert len(data(kind, tiny.spec.vocab, 16)(0).micros) < len(
@@ -185,10 +186,7 @@ def test_learning_rate_warms_up_from_zero_and_ends_at_the_floor():
     np.testing.assert_allclose(learning_rate(10, 10, 1.0, 0, "cosine", 0.1), 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["kto", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "sft"))],
-)
+@pytest.mark.parametrize("kind", mostly(pytest.mark.exhaustive, ["kto", "dpo", "sft"], 0))
 def test_a_step_sends_nothing_to_the_devices_unasked(tiny, one_device, tmp_path, kind, monkeypatch):
     """Whichever array of a step is left on the host, training stops: the transfer guard is on."""
     sent, shard = [], loop.shard
