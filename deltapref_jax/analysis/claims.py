@@ -1,13 +1,21 @@
 """Claims in words: what is compared, what became of it, and whether one rung decides it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from deltapref_jax.analysis.arm_words import arm_words, run_words
-from deltapref_jax.analysis.findings import DOMAIN_WORDS, p_words, points
+from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed, p_words, points
 from deltapref_jax.analysis.page import Measured
 from deltapref_jax.analysis.statistics import Estimate
-from deltapref_jax.config import Arm, Claim, Experiment, is_balanced, judge_of, uses_ratings
+from deltapref_jax.config import (
+    Arm,
+    Claim,
+    Experiment,
+    is_balanced,
+    judge_of,
+    ladder_of,
+    uses_ratings,
+)
 
 RUNG_RULE = (
     "A slope hangs on a rung where the slope of the other rungs lies outside of its interval; the "
@@ -32,12 +40,21 @@ def claim_words(claim: Claim) -> str:
     return f"{claim.a} against the student before training, {domain}"
 
 
-def claim_about(claim: Claim, e: Experiment) -> str:
-    """What the arms of a claim are, for a reader who does not know their names."""
+def claim_about(claim: Claim, e: Experiment, rungs: Collection[str] = ()) -> str:
+    """What the arms of a claim are, for a reader who does not know their names.
+
+    Args:
+      claim: of the config.
+      e: the config.
+      rungs: arms that a slope is over; those of the config that are missing are named.
+    """
     if claim.kind == "slope":
+        of_config = [a.name for a in ladder_of(e, claim.objective)]
+        missing = [name for name in of_config if name not in rungs]
+        some = f"; over {len(rungs)} of its {len(of_config)} rungs, without {listed(missing)}"
         return (
             "arms whose chosen traces have a stronger author, against how much stronger it is than "
-            "the rejected traces' author"
+            f"the rejected traces' author{some if rungs and missing else ''}"
         )
     named = {a.name: a for a in e.arms}
     arms = [named[name] for name in (claim.a, claim.b) if name in named]

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 
 from deltapref_jax.analysis.arm_words import data_words, measure_words, share_words, step_words
@@ -274,36 +275,48 @@ def _greedy(s: Summary) -> list[Finding]:
     """What greedy decoding takes from the changes that were shown, and what became sharper."""
     sentences = []
     before = s.student.surprise if s.student else math.nan
+    claimed = {name for c in s.claims for name in (c.claim.a, c.claim.b)}
     for twin in (r for r in s.readouts if r.greedy_twin):
         shown = [a for a in s.arms if a.changes[twin.domain].shown]
-        kept = [
+        if not shown:
+            continue
+        kept = {
+            a.name: twin.changes[a.name].estimate.value / twin.sampled[a.name].value
+            for a in shown
+            if twin.sampled[a.name].value
+        }
+        some = len(twin.read_again) < twin.averaged
+        over = (
+            f", over the {len(twin.read_again)} of {twin.averaged} suites that were answered "
+            f"greedily too ({listed(twin.read_again)}),"
+        )
+        of_all = (
+            f"greedy decoding keeps {min(kept.values()):.0%} to {max(kept.values()):.0%} of the "
+            f"{len(kept)} changes that are shown as sampled, {statistics.median(kept.values()):.0%}"
+            f" in the middle; sampled minus greedy is shown for "
+            f"{sum(twin.lost[name].shown for name in kept)} of them. "
+            if len(kept) > 1
+            else ""
+        )
+        # Arms of claims first, then those of which it keeps the least.
+        first = sorted(shown, key=lambda a: (a.name not in claimed, kept.get(a.name, -math.inf)))
+        arms = [
             f"{a.name} changed {twin.sampled[a.name].value:+.1f} points sampled and "
             f"{points(twin.changes[a.name].estimate)} greedy"
-            f"{_kept(twin.sampled[a.name].value, twin.changes[a.name].estimate.value)}, sampled "
+            f"{f' ({kept[a.name]:.0%} of it)' if kept.get(a.name, 0) > 0 else ''}, sampled "
             f"minus greedy {points(twin.lost[a.name].estimate)} "
             f"({'' if twin.lost[a.name].shown else 'not '}shown, adjusted p "
             f"{p_words(twin.lost[a.name].p_adjusted)}); its answers "
             f"{a.surprise - before:+.3f} nats a token"
-            for a in shown
+            for a in first[:_MOST]
         ]
-        if kept:
-            some = len(twin.read_again) < twin.averaged
-            over = (
-                f", over the {len(twin.read_again)} of {twin.averaged} suites that were answered "
-                f"greedily too ({listed(twin.read_again)}),"
-            )
-            text = (
-                f"{DOMAIN_WORDS[twin.domain]}{over * some} {'. '.join(kept[:_MOST])}"
-                f"{f'. {len(kept) - _MOST} more in the table' if len(kept) > _MOST else ''} "
-                f"(nats of the student before: {before:.3f})."
-            )
-            sentences.append(Finding("Sampled and greedy", text))
+        text = (
+            f"{DOMAIN_WORDS[twin.domain]}{over * some} {of_all}{'. '.join(arms)}"
+            f"{f'. {len(kept) - _MOST} more in the table' if len(kept) > _MOST else ''} "
+            f"(nats of the student before: {before:.3f})."
+        )
+        sentences.append(Finding("Sampled and greedy", text))
     return sentences
-
-
-def _kept(sampled: float, greedy: float) -> str:
-    """What share of a change greedy decoding keeps, where both are of one sign."""
-    return f" ({greedy / sampled:.0%} of it)" if greedy * sampled > 0 else ""
 
 
 def unmeasured(s: Summary) -> list[str]:
@@ -428,12 +441,12 @@ def _instruments(s: Summary) -> list[Finding]:
     return sentences
 
 
-def judge_sentence(j: JudgeSummary, has_exact: bool) -> str:
+def judge_sentence(j: JudgeSummary, judges: Sequence[JudgeSummary]) -> str:
     """What this judge may be used for.
 
     Args:
       j: the judge.
-      has_exact: whether the study has an exact judge to fall back on.
+      judges: of the study, among them an exact one to fall back on, if it has one.
     """
     measured = j.edited or j.audit
     if measured is None and not j.reliability:
@@ -443,25 +456,40 @@ def judge_sentence(j: JudgeSummary, has_exact: bool) -> str:
         for reason, value in failings(j, d).items():
             reasons.setdefault(reason, []).append(f"{words(d)} {value:.2f}")
     if reasons:
-        useless = sum(bool(failings(j, d)) for d in j.dimensions)
+        useless = [d for d in j.dimensions if failings(j, d)]
         why = "; ".join(f"{reason}: {', '.join(of)}" for reason, of in reasons.items())
-        carried = " The exact judge carries it." if has_exact and j.kind != "exact" else ""
+        exact = [other for other in judges if other.kind == "exact" and other.name != j.name]
+        able = [d for d in useless if any(_carries(other, d) for other in exact)]
+        which = "it" if able == useless else listed([words(d) for d in able])
+        carried = f" The exact judge carries {which}." if able else ""
         return (
-            f"Judge {j.name} cannot carry a conclusion on {useless} of {len(j.dimensions)} "
+            f"Judge {j.name} cannot carry a conclusion on {len(useless)} of {len(j.dimensions)} "
             f"dimensions: {why}.{carried}"
         )
-    auc = measured.auc if measured else {}
-    low = [f"{words(d)} ({a.value:.2f})" for d, a in auc.items() if a.value < WANTED_AUC]
+    found = {d: a.value for d, a in measured.auc.items()} if measured else {}
+    auc = {d: value for d, value in found.items() if not math.isnan(value)}
+    if not auc:
+        return (
+            f"Judge {j.name} keeps its gaps under other wordings of its rubric; it was not "
+            "measured against known corruption."
+        )
+    low = [f"{words(d)} ({value:.2f})" for d, value in auc.items() if value < WANTED_AUC]
     if low:
         return (
             f"Judge {j.name} is usable but weak, with an AUC below {WANTED_AUC}, on {listed(low)}."
         )
     texts = "edited traces from the traces as they were" if j.edited else "corrupted solutions"
-    lowest = min((a.value for a in auc.values()), default=math.nan)
+    rest = [words(d) for d in j.dimensions if d not in auc]
+    which = f"the other dimensions than {listed(rest)}" if rest else "every dimension"
     return (
-        f"Judge {j.name} tells {texts} in every dimension (lowest AUC {lowest:.2f}; {WANTED_AUC} "
-        "was wanted)."
+        f"Judge {j.name} tells {texts} in {which} (lowest AUC {min(auc.values()):.2f}; "
+        f"{WANTED_AUC} was wanted).{' Those were not measured.' if rest else ''}"
     )
+
+
+def _carries(judge: JudgeSummary, by: str) -> bool:
+    """Whether a judge rates a dimension and nothing that was measured is below the bar."""
+    return by in judge.dimensions and not failings(judge, by)
 
 
 def mark_names(text: str, doubted: Collection[str]) -> str:

@@ -191,7 +191,7 @@ def _claims(
             ClaimByStudent(
                 claim=claim,
                 what=claim_words(claim),
-                about=claim_about(claim, e),
+                about=claim_about(claim, e, ladders.get(claim.objective, {}).get("rungs", {})),
                 unit="points per 10 points of generator delta"
                 if claim.kind == "slope"
                 else "points",

@@ -54,6 +54,7 @@ from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     RANKED,
     TUNING,
+    UNJUDGED,
     Arm,
     Claim,
     Experiment,
@@ -132,8 +133,7 @@ def summarise(study: Study) -> Summary:
         a.doubt = judges.doubt(study.experiment, a.arm, s.judges)
     s.stages = _stages(study.distinct_artifacts)
     s.dropped = _dropped(study.distinct_artifacts)
-    has_exact = any(j.kind == "exact" for j in s.judges)
-    s.judge_sentences = [judge_sentence(j, has_exact) for j in s.judges]
+    s.judge_sentences = [judge_sentence(j, s.judges) for j in s.judges]
     s.findings = findings(s)
     s.unmeasured = unmeasured(s)
     _mark(s)
@@ -484,7 +484,7 @@ def _claims(e: Experiment, ladders: Mapping[str, Ladder], effects: EffectsBy) ->
         ClaimResult(
             claim,
             claim_words(claim),
-            claim_about(claim, e),
+            claim_about(claim, e, rungs.get(claim.objective, {})),
             measured.get(i),
             "points per 10 points of generator delta" if claim.kind == "slope" else "points",
             claim_verdict(claim, measured.get(i)),
@@ -611,6 +611,8 @@ def _survival(study: Study, arms: Sequence[ArmSummary], effects: EffectsBy) -> l
         for b in shaped[i + 1 :]
         if a.pair_judge != b.pair_judge
         and differing(study.experiment, a.arm, b.arm) <= {"judge", "direction"}
+        # A judge who directs pairs does more than one who ranks them.
+        and (a.arm.direction in UNJUDGED) == (b.arm.direction in UNJUDGED)
     ]
     differences = _differences([(a.name, b.name, "") for a, b in compared], effects)
     survival = []

@@ -772,10 +772,17 @@ def test_a_domain_that_is_read_again_greedily_is_one_read_out(study):
     shown = [a for a in s.arms if a.changes["in"].shown]
     assert shown and len(texts) == 1
     assert f"{shown[0].name} changed" in texts[0] and "+15.0" in texts[0]
+    page = render(study, s, {}, {})
+    assert page.count("<th>sampled minus greedy</th>") == 1
+    lost = found.lost[s.arms[-1].name].estimate
+    assert f"{lost.value:+.1f}" in page[page.index("sampled minus greedy</th>") :]
 
 
 def test_a_twin_of_some_suites_says_what_greedy_keeps_of_these(study):
-    """One of two suites has a twin, and the domain's change is not the change of that suite."""
+    """One of two suites has a twin, and the domain's change is not the change of that suite.
+
+    It keeps less of every arm than of the one before, and the least comes first.
+    """
     e = study.experiment
     (suite,) = [s for s in e.suites if s.domain == "in"]
     other = dataclasses.replace(suite, name="more", prompts=Prompts(tasks=("chain",), count=40))
@@ -792,20 +799,28 @@ def test_a_twin_of_some_suites_says_what_greedy_keeps_of_these(study):
 
     study.student = with_rows(study.student, 10, 20)
     study.results = {
-        arm: {run: with_rows(t, 30, 26) for run, t in runs.items()}
-        for arm, runs in study.results.items()
+        arm: {run: with_rows(t, 30, 32 - 2 * i) for run, t in runs.items()}
+        for i, (arm, runs) in enumerate(study.results.items())
     }
     s = summarise(study)
     (found,) = s.readouts
     assert (found.suite, found.greedy_twin) == ("more-greedy", True)
     assert (found.read_again, found.averaged) == (["more"], 2)
     (text,) = (f.text for f in s.findings if f.topic == "Sampled and greedy")
-    shown = next(a for a in s.arms if a.changes["in"].shown)
-    assert f"{shown.changes['in'].estimate.value:+.1f}" != "+50.0"
+    shown = [a for a in s.arms if a.changes["in"].shown]
+    kept = {a.name: 2 * (12 - 2 * i) / 40 for i, a in enumerate(s.arms) if a in shown}
+    assert len(kept) > 1 and list(study.results) == [a.name for a in s.arms]
+    assert f"{shown[0].changes['in'].estimate.value:+.1f}" != "+50.0"
     assert text.startswith(
         "in domain, over the 1 of 2 suites that were answered greedily too (more), "
-        f"{shown.name} changed +50.0 points sampled and +15.0 ["
+        f"greedy decoding keeps {min(kept.values()):.0%} to {max(kept.values()):.0%} of the "
+        f"{len(kept)} changes that are shown as sampled"
     )
+    named = re.findall(
+        r"(\S+) changed \+50\.0 points sampled and \+\S+ \[[^]]*\] greedy \((\d+)%", text
+    )
+    # A claim names the first two.
+    assert named == [("random", "30"), ("top", "40"), ("sft", "20"), ("dpo-strong", "50")]
 
 
 def test_answers_have_the_mean_surprise_of_their_tokens(study):
@@ -906,11 +921,13 @@ def test_what_a_judge_may_be_used_for():
     auc = {d: Estimate(0.9, 0.8, 1.0) for d in DIMENSIONS}
     nan = Estimate(math.nan, math.nan, math.nan)
 
-    def sentence(audit, has_exact=True):
-        judge = JudgeSummary(
-            "j", "model", "", 1, DIMENSIONS, {}, 1.0, nan, math.nan, math.nan, audit
-        )
-        return judge_sentence(judge, has_exact)
+    def judge(audit, name="j", kind="model"):
+        return JudgeSummary(name, kind, "", 1, DIMENSIONS, {}, 1.0, nan, math.nan, math.nan, audit)
+
+    def sentence(audit, *others):
+        return judge_sentence(judge(audit), [judge(audit), *others])
+
+    exact = judge(None, "exact", "exact")
 
     good = JudgeAudit(auc, 0.9, {}, {})
     assert "in every dimension (lowest AUC 0.90; 0.8 was wanted)" in sentence(good)
@@ -922,8 +939,19 @@ def test_what_a_judge_may_be_used_for():
     assert "on 5 of 5 dimensions: its AUC on corrupted solutions is below 0.65: fact" in sentence(
         blind
     )
-    assert sentence(blind).endswith("noise 0.55. The exact judge carries it.")
-    assert sentence(blind, has_exact=False).endswith("noise 0.55.")
+    assert sentence(blind, exact).endswith("noise 0.55. The exact judge carries it.")
+    assert sentence(blind).endswith("noise 0.55.")
+    # An exact judge with noise of its own is below the bar too, in all or in some dimensions.
+    assert sentence(blind, judge(blind, "exact", "exact")).endswith("noise 0.55.")
+    some = dataclasses.replace(good, auc=auc | {"factuality": Estimate(0.5, 0.4, 0.6)})
+    able = [d.replace("_", " ") for d in DIMENSIONS if d != "factuality"]
+    assert sentence(blind, judge(some, "exact", "exact")).endswith(
+        f" The exact judge carries {', '.join(able[:-1])} and {able[-1]}."
+    )
+    part = dataclasses.replace(good, auc={d: auc[d] for d in DIMENSIONS[:3]})
+    rest = " and ".join(d.replace("_", " ") for d in DIMENSIONS[3:])
+    assert f"in the other dimensions than {rest} (lowest AUC 0.90; " in sentence(part)
+    assert sentence(part).endswith("Those were not measured.")
     assert "was measured neither" in sentence(None)
 
 
@@ -964,6 +992,28 @@ def ladder_study(study):
         study.results[arm] = {Run(0, 0): evaluated((0.3, 0.45, 0.8, 0.1, 0.9, 0.95)[i], 50 + i)}
     study.experiment.claims = (Claim(kind="slope", objective="dpo", domain="in", margin=0.5),)
     return study
+
+
+def test_a_slope_of_some_rungs_says_which_are_missing(study):
+    """A fourth rung of the config was not run."""
+    study = ladder_study(study)
+    s = summarise(study)
+    assert "rungs" not in s.claims[0].about
+    absent = dataclasses.replace(study.experiment.arms[0], name="absent", rejected="strong")
+    study.experiment.arms += (absent,)
+    (claim,) = (s := summarise(study)).claims
+    assert claim.about.endswith("; over 3 of its 4 rungs, without absent")
+    assert s.left_out == ["absent"]
+
+
+def test_judges_are_compared_where_both_direct_pairs_or_both_rank_them(study):
+    top = next(a for a in study.experiment.arms if a.name == "top")
+    ranked = dataclasses.replace(top, judge="model", name="ranked")
+    directed = {
+        f"by-{j}": dataclasses.replace(top, direction=j, name=f"by-{j}") for j in ("exact", "model")
+    }
+    s = summarise(with_arms(study, ranked, *directed.values()))
+    assert [(c.a, c.b) for c in s.survival] == [("top", "ranked"), ("by-exact", "by-model")]
 
 
 def test_slope_claim_and_figure_are_of_the_same_rungs(study):
