@@ -24,6 +24,7 @@ from deltapref_jax.training.loop import Run
 from deltapref_jax.training.shapes import step_programs
 from deltapref_jax.training.state import Optimizer
 from deltapref_jax.validation import validate, validate_model_zoo, validate_pair_training
+from tests.marks import mostly
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_CONFIGS = ("__init__", "by_size")  # modules that hold no config themselves
@@ -199,7 +200,11 @@ def test_studies_are_planned(study):
     assert {a.objective for a in study.arms} == {o.name for o in study.objectives}
 
 
-@pytest.mark.parametrize("study", STUDIES, indirect=True)
+@pytest.mark.parametrize(
+    "study",
+    mostly(pytest.mark.slow, STUDIES, *map(STUDIES.index, ("delta_grid", "qwen_30b_a3b"))),
+    indirect=True,
+)
 def test_programs_of_studies_are_traced(study, one_device):
     labels = trace(
         study_programs(

@@ -37,6 +37,7 @@ from deltapref_jax.stages.pairs_file import check, plan
 from deltapref_jax.synthetic import world
 from deltapref_jax.validation import validate_pair_training
 from launch.trained import show
+from tests.marks import mostly
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LOG_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
@@ -146,14 +147,18 @@ def weights(workspace, policy):
 
 @pytest.mark.parametrize(
     ("format", "kind", "ending", "loss"),
-    [
-        ("text", "dpo", "jsonl", np.log(2)),
-        ("messages", "dpo_norm", "parquet", np.log(2)),
-        ("conversations", "kto", "jsonl", 0.5),
-        ("unpaired", "kto", "parquet", 0.5),
-        ("ids", "dpo", "parquet", np.log(2)),
-        ("unpaired ids", "kto", "jsonl", 0.5),
-    ],
+    mostly(
+        pytest.mark.slow,
+        [
+            ("text", "dpo", "jsonl", np.log(2)),
+            ("messages", "dpo_norm", "parquet", np.log(2)),
+            ("conversations", "kto", "jsonl", 0.5),
+            ("unpaired", "kto", "parquet", 0.5),
+            ("ids", "dpo", "parquet", np.log(2)),
+            ("unpaired ids", "kto", "jsonl", 0.5),
+        ],
+        *(1, 2, 5),
+    ),
 )
 def test_every_format_trains_from_the_references_own_loss(
     pair_training, format, kind, ending, loss

@@ -13,6 +13,7 @@ from deltapref_jax.config import OBJECTIVE_KINDS, ConfigError, Lora, Objective, 
 from deltapref_jax.models.weights import load
 from deltapref_jax.records import LogProb, Pair, digest
 from deltapref_jax.stages.train import Policy
+from tests.marks import mostly
 
 LOCAL_ROWS = 8
 
@@ -67,13 +68,17 @@ def matched(bench, table):
 
 @pytest.mark.parametrize(
     ("kind", "loss"),
-    [
-        ("dpo", math.log(2)),
-        ("dpo_norm", math.log(2)),
-        ("ipo", 25),
-        ("kto", 0.5),
-        ("apo_zero_unpaired", 0.5),
-    ],
+    mostly(
+        pytest.mark.slow,
+        [
+            ("dpo", math.log(2)),
+            ("dpo_norm", math.log(2)),
+            ("ipo", 25),
+            ("kto", 0.5),
+            ("apo_zero_unpaired", 0.5),
+        ],
+        *(0, 3),
+    ),
 )
 def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kind, loss):
     node = arm(bench, traces, kind)
@@ -97,7 +102,9 @@ def test_the_first_loss_is_that_of_the_reference_itself(bench, traces, tiny, kin
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("dpo", math.log(2)), ("kto", 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "loss"), mostly(pytest.mark.slow, [("dpo", math.log(2)), ("kto", 0.5)], 1)
+)
 def test_adapters_start_at_their_base_and_are_exported_merged_and_alone(
     bench, traces, tiny, kind, loss
 ):

@@ -90,7 +90,7 @@ def test_sigterm_to_one_process_makes_both_save_the_same_step_and_exit(program, 
     )
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", mostly(pytest.mark.slow, ["dpo", "kto"], 1))
 def test_twenty_arms_compile_once(program, one_device, kind):
     """Learning rate, beta and weights are arguments of the compiled functions, not constants."""
     steps = programs.programs(
