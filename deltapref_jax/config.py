@@ -37,6 +37,7 @@ UNJUDGED = ("generator", "coin")  # directions of pairs that no judge gives
 CLAIM_KINDS = ("change", "contrast", "slope")
 DOMAINS = ("in", "out")
 BUDGETS = ("steps", "epochs")
+GROUPS = ("ladder", "selection", "control")
 TUNING = "tuning"
 READOUTS = ("", "accuracy", "pass", TUNING)
 OVER_LENGTHS = ("error", "drop", "truncate")
@@ -378,7 +379,7 @@ class Arm(Fields):
     pairs_per_step: int = 0
     # Peak; 0: the objective's.
     learning_rate: float = 0.0
-    # Figure that the arm belongs to: "ladder", "selection" or "control".
+    # Figure that the arm belongs to, one of GROUPS.
     group: str = "ladder"
 
     @property
@@ -644,6 +645,11 @@ def judge_of(experiment: Experiment, arm: Arm) -> str:
 def samples_of(arm: Arm) -> tuple[str, str]:
     """Which samples become the chosen and the rejected trace."""
     return arm.chosen_sample, arm.rejected_sample
+
+
+def sides_of(arm: Arm) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Generator and sample of the chosen and of the rejected traces."""
+    return (arm.chosen, arm.chosen_sample), (arm.rejected, arm.rejected_sample)
 
 
 def uses_ratings(arm: Arm) -> bool:

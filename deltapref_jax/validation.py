@@ -22,6 +22,7 @@ from deltapref_jax.config import (
     CLAIM_KINDS,
     DIMENSIONS,
     DTYPES,
+    GROUPS,
     JUDGE_KINDS,
     KEEPS,
     LORA_TARGETS,
@@ -743,7 +744,7 @@ def _check_arms(e: Experiment) -> None:
         _check_named(f"keep {where}", a.keep, KEEPS, SELECTION)
         check_choice(f"stratum {where}", a.stratum, STRATA)
         check_choice(f"objective {where}", a.objective, [o.name for o in e.objectives])
-        check_choice(f"group {where}", a.group, ("ladder", "selection", "control"))
+        check_choice(f"group {where}", a.group, GROUPS)
         _check_range(f"fraction {where}", a.fraction, 1e-9, 1)
         everything = "its keep is 'all'"
         _refuse_unread(f"fraction {where}", a.fraction, 1.0, a.keep != "all", everything)
