@@ -574,9 +574,9 @@ class Experiment(Fields):
     # Strata whose arms share their prompts: those that have a pair in every one of them, for which
     # several samples of the generators are looked through; (): an arm uses what its stratum has.
     shared_strata: tuple[str, ...] = ()
-    # Of BALANCES: what has the same joint distribution on every rung of the ladder (the arms of
-    # group "ladder", which keep as many random pairs as that allows): the verdicts of chosen and
-    # rejected, or the length of the chosen traces; "": rungs keep all pairs.
+    # Of BALANCES: what has the same joint distribution on every rung of the ladders
+    # (docs/arms.md#rungs), which keep as many random pairs as that allows: the verdicts of chosen
+    # and rejected, or the length of the chosen traces; "": rungs keep all pairs.
     balance: str = ""
     # What every model is evaluated on.
     suites: tuple[Suite, ...] = ()
@@ -669,7 +669,7 @@ def unread_ratings(arm: Arm) -> set[str]:
 
 def is_balanced(e: Experiment, arm: Arm) -> bool:
     """Whether `arm` is a rung of a balanced ladder."""
-    return bool(e.balance) and arm.group == "ladder"
+    return bool(e.balance) and arm in ladder_of(e, arm.objective)
 
 
 def draws_pairs(e: Experiment, arm: Arm) -> bool:
@@ -752,7 +752,8 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     """The claims of a study: its own, or the two questions of the field out of domain.
 
     They are the slope of the first ladder of three arms or more, and the first arm of top pairs
-    minus the arm of as many random ones; in domain where no suite is out of it.
+    minus the arm of as many random ones; in domain where no suite is out of it. Without a suite in
+    domain there is no slope, because the generator delta is measured there.
     """
     if e.claims:
         return e.claims
@@ -760,7 +761,7 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     slopes = [
         Claim(kind="slope", objective=o, domain=domain, margin=0.5)
         for o in dict.fromkeys(a.objective for a in e.arms if a.group == "ladder")
-        if len(ladder_of(e, o)) > 2
+        if "in" in domains_of(e.suites) and len(ladder_of(e, o)) > 2
     ]
     contrasts = [
         Claim(kind="contrast", a=a.name, b=b.name, domain=domain)

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from deltapref_jax.analysis import effects as fx
@@ -964,6 +965,28 @@ def ladder_study(study):
         study.results[arm] = {Run(0, 0): evaluated((0.3, 0.45, 0.8, 0.1, 0.9, 0.95)[i], 50 + i)}
     study.experiment.claims = (Claim(kind="slope", objective="dpo", domain="in", margin=0.5),)
     return study
+
+
+def test_without_a_suite_in_domain_the_page_says_why_there_is_no_slope(study):
+    study = ladder_study(study)
+    outside = tuple(suite for suite in study.experiment.suites if suite.domain == "out")
+    study.experiment = dataclasses.replace(study.experiment, suites=outside, claims=())
+
+    def out(table):
+        return table.filter(pc.equal(table["domain"], "out"))
+
+    study.student = out(study.student)
+    study.capability = {name: out(table) for name, table in study.capability.items()}
+    study.results = {
+        name: {run: out(table) for run, table in runs.items()}
+        for name, runs in study.results.items()
+    }
+    s = summarise(study)
+    assert s.domains == ["out"] and not s.ladders["dpo"].rungs
+    assert [c.claim.kind for c in s.claims] == ["contrast"]
+    why = "the generator delta is measured in domain, where no suite is averaged"
+    assert [left for name, left in s.ladders["dpo"].left_out.items() if "dpo" in name] == [why] * 3
+    assert any(f"dpo-strong ({why})" in text for text in s.unmeasured)
 
 
 def test_slope_claim_and_figure_are_of_the_same_rungs(study):
