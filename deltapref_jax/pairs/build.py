@@ -89,8 +89,9 @@ def build(
     # Which prompts are dropped depends on which side is rejected.
     meeting = rules
     if rules.exchanged:
-        sides = {"chosen": rules.rejected, "rejected": rules.chosen}
-        meeting = dataclasses.replace(rules, **sides, samples=rules.samples[::-1])
+        meeting = dataclasses.replace(
+            rules, chosen=rules.rejected, rejected=rules.chosen, samples=rules.samples[::-1]
+        )
     for prompt in prompt_ids:
         samples = {name: usable[name].get(prompt, []) for name in rules.min_traces}
         candidates = [
