@@ -37,6 +37,7 @@ UNJUDGED = ("generator", "coin")  # directions of pairs that no judge gives
 CLAIM_KINDS = ("change", "contrast", "slope")
 DOMAINS = ("in", "out")
 BUDGETS = ("steps", "epochs")
+GROUPS = ("ladder", "selection", "control")
 TUNING = "tuning"
 READOUTS = ("", "accuracy", "pass", TUNING)
 OVER_LENGTHS = ("error", "drop", "truncate")
@@ -378,7 +379,7 @@ class Arm(Fields):
     pairs_per_step: int = 0
     # Peak; 0: the objective's.
     learning_rate: float = 0.0
-    # Figure that the arm belongs to: "ladder", "selection" or "control".
+    # Figure that the arm belongs to, one of GROUPS.
     group: str = "ladder"
 
     @property
@@ -573,9 +574,9 @@ class Experiment(Fields):
     # Strata whose arms share their prompts: those that have a pair in every one of them, for which
     # several samples of the generators are looked through; (): an arm uses what its stratum has.
     shared_strata: tuple[str, ...] = ()
-    # Of BALANCES: what has the same joint distribution on every rung of the ladder (the arms of
-    # group "ladder", which keep as many random pairs as that allows): the verdicts of chosen and
-    # rejected, or the length of the chosen traces; "": rungs keep all pairs.
+    # Of BALANCES: what has the same joint distribution on every rung of the ladders
+    # (docs/arms.md#rungs), which keep as many random pairs as that allows: the verdicts of chosen
+    # and rejected, or the length of the chosen traces; "": rungs keep all pairs.
     balance: str = ""
     # What every model is evaluated on.
     suites: tuple[Suite, ...] = ()
@@ -646,6 +647,11 @@ def samples_of(arm: Arm) -> tuple[str, str]:
     return arm.chosen_sample, arm.rejected_sample
 
 
+def sides_of(arm: Arm) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Generator and sample of the chosen and of the rejected traces."""
+    return (arm.chosen, arm.chosen_sample), (arm.rejected, arm.rejected_sample)
+
+
 def uses_ratings(arm: Arm) -> bool:
     """Whether a judge directs or ranks the pairs of `arm`, or chooses their traces."""
     return arm.direction not in UNJUDGED or not unread_ratings(arm)
@@ -663,7 +669,7 @@ def unread_ratings(arm: Arm) -> set[str]:
 
 def is_balanced(e: Experiment, arm: Arm) -> bool:
     """Whether `arm` is a rung of a balanced ladder."""
-    return bool(e.balance) and arm.group == "ladder"
+    return bool(e.balance) and arm in ladder_of(e, arm.objective)
 
 
 def draws_pairs(e: Experiment, arm: Arm) -> bool:
@@ -746,7 +752,8 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     """The claims of a study: its own, or the two questions of the field out of domain.
 
     They are the slope of the first ladder of three arms or more, and the first arm of top pairs
-    minus the arm of as many random ones; in domain where no suite is out of it.
+    minus the arm of as many random ones; in domain where no suite is out of it. Without a suite in
+    domain there is no slope, because the generator delta is measured there.
     """
     if e.claims:
         return e.claims
@@ -754,7 +761,7 @@ def claims_of(e: Experiment) -> tuple[Claim, ...]:
     slopes = [
         Claim(kind="slope", objective=o, domain=domain, margin=0.5)
         for o in dict.fromkeys(a.objective for a in e.arms if a.group == "ladder")
-        if len(ladder_of(e, o)) > 2
+        if "in" in domains_of(e.suites) and len(ladder_of(e, o)) > 2
     ]
     contrasts = [
         Claim(kind="contrast", a=a.name, b=b.name, domain=domain)

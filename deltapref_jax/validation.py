@@ -22,6 +22,7 @@ from deltapref_jax.config import (
     CLAIM_KINDS,
     DIMENSIONS,
     DTYPES,
+    GROUPS,
     JUDGE_KINDS,
     KEEPS,
     LORA_TARGETS,
@@ -743,7 +744,7 @@ def _check_arms(e: Experiment) -> None:
         _check_named(f"keep {where}", a.keep, KEEPS, SELECTION)
         check_choice(f"stratum {where}", a.stratum, STRATA)
         check_choice(f"objective {where}", a.objective, [o.name for o in e.objectives])
-        check_choice(f"group {where}", a.group, ("ladder", "selection", "control"))
+        check_choice(f"group {where}", a.group, GROUPS)
         _check_range(f"fraction {where}", a.fraction, 1e-9, 1)
         everything = "its keep is 'all'"
         _refuse_unread(f"fraction {where}", a.fraction, 1.0, a.keep != "all", everything)
@@ -764,7 +765,7 @@ def _check_arms(e: Experiment) -> None:
             )
         nothing = "nothing of its pairs is drawn"
         _refuse_unread(f"draws {where}", a.draws, (0,), draws_pairs(e, a), nothing)
-        _check_samples(a, generators)
+        _check_samples(e, a, generators)
         _check_range(f"pairs {where}", a.pairs, 0, 2**40)
         _refuse_unread(f"pairs {where}", a.pairs, 0, a.keep != "all", everything)
         if a.pairs and a.fraction != 1.0:
@@ -776,7 +777,9 @@ def _check_arms(e: Experiment) -> None:
                 f"Arm {a.name!r} pairs two samples of {a.chosen!r}; set its samples to at least 2."
             )
         rated = uses_ratings(a)
-        if rated and not judges:
+        # A function of the user's own may do without the ratings that it would be given.
+        needed = uses_ratings(a if a.keep in KEEPS else dataclasses.replace(a, keep="all"))
+        if needed and not judges:
             raise ConfigError(
                 f"Arm {a.name!r} uses ratings, and config.judges is empty; add a judge."
             )
@@ -785,7 +788,7 @@ def _check_arms(e: Experiment) -> None:
             judged = a.direction not in UNJUDGED
             reason = f"its direction is {a.direction!r}" if judged else "no ratings shape its pairs"
             _refuse_unread(f"judge {where}", a.judge, "", rated and not judged, reason)
-        if rated and a.by != REFERENCE_MARGIN:
+        if rated and judges and a.by != REFERENCE_MARGIN:
             dimensions = judges[judge_of(e, a)].dimensions
             check_choice(f"by {where}", a.by, ("sum", *dimensions, REFERENCE_MARGIN))
         unranked = f"its keep is {a.keep!r}"
@@ -831,8 +834,8 @@ def _check_coin(e: Experiment, a: Arm) -> None:
         )
 
 
-def _check_samples(a: Arm, generators: Mapping[str, Generator]) -> None:
-    """Refuses a choice among samples where there is one sample."""
+def _check_samples(e: Experiment, a: Arm, generators: Mapping[str, Generator]) -> None:
+    """Refuses a choice among samples where there is one sample, or that no stratum's pair has."""
     for side, name in (("chosen", a.chosen), ("rejected", a.rejected)):
         field = f"{side}_sample of arm {a.name!r}"
         which = check_choice(field, getattr(a, f"{side}_sample"), SAMPLES)
@@ -840,6 +843,19 @@ def _check_samples(a: Arm, generators: Mapping[str, Generator]) -> None:
             raise ConfigError(
                 f"{field} is {which!r}, and generator {name!r} writes one trace of a prompt; set "
                 "its samples to at least 2."
+            )
+    for stratum in (a.stratum, *(e.shared_strata if a.stratum in e.shared_strata else ())):
+        verdicts = _VERDICTS.get(stratum, ("", ""))
+        # A judge or a coin may turn the pair around before its stratum is read.
+        ways = [verdicts] if a.direction == "generator" else [verdicts, verdicts[::-1]]
+        if all(
+            any({"right", "wrong"} == set(both) for both in zip(way, samples_of(a), strict=True))
+            for way in ways
+        ):
+            raise ConfigError(
+                f"Arm {a.name!r} takes the samples {samples_of(a)!r} of chosen and rejected, and "
+                f"no pair of these is in the stratum {stratum!r}; choose others in chosen_sample, "
+                "rejected_sample or stratum."
             )
 
 
@@ -850,12 +866,11 @@ def _check_balance(e: Experiment) -> None:
     if balance and len({(a.chosen, a.rejected) for a in rungs}) < 2:
         raise ConfigError(
             f"config.balance is {balance!r} and the ladder has fewer than two rungs; leave it at "
-            "'', or give two arms of group 'ladder' other generators."
+            "'', or give two arms of group 'ladder' other generators and nothing else that differs."
         )
     for a in rungs:
-        if a.keep != "all" or uses_ratings(a) or a.direction == "coin":
+        if a.keep != "all" or uses_ratings(a):
             why = f"keep is {a.keep!r}" if a.keep != "all" else "pairs are shaped by ratings"
-            why = "direction is 'coin'" if a.direction == "coin" else why
             raise ConfigError(
                 f"Arm {a.name!r} is a rung of a ladder with config.balance {balance!r}, and its "
                 f"{why}; give it another group, or leave config.balance at ''."
@@ -904,6 +919,12 @@ def _check_claim(field: str, claim: Claim, e: Experiment) -> None:
             raise ConfigError(
                 f"{field} is the slope of a ladder of {claim.objective!r}, which has {rungs} arms "
                 "that differ in their generators alone; a slope needs at least 3."
+            )
+        if "in" not in domains_of(e.suites):
+            raise ConfigError(
+                f"{field} is a slope on the generator delta, which is measured in domain, and no "
+                "suite is averaged there; add one of domain 'in' without a readout, or claim a "
+                "contrast."
             )
     else:
         check_choice(f"{field}.a", claim.a, arms)

@@ -31,15 +31,22 @@ from deltapref_jax.config import (
     Training,
     as_many_at_random,
     budget_twin,
+    claims_of,
     differing,
     domains_of,
     greedy_twin,
+    is_balanced,
     model_of,
     objective_of,
+    samples_of,
     training_of,
 )
 from deltapref_jax.validation import validate, validate_model_zoo
 
+FEW_RUNGS = (
+    "config.balance is 'correctness' and the ladder has fewer than two rungs; leave it at '', or "
+    "give two arms of group 'ladder' other generators and nothing else that differs."
+)
 GOOD = Experiment(
     name="good",
     question="?",
@@ -1013,29 +1020,26 @@ def test_two_fields_that_are_one_object_are_refused():
     [
         (
             {"group": "control"},
-            "config.balance is 'correctness' and the ladder has fewer than two rungs; leave it at "
-            "'', or give two arms of group 'ladder' other generators.",
+            FEW_RUNGS,
         ),
         (
             {"keep": "random", "fraction": 0.5},
-            "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its keep is "
+            "Arm 'a' is a rung of a ladder with config.balance 'correctness', and its keep is "
             "'random'; give it another group, or leave config.balance at ''.",
         ),
+        # Arms that another directs are no rungs.
+        ({"direction": "coin"}, FEW_RUNGS),
+        ({"direction": "m"}, FEW_RUNGS),
         (
-            {"direction": "coin"},
-            "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its direction is "
-            "'coin'; give it another group, or leave config.balance at ''.",
-        ),
-        (
-            {"direction": "m"},
-            "Arm 'b' is a rung of a ladder with config.balance 'correctness', and its pairs are "
+            {"rejected_sample": "worst", "by": "factuality"},
+            "Arm 'a' is a rung of a ladder with config.balance 'correctness', and its pairs are "
             "shaped by ratings; give it another group, or leave config.balance at ''.",
         ),
         ({"draws": (0, 1)}, ""),
     ],
 )
 def test_a_ladder_that_is_balanced(fields, sentence):
-    arms = (Arm("a", "strong", "weak"), Arm("b", "weak", "weak", **fields))
+    arms = (Arm("a", "strong", "weak", **fields), Arm("b", "weak", "weak", **fields))
     e = dataclasses.replace(copy.deepcopy(GOOD), arms=arms, balance="correctness")
     if not sentence:
         assert validate(e) is e
@@ -1043,6 +1047,80 @@ def test_a_ladder_that_is_balanced(fields, sentence):
     with pytest.raises(ConfigError) as error:
         validate(e)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "fields", [{"stratum": "right_wrong"}, {"direction": "coin"}, {"keep": "random", "pairs": 2}]
+)
+def test_an_arm_of_the_group_that_is_no_rung_balances_nothing(fields):
+    rungs = (Arm("a", "strong", "weak"), Arm("b", "weak", "weak"))
+    e = dataclasses.replace(copy.deepcopy(GOOD), arms=rungs, balance="correctness")
+    e.arms += (Arm("c", "strong", "weak", **fields),)
+    assert [is_balanced(validate(e), a) for a in e.arms] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "possible"),
+    [
+        ({"rejected_sample": "right", "stratum": "right_wrong"}, False),
+        ({"chosen_sample": "wrong", "stratum": "right_wrong"}, False),
+        ({"chosen_sample": "wrong", "stratum": "chosen_right"}, False),
+        ({"rejected_sample": "wrong", "stratum": "wrong_right"}, False),
+        ({"rejected_sample": "wrong", "stratum": "both_right", "direction": "coin"}, False),
+        ({"rejected_sample": "right", "stratum": "right_wrong", "direction": "m"}, True),
+        ({"rejected_sample": "wrong", "stratum": "right_wrong"}, True),
+        ({"rejected_sample": "wrong", "stratum": "chosen_right"}, True),
+        ({"chosen_sample": "right", "rejected_sample": "wrong"}, True),
+    ],
+)
+def test_samples_that_a_stratum_rules_out(fields, possible):
+    e = copy.deepcopy(GOOD)
+    for g in e.generators:
+        g.samples = 2
+    e.arms = (arm := Arm("a", "strong", "weak", **fields),)
+    if possible:
+        assert validate(e) is e
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        f"Arm 'a' takes the samples {samples_of(arm)!r} of chosen and rejected, and no pair of "
+        f"these is in the stratum {arm.stratum!r}; choose others in chosen_sample, "
+        "rejected_sample or stratum."
+    )
+
+
+def test_samples_that_a_stratum_of_the_same_prompts_rules_out():
+    e = copy.deepcopy(GOOD)
+    for g in e.generators:
+        g.samples = 2
+    e.arms = (Arm("a", "strong", "weak", stratum="wrong_right", rejected_sample="right"),)
+    e.shared_strata = ("wrong_right", "both_right")
+    assert validate(e) is e
+    e.shared_strata = ("wrong_right", "both_wrong")
+    with pytest.raises(ConfigError, match=r"no pair of these is in the stratum 'both_wrong'"):
+        validate(e)
+
+
+def test_a_slope_needs_a_suite_in_domain():
+    e = copy.deepcopy(GOOD)
+    e.arms += (Arm("third", "weak", "strong"),)
+    e.generators[1].samples = 2
+    e.arms[1].objective = "dpo"
+    e.arms[2].group = "selection"
+    slope = Claim(kind="slope", objective="dpo", domain="in")
+    assert [c.kind for c in claims_of(e)] == ["slope"]
+    e.claims = (slope,)
+    assert validate(e) is e
+    e.suites[0].domain = e.claims[0].domain = "out"
+    with pytest.raises(ConfigError) as error:
+        validate(e)
+    assert str(error.value) == (
+        "config.claims[0] is a slope on the generator delta, which is measured in domain, and no "
+        "suite is averaged there; add one of domain 'in' without a readout, or claim a contrast."
+    )
+    e.claims = ()
+    assert claims_of(e) == () and validate(e) is e
 
 
 @pytest.mark.parametrize(

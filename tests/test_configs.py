@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import random
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.config import NURSERY, ConfigError, ModelZoo, Objective
 from deltapref_jax.models.config_json import spec_from_hf
 from deltapref_jax.models.spec import ModelSpec, Rope
+from deltapref_jax.pairs.build import build
+from deltapref_jax.records import Trace
 from deltapref_jax.sampling.plan import Plan
 from deltapref_jax.scoring.packing import max_segments
 from deltapref_jax.stages import nursery
 from deltapref_jax.stages.programs import pair_programs, study_programs
 from deltapref_jax.stages.study import plan
+from deltapref_jax.synthetic.world import problem, solution
 from deltapref_jax.training.loop import Run
 from deltapref_jax.training.shapes import step_programs
 from deltapref_jax.training.state import Optimizer
@@ -259,3 +263,34 @@ def test_models_that_ship_are_those_that_the_configs_name(name):
             assert pathlib.Path(model.path).name in release
         else:
             assert model.path in ("", *HUB)
+
+
+@pytest.mark.parametrize("study", ["quickstart", "delta_grid"], indirect=True)
+def test_the_reversed_arm_has_the_exchanged_pairs_of_the_arm_that_it_controls(study):
+    """On solutions by what the generators believe, many of which are one text."""
+    beliefs = {model.name: model.beliefs for model in config("nursery").models}
+    problems = {f"{t} {i}": problem(t, 2, 100, i) for t in ("chain", "shop") for i in range(150)}
+    traces, correct = {}, {}
+    for g in study.generators:
+        rng = random.Random(g.name)
+        held = beliefs[pathlib.Path(g.model.path).name]
+        traces[g.name] = []
+        for prompt, asked in problems.items():
+            for sample in range(g.samples):
+                text, trace_id = solution(asked, rng, 0.02, held), f"{g.name} {sample} {prompt}"
+                traces[g.name].append(
+                    Trace(trace_id, prompt, g.name, "w", sample, text, np.arange(3), "eos", -1.0, 3)
+                )
+                correct[trace_id] = text.endswith(f"Answer: {asked.answer}")
+    planned = plan(study).pairs
+    made = {
+        name: build(list(problems), traces, correct, {}, planned[name][0].rules)
+        for name in ("dpo-fair", "dpo-strong", "dpo-reversed")
+    }
+    (rungs, counts), (turned, of_turned) = made["dpo-strong"], made["dpo-reversed"]
+    assert [(p.prompt_id, p.chosen_id, p.rejected_id) for p in rungs] == [
+        (p.prompt_id, p.rejected_id, p.chosen_id) for p in turned
+    ]
+    assert [p.chosen_correct for p in rungs] == [p.rejected_correct for p in turned]
+    assert counts == of_turned and 0 < counts["dropped_identical"] < 290
+    assert [p.prompt_id for p in rungs] == [p.prompt_id for p in made["dpo-fair"][0]]

@@ -32,7 +32,7 @@ from deltapref_jax.config import (
     claims_of,
     differing,
     is_balanced,
-    samples_of,
+    sides_of,
 )
 
 _EXPECTED = {
@@ -228,8 +228,7 @@ def _exchanged(e: Experiment, a: Arm, b: Arm) -> bool:
     sides = {"chosen", "rejected", "chosen_sample", "rejected_sample"}
     return (
         a.chosen != a.rejected
-        and (a.chosen, a.rejected) == (b.rejected, b.chosen)
-        and samples_of(a) == samples_of(b)[::-1]
+        and sides_of(a) == sides_of(b)[::-1]
         and differing(e, a, b) <= sides
         and (a.keep, a.direction) == ("all", "generator")
         and a.stratum in SYMMETRIC

@@ -39,6 +39,10 @@ class TopContrast(NamedTuple):
     effects: dict[str, Measured]  # by domain
 
 
+# By judge and what it ranked by, and by the arm of all pairs: the fraction that is as good.
+_Best = Mapping[tuple[str, str], Mapping[str, TopContrast | None]]
+
+
 class Slope(NamedTuple):
     """Change per 10 points of generator delta over the ladder of an objective."""
 
@@ -228,10 +232,12 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
     """The fraction of pairs to keep, and who ranks them.
 
     It is the smallest top fraction of the study that was not worse than all pairs in any domain,
-    better or the same within `MARGIN` points, as were all larger fractions of its ranking. Tested
-    in this order, none needs an adjustment for the others (fixed-sequence tests: Maurer, Hothorn,
-    Lehmacher 1995); several rankings do, and their number is said. What a judge below the bar
-    ranked is not taken. Where no study shows a fraction it is the paper's.
+    better or the same within `MARGIN` points, as were all larger fractions of its ranking: those
+    by one measure of the pairs of one arm, which has its generators and objective. Tested in this
+    order, none needs an adjustment for the others (fixed-sequence tests: Maurer, Hothorn, Lehmacher
+    1995); several rankings do, and their number is said. Of several by one measure each must have
+    such a fraction, and the largest is taken. What a judge below the bar ranked is not taken. Where
+    no study shows a fraction by what a judge of the config rates, it is the paper's.
 
     Args:
       evidence: of a study; None without one.
@@ -241,25 +247,32 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
         why = "all pairs are kept, for the config has no judge that could rank them"
         return Selection(1.0, "sum", "", why)
     contrasts = [c for c in evidence.contrasts if c.kind == "all"] if evidence else []
-    rankings: dict[tuple[str, str], list[TopContrast]] = {}
+    measures: dict[tuple[str, str], dict[str, list[TopContrast]]] = {}
     for c in contrasts:
         # A number of pairs is no fraction.
-        if c.fraction < 1 and not c.doubt and _ranker(judges, c.judge, c.by):
-            rankings.setdefault((c.judge, c.by), []).append(c)
-    found = [best for ranking in rankings.values() if (best := _smallest_as_good(ranking))]
+        if c.fraction < 1 and not c.doubt:
+            measures.setdefault((c.judge, c.by), {}).setdefault(c.b, []).append(c)
+    best: _Best = {
+        measure: {b: _smallest_as_good(ranking) for b, ranking in of_arms.items()}
+        for measure, of_arms in measures.items()
+    }
+    rated = [of_arms for (judge, by), of_arms in best.items() if _rates(_judge(judges, judge), by)]
+    found = [
+        max(filter(None, o.values()), key=lambda c: c.fraction) for o in rated if all(o.values())
+    ]
     if evidence and found:
         c = min(found, key=lambda c: (c.fraction, -_worst(c)))
-        judge = _ranker(judges, c.judge, c.by)
-        other = f", whose judge was {c.judge}" * (judge != c.judge)
+        judge = _judge(judges, c.judge).name
+        other = f", whose judge was {c.judge}," * (judge != c.judge)
         return Selection(
             c.fraction,
             c.by,
             judge,
             f"the top {c.fraction:.0%} by {words(c.by)} are kept, rated by judge {judge}: the "
-            f"smallest top fraction of the study {evidence.study}{other} that, as all larger ones, "
-            f"did as well as all pairs or better ({c.a} minus {c.b}: {in_domains(c.effects)} "
-            f"points; as well: within ±{MARGIN:g}; rankings that were looked at: {len(rankings)}, "
-            "not adjusted for)",
+            f"smallest top fraction of the pairs of {c.b} in the study {evidence.study}{other} "
+            f"that, as all larger ones, did as well as all of them or better ({c.a} minus {c.b}: "
+            f"{in_domains(c.effects)} points; as well: within ±{MARGIN:g}; rankings that were "
+            f"looked at: {sum(map(len, rated))}, not adjusted for)",
         )
     by = PAPER_BY if PAPER_BY in judges[0].dimensions else "sum"
     why = (
@@ -269,13 +282,29 @@ def select_by(evidence: Evidence | None, judges: Sequence[Judge]) -> Selection:
     if by != PAPER_BY:
         why += f"; the judge does not rate {words(PAPER_BY)}, so the sum of its ratings ranks"
     if evidence:
+        shown = _not_followed(judges, best)
+        none = "no top fraction is shown to do as well as all pairs"
+        why += f"; in the study {evidence.study} {'; '.join(shown) or none}"
         lost = [c.a for c in contrasts if any(_lost(e) for e in c.effects.values())]
-        why += f"; the study {evidence.study} shows no top fraction that does as well as all pairs"
-        why += f", and that {listed(lost)} did worse" if lost else ""
+        why += f"; {listed(lost)} did worse" * bool(lost)
         doubted = [c.a for c in contrasts if c.doubt]
         below = f"; the judge behind {listed(doubted)} is below the bar or not measured"
         why += below * bool(doubted)
     return Selection(PAPER_FRACTION, by, judges[0].name, why)
+
+
+def _not_followed(judges: Sequence[Judge], best: _Best) -> list[str]:
+    """The fractions that are as good as all pairs of an arm, and why the recipe can't take them."""
+    found = []
+    for (name, by), of_arms in best.items():
+        judge, without = _judge(judges, name), listed([b for b, c in of_arms.items() if not c])
+        why = f"which judge {judge.name} does not rate"
+        if _rates(judge, by):
+            why = f"by which no top fraction of the pairs of {without} is shown to"
+        found += [
+            f"{c.a} did as well as {c.b} by {words(by)}, {why}" for c in of_arms.values() if c
+        ]
+    return found
 
 
 def _smallest_as_good(ranking: Sequence[TopContrast]) -> TopContrast | None:
@@ -301,10 +330,14 @@ def _lost(effect: Measured) -> bool:
     return effect.shown and effect.estimate.value < 0
 
 
-def _ranker(judges: Sequence[Judge], name: str, by: str) -> str:
-    """The judge of that name, or the first one; "" where it does not rate `by`."""
-    judge = next((j for j in judges if j.name == name), judges[0])
-    return judge.name if by == "sum" or by in judge.dimensions else ""
+def _judge(judges: Sequence[Judge], name: str) -> Judge:
+    """The judge of that name, or the first one."""
+    return next((j for j in judges if j.name == name), judges[0])
+
+
+def _rates(judge: Judge, by: str) -> bool:
+    """Whether a judge gives what pairs are ranked by."""
+    return by == "sum" or by in judge.dimensions
 
 
 def in_domains(effects: Mapping[str, Measured], digits: int = 1) -> str:

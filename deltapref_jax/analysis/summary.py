@@ -398,7 +398,11 @@ def _ladders(study: Study, arms: Sequence[ArmSummary]) -> dict[str, Ladder]:
             if a.arm not in of_config:
                 left_out[a.name] = _no_rung(study.experiment, a.arm, of_config)
             elif a.delta is None:
-                left_out[a.name] = "its generators were not evaluated"
+                left_out[a.name] = (
+                    "its generators were not evaluated"
+                    if a.generator_delta is None
+                    else "the generator delta is measured in domain, where no suite is averaged"
+                )
             else:
                 rungs.append((a.delta, a.arm))
         rungs.sort(key=lambda rung: rung[0])  # arms of equal delta stay in the config's order

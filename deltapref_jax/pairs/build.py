@@ -2,7 +2,8 @@
 
 All arms of a generator sweep share prompts and rejected traces. A prompt counts only if *every*
 generator of the sweep has enough usable traces for it, and none of them repeats the rejected trace.
-Arms of one sweep therefore differ in the generator of the chosen trace and in nothing else.
+Arms of one sweep therefore differ in the generator of the chosen trace and in nothing else. An arm
+whose sides are another arm's exchanged has that arm's pairs, each turned around.
 """
 
 import dataclasses
@@ -48,6 +49,8 @@ class Rules:
     samples: tuple[str, str] = dataclasses.field(default=("first", "first"), metadata=ADDED)
     # Strata in each of which a prompt must have a pair.
     shared_strata: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED)
+    # Traces meet as for the arm whose sides these are exchanged, and their pairs are turned around.
+    exchanged: bool = dataclasses.field(default=False, metadata=ADDED)
 
 
 def build(
@@ -83,17 +86,23 @@ def build(
     """
     usable = {name: _usable(of_generator, rules.finishes) for name, of_generator in traces.items()}
     pairs, drops, tied = [], Counter[str](), 0
+    # Which prompts are dropped depends on which side is rejected.
+    meeting = rules
+    if rules.exchanged:
+        meeting = dataclasses.replace(
+            rules, chosen=rules.rejected, rejected=rules.chosen, samples=rules.samples[::-1]
+        )
     for prompt in prompt_ids:
         samples = {name: usable[name].get(prompt, []) for name in rules.min_traces}
         candidates = [
             _candidates(samples[name], which, correct, ratings, dimension, rules.coin)
-            for name, which in zip((rules.chosen, rules.rejected), rules.samples, strict=True)
+            for name, which in zip((meeting.chosen, meeting.rejected), meeting.samples, strict=True)
         ]
-        met = _meeting(samples, candidates, correct, rules)
+        met = _meeting(samples, candidates, correct, meeting)
         if isinstance(met, str):
             drops[met] += 1
             continue
-        pair = _pair(*met, correct, ratings, rules)
+        pair = _pair(*(met[::-1] if rules.exchanged else met), correct, ratings, rules)
         if isinstance(pair, str):
             drops[pair] += 1
         else:
@@ -160,8 +169,8 @@ def _meeting(
     met_by_arms = [first]
     if rules.samples == ("first", "first"):
         # The trace that each arm of the sweep would choose: a first sample, but the second one of
-        # the generator that wrote the rejected trace. Every arm of the sweep drops the prompt, so
-        # that all arms keep the same prompts.
+        # the generator that wrote the rejected trace. Every arm that rejects this trace drops the
+        # prompt, so that all arms of the sweep keep the same prompts.
         met_by_arms = [
             samples[name][int(name == rules.rejected)]
             for name, need in rules.min_traces.items()

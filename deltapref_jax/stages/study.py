@@ -12,9 +12,11 @@ from pathlib import Path
 from deltapref_jax.artifacts.node import in_order
 from deltapref_jax.callables import code_hash, code_hashes, is_callable_name
 from deltapref_jax.config import (
+    GROUPS,
     OBJECTIVE_KINDS,
     RANKED,
     REFERENCE_MARGIN,
+    SYMMETRIC,
     TUNING,
     UNJUDGED,
     Arm,
@@ -36,6 +38,7 @@ from deltapref_jax.config import (
     objective_of,
     reference_of,
     samples_of,
+    sides_of,
     training_of,
     uses_ratings,
 )
@@ -612,6 +615,7 @@ def _rules(e: Experiment, arm: Arm, draw: int) -> Rules:
     """How the pairs of an arm are made."""
     label_by = arm.direction if arm.direction in UNJUDGED else "judge"
     drawn = label_by == "coin" or samples_of(arm) != ("first", "first")
+    shares = arm.stratum in e.shared_strata
     return Rules(
         arm.chosen,
         arm.rejected,
@@ -621,8 +625,20 @@ def _rules(e: Experiment, arm: Arm, draw: int) -> Rules:
         arm.stratum,
         (e.seed, draw) if drawn else (0, 0),
         samples_of(arm),
-        e.shared_strata if arm.stratum in e.shared_strata else (),
+        e.shared_strata if shares else (),
+        # Of two such arms only a symmetric stratum can be one of the shared ones for both.
+        _is_exchanged(e, arm) and (arm.stratum in SYMMETRIC or not shares),
     )
+
+
+def _is_exchanged(e: Experiment, arm: Arm) -> bool:
+    """Whether the sides of `arm` are those of another arm exchanged, which comes first.
+
+    Rungs come first, and controls last, whose pairs are to be those of what they control.
+    """
+    sides = sides_of(arm)
+    arms = sorted(e.arms, key=lambda a: GROUPS.index(a.group))
+    return next(sides_of(a) for a in arms if sides_of(a) in (sides, sides[::-1])) != sides
 
 
 def _by_margin(arm: Arm) -> bool:

@@ -97,7 +97,10 @@ def study(*contrasts):
     [
         # the smallest one that is equivalent or better
         ((("t1", 0.1, "sum", -3, 1), ("t2", 0.2, "sum", 0.5, 1), ("t3", 0.4, "sum", 5, 1)), 0.2)
-        + ("sum", r"smallest top fraction of the study old study .*t2 minus all: in domain \+0\.5"),
+        + (
+            "sum",
+            r"the pairs of all in the study old study that.*t2 minus all: in domain \+0\.5",
+        ),
         (
             (("t3", 0.4, "factuality", 5, 4), ("t1", 0.5, "sum", 0, 1)),
             0.4,
@@ -106,7 +109,12 @@ def study(*contrasts):
         ),
         # undecided, and worse
         ((("t1", 0.1, "sum", 0, 5),), PAPER_FRACTION, "step_coherence", "not measured here"),
-        ((("t1", 0.1, "sum", -4, 1),), PAPER_FRACTION, "step_coherence", "and that t1 did worse"),
+        (
+            (("t1", 0.1, "sum", -4, 1),),
+            PAPER_FRACTION,
+            "step_coherence",
+            "as well as all pairs; t1 did worse",
+        ),
         # the smallest is as good, and a larger one is undecided: nothing was tested behind it
         (
             (("t1", 0.1, "sum", 0, 1), ("t2", 0.2, "sum", 0, 5), ("t3", 0.4, "sum", 0, 1)),
@@ -121,12 +129,12 @@ def study(*contrasts):
             "factuality",
             "rankings that were looked at: 2",
         ),
-        # of equal fractions, such as of two objectives, all must be as good
+        # of equal fractions all must be as good
         (
             (("t1", 0.1, "sum", 0, 1), ("t2", 0.1, "sum", 0, 5)),
             PAPER_FRACTION,
             "step_coherence",
-            "shows no top fraction",
+            "no top fraction is shown",
         ),
         # a judge below the bar carries no conclusion
         (
@@ -144,6 +152,45 @@ def test_the_fraction_is_the_studys_or_the_papers(contrasts, fraction, by, words
     selection = select_by(evidence, JUDGES)
     assert selection[:3] == (fraction, by, "j")
     assert re.search(words, selection.why), selection.why
+
+
+def test_a_ranking_is_of_one_arms_pairs_and_one_measure():
+    """A fraction is not what a ranking of other generators or another objective shows alone."""
+
+    def selected(*contrasts):
+        given = [(name, f, by, value, half) for name, f, by, value, half, _ in contrasts]
+        text = json.loads(study(*given))
+        for contrast, (*_, b) in zip(text["contrasts"], contrasts, strict=True):
+            contrast["b"] = b
+        return select_by(read_evidence(json.dumps(text), "summary.json"), JUDGES)
+
+    strong = ("t30", 0.3, "sum", 0, 1, "dpo-strong")
+    other = ("e10", 0.1, "sum", 0, 1, "dpo-elm")
+    for more in ((), (("t10", 0.1, "sum", -6, 1, "dpo-strong"),)):
+        chosen = selected(strong, *more, other)
+        assert chosen[:3] == (0.3, "sum", "j")
+        assert "smallest top fraction of the pairs of dpo-strong in the study" in chosen.why
+        assert "rankings that were looked at: 2," in chosen.why
+    # The larger fraction failed for one of them, and says nothing of the other's smaller one.
+    chosen = selected(("t30", 0.3, "sum", 0, 5, "dpo-strong"), other)
+    assert chosen[:2] == (PAPER_FRACTION, "step_coherence")
+    assert chosen.why.endswith(
+        "in the study old study e10 did as well as dpo-elm by sum, by which no top fraction of the "
+        "pairs of dpo-strong is shown to"
+    )
+
+
+@pytest.mark.parametrize("by", ["reference_margin", "numerical_precision"])
+def test_a_fraction_by_what_the_recipe_cannot_rate_is_said_and_not_followed(by):
+    judges = (Judge(name="j", dimensions=("step_coherence",)),)
+    evidence = read_evidence(study(("t30", 0.3, by, 0, 1)), "summary.json")
+    selection = select_by(evidence, judges)
+    assert selection[:3] == (PAPER_FRACTION, "step_coherence", "j")
+    assert "no top fraction" not in selection.why
+    assert selection.why.endswith(
+        f"in the study old study t30 did as well as all by {by.replace('_', ' ')}, which judge j "
+        "does not rate"
+    )
 
 
 def test_without_a_study_the_papers_fraction_is_said_to_be_the_papers():

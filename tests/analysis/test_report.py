@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from deltapref_jax.analysis import effects as fx
@@ -1014,6 +1015,28 @@ def test_judges_are_compared_where_both_direct_pairs_or_both_rank_them(study):
     }
     s = summarise(with_arms(study, ranked, *directed.values()))
     assert [(c.a, c.b) for c in s.survival] == [("top", "ranked"), ("by-exact", "by-model")]
+
+
+def test_without_a_suite_in_domain_the_page_says_why_there_is_no_slope(study):
+    study = ladder_study(study)
+    outside = tuple(suite for suite in study.experiment.suites if suite.domain == "out")
+    study.experiment = dataclasses.replace(study.experiment, suites=outside, claims=())
+
+    def out(table):
+        return table.filter(pc.equal(table["domain"], "out"))
+
+    study.student = out(study.student)
+    study.capability = {name: out(table) for name, table in study.capability.items()}
+    study.results = {
+        name: {run: out(table) for run, table in runs.items()}
+        for name, runs in study.results.items()
+    }
+    s = summarise(study)
+    assert s.domains == ["out"] and not s.ladders["dpo"].rungs
+    assert [c.claim.kind for c in s.claims] == ["contrast"]
+    why = "the generator delta is measured in domain, where no suite is averaged"
+    assert [left for name, left in s.ladders["dpo"].left_out.items() if "dpo" in name] == [why] * 3
+    assert any(f"dpo-strong ({why})" in text for text in s.unmeasured)
 
 
 def test_slope_claim_and_figure_are_of_the_same_rungs(study):

@@ -18,6 +18,9 @@ RULES = Rules(
 )
 
 
+MIRRORED = ("right_wrong", "wrong_right")
+
+
 def trace(prompt, generator, sample=0, text=None, finish="eos"):
     text = f"{generator} {sample} {prompt}" if text is None else text
     ids = np.arange(3)
@@ -102,6 +105,50 @@ def test_a_generator_that_repeats_the_rejected_trace_drops_its_prompt_from_all_a
         assert [row.prompt_id for row in rows] == [
             p for i, p in enumerate(PROMPTS) if i not in (4, 6)
         ]
+
+
+@pytest.mark.parametrize("samples", list(itertools.product(("first", "best", "right"), repeat=2)))
+@pytest.mark.parametrize(("stratum", "mirror"), [(s, s) for s in SYMMETRIC] + [MIRRORED])
+@pytest.mark.parametrize("sides", [("strong", "weak"), ("weak", "weak")])
+def test_exchanged_sides_give_exchanged_pairs(samples, stratum, mirror, sides):
+    """Of few texts, so that many are equal, and with ties."""
+    rng = np.random.default_rng(0)
+    traces = several(3)
+    for rows in traces.values():
+        rows[:] = [row._replace(text="abc"[rng.integers(3)]) for row in rows]
+    every = [row.trace_id for rows in traces.values() for row in rows]
+    correct = {i: bool(rng.integers(2)) for i in every}
+    ratings = {i: [float(rng.integers(2))] for i in every}
+    needed = {"mid": 1, "strong": 1, "weak": 2}
+    rules = Rules(*sides, needed, ("eos",), "generator", stratum, (0, 0), samples)
+    turned = dataclasses.replace(
+        rules,
+        chosen=sides[1],
+        rejected=sides[0],
+        samples=samples[::-1],
+        stratum=mirror,
+        exchanged=True,
+    )
+    rows, counts = made(traces, rules, correct, ratings)
+    others, of_turned = made(traces, turned, correct, ratings)
+    assert counts == of_turned and counts["dropped_identical"]
+    assert list(zip(ids(rows, "chosen"), ids(rows, "rejected"), strict=True)) == list(
+        zip(ids(others, "rejected"), ids(others, "chosen"), strict=True)
+    )
+
+
+def test_exchanged_sides_of_shared_strata_give_exchanged_pairs():
+    rng = np.random.default_rng(0)
+    traces = several(3)
+    for rows in traces.values():
+        rows[:] = [row._replace(text="ab"[rng.integers(2)]) for row in rows]
+    correct = {row.trace_id: bool(rng.integers(2)) for rows in traces.values() for row in rows}
+    strata = ("both_right", "right_wrong")
+    rules = dataclasses.replace(RULES, stratum="both_right", shared_strata=strata)
+    turned = dataclasses.replace(rules, chosen="weak", rejected="strong", exchanged=True)
+    rows, others = made(traces, rules, correct)[0], made(traces, turned, correct)[0]
+    assert len(rows) > 5 and ids(rows, "chosen") == ids(others, "rejected")
+    assert ids(rows, "rejected") == ids(others, "chosen")
 
 
 def test_a_judge_labels_by_the_sum_and_drops_ties():

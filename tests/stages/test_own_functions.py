@@ -164,7 +164,10 @@ def test_a_study_has_the_hashes_of_its_functions(own, tmp_path):
     before = report.prompts.contents
     own("# edited\n" + (tmp_path / "own_functions.py").read_text())
     assert plan(validate(e)).prompts.contents != before
+    # It may do without ratings, and what judges direct or rank can't.
     e.judges = ()
+    assert plan(validate(e)).pairs["own"][0].ratings == {}
+    e.arms[0].rejected_sample = "worst"
     with pytest.raises(ConfigError, match="Arm 'own' uses ratings, and config.judges is empty"):
         validate(e)
 
@@ -244,6 +247,18 @@ def test_a_selection_that_returns_something_else_is_refused(own, returned, wante
     own(f"def pick(candidates, k, seed):\n    return {returned}\n")
     with pytest.raises(ConfigError, match=f"^own_functions:pick {words}"):
         select_by_function("own_functions:pick", range(6), range(6), 3, wanted, (0, 0))
+
+
+def test_a_selection_in_a_study_without_judges_gets_no_ratings(own, bench):
+    own(
+        "def pick(candidates, k, seed):\n"
+        "    assert all(c.gaps == c.chosen_rating == {} for c in candidates)\n"
+        "    length = [c.chosen_tokens for c in candidates]\n"
+        "    return sorted(range(len(length)), key=length.__getitem__)[:2]\n"
+    )
+    table = dataclasses.replace(selected(bench), ratings={}, dimensions=())
+    kept = [pair.prompt_id for pair in bench.rows(Pair, table)]
+    assert kept == [bench.questions[i].prompt_id for i in (0, 1)]
 
 
 def test_a_selection_without_a_fraction_keeps_as_many_as_it_likes(own, bench):

@@ -372,6 +372,28 @@ def test_all_arms_share_their_prompts_and_read_ratings_only_where_these_shape_th
     }
 
 
+def test_of_two_arms_with_exchanged_sides_the_rung_says_how_traces_meet(experiment):
+    """Whatever else they differ in, and wherever they stand; a control goes by the others."""
+    strong = Arm("a", "strong", "weak", chosen_sample="best", by="factuality", objective="sft")
+    weak = Arm("b", "weak", "strong", rejected_sample="best", by="factuality")
+    for arms, exchanged in (
+        ((strong, weak), {"b"}),
+        ((weak, strong), {"a"}),
+        ((dataclasses.replace(weak, group="control"), strong), {"b"}),
+        ((weak, dataclasses.replace(strong, group="selection")), {"a"}),
+        ((dataclasses.replace(weak, rejected_sample="first"), strong), set()),
+        ((Arm("a", "weak", "weak"), strong), set()),
+    ):
+        e = dataclasses.replace(copy.deepcopy(experiment), arms=arms)
+        pairs = plan(e).pairs
+        assert {name for name, tables in pairs.items() if tables[0].rules.exchanged} == exchanged
+    # A right side of one arm is a wrong side of the other, and strata are shared by those who
+    # have them.
+    arms = (strong, dataclasses.replace(weak, stratum="right_wrong"))
+    e = dataclasses.replace(e, arms=arms, shared_strata=("both_right", "right_wrong"))
+    assert not plan(e).pairs["b"][0].rules.exchanged
+
+
 def test_a_random_arm_ranks_by_nothing(experiment):
     arm = dataclasses.replace(experiment.arms[4], keep="random", by="step_coherence")
     pairs = plan(dataclasses.replace(experiment, arms=(arm,))).pairs["strong-top"][0]
