@@ -85,14 +85,15 @@ class Effects:
         weights = slope_weights(x)
         return None if weights is None else self.combined(weights)
 
-    def measured_without(self, arm: str, names: Sequence[str]) -> "Effects":
-        """The effects of some arms, with the noise of training that all arms but one measured.
+    def of_kind(self, names: Sequence[str], without: str = "") -> "Effects":
+        """The effects of some arms, with the noise of training that arms of their kind measured.
 
-        A difference between runs of `arm` is compared with noise that it is no part of.
+        A difference between runs of the arm `without` is compared with noise that it is no part of,
+        and none is borrowed from another kind, which may have far less.
         """
         rows = [self.names.index(name) for name in names]
-        others = {name: own for name, own in self.own.items() if name != arm}
-        noise = pooled(names, others, self.kinds)
+        others = {name: own for name, own in self.own.items() if name != without}
+        noise = pooled(names, others, self.kinds, borrow=False)
         shares = self.shares[rows]
         return dataclasses.replace(
             self,

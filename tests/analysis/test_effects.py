@@ -190,11 +190,13 @@ def test_arms_may_be_measured_by_the_runs_of_others():
     own = fx.effects(before, arms, "in")
     parts = fx.effects(before, arms | {"part": runs}, "in", measuring=arms)
     assert own.noise == parts.noise[:2] and own.noise[0].seed.freedom == 3
-    part = parts.measured_without("a", ["part"])
+    part = parts.of_kind(["part"], without="a")
     assert part.noise[0] == fx.effects(before, {"b": arms["b"]}, "in").noise[0]
-    assert part.names == ("part",) and parts.measured_without("b", ["a"]).noise[0].seed.freedom == 2
-    alone = fx.effects(before, {"a": runs}, "in")
-    assert alone.measured_without("a", ["a"]).noise == ((None, None),)
+    assert part.names == ("part",) and parts.of_kind(["a"], without="b").noise[0].seed.freedom == 2
+    # What another kind measured is lent to an arm, and to no comparison of its own runs.
+    unlike = fx.effects(before, arms, "in", {"a": Kind("kto"), "b": Kind("dpo")})
+    assert unlike.of_kind(["a"]).noise == unlike.noise[:1] and unlike.noise[0].seed.freedom == 2
+    assert unlike.of_kind(["a"], without="a").noise == ((None, None),)
 
 
 def test_no_interval_is_wider_than_accuracies_are():

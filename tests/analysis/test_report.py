@@ -16,7 +16,7 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
-from deltapref_jax.analysis.components import Noise, kinds_of
+from deltapref_jax.analysis.components import Kind, kinds_of
 from deltapref_jax.analysis.controls import _Control, bound, controls, judged
 from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
@@ -637,8 +637,7 @@ def estimated(low, value, high, shown):
     ],
 )
 def test_a_control_comes_out_in_all_domains_within_the_margin(kind, inside, outside, want):
-    noise = [Noise(1.0, 1.0)] * 2
-    assert judged(kind, {"in": inside, "out": outside}, noise, 2.0) == want
+    assert judged(kind, {"in": inside, "out": outside}, [], 2.0) == want
 
 
 def test_only_two_single_seeds_may_differ_by_four_margins(study):
@@ -688,9 +687,29 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
         assert -100 <= estimate.low <= estimate.high <= 100
     # What is compared is no further arm that measures the noise: 1 + 2 degrees of freedom.
     assert effects.call_args.kwargs["measuring"] == study.results
+    # Another kind's noise is none that they are compared with.
+    of_kinds = controls(study, {"dpo-mid": Kind("kto"), "dpo-strong": Kind("dpo")})
+    alone = "undecided: no other arm of its kind has several seeds to compare with"
+    assert [c.verdict for c in of_kinds] == [alone, alone]
     study.results["dpo-strong"] = {Run(0, 0): evaluated(0.9, 7)}
-    (alone,) = controls(study, {})
-    assert alone.verdict == "undecided: no other arm has several seeds to compare with"
+    assert [c.verdict for c in controls(study, {})] == [alone]
+
+
+def test_draws_of_other_seeds_are_compared_with_the_noise_of_seeds_too(study):
+    (random,) = [a for a in study.experiment.arms if a.keep == "random"]
+    twins = [dataclasses.replace(random, name=f"twin-{i}", draws=(i,), seeds=(i,)) for i in (8, 9)]
+    study = with_arms(study, *twins)
+    study.results["random"] = {Run(d, 0): evaluated(0.4, 90 + d) for d in range(3)}
+    for i, twin in zip((8, 9), twins, strict=True):
+        study.results[twin.name] = {Run(i, i): evaluated(0.4, i)}
+    kinds = {a.name: Kind("dpo", "random pairs") for a in study.experiment.arms}
+    (control,) = [c for c in controls(study, kinds) if c.arms == ("twin-8", "twin-9")]
+    assert control.verdict == (
+        "undecided: no other arm of its kind has several seeds to compare with"
+    )
+    study.results["dpo-mid"] = {Run(0, i): evaluated(0.4, 70 + i) for i in range(3)}
+    (control,) = [c for c in controls(study, kinds) if c.arms == ("twin-8", "twin-9")]
+    assert "to compare with" not in control.verdict
 
 
 def test_a_page_without_controls_says_so(study):
