@@ -256,7 +256,7 @@ def _arms(s: Summary) -> list[Finding]:
         lost = f"{len(down)} lost ({listed(down)})" if down else "none lost"
         detectable = s.noise[d].detectable
         limit = (
-            "too few answers changed to say which change would be shown"
+            "too few questions differ in how they changed to say which change would be shown"
             if math.isnan(detectable)
             else f"an arm in the middle shows {detectable:.1f} points with 80% power"
         )

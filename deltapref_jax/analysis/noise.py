@@ -80,7 +80,7 @@ def planned(before: pa.Table, others: Mapping[str, pa.Table], domain: str) -> fl
       domain: "in" or "out".
     """
     found = fx.effects(before, {name: {Run(0, 0): t} for name, t in others.items()}, domain)
-    weights = [{name: 1.0} for name in found.names if found.error({name: 1.0})]
+    weights = [{name: 1.0} for name in found.names if found.error({name: 1.0}) > 1e-9]
     if weights:
         nearest = min(weights, key=found.error)
         return detectable(found.error(nearest), found.freedom(nearest))
@@ -120,12 +120,12 @@ def _budget(
         buy = "several seeds of some arms, which measure the noise of training"
     half_width = t * math.sqrt(total)
     alone, adjusted = (detectable(errors[arm], freedom, limit) for limit in (None, limits[arm]))
-    if e.few_changed({arm: 1.0}):
+    if e.few_differ({arm: 1.0}):
         # The exact interval holds, and its width follows no component.
         change = e.change(arm).estimate
         half_width, options = (change.high - change.low) / 2, []
         alone = adjusted = math.nan
-        buy = "more questions, since too few answers changed to tell the noise of them"
+        buy = "more questions, since too few differ in how they changed to tell their noise"
     return NoiseBudget(
         arm=arm,
         seeds=len({r.seed for r in runs[arm]}),

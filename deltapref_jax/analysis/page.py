@@ -129,7 +129,7 @@ class NoiseBudget:
     shares: dict[str, float]  # percent of this arm's variance: "questions", "seeds", "draws"
     half_width: float  # of a 95% interval of this arm, by Student's t
     # Change that this arm shows with 80% power at a two-sided 5%, as the only comparison; NaN where
-    # too few answers changed to say, and the half width is that of the exact interval.
+    # too few questions differ in how they changed, and the half width is the exact interval's.
     detectable: float
     detectable_adjusted: float  # likewise, by p values adjusted over all arms and domains
     options: list[Purchase]

@@ -241,8 +241,8 @@ def test_a_purchase_leaves_what_the_components_say():
     assert b.half_width < b.detectable < b.detectable_adjusted
 
 
-@pytest.mark.parametrize("changed", [0, 9])
-def test_few_changed_answers_promise_no_detectable_change(changed):
+@pytest.mark.parametrize("changed", [0, 9, 40])
+def test_few_unlike_answers_promise_no_detectable_change(changed):
     before = np.zeros((40, 2), int)
     after = before.copy()
     after[:changed, 0] = 1

@@ -258,7 +258,7 @@ def test_numbers_and_sentences(study):
     (claim,) = s.claims
     assert claim.effect.estimate.value == 0 and "undecided" in claim.verdict
     assert s.noise["in"].seed is None and s.noise["in"].questions == 0
-    assert "too few answers changed" in s.noise["in"].buy and s.noise["in"].options == []
+    assert "too few differ in how they changed" in s.noise["in"].buy and s.noise["in"].options == []
     assert "fell together" in text
     assert any(
         "Judge model cannot carry a conclusion on 1 of 5 dimensions: its AUC on corrupted "
