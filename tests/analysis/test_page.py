@@ -180,18 +180,22 @@ def test_changes_by_suite_average_to_the_domain(study):  # noqa: F811
 
 
 def test_floors_and_ceilings_are_flagged_with_what_they_do_to_the_mean():
-    low, high, some = (Estimate(v, v - 6, v + 6) for v in (9.0, 95.0, 50.0))
-    assert suites._limit({"student": low, "strong": Estimate(16.0, 8.0, 24.0)}) == "floor"
+    low, high, some = (Estimate(v, v - 4, v + 4) for v in (5.0, 95.0, 50.0))
+    assert suites._limit({"student": low, "strong": low}) == "floor"
     assert suites._limit({"student": low, "strong": some}) == ""
     assert suites._limit({"student": high, "strong": some}) == "ceiling"
+    # Wide intervals show no floor, and no ceiling: of ten questions, three right and nine.
+    wide = Estimate(30.0, 10.0, 60.0)
+    assert suites._limit({"student": wide, "strong": Estimate(16.0, 8.0, 24.0)}) == ""
+    assert suites._limit({"student": Estimate(90.0, 70.0, 100.0), "strong": high}) == ""
 
     def suite(name, limit):
         return suites.SuiteSummary(name, "out", 9, "", 1, {}, limit)
 
     assert suites.limit_sentences([suite("a", ""), suite("b", "floor"), suite("c", "ceiling")]) == [
-        "b (floor) and c (ceiling) have 2 of 3 equal shares in the mean out of domain and little "
-        "room to change: where they do not move, a change of 1 point out of domain stands for "
-        "about 3.0 points on the other 1."
+        "b (floor) and c (ceiling) have 2 of 3 equal shares in the mean out of domain, and little "
+        "room to fall (floor) or little room to rise (ceiling): where they do not move, a change "
+        "of 1 point out of domain stands for about 3.0 points on the other 1."
     ]
     assert suites.limit_sentences([suite("a", "")]) == []
 
