@@ -245,6 +245,16 @@ def test_a_purchase_leaves_what_the_components_say():
     assert b.half_width < b.detectable < b.detectable_adjusted
 
 
+def test_no_change_is_promised_that_an_accuracy_cannot_have():
+    """One pair of seeds, 80 points apart, is all that the noise of seeds is known from."""
+    rng = np.random.default_rng(0)
+    before, *runs = ((rng.random((60, 2)) < share).astype(int) for share in (0.5, 0.1, 0.9))
+    e = found(before, arm=runs)
+    b = noise.budgets({"in": e}, {"arm": [Run(0, 0), Run(0, 1)]})["in"]
+    assert math.isinf(b.detectable) and math.isinf(b.detectable_adjusted)
+    assert b.half_width == 100 and all(o.half_width <= 100 for o in b.options)
+
+
 @pytest.mark.parametrize("changed", [0, 9, 40])
 def test_few_unlike_answers_promise_no_detectable_change(changed):
     before = np.zeros((40, 2), int)

@@ -446,7 +446,7 @@ def test_a_sentence_on_selections_has_one_budget_and_one_measure(study):
 
 
 def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
-    """Three draws of random pairs with one seed each measure draws and seeds together."""
+    """Three draws of random pairs with one seed measure what a draw changes, and no seed."""
     study = with_arms(study, Arm(name="dpo-weak", chosen="weak", rejected="weak"))
     e = study.experiment
     e.claims = (Claim(kind="slope", objective="dpo", domain="in", margin=0.5),)
@@ -457,11 +457,15 @@ def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
     s = summarise(study)
     assert [a.name for a in s.arms if a.redrawn] == ["top", "random"]
     assert s.unmeasured[0] == (
-        "The noise of training apart from the draw of pairs: no arm has several seeds. The "
-        "intervals of 2 of 6 arms, whose pairs are drawn, have both together, as several draws "
-        "with one seed each measured them (2 degrees of freedom); those of the other 4 are of "
-        "questions alone and too short."
+        "The noise of training seeds: no arm has several, and draws of pairs that share one do not "
+        "differ by it, so every interval is too short. Those of 2 of 6 arms, whose pairs are "
+        "drawn, have what another draw changes (degrees of freedom by kind: random pairs, dpo: "
+        "2); those of the other 4 are of questions alone."
     )
+    # No draw moves the arm in the middle, so its budget has none.
+    budget = s.noise["in"]
+    assert not next(a for a in s.arms if a.name == budget.arm).redrawn
+    assert (budget.draw, budget.draw_freedom, budget.drawn) == (None, 0, False)
     page = render(study, s, {}, {})
     assert (
         "Intervals are of questions and draws of pairs (of arms whose pairs are drawn): training "
@@ -510,6 +514,19 @@ def test_the_page_says_whose_noise_an_arm_borrows(study):
     assert (
         "Draws of pairs of a kind of which no arm has several: ties, dpo (1 arm). Their intervals "
         "have the noise of other kinds (random pairs, dpo), which may differ." in s.unmeasured
+    )
+
+
+def test_degrees_of_freedom_are_of_the_kind_that_lends_them(study):
+    for name, arm in {a.name: a for a in study.experiment.arms}.items():
+        arm.seeds = {"dpo-mid": (0, 1, 2), "sft": (0, 1)}.get(name, (0,))
+    sft = next(a for a in study.experiment.arms if a.name == "sft")
+    study = with_arms(study, dataclasses.replace(sft, name="sft-one", seeds=(0,)))
+    study.results["dpo-mid"] = {Run(0, i): evaluated(0.4, 70 + i) for i in range(3)}
+    study.results["sft"] = {Run(0, i): evaluated(0.4, 80 + i) for i in range(2)}
+    assert (
+        "The noise of training in 4 of 6 arms, which have one seed: they borrow what the others "
+        "measured (degrees of freedom by kind: dpo: 2; sft: 1)." in summarise(study).unmeasured
     )
 
 
