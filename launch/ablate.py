@@ -205,7 +205,7 @@ def _detectable(workspace: Workspace, report: "Report") -> Iterator[str]:
     import pyarrow as pa
 
     from deltapref_jax.analysis.findings import DOMAIN_WORDS
-    from deltapref_jax.analysis.noise import planned
+    from deltapref_jax.analysis.noise import MOST, planned
 
     if not report.student:
         return
@@ -215,9 +215,10 @@ def _detectable(workspace: Workspace, report: "Report") -> Iterator[str]:
 
     student = results(report.student)
     others = {name: results(tables) for name, tables in report.capability.items() if tables}
+    sizes = {d: planned(student, others, d) for d in domains_of(report.experiment.suites)}
     changes = ", ".join(
-        f"{planned(student, others, d):.1f} points {DOMAIN_WORDS[d]}"
-        for d in domains_of(report.experiment.suites)
+        f"{f'{size:.1f} points' if size <= MOST else 'none'} {DOMAIN_WORDS[d]}"
+        for d, size in sizes.items()
     )
     yield (
         f"Expected smallest detectable change of an arm: {changes} (80% power, one comparison "

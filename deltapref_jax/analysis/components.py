@@ -117,7 +117,10 @@ def measured_by(runs: np.ndarray, keys: Sequence[Run], sizes: Sequence[int]) -> 
 
 
 def pooled(
-    names: Sequence[str], own: Mapping[str, Noise], kinds: Mapping[str, Kind]
+    names: Sequence[str],
+    own: Mapping[str, Noise],
+    kinds: Mapping[str, Kind],
+    borrow: bool = True,
 ) -> tuple[Noise, ...]:
     """The components of arms: what the arms of their kind measured, else what all did.
 
@@ -125,6 +128,7 @@ def pooled(
       names: of the arms.
       own: what every arm that measures has measured.
       kinds: of both; an arm without one is of the kind `Kind()`.
+      borrow: whether a kind that nobody measures has what all did; else it has none.
     """
     by_seed: dict[str, list[Component]] = {}
     by_draw: dict[str, list[Component]] = {}
@@ -135,13 +139,16 @@ def pooled(
         if noise.draw and kind.draw:
             by_draw.setdefault(kind.draw, []).append(noise.draw)
     wanted = [kinds.get(name, Kind()) for name in names]
-    seeds = {kind: _of_kind(by_seed, kind) for kind in {k.seed for k in wanted}}
-    draws = {kind: _of_kind(by_draw, kind) for kind in {k.draw for k in wanted} if kind}
+    seeds = {kind: _of_kind(by_seed, kind, borrow) for kind in {k.seed for k in wanted}}
+    draws = {kind: _of_kind(by_draw, kind, borrow) for kind in {k.draw for k in wanted} if kind}
     return tuple(Noise(seeds[kind.seed], draws.get(kind.draw)) for kind in wanted)
 
 
-def _of_kind(measured: Mapping[str, Sequence[Component]], kind: str) -> Component | None:
-    return _average(measured.get(kind) or [c for several in measured.values() for c in several])
+def _of_kind(
+    measured: Mapping[str, Sequence[Component]], kind: str, borrow: bool
+) -> Component | None:
+    of_all = [c for several in measured.values() for c in several] if borrow else []
+    return _average(measured.get(kind) or of_all)
 
 
 def _average(components: Sequence[Component]) -> Component | None:

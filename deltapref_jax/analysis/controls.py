@@ -5,8 +5,9 @@ random     two random draws of as many pairs             no difference
 placebo    pairs turned around by a coin                 no gain over the student
 negative   chosen and rejected exchanged                 worse than the pairs as they were
 
-Two seeds of an arm are compared with the noise that the other arms measured: what they differ by
-would hide itself in their own. A control of no difference comes out where none is shown and its
+Two seeds of an arm are compared with the noise that other arms of its kind (`components.Kind`)
+measured: what they differ by would hide itself in their own, and another kind may have so little
+noise that they seem to differ. A control of no difference comes out where none is shown and its
 intervals exclude, in every domain, all that are larger than `bound`; one that allows more says
 nothing. The verdict names what the widest of them allows. A negative control comes out where its
 difference is shown in every domain.
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from deltapref_jax.analysis import effects as fx
-from deltapref_jax.analysis.components import Kind, Noise
+from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.findings import DOMAIN_WORDS
 from deltapref_jax.analysis.page import ControlResult, MeasuredBy
 from deltapref_jax.analysis.study import Study
@@ -41,7 +42,6 @@ _EXPECTED = {
     "placebo": "no gain over the student",
     "negative": "the pairs as they were do better",
 }
-_MEASURED = {"null": "seed", "random": "draw"}  # whose noise a difference is compared with
 
 
 class _Control(NamedTuple):
@@ -57,6 +57,14 @@ class _Control(NamedTuple):
     def sides(self) -> list[tuple[str, Sequence[Run]]]:
         """What is compared, as arms and their runs."""
         return [(self.arms[0], self.a), (self.arms[-1], self.b)][: 2 if self.b else 1]
+
+    @property
+    def noise(self) -> list[str]:
+        """Fields of `Noise` that a control of no difference is compared with."""
+        seeds = [{run.seed for run in runs} for runs in (self.a, self.b)]
+        # Draws that share their seeds do not differ by them.
+        draws = ["draw"] if seeds[0] == seeds[1] else ["draw", "seed"]
+        return {"null": ["seed"], "random": draws}.get(self.kind, [])
 
 
 def controls(study: Study, kinds: Mapping[str, Kind]) -> list[ControlResult]:
@@ -104,12 +112,16 @@ def controls(study: Study, kinds: Mapping[str, Kind]) -> list[ControlResult]:
     for i, control in enumerate(found):
         kind, what, names, _, _ = control
         effects = {d: measured[i, d] for d in by_domain}
-        noise = [
-            e.noise[e.names.index(name)]
-            for e in of_control[i].values()
-            for name in _names(i, control)
+        missing = [
+            of
+            for of in control.noise
+            if any(
+                getattr(e.noise[e.names.index(name)], of) is None
+                for e in of_control[i].values()
+                for name in _names(i, control)
+            )
         ]
-        came_out, reason = judged(kind, effects, noise, bound(study.experiment, control))
+        came_out, reason = judged(kind, effects, missing, bound(study.experiment, control))
         results.append(ControlResult(kind, what, names, effects, _EXPECTED[kind], came_out, reason))
     return results
 
@@ -138,20 +150,21 @@ def _of_runs(study: Study, arm: str, runs: Sequence[Run]) -> dict[Run, pa.Table]
 
 
 def _compared_with(e: fx.Effects, control: _Control, names: Sequence[str]) -> fx.Effects:
-    """The effects of a control, with noise that its own difference is no part of."""
-    within = control.kind in _MEASURED and len(control.arms) == 1
-    return e.measured_without(control.arms[0], names) if within else e
+    """The effects of a control, with noise of its kind that its own difference is no part of."""
+    if not control.noise:
+        return e
+    return e.of_kind(names, control.arms[0] if len(control.arms) == 1 else "")
 
 
 def judged(
-    kind: str, effects: MeasuredBy, noise: Sequence[Noise], most: float
+    kind: str, effects: MeasuredBy, missing: Sequence[str], most: float
 ) -> tuple[bool | None, str]:
     """Whether a control came out in all domains; None if that is undecided. What that rests on.
 
     Args:
       kind: of the control.
       effects: by domain.
-      noise: that they were compared with, of every domain.
+      missing: of `_Control.noise`, what no other arm of the kind measured.
       most: `bound`.
     """
     gains = [d for d, e in effects.items() if e.shown and e.estimate.value > 0]
@@ -164,8 +177,8 @@ def judged(
             return None, "no difference is shown"
         found = f"a difference is shown {_in(gains)}"
         return (None, f"{found}, none {_in(rest)}") if rest else (True, found)
-    if kind in _MEASURED and any(getattr(n, _MEASURED[kind]) is None for n in noise):
-        return None, f"no other arm has several {_MEASURED[kind]}s to compare with"
+    if missing:
+        return None, f"no other arm of its kind has several {missing[0]}s to compare with"
     # A placebo may be worse than the student.
     placebo = kind == "placebo"
     if wrong := gains if placebo else gains + losses:

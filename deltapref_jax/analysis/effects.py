@@ -38,7 +38,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 DRAWS = 4000
 _BLOCK = 500  # draws made at a time, which bounds the memory
-_FEW = 10  # discordant questions below which the exact interval replaces the bootstrap's
+_FEW = 10  # questions that differ from most below which the exact interval is the bootstrap's
+_ROUNDING = 1e-9  # points below which a difference is one of floating point
 _Z95 = float(special.ndtri(0.975))
 
 
@@ -85,14 +86,15 @@ class Effects:
         weights = slope_weights(x)
         return None if weights is None else self.combined(weights)
 
-    def measured_without(self, arm: str, names: Sequence[str]) -> "Effects":
-        """The effects of some arms, with the noise of training that all arms but one measured.
+    def of_kind(self, names: Sequence[str], without: str = "") -> "Effects":
+        """The effects of some arms, with the noise of training that arms of their kind measured.
 
-        A difference between runs of `arm` is compared with noise that it is no part of.
+        A difference between runs of the arm `without` is compared with noise that it is no part of,
+        and none is borrowed from another kind, which may have far less.
         """
         rows = [self.names.index(name) for name in names]
-        others = {name: own for name, own in self.own.items() if name != arm}
-        noise = pooled(names, others, self.kinds)
+        others = {name: own for name, own in self.own.items() if name != without}
+        noise = pooled(names, others, self.kinds, borrow=False)
         shares = self.shares[rows]
         return dataclasses.replace(
             self,
@@ -116,8 +118,9 @@ class Effects:
         widened = np.sqrt(freedom / special.chdtri(freedom, self.chance))
         by_run = by_run * widened
         draws = value + by_question * widened + by_run
-        if self.few_changed(weights):
-            estimate = _exact(gaps, self._largest(w, gaps), by_run)
+        rare = self._rare(w)
+        if rare is not None:
+            estimate = _exact(value, rare, self._largest(w, rare), by_run)
             toward_0 = value - estimate.low if value > 0 else estimate.high - value
             p = float(2 * special.ndtr(-_Z95 * abs(value) / toward_0)) if value else 1.0
             # The limits of 95% are farther out than those of the two one-sided tests.
@@ -137,27 +140,34 @@ class Effects:
             w[self.names.index(name)] += weight
         return w
 
-    def few_changed(self, weights: Mapping[str, float]) -> bool:
-        """Whether so few questions changed in a combination that the exact interval holds.
+    def few_differ(self, weights: Mapping[str, float]) -> bool:
+        """Whether so few questions differ from most in a combination that the exact interval holds.
+
+        Most have no change, or one change in common, as where all questions of a suite are won.
+        """
+        return self._rare(self._vector(weights)) is not None
+
+    def _rare(self, w: np.ndarray) -> np.ndarray | None:
+        """How far every question is from most, [n] in points; None where more than few differ.
 
         Questions that count differently are as many as equal ones of the same relative error, with
-        one more that may change unseen: 15 of a suite of 300 are few beside a suite of 10.
+        one more that may differ unseen: 15 of a suite of 300 are few beside a suite of 10.
         """
-        w = self._vector(weights)
-        gaps = np.abs(_weighted(w, self.gaps))
-        largest = self._largest(w, gaps)
-        if not largest:
-            return True
-        return float((gaps.sum() + largest) ** 2 / (gaps @ gaps + largest**2)) < _FEW + 1
+        gaps = _weighted(w, self.gaps)
+        for deviations in (gaps, gaps - _common(gaps, self.sizes)):
+            size, largest = np.abs(deviations), self._largest(w, deviations)
+            if not largest or (size.sum() + largest) ** 2 < (_FEW + 1) * (size @ size + largest**2):
+                return deviations
+        return None
 
     def _largest(self, w: np.ndarray, gaps: np.ndarray) -> float:
-        """The most points that one more question would add, if it changed as far as any did.
+        """The most points that one more question would add, if it differed as far as any did.
 
-        Without a changed question, it is what a question adds that goes from wrong to right.
+        Where none differs, it is what a question adds that goes from wrong to right.
         """
         counts = [1 / (len(self.sizes) * n) for n in self.sizes]  # of a question in the mean
         seen = float((np.abs(gaps) / np.repeat(counts, self.sizes)).max(initial=0))
-        return (seen if seen > 1e-9 else self._limit(w)) * max(counts, default=0.0)
+        return (seen if seen > _ROUNDING else self._limit(w)) * max(counts, default=0.0)
 
     def _limit(self, w: np.ndarray) -> float:
         """The largest combination that there can be, since accuracies are from 0 to 100 points.
@@ -184,7 +194,7 @@ class Effects:
         w, variance = self._vector(weights), self.error(weights) ** 2
         if not variance:
             return float(self.gaps.shape[1])
-        suites = np.split(_weighted(w, self.gaps), np.cumsum(self.sizes)[:-1])
+        suites = np.split(_weighted(w, self.gaps), np.cumsum(_strata(self.sizes))[:-1])
         of_suites = [(len(s) * float(s.var(ddof=1)), len(s) - 1) for s in suites if len(s) > 1]
         freedoms = [max(1.0, _satterthwaite(of_suites))]
         squared = float(_weighted(w, self.by_question).var()) ** 2 / freedoms[0]
@@ -203,6 +213,33 @@ def _weighted(w: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Σ w x over the arms that count: most combinations are of a few among hundreds."""
     rows = np.flatnonzero(w)
     return w[rows] @ x[rows]
+
+
+def _common(gaps: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The change that most questions of every suite have in common, [n]; 0 where there is none."""
+    common = np.zeros_like(gaps)
+    ends = np.cumsum(_strata(sizes))
+    for start, end in zip(np.r_[0, ends[:-1]], ends, strict=True):
+        median = np.median(gaps[start:end])
+        if 2 * np.count_nonzero(np.abs(gaps[start:end] - median) < _ROUNDING) > end - start:
+            common[start:end] = median
+    return common
+
+
+def _strata(sizes: Sequence[int]) -> list[int]:
+    """Questions that are resampled together: those of a suite, and all that are alone in theirs.
+
+    One question can't say how another of its suite would differ, so they say it for each other
+    (collapsed strata: Cochran, Sampling Techniques, 1977, section 5A.12), or a single one with the
+    suite before it. `_gaps` has them last.
+    """
+    strata = [n for n in sizes if n > 1]
+    alone = len(sizes) - len(strata)
+    if alone == 1 and strata:
+        strata[-1] += 1
+    elif alone:
+        strata.append(alone)
+    return strata
 
 
 def _satterthwaite(variances: Sequence[tuple[float, float]]) -> float:
@@ -284,14 +321,16 @@ def effects(
     Raises:
       ValueError: an arm was evaluated on other questions than the student.
     """
-    base = read(before, domain)
+    # Suites of one question are last, see `_strata`.
+    base = dict(sorted(read(before, domain).items(), key=lambda s: len(s[1].questions) == 1))
     gaps = {
         arm: _gaps(arm, base, {r: read(t, domain) for r, t in runs.items()})
         for arm, runs in after.items()
     }
     sizes = [len(a.questions) for a in base.values()]
+    strata = _strata(sizes)
     own = {
-        arm: measured_by(runs, keys, sizes)
+        arm: measured_by(runs, keys, strata)
         for arm, (runs, keys) in gaps.items()
         if measuring is None or arm in measuring
     }
@@ -309,7 +348,7 @@ def effects(
     return Effects(
         tuple(gaps),
         means,
-        _resampled(means, sizes, seed),
+        _resampled(means, strata, seed),
         _by_run(tuple(gaps), shares, noise, seed),
         shares,
         noise,
@@ -382,8 +421,8 @@ def _of_name(arm: str, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
-def _exact(gaps: np.ndarray, largest: float, by_run: np.ndarray) -> Estimate:
-    """The interval where few questions changed, which resampling them would make too short.
+def _exact(value: float, deviations: np.ndarray, largest: float, by_run: np.ndarray) -> Estimate:
+    """The interval where few questions differ from most, which resampling makes too short.
 
     Gains and losses are sums of rare events: each has the limits of `_rare_limits`, and the limits
     of their difference follow from those of both (Zou & Donner, Statistics in Medicine 2008).
@@ -391,15 +430,15 @@ def _exact(gaps: np.ndarray, largest: float, by_run: np.ndarray) -> Estimate:
     sign test does. The noise of training widens both sides.
 
     Args:
-      gaps: of the questions, [n] in points.
-      largest: points that a question adds which changed unseen.
+      value: of the combination, in points.
+      deviations: of the questions from what most do, [n] in points.
+      largest: points that a question adds which differs unseen.
       by_run: deviations by training, [DRAWS].
     """
-    value = float(gaps.sum())
     (gain_low, gain_high), (loss_low, loss_high) = (
-        _rare_limits(side[side > 1e-9], largest) for side in (gaps, -gaps)
+        _rare_limits(side[side > _ROUNDING], largest) for side in (deviations, -deviations)
     )
-    gains, losses = (float(side[side > 1e-9].sum()) for side in (gaps, -gaps))
+    gains, losses = (float(side[side > _ROUNDING].sum()) for side in (deviations, -deviations))
     training = np.diff(np.percentile(by_run, [2.5, 97.5]))[0] / 2
     below = math.hypot(gains - gain_low, loss_high - losses, training)
     above = math.hypot(gain_high - gains, losses - loss_low, training)
@@ -453,8 +492,8 @@ def _largest(found: Collection[Effect]) -> np.ndarray:
     """The largest of all deviations in every draw, each over its standard deviation, [DRAWS]."""
     draws = np.stack([e.draws - e.estimate.value for e in found])
     errors = draws.std(axis=1, keepdims=True)
-    # An effect whose questions never changed has no spread, and can't be the largest.
-    return np.abs(draws / np.where(errors > 0, errors, np.inf)).max(axis=0)
+    # An effect whose questions all changed alike has no spread, and can't be the largest.
+    return np.abs(draws / np.where(errors > _ROUNDING, errors, np.inf)).max(axis=0)
 
 
 def max_t(found: Mapping[Key, Effect]) -> dict[Key, float]:
@@ -469,11 +508,15 @@ def max_t(found: Mapping[Key, Effect]) -> dict[Key, float]:
     adjusted = {}
     for name, effect in found.items():
         # The distance of the effect's own p value, so that an exact one stays exact.
-        own = np.abs(effect.draws - effect.estimate.value) / max(effect.draws.std(), 1e-12)
-        observed = float(np.quantile(own, 1 - effect.p)) if effect.draws.std() > 0 else 0.0
-        # The smallest p value that draws can give says only that the effect is beyond all of them.
-        if effect.p <= 2 / (1 + own.size) and effect.draws.std() > 0:
-            observed = max(observed, abs(effect.estimate.value) / float(effect.draws.std()))
+        error = float(effect.draws.std())
+        if error > _ROUNDING:
+            own = np.abs(effect.draws - effect.estimate.value) / error
+            observed = float(np.quantile(own, 1 - effect.p))
+            # The smallest p value that draws can give says only that it is beyond all of them.
+            if effect.p <= 2 / (1 + own.size):
+                observed = max(observed, abs(effect.estimate.value) / error)
+        else:
+            observed = -float(special.ndtri(effect.p / 2))
         adjusted[name] = max(
             effect.p, (1 + np.count_nonzero(largest >= observed)) / (1 + largest.size)
         )

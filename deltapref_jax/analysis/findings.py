@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from deltapref_jax.analysis.arm_words import data_words, measure_words, share_words, step_words
 from deltapref_jax.analysis.judges import WANTED_AUC, failings
-from deltapref_jax.analysis.noise import borrowed
+from deltapref_jax.analysis.noise import borrowed, freedom_words
 from deltapref_jax.analysis.page import (
     ArmSummary,
     Contrast,
@@ -257,8 +257,10 @@ def _arms(s: Summary) -> list[Finding]:
         lost = f"{len(down)} lost ({listed(down)})" if down else "none lost"
         detectable = s.noise[d].detectable
         limit = (
-            "too few answers changed to say which change would be shown"
+            "too few questions differ in how they changed to say which change would be shown"
             if math.isnan(detectable)
+            else "no change that an accuracy can have is shown with 80% power"
+            if math.isinf(detectable)
             else f"an arm in the middle shows {detectable:.1f} points with 80% power"
         )
         clauses.append(f"{gained} and {lost}; alone, {limit}")
@@ -327,13 +329,15 @@ def unmeasured(s: Summary) -> list[str]:
     noise = list(s.noise.values())
     if any(n.seed is None for n in noise):
         sentences.append(_seeds_unmeasured(s))
-    elif any(a.seeds == 1 for a in s.arms):
-        alone = sum(a.seeds == 1 for a in s.arms)
-        sentences.append(
-            f"The noise of training in {alone} of {len(s.arms)} arms, which have one seed: they "
-            f"borrow what the others measured ({noise[0].seed_freedom} degrees of freedom)."
+    elif alone := [a.arm.objective for a in s.arms if a.seeds == 1]:
+        freedom = freedom_words(
+            (a.arm.objective, a.seeds) for a in s.arms if a.arm.objective in alone
         )
-    if any(n.draw is None for n in noise):
+        sentences.append(
+            f"The noise of training in {len(alone)} of {len(s.arms)} arms, which have one seed: "
+            f"they borrow what the others measured{_in_brackets(freedom)}."
+        )
+    if not _freedom_of_draws(s):
         sentences.append("Another draw of the pairs: no arm has several.")
     sentences += borrowed(s.arms)
     sentences += [f"{c.what}: {c.verdict}." for c in s.claims if c.effect is None]
@@ -398,20 +402,29 @@ def rung_words(s: Summary) -> list[str]:
 
 def _seeds_unmeasured(s: Summary) -> str:
     """What the intervals have in them where no arm has several seeds."""
-    noise = next(iter(s.noise.values()))
-    alone = sum(not a.redrawn for a in s.arms)
-    if noise.draw is None or alone == len(s.arms):
+    alone, freedom = sum(not a.redrawn for a in s.arms), _freedom_of_draws(s)
+    if not freedom:
         return (
             "The noise of training: no arm has several seeds, so every interval is of questions "
             "alone and too short."
         )
-    rest = f"; those of the other {alone} are of questions alone and too short" if alone else ""
+    rest = f"; those of the other {alone} are of questions alone" if alone else ""
+    # A seed that all draws share shifts them alike, so their differences do not have it.
     return (
-        "The noise of training apart from the draw of pairs: no arm has several seeds. The "
-        f"intervals of {len(s.arms) - alone} of {len(s.arms)} arms, whose pairs are drawn, have "
-        "both together, as several draws with one seed each measured them "
-        f"({noise.draw_freedom} degrees of freedom){rest}."
+        "The noise of training seeds: no arm has several, and draws of pairs that share one do not "
+        "differ by it, so every interval is too short. Those of "
+        f"{len(s.arms) - alone} of {len(s.arms)} arms, whose pairs are drawn, have what another "
+        f"draw changes{_in_brackets(freedom)}{rest}."
     )
+
+
+def _freedom_of_draws(s: Summary) -> str:
+    """Degrees of freedom that draws of pairs were measured with, by kind; "" if they were not."""
+    return freedom_words((a.redrawn, a.draws) for a in s.arms if a.redrawn)
+
+
+def _in_brackets(freedom: str) -> str:
+    return f" (degrees of freedom by kind: {freedom})" if freedom else ""
 
 
 def interval_words(s: Summary) -> str:
@@ -419,7 +432,7 @@ def interval_words(s: Summary) -> str:
     noise = list(s.noise.values())
     seeds = ["training seeds"] * any(n.seed is not None for n in noise)
     draws = ["draws of pairs (of arms whose pairs are drawn)"]
-    draws *= any(n.draw is not None for n in noise)
+    draws *= bool(_freedom_of_draws(s))
     if not seeds and not draws:
         return "questions alone: the noise of training is not measured"
     of = listed(["questions", *seeds, *draws])

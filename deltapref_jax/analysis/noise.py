@@ -2,18 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from scipy import optimize, special
 
 from deltapref_jax.analysis import effects as fx
+from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.page import ArmSummary, NoiseBudget, Purchase
 from deltapref_jax.analysis.statistics import by_question
 from deltapref_jax.config import Run
 
 POWER = 0.8
+MOST = 100.0  # points by which an accuracy can change
 _QUANTILES = (np.arange(1000) + 0.5) / 1000
 
 
@@ -72,7 +74,7 @@ def planned(before: pa.Table, others: Mapping[str, pa.Table], domain: str) -> fl
     The noise of a paired change depends on how differently the policy answers the questions. The
     model that differs least from the student, of those already evaluated, stands in for it; without
     one, answers are taken as independent, which is the most that they can differ. The noise of
-    training comes on top.
+    training comes on top. A size above MOST says that no change is expected to be shown.
 
     Args:
       before: the student's rows of `records.Result`.
@@ -80,7 +82,7 @@ def planned(before: pa.Table, others: Mapping[str, pa.Table], domain: str) -> fl
       domain: "in" or "out".
     """
     found = fx.effects(before, {name: {Run(0, 0): t} for name, t in others.items()}, domain)
-    weights = [{name: 1.0} for name in found.names if found.error({name: 1.0})]
+    weights = [{name: 1.0} for name in found.names if found.error({name: 1.0}) > 1e-9]
     if weights:
         nearest = min(weights, key=found.error)
         return detectable(found.error(nearest), found.freedom(nearest))
@@ -108,24 +110,22 @@ def _budget(
     parts, freedom = _parts(e, middle), e.freedom({arm: 1.0})
     total, t = sum(parts.values()), student(freedom)
     options = [
-        Purchase(what, t * math.sqrt(max(0.0, total - saved)))
+        Purchase(what, min(t * math.sqrt(max(0.0, total - saved)), MOST))
         for what, saved in _saved(e, middle, parts, runs[arm]).items()
     ]
     buy = min(options, key=lambda option: option.half_width).what
     of_seeds, of_draws = e.noise[middle]
-    # Where no draw moves this arm, the kind of arms that draws move most is shown.
-    others = [n.draw for n in e.noise if n.draw]
-    of_draws = of_draws or max(others, key=lambda c: c.variance, default=None)
     if of_seeds is None:
         buy = "several seeds of some arms, which measure the noise of training"
-    half_width = t * math.sqrt(total)
-    alone, adjusted = (detectable(errors[arm], freedom, limit) for limit in (None, limits[arm]))
-    if e.few_changed({arm: 1.0}):
+    half_width = min(t * math.sqrt(total), MOST)
+    found = [detectable(errors[arm], freedom, limit) for limit in (None, limits[arm])]
+    alone, adjusted = (size if size <= MOST else math.inf for size in found)
+    if e.few_differ({arm: 1.0}):
         # The exact interval holds, and its width follows no component.
         change = e.change(arm).estimate
         half_width, options = (change.high - change.low) / 2, []
         alone = adjusted = math.nan
-        buy = "more questions, since too few answers changed to tell the noise of them"
+        buy = "more questions, since too few differ in how they changed to tell their noise"
     return NoiseBudget(
         arm=arm,
         seeds=len({r.seed for r in runs[arm]}),
@@ -135,6 +135,7 @@ def _budget(
         seed_freedom=of_seeds.freedom if of_seeds else 0,
         draw=None if of_draws is None else math.sqrt(of_draws.variance),
         draw_freedom=of_draws.freedom if of_draws else 0,
+        drawn=bool(e.kinds.get(arm, Kind()).draw),
         shares={name: 100 * part / total for name, part in parts.items()} if total else {},
         half_width=half_width,
         detectable=alone,
@@ -166,6 +167,18 @@ def _saved(
     if "draws" in parts and e.shares[row, 1]:
         saved["one more draw of pairs of every arm"] = (parts["draws"] + interaction) / (draws + 1)
     return saved
+
+
+def freedom_words(runs: Iterable[tuple[str, int]]) -> str:
+    """Degrees of freedom by kind, such as `dpo: 6; kto: 1`; "" where no arm has several runs.
+
+    Args:
+      runs: of every arm its kind, and how many seeds or draws it has.
+    """
+    found: Counter[str] = Counter()
+    for kind, several in runs:
+        found[kind] += several - 1
+    return "; ".join(f"{kind}: {n}" for kind, n in found.items() if n)
 
 
 def borrowed(arms: Sequence[ArmSummary]) -> list[str]:

@@ -122,14 +122,14 @@ class NoiseBudget:
     questions: float  # of this arm, averaged over its runs
     seed: float | None  # of one run's main effect; None where no arm has several seeds
     seed_freedom: int  # degrees of freedom that measured it
-    # Of one draw of pairs, of the kind that draws move most where none moves this arm; None where
-    # no arm has several draws.
-    draw: float | None
+    draw: float | None  # of one draw of pairs; None where it was not measured or moves nothing
     draw_freedom: int
+    drawn: bool  # whether another draw gives this arm other pairs
     shares: dict[str, float]  # percent of this arm's variance: "questions", "seeds", "draws"
     half_width: float  # of a 95% interval of this arm, by Student's t
     # Change that this arm shows with 80% power at a two-sided 5%, as the only comparison; NaN where
-    # too few answers changed to say, and the half width is that of the exact interval.
+    # too few questions differ in how they changed, and the half width is the exact interval's;
+    # infinite where no change that there can be is shown so often.
     detectable: float
     detectable_adjusted: float  # likewise, by p values adjusted over all arms and domains
     options: list[Purchase]

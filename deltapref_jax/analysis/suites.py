@@ -22,9 +22,9 @@ from deltapref_jax.records import Prompt, SuiteAccuracy, from_table
 FLOOR, CEILING = 10, 90  # percent of right answers
 STUDENT = "student"  # its key among the models that were evaluated before training
 RULE = (
-    f"A suite is flagged as floor where no model is shown to be above {FLOOR}% before any arm "
-    "trains (every 95% interval begins below), and as ceiling where the student is not shown to be "
-    f"below {CEILING}% (its interval ends above); arms have no say in it."
+    f"A suite is flagged as floor where every model is shown to be at most at {FLOOR}% before any "
+    "arm trains (its 95% interval ends there or below), and as ceiling where the student is shown "
+    f"to be at least at {CEILING}% (its interval begins there or above); arms have no say in it."
 )
 
 
@@ -88,9 +88,9 @@ def _effects(study: Study, suite: str, domain: str, kinds: Mapping[str, Kind]) -
 
 
 def _limit(accuracy: Mapping[str, st.Estimate]) -> str:
-    if all(e.low <= FLOOR for e in accuracy.values()):
+    if all(e.high <= FLOOR for e in accuracy.values()):
         return "floor"
-    return "ceiling" if accuracy[STUDENT].high >= CEILING else ""
+    return "ceiling" if accuracy[STUDENT].low >= CEILING else ""
 
 
 def limit_sentences(suites: Sequence[SuiteSummary]) -> list[str]:
@@ -107,11 +107,17 @@ def limit_sentences(suites: Sequence[SuiteSummary]) -> list[str]:
             f"where they do not move, a change of 1 point {DOMAIN_WORDS[d]} stands for about "
             f"{k / free:.1f} points on the other {free}"
             if free
-            else f"no suite {DOMAIN_WORDS[d]} is left that could"
+            else f"no suite {DOMAIN_WORDS[d]} has room for both"
         )
+        limits = {s.limit for s in flagged}
+        room = [
+            f"little room to {verb} ({limit})"
+            for limit, verb in (("floor", "fall"), ("ceiling", "rise"))
+            if limit in limits
+        ]
         sentences.append(
             f"{named} {'has' if len(flagged) == 1 else 'have'} {len(flagged)} of {k} equal shares "
-            f"in the mean {DOMAIN_WORDS[d]} and little room to change: {mean}."
+            f"in the mean {DOMAIN_WORDS[d]}, and {' or '.join(room)}: {mean}."
         )
     return sentences
 

@@ -102,8 +102,50 @@ def test_rare_events_of_unequal_size_have_the_limits_of_the_largest():
     e = fx.effects(
         answers(before), {"a": {fx.Run(0, 0): answers(after)}}, "in", read=lambda a, _: a
     )
-    assert e.few_changed({"a": 1.0})
+    assert e.few_differ({"a": 1.0})
     assert e.change("a").estimate.low < 0
+
+
+def changed(suites):
+    """The change of an arm, from suites of answers after training that were all wrong before."""
+
+    def answers(suites):
+        return {
+            f"s{i}": Answers(np.arange(len(part)), np.asarray(part, float), np.ones(len(part), int))
+            for i, part in enumerate(suites)
+        }
+
+    before, after = answers([np.zeros(len(part)) for part in suites]), answers(suites)
+    return fx.effects(before, {"a": {fx.Run(0, 0): after}}, "in", read=lambda a, _: a)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_questions_that_all_change_alike_have_the_rule_of_three(share):
+    e = changed([np.full(30, share)])
+    change = e.change("a")
+    value, low, high = change.estimate
+    # At most 2.996 of 30 such questions are otherwise, by 100 points.
+    assert (value, low, high) == pytest.approx(
+        (100 * share, 100 * share - 9.99, min(100.0, 100 * share + 9.99)), abs=0.01
+    )
+    assert fx.max_t({"a": change})["a"] < 0.001
+    # One otherwise has the limits of one event: (0.050, 4.932) of 30.
+    most = changed([np.r_[np.full(29, share), share - 0.5]]).change("a").estimate
+    assert most.low == pytest.approx(most.value - 50 * 3.932 / 30, abs=0.01)
+    # Where few changed at all, what is known is that these did.
+    assert changed([np.full(5, share)]).change("a").p > 0.02
+
+
+def test_suites_of_one_question_are_resampled_together():
+    """Of 60 questions 24 are won, whether they are one suite or 60."""
+    alone = changed([[i < 24] for i in range(60)]).change("a").estimate
+    together = changed([[i < 24 for i in range(60)]]).change("a").estimate
+    assert tuple(alone) == pytest.approx(tuple(together))
+    assert alone.value == pytest.approx(40) and alone.high - alone.low > 20
+    # One beside larger suites is half of their mean, and may be otherwise.
+    one = changed([[1], np.arange(300) < 100]).change("a").estimate
+    assert one.low < -90 and one.high == 100.0
+    assert fx._strata((300, 20, 1)) == [300, 21] and fx._strata((300, 1, 1)) == [300, 2]
 
 
 def test_the_component_of_seeds_is_what_the_interaction_leaves():
@@ -191,11 +233,13 @@ def test_arms_may_be_measured_by_the_runs_of_others():
     own = fx.effects(before, arms, "in")
     parts = fx.effects(before, arms | {"part": runs}, "in", measuring=arms)
     assert own.noise == parts.noise[:2] and own.noise[0].seed.freedom == 3
-    part = parts.measured_without("a", ["part"])
+    part = parts.of_kind(["part"], without="a")
     assert part.noise[0] == fx.effects(before, {"b": arms["b"]}, "in").noise[0]
-    assert part.names == ("part",) and parts.measured_without("b", ["a"]).noise[0].seed.freedom == 2
-    alone = fx.effects(before, {"a": runs}, "in")
-    assert alone.measured_without("a", ["a"]).noise == ((None, None),)
+    assert part.names == ("part",) and parts.of_kind(["a"], without="b").noise[0].seed.freedom == 2
+    # What another kind measured is lent to an arm, and to no comparison of its own runs.
+    unlike = fx.effects(before, arms, "in", {"a": Kind("kto"), "b": Kind("dpo")})
+    assert unlike.of_kind(["a"]).noise == unlike.noise[:1] and unlike.noise[0].seed.freedom == 2
+    assert unlike.of_kind(["a"], without="a").noise == ((None, None),)
 
 
 def test_no_interval_is_wider_than_accuracies_are():
@@ -236,7 +280,7 @@ def test_intervals_are_those_of_students_t():
     component = Component(mean_square=4.0, rest=0.0, freedom=3)
     effects = fx.Effects(
         ("a",),
-        np.full((1, 50), 0.2),
+        np.linspace(0.1, 0.3, 50)[None],
         np.zeros((1, fx.DRAWS)),
         2.0 * normal,
         np.array([[1.0, 0.0]]),

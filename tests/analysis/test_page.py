@@ -180,18 +180,22 @@ def test_changes_by_suite_average_to_the_domain(study):  # noqa: F811
 
 
 def test_floors_and_ceilings_are_flagged_with_what_they_do_to_the_mean():
-    low, high, some = (Estimate(v, v - 6, v + 6) for v in (9.0, 95.0, 50.0))
-    assert suites._limit({"student": low, "strong": Estimate(16.0, 8.0, 24.0)}) == "floor"
+    low, high, some = (Estimate(v, v - 4, v + 4) for v in (5.0, 95.0, 50.0))
+    assert suites._limit({"student": low, "strong": low}) == "floor"
     assert suites._limit({"student": low, "strong": some}) == ""
     assert suites._limit({"student": high, "strong": some}) == "ceiling"
+    # Wide intervals show no floor, and no ceiling: of ten questions, three right and nine.
+    wide = Estimate(30.0, 10.0, 60.0)
+    assert suites._limit({"student": wide, "strong": Estimate(16.0, 8.0, 24.0)}) == ""
+    assert suites._limit({"student": Estimate(90.0, 70.0, 100.0), "strong": high}) == ""
 
     def suite(name, limit):
         return suites.SuiteSummary(name, "out", 9, "", 1, {}, limit)
 
     assert suites.limit_sentences([suite("a", ""), suite("b", "floor"), suite("c", "ceiling")]) == [
-        "b (floor) and c (ceiling) have 2 of 3 equal shares in the mean out of domain and little "
-        "room to change: where they do not move, a change of 1 point out of domain stands for "
-        "about 3.0 points on the other 1."
+        "b (floor) and c (ceiling) have 2 of 3 equal shares in the mean out of domain, and little "
+        "room to fall (floor) or little room to rise (ceiling): where they do not move, a change "
+        "of 1 point out of domain stands for about 3.0 points on the other 1."
     ]
     assert suites.limit_sentences([suite("a", "")]) == []
 
@@ -241,8 +245,18 @@ def test_a_purchase_leaves_what_the_components_say():
     assert b.half_width < b.detectable < b.detectable_adjusted
 
 
-@pytest.mark.parametrize("changed", [0, 9])
-def test_few_changed_answers_promise_no_detectable_change(changed):
+def test_no_change_is_promised_that_an_accuracy_cannot_have():
+    """One pair of seeds, 80 points apart, is all that the noise of seeds is known from."""
+    rng = np.random.default_rng(0)
+    before, *runs = ((rng.random((60, 2)) < share).astype(int) for share in (0.5, 0.1, 0.9))
+    e = found(before, arm=runs)
+    b = noise.budgets({"in": e}, {"arm": [Run(0, 0), Run(0, 1)]})["in"]
+    assert math.isinf(b.detectable) and math.isinf(b.detectable_adjusted)
+    assert b.half_width == 100 and all(o.half_width <= 100 for o in b.options)
+
+
+@pytest.mark.parametrize("changed", [0, 9, 40])
+def test_few_unlike_answers_promise_no_detectable_change(changed):
     before = np.zeros((40, 2), int)
     after = before.copy()
     after[:changed, 0] = 1

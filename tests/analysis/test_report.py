@@ -17,7 +17,7 @@ import pytest
 
 from deltapref_jax.analysis import effects as fx
 from deltapref_jax.analysis.claims import RUNG_RULE, claim_verdict
-from deltapref_jax.analysis.components import Noise, kinds_of
+from deltapref_jax.analysis.components import Kind, kinds_of
 from deltapref_jax.analysis.controls import _Control, bound, controls, judged
 from deltapref_jax.analysis.findings import excluded, judge_sentence, outcome
 from deltapref_jax.analysis.page import Evaluation, JudgeAudit, JudgeSummary, Measured
@@ -259,7 +259,7 @@ def test_numbers_and_sentences(study):
     (claim,) = s.claims
     assert claim.effect.estimate.value == 0 and "undecided" in claim.verdict
     assert s.noise["in"].seed is None and s.noise["in"].questions == 0
-    assert "too few answers changed" in s.noise["in"].buy and s.noise["in"].options == []
+    assert "too few differ in how they changed" in s.noise["in"].buy and s.noise["in"].options == []
     assert "fell together" in text
     assert any(
         "Judge model cannot carry a conclusion on 1 of 5 dimensions: its AUC on corrupted "
@@ -447,7 +447,7 @@ def test_a_sentence_on_selections_has_one_budget_and_one_measure(study):
 
 
 def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
-    """Three draws of random pairs with one seed each measure draws and seeds together."""
+    """Three draws of random pairs with one seed measure what a draw changes, and no seed."""
     study = with_arms(study, Arm(name="dpo-weak", chosen="weak", rejected="weak"))
     e = study.experiment
     e.claims = (Claim(kind="slope", objective="dpo", domain="in", margin=0.5),)
@@ -458,11 +458,15 @@ def test_draws_of_one_seed_are_in_the_intervals_and_said_to_be(study):
     s = summarise(study)
     assert [a.name for a in s.arms if a.redrawn] == ["top", "random"]
     assert s.unmeasured[0] == (
-        "The noise of training apart from the draw of pairs: no arm has several seeds. The "
-        "intervals of 2 of 6 arms, whose pairs are drawn, have both together, as several draws "
-        "with one seed each measured them (2 degrees of freedom); those of the other 4 are of "
-        "questions alone and too short."
+        "The noise of training seeds: no arm has several, and draws of pairs that share one do not "
+        "differ by it, so every interval is too short. Those of 2 of 6 arms, whose pairs are "
+        "drawn, have what another draw changes (degrees of freedom by kind: random pairs, dpo: "
+        "2); those of the other 4 are of questions alone."
     )
+    # No draw moves the arm in the middle, so its budget has none.
+    budget = s.noise["in"]
+    assert not next(a for a in s.arms if a.name == budget.arm).redrawn
+    assert (budget.draw, budget.draw_freedom, budget.drawn) == (None, 0, False)
     page = render(study, s, {}, {})
     assert (
         "Intervals are of questions and draws of pairs (of arms whose pairs are drawn): training "
@@ -511,6 +515,19 @@ def test_the_page_says_whose_noise_an_arm_borrows(study):
     assert (
         "Draws of pairs of a kind of which no arm has several: ties, dpo (1 arm). Their intervals "
         "have the noise of other kinds (random pairs, dpo), which may differ." in s.unmeasured
+    )
+
+
+def test_degrees_of_freedom_are_of_the_kind_that_lends_them(study):
+    for name, arm in {a.name: a for a in study.experiment.arms}.items():
+        arm.seeds = {"dpo-mid": (0, 1, 2), "sft": (0, 1)}.get(name, (0,))
+    sft = next(a for a in study.experiment.arms if a.name == "sft")
+    study = with_arms(study, dataclasses.replace(sft, name="sft-one", seeds=(0,)))
+    study.results["dpo-mid"] = {Run(0, i): evaluated(0.4, 70 + i) for i in range(3)}
+    study.results["sft"] = {Run(0, i): evaluated(0.4, 80 + i) for i in range(2)}
+    assert (
+        "The noise of training in 4 of 6 arms, which have one seed: they borrow what the others "
+        "measured (degrees of freedom by kind: dpo: 2; sft: 1)." in summarise(study).unmeasured
     )
 
 
@@ -638,8 +655,7 @@ def estimated(low, value, high, shown):
     ],
 )
 def test_a_control_comes_out_in_all_domains_within_the_margin(kind, inside, outside, want):
-    noise = [Noise(1.0, 1.0)] * 2
-    assert judged(kind, {"in": inside, "out": outside}, noise, 2.0) == want
+    assert judged(kind, {"in": inside, "out": outside}, [], 2.0) == want
 
 
 def test_only_two_single_seeds_may_differ_by_four_margins(study):
@@ -689,9 +705,29 @@ def test_two_seeds_of_an_arm_are_compared_with_the_noise_of_other_arms(study):
         assert -100 <= estimate.low <= estimate.high <= 100
     # What is compared is no further arm that measures the noise: 1 + 2 degrees of freedom.
     assert effects.call_args.kwargs["measuring"] == study.results
+    # Another kind's noise is none that they are compared with.
+    of_kinds = controls(study, {"dpo-mid": Kind("kto"), "dpo-strong": Kind("dpo")})
+    alone = "undecided: no other arm of its kind has several seeds to compare with"
+    assert [c.verdict for c in of_kinds] == [alone, alone]
     study.results["dpo-strong"] = {Run(0, 0): evaluated(0.9, 7)}
-    (alone,) = controls(study, {})
-    assert alone.verdict == "undecided: no other arm has several seeds to compare with"
+    assert [c.verdict for c in controls(study, {})] == [alone]
+
+
+def test_draws_of_other_seeds_are_compared_with_the_noise_of_seeds_too(study):
+    (random,) = [a for a in study.experiment.arms if a.keep == "random"]
+    twins = [dataclasses.replace(random, name=f"twin-{i}", draws=(i,), seeds=(i,)) for i in (8, 9)]
+    study = with_arms(study, *twins)
+    study.results["random"] = {Run(d, 0): evaluated(0.4, 90 + d) for d in range(3)}
+    for i, twin in zip((8, 9), twins, strict=True):
+        study.results[twin.name] = {Run(i, i): evaluated(0.4, i)}
+    kinds = {a.name: Kind("dpo", "random pairs") for a in study.experiment.arms}
+    (control,) = [c for c in controls(study, kinds) if c.arms == ("twin-8", "twin-9")]
+    assert control.verdict == (
+        "undecided: no other arm of its kind has several seeds to compare with"
+    )
+    study.results["dpo-mid"] = {Run(0, i): evaluated(0.4, 70 + i) for i in range(3)}
+    (control,) = [c for c in controls(study, kinds) if c.arms == ("twin-8", "twin-9")]
+    assert "to compare with" not in control.verdict
 
 
 def test_a_page_without_controls_says_so(study):
