@@ -279,6 +279,31 @@ def test_bounds_are_those_of_the_chip():
     assert bounds(crossing, two).interconnect == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(
+    ("topology", "slices", "mesh", "axis", "seconds"),
+    [
+        # What lies within a slice or host is received over its links, however many slices there are.
+        ("v5e:2x4", 8, (8, 8, 1), "fsdp", 60 / 100),
+        ("v5e:2x2", 4, (4, 4, 1), "fsdp", 60 / 100),
+        ("h100:8x8", 1, (8, 1, 8), "tensor", 60 / 450),
+        # fsdp over hosts with one GPU each: everything crosses the network.
+        ("h100:16x1", 1, (1, 16, 1), "fsdp", 60 / 50),
+        # Four hosts of two: of seven parts a GPU receives three from other hosts.
+        ("h100:4x2", 1, (1, 8, 1), "fsdp", 60 * 3 / 7 / 50),
+        # Two hosts of eight: one of fifteen, which takes less than NVLink takes for the others.
+        ("h100:2x8", 1, (1, 16, 1), "fsdp", 60 * 14 / 15 / 450),
+    ],
+)
+def test_links_and_network_each_take_the_time_of_what_they_carry(
+    topology, slices, mesh, axis, seconds
+):
+    topology = parse_topology(topology, slices)
+    sizes = dataclasses.asdict(MeshShape(*mesh, 1))
+    collectives = [("all-gather", axis, sizes[axis], 60e9, 1.0)]
+    result = Result("x", "train", "dpo", "gradient", sizes, collectives=collectives)
+    assert bounds(result, topology).interconnect == pytest.approx(seconds)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 def test_programs_of_1b_are_compiled_for_a_tpu(folder):
