@@ -28,7 +28,12 @@ from deltapref_jax.mesh import platform_of, rows_of
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.flops import forward_flops, training_flops
 from deltapref_jax.models.lora import adapters
-from deltapref_jax.models.memory import sampling_memory, scoring_memory, training_memory
+from deltapref_jax.models.memory import (
+    sampling_memory,
+    scoring_memory,
+    trained_parameters,
+    training_memory,
+)
 from deltapref_jax.models.program import Program
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.sampling.plan import Plan
@@ -62,6 +67,7 @@ class StageProgram:
       tokens: that one call reads or writes at most, over all devices of the mesh.
       flops: of the model's matrix products in one call, over all devices of the mesh.
       executed: the same with what is computed again.
+      trained: parameters that a training step trains.
     """
 
     stage: str
@@ -75,6 +81,7 @@ class StageProgram:
     tokens: int = 0
     flops: float = 0.0
     executed: float = 0.0
+    trained: int = 0
 
     @property
     def label(self) -> str:
@@ -176,6 +183,7 @@ def _training(
                 tokens,
                 flops,
                 executed,
+                trained_parameters(spec, t),
             )
 
 

@@ -16,12 +16,16 @@ from rich.console import Console
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
+from deltapref_jax.models.program import Program
+from deltapref_jax.models.weights import describe_model
+from deltapref_jax.stages.programs import StageProgram
 from deltapref_jax.stages.study import plan
 from launch import compiler, proposals
 from launch.chips import parse_topology
 from launch.compile_programs import Request, Result
 from launch.cost import Cost
 from launch.dry_run import plan_rows
+from launch.formula import estimate
 from launch.preflight_tables import Printer
 from launch.roofline import Speed, bounds
 from launch.workload import Load, step_of, steps_of, study_load
@@ -282,7 +286,7 @@ def test_bounds_are_those_of_the_chip():
 @pytest.mark.parametrize(
     ("topology", "slices", "mesh", "axis", "seconds"),
     [
-        # What lies within a slice or host is received over its links, however many slices there are.
+        # What lies within a slice or host is received over its links, for any number of them.
         ("v5e:2x4", 8, (8, 8, 1), "fsdp", 60 / 100),
         ("v5e:2x2", 4, (4, 4, 1), "fsdp", 60 / 100),
         ("h100:8x8", 1, (8, 1, 8), "tensor", 60 / 450),
@@ -302,6 +306,32 @@ def test_links_and_network_each_take_the_time_of_what_they_carry(
     collectives = [("all-gather", axis, sizes[axis], 60e9, 1.0)]
     result = Result("x", "train", "dpo", "gradient", sizes, collectives=collectives)
     assert bounds(result, topology).interconnect == pytest.approx(seconds)
+
+
+def received_by_formula(mesh, name, spec, trained=0):
+    each = StageProgram(
+        *("train", "dpo", name, Program(None, ()), None, spec, "bfloat16", 0.0), trained=trained
+    )
+    result = Result("x", "train", "dpo", name, dataclasses.asdict(mesh))
+    estimate(result, each)
+    return {(kind, axis): received for kind, axis, _, received, _ in result.collectives}
+
+
+def test_collectives_by_formula_are_those_of_what_is_moved():
+    spec = describe_model(str(PUBLISHED / "meta-llama" / "Llama-3.1-8B-Instruct"))[0]
+    mesh = MeshShape(1, 16, 1, 1)
+    # As compiled for v5e:4x4 (docs/preflight.md): weights twice, gradients in float32.
+    found = received_by_formula(mesh, "gradient", spec, spec.parameters)
+    assert found["all-gather", "fsdp"] == pytest.approx(28.16e9, rel=1e-3)
+    assert found["reduce-scatter", "fsdp"] == pytest.approx(28.15e9, rel=1e-3)
+    # Of adapters nothing but their own gradients.
+    adapted = received_by_formula(mesh, "gradient", spec, 10**6)
+    assert adapted["all-gather", "fsdp"] == found["all-gather", "fsdp"]
+    assert adapted["reduce-scatter", "fsdp"] == 4 * 10**6 * 15 / 16
+    # int8 matrices of layers with their scales; the head is not quantised.
+    whole = received_by_formula(mesh, "labels", spec)["all-gather", "fsdp"]
+    eighth = received_by_formula(mesh, "labels", spec.quantised("int8"))["all-gather", "fsdp"]
+    assert (whole, eighth) == pytest.approx((14.08e9, 7.53e9), rel=1e-3)
 
 
 @pytest.mark.slow
