@@ -90,7 +90,8 @@ def pair_load(p: PairTraining) -> list[Load]:
     t, kind = p.training, p.objective.kind
     if t.budget == "epochs":
         return []
-    sequences = t.steps * sequences_of_step(kind, t.pairs_per_step)
+    fraction = p.objective.baseline_fraction
+    sequences = t.steps * sum(sequences_of_step(kind, fraction, t.pairs_per_step))
     loads = [Load("train", kind, sequences, t.row_length)]
     if OBJECTIVE_KINDS[kind].reference:
         loads.append(Load("score", "reference", sequences, t.row_length))
