@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -16,9 +17,10 @@ from rich.console import Console
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
+from deltapref_jax.models.parameters import matrices
 from deltapref_jax.models.program import Program
 from deltapref_jax.models.weights import describe_model
-from deltapref_jax.stages.programs import StageProgram
+from deltapref_jax.stages.programs import StageProgram, study_programs
 from deltapref_jax.stages.study import plan
 from launch import compiler, proposals
 from launch.chips import parse_topology
@@ -306,6 +308,29 @@ def test_links_and_network_each_take_the_time_of_what_they_carry(
     collectives = [("all-gather", axis, sizes[axis], 60e9, 1.0)]
     result = Result("x", "train", "dpo", "gradient", sizes, collectives=collectives)
     assert bounds(result, topology).interconnect == pytest.approx(seconds)
+
+
+def test_what_pads_rows_is_executed(one_device):
+    e = importlib.import_module("configs.llama_1b").get_config()
+    e.sampling.max_prompt, e.sampling.max_tokens = 1001, 1999
+    e.training.rows, e.training.row_length, e.training.remat = 2, 4096, "none"
+    e.scoring.rows, e.scoring.row_length = 2, 4608
+    name = str(PUBLISHED / "meta-llama" / "Llama-3.2-1B-Instruct")
+    spec = describe_model(name)[0]
+    found = {p.label: p for p in study_programs(e, lambda _: spec, lambda *_: one_device)}
+    products = spec.layers * sum(math.prod(p.sides(spec)) for p in matrices(spec).values())
+
+    def padding(label):
+        """Tokens of padding by which more is executed than the model needs."""
+        return (found[label].executed - found[label].flops) / (2 * products)
+
+    # A row holds one sequence of 3,000 tokens; its padding is read by weights, not by attention.
+    assert padding("score reference: logprobs") == pytest.approx(2 * 1608, rel=1e-3)
+    assert padding("train dpo: gradient") == pytest.approx(3 * 2 * 1096, rel=1e-3)
+    # Eight prompts of 1,001 tokens are prefilled as 1,008, and a judge's rows are full.
+    assert padding("sample weak: prefill") == pytest.approx(8 * 7, rel=1e-3)
+    assert found["sample weak: prefill"].tokens == 8 * 1001
+    assert padding("judge model: labels") == 0
 
 
 def received_by_formula(mesh, name, spec, trained=0):
