@@ -29,6 +29,7 @@ from launch.cost import Cost
 from launch.dry_run import plan_rows
 from launch.formula import estimate
 from launch.preflight_tables import Printer
+from launch.proposals import Proposal
 from launch.roofline import Speed, bounds
 from launch.workload import Load, step_of, steps_of, study_load
 
@@ -84,10 +85,29 @@ def test_the_chip_hours_name_the_stages_that_they_lack():
     speed = Speed("score", "reference", 1.0, 1000.0, 0.5, "memory")
     loads = [Load("score", "reference", 10, 4500), Load("train", "dpo", 10, 4096)]
     assert show.stages([speed], loads) == {"score reference": pytest.approx(0.1)}
-    assert "In all 0.1 chip-hours without train dpo, at least: " in console.file.getvalue()
+    assert "In all 0.1 chip-hours without train dpo, if every se" in console.file.getvalue()
     # Of a file's epochs nothing is known.
     assert show.stages([speed], []) == {}
     assert console.file.getvalue().count("In all") == 1
+    # How many of a file's sequences are scored is not known.
+    trained = Speed("train", "dpo", 1.0, 1000.0, 0.5, "compute")
+    assert set(show.stages([trained, speed], [loads[1]])) == {"train dpo"}
+    assert "chip-hours without score reference, if" in console.file.getvalue()
+
+
+def test_a_prompt_is_prefilled_once_and_a_proposal_counts_its_own_stage():
+    console = Console(file=io.StringIO(), width=130)
+    show = Printer(console, parse_topology("v5e:1x1"), True, "O0")
+    predicted = tuple(
+        Speed(stage, "strong", 1.0, 1.0, 0.5, "memory") for stage in ("prefill", "decode")
+    )
+    mine = Load("sample", "strong", 40, 100, 20, prompts=10)
+    others = [Load("sample", "weak", 40, 100, 20, prompts=10), Load("score", "reference", 10, 120)]
+    refused = Result("", "sample", "strong", "decode", {"data": 1})
+    proposal = Proposal(("--x",), (refused,), predicted)
+    hours = show.proposal(refused, proposal, [*others, mine])
+    assert hours == pytest.approx({"prefill strong": 1000 / 3600, "decode strong": 800 / 3600})
+    assert " chip-hours, if every" in console.file.getvalue()
 
 
 @pytest.mark.slow
@@ -246,6 +266,9 @@ def test_the_workload_is_that_of_a_dry_run(tmp_path):
     for load in study_load(e):
         loads[load.stage] = loads.get(load.stage, 0) + load.sequences
     assert loads == counted
+    # 420 questions once, and 540 of suites twice, of which every prompt is prefilled once.
+    (strong,) = (x for x in study_load(e) if (x.stage, x.of) == ("sample", "strong"))
+    assert (strong.sequences, strong.prompts) == (420 + 2 * 540, 420 + 540)
 
 
 def test_a_step_is_cut_as_rows_hold_it():
