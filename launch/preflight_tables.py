@@ -135,7 +135,7 @@ class Printer:
             )
         self._console.print(table)
         slow = [x for x in loads if not any(_tokens_of(speed, x) for speed in reached)]
-        named = [f"{x.stage} {x.of}" for x in [*slow, *reached]]
+        named = [f"{x.stage} {x.of}" for x in slow] + [f"{x.stage} {x.of}" for x in reached]
         left = ", ".join(dict.fromkeys(name for name in named if name not in hours))
         if hours:
             self.say(
