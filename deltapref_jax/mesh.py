@@ -95,7 +95,7 @@ def _spans_slices(beginning: str, devices: Devices) -> Condition:
     tpu = devices.platform == "tpu"
     places, across = ("slices", "data") if tpu else ("hosts", "data x fsdp")
     return Condition(
-        lambda s: _across_slices(s, devices.slices, tpu) is not None,
+        lambda s: across_slices(s, devices.slices, tpu) is not None,
         lambda _: (
             f"{beginning} and the {devices.words} are in {devices.slices} {places}; {across} "
             "must be a multiple of that"
@@ -218,7 +218,7 @@ def device_grid(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
     Returns:
       Devices [data, fsdp, tensor, context].
     """
-    across = _across_slices(sizes, count_slices(devices), devices[0].platform == "tpu")
+    across = across_slices(sizes, count_slices(devices), devices[0].platform == "tpu")
     assert across, f"{sizes} do not divide over the slices"
     return mesh_utils.create_hybrid_device_mesh(
         [size // outer for size, outer in zip(sizes, across, strict=True)],
@@ -229,8 +229,14 @@ def device_grid(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
     )
 
 
-def _across_slices(sizes: Sequence[int], slices: int, tpu: bool) -> list[int] | None:
-    """How often every axis crosses slices; None where the sizes do not divide over them."""
+def across_slices(sizes: Sequence[int], slices: int, tpu: bool) -> list[int] | None:
+    """How often every axis crosses slices; None where the sizes do not divide over them.
+
+    Args:
+      sizes: devices along data, fsdp, tensor and context.
+      slices: see `Devices`.
+      tpu: whether they are slices of TPUs, which `data` alone spans.
+    """
     data = slices if tpu else math.gcd(sizes[0], slices)
     fsdp = slices // data
     return None if sizes[0] % data or sizes[1] % fsdp else [data, fsdp, 1, 1]

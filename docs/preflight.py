@@ -174,8 +174,11 @@ def _programs(name: str, report: dict[str, Any]) -> Iterator[str]:
         mesh = " ".join(f"{axis}={n}" for axis, n in p["mesh"].items() if n > 1) or "1"
         fits = {"fits": "yes", "refused": f"**no**, needs {_gib(p['needed'])}"}
         fits["by formula"] = "yes" if p["peak"] <= p["limit"] else "no"
-        sizes = (p["arguments"], p["temporaries"], p["peak"], p["beside"], report["memory"])
-        shown = " | ".join(map(_gib, sizes))
+        # What is not known is left out, as `launch.preflight` does.
+        temporary = _gib(p["temporaries"]) if p["status"] == "fits" else ""
+        peak = _gib(p["peak"]) if p["status"] in ("fits", "by formula") else ""
+        sizes = _gib(p["arguments"]), temporary, peak, _gib(p["beside"]), _gib(report["memory"])
+        shown = " | ".join(sizes)
         level = p["level"] or "formula"
         program = f"{p['stage']} {p['of']}: {p['name']}"
         status = fits.get(p["status"], p["status"])

@@ -28,8 +28,8 @@ class Chip:
       network: bytes/s received from other slices, or from other hosts of GPUs.
       devices: per chip.
       cores: per chip, where accelerator types count cores and not chips.
-      shapes: topologies that can be booked, smallest first; of GPUs, which have others too, those
-        among which the smallest is looked for.
+      shapes: topologies that can be booked, smallest first. GPUs have others too, and so has a 3D
+        torus: whole cubes of 4x4x4, with ascending sides. Among these the smallest is looked for.
     """
 
     name: str
@@ -61,13 +61,15 @@ _CUBES = (
     "8x8x8",
     "8x8x16",
     "8x16x16",
+    "16x16x16",
+    "16x16x24",
 )
 _NODES = ("1x1", "1x2", "1x4", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8", "64x8")
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", 15.75 * GIB, 197e12, 819e9, 100e9, 3.1e9, shapes=_FLAT),
-        Chip("v6e", 31.25 * GIB, 918e12, 1600e9, 200e9, 12.5e9, shapes=_FLAT),
+        Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 200e9, 12.5e9, shapes=_FLAT),
         Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 200e9, 6.25e9, cores=2, shapes=_CUBES),
         # Each chip is two devices, which share its memory, interconnect and network.
         Chip(
@@ -164,11 +166,21 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
                 f"devices of a host, such as --topology={chip.name}:2x8."
             )
         return Topology(chip, _hosts(text, chip, shape))
-    if shape not in chip.shapes:
+    if shape not in chip.shapes and not _has_cubes(chip, shape):
         raise ConfigError(
-            f"--topology is {text!r}; {chip.name} has the topologies {', '.join(chip.shapes)}."
+            f"--topology is {text!r}; {chip.name} has the topologies {', '.join(chip.shapes)}"
+            + (", and others of whole cubes, such as 4x4x12." if chip.shapes is _CUBES else ".")
         )
     return Topology(chip, shape, num_slices)
+
+
+def _has_cubes(chip: Chip, shape: str) -> bool:
+    """Whether a shape is one of whole cubes, no larger than the largest."""
+    if chip.shapes is not _CUBES or not re.fullmatch(r"\d{1,3}x\d{1,3}x\d{1,3}", shape):
+        return False
+    sides, largest = (list(map(int, s.split("x"))) for s in (shape, chip.shapes[-1]))
+    whole = all(side and side % 4 == 0 for side in sides) and sides == sorted(sides)
+    return whole and math.prod(sides) <= math.prod(largest)
 
 
 def _listed(chip: Chip) -> str:

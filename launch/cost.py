@@ -316,7 +316,7 @@ class Cost(Estimator):
         steps = t.steps
         if t.budget == "epochs":
             steps = -(-int(self._pool(policy.pairs) * t.epochs) // t.pairs_per_step)
-        sequences = steps * sequences_of_step(policy.objective.kind, t.pairs_per_step)
+        sequences = steps * sum(_sequences_of_step(policy))
         return Work(steps, "steps", sequences, min(self._length, t.row_length or self._length))
 
     def _flops(self, node: Node, length: float) -> float:
@@ -329,8 +329,16 @@ class Cost(Estimator):
             return forward_flops(spec, positions, len(node.judge.dimensions))
         targets = min(self._answer, len(positions))
         if isinstance(node, Policy):
-            return training_flops(spec, positions, targets, adapters(node.training.lora, spec))
+            work = spec, positions, targets, adapters(node.training.lora, spec)
+            trained, baseline = _sequences_of_step(node)
+            both = trained * training_flops(*work) + baseline * forward_flops(*work)
+            return both / (trained + baseline)
         return forward_flops(spec, positions, targets)
+
+
+def _sequences_of_step(policy: Policy) -> tuple[int, int]:
+    objective, t = policy.objective, policy.training
+    return sequences_of_step(objective.kind, objective.baseline_fraction, t.pairs_per_step)
 
 
 def _model(node: Node) -> Model | None:

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from deltapref_jax.config import (
+    OBJECTIVE_KINDS,
     ConfigError,
     Experiment,
     PairTraining,
@@ -259,6 +260,8 @@ def _loads(config: Experiment | PairTraining, show: "Printer") -> list[Any]:
     if isinstance(config, PairTraining):
         if config.training.budget == "epochs":
             show.say("The chip-hours are not known: how long an epoch is, the file's pairs decide.")
+        elif OBJECTIVE_KINDS[config.objective.kind].reference:
+            show.say("The chip-hours of scoring are not known: the file's pairs decide them.")
         return pair_load(config)
     try:
         return study_load(copy.deepcopy(config))

@@ -135,11 +135,12 @@ class Printer:
             )
         self._console.print(table)
         slow = [x for x in loads if not any(_tokens_of(speed, x) for speed in reached)]
-        left = ", ".join(dict.fromkeys(f"{x.stage} {x.of}" for x in slow))
+        named = [f"{x.stage} {x.of}" for x in slow] + [f"{x.stage} {x.of}" for x in reached]
+        left = ", ".join(dict.fromkeys(name for name in named if name not in hours))
         if hours:
             self.say(
-                f"In all {sum(hours.values()):,.2g} chip-hours{' without ' * bool(left)}{left}, at "
-                "least: every sequence of the longest length, and every program at its bound."
+                f"In all {sum(hours.values()):,.2g} chip-hours{' without ' * bool(left)}{left}, if "
+                "every sequence has the longest length and every program runs at its bound."
             )
         return hours
 
@@ -162,7 +163,8 @@ class Printer:
             f"({self._source}: at most {(peak.peak + peak.beside) / GIB:.2f} of "
             f"{self._topology.chip.memory / GIB:.2f} GiB)."
         )
-        return self.stages(proposal.predicted, loads)
+        own = [x for x in loads if x.stage == refused.stage and x.of in refused.of.split(", ")]
+        return self.stages(proposal.predicted, own)
 
     def smallest(self, tried: Sequence[Tried]) -> None:
         """Says which topology is the smallest that holds the study, and why smaller ones do not."""
@@ -182,8 +184,8 @@ def _tokens_of(speed: Speed, load: Load) -> int:
     if load.of not in speed.of.split(", "):
         return 0
     if load.stage == "sample":
-        part = {"prefill": load.prompt, "decode": load.written}.get(speed.stage, 0)
-        return load.sequences * part
+        prefilled, written = load.prompts * load.prompt, load.sequences * load.written
+        return {"prefill": prefilled, "decode": written}.get(speed.stage, 0)
     return load.tokens if load.stage == speed.stage else 0
 
 

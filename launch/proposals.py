@@ -181,8 +181,8 @@ class Tried:
 def smallest(request: Request, given: Config, fit: Fit, seconds: float) -> list[Tried]:
     """Topologies of the same chip, smallest first, until one holds every program.
 
-    A topology without room for the weights, by formula, is not compiled for. The last one that is
-    returned holds the study, if any does.
+    A topology is left at its first program that does not fit, and is not compiled for if no mesh
+    fits it. The last one that is returned holds the study, if any does.
 
     Args:
       request: of the topology that was asked for; its `first` are those likely to be refused.

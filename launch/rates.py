@@ -53,10 +53,18 @@ class Rates:
     artifacts: int = 0
 
 
-def sequences_of_step(objective: str, pairs_per_step: int) -> int:
-    """Sequences that a training step reads; KTO reads each completion behind another prompt too."""
+def sequences_of_step(objective: str, fraction: float, pairs_per_step: int) -> tuple[int, int]:
+    """Sequences that a training step trains on, and those that KTO's baseline is measured on.
+
+    Args:
+      objective: its kind.
+      fraction: `Objective.baseline_fraction`.
+      pairs_per_step: of the training.
+    """
     kind = OBJECTIVE_KINDS[objective]
-    return pairs_per_step * (1 if kind.unit == "token" else 2) * (1 + kind.baseline)
+    trained = pairs_per_step * (1 if kind.unit == "token" else 2)
+    # Rounded up, as `training.data` draws them.
+    return trained, -int(-fraction * trained // 1) if kind.baseline else 0
 
 
 def read_rates(workspace: Workspace, spec_of: Callable[[str, str], ModelSpec | None]) -> Rates:
@@ -128,8 +136,9 @@ def _taken(manifest: Manifest) -> Taken:
     stats, c = manifest.stats, manifest.config
     sequences = stats.get("rows", 1.0)
     if manifest.stage == "train":
-        kind, pairs = c["objective"]["kind"], c["training"]["pairs_per_step"]
-        sequences = stats["steps"] * sequences_of_step(kind, pairs)
+        objective, pairs = c["objective"], c["training"]["pairs_per_step"]
+        read = sequences_of_step(objective["kind"], objective["baseline_fraction"], pairs)
+        sequences = stats["steps"] * sum(read)
     elif manifest.stage in _JUDGING:
         sequences /= len(c["judge"].get("dimensions") or DIMENSIONS)
         # A row of a retest has the ratings of both traces of a pair.

@@ -2,7 +2,8 @@
 
     compute       executed FLOPs / peak FLOP/s of the chip
     memory        bytes read and written / bandwidth of the main memory
-    interconnect  bytes received / bandwidth of one torus axis, or of the network between slices
+    interconnect  bytes received / bandwidth of one torus axis, of NVLink, or of the network between
+                  slices of TPUs or hosts of GPUs
 
 A program cannot be faster than its bound and is usually slower: kernels do not reach the peak, and
 collectives are not hidden whole.
@@ -12,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from deltapref_jax.mesh import AXES, across_slices
 from launch.chips import Topology
 from launch.compile_programs import Result
 from launch.workload import Step
@@ -52,20 +54,21 @@ def bounds(result: Result, topology: Topology) -> Bounds | None:
 
 def _interconnect(result: Result, topology: Topology) -> float:
     """Seconds of all collectives, one after another."""
-    slices = topology.devices.slices
+    devices, chip = topology.devices, topology.chip
+    sizes = [result.mesh[axis] for axis in AXES]
+    # Meshes of one host span no others.
+    slices = devices.slices if math.prod(sizes) == devices.total else 1
+    crossed = across_slices(sizes, slices, devices.platform == "tpu")
+    assert crossed, f"{sizes} do not divide over the slices"
+    across = dict(zip(AXES, crossed, strict=True))
     seconds = 0.0
     for _, axes, group, received, _ in result.collectives:
-        # Only `data` spans slices of TPUs, and meshes of one host span none.
-        crosses = slices > 1 and "data" in axes.split(" x ") and _spans(result, topology)
-        # Within a slice first: what then crosses the network is shared by the slice's members.
-        members = max(1, group // slices)
-        network = received / members / topology.chip.network if crosses else 0.0
-        seconds += max(received / topology.chip.link if members > 1 else 0.0, network)
+        # A device shares what comes from other slices with the group's members in its slice: of
+        # what the others of its group have, it receives one part from each other slice.
+        parts = min(group, math.prod(across[axis] for axis in axes.split(" x "))) - 1
+        far = received * parts / (group - 1)
+        seconds += max((received - far) / chip.link, far / chip.network)
     return seconds
-
-
-def _spans(result: Result, topology: Topology) -> bool:
-    return math.prod(result.mesh.values()) == topology.devices.total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Load:
       sequences: that are read or written.
       prompt: tokens of a sequence that are read; what is sampled comes on top.
       written: tokens of a sequence that are sampled.
+      prompts: that are prefilled, each once for all its samples.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Load:
     sequences: int
     prompt: int
     written: int = 0
+    prompts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -60,15 +62,23 @@ def study_load(e: Experiment) -> list[Load]:
     """
     report = plan(e, weights=False)
     cost = Cost(report, Workspace(e.workspace))
-    s, found = e.sampling, dict[tuple[str, str, int, int], int]()
+    s, found = e.sampling, dict[tuple[str, str, int], Load]()
     for node in distinct([report]):
         work = cost.work(node)
         for stage, of in _model_of(node):
             if work.longest:
-                written = s.max_tokens if stage == "sample" else 0
-                key = stage, of, work.longest - written, written
-                found[key] = found.get(key, 0) + work.sequences
-    return [Load(key[0], key[1], n, key[2], key[3]) for key, n in found.items()]
+                key = stage, of, work.longest
+                written, prompts = 0, 0
+                if isinstance(node, TraceTable | ResultTable):
+                    samples = (node.generator if isinstance(node, TraceTable) else node).samples
+                    written, prompts = s.max_tokens, work.sequences // samples
+                load = found.setdefault(key, Load(stage, of, 0, work.longest - written, written))
+                found[key] = dataclasses.replace(
+                    load,
+                    sequences=load.sequences + work.sequences,
+                    prompts=load.prompts + prompts,
+                )
+    return list(found.values())
 
 
 def _model_of(node: object) -> Iterator[tuple[str, str]]:
@@ -86,15 +96,16 @@ def _model_of(node: object) -> Iterator[tuple[str, str]]:
 
 
 def pair_load(p: PairTraining) -> list[Load]:
-    """The loads of a training from a file whose rows are not counted; "epochs" are not known."""
+    """The load of a training from a file whose rows are not counted.
+
+    How long an epoch is, and how many sequences the reference scores, is not known.
+    """
     t, kind = p.training, p.objective.kind
     if t.budget == "epochs":
         return []
-    sequences = t.steps * sequences_of_step(kind, t.pairs_per_step)
-    loads = [Load("train", kind, sequences, t.row_length)]
-    if OBJECTIVE_KINDS[kind].reference:
-        loads.append(Load("score", "reference", sequences, t.row_length))
-    return loads
+    fraction = p.objective.baseline_fraction
+    sequences = t.steps * sum(sequences_of_step(kind, fraction, t.pairs_per_step))
+    return [Load("train", kind, sequences, t.row_length)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,9 @@ from deltapref_jax.models.spec import ModelSpec
 BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number by its dtype."""
 
+FROZEN = "bfloat16"
+"""In which the base of adapters is stored, as published models are; a run keeps it as it is."""
+
 
 def sampling_memory(spec: ModelSpec, slots: int, length: int, dtype: str, mesh: MeshShape) -> float:
     """Weights, cache, and the logits of one decoding step.
@@ -41,7 +44,12 @@ def scoring_memory(
 
 
 def training_memory(
-    spec: ModelSpec, training: Training, dtype: str, mesh: MeshShape, activations: float = 1.0
+    spec: ModelSpec,
+    training: Training,
+    dtype: str,
+    mesh: MeshShape,
+    activations: float = 1.0,
+    frozen: str = FROZEN,
 ) -> float:
     """Weights, gradients, both moments, and the activations of a micro-batch.
 
@@ -53,15 +61,17 @@ def training_memory(
     Activations are what rematerialisation keeps of every layer, and twice the whole of one layer,
     whose values and gradients are there while its backward pass runs. They are counted
     `activations` times.
+
+    The base of adapters is counted in the dtype `frozen`, in which a run keeps it.
     """
     _, fsdp, tensor, _ = _sizes(mesh)
     trained = trained_parameters(spec, training)
-    frozen = spec.parameters if training.lora.rank else 0
+    base = weight_bytes(spec, frozen) if training.lora.rank else 0
     moments = 2 * BYTES[training.moments]
     gradients = 2 if training.remat == "none" else 1
     held = 0 if training.offload_moments else moments
-    gradient = frozen * 4 + trained * (4 + gradients * 4 + held)
-    update = frozen * 4 + trained * (4 + 4 + moments)
+    gradient = base + trained * (4 + gradients * 4 + held)
+    update = base + trained * (4 + 4 + moments)
     kept = spec.layers * _kept(spec, training.remat) + 2 * _kept(spec, "none")
     tokens = _tokens(training.rows, training.row_length, mesh)
     kept_bytes = activations * tokens * kept * BYTES[dtype]

@@ -8,7 +8,7 @@ import numpy as np
 
 from deltapref_jax.config import MeshShape, Training
 from deltapref_jax.mesh import rows_of
-from deltapref_jax.models.memory import training_memory
+from deltapref_jax.models.memory import FROZEN, training_memory
 from deltapref_jax.models.spec import ModelSpec
 
 MOST_EMPTY = 0.15
@@ -27,6 +27,7 @@ def fill_in(
     spec: ModelSpec,
     dtype: str,
     memory: int = 0,
+    frozen: str = FROZEN,
 ) -> Training:
     """Returns the training config with rows, row length and remat that are no longer open.
 
@@ -37,13 +38,15 @@ def fill_in(
       spec: of the student.
       dtype: of the computation.
       memory: bytes of a device; 0: not known.
+      frozen: dtype of the base of adapters.
     """
     t = dataclasses.replace(
         t,
         rows=rows_of(t.rows, mesh),
         row_length=t.row_length or choose_row_length(lengths, mesh["context"]),
     )
-    return dataclasses.replace(t, remat=choose_remat(spec, t, dtype, MeshShape(**mesh), memory))
+    remat = choose_remat(spec, t, dtype, MeshShape(**mesh), memory, frozen)
+    return dataclasses.replace(t, remat=remat)
 
 
 def choose_row_length(lengths: Sequence[int], context: int = 1) -> int:
@@ -57,7 +60,14 @@ def choose_row_length(lengths: Sequence[int], context: int = 1) -> int:
     return -(-wanted // part) * part
 
 
-def choose_remat(spec: ModelSpec, t: Training, dtype: str, mesh: MeshShape, memory: int) -> str:
+def choose_remat(
+    spec: ModelSpec,
+    t: Training,
+    dtype: str,
+    mesh: MeshShape,
+    memory: int,
+    frozen: str = FROZEN,
+) -> str:
     """What the backward pass recomputes: `t.remat`, or by size and memory where it is "auto".
 
     The least with which weights, gradients, moments and 1.5 times the activations of the formula
@@ -71,7 +81,7 @@ def choose_remat(spec: ModelSpec, t: Training, dtype: str, mesh: MeshShape, memo
         return "none" if spec.parameters < _SMALL else "attention"
     for remat in ("none", "projections", "attention"):
         tried = dataclasses.replace(t, remat=remat)
-        if training_memory(spec, tried, dtype, mesh, _ACTIVATIONS) < _ROOM * memory:
+        if training_memory(spec, tried, dtype, mesh, _ACTIVATIONS, frozen) < _ROOM * memory:
             return remat
     return "block"
 

@@ -28,7 +28,12 @@ from deltapref_jax.mesh import platform_of, rows_of
 from deltapref_jax.models.attention.dispatch import shares_prompts
 from deltapref_jax.models.flops import forward_flops, training_flops
 from deltapref_jax.models.lora import adapters
-from deltapref_jax.models.memory import sampling_memory, scoring_memory, training_memory
+from deltapref_jax.models.memory import (
+    sampling_memory,
+    scoring_memory,
+    trained_parameters,
+    training_memory,
+)
 from deltapref_jax.models.program import Program
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.sampling.plan import Plan
@@ -61,7 +66,8 @@ class StageProgram:
       memory: bytes of a device that the whole stage needs, by formula (`models.memory`).
       tokens: that one call reads or writes at most, over all devices of the mesh.
       flops: of the model's matrix products in one call, over all devices of the mesh.
-      executed: the same with what is computed again.
+      executed: the same with what is computed again, and with the tokens that pad rows.
+      trained: parameters that a training step trains.
     """
 
     stage: str
@@ -75,6 +81,7 @@ class StageProgram:
     tokens: int = 0
     flops: float = 0.0
     executed: float = 0.0
+    trained: int = 0
 
     @property
     def label(self) -> str:
@@ -154,14 +161,18 @@ def _training(
     branched = shares_prompts(platform_of(mesh), split, t.row_length, spec)
     positions, targets = packed_positions(t.rows, t.row_length, longest, answer)
     lora = adapters(t.lora, spec)
-    forward = forward_flops(spec, positions, targets, lora)
+    whole = _padded(positions, t.rows * t.row_length)
+    forward, padded = (forward_flops(spec, p, targets, lora) for p in (positions, whole))
     both = training_flops(spec, positions, targets, lora)
+    again = _RECOMPUTED[t.remat] * padded
     memory = training_memory(spec, t, student.dtype, MeshShape(**mesh.shape))
     for kind, objective in {o.kind: o for o in objectives}.items():
         run = run_of(t, objective, t.steps, seed=0)
         for name, program in step_programs(spec, run, mesh, student.dtype, branched).items():
-            work = {"gradient": (both, both + _RECOMPUTED[t.remat] * forward)}
-            work["logprobs"] = (forward, forward)
+            work = {
+                "gradient": (both, training_flops(spec, whole, targets, lora) + again),
+                "logprobs": (forward, padded),
+            }
             flops, executed = work.get(name, (0.0, 0.0))
             tokens = len(positions) if flops else 0
             yield StageProgram(
@@ -176,6 +187,7 @@ def _training(
                 tokens,
                 flops,
                 executed,
+                trained_parameters(spec, t),
             )
 
 
@@ -188,7 +200,7 @@ def _scoring(
     branched = shares_prompts(platform_of(mesh), split, s.row_length, spec)
     program = score_program(spec, model.dtype, s.rows, s.row_length, mesh, branched)
     positions, targets = packed_positions(s.rows, s.row_length, longest, answer)
-    flops = forward_flops(spec, positions, targets)
+    whole = _padded(positions, s.rows * s.row_length)
     shape = MeshShape(**mesh.shape)
     return [
         StageProgram(
@@ -201,8 +213,8 @@ def _scoring(
             model.dtype,
             scoring_memory(spec, s.rows, s.row_length, model.dtype, shape),
             len(positions),
-            flops,
-            flops,
+            forward_flops(spec, positions, targets),
+            forward_flops(spec, whole, targets),
         )
     ]
 
@@ -222,18 +234,21 @@ def _judging(
 
 def _sampling(name: str, plan: Plan, programs: dict[str, Program]) -> Iterator[StageProgram]:
     s = plan.sampling
-    prompts = np.tile(np.arange(plan.prefill_lengths[-1]), plan.prefill_rows)
+    prompts = np.tile(np.arange(s.max_prompt), plan.prefill_rows)
+    whole = _padded(prompts, plan.prefill_rows * plan.prefill_lengths[-1])
     # Slots are refilled one by one, so that traces of all lengths are decoded beside each other.
     middle = s.max_prompt + s.max_tokens // 2
     drawn = np.full(s.slots * s.chunk, middle)
+    prefill, padded = (forward_flops(plan.spec, p, 0) for p in (prompts, whole))
+    decode = _decode_flops(plan.spec, drawn)
     work = {
-        "prefill": (len(prompts), forward_flops(plan.spec, prompts, 0)),
-        "decode": (len(drawn), _decode_flops(plan.spec, drawn)),
+        "prefill": (len(prompts), prefill, padded),
+        "decode": (len(drawn), decode, decode),
     }
     dtype, shape = str(plan.dtype), MeshShape(**plan.mesh.shape)
     memory = sampling_memory(plan.spec, s.slots, plan.positions, dtype, shape)
     for program_name, program in programs.items():
-        tokens, flops = work.get(program_name, (0, 0.0))
+        tokens, flops, executed = work.get(program_name, (0, 0.0, 0.0))
         yield StageProgram(
             "sample",
             name,
@@ -245,7 +260,7 @@ def _sampling(name: str, plan: Plan, programs: dict[str, Program]) -> Iterator[S
             memory,
             tokens,
             flops,
-            flops,
+            executed,
         )
 
 
@@ -274,3 +289,12 @@ def packed_positions(
     length = min(longest, row_length)
     count = rows * (row_length // length)
     return np.tile(np.arange(length), count), count * min(answer, length)
+
+
+def _padded(positions: np.ndarray, count: int) -> np.ndarray:
+    """`positions` and those of the padding of a batch of `count` tokens.
+
+    Weights multiply padding as they multiply other tokens, and no tile of attention is computed for
+    it: each is a sequence of its own.
+    """
+    return np.pad(positions, (0, count - len(positions)))

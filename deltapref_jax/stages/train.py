@@ -78,7 +78,13 @@ class Policy(Node, stage="train", version=4):
         mesh = make_mesh(self.mesh)
         lengths = [row.sequence.length for group in groups for row in group.rows]
         training = fill_in(
-            self.training, lengths, mesh.shape, model.spec, self.student.dtype, device_memory()
+            self.training,
+            lengths,
+            mesh.shape,
+            model.spec,
+            self.student.dtype,
+            device_memory(),
+            str(model.state["embed"].dtype),
         )
         models = {self.student.place: model.spec}
         data = self.data(groups, platform_of(mesh), mesh.shape, models, training)

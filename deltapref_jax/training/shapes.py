@@ -7,6 +7,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from deltapref_jax.config import OBJECTIVE_KINDS
 from deltapref_jax.models.lora import adapters, partition
+from deltapref_jax.models.memory import FROZEN
 from deltapref_jax.models.program import Program, array, packed_rows, placed, placed_weights
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
@@ -24,7 +25,7 @@ def step_programs(
     mesh: Mesh,
     dtype: str = "float32",
     branched: bool = False,
-    frozen: str = "bfloat16",
+    frozen: str = FROZEN,
 ) -> dict[str, Program]:
     """The programs that `loop.train_step` runs, by their names in `step.Programs`.
 

@@ -119,6 +119,14 @@ def test_flops_memory_and_disk_are_by_formula(experiment, tiny, tmp_path):
     assert sample.flops == 32 * forward_flops(spec, np.arange(50), 20)
     assert policy.flops == 24 * training_flops(spec, np.arange(40), 20)
     assert sample.memory == sampling_memory(spec, 64, 50, "float32", MeshShape())
+    forward, both = (f(spec, np.arange(40), 20) for f in (forward_flops, training_flops))
+    # KTO's baseline, the same completions behind other prompts, is read forward alone.
+    kto = report.policies["kto"][Run(0, 0)]
+    assert cost(kto).flops == pytest.approx(24 * both + 24 * forward)
+    quarter = dataclasses.replace(kto.objective, baseline_fraction=0.25)
+    fewer = dataclasses.replace(kto, objective=quarter)
+    assert cost(fewer).flops == pytest.approx(24 * both + 6 * forward)
+    assert cost.work(fewer).sequences == 24 + 6
     on_tpu = Cost(report, Workspace(tmp_path / "workspace"), "tpu")(report.traces["a"])
     assert on_tpu.memory == sampling_memory(spec, 64, 128, "float32", MeshShape())  # whole tiles
     assert (on_tpu.tokens, on_tpu.flops) == (sample.tokens, sample.flops)

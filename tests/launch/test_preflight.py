@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -16,13 +17,19 @@ from rich.console import Console
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
+from deltapref_jax.models.parameters import matrices
+from deltapref_jax.models.program import Program
+from deltapref_jax.models.weights import describe_model
+from deltapref_jax.stages.programs import StageProgram, study_programs
 from deltapref_jax.stages.study import plan
 from launch import compiler, proposals
 from launch.chips import parse_topology
 from launch.compile_programs import Request, Result
 from launch.cost import Cost
 from launch.dry_run import plan_rows
+from launch.formula import estimate
 from launch.preflight_tables import Printer
+from launch.proposals import Proposal
 from launch.roofline import Speed, bounds
 from launch.workload import Load, step_of, steps_of, study_load
 
@@ -78,10 +85,29 @@ def test_the_chip_hours_name_the_stages_that_they_lack():
     speed = Speed("score", "reference", 1.0, 1000.0, 0.5, "memory")
     loads = [Load("score", "reference", 10, 4500), Load("train", "dpo", 10, 4096)]
     assert show.stages([speed], loads) == {"score reference": pytest.approx(0.1)}
-    assert "In all 0.1 chip-hours without train dpo, at least: " in console.file.getvalue()
+    assert "In all 0.1 chip-hours without train dpo, if every se" in console.file.getvalue()
     # Of a file's epochs nothing is known.
     assert show.stages([speed], []) == {}
     assert console.file.getvalue().count("In all") == 1
+    # How many of a file's sequences are scored is not known.
+    trained = Speed("train", "dpo", 1.0, 1000.0, 0.5, "compute")
+    assert set(show.stages([trained, speed], [loads[1]])) == {"train dpo"}
+    assert "chip-hours without score reference, if" in console.file.getvalue()
+
+
+def test_a_prompt_is_prefilled_once_and_a_proposal_counts_its_own_stage():
+    console = Console(file=io.StringIO(), width=130)
+    show = Printer(console, parse_topology("v5e:1x1"), True, "O0")
+    predicted = tuple(
+        Speed(stage, "strong", 1.0, 1.0, 0.5, "memory") for stage in ("prefill", "decode")
+    )
+    mine = Load("sample", "strong", 40, 100, 20, prompts=10)
+    others = [Load("sample", "weak", 40, 100, 20, prompts=10), Load("score", "reference", 10, 120)]
+    refused = Result("", "sample", "strong", "decode", {"data": 1})
+    proposal = Proposal(("--x",), (refused,), predicted)
+    hours = show.proposal(refused, proposal, [*others, mine])
+    assert hours == pytest.approx({"prefill strong": 1000 / 3600, "decode strong": 800 / 3600})
+    assert " chip-hours, if every" in console.file.getvalue()
 
 
 @pytest.mark.slow
@@ -240,6 +266,9 @@ def test_the_workload_is_that_of_a_dry_run(tmp_path):
     for load in study_load(e):
         loads[load.stage] = loads.get(load.stage, 0) + load.sequences
     assert loads == counted
+    # 420 questions once, and 540 of suites twice, of which every prompt is prefilled once.
+    (strong,) = (x for x in study_load(e) if (x.stage, x.of) == ("sample", "strong"))
+    assert (strong.sequences, strong.prompts) == (420 + 2 * 540, 420 + 540)
 
 
 def test_a_step_is_cut_as_rows_hold_it():
@@ -277,6 +306,80 @@ def test_bounds_are_those_of_the_chip():
         collectives=[("all-reduce", "data", 2, 3.1e9 * 3, 1.0)],
     )
     assert bounds(crossing, two).interconnect == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "mesh", "axis", "seconds"),
+    [
+        # What lies within a slice or host is received over its links, for any number of them.
+        ("v5e:2x4", 8, (8, 8, 1), "fsdp", 60 / 100),
+        ("v5e:2x2", 4, (4, 4, 1), "fsdp", 60 / 100),
+        ("h100:8x8", 1, (8, 1, 8), "tensor", 60 / 450),
+        # fsdp over hosts with one GPU each: everything crosses the network.
+        ("h100:16x1", 1, (1, 16, 1), "fsdp", 60 / 50),
+        # Four hosts of two: of seven parts a GPU receives three from other hosts.
+        ("h100:4x2", 1, (1, 8, 1), "fsdp", 60 * 3 / 7 / 50),
+        # Two hosts of eight: one of fifteen, which takes less than NVLink takes for the others.
+        ("h100:2x8", 1, (1, 16, 1), "fsdp", 60 * 14 / 15 / 450),
+    ],
+)
+def test_links_and_network_each_take_the_time_of_what_they_carry(
+    topology, slices, mesh, axis, seconds
+):
+    topology = parse_topology(topology, slices)
+    sizes = dataclasses.asdict(MeshShape(*mesh, 1))
+    collectives = [("all-gather", axis, sizes[axis], 60e9, 1.0)]
+    result = Result("x", "train", "dpo", "gradient", sizes, collectives=collectives)
+    assert bounds(result, topology).interconnect == pytest.approx(seconds)
+
+
+def test_what_pads_rows_is_executed(one_device):
+    e = importlib.import_module("configs.llama_1b").get_config()
+    e.sampling.max_prompt, e.sampling.max_tokens = 1001, 1999
+    e.training.rows, e.training.row_length, e.training.remat = 2, 4096, "none"
+    e.scoring.rows, e.scoring.row_length = 2, 4608
+    name = str(PUBLISHED / "meta-llama" / "Llama-3.2-1B-Instruct")
+    spec = describe_model(name)[0]
+    found = {p.label: p for p in study_programs(e, lambda _: spec, lambda *_: one_device)}
+    products = spec.layers * sum(math.prod(p.sides(spec)) for p in matrices(spec).values())
+
+    def padding(label):
+        """Tokens of padding by which more is executed than the model needs."""
+        return (found[label].executed - found[label].flops) / (2 * products)
+
+    # A row holds one sequence of 3,000 tokens; its padding is read by weights, not by attention.
+    assert padding("score reference: logprobs") == pytest.approx(2 * 1608, rel=1e-3)
+    assert padding("train dpo: gradient") == pytest.approx(3 * 2 * 1096, rel=1e-3)
+    # Eight prompts of 1,001 tokens are prefilled as 1,008, and a judge's rows are full.
+    assert padding("sample weak: prefill") == pytest.approx(8 * 7, rel=1e-3)
+    assert found["sample weak: prefill"].tokens == 8 * 1001
+    assert padding("judge model: labels") == 0
+
+
+def received_by_formula(mesh, name, spec, trained=0):
+    each = StageProgram(
+        *("train", "dpo", name, Program(None, ()), None, spec, "bfloat16", 0.0), trained=trained
+    )
+    result = Result("x", "train", "dpo", name, dataclasses.asdict(mesh))
+    estimate(result, each)
+    return {(kind, axis): received for kind, axis, _, received, _ in result.collectives}
+
+
+def test_collectives_by_formula_are_those_of_what_is_moved():
+    spec = describe_model(str(PUBLISHED / "meta-llama" / "Llama-3.1-8B-Instruct"))[0]
+    mesh = MeshShape(1, 16, 1, 1)
+    # As compiled for v5e:4x4 (docs/preflight.md): weights twice, gradients in float32.
+    found = received_by_formula(mesh, "gradient", spec, spec.parameters)
+    assert found["all-gather", "fsdp"] == pytest.approx(28.16e9, rel=1e-3)
+    assert found["reduce-scatter", "fsdp"] == pytest.approx(28.15e9, rel=1e-3)
+    # Of adapters nothing but their own gradients.
+    adapted = received_by_formula(mesh, "gradient", spec, 10**6)
+    assert adapted["all-gather", "fsdp"] == found["all-gather", "fsdp"]
+    assert adapted["reduce-scatter", "fsdp"] == 4 * 10**6 * 15 / 16
+    # int8 matrices of layers with their scales; the head is not quantised.
+    whole = received_by_formula(mesh, "labels", spec)["all-gather", "fsdp"]
+    eighth = received_by_formula(mesh, "labels", spec.quantised("int8"))["all-gather", "fsdp"]
+    assert (whole, eighth) == pytest.approx((14.08e9, 7.53e9), rel=1e-3)
 
 
 @pytest.mark.slow

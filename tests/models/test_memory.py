@@ -14,6 +14,7 @@ from deltapref_jax.models.memory import (
     trained_parameters,
     training_memory,
 )
+from deltapref_jax.models.program import placed_weights
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
 from deltapref_jax.scoring.packing import PackedBatch, max_segments
@@ -79,6 +80,17 @@ def test_adapters_are_counted():
     trained = [x for name, x in shapes["blocks"].items() if name.endswith(("_a", "_b"))]
     assert trained_parameters(SPEC, training) == sum(x.size for x in jax.tree.leaves(trained))
     assert trained_parameters(SPEC, Training()) == SPEC.parameters
+
+
+def test_the_base_of_adapters_is_held_as_it_is_stored(one_device):
+    training = Training(rows=1, row_length=1, remat="none", lora=Lora(rank=4))
+    trained = trained_parameters(SPEC, training)
+    activations = 4 * (3 + 2) * (4 * 128 + 3 * 128 + 4 * 64 + 3 * 352)
+    for frozen in ("float32", "bfloat16"):
+        base = size(placed_weights(abstract(SPEC)[1], SPEC, one_device, frozen))
+        held = training_memory(SPEC, training, "float32", ONE, frozen=frozen)
+        assert held == base + 20 * trained + activations
+    assert held == training_memory(SPEC, training, "float32", ONE)  # as published models are
 
 
 def test_rows_and_weights_are_divided_over_the_mesh():
