@@ -130,7 +130,11 @@ def set_environment(request: Request) -> None:
 
 
 def programs_of(request: Request) -> "list[StageProgram]":
-    """The programs of the request's config on its devices."""
+    """The programs of the request's config on its devices.
+
+    Raises:
+      ValueError: two have one label, of which only one would be compiled; or shapes do not fit.
+    """
     from deltapref_jax.stages.programs import pair_programs, study_programs
 
     meshes, config = _meshes(request.topology, request.compiled), request.config
@@ -138,6 +142,9 @@ def programs_of(request: Request) -> "list[StageProgram]":
         found = pair_programs(config, request.specs.__getitem__, meshes)
     else:
         found = study_programs(config, request.specs.__getitem__, meshes)
+    labels = [each.label for each in found]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"two are called {twice[0]!r}; rename a generator or a judge.")
     return [each for each in found if each.stage in (request.stages or (each.stage,))]
 
 

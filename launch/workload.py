@@ -10,6 +10,7 @@ from deltapref_jax.artifacts.node import distinct
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
+    STUDENT,
     Experiment,
     Objective,
     PairTraining,
@@ -76,7 +77,7 @@ def _model_of(node: object) -> Iterator[tuple[str, str]]:
     if isinstance(node, TraceTable):
         yield "sample", node.generator.name
     elif isinstance(node, ResultTable):
-        yield "sample", node.label[1] if node.label[0] == "capability" else "student"
+        yield "sample", node.label[1] if node.label[0] == "capability" else STUDENT
     elif isinstance(node, RatingTable | AuditTable | RetestTable):
         yield "judge", node.judge.name
     elif isinstance(node, LogProbTable):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     REFERENCE_MARGIN,
+    STUDENT,
     Experiment,
     MeshShape,
     Model,
@@ -122,7 +123,7 @@ def study_programs(e: Experiment, spec_of: SpecOf, meshes: Meshes) -> list[Stage
     if suites:
         mesh = meshes(e.sampling.mesh, False)
         key = e.student.place, e.student.dtype, "", mesh, min(suites), False
-        asked.setdefault(key, []).append("student")
+        asked.setdefault(key, []).append(STUDENT)
     for (place, dtype, quantization, mesh, samples, filtered), names in asked.items():
         plan = Plan(spec_of(place).quantised(quantization), e.sampling, mesh, dtype)
         found += _sampling(", ".join(names), plan, plan.programs(filtered, samples))

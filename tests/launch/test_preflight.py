@@ -10,16 +10,18 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 from rich.console import Console
 
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
+from deltapref_jax.stages import programs
 from deltapref_jax.stages.study import plan
 from launch import compiler, proposals
 from launch.chips import parse_topology
-from launch.compile_programs import Request, Result
+from launch.compile_programs import Request, Result, programs_of
 from launch.cost import Cost
 from launch.dry_run import plan_rows
 from launch.preflight_tables import Printer
@@ -240,6 +242,15 @@ def test_the_workload_is_that_of_a_dry_run(tmp_path):
     for load in study_load(e):
         loads[load.stage] = loads.get(load.stage, 0) + load.sequences
     assert loads == counted
+
+
+def test_no_program_is_left_out_because_another_has_its_name(monkeypatch, tmp_path):
+    """Generators "a" and "b" that share programs, beside one of another model named "a, b"."""
+    each = types.SimpleNamespace(label="sample a, b: prefill", stage="sample")
+    monkeypatch.setattr(programs, "study_programs", lambda *_: [each, each])
+    described = dataclasses.replace(request_of(tmp_path), compiled=False)
+    with pytest.raises(ValueError, match=r"^two are called 'sample a, b: prefill'; rename a gen"):
+        programs_of(described)
 
 
 def test_a_step_is_cut_as_rows_hold_it():
