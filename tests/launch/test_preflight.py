@@ -26,7 +26,7 @@ from launch.cost import Cost
 from launch.dry_run import plan_rows
 from launch.preflight_tables import Printer
 from launch.roofline import Speed, bounds
-from launch.workload import Load, step_of, steps_of, study_load
+from launch.workload import Load, step_line, step_of, steps_of, study_load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PUBLISHED = ROOT / "tests" / "models" / "published"
@@ -265,6 +265,16 @@ def test_a_step_is_cut_as_rows_hold_it():
     training.rows = 16
     assert step_of(training, objective, 4096, mesh).micro_batches == 4
     assert step_of(training, objective, 4096, mesh).filled == 1
+    # One sequence of 3,000 tokens is a row, whose rest stays empty and is warned of; sequences of
+    # different lengths, with that mean, fill the gaps.
+    training.rows = 32
+    step = step_of(training, objective, 3000, mesh)
+    assert (step.micro_batches, step.filled) == (2, pytest.approx(3000 / 4096))
+    assert " 73% of the positions filled. 27% of a step's positions are empty" in step_line(
+        "dpo", step, mesh
+    )
+    step = step_of(training, objective, 3000, mesh, measured=True)
+    assert (step.micro_batches, step.filled) == (1.5, pytest.approx(3000 / 4096 * 2 / 1.5))
 
 
 def test_bounds_are_those_of_the_chip():
