@@ -48,6 +48,7 @@ class Request:
       compiled: whether programs are compiled; otherwise they are only described.
       cache: folder of results by the hash of their program.
       stages: whose programs are wanted; all without any.
+      of: objectives, judges or generators whose programs alone are wanted; all without any.
       first: stages and names, such as ("train", "gradient"), of the programs that are compiled
         before others.
     """
@@ -59,6 +60,7 @@ class Request:
     compiled: bool
     cache: str
     stages: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
     first: tuple[tuple[str, str], ...] = ()
 
 
@@ -145,7 +147,12 @@ def programs_of(request: Request) -> "list[StageProgram]":
     labels = [each.label for each in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two are called {twice[0]!r}; rename a generator or a judge.")
-    return [each for each in found if each.stage in (request.stages or (each.stage,))]
+    return [
+        each
+        for each in found
+        if each.stage in (request.stages or (each.stage,))
+        and (not request.of or set(request.of) & set(each.of.split(", ")))
+    ]
 
 
 def _meshes(topology: Topology, compiled: bool) -> "Meshes":
