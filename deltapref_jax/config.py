@@ -30,6 +30,7 @@ KEEPS = ("all", "top", "bottom", "middle", "random", "matched")
 RANKED = ("top", "bottom", "middle", "matched")  # those that rank pairs, see Arm.by
 STRATA = ("any", "chosen_right", "both_right", "both_wrong", "right_wrong", "wrong_right")
 SYMMETRIC = ("any", "both_right", "both_wrong")  # strata that an exchange of the sides keeps
+STUDENT = "student"  # its name beside those of generators, none of which may have it
 REFERENCE_MARGIN = "reference_margin"  # what pairs may be ranked by besides ratings
 SAMPLES = ("first", "best", "worst", "right", "wrong")
 BALANCES = ("", "correctness", "chosen_length")

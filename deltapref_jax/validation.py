@@ -36,6 +36,7 @@ from deltapref_jax.config import (
     REMATS,
     SAMPLES,
     STRATA,
+    STUDENT,
     SYMMETRIC,
     TRACKERS,
     TRUNCATION_MODES,
@@ -469,6 +470,11 @@ def validate(experiment: Experiment) -> Experiment:
         ("suite", e.suites),
     ):
         _check_names(field, [item.name for item in group])
+    if STUDENT in [g.name for g in e.generators]:
+        raise ConfigError(
+            f"A generator is named {STUDENT!r}, which tables and programs call the model that is "
+            "trained; give it another name."
+        )
     if not e.prompts:
         raise ConfigError(
             "config.prompts is empty; name at least one source of training questions."

@@ -48,6 +48,7 @@ class Request:
       compiled: whether programs are compiled; otherwise they are only described.
       cache: folder of results by the hash of their program.
       stages: whose programs are wanted; all without any.
+      of: objectives, judges or generators whose programs alone are wanted; all without any.
       first: stages and names, such as ("train", "gradient"), of the programs that are compiled
         before others.
     """
@@ -59,6 +60,7 @@ class Request:
     compiled: bool
     cache: str
     stages: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
     first: tuple[tuple[str, str], ...] = ()
 
 
@@ -130,7 +132,11 @@ def set_environment(request: Request) -> None:
 
 
 def programs_of(request: Request) -> "list[StageProgram]":
-    """The programs of the request's config on its devices."""
+    """The programs of the request's config on its devices.
+
+    Raises:
+      ValueError: two have one label, of which only one would be compiled; or shapes do not fit.
+    """
     from deltapref_jax.stages.programs import pair_programs, study_programs
 
     meshes, config = _meshes(request.topology, request.compiled), request.config
@@ -138,7 +144,15 @@ def programs_of(request: Request) -> "list[StageProgram]":
         found = pair_programs(config, request.specs.__getitem__, meshes)
     else:
         found = study_programs(config, request.specs.__getitem__, meshes)
-    return [each for each in found if each.stage in (request.stages or (each.stage,))]
+    labels = [each.label for each in found]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"two are called {twice[0]!r}; rename a generator or a judge.")
+    return [
+        each
+        for each in found
+        if each.stage in (request.stages or (each.stage,))
+        and (not request.of or set(request.of) & set(each.of.split(", ")))
+    ]
 
 
 def _meshes(topology: Topology, compiled: bool) -> "Meshes":

@@ -281,7 +281,7 @@ def _step_notes(missing: Sequence[Row]) -> Iterable[str]:
             length = round(row.estimate.tokens / work.sequences) if measured else work.longest
             shapes = (rows_of(t.rows, sizes), t.row_length or choose_row_length([work.longest]))
             t = dataclasses.replace(t, rows=shapes[0], row_length=shapes[1])
-            step = step_of(t, node.objective, length, sizes)
+            step = step_of(t, node.objective, length, sizes, measured)
             found[node.objective.kind] = step_line(node.objective.kind, step, sizes, measured)
     return found.values()
 

@@ -218,8 +218,8 @@ def fit_config(
 ) -> Experiment | PairTraining:
     """The config with the sizes of its meshes, chosen as a run would on these devices.
 
-    Where the devices have no room for a model, meshes are chosen as if their memory were not known,
-    so that the compiler says what is missing.
+    A model that the devices have no room for has the mesh that lacks least, so that the compiler
+    says what is missing; the meshes of the others are those of a run.
 
     Raises:
       ConfigError: a mesh does not fit the devices or the rows.
@@ -228,29 +228,16 @@ def fit_config(
     from deltapref_jax.stages.micro_batches import fill_in
     from launch.workload import longest_of
 
-    devices = topology.devices
-    for known in (devices, devices._replace(memory=0)):
-        try:
-            if isinstance(config, PairTraining):
-                training = fit_training(config.training, config.student, known, specs.__getitem__)
-            else:
-                config = fit_meshes(config, known, specs.__getitem__)
-                training = config.training
-            student = config.student
-            sizes = dataclasses.asdict(training.mesh)
-            training = fill_in(
-                training,
-                [longest_of(config)],
-                sizes,
-                specs[student.place],
-                student.dtype,
-                devices.memory,
-            )
-            return dataclasses.replace(config, training=training)
-        except ConfigError:
-            if not known.memory:
-                raise
-    raise AssertionError
+    devices, of, student = topology.devices, specs.__getitem__, config.student
+    if isinstance(config, PairTraining):
+        training = fit_training(config.training, student, devices, of, refuse=False)
+    else:
+        config = fit_meshes(config, devices, of, refuse=False)
+        training = config.training
+    sizes = dataclasses.asdict(training.mesh)
+    lengths, spec = [longest_of(config)], specs[student.place]
+    training = fill_in(training, lengths, sizes, spec, student.dtype, devices.memory)
+    return dataclasses.replace(config, training=training)
 
 
 def _loads(config: Experiment | PairTraining, show: "Printer") -> list[Any]:

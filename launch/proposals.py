@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from deltapref_jax.config import (
     REMATS,
+    STUDENT,
     ConfigError,
     Experiment,
     MeshShape,
@@ -60,7 +61,8 @@ def propose(
             config = fit(config, request.topology)
         except ConfigError:
             continue  # this mesh does not fit the devices or the rows
-        tried = dataclasses.replace(request, config=config)
+        of = (*refused.of.split(", "), *_moved(request.config, config))
+        tried = dataclasses.replace(request, config=config, stages=(refused.stage,), of=of)
         results = _compiled(tried, refused, seconds)
         if results and all(r.fits for r in results):
             reached = speeds(results, request.topology, steps_of(config))
@@ -69,20 +71,22 @@ def propose(
 
 
 def _compiled(request: Request, refused: Result, seconds: float) -> list[Result]:
-    """Results of the stage's programs, the refused one first, until one does not fit."""
-    others = {
-        "train": ("gradient", "zeros", "add", "apply", "logprobs"),
-        "sample": ("prefill", "insert", "decode", "grow"),
-    }.get(refused.stage, ())
-    names = [refused.name, *(name for name in others if name != refused.name)]
+    """Results of the programs of the request, the refused one first, until one does not fit."""
     results = []
-    for result in compile_each(
-        request, seconds, [f"{refused.stage} {refused.of}: {name}" for name in names]
-    ):
+    first = ((refused.stage, refused.name),)
+    for result in compile_each(dataclasses.replace(request, first=first), seconds):
         results.append(result)
         if not result.fits:
             break
     return results
+
+
+def _moved(before: Config, after: Config) -> Iterator[str]:
+    """Generators whose mesh is another one after a change; they may share its programs no more."""
+    if isinstance(before, Experiment) and isinstance(after, Experiment):
+        for old, new in zip(before.generators, after.generators, strict=True):
+            if old.mesh != new.mesh:
+                yield new.name
 
 
 def _combinations(changes: Sequence[Sequence[Change]]) -> Iterator[tuple[Change, ...]]:
@@ -101,7 +105,9 @@ def _changes(config: Config, refused: Result) -> list[list[Change]]:
         return _sampling_changes(config, refused)
     shards = refused.mesh["data"] * refused.mesh["fsdp"]
     rows = _halves(config.scoring.rows, shards)
-    return [[_set("config.scoring.rows", n) for n in rows], _sharded("config.scoring", refused)]
+    judges = [f"config.judges[{i}]" for i, j in enumerate(config.judges) if j.name == refused.of]
+    owner = judges[0] if refused.stage == "judge" else "config.scoring"
+    return [[_set("config.scoring.rows", n) for n in rows], _sharded(owner, refused)]
 
 
 def _training_changes(t: Training, refused: Result) -> Iterator[list[Change]]:
@@ -119,13 +125,11 @@ def _training_changes(t: Training, refused: Result) -> Iterator[list[Change]]:
 def _sampling_changes(e: Experiment, refused: Result) -> list[list[Change]]:
     devices, shards = math.prod(refused.mesh.values()), refused.mesh["data"] * refused.mesh["fsdp"]
     names = refused.of.split(", ")
-    owners = [
-        f"config.generators[{i}]"
-        for i, g in enumerate(e.generators)
-        if g.name in names and g.mesh != MeshShape()
-    ] or ["config.sampling"]
+    # All whose programs these are: each has a mesh of its own, the student that of sampling.
+    owners = [f"config.generators[{i}]" for i, g in enumerate(e.generators) if g.name in names]
+    owners += ["config.sampling"] * (STUDENT in names)
     tensors = [n for n in (2, 4, 8) if n > refused.mesh["tensor"] and devices % n == 0]
-    wider = [_mesh(owners[0], MeshShape(data=devices // n, tensor=n)) for n in tensors]
+    wider = [_mesh(owners, MeshShape(data=devices // n, tensor=n)) for n in tensors]
     slots = [_set("config.sampling.slots", n) for n in _halves(e.sampling.slots, shards)[:3]]
     return [kind for kind in (wider, slots) if kind]
 
@@ -142,7 +146,7 @@ def _halves(rows: int, shards: int) -> list[int]:
 def _sharded(stage: str, refused: Result) -> list[Change]:
     """Weights over all devices instead of copies."""
     data, fsdp, tensor = (refused.mesh[axis] for axis in ("data", "fsdp", "tensor"))
-    return [_mesh(stage, MeshShape(1, data * fsdp, tensor, 1))] if data > 1 else []
+    return [_mesh([stage], MeshShape(1, data * fsdp, tensor, 1))] if data > 1 else []
 
 
 def _set(path: str, value: object) -> Change:
@@ -156,18 +160,20 @@ def _set(path: str, value: object) -> Change:
     return f"--{path}={value}", change
 
 
-def _mesh(owner: str, shape: MeshShape) -> Change:
+def _mesh(owners: Sequence[str], shape: MeshShape) -> Change:
     sizes = {axis: size for axis, size in dataclasses.asdict(shape).items() if size > 1}
 
     def change(config: Config) -> None:
-        part = config
-        for name in owner.split(".")[1:]:
-            index = name.partition("[")[2].rstrip("]")
-            part = getattr(part, name.partition("[")[0])
-            part = part[int(index)] if index else part  # type: ignore[index]
-        part.mesh = dataclasses.replace(shape)  # type: ignore[union-attr]
+        for owner in owners:
+            part = config
+            for name in owner.split(".")[1:]:
+                index = name.partition("[")[2].rstrip("]")
+                part = getattr(part, name.partition("[")[0])
+                part = part[int(index)] if index else part  # type: ignore[index]
+            part.mesh = dataclasses.replace(shape)  # type: ignore[union-attr]
 
-    return " ".join(f"--{owner}.mesh.{axis}={size}" for axis, size in sizes.items()), change
+    flags = [f"--{owner}.mesh.{axis}={size}" for owner in owners for axis, size in sizes.items()]
+    return " ".join(flags), change
 
 
 @dataclasses.dataclass(frozen=True)

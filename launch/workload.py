@@ -10,6 +10,7 @@ from deltapref_jax.artifacts.node import distinct
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
+    STUDENT,
     Experiment,
     Objective,
     PairTraining,
@@ -86,7 +87,7 @@ def _model_of(node: object) -> Iterator[tuple[str, str]]:
     if isinstance(node, TraceTable):
         yield "sample", node.generator.name
     elif isinstance(node, ResultTable):
-        yield "sample", node.label[1] if node.label[0] == "capability" else "student"
+        yield "sample", node.label[1] if node.label[0] == "capability" else STUDENT
     elif isinstance(node, RatingTable | AuditTable | RetestTable):
         yield "judge", node.judge.name
     elif isinstance(node, LogProbTable):
@@ -110,14 +111,14 @@ def pair_load(p: PairTraining) -> list[Load]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """How a training step is cut into micro-batches, if all sequences have one length.
+    """How a training step is cut into micro-batches.
 
     Attributes:
       micro_batches: of the gradient; half a one counts 0.5.
       baseline: micro-batches of KTO's baseline.
       sequences: of the step, without the baseline's.
-      length: tokens of each.
-      filled: share of the positions that hold a token if sequences are packed without a gap.
+      length: tokens of each, all of them or in the mean.
+      filled: share of the positions of these micro-batches that hold a token.
     """
 
     micro_batches: float
@@ -141,19 +142,26 @@ def steps_of(config: Experiment | PairTraining) -> dict[str, Step]:
     return {o.kind: step_of(t, o, longest_of(config), mesh) for o in objectives}
 
 
-def step_of(t: Training, objective: Objective, length: int, mesh: Mapping[str, int]) -> Step:
+def step_of(
+    t: Training,
+    objective: Objective,
+    length: int,
+    mesh: Mapping[str, int],
+    measured: bool = False,
+) -> Step:
     """The micro-batches of a step.
 
     Args:
       t: shapes, none of them open.
       objective: that is trained.
-      length: tokens of a sequence.
+      length: tokens of every sequence, of which rows hold whole ones.
       mesh: devices along every axis.
+      measured: the length is a mean; sequences of different lengths are packed without a gap.
     """
     kind, row_shards = OBJECTIVE_KINDS[objective.kind], mesh["data"] * mesh["fsdp"]
     sequences = t.pairs_per_step * (1 if kind.unit == "token" else 2)
     length = min(length, t.row_length)
-    held = t.rows * (t.row_length // length)
+    held = t.rows * (t.row_length / length if measured else t.row_length // length)
 
     def batches(count: float) -> float:
         # A last micro-batch that is half empty runs as half of it (`packing.drop_empty_half`).
@@ -163,9 +171,7 @@ def step_of(t: Training, objective: Objective, length: int, mesh: Mapping[str, i
     micros = batches(sequences)
     measured = -int(-objective.baseline_fraction * sequences // 1)
     baseline = batches(measured) if kind.baseline else 0.0
-    positions = t.rows * t.row_length
-    whole = batches(sequences * length * held / positions)
-    filled = sequences * length / (whole * positions)
+    filled = sequences * length / (micros * t.rows * t.row_length)
     return Step(micros, baseline, sequences, length, filled)
 
 

@@ -158,6 +158,12 @@ CASES = [  # path of a field, value, sentence
     ),
     ("generators.0.name", "strong", "Two generators are named 'strong'; names must differ."),
     (
+        "generators.0.name",
+        "student",
+        "A generator is named 'student', which tables and programs call the model that is trained; "
+        "give it another name.",
+    ),
+    (
         "generators.1.top_p",
         0.0,
         "top_p of generator 'strong' is 0.0; it must be at least 1e-06 and at most 1.",

@@ -16,11 +16,10 @@ from deltapref_jax.analysis.components import Kind
 from deltapref_jax.analysis.findings import DOMAIN_WORDS, listed
 from deltapref_jax.analysis.page import SuiteSummary
 from deltapref_jax.analysis.study import Study
-from deltapref_jax.config import TUNING, Suite
+from deltapref_jax.config import STUDENT, TUNING, Suite
 from deltapref_jax.records import Prompt, SuiteAccuracy, from_table
 
 FLOOR, CEILING = 10, 90  # percent of right answers
-STUDENT = "student"  # its key among the models that were evaluated before training
 RULE = (
     f"A suite is flagged as floor where every model is shown to be at most at {FLOOR}% before any "
     "arm trains (its 95% interval ends there or below), and as ceiling where the student is shown "

@@ -27,6 +27,20 @@ def cache_positions(sampling: Sampling, platform: str) -> int:
     return -(-sampling.longest // tile) * tile
 
 
+def prompt_groups(sampling: Sampling, row_shards: int, samples: int) -> tuple[int, int]:
+    """The number of prompts of one prefill, and of prefills whose prompts are there at once.
+
+    Args:
+      sampling: shapes.
+      row_shards: devices along data and fsdp.
+      samples: traces of one prompt.
+    """
+    # About an eighth of the slots, at most 16, in whole shards.
+    rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
+    # Groups are prefilled until there are traces for all free slots, at first for all of them.
+    return rows, -(-sampling.slots // (rows * samples))
+
+
 class Plan:
     """The shapes of an engine.
 
@@ -68,8 +82,7 @@ class Plan:
                 f"config.sampling.slots is {sampling.slots}; it must be a multiple of the "
                 f"{row_shards} devices along data and fsdp."
             )
-        # Prompts of one prefill: about an eighth of the slots, at most 16, in whole shards.
-        self.prefill_rows = row_shards * max(1, min(16, sampling.slots // 8) // row_shards)
+        self.prefill_rows, _ = prompt_groups(sampling, row_shards, 1)
         # Few padded lengths (max_prompt, its half, its quarter), so that few programs are compiled.
         self.prefill_lengths = sorted({-(-sampling.max_prompt // (8 * n)) * 8 for n in (1, 2, 4)})
         self.positions = cache_positions(sampling, platform_of(mesh))
@@ -127,7 +140,7 @@ class Plan:
 
         Args:
           filtered: whether a request has top-p or top-k.
-          samples: traces of one prompt.
+          samples: traces of one prompt, at least.
         """
         graphdef, weights = self.abstract_model
         s, everywhere = self.sampling, PartitionSpec()
@@ -135,8 +148,8 @@ class Plan:
         prompts = self.abstract_cache(*group, self.prompt_sharding)
         cache = self.abstract_cache(s.slots, self.positions, self.cache_sharding)
         short = self.abstract_cache(s.slots, self.shortest, self.cache_sharding)
-        # Groups are prefilled until there are traces for all free slots, at first for all of them.
-        waiting = [prompts] * (-(-s.slots // (group[0] * samples)) - 1)
+        row_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        waiting = [prompts] * (prompt_groups(s, row_shards, samples)[1] - 1)
         count = array(self.mesh, everywhere, jnp.int32)
         index = array(self.mesh, everywhere, jnp.int32, s.slots)
         found = {

@@ -20,7 +20,7 @@ from deltapref_jax.config import (
     Judge,
     MeshShape,
     Model,
-    Scoring,
+    Sampling,
     Training,
     model_of,
     reference_of,
@@ -34,12 +34,13 @@ from deltapref_jax.mesh import (
     describe,
     fit_shape,
     rows_divide,
+    wide_first,
 )
 from deltapref_jax.models.parameters import Parameter, parameters
 from deltapref_jax.models.sharding import path_name, shardings, undivided
 from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import abstract
-from deltapref_jax.sampling.plan import cache_positions
+from deltapref_jax.sampling.plan import cache_positions, prompt_groups
 
 SpecOf = Callable[[str], ModelSpec]
 """A model's path to its sizes."""
@@ -49,29 +50,33 @@ Fit = Callable[[str, MeshShape, Model], MeshShape]
 
 Item = TypeVar("Item", Generator, Judge)
 
-_ROOM = 0.85  # of a device's memory, for weights and cache; decoding needs the rest
+# Of a device's memory: what lies there while a sampler decodes, and while it fills all slots.
+_DECODING, _FILLING = 0.85, 0.95
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def fit_meshes(e: Experiment, devices: Devices, spec_of: SpecOf) -> Experiment:
+def fit_meshes(e: Experiment, devices: Devices, spec_of: SpecOf, refuse: bool = True) -> Experiment:
     """Returns the experiment with all four sizes of every mesh stated.
 
     Args:
       e: validated.
       devices: of the job.
       spec_of: gives the sizes of models.
+      refuse: a model that the devices have no room for; else it has the mesh that lacks least.
 
     Raises:
       ConfigError: a mesh does not fit the devices or the rows, or the devices have no room for a
         model; one sentence names the field, the devices, and the nearest shapes that fit.
     """
-    reference = reference_of(e.student, e.reference)
+    reference, suites = reference_of(e.student, e.reference), [s.samples for s in e.suites]
 
     def scoring(field: str, shape: MeshShape, model: Model) -> MeshShape:
-        return _fit_scoring(field, shape, e.scoring, model, devices, spec_of)
+        batch = Batch("config.scoring", "rows", e.scoring.rows, e.scoring.row_length)
+        return _fit(field, shape, batch, model, devices, spec_of, refuse)
 
-    def sampling(field: str, shape: MeshShape, model: Model) -> MeshShape:
-        return _fit_sampling(field, shape, e, model, devices.of_host, spec_of)
+    def sampling(samples: int, field: str, shape: MeshShape, model: Model) -> MeshShape:
+        host = devices.of_host
+        return _fit_sampling(field, shape, e.sampling, samples, model, host, spec_of, refuse)
 
     def own(item: Item, where: str, stage: str, shape: MeshShape, fit: Fit) -> Item:
         """The item with its mesh, which is that of its stage where it has none of its own."""
@@ -81,7 +86,13 @@ def fit_meshes(e: Experiment, devices: Devices, spec_of: SpecOf) -> Experiment:
         return dataclasses.replace(item, mesh=mesh)
 
     generators = tuple(
-        own(g, f"config.generators[{i}]", "config.sampling", e.sampling.mesh, sampling)
+        own(
+            g,
+            f"config.generators[{i}]",
+            "config.sampling",
+            e.sampling.mesh,
+            functools.partial(sampling, min([g.samples, *suites])),
+        )
         for i, g in enumerate(e.generators)
     )
     judges = tuple(
@@ -92,20 +103,25 @@ def fit_meshes(e: Experiment, devices: Devices, spec_of: SpecOf) -> Experiment:
     )
     return dataclasses.replace(
         e,
-        training=fit_training(e.training, e.student, devices, spec_of),
+        training=fit_training(e.training, e.student, devices, spec_of, refuse),
         scoring=dataclasses.replace(
             e.scoring, mesh=scoring("config.scoring.mesh", e.scoring.mesh, reference)
         ),
         sampling=dataclasses.replace(
-            e.sampling, mesh=sampling("config.sampling.mesh", e.sampling.mesh, e.student)
+            e.sampling,
+            mesh=sampling(
+                min(suites, default=1), "config.sampling.mesh", e.sampling.mesh, e.student
+            ),
         ),
         generators=generators,
         judges=judges,
     )
 
 
-def fit_training(t: Training, student: Model, devices: Devices, spec_of: SpecOf) -> Training:
-    """Returns the training config with all four sizes of its mesh stated.
+def fit_training(
+    t: Training, student: Model, devices: Devices, spec_of: SpecOf, refuse: bool = True
+) -> Training:
+    """Returns the training config with all four sizes of its mesh stated; see `fit_meshes`.
 
     Raises:
       ConfigError: see `fit_meshes`; or moments cannot lie on the host of these devices.
@@ -121,45 +137,104 @@ def fit_training(t: Training, student: Model, devices: Devices, spec_of: SpecOf)
     what = "weights" if t.lora.rank else "weights, gradients and moments"
     field = "config.training.mesh"
     batch = Batch("config.training", "rows", t.rows, t.row_length)
-    conditions = rows_divide(field, t.mesh, batch, devices)
-    conditions += _divides(field, t.mesh, student, spec_of)
-    conditions += _has_room(field, what, student, width, devices, spec_of)
-    return dataclasses.replace(t, mesh=fit_shape(field, t.mesh, devices, conditions))
-
-
-def _fit_scoring(
-    field: str, shape: MeshShape, s: Scoring, model: Model, devices: Devices, spec_of: SpecOf
-) -> MeshShape:
-    batch = Batch("config.scoring", "rows", s.rows, s.row_length)
-    conditions = rows_divide(field, shape, batch, devices)
-    conditions += _divides(field, shape, model, spec_of)
-    conditions += _has_room(field, "weights", model, None, devices, spec_of)
-    return fit_shape(field, shape, devices, conditions)
+    mesh = _fit(field, t.mesh, batch, student, devices, spec_of, refuse, what, width)
+    return dataclasses.replace(t, mesh=mesh)
 
 
 def _fit_sampling(
-    field: str, shape: MeshShape, e: Experiment, model: Model, host: Devices, spec_of: SpecOf
+    field: str,
+    shape: MeshShape,
+    s: Sampling,
+    samples: int,
+    model: Model,
+    host: Devices,
+    spec_of: SpecOf,
+    refuse: bool,
 ) -> MeshShape:
-    width, s = _BYTES[model.dtype], e.sampling
+    """The mesh of a sampler that draws at least so many traces of one prompt."""
 
-    def has_cache(sizes: Sizes) -> bool:
-        """Whether there is room for the weights and twice the longest cache, which is copied."""
+    def lacking(sizes: Sizes) -> float:
+        """Bytes that a device lacks with the longest cache, for decoding or to fill all slots.
+
+        The cache grows array by array, so that one array is there twice, beside the prompts of one
+        prefill. Where all slots are free, the prompts of more wait.
+        """
         if not host.memory:
-            return True
-        spec = _spec(model, spec_of)
+            return 0.0
+        spec, shards = _spec(model, spec_of), sizes[0] * sizes[1]
         heads = spec.kv_heads / (sizes[2] if spec.kv_heads % sizes[2] == 0 else 1)
-        positions = s.slots / (sizes[0] * sizes[1]) * cache_positions(s, host.platform)
-        cache = 2 * spec.layers * heads * spec.head_width * positions * width
-        return _weights(spec, sizes, model.dtype) + 2 * cache < _ROOM * host.memory
+        position = heads * spec.head_width * _BYTES[model.dtype]  # of keys or values of one layer
+        array = s.slots / shards * cache_positions(s, host.platform) * position
+        rows, groups = prompt_groups(s, shards, samples)
+        # Every device along data and fsdp has all prompts that wait.
+        prompts = 2 * spec.layers * rows * s.max_prompt * position
+        held = _weights(spec, sizes, model.dtype) + 2 * spec.layers * array
+        return max(
+            0.0,
+            held + array + prompts - _DECODING * host.memory,
+            held + groups * prompts - _FILLING * host.memory,
+        )
 
-    def copies_first(sizes: Sizes) -> tuple[bool, int, int]:
+    def copies_first(sizes: Sizes) -> tuple[float, int, int]:
         """Decoding reads all weights at every step, so it gathers none over fsdp if it need not."""
-        return not has_cache(sizes), sizes[1], -sizes[0]
+        return lacking(sizes), sizes[1], -sizes[0]
 
-    conditions = rows_divide(field, shape, Batch("config.sampling", "slots", s.slots), host)
+    batch = Batch("config.sampling", "slots", s.slots)
+    return _fit(field, shape, batch, model, host, spec_of, refuse, order=copies_first)
+
+
+def _fit(
+    field: str,
+    shape: MeshShape,
+    batch: Batch,
+    model: Model,
+    devices: Devices,
+    spec_of: SpecOf,
+    refuse: bool,
+    what: str = "weights",
+    width: int | None = None,
+    order: Callable[[Sizes], Any] = wide_first,
+) -> MeshShape:
+    """The first shape by `order` that divides rows and model and has room for the parameters.
+
+    Args:
+      field: the config field of the shape, for messages.
+      shape: what the config states.
+      batch: what the mesh spreads.
+      model: that runs on it.
+      devices: what the mesh is made over.
+      spec_of: gives the sizes of models.
+      refuse: see `fit_meshes`.
+      what: must have room.
+      width: bytes of a parameter; None: as the model is stored that is not trained, by its dtype
+        and quantization.
+      order: sort key of the shapes.
+    """
+    conditions = rows_divide(field, shape, batch, devices)
     conditions += _divides(field, shape, model, spec_of)
-    conditions += _has_room(field, "weights", model, None, host, spec_of)
-    return fit_shape(field, shape, host, conditions, copies_first)
+
+    def size(sizes: Sizes) -> int:
+        if width is None:
+            return _weights(_spec(model, spec_of), sizes, model.dtype)
+        return _on_device(spec_of(model.place), sizes, lambda _: width)
+
+    # Necessary and not sufficient: activations come on top.
+    has_room = Condition(
+        lambda s: not devices.memory or size(s) < devices.memory,
+        lambda shapes: (
+            f"{what.capitalize()} of the model {model.path} need "
+            f"{min(map(size, shapes)) / 2**30:,.1f} GiB on each of {devices.words} by {field}, "
+            f"and a device has {devices.memory / 2**30:,.1f} GiB; take more devices or "
+            "another mesh"
+        ),
+    )
+    if refuse:
+        return fit_shape(field, shape, devices, [*conditions, has_room], order)
+
+    def least_first(sizes: Sizes) -> tuple[int, Any]:
+        return 0 if has_room.holds(sizes) else size(sizes), order(sizes)
+
+    return fit_shape(field, shape, devices, conditions, least_first)
 
 
 def _divides(field: str, shape: MeshShape, model: Model, spec_of: SpecOf) -> list[Condition]:
@@ -181,35 +256,6 @@ def _divides(field: str, shape: MeshShape, model: Model, spec_of: SpecOf) -> lis
         )
 
     return [Condition(lambda s: not whole(s), sentence)]
-
-
-def _has_room(
-    field: str, what: str, model: Model, width: int | None, devices: Devices, spec_of: SpecOf
-) -> list[Condition]:
-    """The condition that parameters of `width` bytes each fit the devices, where that is known.
-
-    A width of None is that of a model that is not trained, by its dtype and quantization. The
-    condition is necessary and not sufficient: activations come on top.
-    """
-    if not devices.memory:
-        return []
-
-    def size(sizes: Sizes) -> int:
-        if width is None:
-            return _weights(_spec(model, spec_of), sizes, model.dtype)
-        return _on_device(spec_of(model.place), sizes, lambda _: width)
-
-    return [
-        Condition(
-            lambda s: size(s) < devices.memory,
-            lambda shapes: (
-                f"{what.capitalize()} of the model {model.path} need "
-                f"{min(map(size, shapes)) / 2**30:,.1f} GiB on each of {devices.words} by {field}, "
-                f"and a device has {devices.memory / 2**30:,.1f} GiB; take more devices or "
-                "another mesh"
-            ),
-        )
-    ]
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from deltapref_jax.config import (
     OBJECTIVE_KINDS,
     REFERENCE_MARGIN,
+    STUDENT,
     Experiment,
     MeshShape,
     Model,
@@ -115,19 +116,21 @@ def study_programs(e: Experiment, spec_of: SpecOf, meshes: Meshes) -> list[Stage
             # A row is one trace at most, which has a label for every dimension.
             labels = shape.rows * len(judge.dimensions)
             found.append(_judging(judge.name, program, spec, model.dtype, shape, mesh, labels))
-    # Generators that differ in what is asked alone share their programs.
+    # Generators that differ in what is asked alone share their programs. The fewer samples a prompt
+    # has, the more prompts wait for slots; all models but the judges' answer the suites too.
+    suites = [suite.samples for suite in e.suites]
     asked: dict[tuple[str, str, str, Mesh, int, bool], list[str]] = {}
     for g in e.generators:
         mesh = meshes(mesh_of(g.mesh, e.sampling.mesh), False)
         model = model_of(e, g.model)
         filtered = g.top_k > 0 or g.top_p < 1
-        key = model.place, model.dtype, model.quantization, mesh, g.samples, filtered
+        samples = min([g.samples, *suites])
+        key = model.place, model.dtype, model.quantization, mesh, samples, filtered
         asked.setdefault(key, []).append(g.name)
-    suites = max((suite.samples for suite in e.suites), default=0)
     if suites:
         mesh = meshes(e.sampling.mesh, False)
-        key = e.student.place, e.student.dtype, "", mesh, suites, False
-        asked.setdefault(key, []).append("student")
+        key = e.student.place, e.student.dtype, "", mesh, min(suites), False
+        asked.setdefault(key, []).append(STUDENT)
     for (place, dtype, quantization, mesh, samples, filtered), names in asked.items():
         plan = Plan(spec_of(place).quantised(quantization), e.sampling, mesh, dtype)
         found += _sampling(", ".join(names), plan, plan.programs(filtered, samples))

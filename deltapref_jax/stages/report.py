@@ -12,11 +12,11 @@ from pyarrow import csv
 
 from deltapref_jax.analysis.report import draw, render
 from deltapref_jax.analysis.study import ArtifactRecord, Study
-from deltapref_jax.analysis.suites import STUDENT, accuracies
+from deltapref_jax.analysis.suites import accuracies
 from deltapref_jax.analysis.summary import summarise, summary_json
 from deltapref_jax.artifacts.job import Job
 from deltapref_jax.artifacts.node import Node
-from deltapref_jax.config import ADDED, DIMENSIONS, Experiment, Run, model_of
+from deltapref_jax.config import ADDED, DIMENSIONS, STUDENT, Experiment, Run, model_of
 from deltapref_jax.judging.rubric import RUBRIC
 from deltapref_jax.records import SuiteAccuracy, to_table
 from deltapref_jax.stages.audit import AuditTable

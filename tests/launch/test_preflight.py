@@ -11,27 +11,42 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 from rich.console import Console
 
 from deltapref_jax.artifacts.workspace import Workspace
-from deltapref_jax.config import ConfigError, Experiment, MeshShape, Objective
+from deltapref_jax.config import (
+    ConfigError,
+    Experiment,
+    Generator,
+    Judge,
+    MeshShape,
+    Model,
+    Objective,
+    Sampling,
+    Scoring,
+    Suite,
+    Training,
+)
 from deltapref_jax.models.parameters import matrices
 from deltapref_jax.models.program import Program
+from deltapref_jax.models.spec import ModelSpec
 from deltapref_jax.models.weights import describe_model
+from deltapref_jax.stages import programs
 from deltapref_jax.stages.programs import StageProgram, study_programs
 from deltapref_jax.stages.study import plan
 from launch import compiler, proposals
 from launch.chips import parse_topology
-from launch.compile_programs import Request, Result
+from launch.compile_programs import Request, Result, programs_of
 from launch.cost import Cost
 from launch.dry_run import plan_rows
 from launch.formula import estimate
 from launch.preflight_tables import Printer
 from launch.proposals import Proposal
 from launch.roofline import Speed, bounds
-from launch.workload import Load, step_of, steps_of, study_load
+from launch.workload import Load, step_line, step_of, steps_of, study_load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PUBLISHED = ROOT / "tests" / "models" / "published"
@@ -226,7 +241,8 @@ def test_what_changes_no_number_is_proposed_first(monkeypatch, tmp_path):
     mesh = dataclasses.asdict(request.config.training.mesh)
     refused = Result("", "train", "dpo", "gradient", mesh, executed=1e15, tokens=32_768)
 
-    def compiled(request, seconds, labels):
+    def compiled(request, seconds):
+        assert request.stages == ("train",)
         t = request.config.training
         tried.append((t.offload_moments, t.moments))
         fits = tried[-1] == (True, "bfloat16")
@@ -242,6 +258,53 @@ def test_what_changes_no_number_is_proposed_first(monkeypatch, tmp_path):
     (speed,), micros = found.predicted, steps_of(request.config)["dpo"].micro_batches
     assert speed.bound == "compute"
     assert speed.seconds == pytest.approx(micros * 1e15 / 8 / 197e12)  # the peak of a v5e
+
+
+@pytest.mark.parametrize(
+    ("stage", "of", "flags"),
+    [
+        (
+            "sample",
+            "strong, cool, student",
+            (
+                "--config.generators[1].mesh.tensor=8 --config.generators[2].mesh.tensor=8 "
+                "--config.sampling.mesh.tensor=8",
+            ),
+        ),
+        ("judge", "model", ("--config.judges[1].mesh.fsdp=8",)),
+        ("score", "reference", ("--config.scoring.mesh.fsdp=8",)),
+    ],
+)
+def test_a_mesh_is_proposed_to_all_models_of_the_programs(monkeypatch, tmp_path, stage, of, flags):
+    request, tried = request_of(tmp_path), []
+    shape = dict.fromkeys(("data", "fsdp", "tensor", "context"), 1) | {"data": 2, "tensor": 4}
+    if stage != "sample":
+        shape |= {"data": 8, "tensor": 1}
+    e = request.config
+    e.scoring.rows = 8
+    e.generators = tuple(
+        Generator(name=name, mesh=MeshShape(**shape)) for name in ("weak", "strong", "cool")
+    )
+    e.judges = (Judge(name="exact"), Judge(name="model", kind="model"))
+
+    def compiled(request, seconds):
+        tried.append(request)
+        yield dataclasses.replace(refused, status="fits")
+
+    def fit(config, _):
+        """That of sampling also belongs to the generator that has none of its own."""
+        config.generators[0].mesh = config.sampling.mesh
+        return config
+
+    monkeypatch.setattr(proposals, "compile_each", compiled)
+    refused = Result("", stage, of, "decode", shape, status="refused", tokens=1, executed=1e15)
+    found = proposals.propose(request, e, refused, fit, 1.0)
+    assert found.flags == flags
+    (request,) = tried
+    assert (request.stages, request.first) == ((stage,), ((stage, "decode"),))
+    if stage == "sample":
+        assert {g.mesh.tensor for g in request.config.generators} == {8}
+        assert set(request.of) == {"weak", "strong", "cool", "student"}
 
 
 def test_programs_that_cannot_be_made_are_a_sentence(monkeypatch, tmp_path):
@@ -271,6 +334,40 @@ def test_the_workload_is_that_of_a_dry_run(tmp_path):
     assert (strong.sequences, strong.prompts) == (420 + 2 * 540, 420 + 540)
 
 
+def test_programs_have_room_for_the_prompts_of_the_suite_with_fewest_samples():
+    """All models answer all suites: 64 slots wait for prompts of one sample, in groups of eight."""
+    tiny, mesh = ModelSpec(1000, 48, 2, 4, 2, 16, 96), MeshShape(8, 1, 1, 1)
+    e = Experiment(
+        student=Model("tiny"),
+        generators=(
+            Generator(name="plain", model=Model("tiny"), samples=8),
+            Generator(name="filtered", model=Model("tiny"), samples=8, top_p=0.9),
+        ),
+        suites=(Suite(name="one", samples=1), Suite(name="four", samples=4)),
+        sampling=Sampling(max_prompt=8, max_tokens=8, slots=64, mesh=mesh),
+        training=Training(rows=8, mesh=mesh),
+        scoring=Scoring(rows=8, mesh=mesh),
+    )
+    topology = parse_topology("cpu:1x8")
+    request = Request(e, {"tiny": tiny}, topology, "O0", False, "", stages=("sample",))
+    found = {p.label: p.program.beside for p in programs_of(request)}
+    assert set(found) >= {"sample plain, student: insert", "sample filtered: insert"}
+    _, waiting = found["sample plain, student: insert"]
+    assert len(waiting) == 7
+    # A request for the programs of one of them has no others.
+    alone = programs_of(dataclasses.replace(request, of=("student",)))
+    assert {p.of for p in alone} == {"plain, student"}
+
+
+def test_no_program_is_left_out_because_another_has_its_name(monkeypatch, tmp_path):
+    """Generators "a" and "b" that share programs, beside one of another model named "a, b"."""
+    each = types.SimpleNamespace(label="sample a, b: prefill", stage="sample")
+    monkeypatch.setattr(programs, "study_programs", lambda *_: [each, each])
+    described = dataclasses.replace(request_of(tmp_path), compiled=False)
+    with pytest.raises(ValueError, match=r"^two are called 'sample a, b: prefill'; rename a gen"):
+        programs_of(described)
+
+
 def test_a_step_is_cut_as_rows_hold_it():
     training = Experiment().training
     training.rows, training.row_length, training.pairs_per_step = 32, 4096, 32
@@ -283,6 +380,16 @@ def test_a_step_is_cut_as_rows_hold_it():
     training.rows = 16
     assert step_of(training, objective, 4096, mesh).micro_batches == 4
     assert step_of(training, objective, 4096, mesh).filled == 1
+    # One sequence of 3,000 tokens is a row, whose rest stays empty and is warned of; sequences of
+    # different lengths, with that mean, fill the gaps.
+    training.rows = 32
+    step = step_of(training, objective, 3000, mesh)
+    assert (step.micro_batches, step.filled) == (2, pytest.approx(3000 / 4096))
+    assert " 73% of the positions filled. 27% of a step's positions are empty" in step_line(
+        "dpo", step, mesh
+    )
+    step = step_of(training, objective, 3000, mesh, measured=True)
+    assert (step.micro_batches, step.filled) == (1.5, pytest.approx(3000 / 4096 * 2 / 1.5))
 
 
 def test_bounds_are_those_of_the_chip():

@@ -14,6 +14,7 @@ from deltapref_jax.config import (
     Model,
     Sampling,
     Scoring,
+    Suite,
     Training,
 )
 from deltapref_jax.devices import Devices
@@ -76,13 +77,47 @@ def test_every_stage_and_model_has_a_mesh_of_its_own():
 
 
 def test_the_room_for_a_cache_is_that_of_its_tiles():
-    """129 positions are 256 on TPU: twice the cache needs 4 GiB beside 2.3 of weights, not 2."""
+    """129 positions are 256 on TPU: 2 GiB beside 2.3 of weights and 2 of prompts, not 1."""
     short = Sampling(max_prompt=64, max_tokens=65, slots=1024)
     found = {
-        platform: fitted(V5E._replace(platform=platform, memory=7 * GIB), sampling=short)["small"]
+        platform: fitted(V5E._replace(platform=platform, memory=6 * GIB), sampling=short)["small"]
         for platform in ("gpu", "tpu")
     }
     assert found == {"gpu": (4, 1, 1, 1), "tpu": (2, 1, 2, 1)}
+
+
+def test_without_room_for_a_share_to_spare_the_shape_that_needs_least_is_chosen():
+    """15 GiB of weights, 32 of cache and 8 of prompts leave no shape of four chips a twentieth."""
+    long = Sampling(max_prompt=1024, max_tokens=3072, slots=64)
+    assert fitted(sampling=long)["big"] == (1, 1, 4, 1)
+
+
+def test_prompts_that_wait_for_slots_have_room_and_a_second_cache_need_none():
+    """On eight chips the cache is 4 GiB on each by every mesh, beside 15 of weights in all.
+
+    Over pairs of chips that is 11.5 of 15.75 GiB, and prompts of one sample would take 4 more.
+    """
+    e = study(
+        student=Model("8b", "bfloat16"),
+        sampling=Sampling(max_prompt=1024, max_tokens=3072, slots=64),
+        suites=(Suite(name="s", samples=4),),
+        training=Training(rows=8, lora=Lora(rank=8)),
+    )
+    found = sizes(fit_meshes(e, Devices(8, 8, 1, "tpu", V5E.memory), SPECS.__getitem__))
+    assert (found["sampling"], found["big"]) == ((4, 1, 2, 1), (2, 1, 4, 1))
+
+
+def test_a_model_without_room_changes_no_other_ones_mesh():
+    """Training of 8B has no room on four chips; its sampler has the mesh that it has on sixteen."""
+    e, four = study(student=Model("8b", "bfloat16")), V5E._replace(total=4)
+    with pytest.raises(ConfigError, match=r"^Weights, gradients and moments of the model 8b need"):
+        fit_meshes(e, four, SPECS.__getitem__)
+    found = sizes(fit_meshes(e, four, SPECS.__getitem__, refuse=False))
+    assert found["training"] == (1, 4, 1, 1)
+    assert found["big"] == fitted()["big"] == (2, 1, 2, 1)
+    e.training.mesh = MeshShape(data=4)  # what is stated is kept
+    found = fit_meshes(e, four, SPECS.__getitem__, refuse=False)
+    assert found.training.mesh == MeshShape(4, 1, 1, 1)
 
 
 def test_slices_are_spanned_by_data_and_hosts_sample_alone():
@@ -145,7 +180,7 @@ def test_nothing_is_chosen_on_one_device():
         (
             {"generators": (Generator(name="g", model=Model("8b"), mesh=MeshShape(tensor=8)),)},
             "config.generators[0].mesh is tensor=8 and there are 4 devices; the sizes must "
-            "multiply to that; nearest that fits: tensor=4 or data=2 tensor=2.",
+            "multiply to that; nearest that fits: tensor=4 or fsdp=2 tensor=2.",
         ),
         (
             {"judges": (Judge(name="m", kind="model", mesh=MeshShape(fsdp=3)),)},
