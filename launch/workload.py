@@ -4,6 +4,7 @@ The counts are those of a dry run (`launch.cost`).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 from deltapref_jax.artifacts.node import distinct
@@ -169,8 +170,8 @@ def step_of(
         return -(-count * part // held) / part
 
     micros = batches(sequences)
-    measured = -int(-objective.baseline_fraction * sequences // 1)
-    baseline = batches(measured) if kind.baseline else 0.0
+    apart = math.ceil(objective.baseline_fraction * sequences)
+    baseline = batches(apart) if kind.baseline else 0.0
     filled = sequences * length / (micros * t.rows * t.row_length)
     return Step(micros, baseline, sequences, length, filled)
 
