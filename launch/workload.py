@@ -158,8 +158,8 @@ def step_of(
         return -(-count * part // held) / part
 
     micros = batches(sequences)
-    measured = -int(-objective.baseline_fraction * sequences // 1)
-    baseline = batches(measured) if kind.baseline else 0.0
+    unmatched = -int(-objective.baseline_fraction * sequences // 1)
+    baseline = batches(unmatched) if kind.baseline else 0.0
     filled = sequences * length / (micros * t.rows * t.row_length)
     return Step(micros, baseline, sequences, length, filled)
 
