@@ -170,8 +170,8 @@ def step_of(
         return -(-count * part // held) / part
 
     micros = batches(sequences)
-    apart = math.ceil(objective.baseline_fraction * sequences)
-    baseline = batches(apart) if kind.baseline else 0.0
+    unmatched = math.ceil(objective.baseline_fraction * sequences)
+    baseline = batches(unmatched) if kind.baseline else 0.0
     filled = sequences * length / (micros * t.rows * t.row_length)
     return Step(micros, baseline, sequences, length, filled)
 
