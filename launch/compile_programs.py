@@ -222,9 +222,7 @@ def compile_program(each: "StageProgram", request: Request) -> Result:
     place = Path(request.cache) / f"{_key(lowered.as_text(), result, request)}.json"
     if place.exists():
         with contextlib.suppress(ValueError, TypeError, OSError):
-            # Equal programs of two generators have names of their own.
-            names = {n: getattr(result, n) for n in ("label", "stage", "of", "name", "beside")}
-            return Result(**json.loads(place.read_text()) | names)
+            return Result(**json.loads(place.read_text()) | _apart_from_compiling(result))
     began = time.monotonic()
     # The compiler refuses a program that does not fit beside what lies on the devices.
     options: dict[str, Any] = {"xla_tpu_max_hbm_size_mib": str(result.limit // _MIB)}
@@ -263,10 +261,15 @@ def _read(compiled: Any, each: "StageProgram", result: Result, request: Request)
     result.memory_traffic, result.open_loops = traffic.memory, traffic.open_loops
 
 
+def _apart_from_compiling(result: Result) -> dict[str, Any]:
+    """Names, which equal programs of two generators have of their own, and what is counted."""
+    fields = ("label", "stage", "of", "name", "beside", "tokens", "flops", "executed")
+    return {name: getattr(result, name) for name in fields}
+
+
 def _key(text: str, result: Result, request: Request) -> str:
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     facts = [text, request.topology.name, request.level, result.limit, *versions, _reader()]
-    facts += [result.tokens, result.flops, result.executed]
     return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:32]
 
 

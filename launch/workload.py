@@ -4,7 +4,6 @@ The counts are those of a dry run (`launch.cost`).
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 
 from deltapref_jax.artifacts.node import distinct
@@ -159,8 +158,9 @@ def step_of(
       mesh: devices along every axis.
       measured: the length is a mean; sequences of different lengths are packed without a gap.
     """
-    kind, row_shards = OBJECTIVE_KINDS[objective.kind], mesh["data"] * mesh["fsdp"]
-    sequences = t.pairs_per_step * (1 if kind.unit == "token" else 2)
+    row_shards = mesh["data"] * mesh["fsdp"]
+    fraction = objective.baseline_fraction
+    sequences, unmatched = sequences_of_step(objective.kind, fraction, t.pairs_per_step)
     length = min(length, t.row_length)
     held = t.rows * (t.row_length / length if measured else t.row_length // length)
 
@@ -170,10 +170,8 @@ def step_of(
         return -(-count * part // held) / part
 
     micros = batches(sequences)
-    unmatched = math.ceil(objective.baseline_fraction * sequences)
-    baseline = batches(unmatched) if kind.baseline else 0.0
     filled = sequences * length / (micros * t.rows * t.row_length)
-    return Step(micros, baseline, sequences, length, filled)
+    return Step(micros, batches(unmatched), sequences, length, filled)
 
 
 def step_line(kind: str, step: Step, mesh: Mapping[str, int], measured: bool = False) -> str:
