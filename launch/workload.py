@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from deltapref_jax.artifacts.node import distinct
 from deltapref_jax.artifacts.workspace import Workspace
 from deltapref_jax.config import (
-    OBJECTIVE_KINDS,
     STUDENT,
     Experiment,
     Objective,
