@@ -6,6 +6,7 @@ same and their models have the same sizes and dtype; what it took is then what t
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,7 @@ def sequences_of_step(objective: str, fraction: float, pairs_per_step: int) -> t
     kind = OBJECTIVE_KINDS[objective]
     trained = pairs_per_step * (1 if kind.unit == "token" else 2)
     # Rounded up, as `training.data` draws them.
-    return trained, -int(-fraction * trained // 1) if kind.baseline else 0
+    return trained, math.ceil(fraction * trained) if kind.baseline else 0
 
 
 def read_rates(workspace: Workspace, spec_of: Callable[[str, str], ModelSpec | None]) -> Rates:

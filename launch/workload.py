@@ -176,12 +176,22 @@ def step_of(
 def step_line(kind: str, step: Step, mesh: Mapping[str, int], measured: bool = False) -> str:
     """A sentence on how full a training step is, and a second one if it is too empty.
 
-    `measured` says whether the length is a mean and not the longest.
+    `measured` says whether the length is a mean and not the longest. Shorter sequences than the
+    longest may fill more or less.
     """
     batches = f"{step.micro_batches:g} micro-batch{'es' * (step.micro_batches != 1)}"
-    most = "about" if measured else "at most"
-    sentence = (
-        f"A step of {kind}: {step.sequences:,} sequences of {most} {step.length:,} tokens in "
-        f"{batches}, {most} {step.filled:.0%} of the positions filled."
+    many, warning = (
+        f"A step of {kind}: {step.sequences:,} sequences",
+        filled_line(step.filled, mesh),
     )
-    return f"{sentence} {filled_line(step.filled, mesh)}".rstrip()
+    if measured:
+        sentence = (
+            f"{many} of about {step.length:,} tokens in {batches}, about {step.filled:.0%} of the "
+            "positions filled."
+        )
+        return f"{sentence} {warning}".rstrip()
+    sentence = (
+        f"{many}; if all have the longest {step.length:,} tokens, they fill {step.filled:.0%} of "
+        f"the positions of {batches}."
+    )
+    return f"{sentence} Then {warning}" if warning else sentence

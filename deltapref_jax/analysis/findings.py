@@ -493,10 +493,10 @@ def judge_sentence(j: JudgeSummary, judges: Sequence[JudgeSummary]) -> str:
         )
     texts = "edited traces from the traces as they were" if j.edited else "corrupted solutions"
     rest = [words(d) for d in j.dimensions if d not in auc]
-    which = f"the other dimensions than {listed(rest)}" if rest else "every dimension"
+    which = f"{len(auc)} of {len(j.dimensions)} dimensions" if rest else "every dimension"
     return (
         f"Judge {j.name} tells {texts} in {which} (lowest AUC {min(auc.values()):.2f}; "
-        f"{WANTED_AUC} was wanted).{' Those were not measured.' if rest else ''}"
+        f"{WANTED_AUC} was wanted){f'; not measured: {listed(rest)}' if rest else ''}."
     )
 
 

@@ -987,8 +987,8 @@ def test_what_a_judge_may_be_used_for():
     )
     part = dataclasses.replace(good, auc={d: auc[d] for d in DIMENSIONS[:3]})
     rest = " and ".join(d.replace("_", " ") for d in DIMENSIONS[3:])
-    assert f"in the other dimensions than {rest} (lowest AUC 0.90; " in sentence(part)
-    assert sentence(part).endswith("Those were not measured.")
+    assert "in 3 of 5 dimensions (lowest AUC 0.90; " in sentence(part)
+    assert sentence(part).endswith(f"; not measured: {rest}.")
     assert "was measured neither" in sentence(None)
 
 

@@ -385,9 +385,8 @@ def test_a_step_is_cut_as_rows_hold_it():
     training.rows = 32
     step = step_of(training, objective, 3000, mesh)
     assert (step.micro_batches, step.filled) == (2, pytest.approx(3000 / 4096))
-    assert " 73% of the positions filled. 27% of a step's positions are empty" in step_line(
-        "dpo", step, mesh
-    )
+    line = step_line("dpo", step, mesh)
+    assert "fill 73% of the positions of 2 micro-batches. Then 27% of a step's positions" in line
     step = step_of(training, objective, 3000, mesh, measured=True)
     assert (step.micro_batches, step.filled) == (1.5, pytest.approx(3000 / 4096 * 2 / 1.5))
 
